@@ -1,0 +1,55 @@
+"""Bumblebee: pretrain, fine-tune, align and serve language models, with nothing hidden.
+
+The public names are imported on first use, so that ``import bumblebee`` and ``bumblebee --help`` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bumblebee.callback import Callback
+    from bumblebee.config import BumblebeeConfig
+    from bumblebee.datamodule import DataModule
+    from bumblebee.inference.generator import Generator
+    from bumblebee.inference.sampler import SamplingParams
+    from bumblebee.model import Bumblebee
+    from bumblebee.tasks.language_modeling import LanguageModeling
+    from bumblebee.tasks.task import Task
+    from bumblebee.tokenizer import Tokenizer
+    from bumblebee.trainer import Trainer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Bumblebee": "bumblebee.model",
+    "BumblebeeConfig": "bumblebee.config",
+    "Callback": "bumblebee.callback",
+    "DataModule": "bumblebee.datamodule",
+    "Generator": "bumblebee.inference.generator",
+    "LanguageModeling": "bumblebee.tasks.language_modeling",
+    "SamplingParams": "bumblebee.inference.sampler",
+    "Task": "bumblebee.tasks.task",
+    "Tokenizer": "bumblebee.tokenizer",
+    "Trainer": "bumblebee.trainer",
+}
+
+__all__ = [
+    "Bumblebee",
+    "BumblebeeConfig",
+    "Callback",
+    "DataModule",
+    "Generator",
+    "LanguageModeling",
+    "SamplingParams",
+    "Task",
+    "Tokenizer",
+    "Trainer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bumblebee' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

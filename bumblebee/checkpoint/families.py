@@ -1,0 +1,151 @@
+"""Which Hugging Face architectures are read and written, and how their config.json translates.
+
+The one lookup is config.json's ``architectures``. Both families here have our state-dict keys already, so only the fields of
+config.json differ. What a family can express and we do not compute is refused by name: a setting is never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bumblebee.config import BumblebeeConfig
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face architecture.
+
+    Args:
+        architecture: its name in config.json.
+        model_type: its other name there.
+        read: config.json -> the fields that only this family has.
+        write: the same fields back.
+        unused_keys: endings of weights that some files hold and no computation needs.
+    """
+
+    architecture: str
+    model_type: str
+    read: Callable[[Json], Json]
+    write: Callable[[BumblebeeConfig], Json]
+    unused_keys: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+
+def _read_qwen2(raw: Json) -> Json:
+    if raw.get("use_sliding_window"):
+        raise ValueError("config.json has use_sliding_window true; a sliding window is not supported")
+    return {"attention_bias": True, "attention_output_bias": False}
+
+
+def _read_llama(raw: Json) -> Json:
+    if raw.get("mlp_bias"):
+        raise ValueError("config.json has mlp_bias true; biases in the feed-forward part are not supported")
+    bias = bool(raw.get("attention_bias", False))
+    return {"attention_bias": bias, "attention_output_bias": bias}
+
+
+FAMILIES = {
+    family.architecture: family
+    for family in (
+        Family("Qwen2ForCausalLM", "qwen2", _read_qwen2, lambda c: {"use_sliding_window": False}),
+        Family(
+            "LlamaForCausalLM", "llama", _read_llama, lambda c: {"attention_bias": c.attention_bias, "mlp_bias": False}
+        ),
+    )
+}
+
+# Fields that every family calls by our own name, with what Hugging Face takes when a file leaves them out.
+_SHARED: Json = {
+    "vocab_size": None,
+    "hidden_size": None,
+    "intermediate_size": None,
+    "num_hidden_layers": None,
+    "num_attention_heads": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def family_of(config: BumblebeeConfig) -> Family:
+    """The family whose arithmetic a config is."""
+    only_input_bias = config.attention_bias and not config.attention_output_bias
+    return FAMILIES["Qwen2ForCausalLM" if only_input_bias else "LlamaForCausalLM"]
+
+
+def family_named(raw: Json) -> Family:
+    """The family that a config.json names.
+
+    Raises:
+        ValueError: no architecture, or one that is not supported.
+    """
+    names = raw.get("architectures") or []
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    raise ValueError(f"architectures {names} in config.json: supported are {', '.join(FAMILIES)}")
+
+
+def read_config(raw: Json) -> BumblebeeConfig:
+    """config.json -> BumblebeeConfig.
+
+    Raises:
+        ValueError: an architecture, field or value that is not supported, or a required field left out.
+    """
+    family = family_named(raw)
+    if missing := [name for name in _REQUIRED if raw.get(name) is None]:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json has hidden_act {raw['hidden_act']!r}; only 'silu' is supported")
+    if "quantization_config" in raw:
+        raise ValueError("config.json has a quantization_config; quantised weights are not supported")
+    shared = {name: raw.get(name, default) for name, default in _SHARED.items()}
+    heads = {
+        "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        "head_dim": raw.get("head_dim"),
+    }
+    return BumblebeeConfig(**shared, **heads, **_read_rope(raw), **family.read(raw))
+
+
+def _read_rope(raw: Json) -> Json:
+    """Both layouts: ``rope_parameters`` with everything in it, or ``rope_theta`` with ``rope_scaling`` beside it."""
+    settings = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = settings.pop("rope_theta", None) or raw.get("rope_theta") or 10_000.0
+    kind = settings.pop("type", None)
+    settings.setdefault("rope_type", kind or "default")
+    if raw.get("partial_rotary_factor", settings.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError(
+            "config.json has a partial_rotary_factor; rotary embeddings of a part of a head are not supported"
+        )
+    return {"rope_theta": theta, "rope_scaling": None if settings["rope_type"] == "default" else settings}
+
+
+def write_config(config: BumblebeeConfig, dtype: str) -> Json:
+    """BumblebeeConfig -> config.json that transformers loads without remote code.
+
+    Args:
+        config: the model's shape.
+        dtype: name of the weights' dtype, e.g. "bfloat16".
+    """
+    family = family_of(config)
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "hidden_act": "silu",
+        "torch_dtype": dtype,
+        **{name: getattr(config, name) for name in _SHARED},
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        # The older layout of rope settings: newer readers take it too.
+        "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling,
+        **family.write(config),
+    }

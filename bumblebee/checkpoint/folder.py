@@ -1,0 +1,229 @@
+"""Model folders: safetensors in and out, one tensor in memory at a time.
+
+A folder holds config.json, generation_config.json and either model.safetensors or shards with model.safetensors.index.json.
+A tied head is left out of the file and tied again on load.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bumblebee.checkpoint.atomic import write_json, written_aside
+from bumblebee.checkpoint.families import family_named, read_config, write_config
+from bumblebee.config import BumblebeeConfig
+
+TIED_KEY = "lm_head.weight"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def is_model_folder(folder: str | Path) -> bool:
+    """Whether there is a config.json and weights to go with it."""
+    folder = Path(folder)
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
+def load_config(folder: str | Path) -> BumblebeeConfig:
+    """The config of a model folder.
+
+    Raises:
+        ValueError: no folder or no config.json there, or one that is not supported; the message names the file.
+    """
+    return _from_config_json(folder, read_config)
+
+
+def _from_config_json(folder: str | Path, read: Any) -> Any:
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        there = "has no config.json" if Path(folder).is_dir() else "is not there"
+        raise ValueError(f"{folder} is no model folder: it {there}")
+    try:
+        return read(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a model folder, in the index's order.
+
+    Raises:
+        ValueError: there are none, or one that the index names is missing.
+    """
+    folder = Path(folder)
+    if (folder / INDEX).is_file():
+        names = list(dict.fromkeys(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    elif (folder / SINGLE).is_file():
+        names = [SINGLE]
+    else:
+        pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+        hint = f"; {pickled.name} is a pickle file, which can run code: convert it to safetensors" if pickled else ""
+        raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}{hint}")
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / INDEX} names {name}, which is not there: the folder is incomplete")
+    return [folder / name for name in names]
+
+
+def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Every (key, tensor) of a model folder, on the CPU, one at a time.
+
+    Raises:
+        ValueError: a file that is damaged.
+    """
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for key in shard.keys():  # noqa: SIM118  (a safe_open is no mapping)
+                    yield key, shard.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
+
+
+def load_weights(folder: str | Path, model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Put a folder's weights into a model, strictly: each key of one must be in the other.
+
+    Args:
+        folder: the model folder.
+        model: may be on the meta device; its parameters are replaced.
+        dtype: to cast to; None keeps the file's.
+        device: where the parameters go.
+
+    Raises:
+        ValueError: keys left over or missing, or a shape that differs; the message names them.
+    """
+    unused = _from_config_json(folder, family_named).unused_keys
+    wanted = dict(model.named_parameters(remove_duplicate=False))
+    tied = [key for key in wanted if key == TIED_KEY and wanted[key] is wanted["model.embed_tokens.weight"]]
+    for key in tied:
+        del wanted[key]
+    left_over = []
+    for key, tensor in read_tensors(folder):
+        if key in wanted:
+            _check_shape(folder, key, tensor, wanted.pop(key))
+            _replace(model, key, tensor.to(device=device, dtype=dtype or tensor.dtype))
+        elif key not in tied and not key.endswith(unused):
+            left_over.append(key)
+    if wanted or left_over:
+        parts = [("missing", sorted(wanted)), ("left over", left_over)]
+        said = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in parts if keys)
+        raise ValueError(f"the weights in {folder} do not fit the model: {said}")
+    if tied:
+        model.tie_weights()  # type: ignore[operator]
+
+
+def _check_shape(folder: str | Path, key: str, tensor: Tensor, parameter: Tensor) -> None:
+    if tensor.shape != parameter.shape:
+        raise ValueError(
+            f"{folder}: {key} has shape {list(tensor.shape)}, config.json asks for {list(parameter.shape)}"
+        )
+
+
+def _replace(model: nn.Module, key: str, tensor: Tensor) -> None:
+    module_name, _, name = key.rpartition(".")
+    module = model.get_submodule(module_name)
+    setattr(module, name, nn.Parameter(tensor, requires_grad=module.get_parameter(name).requires_grad))
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    folder: str | Path,
+    config: BumblebeeConfig,
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a model folder; see ``write_model``. The folder is complete or as it was.
+
+    Raises:
+        ValueError: a size that cannot be read.
+        OSError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    with written_aside(folder) as aside:
+        names = write_model(aside, config, tensors, max_shard_size)
+    for stale in folder.glob("model*.safetensors*"):  # shards of a folder that had more, or other, files
+        if stale.name not in names:
+            stale.unlink()
+
+
+def write_model(
+    folder: Path,
+    config: BumblebeeConfig,
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    max_shard_size: str = "5GB",
+) -> set[str]:
+    """Write config.json, generation_config.json and the weights into an existing folder; returns the weight files' names.
+
+    Args:
+        folder: where; nothing is cleaned up on failure (``save_model`` does that).
+        config: the model's shape.
+        tensors: (key, tensor) pairs, taken one by one, so that they may be gathered while they are written.
+        max_shard_size: like "5GB" or "500MB"; a larger tensor gets a file of its own.
+    """
+    limit = parse_size(max_shard_size)
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    shards: list[dict[str, str]] = []  # for each file: key -> dtype
+    shard: dict[str, Tensor] = {}
+    total = size = 0
+    for key, tensor in pairs:
+        if key == TIED_KEY and config.tie_word_embeddings:
+            continue
+        assert tensor.numel(), f"{key} is empty: it was not gathered"
+        if shard and size + tensor.nbytes > limit:
+            shards.append(_write_shard(folder, len(shards), shard))
+            shard, size = {}, 0
+        shard[key] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    shards.append(_write_shard(folder, len(shards), shard))
+    names = _name_shards(folder, shards, total)
+    write_json(folder / "config.json", write_config(config, next(iter(shards[0].values()))))
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
+    return names
+
+
+def _write_shard(folder: Path, number: int, shard: dict[str, Tensor]) -> dict[str, str]:
+    try:
+        save_file(shard, folder / f"model-{number:05d}.partial", metadata={"format": "pt"})
+    except SafetensorError as error:  # how the library reports a full disk
+        raise OSError(f"cannot write weights to {folder}: {error}") from error
+    return {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in shard.items()}
+
+
+def _name_shards(folder: Path, shards: list[dict[str, str]], total: int) -> set[str]:
+    """Give the files their final names, which hold how many there are, and write the index."""
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    for number, name in enumerate(names):
+        (folder / f"model-{number:05d}.partial").rename(folder / name)
+    if count == 1:
+        return {SINGLE}
+    weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return {*names, INDEX}
+
+
+def parse_size(text: str) -> int:
+    """ "5GB" -> bytes.
+
+    Raises:
+        ValueError: not a positive number with one of the units.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
+    if match and match[2] in _UNITS and float(match[1]) > 0:
+        return int(float(match[1]) * _UNITS[match[2]])
+    raise ValueError(f"size {text!r}: write a number and a unit, such as 5GB, 500MB or 2GiB")

@@ -1,0 +1,146 @@
+"""The shape of a model: one dataclass with Hugging Face's field names, and the published sizes.
+
+``BumblebeeConfig.preset("0.5b", num_hidden_layers=4)`` starts from a size and changes what it names. The translation from and
+to a folder's config.json, which differs by model family, is in ``bumblebee/checkpoint/families.py``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+ROPE_TYPES = ("default", "llama3")
+
+
+@dataclass
+class BumblebeeConfig:
+    """Everything that fixes a model's weights and arithmetic.
+
+    Args:
+        vocab_size: rows of the embedding table; at least the tokenizer's size.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the SwiGLU's inner layer.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads shared by groups of query heads (grouped-query attention, arXiv 2305.13245).
+        head_dim: width of one head; None means hidden_size / num_attention_heads.
+        max_position_embeddings: longest sequence in tokens the model is meant for.
+        rope_theta: base of the rotary frequencies (arXiv 2104.09864).
+        rope_scaling: None, or a dict with "rope_type" and its numbers as in Hugging Face's config.json; "llama3" is known.
+        rms_norm_eps: added to the mean square inside RMSNorm (arXiv 1910.07467).
+        tie_word_embeddings: the output head uses the embedding table.
+        attention_bias: biases on the query, key and value projections, as in Qwen2.
+        attention_output_bias: a bias on the attention's output projection too, as in a Llama with ``attention_bias``.
+        initializer_range: standard deviation of the normal distribution that weights are drawn from.
+        bos_token_id: id that begins a text, or None.
+        eos_token_id: id, or ids, that end a text.
+        pad_token_id: id that fills a batch; never a target.
+
+    Raises:
+        ValueError: sizes that do not fit together, named with their values.
+    """
+
+    vocab_size: int = 151936
+    hidden_size: int = 896
+    intermediate_size: int = 4864
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 14
+    num_key_value_heads: int = 2
+    head_dim: int | None = None
+    max_position_embeddings: int = 32768
+    rope_theta: float = 1_000_000.0
+    rope_scaling: dict[str, Any] | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    attention_bias: bool = True
+    attention_output_bias: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                    "num_key_value_heads", "max_position_embeddings")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}:"
+                    " change one of them or set head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: rotary embeddings turn pairs of dimensions")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of"
+                f" num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.rope_scaling is not None:
+            self._check_rope_scaling(self.rope_scaling)
+
+    @staticmethod
+    def _check_rope_scaling(scaling: dict[str, Any]) -> None:
+        kind = scaling.get("rope_type")
+        if kind not in ROPE_TYPES:
+            raise ValueError(f"rope_scaling has rope_type {kind!r}; known are {', '.join(ROPE_TYPES)}")
+        if kind == "llama3":
+            needed = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+            if missing := sorted(needed - set(scaling)):
+                raise ValueError(f"rope_scaling of rope_type 'llama3' lacks {', '.join(missing)}")
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The ids that end a text, as a list."""
+        if self.eos_token_id is None:
+            return []
+        return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> BumblebeeConfig:
+        """A published size (``0.5b`` ... ``72b``) or ``tiny``, with some fields changed.
+
+        Raises:
+            ValueError: an unknown size or field; the message names the nearest.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+        known = [field.name for field in fields(cls)]
+        for key in changes:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                raise ValueError(f"unknown field {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        return cls(**{**PRESETS[name], **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a plain dict."""
+        return asdict(self)
+
+
+def _size(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, tied: bool, vocabulary: int) -> dict:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "tie_word_embeddings": tied,
+        "vocab_size": vocabulary,
+    }
+
+
+# The shapes of Qwen2.5 (arXiv 2412.15115, table 1), and one for trying things out (about 5 M parameters).
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": _size(256, 704, 5, 4, 2, True, 4096) | {"max_position_embeddings": 1024, "rope_theta": 10_000.0},
+    "0.5b": _size(896, 4864, 24, 14, 2, True, 151936),
+    "1.5b": _size(1536, 8960, 28, 12, 2, True, 151936),
+    "3b": _size(2048, 11008, 36, 16, 2, True, 151936),
+    "7b": _size(3584, 18944, 28, 28, 4, False, 152064),
+    "14b": _size(5120, 13824, 48, 40, 8, False, 152064),
+    "32b": _size(5120, 27648, 64, 40, 8, False, 152064),
+    "72b": _size(8192, 29568, 80, 64, 8, False, 152064),
+}

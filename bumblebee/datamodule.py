@@ -1,0 +1,55 @@
+"""DataModule: where batches come from.
+
+A DataModule prepares its samples once (``setup``), then answers ``train[i]`` and ``collate``. Which samples make up which
+micro-batch of which rank is not its business: that follows from (seed, epoch, step) alone, in ``bumblebee/plan.py`` and
+``bumblebee/loader.py``, so that any run can be continued at any micro-batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from bumblebee.nn import IGNORE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bumblebee.tokenizer import Tokenizer
+
+Batch = dict[str, "Tensor"]
+
+
+class DataModule(ABC):
+    """The base. A subclass sets ``train`` in ``setup`` and may set ``validation`` and ``tokenizer``.
+
+    Attributes:
+        train: samples to learn from, by index.
+        validation: held-out samples, or None.
+        tokenizer: saved into every model folder of the run, or None.
+    """
+
+    train: Sequence[Any]
+    validation: Sequence[Any] | None = None
+    tokenizer: Tokenizer | None = None
+
+    @abstractmethod
+    def setup(self, seed: int) -> None:
+        """Prepare the samples. Called once on every rank, after the ranks have found each other.
+
+        Raises:
+            ValueError: files or records that cannot be used.
+        """
+
+    @abstractmethod
+    def collate(self, samples: list[Any]) -> Batch:
+        """Samples -> one micro-batch of tensors on the CPU."""
+
+    def without_targets(self, batch: Batch) -> Batch:
+        """The same batch with nothing to learn from: ranks that have run out of samples in an epoch's last step use it."""
+        return {**batch, "labels": batch["labels"].fill_(IGNORE)}
+
+    def summary(self) -> dict[str, Any]:
+        """What to tell the user about the data: counts, in the order they are shown."""
+        return {"training samples": len(self.train), "validation samples": len(self.validation or ())}

@@ -1,0 +1,154 @@
+"""Ranks: who am I, how many are we, and the few collectives that the loop needs.
+
+Ranks come from the launcher's environment (torchrun, deepspeed); without one there is a single process and no launcher is
+needed. torch is imported inside the functions: the command line asks for its rank before it pays for torch.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def rank() -> int:
+    """This process among all, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process among those of its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the only one that speaks and writes."""
+    return rank() == 0
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto", "cpu", "cuda" or "cuda:N" -> the device of this rank.
+
+    Raises:
+        ValueError: an unknown name, or a GPU that is not there.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ValueError(f"unknown device {name!r}; write auto, cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return torch.device("cpu")
+    index = int(number) if number else local_rank()
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} GPUs are visible")
+    return torch.device("cuda", index)
+
+
+def start(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Join the other ranks; alone, a group of one that needs neither a launcher nor a free port."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world_size() == 1:
+        os.environ.setdefault("RANK", "0")
+        os.environ.setdefault("WORLD_SIZE", "1")
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def stop(orderly: bool) -> None:
+    """Leave the group. gloo threads that outlive the interpreter abort it with exit code -6, after a run that succeeded.
+
+    Args:
+        orderly: all ranks come here, so they can wait for each other; after an error nobody knows where the others are.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    gc.collect()  # what still holds a group holds its threads
+    if orderly:
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def _many() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks of a tensor on the run's device, in place; the tensor itself when alone."""
+    import torch.distributed as dist
+
+    if _many():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank. Collective; the GPU is waited for."""
+    if not _many():
+        return flag
+    import torch
+
+    return bool(all_reduce_sum(torch.tensor([int(flag)], device=device)).item())
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    import torch.distributed as dist
+
+    if _many():
+        dist.barrier()
+
+
+@contextmanager
+def first_on_each_machine() -> Iterator[bool]:
+    """Let one rank of each machine do the body before the others: ``with ... as first``. The others find its result.
+
+    If that rank fails, the others get a RuntimeError instead of waiting for ever.
+    """
+    first = local_rank() == 0
+    if not _many():
+        yield True
+        return
+    import torch
+    import torch.distributed as dist
+
+    failed = torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    try:
+        if first:
+            yield True
+    except BaseException:
+        failed += 1
+        raise
+    finally:
+        dist.all_reduce(failed)
+    if failed.item() and not first:
+        raise RuntimeError("another rank failed while it prepared shared files; its message tells why")
+    if not first:
+        yield False

@@ -1,0 +1,248 @@
+"""Engine: the model, the optimizer and DeepSpeed. The only file that imports deepspeed.
+
+What is particular about DeepSpeed is dealt with here, so that the loop is forward, backward, step:
+
+- ``managed_gradient_accumulation`` is off: ``backward`` only adds up, ``step`` reduces and updates. DeepSpeed's own counter
+  would divide by the accumulation and never apply a partial window.
+- bf16 on stage 0 keeps no fp32 weights for the optimizer and trains wrongly: there fp32 weights run under autocast instead.
+- Gradients are added up in fp32: in bf16 many micro-batches lose bits.
+- Stage 0 measures the gradient's norm only where it clips, and in another function.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+STATE = "state"  # DeepSpeed's name for the folder of a checkpoint's shards
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What decides how DeepSpeed runs.
+
+    Args:
+        precision: "fp32" or "bf16".
+        zero_stage: 0 to 3 (arXiv 1910.02054).
+        micro_batch_size: samples in a micro-batch.
+        gradient_clip: largest norm of a step's gradient, or None.
+        overrides: more DeepSpeed configuration, merged into ours.
+    """
+
+    precision: str
+    zero_stage: int
+    micro_batch_size: int
+    gradient_clip: float | None
+    overrides: dict[str, Any]
+
+
+class Engine:
+    """A DeepSpeed engine with a plain face.
+
+    Args:
+        model: on the CPU or already on the device.
+        optimizer: from parameter groups to an optimizer.
+        groups: its parameter groups.
+        device: where to train.
+        options: see EngineOptions.
+
+    Raises:
+        ValueError: overrides that contradict the trainer's options.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[[list[dict[str, Any]]], Any],
+        groups: list[dict[str, Any]],
+        device: torch.device,
+        options: EngineOptions,
+    ) -> None:
+        deepspeed = _import_deepspeed(device)
+        self.options = options
+        self.device = device
+        model.to(device)
+        with _no_compiler_needed(deepspeed):
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer(groups), config=deepspeed_config(options), dist_init_required=False
+            )
+        if options.zero_stage == 0:
+            self._engine.clip_fp32_gradients = self._clip_at_stage_0
+        self.model: nn.Module = self._engine.module
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar loss to the window's."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """Average the window's gradient over ranks, clip, update, clear."""
+        self._engine.step()
+
+    def train(self) -> None:
+        """Training mode."""
+        self._engine.train()
+
+    def eval(self) -> None:
+        """Evaluation mode: no dropout."""
+        self._engine.eval()
+
+    @property
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups; ``lr`` set here counts from the next step on."""
+        return self._optimizer.param_groups
+
+    def gradient_norm(self) -> float:
+        """The last step's gradient norm before clipping. The GPU is waited for."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def _clip_at_stage_0(self) -> None:
+        limit = self.options.gradient_clip or float("inf")
+        self._engine._global_grad_norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every (key, whole tensor) of the model, one after the other. Collective: all ranks go through it together."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for key, tensor in self.model.state_dict(keep_vars=True).items():
+            if key in parameters and self.options.zero_stage == 3:
+                with GatheredParameters([parameters[key]]):
+                    yield key, tensor.detach().cpu().clone()
+            else:
+                yield key, tensor.detach()
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's shards of model and optimizer into ``folder``. Collective.
+
+        Raises:
+            OSError: this rank could not write; it has still taken part in everything the others wait for.
+        """
+        writer = self._engine.checkpoint_engine
+        write, errors = writer.save, []
+
+        def write_or_remember(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+                errors.append(OSError(f"cannot write the training state to {folder}: {error}"))
+
+        writer.save = write_or_remember
+        try:
+            self._engine.save_checkpoint(str(folder), tag=STATE, save_latest=False)
+        finally:
+            del writer.save
+        if errors:
+            raise errors[0]
+
+    def load(self, folder: Path) -> None:
+        """Take back what ``save`` wrote. Collective; the same ranks and stage as then."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=STATE)
+        if path is None:
+            raise ValueError(f"{folder} holds no training state")
+        if hasattr(self._optimizer, "clip_grad"):  # restored from the file, but the recipe's counts
+            self._optimizer.clip_grad = self.options.gradient_clip or float("inf")
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers."""
+        self._engine.destroy()
+        del self._engine, self._optimizer, self.model
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+def deepspeed_config(options: EngineOptions) -> dict[str, Any]:
+    """The configuration handed to DeepSpeed: ours, with the user's merged in.
+
+    Raises:
+        ValueError: the user's gives another value for something that the trainer's options decide; it is named.
+    """
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": options.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": options.gradient_clip or float("inf"),  # at infinity only the norm is measured
+        "zero_optimization": {"stage": options.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+    }
+    if options.precision == "bf16" and options.zero_stage == 0:
+        ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif options.precision == "bf16":
+        ours["bf16"] = {"enabled": True}
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(ours, options.overrides, "trainer.deepspeed")
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> dict[str, Any]:
+    result = dict(ours)
+    for key, value in theirs.items():
+        if isinstance(value, dict) and isinstance(ours.get(key, {}), dict):
+            result[key] = _merged(ours.get(key, {}), value, f"{where}.{key}")
+        elif key in ours and ours[key] != value:
+            raise ValueError(
+                f"{where}.{key} is {value!r}, but the trainer's own options make it {ours[key]!r}: drop it"
+            )
+        else:
+            result[key] = value
+    return result
+
+
+def read_overrides(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """``trainer.deepspeed``: nothing, a dict, or the path of a JSON file.
+
+    Raises:
+        ValueError: no such file, or no JSON object in it.
+    """
+    if value is None or isinstance(value, dict):
+        return value or {}
+    try:
+        content = json.loads(Path(value).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"trainer.deepspeed: cannot read {value}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"trainer.deepspeed: {value} holds no JSON object")
+    return content
+
+
+# -- keeping deepspeed quiet and free of compilers -----------------------------------------------------------------------
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+
+    # Its notes are for its developers. Errors pass; what a user must know we say ourselves.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+class _no_compiler_needed:  # noqa: N801  (used like a function)
+    """On a CPU DeepSpeed would compile a shared-memory operator at the first start, and die without a C++ compiler."""
+
+    def __init__(self, deepspeed: Any) -> None:
+        self._table = deepspeed.ops.__compatible_ops__
+
+    def __enter__(self) -> None:
+        self._before = self._table.get("deepspeed_shm_comm")
+        self._table["deepspeed_shm_comm"] = False
+
+    def __exit__(self, *_: object) -> None:
+        self._table["deepspeed_shm_comm"] = self._before

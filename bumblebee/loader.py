@@ -1,0 +1,80 @@
+"""The loader: from a plan and a DataModule to the micro-batches of each step, in worker processes if wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from bumblebee.datamodule import Batch, DataModule
+from bumblebee.plan import Place, Plan
+
+
+@lru_cache(maxsize=2)
+def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of ``range(samples)`` that depends on (seed, epoch) alone, not on how one got there."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(samples)
+
+
+class MicroBatches(Dataset):
+    """A micro-batch for each Place of a plan."""
+
+    def __init__(self, data: DataModule, seed: int) -> None:
+        self.data = data
+        self.seed = seed
+
+    def __getitem__(self, place: Place) -> Batch:
+        order = epoch_order(len(self.data.train), self.seed, place.epoch)
+        samples = [self.data.train[int(index)] for index in order[place.first : place.last]]
+        if samples:
+            return self.data.collate(samples)
+        return self.data.without_targets(self.data.collate([self.data.train[int(order[0])]]))
+
+
+class _Places:
+    """A rank's micro-batches from a step on, one after the other: the sampler of the DataLoader."""
+
+    def __init__(self, plan: Plan, rank: int, first_step: int) -> None:
+        self.plan, self.rank, self.first_step = plan, rank, first_step
+
+    def __iter__(self) -> Iterator[Place]:
+        for step in range(self.first_step, self.plan.max_steps):
+            yield from self.plan.window(step, self.rank)
+
+
+def train_windows(
+    data: DataModule, plan: Plan, seed: int, rank: int, first_step: int, workers: int, pin_memory: bool
+) -> Iterator[list[Batch]]:
+    """The list of micro-batches of each step, from ``first_step`` to the plan's end.
+
+    Args:
+        data: set up.
+        plan: who gets what.
+        seed: of the order.
+        rank: whose micro-batches.
+        first_step: steps already done; nothing of them is read.
+        workers: processes that prepare batches; 0 prepares them in this one.
+        pin_memory: copy batches to page-locked memory, from where a GPU reads without waiting.
+    """
+    loader = DataLoader(
+        MicroBatches(data, seed), batch_size=None, sampler=_Places(plan, rank, first_step),  # type: ignore[arg-type]
+        num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0,
+    )  # fmt: skip
+    batches = iter(loader)
+    for step in range(first_step, plan.max_steps):
+        yield [next(batches) for _ in plan.window(step, rank)]
+
+
+def validation_batches(data: DataModule, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
+    """This rank's share of the validation samples, in order, equally many batches on every rank."""
+    samples: Any = data.validation or ()
+    across = batch_size * world_size
+    for begin in range(0, len(samples), across):
+        mine = range(begin + rank * batch_size, min(begin + (rank + 1) * batch_size, len(samples)))
+        if mine:
+            yield data.collate([samples[index] for index in mine])
+        else:
+            yield data.without_targets(data.collate([samples[0]]))

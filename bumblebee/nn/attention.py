@@ -1,0 +1,68 @@
+"""Grouped-query attention (arXiv 2305.13245) with rotary positions.
+
+Shapes: B rows, T queries, S keys, H query heads, K key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from bumblebee.nn.kernels import KERNELS, AttentionMask, choose
+from bumblebee.nn.rope import rotate
+
+
+class LayerCache(Protocol):
+    """What attention asks of a key-value cache: take new keys and values, give back all that are to be looked at."""
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``k``, ``v``: (B, T, K, D) of the new positions -> (B, S, K, D) of all positions of the cache."""
+        ...
+
+
+class Attention(nn.Module):
+    """Causal self-attention.
+
+    Args:
+        hidden_size: width of input and output.
+        num_heads: H.
+        num_kv_heads: K; divides H.
+        head_dim: D.
+        bias: biases on the query, key and value projections.
+        output_bias: a bias on the output projection.
+        kernel: ``auto``, ``flash``, ``sdpa`` or ``naive``. ``auto`` is settled at the first forward, when the dtype is known.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool = False,
+        output_bias: bool = False,
+        kernel: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.kernel = kernel
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=output_bias)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: LayerCache | None = None
+    ) -> Tensor:
+        """``x`` (B, T, hidden_size); ``rotary``: cosines and sines (B, T, 1, D/2). Returns (B, T, hidden_size)."""
+        q, k, v = (
+            rearrange(project(x), "b t (h d) -> b t h d", d=self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        out = KERNELS[choose(self.kernel, q.dtype)](q, k, v, mask)
+        return self.o_proj(rearrange(out, "b t h d -> b t (h d)"))

@@ -1,0 +1,69 @@
+"""Language modelling: predict each next token. Pretraining and supervised fine-tuning differ only in their labels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bumblebee.datamodule import Batch, DataModule
+from bumblebee.nn import IGNORE
+from bumblebee.tasks.task import Task
+
+
+class LanguageModeling(Task):
+    """Cross-entropy of the next token.
+
+    Batches hold ``input_ids``, ``labels`` (already shifted; -100 is no target) and ``position_ids``, each (B, T) int64.
+
+    Args:
+        model: called as ``model(input_ids, position_ids=..., labels=...)``, returns token losses (B, T).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.weights = {"loss": 1.0}
+        self._token_lengths: Tensor | None = None  # bytes of each token id, for bits per byte
+
+    def setup(self, data: DataModule) -> None:
+        """Check that the tokenizer's ids have rows in the model, and note the bytes of each token."""
+        if data.tokenizer is None:
+            return
+        config = getattr(self.model, "config", None)
+        if config is not None and data.tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {data.tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}:"
+                " train with the model's own tokenizer or build a model with a larger vocab_size"
+            )
+        self._token_lengths = torch.tensor([len(piece) for piece in data.tokenizer.token_bytes])
+
+    def counts(self, batch: Batch) -> dict[str, int | Tensor]:
+        """Targets of the batch."""
+        return {"loss": (batch["labels"] != IGNORE).sum()}
+
+    def training_step(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        """The sum of token losses."""
+        return {"loss": self._token_losses(model, batch).sum()}
+
+    def validation_step(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        """Sums of losses, targets and bytes of the targets' text."""
+        labels = batch["labels"]
+        sums = {"loss": self._token_losses(model, batch).double().sum(), "targets": (labels != IGNORE).sum()}
+        if self._token_lengths is not None:
+            self._token_lengths = self._token_lengths.to(labels.device)
+            sums["bytes"] = self._token_lengths[labels[labels != IGNORE]].sum()
+        return sums
+
+    def validation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Mean loss in nats per token, perplexity, and bits per byte, which compares across tokenizers."""
+        loss = sums["loss"] / max(sums["targets"], 1)
+        metrics = {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
+        if sums.get("bytes"):
+            metrics["validation_bits_per_byte"] = sums["loss"] / math.log(2) / sums["bytes"]
+        return metrics
+
+    @staticmethod
+    def _token_losses(model: Any, batch: Batch) -> Tensor:
+        return model(batch["input_ids"], position_ids=batch["position_ids"], labels=batch["labels"])

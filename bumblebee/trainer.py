@@ -1,0 +1,409 @@
+"""Trainer: the loop. ``run`` reads top to bottom; everything that is not forward, backward, step is a callback.
+
+The trainer owns how things are done (a step, a validation, a checkpoint); callbacks own when. torch is imported when a run is
+set up, so that the command line knows the options without it.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from bumblebee import distributed
+from bumblebee.callback import Callback
+from bumblebee.checkpoint.atomic import write_json
+from bumblebee.datamodule import Batch, DataModule
+from bumblebee.optim import Constant, Optimizer, Schedule, parameter_groups, set_learning_rate
+from bumblebee.plan import Plan
+from bumblebee.run_folder import TRAINER_STATE, check_free, clear, find_resume, read_trainer_state
+from bumblebee.tasks.task import Task
+
+
+class Trainer:
+    """Trains a task.
+
+    Args:
+        max_steps: optimizer steps; None means as many as ``epochs`` take.
+        epochs: passes over the data, fractions allowed.
+        micro_batch_size: samples of one forward pass on one device.
+        accumulate: forward passes of each device per optimizer step.
+        precision: bf16, or fp32.
+        zero_stage: DeepSpeed's ZeRO stage, 0 to 3.
+        deepspeed: more DeepSpeed configuration: a dict, or the path of a JSON file.
+        gradient_clip: largest norm of a step's gradient; null for none.
+        log_every: steps between two lines of metrics.
+        resume: "auto" for the newest checkpoint in output_dir if there is one, or a checkpoint's path.
+        device: auto, cpu, cuda or cuda:N.
+        workers: processes that prepare batches, for each rank.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    def __init__(
+        self,
+        max_steps: int | None = None,
+        epochs: float = 3.0,
+        micro_batch_size: int = 4,
+        accumulate: int = 8,
+        precision: Literal["fp32", "bf16"] = "bf16",
+        zero_stage: Literal[0, 1, 2, 3] = 1,
+        deepspeed: dict[str, Any] | str | None = None,
+        gradient_clip: float | None = 1.0,
+        log_every: int = 1,
+        resume: str | None = None,
+        device: str = "auto",
+        workers: int = 0,
+    ) -> None:
+        for name, value, least in (
+            ("max_steps", max_steps, 1), ("micro_batch_size", micro_batch_size, 1), ("accumulate", accumulate, 1),
+            ("log_every", log_every, 1), ("workers", workers, 0),
+        ):  # fmt: skip
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not epochs > 0:
+            raise ValueError(f"epochs must be more than 0, got {epochs}")
+        if gradient_clip is not None and not gradient_clip > 0:
+            raise ValueError(f"gradient_clip must be more than 0, got {gradient_clip}; null turns clipping off")
+        self.max_steps, self.epochs = max_steps, epochs
+        self.micro_batch_size, self.accumulate = micro_batch_size, accumulate
+        self.precision, self.zero_stage = precision, zero_stage
+        self.deepspeed, self.gradient_clip = deepspeed, gradient_clip
+        self.log_every, self.resume, self.workers = log_every, resume, workers
+        self.device_name = device
+
+    def fit(
+        self,
+        task: Task,
+        data: DataModule,
+        optimizer: Callable[[Iterable], Optimizer],
+        schedule: Schedule | None = None,
+        callbacks: dict[str, Callback | None] | None = None,
+        output_dir: str | Path = "runs/fit",
+        seed: int = 42,
+        overwrite: bool = False,
+    ) -> None:
+        """Train. ``setup`` and ``run``, for a program of one's own.
+
+        Args:
+            task: model and loss.
+            data: batches.
+            optimizer: from parameter groups to an optimizer, such as ``functools.partial(torch.optim.AdamW, lr=1e-3)``.
+            schedule: of the learning rate; None keeps it constant.
+            callbacks: by name; their state is kept in checkpoints under it.
+            output_dir: the run's folder.
+            seed: of the data's order and of random numbers in training.
+            overwrite: delete an earlier run in output_dir.
+
+        Raises:
+            ValueError: data, folder or options that cannot be used; nothing has been written then.
+        """
+        try:
+            self.setup(task, data, optimizer, schedule, callbacks, output_dir, seed, overwrite)
+            self.run()
+        finally:
+            self.close()
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train what ``setup`` has prepared, to the end or until asked to stop."""
+        try:
+            with stopped_by_signals(self):
+                self.call("on_fit_start")
+                while self.step < self.plan.max_steps and not self.should_stop:
+                    self.call("on_step_start")
+                    self.train_step(next(self.windows))
+                    self.step += 1
+                    self.call("on_step_end")  # validation runs here
+                    if self.step % self.log_every == 0 or self.step == self.plan.max_steps:
+                        self.call("on_log", self.flush_metrics())  # reduced over ranks, once
+                    self.agree_on_stopping()
+                    self.call("on_save")  # everything above is final
+                if not self.interrupted:
+                    self.save_model(self.output_dir)
+                self.call("on_fit_end")
+            self.finished = True
+        except BaseException as error:
+            self.call("on_exception", error)
+            raise
+
+    def train_step(self, window: list[Batch]) -> None:
+        """One optimizer step on this rank's micro-batches. A window without any target on any rank changes nothing."""
+        counts = self.count_targets(window)
+        if not any(counts.values()):
+            return
+        self.learning_rate = set_learning_rate(
+            self.engine.parameter_groups, self.schedule.factor(self.step, self.plan.max_steps)
+        )
+        for batch in window:
+            losses = self.task.training_step(self.engine, self.to_device(batch))  # each a sum over its targets
+            # DeepSpeed averages gradients over ranks; the counts are already those of all ranks.
+            self.engine.backward(self.task.total(losses, counts) * self.plan.world_size)
+            for name, loss in losses.items():
+                self._loss_sums[name] = self._loss_sums.get(name, 0.0) + loss.detach()  # stays on the device
+        self.engine.step()
+        for name, count in counts.items():
+            self._target_counts[name] = self._target_counts.get(name, 0) + count
+        self.tokens += int(sum(counts.values()))
+
+    def agree_on_stopping(self) -> None:
+        """Stop on all ranks when one was asked to, by a callback or a signal: ranks get signals at different moments."""
+        flags = self.reduce_sums({"stop": self.should_stop or self.signalled, "interrupt": self.signalled})
+        self.should_stop, self.interrupted = flags["stop"] > 0, flags["interrupt"] > 0
+
+    def count_targets(self, window: list[Batch]) -> dict[str, float]:
+        """For each loss term its targets over micro-batches and ranks."""
+        totals: dict[str, int] = {}
+        for batch in window:
+            for name, count in self.task.counts(batch).items():
+                totals[name] = totals.get(name, 0) + int(count)
+        return self.reduce_sums(totals)
+
+    def validate(self) -> dict[str, float]:
+        """The task's validation metrics over all held-out samples; calls ``on_validation_end``. Collective."""
+        from bumblebee.evaluation import validation_sums
+
+        self.engine.eval()
+        batches = self._loader.validation_batches(
+            self.data, self.micro_batch_size, distributed.rank(), self.plan.world_size
+        )
+        sums = validation_sums(self.task, self.engine, map(self.to_device, batches))
+        self.engine.train()
+        metrics = self.task.validation_metrics(self.reduce_sums(sums))
+        self.call("on_validation_end", metrics)
+        return metrics
+
+    # -- metrics -------------------------------------------------------------------------------------------------------
+
+    def log(self, name: str, value: float) -> None:
+        """Add a number to the next line of metrics; the same on every rank, or only rank 0's is seen."""
+        self._extra_metrics[name] = value
+
+    def flush_metrics(self) -> dict[str, float]:
+        """The line of metrics since the last one: each loss term is its sum over its targets, over ranks and steps."""
+        sums = self.reduce_sums({name: float(value) for name, value in self._loss_sums.items()})
+        terms = {name: value / max(self._target_counts[name], 1) for name, value in sums.items()}
+        metrics: dict[str, float] = {"step": self.step, "epoch": round(self.plan.epoch(self.step), 6)}
+        if terms:
+            metrics["loss"] = sum(self.task.weights[name] * value for name, value in terms.items())
+            metrics.update((name, value) for name, value in terms.items() if name != "loss")
+            metrics["grad_norm"] = self.engine.gradient_norm()
+        metrics.update(lr=self.learning_rate, tokens=self.tokens, **self._extra_metrics)
+        self._loss_sums, self._target_counts, self._extra_metrics = {}, {}, {}
+        return metrics
+
+    def reduce_sums(self, sums: dict[str, Any]) -> dict[str, float]:
+        """Add named numbers over ranks, exactly for whole numbers. Collective; the GPU is waited for."""
+        import torch
+
+        vector = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=self.device)
+        return dict(zip(sums, distributed.all_reduce_sum(vector).tolist(), strict=True))
+
+    # -- setting up ----------------------------------------------------------------------------------------------------
+
+    def setup(
+        self,
+        task: Task,
+        data: DataModule,
+        optimizer: Callable[[Iterable], Optimizer],
+        schedule: Schedule | None = None,
+        callbacks: dict[str, Callback | None] | None = None,
+        output_dir: str | Path = "runs/fit",
+        seed: int = 42,
+        overwrite: bool = False,
+    ) -> None:
+        """Prepare everything a run needs; see ``fit`` for the arguments. The folder is touched last.
+
+        Raises:
+            ValueError: data, folder or options that cannot be used; nothing has been written then.
+        """
+        from bumblebee import loader
+        from bumblebee.engine import Engine, EngineOptions, read_overrides
+
+        self._loader = loader
+        self.task, self.data, self.schedule = task, data, schedule or Constant(warmup_ratio=0.0)
+        self.callbacks = {name: callback for name, callback in (callbacks or {}).items() if callback is not None}
+        self.output_dir, self.seed = Path(output_dir), seed
+        self.step = self.tokens = 0
+        self.should_stop = self.signalled = self.interrupted = self.finished = False
+        self.learning_rate = 0.0
+        self._loss_sums: dict[str, Any] = {}
+        self._target_counts: dict[str, float] = {}
+        self._extra_metrics: dict[str, float] = {}
+
+        check_free(self.output_dir, self.resume, overwrite)
+        checkpoint = find_resume(self.resume, self.output_dir)
+        self.device = distributed.pick_device(self.device_name)
+        distributed.start(self.device)
+        data.setup(seed)
+        task.setup(data)
+        self.plan = Plan.of(
+            len(data.train),
+            self.micro_batch_size,
+            self.accumulate,
+            distributed.world_size(),
+            self.epochs,
+            self.max_steps,
+        )
+        options = EngineOptions(
+            self.precision, self.zero_stage, self.micro_batch_size, self.gradient_clip, read_overrides(self.deepspeed)
+        )
+        self.engine = Engine(task.model, optimizer, parameter_groups(task.model), self.device, options)
+        self.engine.train()
+        self._seed_everything(seed + distributed.rank())
+        if checkpoint is not None:
+            self.load_checkpoint(checkpoint)
+        self._open_folder(overwrite)
+        self.windows = loader.train_windows(
+            data, self.plan, seed, distributed.rank(), self.step, self.workers, pin_memory=self.device.type == "cuda"
+        )
+
+    def _open_folder(self, overwrite: bool) -> None:
+        distributed.barrier()  # all have looked at the folder before anyone changes it
+        if self.is_main:
+            if overwrite and self.resume is None:
+                clear(self.output_dir)
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            for partial in self.output_dir.glob(".*.partial"):  # of a run that was killed while it saved
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        distributed.barrier()
+
+    @staticmethod
+    def _seed_everything(seed: int) -> None:
+        import numpy
+        import torch
+
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+
+    def close(self) -> None:
+        """Give back the process group and DeepSpeed's memory. Call it however the run ended."""
+        if engine := self.__dict__.pop("engine", None):
+            engine.close()
+        distributed.stop(orderly=self.__dict__.get("finished", False))
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, last: bool = False) -> Path:
+        """Write ``output_dir/checkpoint-<step>``: a model folder with the training state. Collective; complete or absent.
+
+        Args:
+            last: the run ends here; the checkpoint is then outside the rotation.
+
+        Raises:
+            OSError: it could not be written; nothing of it is left, and earlier checkpoints are as they were.
+        """
+        from bumblebee.training_state import save_random_state, written_together
+
+        path = self.output_dir / f"checkpoint-{self.step}"
+        with written_together(path, self.device) as aside:
+            self._write_model(aside)
+            self.engine.save(aside / "training_state")
+            save_random_state(aside / "training_state", distributed.rank())
+            if self.is_main:
+                write_json(aside / TRAINER_STATE, self._trainer_state(last))
+        self.call("on_checkpoint_saved", path)
+        return path
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Continue from a checkpoint: model, optimizer, random numbers, data position, callbacks. Collective.
+
+        Raises:
+            ValueError: it was written by a run of another shape; the message names the difference.
+        """
+        from bumblebee.training_state import load_random_state
+
+        state = read_trainer_state(path)
+        for name, value in self._shape().items():
+            if state["shape"][name] != value:
+                raise ValueError(f"trainer.resume: {path} has {name} {state['shape'][name]}, this run has {value}")
+        self.engine.load(path / "training_state")
+        load_random_state(path / "training_state", distributed.rank())
+        self.step, self.tokens = state["step"], state["tokens"]
+        for name, callback in self.callbacks.items():
+            if name in state["callbacks"]:
+                callback.load_state_dict(state["callbacks"][name])
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model folder: weights in the training precision, config, tokenizer. Collective."""
+        from bumblebee.training_state import written_together
+
+        with written_together(folder, self.device) as aside:
+            self._write_model(aside)
+
+    def _write_model(self, folder: Path) -> None:
+        from bumblebee.checkpoint.folder import write_model
+
+        tensors = self.engine.full_tensors()
+        try:
+            if self.is_main:
+                write_model(folder, self.task.model.config, tensors)
+                if self.data.tokenizer is not None:
+                    self.data.tokenizer.save_pretrained(folder)
+        finally:
+            for _ in tensors:  # every rank takes part in gathering every tensor, also when writing failed
+                pass
+
+    def _trainer_state(self, last: bool) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "last": last,
+            "shape": self._shape(),
+            "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},
+        }
+
+    def _shape(self) -> dict[str, Any]:
+        """What must be equal for a resume: it decides the meaning of the shards and of the data position."""
+        return {
+            "ranks": self.plan.world_size,
+            "zero_stage": self.zero_stage,
+            "precision": self.precision,
+            "samples": self.plan.samples,
+            "samples_per_step": self.plan.samples_per_step,
+            "seed": self.seed,
+        }
+
+    # -- small things --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only one that speaks and writes."""
+        return distributed.is_main()
+
+    def call(self, hook: str, *args: Any) -> None:
+        """Call a hook of every callback."""
+        for callback in self.callbacks.values():
+            getattr(callback, hook)(self, *args)
+
+    def to_device(self, batch: Batch) -> Batch:
+        """A batch on the run's device."""
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+@contextmanager
+def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C or SIGTERM lets the step finish, saves and ends the run; a second one stops at once."""
+
+    def handle(number: int, frame: object) -> None:
+        if trainer.signalled:
+            raise KeyboardInterrupt
+        trainer.signalled = True
+
+    if threading.current_thread() is not threading.main_thread():  # handlers can only be set there
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,80 @@
+"""What a checkpoint holds beside the model: a folder that all ranks write together, and each rank's random numbers."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+
+from bumblebee import distributed
+from bumblebee.checkpoint.atomic import put_in_place, start_aside
+from bumblebee.checkpoint.atomic import remove as remove_aside
+
+
+@contextmanager
+def written_together(folder: Path, device: torch.device) -> Iterator[Path]:
+    """``written_aside`` for a folder into which every rank writes. The body may end early on some ranks: all learn of it.
+
+    Raises:
+        OSError: on every rank, if any rank could not write; nothing of the folder is there then.
+    """
+    error: BaseException | None = None
+    aside = folder.parent / f".{folder.name}.partial"
+    if distributed.is_main():
+        error = _attempt(lambda: start_aside(folder))
+    _raise_if_any(error, device, folder)
+    try:
+        yield aside
+    except Exception as failure:
+        error = failure
+    if distributed.any_rank(error is not None, device):
+        if distributed.is_main():
+            remove_aside(aside)
+        _raise_if_any(error, device, folder)
+    if distributed.is_main():
+        error = _attempt(lambda: put_in_place(aside, folder))
+    _raise_if_any(error, device, folder)
+
+
+def _attempt(action: object) -> Exception | None:
+    try:
+        action()  # type: ignore[operator]
+    except Exception as error:
+        return error
+    return None
+
+
+def _raise_if_any(error: BaseException | None, device: torch.device, folder: Path) -> None:
+    """Leave together: with one's own error, or with the news of another rank's."""
+    if distributed.any_rank(error is not None, device):
+        raise error or OSError(f"another rank could not write {folder}")
+
+
+def save_random_state(folder: Path, rank: int) -> None:
+    """Write the states of torch's, Python's and numpy's generators."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    save_file(tensors, folder / f"random-{rank:05d}.safetensors")
+    name, keys, position, has_gauss, gauss = numpy.random.get_state()  # type: ignore[misc]
+    states = {"python": random.getstate(), "numpy": [name, keys.tolist(), position, has_gauss, gauss]}  # type: ignore[union-attr]
+    (folder / f"random-{rank:05d}.json").write_text(json.dumps(states), encoding="utf-8")
+
+
+def load_random_state(folder: Path, rank: int) -> None:
+    """Take back what ``save_random_state`` wrote."""
+    tensors = load_file(folder / f"random-{rank:05d}.safetensors")
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    states = json.loads((folder / f"random-{rank:05d}.json").read_text(encoding="utf-8"))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
