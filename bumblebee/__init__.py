@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bumblebee.config import BumblebeeConfig
     from bumblebee.datamodule import DataModule
     from bumblebee.inference.generator import Generator
-    from bumblebee.inference.sampler import SamplingParams
+    from bumblebee.inference.params import SamplingParams
     from bumblebee.model import Bumblebee
     from bumblebee.tasks.language_modeling import LanguageModeling
     from bumblebee.tasks.task import Task
@@ -29,7 +29,7 @@ _HOME = {
     "DataModule": "bumblebee.datamodule",
     "Generator": "bumblebee.inference.generator",
     "LanguageModeling": "bumblebee.tasks.language_modeling",
-    "SamplingParams": "bumblebee.inference.sampler",
+    "SamplingParams": "bumblebee.inference.params",
     "Task": "bumblebee.tasks.task",
     "Tokenizer": "bumblebee.tokenizer",
     "Trainer": "bumblebee.trainer",

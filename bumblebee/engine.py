@@ -11,10 +11,12 @@ What is particular about DeepSpeed is dealt with here, so that the loop is forwa
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,7 @@ class Engine:
         self.options = options
         self.device = device
         model.to(device)
-        with _no_compiler_needed(deepspeed):
+        with _no_compiler_needed(deepspeed), redirect_stdout(io.StringIO()):  # it prints its memory at every turn
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer(groups), config=deepspeed_config(options), dist_init_required=False
             )
@@ -104,6 +106,11 @@ class Engine:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups; ``lr`` set here counts from the next step on."""
         return self._optimizer.param_groups
+
+    @property
+    def optimizer_name(self) -> str:
+        """The class of the optimizer, without DeepSpeed's wrapping."""
+        return type(getattr(self._optimizer, "optimizer", self._optimizer)).__name__
 
     def gradient_norm(self) -> float:
         """The last step's gradient norm before clipping. The GPU is waited for."""
@@ -160,8 +167,11 @@ class Engine:
             self._optimizer.clip_grad = self.options.gradient_clip or float("inf")
 
     def close(self) -> None:
-        """Let go of DeepSpeed's hooks and buffers."""
+        """Let go of DeepSpeed's hooks and buffers, and of the groups it would hand to this process's next engine."""
+        from deepspeed.utils import groups
+
         self._engine.destroy()
+        groups._release_process_group_references()
         del self._engine, self._optimizer, self.model
 
 
@@ -197,9 +207,7 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> dict[st
         if isinstance(value, dict) and isinstance(ours.get(key, {}), dict):
             result[key] = _merged(ours.get(key, {}), value, f"{where}.{key}")
         elif key in ours and ours[key] != value:
-            raise ValueError(
-                f"{where}.{key} is {value!r}, but the trainer's own options make it {ours[key]!r}: drop it"
-            )
+            raise ValueError(f"{where}.{key} is {value!r}, but the trainer's own options make it {ours[key]!r}: drop it")
         else:
             result[key] = value
     return result

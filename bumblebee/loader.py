@@ -60,7 +60,7 @@ def train_windows(
         pin_memory: copy batches to page-locked memory, from where a GPU reads without waiting.
     """
     loader = DataLoader(
-        MicroBatches(data, seed), batch_size=None, sampler=_Places(plan, rank, first_step),  # type: ignore[arg-type]
+        MicroBatches(data, seed), batch_size=None, sampler=_Places(plan, rank, first_step),
         num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0,
     )  # fmt: skip
     batches = iter(loader)

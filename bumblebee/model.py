@@ -10,7 +10,7 @@ Shapes: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +30,14 @@ if TYPE_CHECKING:
 class Block(nn.Module):
     """One layer, made of parts that are handed to it."""
 
-    def __init__(
-        self, input_layernorm: nn.Module, self_attn: nn.Module, post_attention_layernorm: nn.Module, mlp: nn.Module
-    ):
+    def __init__(self, input_layernorm: nn.Module, self_attn: nn.Module, post_attention_layernorm: nn.Module, mlp: nn.Module):
         super().__init__()
         self.input_layernorm = input_layernorm
         self.self_attn = self_attn
         self.post_attention_layernorm = post_attention_layernorm
         self.mlp = mlp
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
         """(B, T, hidden_size) -> (B, T, hidden_size)."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -57,9 +53,7 @@ class Decoder(nn.Module):
         self.norm = norm
         self.rotary = rotary
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, mask: AttentionMask, cache: list[Any] | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, mask: AttentionMask, cache: list[Any] | None = None) -> Tensor:
         """``input_ids``, ``position_ids``: (B, T) -> hidden states (B, T, hidden_size)."""
         x = self.embed_tokens(input_ids)
         rotary = self.rotary(position_ids)
@@ -134,7 +128,7 @@ class Bumblebee(nn.Module):
     def tie_weights(self) -> None:
         """Make the head use the embedding table where the config says so."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = cast(nn.Embedding, self.model.embed_tokens).weight
 
     # -- forward -------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Optimizer(ABC):
+class Optimizer(ABC):  # noqa: B024  (it has no methods of its own)
     """Stands for torch.optim.Optimizer in type hints, so that the command line need not import torch to know its options."""
 
     @classmethod

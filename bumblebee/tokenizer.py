@@ -134,6 +134,12 @@ class Tokenizer:
         """The id that fills a batch, or None."""
         return self._id_of_setting("pad_token")
 
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """What the folder's own rules put before a text: the begin-of-text token, or nothing."""
+        added = self.backend.encode("", add_special_tokens=True).ids
+        return added if added and added == [self.bos_token_id] else []
+
     def _id_of_setting(self, name: str) -> int | None:
         token = self.settings.get(name)
         if isinstance(token, dict):  # Hugging Face also writes an AddedToken here

@@ -13,16 +13,22 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from bumblebee import distributed
 from bumblebee.callback import Callback
 from bumblebee.checkpoint.atomic import write_json
+from bumblebee.config import BumblebeeConfig
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.optim import Constant, Optimizer, Schedule, parameter_groups, set_learning_rate
 from bumblebee.plan import Plan
 from bumblebee.run_folder import TRAINER_STATE, check_free, clear, find_resume, read_trainer_state
 from bumblebee.tasks.task import Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from bumblebee.engine import Engine
 
 
 class Trainer:
@@ -45,6 +51,26 @@ class Trainer:
     Raises:
         ValueError: a number out of its range.
     """
+
+    # The state of a run, set by ``setup``; callbacks read it.
+    task: Task
+    data: DataModule
+    engine: Engine
+    plan: Plan
+    callbacks: dict[str, Callback]
+    output_dir: Path
+    device: torch.device
+    step: int  # optimizer steps done
+    tokens: int  # targets trained on, over all ranks
+    learning_rate: float
+    should_stop: bool  # written by callbacks: end the run after this step
+    interrupted: bool  # a signal ended the run
+    _signalled: bool
+    _finished: bool
+    _windows: Iterator[list[Batch]]
+    _loss_sums: dict[str, Any]  # since the last line of metrics; on the device
+    _target_counts: dict[str, float]
+    _extra_metrics: dict[str, float]
 
     def __init__(
         self,
@@ -119,7 +145,7 @@ class Trainer:
                 self.call("on_fit_start")
                 while self.step < self.plan.max_steps and not self.should_stop:
                     self.call("on_step_start")
-                    self.train_step(next(self.windows))
+                    self.train_step(next(self._windows))
                     self.step += 1
                     self.call("on_step_end")  # validation runs here
                     if self.step % self.log_every == 0 or self.step == self.plan.max_steps:
@@ -129,7 +155,7 @@ class Trainer:
                 if not self.interrupted:
                     self.save_model(self.output_dir)
                 self.call("on_fit_end")
-            self.finished = True
+            self._finished = True
         except BaseException as error:
             self.call("on_exception", error)
             raise
@@ -155,7 +181,7 @@ class Trainer:
 
     def agree_on_stopping(self) -> None:
         """Stop on all ranks when one was asked to, by a callback or a signal: ranks get signals at different moments."""
-        flags = self.reduce_sums({"stop": self.should_stop or self.signalled, "interrupt": self.signalled})
+        flags = self.reduce_sums({"stop": self.should_stop or self._signalled, "interrupt": self._signalled})
         self.should_stop, self.interrupted = flags["stop"] > 0, flags["interrupt"] > 0
 
     def count_targets(self, window: list[Batch]) -> dict[str, float]:
@@ -171,9 +197,7 @@ class Trainer:
         from bumblebee.evaluation import validation_sums
 
         self.engine.eval()
-        batches = self._loader.validation_batches(
-            self.data, self.micro_batch_size, distributed.rank(), self.plan.world_size
-        )
+        batches = self._loader.validation_batches(self.data, self.micro_batch_size, distributed.rank(), self.plan.world_size)
         sums = validation_sums(self.task, self.engine, map(self.to_device, batches))
         self.engine.train()
         metrics = self.task.validation_metrics(self.reduce_sums(sums))
@@ -232,11 +256,9 @@ class Trainer:
         self.callbacks = {name: callback for name, callback in (callbacks or {}).items() if callback is not None}
         self.output_dir, self.seed = Path(output_dir), seed
         self.step = self.tokens = 0
-        self.should_stop = self.signalled = self.interrupted = self.finished = False
+        self.should_stop = self.interrupted = self._signalled = self._finished = False
         self.learning_rate = 0.0
-        self._loss_sums: dict[str, Any] = {}
-        self._target_counts: dict[str, float] = {}
-        self._extra_metrics: dict[str, float] = {}
+        self._loss_sums, self._target_counts, self._extra_metrics = {}, {}, {}
 
         check_free(self.output_dir, self.resume, overwrite)
         checkpoint = find_resume(self.resume, self.output_dir)
@@ -261,7 +283,7 @@ class Trainer:
         if checkpoint is not None:
             self.load_checkpoint(checkpoint)
         self._open_folder(overwrite)
-        self.windows = loader.train_windows(
+        self._windows = loader.train_windows(
             data, self.plan, seed, distributed.rank(), self.step, self.workers, pin_memory=self.device.type == "cuda"
         )
 
@@ -288,7 +310,7 @@ class Trainer:
         """Give back the process group and DeepSpeed's memory. Call it however the run ended."""
         if engine := self.__dict__.pop("engine", None):
             engine.close()
-        distributed.stop(orderly=self.__dict__.get("finished", False))
+        distributed.stop(orderly=self.__dict__.get("_finished", False))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -345,7 +367,7 @@ class Trainer:
         tensors = self.engine.full_tensors()
         try:
             if self.is_main:
-                write_model(folder, self.task.model.config, tensors)
+                write_model(folder, cast(BumblebeeConfig, self.task.model.config), tensors)
                 if self.data.tokenizer is not None:
                     self.data.tokenizer.save_pretrained(folder)
         finally:
@@ -394,9 +416,9 @@ def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
     """Ctrl-C or SIGTERM lets the step finish, saves and ends the run; a second one stops at once."""
 
     def handle(number: int, frame: object) -> None:
-        if trainer.signalled:
+        if trainer._signalled:
             raise KeyboardInterrupt
-        trainer.signalled = True
+        trainer._signalled = True
 
     if threading.current_thread() is not threading.main_thread():  # handlers can only be set there
         yield

@@ -62,8 +62,8 @@ def save_random_state(folder: Path, rank: int) -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         tensors["cuda"] = torch.cuda.get_rng_state()
     save_file(tensors, folder / f"random-{rank:05d}.safetensors")
-    name, keys, position, has_gauss, gauss = numpy.random.get_state()  # type: ignore[misc]
-    states = {"python": random.getstate(), "numpy": [name, keys.tolist(), position, has_gauss, gauss]}  # type: ignore[union-attr]
+    name, keys, *rest = numpy.random.get_state(legacy=True)
+    states = {"python": random.getstate(), "numpy": [name, numpy.asarray(keys).tolist(), *rest]}
     (folder / f"random-{rank:05d}.json").write_text(json.dumps(states), encoding="utf-8")
 
 

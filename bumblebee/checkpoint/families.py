@@ -51,9 +51,7 @@ FAMILIES = {
     family.architecture: family
     for family in (
         Family("Qwen2ForCausalLM", "qwen2", _read_qwen2, lambda c: {"use_sliding_window": False}),
-        Family(
-            "LlamaForCausalLM", "llama", _read_llama, lambda c: {"attention_bias": c.attention_bias, "mlp_bias": False}
-        ),
+        Family("LlamaForCausalLM", "llama", _read_llama, lambda c: {"attention_bias": c.attention_bias, "mlp_bias": False}),
     )
 }
 
@@ -107,8 +105,8 @@ def read_config(raw: Json) -> BumblebeeConfig:
         raise ValueError(f"config.json has hidden_act {raw['hidden_act']!r}; only 'silu' is supported")
     if "quantization_config" in raw:
         raise ValueError("config.json has a quantization_config; quantised weights are not supported")
-    shared = {name: raw.get(name, default) for name, default in _SHARED.items()}
-    heads = {
+    shared: Json = {name: raw.get(name, default) for name, default in _SHARED.items()}
+    heads: Json = {
         "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
         "head_dim": raw.get("head_dim"),
     }
@@ -122,9 +120,7 @@ def _read_rope(raw: Json) -> Json:
     kind = settings.pop("type", None)
     settings.setdefault("rope_type", kind or "default")
     if raw.get("partial_rotary_factor", settings.pop("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError(
-            "config.json has a partial_rotary_factor; rotary embeddings of a part of a head are not supported"
-        )
+        raise ValueError("config.json has a partial_rotary_factor; rotary embeddings of a part of a head are not supported")
     return {"rope_theta": theta, "rope_scaling": None if settings["rope_type"] == "default" else settings}
 
 

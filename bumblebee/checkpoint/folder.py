@@ -125,9 +125,7 @@ def load_weights(folder: str | Path, model: nn.Module, dtype: torch.dtype | None
 
 def _check_shape(folder: str | Path, key: str, tensor: Tensor, parameter: Tensor) -> None:
     if tensor.shape != parameter.shape:
-        raise ValueError(
-            f"{folder}: {key} has shape {list(tensor.shape)}, config.json asks for {list(parameter.shape)}"
-        )
+        raise ValueError(f"{folder}: {key} has shape {list(tensor.shape)}, config.json asks for {list(parameter.shape)}")
 
 
 def _replace(model: nn.Module, key: str, tensor: Tensor) -> None:

@@ -53,9 +53,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=output_bias)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
         """``x`` (B, T, hidden_size); ``rotary``: cosines and sines (B, T, 1, D/2). Returns (B, T, hidden_size)."""
         q, k, v = (
             rearrange(project(x), "b t (h d) -> b t h d", d=self.head_dim)

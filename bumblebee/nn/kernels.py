@@ -60,9 +60,7 @@ class AttentionMask:
         """Where documents begin in the flattened batch, (documents + 1,) int32, and the longest document in tokens."""
         assert self.documents is not None
         rows = torch.arange(len(self.documents), device=self.documents.device)[:, None]
-        lengths = torch.unique_consecutive(rows * 2**32 + self.documents, return_counts=True)[
-            1
-        ]  # the GPU is waited for
+        lengths = torch.unique_consecutive(rows * 2**32 + self.documents, return_counts=True)[1]  # the GPU is waited for
         return pad(lengths.cumsum(0), (1, 0)).to(torch.int32), int(lengths.max())
 
 
@@ -110,9 +108,7 @@ KERNELS: dict[str, Kernel] = {"naive": naive, "sdpa": sdpa, "flash": flash}
 
 def flash_is_usable(dtype: torch.dtype) -> bool:
     """Whether flash-attn is installed, a GPU is there and the dtype is one it takes."""
-    return (
-        find_spec("flash_attn") is not None and torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16)
-    )
+    return find_spec("flash_attn") is not None and torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16)
 
 
 def choose(name: str, dtype: torch.dtype) -> str:

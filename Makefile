@@ -1,0 +1,61 @@
+# Everything a developer runs. Needs GNU make 3.81 or newer and Python 3.10 or newer; no compiler.
+#
+#   make test ARGS="-k rope -x"       options for pytest
+#   make .venv PYTHON=python3.12      which Python the environment is made with (make clean first to change it)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,bumblebee callbacks datamodules serve)))
+# An editable install knows the top-level packages of its day, so the marker's name lists them: a new one reinstalls.
+INSTALLED := $(VENV)/.installed-$(subst $() $(),-,$(PACKAGES))
+
+.PHONY: help .venv quickstart test test-slow lint types format clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z.-]*\):.*## /\1	/p' Makefile
+
+.venv: $(INSTALLED)  ## the environment: built when missing, updated when pyproject.toml or constraints.txt change
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(if $(wildcard $(BIN)/pip),,$(check_python))
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install -e '.[dev]' -c constraints.txt
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+# Asked when the environment is about to be made; $(error) keeps the refusal to one line.
+check_python = $(if $(filter True,$(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 10))' 2>/dev/null)),, \
+	$(error $(PYTHON) is missing or older than Python 3.10, which Bumblebee needs: name another, make .venv PYTHON=python3.12))
+
+quickstart: .venv  ## train a tokenizer and a small model on Python's own documentation, then let it write
+	$(BIN)/bumblebee tokenizer --files python_docs --vocab_size 4096 --output runs/quickstart/tokenizer --overwrite
+	$(BIN)/bumblebee fit --config recipes/quickstart/pretrain.yaml --overwrite
+	$(BIN)/bumblebee generate --model runs/quickstart/pretrain --prompt "Return a new list containing"
+	$(BIN)/bumblebee generate --model runs/quickstart/pretrain --prompt "Open the file and return"
+	$(BIN)/bumblebee generate --model runs/quickstart/pretrain --prompt "Raise ValueError if the"
+
+# Idle OpenMP threads must sleep: spinning, they take the cores from each other when several processes share them.
+test: .venv  ## the tests that take seconds
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -m "not slow" $(ARGS)
+
+test-slow: .venv  ## the tests that train, start processes or run whole commands
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -m slow --timeout 1800 $(ARGS)
+
+lint: .venv  ## what must be clean before a commit
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(PACKAGES)
+
+types: .venv
+	$(BIN)/mypy $(PACKAGES)
+
+format: .venv  ## repair what ruff can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# runs/ is left alone: it holds somebody's trained models.
+clean:  ## remove the environment and the caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

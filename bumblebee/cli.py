@@ -1,0 +1,233 @@
+"""The command line: ``bumblebee COMMAND --options``. Parse, build, call.
+
+Only the parser of the named command is made, and torch is imported when there is something to compute, so that help is
+instant. What a user got wrong ends in one line and exit code 2; a traceback means that we got something wrong.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+COMMANDS = {
+    "fit": "train what a recipe describes",
+    "validate": "measure a trained model on a recipe's held-out data",
+    "generate": "let a model continue a text",
+    "tokenizer": "train a tokenizer on text files",
+}
+USAGE = """usage: bumblebee COMMAND [options]
+
+{commands}
+
+bumblebee COMMAND --help tells the options of a command.
+Several devices: torchrun --nproc_per_node N -m bumblebee fit ..., or deepspeed -m bumblebee fit ...
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program."""
+    # Idle OpenMP threads must sleep: spinning, they take the cores from each other. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE.format(commands="\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items())), end="")
+        return
+    if words[0] == "--version":
+        from bumblebee import __version__
+
+        print(__version__)
+        return
+    from bumblebee.arguments import fail
+
+    if words[0] not in COMMANDS:
+        fail(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}")
+    run: Callable[[list[str]], None] = globals()[words[0]]
+    run(words[1:])
+
+
+# -- fit and validate ----------------------------------------------------------------------------------------------------
+
+
+def fit(words: list[str]) -> None:
+    """Train what a recipe describes."""
+    from bumblebee import distributed
+
+    parser = recipe_parser("fit", "Train what a recipe describes.")
+    parser.add_argument("--overwrite", type=bool, default=False, help="delete an earlier run in output_dir")
+    cfg = parse(parser, words)
+    overwrite = cfg.pop("overwrite")
+    with user_errors():
+        parts = build(parser, cfg)
+    trainer = parts.trainer
+    try:
+        with user_errors():
+            trainer.setup(
+                parts.task, parts.data, parts.optimizer, parts.schedule, parts.callbacks, cfg.output_dir, cfg.seed, overwrite
+            )
+            if distributed.is_main():
+                save_recipe(parser, cfg)
+        with disk_errors():
+            trainer.run()
+    finally:
+        trainer.close()
+
+
+def validate(words: list[str]) -> None:
+    """Measure a trained model on a recipe's held-out data."""
+    from jsonargparse import Namespace
+
+    parser = recipe_parser("validate", "Measure a trained model on the held-out data of a recipe.")
+    parser.add_argument("--model", type=str | None, default=None, help="model folder; by default the recipe's output_dir")
+    cfg = parse(parser, words)
+    folder = cfg.pop("model") or cfg.output_dir
+    source = Namespace(class_path="bumblebee.Bumblebee.from_pretrained", init_args=Namespace(folder=folder))
+    cfg.task.init_args.model = source
+    with user_errors():
+        from bumblebee import distributed, loader
+        from bumblebee.evaluation import validation_sums
+
+        parts = build(parser, cfg)
+        device = distributed.pick_device(cfg.trainer.device)
+        parts.data.setup(cfg.seed)
+        parts.task.setup(parts.data)
+        if not parts.data.validation:
+            raise ValueError("the recipe's data has no validation samples: set data.validation_ratio or data.validation_files")
+    model = parts.task.model.to(device).eval()
+    batches = loader.validation_batches(parts.data, cfg.trainer.micro_batch_size, 0, 1)
+    on_device = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in batches)
+    for name, value in parts.task.validation_metrics(validation_sums(parts.task, model, on_device)).items():
+        print(f"{name} {value:.6g}")
+
+
+def recipe_parser(command: str, description: str) -> Any:
+    """The parser of a recipe's groups."""
+    from bumblebee.arguments import Parser, Recipe
+    from bumblebee.callback import Callback
+    from bumblebee.datamodule import DataModule
+    from bumblebee.optim import Optimizer, Schedule
+    from bumblebee.tasks.task import Task
+    from bumblebee.trainer import Trainer
+
+    parser = Parser(prog=f"bumblebee {command}", description=description)
+    parser.add_argument("--config", action=Recipe, help="a recipe; several compose, later ones win")
+    parser.add_argument("--seed", type=int, default=42, help="of weights, order and random numbers")
+    parser.add_argument("--output_dir", type=str, default="runs/fit", help="the run's folder")
+    parser.add_subclass_arguments(Task, "task", required=True, help="model and loss")
+    parser.add_subclass_arguments(DataModule, "data", required=True, help="where batches come from")
+    parser.add_argument("--optimizer", type=Callable[[Iterable], Optimizer], required=True, help="a class and its options")
+    parser.add_argument("--schedule", type=Schedule | None, default=None, help="of the learning rate; null: constant")
+    parser.add_class_arguments(Trainer, "trainer")
+    parser.add_argument("--callbacks", type=dict[str, Callback | None], default={}, help="by name; null removes one")
+    return parser
+
+
+def parse(parser: Any, words: list[str]) -> Any:
+    """Words -> the checked configuration."""
+    from bumblebee.arguments import check_flags, check_groups, fold
+
+    folded, flags = fold(words)
+    cfg = parser.parse_args(folded)
+    check_groups(cfg)
+    check_flags(cfg, flags)
+    return cfg
+
+
+def build(parser: Any, cfg: Any) -> Any:
+    """Make the objects that a configuration describes, with the recipe's seed."""
+    import torch
+
+    torch.manual_seed(cfg.seed)
+    return parser.instantiate(cfg)
+
+
+def save_recipe(parser: Any, cfg: Any) -> None:
+    """Write the resolved recipe: given to ``--config`` alone it makes the same run."""
+    path = Path(cfg.output_dir) / "recipe.yaml"
+    path.write_text(parser.dump(cfg, skip_unset=False), encoding="utf-8")
+
+
+# -- generate and tokenizer ----------------------------------------------------------------------------------------------
+
+
+def generate(words: list[str]) -> None:
+    """Let a model continue a text."""
+    from bumblebee.arguments import Parser
+    from bumblebee.inference.params import SamplingParams
+
+    parser = Parser(prog="bumblebee generate", description="Let a model continue a text.")
+    parser.add_argument("--model", type=str, required=True, help="model folder")
+    parser.add_argument("--prompt", type=str, required=True, help="the text to continue")
+    parser.add_argument("--stream", type=bool, default=True, help="print each piece as it comes")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", type=str, default="auto", help="auto (the file's), float32, bfloat16 or float16")
+    parser.add_class_arguments(SamplingParams, None)
+    cfg = parse(parser, words)
+    with user_errors():
+        from bumblebee.inference.generator import Generator
+
+        params = SamplingParams(**{name: cfg[name] for name in SamplingParams.__dataclass_fields__})
+        generator = Generator.from_pretrained(cfg.model, device=cfg.device, dtype=cfg.dtype)
+        generator.check(cfg.prompt, params)
+    pieces = generator.stream(cfg.prompt, params) if cfg.stream else [generator.generate([cfg.prompt], params)[0].text]
+    print(cfg.prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def tokenizer(words: list[str]) -> None:
+    """Train a tokenizer on text files."""
+    from bumblebee.arguments import Parser
+
+    parser = Parser(prog="bumblebee tokenizer", description="Train a byte-level BPE tokenizer on text files.")
+    parser.add_argument("--files", type=str | list[str], required=True, help="as in data.files; python_docs is one")
+    parser.add_argument("--vocab_size", type=int, required=True, help="entries, 256 bytes and 3 special tokens included")
+    parser.add_argument("--output", type=str, required=True, help="folder for tokenizer.json and tokenizer_config.json")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace a tokenizer that is there")
+    cfg = parse(parser, words)
+    with user_errors():
+        from bumblebee.tokenizer import Tokenizer
+        from datamodules import formats
+
+        if (Path(cfg.output) / "tokenizer.json").exists() and not cfg.overwrite:
+            raise ValueError(f"output: {cfg.output} already holds a tokenizer: add --overwrite to replace it")
+        texts = (formats.text_of(record) for file in formats.expand(cfg.files) for record in formats.read(file))
+        trained = Tokenizer.train(texts, cfg.vocab_size, show_progress=sys.stderr.isatty())
+        trained.save_pretrained(cfg.output)
+    print(f"{trained.vocab_size} tokens in {cfg.output}")
+
+
+# -- errors --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Values and files that cannot be used: one line, exit code 2. Around building and setting up, never around training."""
+    from bumblebee.arguments import fail
+
+    try:
+        with disk_errors():
+            yield
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        if os.environ.get("BUMBLEBEE_TRACEBACK"):
+            raise
+        fail(str(error))
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """A disk that is full or may not be written: one line, exit code 2, also in the middle of training."""
+    from bumblebee.arguments import fail
+
+    try:
+        yield
+    except OSError as error:
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+        if error.errno not in full and "cannot write" not in str(error):
+            raise
+        fail(str(error))

@@ -1,0 +1,1 @@
+"""Generating text: usable without any server."""
