@@ -21,10 +21,10 @@ class UserError(SystemExit):
 
 
 def fail(message: str) -> NoReturn:
-    """Print one line and end with exit code 2. Only rank 0 prints, where there are several."""
+    """Print one line and end with exit code 2. Where there are several ranks, one of each machine prints."""
     from bumblebee import distributed
 
-    if distributed.is_main():
+    if distributed.local_rank() == 0:
         print("bumblebee: " + " ".join(message.split()), file=sys.stderr)
     raise UserError(2)
 

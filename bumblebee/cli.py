@@ -222,10 +222,13 @@ def user_errors() -> Iterator[None]:
 @contextmanager
 def disk_errors() -> Iterator[None]:
     """A disk that is full or may not be written: one line, exit code 2, also in the middle of training."""
-    from bumblebee.arguments import fail
+    from bumblebee.arguments import UserError, fail
+    from bumblebee.distributed import OtherRankFailed
 
     try:
         yield
+    except OtherRankFailed:
+        raise UserError(2) from None  # that rank has told why
     except OSError as error:
         full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
         if error.errno not in full and "cannot write" not in str(error):

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class OtherRankFailed(RuntimeError):
+    """Another rank failed at something this one waits for; that rank tells why."""
+
+
 def rank() -> int:
     """This process among all, from 0."""
     return int(os.environ.get("RANK", "0"))
@@ -130,7 +134,7 @@ def barrier() -> None:
 def first_on_each_machine() -> Iterator[bool]:
     """Let one rank of each machine do the body before the others: ``with ... as first``. The others find its result.
 
-    If that rank fails, the others get a RuntimeError instead of waiting for ever.
+    If that rank fails, the others get OtherRankFailed instead of waiting for ever.
     """
     first = local_rank() == 0
     if not _many():
@@ -149,6 +153,6 @@ def first_on_each_machine() -> Iterator[bool]:
     finally:
         dist.all_reduce(failed)
     if failed.item() and not first:
-        raise RuntimeError("another rank failed while it prepared shared files; its message tells why")
+        raise OtherRankFailed("another rank failed while it prepared shared files; its message tells why")
     if not first:
         yield False

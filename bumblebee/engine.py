@@ -71,7 +71,9 @@ class Engine:
         deepspeed = _import_deepspeed(device)
         self.options = options
         self.device = device
-        model.to(device)
+        # Weights from a folder come in the file's dtype. For bf16 on stages 1 to 3 DeepSpeed casts, and keeps fp32 beside.
+        keeps_fp32_beside = options.precision == "bf16" and options.zero_stage > 0
+        model.to(device=device, dtype=None if keeps_fp32_beside else torch.float32)
         with _no_compiler_needed(deepspeed), redirect_stdout(io.StringIO()):  # it prints its memory at every turn
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer(groups), config=deepspeed_config(options), dist_init_required=False

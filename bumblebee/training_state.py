@@ -22,7 +22,8 @@ def written_together(folder: Path, device: torch.device) -> Iterator[Path]:
     """``written_aside`` for a folder into which every rank writes. The body may end early on some ranks: all learn of it.
 
     Raises:
-        OSError: on every rank, if any rank could not write; nothing of the folder is there then.
+        OSError: this rank could not write; nothing of the folder is there then.
+        OtherRankFailed: another one could not.
     """
     error: BaseException | None = None
     aside = folder.parent / f".{folder.name}.partial"
@@ -53,7 +54,7 @@ def _attempt(action: object) -> Exception | None:
 def _raise_if_any(error: BaseException | None, device: torch.device, folder: Path) -> None:
     """Leave together: with one's own error, or with the news of another rank's."""
     if distributed.any_rank(error is not None, device):
-        raise error or OSError(f"another rank could not write {folder}")
+        raise error or distributed.OtherRankFailed(f"another rank could not write {folder}")
 
 
 def save_random_state(folder: Path, rank: int) -> None:

@@ -28,15 +28,19 @@ class LanguageModeling(Task):
         self._token_lengths: Tensor | None = None  # bytes of each token id, for bits per byte
 
     def setup(self, data: DataModule) -> None:
-        """Check that the tokenizer's ids have rows in the model, and note the bytes of each token."""
+        """Check that the tokenizer fits the model, take over its special ids, and note the bytes of each token."""
         if data.tokenizer is None:
             return
-        config = getattr(self.model, "config", None)
-        if config is not None and data.tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {data.tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}:"
-                " train with the model's own tokenizer or build a model with a larger vocab_size"
-            )
+        config: Any = getattr(self.model, "config", None)
+        if config is not None:
+            if data.tokenizer.vocab_size > config.vocab_size:
+                raise ValueError(
+                    f"the tokenizer has {data.tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}:"
+                    " train with the model's own tokenizer or build a model with a larger vocab_size"
+                )
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # a new model learns them from its tokenizer
+                if getattr(config, name) is None:
+                    setattr(config, name, getattr(data.tokenizer, name))
         self._token_lengths = torch.tensor([len(piece) for piece in data.tokenizer.token_bytes])
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:

@@ -1,0 +1,77 @@
+"""What all tests share: caches in a temporary place, a small tokenizer, tiny models, and whole commands in a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
+
+ROOT = Path(__file__).parent.parent
+SAMPLES = ROOT / "recipes" / "samples"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU say so instead of failing."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none is visible"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token caches of the whole session, away from the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["BUMBLEBEE_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of 400 entries, trained on the sample texts."""
+    from bumblebee.tokenizer import Tokenizer
+    from datamodules import formats
+
+    texts = [formats.text_of(record) for record in formats.read(str(SAMPLES / "pretrain.jsonl"))]
+    folder = tmp_path_factory.mktemp("tokenizer")
+    Tokenizer.train(texts, 400).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Any]:
+    """A function that gives the config of a model of two layers and about 60,000 parameters, with changes."""
+    from bumblebee.config import BumblebeeConfig
+
+    def make(**changes: Any) -> BumblebeeConfig:
+        shape: dict[str, Any] = {
+            "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rope_theta": 10_000.0,
+        }  # fmt: skip
+        return BumblebeeConfig(**{**shape, **changes})
+
+    return make
+
+
+def run_command(*words: str, ranks: int = 1, launcher: str = "torchrun", **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``bumblebee WORDS`` in a process of its own, under a launcher where there are several ranks."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    start = [sys.executable, "-m"]
+    if ranks > 1 and launcher == "torchrun":
+        start += ["torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0", "-m"]
+    elif ranks > 1:
+        start = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "-m"]
+    return subprocess.run(
+        [*start, "bumblebee", *words], capture_output=True, text=True, timeout=options.pop("timeout", 240), cwd=ROOT,
+        env=environment, **options,
+    )  # fmt: skip
