@@ -71,6 +71,7 @@ class Engine:
         deepspeed = _import_deepspeed(device)
         self.options = options
         self.device = device
+        self.group_sizes = [sum(p.numel() for p in group["params"]) for group in groups]  # DeepSpeed flattens or shards them
         # Weights from a folder come in the file's dtype. For bf16 on stages 1 to 3 DeepSpeed casts, and keeps fp32 beside.
         keeps_fp32_beside = options.precision == "bf16" and options.zero_stage > 0
         model.to(device=device, dtype=None if keeps_fp32_beside else torch.float32)

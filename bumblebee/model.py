@@ -75,8 +75,7 @@ class Bumblebee(nn.Module):
 
     def __init__(self, config: BumblebeeConfig, attention: str = "auto") -> None:
         super().__init__()
-        if attention != "flash":  # flash depends on the dtype, which is only known when the model runs
-            choose(attention, torch.float32)
+        choose(attention, torch.bfloat16)  # refuses early; the true dtype is known only when the model runs, and checked then
         self.config = config
         self.attention = attention
         self.model = self.build_decoder()

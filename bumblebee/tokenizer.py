@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from bumblebee.checkpoint.atomic import write_json
 
 END_OF_TEXT = "<|endoftext|>"
 # What a new tokenizer reserves: the end of a document, and the turn marks of ChatML, so that a chat needs no new rows.
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
+# Where a text is cut before merging, as in Qwen2. It has to be Qwen2's: transformers 5 takes only vocabulary and merges from
+# the tokenizer.json beside a Qwen2 config.json, and cuts in its own way. (It also composes characters first, NFC. We do not,
+# so that decoding gives back every text: the ids of text that is not NFC are not the same there.)
+PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class Tokenizer:
@@ -60,7 +66,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
-        """A byte-level BPE (as in GPT-2) learned from texts.
+        """A byte-level BPE (as in GPT-2 and Qwen2) learned from texts.
 
         Args:
             texts: read once.
@@ -74,7 +80,12 @@ class Tokenizer:
         if vocab_size < least:
             raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and the special tokens need {least}")
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -99,12 +110,13 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", self.settings)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; no special token is added, and none is recognised in it."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Ids of a text; no special token is added, and none is recognised in it. Lone surrogates become U+FFFD."""
+        return self.backend.encode(_sound(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts, on all cores."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """``encode`` of many texts, on all cores."""
+        encodings = self.backend.encode_batch_fast([_sound(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""
@@ -162,6 +174,11 @@ class Tokenizer:
             if index not in self.special_ids:
                 table[index] = token.encode() if index in added else to_bytes(token)
         return table
+
+
+def _sound(text: str) -> str:
+    """Half a UTF-16 pair is no character, cannot be written as UTF-8, and the library refuses it."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:

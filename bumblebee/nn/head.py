@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bumblebee.nn import IGNORE
+from bumblebee.nn.cross_entropy import linear_cross_entropy
 
 
 class Head(nn.Linear):
@@ -36,7 +37,10 @@ class Head(nn.Linear):
             return super().forward(hidden)
         # Only targets reach the matrix product: prompts and padding cost nothing. On a GPU the indexing waits for it once.
         where = labels != IGNORE
-        logits = super().forward(hidden[where]).float()
+        targets, weight = hidden[where], self.weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            targets, weight = targets.to(dtype), weight.to(dtype)
         losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-        losses[where] = nn.functional.cross_entropy(logits, labels[where], reduction="none")
+        losses[where] = linear_cross_entropy(targets, weight, labels[where])
         return losses
