@@ -81,7 +81,7 @@ class BumblebeeConfig:
                 f" num_key_value_heads {self.num_key_value_heads}"
             )
         if self.attention_output_bias and not self.attention_bias:
-            raise ValueError("attention_output_bias is set without attention_bias: no model family has that, so no folder could")
+            raise ValueError("attention_output_bias is set without attention_bias: no model family has that")
         if self.rope_scaling is not None:
             self._check_rope_scaling(self.rope_scaling)
 

@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -242,6 +243,7 @@ def _import_deepspeed(device: torch.device) -> Any:
 
     # Its notes are for its developers. Errors pass; what a user must know we say ourselves.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     return deepspeed
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from bumblebee.checkpoint.atomic import write_json
+from bumblebee.checkpoint.atomic import read_json, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 # What a new tokenizer reserves: the end of a document, and the turn marks of ChatML, so that a chat needs no new rows.
@@ -23,9 +23,7 @@ SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 # Where a text is cut before merging, as in Qwen2. It has to be Qwen2's: transformers 5 takes only vocabulary and merges from
 # the tokenizer.json beside a Qwen2 config.json, and cuts in its own way. (It also composes characters first, NFC. We do not,
 # so that decoding gives back every text: the ids of text that is not NFC are not the same there.)
-PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Tokenizer:
@@ -58,11 +56,7 @@ class Tokenizer:
         except Exception as error:  # the library raises the bare class
             raise ValueError(f"{file}: {error}") from error
         config = Path(folder) / "tokenizer_config.json"
-        try:
-            settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"{config}: {error}") from error
-        return cls(backend, settings)
+        return cls(backend, read_json(config) if config.is_file() else {})
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
@@ -178,7 +172,11 @@ class Tokenizer:
 
 def _sound(text: str) -> str:
     """Half a UTF-16 pair is no character, cannot be written as UTF-8, and the library refuses it."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    try:
+        text.encode()  # far faster than the repair, which next to no text needs
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:

@@ -71,6 +71,21 @@ def flush_tree(folder: Path) -> None:
     flush(folder)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: no JSON, or none that is an object; the message names the file.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, {{...}}, got {type(value).__name__}")
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON, by way of a file beside it."""
     aside = path.with_name(f".{path.name}.partial")

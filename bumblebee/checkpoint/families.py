@@ -24,6 +24,7 @@ class Family:
         model_type: its other name there.
         read: config.json -> the fields that only this family has.
         write: the same fields back.
+        defaults: what its config.json may leave out and Hugging Face fills in otherwise than for other families.
         unused_keys: endings of weights that some files hold and no computation needs.
     """
 
@@ -31,6 +32,7 @@ class Family:
     model_type: str
     read: Callable[[Json], Json]
     write: Callable[[BumblebeeConfig], Json]
+    defaults: Json
     unused_keys: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
 
@@ -50,8 +52,20 @@ def _read_llama(raw: Json) -> Json:
 FAMILIES = {
     family.architecture: family
     for family in (
-        Family("Qwen2ForCausalLM", "qwen2", _read_qwen2, lambda c: {"use_sliding_window": False}),
-        Family("LlamaForCausalLM", "llama", _read_llama, lambda c: {"attention_bias": c.attention_bias, "mlp_bias": False}),
+        Family(
+            "Qwen2ForCausalLM",
+            "qwen2",
+            _read_qwen2,
+            lambda c: {"use_sliding_window": False},
+            defaults={"max_position_embeddings": 32768},
+        ),
+        Family(
+            "LlamaForCausalLM",
+            "llama",
+            _read_llama,
+            lambda c: {"attention_bias": c.attention_bias, "mlp_bias": False},
+            defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+        ),
     )
 }
 
@@ -62,7 +76,7 @@ _SHARED: Json = {
     "intermediate_size": None,
     "num_hidden_layers": None,
     "num_attention_heads": None,
-    "max_position_embeddings": 2048,
+    "max_position_embeddings": None,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
@@ -103,9 +117,9 @@ def read_config(raw: Json) -> BumblebeeConfig:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json has hidden_act {raw['hidden_act']!r}; only 'silu' is supported")
-    if "quantization_config" in raw:
+    if raw.get("quantization_config"):
         raise ValueError("config.json has a quantization_config; quantised weights are not supported")
-    shared: Json = {name: raw.get(name, default) for name, default in _SHARED.items()}
+    shared: Json = {name: raw.get(name, default) for name, default in {**_SHARED, **family.defaults}.items()}
     heads: Json = {
         "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
         "head_dim": raw.get("head_dim"),

@@ -6,7 +6,6 @@ A tied head is left out of the file and tied again on load.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bumblebee.checkpoint.atomic import write_json, written_aside
+from bumblebee.checkpoint.atomic import read_json, write_json, written_aside
 from bumblebee.checkpoint.families import family_named, read_config, write_config
 from bumblebee.config import BumblebeeConfig
 
@@ -49,8 +48,9 @@ def _from_config_json(folder: str | Path, read: Any) -> Any:
     if not file.is_file():
         there = "has no config.json" if Path(folder).is_dir() else "is not there"
         raise ValueError(f"{folder} is no model folder: it {there}")
+    raw = read_json(file)
     try:
-        return read(json.loads(file.read_text(encoding="utf-8")))
+        return read(raw)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -63,7 +63,10 @@ def weight_files(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if (folder / INDEX).is_file():
-        names = list(dict.fromkeys(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{folder / INDEX} has no weight_map")
+        names = list(dict.fromkeys(weight_map.values()))
     elif (folder / SINGLE).is_file():
         names = [SINGLE]
     else:

@@ -5,7 +5,6 @@ Prompts are computed together, padded on the right, into a key-value cache; then
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Literal
 import torch
 
 from bumblebee import distributed
+from bumblebee.checkpoint.atomic import read_json
 from bumblebee.inference.cache import KVCache
 from bumblebee.inference.detokenizer import Detokenizer
 from bumblebee.inference.params import SamplingParams
@@ -98,7 +98,7 @@ class Generator:
         model = Bumblebee.from_pretrained(folder, dtype=chosen, device=distributed.pick_device(device))
         tokenizer = Tokenizer.from_pretrained(folder)
         file = Path(folder) / "generation_config.json"
-        stops = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        stops = read_json(file).get("eos_token_id") if file.is_file() else None
         return cls(model, tokenizer, [stops] if isinstance(stops, int) else stops or [])
 
     def encode(self, prompt: str) -> list[int]:

@@ -1,0 +1,80 @@
+"""What holds for all callbacks: cheap imports, recipes, silence on ranks other than 0."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentParser
+
+import callbacks
+from bumblebee.callback import Callback
+
+ROOT = Path(__file__).parents[2]
+NAMES = callbacks.__all__
+NEED_A_MODEL = ("BigramBaseline", "RunSummary")
+
+
+def test_importing_callbacks_imports_no_heavy_package():
+    code = (
+        f"import sys, callbacks; [getattr(callbacks, name) for name in {NAMES}];"
+        "print([name for name in ('torch', 'matplotlib', 'tensorboard', 'tqdm', 'numpy', 'deepspeed') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_importing_the_package_alone_imports_none_of_its_modules():
+    code = "import sys, callbacks; print([name for name in sys.modules if name.startswith('callbacks.')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Chekpoint'"):
+        callbacks.Chekpoint  # noqa: B018
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_builds_it_by_class_path(name):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=dict[str, Callback | None])
+    options = parser.parse_args([f"--callbacks={json.dumps({'one': {'class_path': f'callbacks.{name}'}})}"])
+    assert type(parser.instantiate(options).callbacks["one"]) is getattr(callbacks, name)
+
+
+def test_a_flag_changes_one_option_of_one_callback():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=dict[str, Callback | None])
+    recipe = {"checkpoint": {"class_path": "callbacks.Checkpoint", "init_args": {"every": 500, "keep": 5}}}
+    options = parser.parse_args([f"--callbacks={json.dumps(recipe)}", "--callbacks.checkpoint.every=7"])
+    checkpoint = parser.instantiate(options).callbacks["checkpoint"]
+    assert (checkpoint.every, checkpoint.keep) == (7, 5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_ranks_neither_write_nor_speak(name, fake, tmp_path, capsys):
+    trainer = fake([getattr(callbacks, name)()], is_main=False)
+    trainer.save_checkpoint = lambda last=False: None  # on other ranks it takes part, and rank 0 writes
+    trainer.run()
+    trainer.validate()
+    trainer.call("on_exception", RuntimeError("no"))
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_failure_before_the_start_is_survived(name, fake, tmp_path):
+    fake([getattr(callbacks, name)()]).call("on_exception", ValueError("raised by another callback's on_fit_start"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_state_is_json(name, fake):
+    callback = getattr(callbacks, name)()
+    if name not in NEED_A_MODEL:
+        fake([callback]).run()
+    state = callback.state_dict()
+    assert json.loads(json.dumps(state, allow_nan=False)) == state

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+
+from callbacks import TensorBoard
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_metrics_are_there_by_group(whole):
+    found = scalars(whole.folder / "tensorboard")
+    assert {"train/loss", "train/lr", "train/grad_norm", "validation/loss", "validation/perplexity"} <= set(found)
+    assert "train/step" not in found
+    assert [step for step, _ in found["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in found["validation/loss"]] == [0, 3, 6]
+
+
+def test_after_a_resume_each_step_is_there_once(continued, whole):
+    assert scalars(continued.folder / "tensorboard") == scalars(whole.folder / "tensorboard")
+
+
+def test_numbers_are_on_the_disk_after_each_log(fake, tmp_path):
+    trainer = fake([TensorBoard("events")])
+    trainer.call("on_fit_start")
+    trainer.step = 1
+    trainer.call("on_log", {"step": 1, "loss": 0.5})
+    assert scalars(tmp_path / "events") == {"train/loss": [(1, 0.5)]}
+    trainer.call("on_fit_end")
+
+
+@pytest.mark.parametrize("end", [("on_fit_end",), ("on_exception", RuntimeError())])
+def test_the_file_is_closed_at_the_end(fake, end):
+    callback = TensorBoard()
+    trainer = fake([callback])
+    trainer.call("on_fit_start")
+    writer = callback._writer
+    trainer.call("on_log", {"loss": 0.5})
+    trainer.call(*end)
+    assert writer.all_writers is None  # what SummaryWriter.close leaves
+    trainer.call("on_exception", RuntimeError())
+
+
+def test_an_empty_folder_name_is_refused():
+    with pytest.raises(ValueError, match="folder must be a name, got ''"):
+        TensorBoard("")

@@ -1,0 +1,120 @@
+"""config.json comes back as it was written, and a setting that we do not compute is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bumblebee import BumblebeeConfig
+from bumblebee.checkpoint.families import FAMILIES, family_of, read_config, write_config
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"], "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+LLAMA = {**QWEN2, "architectures": ["LlamaForCausalLM"]}
+
+IDS = st.none() | st.integers(0, 99)
+CONFIGS = st.builds(
+    BumblebeeConfig,
+    vocab_size=st.integers(1, 1000),
+    hidden_size=st.sampled_from([32, 48]),
+    num_attention_heads=st.sampled_from([2, 4]),
+    num_key_value_heads=st.sampled_from([1, 2]),
+    head_dim=st.sampled_from([None, 6, 16]),
+    max_position_embeddings=st.integers(1, 10**6),
+    rope_theta=st.floats(1.0, 1e7),
+    rope_scaling=st.sampled_from([None, LLAMA3]),
+    rms_norm_eps=st.floats(1e-9, 1e-3),
+    tie_word_embeddings=st.booleans(),
+    attention_bias=st.just(True),
+    attention_output_bias=st.booleans(),
+    initializer_range=st.floats(0, 1),
+    bos_token_id=IDS,
+    eos_token_id=IDS | st.lists(st.integers(0, 99), min_size=1),
+    pad_token_id=IDS,
+)
+
+
+@given(CONFIGS)
+def test_a_config_comes_back_from_its_config_json(config):
+    raw = json.loads(json.dumps(write_config(config, "float32")))
+    assert read_config(raw) == config
+
+
+@pytest.mark.parametrize(
+    ("bias", "output_bias", "name"),
+    [(True, False, "Qwen2ForCausalLM"), (True, True, "LlamaForCausalLM"), (False, False, "LlamaForCausalLM")],
+)
+def test_the_architecture_follows_from_the_biases(tiny, bias, output_bias, name):
+    config = tiny(attention_bias=bias, attention_output_bias=output_bias)
+    assert family_of(config).architecture == name
+    assert read_config(write_config(config, "float32")) == config
+
+
+def test_weights_dtype_and_activation_are_written(tiny):
+    raw = write_config(tiny(), "bfloat16")
+    assert raw["torch_dtype"] == "bfloat16" and raw["hidden_act"] == "silu" and raw["model_type"] == "qwen2"
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_theta": 5e5, "rope_scaling": {("type" if key == "rope_type" else key): LLAMA3[key] for key in LLAMA3}},
+        {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
+    ],
+    ids=["old", "old with the key type", "new"],
+)
+def test_each_layout_of_rope_settings_gives_the_same_config(rope):
+    config = read_config({**LLAMA, **rope})
+    assert config.rope_theta == 5e5 and config.rope_scaling == LLAMA3
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{}, {"rope_scaling": None}, {"rope_parameters": {"rope_type": "default"}}, {"rope_scaling": {"type": "default"}}],
+    ids=str,
+)
+def test_rope_settings_left_out_or_default_mean_no_scaling(rope):
+    config = read_config({**LLAMA, **rope})
+    assert config.rope_theta == 10_000.0 and config.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({**QWEN2, "architectures": ["MistralForCausalLM"]}, "architectures ['MistralForCausalLM'] in config.json: supported"),
+        ({**QWEN2, "architectures": None}, "architectures [] in config.json: supported are Qwen2ForCausalLM, LlamaForCausalLM"),
+        ({**QWEN2, "hidden_act": "gelu"}, "hidden_act 'gelu'; only 'silu'"),
+        ({**QWEN2, "use_sliding_window": True}, "use_sliding_window true; a sliding window is not supported"),
+        ({**QWEN2, "quantization_config": {"bits": 4}}, "quantization_config; quantised weights are not supported"),
+        ({**LLAMA, "mlp_bias": True}, "mlp_bias true"),
+        ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({**LLAMA, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'; known are default, llama3"),
+        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type 'linear'"),
+        ({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}, "lacks vocab_size, intermediate_size, num_hidden_layers"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_supported_is_refused_by_name(raw, message):
+    with pytest.raises(ValueError) as caught:
+        read_config(raw)
+    assert message in str(caught.value)
+
+
+def test_every_family_is_found_by_its_architecture():
+    assert {name: family.architecture for name, family in FAMILIES.items()} == {name: name for name in FAMILIES}
+
+
+@pytest.mark.parametrize("harmless", [{"quantization_config": None}, {"use_sliding_window": False, "sliding_window": 4096}])
+def test_settings_that_change_nothing_are_taken(harmless):
+    assert read_config({**QWEN2, **harmless}) == read_config(QWEN2)

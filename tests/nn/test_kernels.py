@@ -1,0 +1,194 @@
+"""Every attention kernel computes the formula, and the mask says what its docstring says.
+
+The formula is written once more here with Python loops, so that a mistake in the mask, which all kernels share, is seen.
+Shapes: B rows, T queries, S keys, H query heads, K key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bumblebee.nn.attention import Attention
+from bumblebee.nn.kernels import KERNELS, AttentionMask, choose, flash, naive, sdpa
+
+B, T, S, H, D = 2, 7, 11, 4, 8
+PACKED = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]])  # the last two of row 0 are padding
+QUERIES = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 4, 5, 10]])  # places in a cache of S keys
+
+MASKS = {
+    "causal": (AttentionMask, T),
+    "packed": (lambda: AttentionMask.packed(PACKED), T),
+    "cached": (lambda: AttentionMask(query_positions=QUERIES), S),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def inputs(keys: int, groups: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(groups)
+    shapes = [(B, T, H, D), (B, keys, H // groups, D), (B, keys, H // groups, D)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def sees(mask: AttentionMask, row: int, query: int, key: int) -> bool:
+    """The rule of the mask, for one pair."""
+    if mask.query_positions is not None:
+        return key <= mask.query_positions[row, query]
+    same = mask.documents is None or bool(mask.documents[row, query] == mask.documents[row, key])
+    return key <= query and same
+
+
+def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
+    """Softmax of scores over the keys that are seen, one query and one head at a time."""
+    out = torch.zeros_like(q)
+    for b, t, h in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
+        group = h // (q.shape[2] // k.shape[2])
+        seen = [s for s in range(k.shape[1]) if sees(mask, b, t, s)]
+        weights = torch.softmax(torch.stack([q[b, t, h] @ k[b, s, group] / math.sqrt(q.shape[3]) for s in seen]), 0)
+        out[b, t, h] = sum(weight * v[b, s, group] for weight, s in zip(weights, seen, strict=True))
+    return out
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("layout", MASKS)
+def test_naive_equals_the_formula_written_with_loops(layout, groups):
+    make, keys = MASKS[layout]
+    q, k, v = inputs(keys, groups)
+    torch.testing.assert_close(naive(q, k, v, make()), by_hand(q, k, v, make()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("layout", MASKS)
+def test_sdpa_equals_naive(layout, groups, dtype):
+    make, keys = MASKS[layout]
+    q, k, v = inputs(keys, groups, dtype)
+    out = sdpa(q, k, v, make())
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, naive(q, k, v, make()), rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("layout", MASKS)
+def test_sdpa_gradients_equal_naive_gradients(layout):
+    make, keys = MASKS[layout]
+
+    def gradients(kernel):
+        leaves = [x.requires_grad_() for x in inputs(keys, 2)]
+        return torch.autograd.grad(kernel(*leaves, make()).square().sum(), leaves)
+
+    torch.testing.assert_close(gradients(sdpa), gradients(naive), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["naive", "sdpa"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_padding_rows_attend_to_themselves_and_give_no_nan(kernel, dtype):
+    q, k, v = inputs(T, 2, dtype)
+    out = KERNELS[kernel](q, k, v, AttentionMask.packed(torch.zeros(B, T, dtype=torch.int64)))
+    torch.testing.assert_close(out, v.repeat_interleave(2, dim=2), rtol=0, atol=TOLERANCE[dtype])
+
+
+@st.composite
+def rows_of_documents(draw) -> list[list[int]]:
+    """For each row the lengths of its documents; all rows are equally long."""
+    length = draw(st.integers(1, 12))
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        cuts = sorted(draw(st.sets(st.integers(1, length - 1)) if length > 1 else st.just(set())))
+        rows.append([end - start for start, end in zip([0, *cuts], [*cuts, length], strict=True)])
+    return rows
+
+
+@given(rows_of_documents())
+def test_a_packed_mask_shows_each_query_its_own_document_up_to_itself(rows):
+    position_ids = torch.tensor([[place for length in row for place in range(length)] for row in rows])
+    numbers = [[n for n, length in enumerate(row) for _ in range(length)] for row in rows]
+    length = position_ids.shape[1]
+    mask = AttentionMask.packed(position_ids)
+    expected = [[[row[q] == row[k] and k <= q for k in range(length)] for q in range(length)] for row in numbers]
+    assert mask.dense(length, length, torch.device("cpu"))[:, 0].tolist() == expected
+
+
+@given(rows_of_documents())
+def test_cumulative_lengths_are_those_of_the_documents_of_all_rows(rows):
+    position_ids = torch.tensor([[place for length in row for place in range(length)] for row in rows])
+    ends, longest = AttentionMask.packed(position_ids).cumulative_lengths
+    lengths = [length for row in rows for length in row]
+    assert ends.dtype == torch.int32
+    assert ends.diff().tolist() == lengths and ends[0] == 0 and longest == max(lengths)
+
+
+def fake_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, causal):
+    """What flash_attn_varlen_func promises: causal attention inside each stretch of the flattened batch."""
+    assert causal and q.dim() == 3 and starts_q is starts_k and longest_q == longest_k == int(starts_q.diff().max())
+    stretches = zip(starts_q[:-1].tolist(), starts_q[1:].tolist(), strict=True)
+    return torch.cat([naive(q[None, a:b], k[None, a:b], v[None, a:b], AttentionMask())[0] for a, b in stretches])
+
+
+@pytest.fixture
+def fake_flash(monkeypatch):
+    """A stand-in for the flash-attn package that follows its documentation, so that the wiring is tested without a GPU."""
+
+    def fake(q, k, v, causal):
+        assert causal
+        return naive(q, k, v, AttentionMask())
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=fake, flash_attn_varlen_func=fake_varlen))
+
+
+@pytest.mark.parametrize("layout", MASKS)
+def test_flash_hands_its_package_the_same_attention(layout, fake_flash):
+    make, keys = MASKS[layout]
+    q, k, v = inputs(keys, 2)
+    torch.testing.assert_close(flash(q, k, v, make()), naive(q, k, v, make()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("layout", MASKS)
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+def test_gpu_kernels_equal_naive(kernel, layout, groups):
+    if kernel == "flash":
+        pytest.importorskip("flash_attn")
+    make, keys = MASKS[layout]
+    q, k, v = (x.cuda() for x in inputs(keys, groups, torch.bfloat16))
+    mask = make()
+    moved = AttentionMask(*(None if x is None else x.cuda() for x in (mask.documents, mask.query_positions)))
+    torch.testing.assert_close(KERNELS[kernel](q, k, v, moved), naive(q, k, v, moved), rtol=0, atol=2e-2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_flash_without_a_gpu_is_refused_and_the_message_says_what_it_needs(dtype):
+    with pytest.raises(ValueError, match=r"'flash' needs the flash-attn package \(pip install .*no GPU is visible"):
+        choose("flash", dtype)
+
+
+def test_auto_is_sdpa_where_flash_cannot_run():
+    assert choose("auto", torch.float32) == "sdpa"
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown attention 'flsh'; known are auto, naive, sdpa, flash"):
+        choose("flsh", torch.float32)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_the_dense_mask_of_a_plain_window_is_lower_triangular(queries, keys):
+    dense = AttentionMask().dense(queries, keys, torch.device("cpu"))
+    assert dense[0, 0].tolist() == [[k <= q for k in range(keys)] for q in range(queries)]
+
+
+def test_attention_of_two_kernels_is_the_same_module_otherwise():
+    torch.manual_seed(0)
+    modules = [Attention(32, H, 2, D, bias=True, output_bias=True, kernel=kernel) for kernel in ("naive", "sdpa")]
+    modules[1].load_state_dict(modules[0].state_dict())
+    x, ones = torch.randn(B, T, 32), torch.ones(B, T, 1, D // 2)
+    outs = [module(x, (ones, torch.zeros_like(ones)), AttentionMask()) for module in modules]
+    torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=1e-5)

@@ -1,0 +1,78 @@
+"""Rotary embedding turns pairs by the right angles, in fp32 whatever the model's dtype."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bumblebee import Bumblebee
+from bumblebee.nn.rope import RotaryEmbedding, rotary_frequencies, rotate
+
+D, THETA = 16, 10_000.0
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@given(st.integers(0, 40_000))
+def test_cosines_and_sines_are_those_of_position_times_frequency(position):
+    cos, sin = RotaryEmbedding(D, THETA)(torch.tensor([[position]]))
+    angles = [position * THETA ** (-2 * i / D) for i in range(D // 2)]  # fp64
+    bound = 1e-6 + position * 2.0**-22  # what fp32 can hold of an angle this large
+    assert cos.shape == sin.shape == (1, 1, 1, D // 2) and cos.dtype == sin.dtype == torch.float32
+    assert cos.flatten().tolist() == pytest.approx([math.cos(a) for a in angles], abs=bound)
+    assert sin.flatten().tolist() == pytest.approx([math.sin(a) for a in angles], abs=bound)
+
+
+def test_rotation_equals_multiplication_by_a_complex_number():
+    x = torch.randn(2, 5, 3, D, dtype=torch.float64)
+    cos, sin = RotaryEmbedding(D, THETA)(torch.arange(5).expand(2, 5))
+    turned = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * torch.complex(cos.double(), sin.double())
+    torch.testing.assert_close(rotate(x, cos, sin), torch.cat((turned.real, turned.imag), -1), rtol=0, atol=1e-5)
+
+
+def test_scores_depend_on_the_distance_only():
+    q, k = torch.randn(2, 1, 1, 1, D)
+    rope = RotaryEmbedding(D, THETA)
+
+    def score(query: int, key: int) -> float:
+        return float((rotate(q, *rope(torch.tensor([[query]]))) * rotate(k, *rope(torch.tensor([[key]])))).sum())
+
+    assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)
+    assert abs(score(9, 4) - score(9, 8)) > 1e-2
+
+
+def test_rotate_keeps_the_dtype():
+    cos, sin = RotaryEmbedding(D, THETA)(torch.tensor([[3]]))
+    assert rotate(torch.randn(1, 1, 1, D, dtype=torch.bfloat16), cos, sin).dtype == torch.bfloat16
+
+
+def test_llama3_keeps_short_wavelengths_and_stretches_long_ones():
+    plain, scaled = rotary_frequencies(D, THETA), RotaryEmbedding(D, THETA, LLAMA3)._frequencies
+    wavelengths = 2 * math.pi / plain
+    short, long = wavelengths < 64 / 4.0, wavelengths > 64 / 1.0
+    assert short.any() and long.any() and not (short | long).all(), "the three kinds must all occur"
+    torch.testing.assert_close(scaled[short], plain[short])
+    torch.testing.assert_close(scaled[long], plain[long] / 8.0)
+    between = ~(short | long)
+    assert (scaled[between] < plain[between]).all() and (scaled[between] > plain[between] / 8.0).all()
+
+
+def test_angles_stay_fp32_after_the_model_becomes_bf16(tiny):
+    model = Bumblebee(tiny(rope_theta=1_000_000.0))
+    far = torch.tensor([[29_999, 30_000, 30_001]])
+    before = model.model.rotary(far)
+    after = model.bfloat16().model.rotary(far)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    in_bf16 = (far.bfloat16()[..., None] * rotary_frequencies(8, 1_000_000.0).bfloat16()).cos()
+    assert (in_bf16 - before[0][:, :, 0]).abs().max() > 0.5, "far positions would show a bf16 computation"
+    assert (after[0][0, 0] != after[0][0, 1]).any(), "in bf16 neighbours at 30000 are one position"
+
+
+def test_frequencies_are_no_part_of_the_state_dict(tiny):
+    assert not [key for key in Bumblebee(tiny()).state_dict() if "rotary" in key]

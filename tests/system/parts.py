@@ -1,0 +1,164 @@
+"""Parts for small real runs: rows of random tokens, a model of 30,000 weights, callbacks that stop, signal, kill or fill disks.
+
+Used by the tests in their own process and, through ``ranks.py``, by several ranks under torchrun.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bumblebee.callback import Callback
+from bumblebee.config import BumblebeeConfig
+from bumblebee.datamodule import Batch, DataModule
+from bumblebee.model import Bumblebee
+from bumblebee.nn import IGNORE
+from bumblebee.optim import Schedule
+from bumblebee.tasks.language_modeling import LanguageModeling
+from bumblebee.tasks.task import Task
+from bumblebee.trainer import Trainer
+
+VOCABULARY, LENGTH = 64, 16
+
+
+class Rows(DataModule):
+    """Random rows; sample i has ``targets[i % len(targets)]`` targets, so that their numbers may differ as much as wanted."""
+
+    def __init__(self, samples: int = 22, targets: tuple[int, ...] | list[int] = (16, 1, 7, 0, 12), content: int = 0) -> None:
+        self.samples, self.targets, self.content = samples, list(targets), content
+
+    def setup(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(self.content)
+        tokens = torch.randint(0, VOCABULARY, (self.samples, LENGTH + 1), generator=generator)
+        wanted = torch.tensor([self.targets[i % len(self.targets)] for i in range(self.samples)])
+        labels = tokens[:, 1:].masked_fill(torch.arange(LENGTH) < LENGTH - wanted[:, None], IGNORE)
+        self.train = list(zip(tokens[:, :-1], labels, strict=True))
+        self.validation = self.train[:5]
+
+    def collate(self, samples: list[Any]) -> Batch:
+        input_ids, labels = (torch.stack(part) for part in zip(*samples, strict=True))
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "position_ids": torch.arange(LENGTH).expand(len(samples), LENGTH),
+        }
+
+
+class Noisy(LanguageModeling):
+    """A task that draws from all random generators in each step, as dropout would: a resume has to continue their series."""
+
+    def training_step(self, model: Any, batch: Batch) -> dict[str, torch.Tensor]:
+        noise = float(torch.rand(()) + random.random())
+        return {name: loss * (0.5 + noise) for name, loss in super().training_step(model, batch).items()}
+
+
+class Recorder(Callback):
+    """Keeps all metrics, through a resume as well."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+
+    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        self.metrics.append(metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metrics": self.metrics}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.metrics = list(state["metrics"])
+
+
+class StopAfter(Callback):
+    """Ends the run after a step, on one rank's word."""
+
+    def __init__(self, step: int, rank: int = 0) -> None:
+        self.step, self.rank = step, rank
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.step == self.step and int(os.environ.get("RANK", "0")) == self.rank:
+            trainer.should_stop = True
+
+
+class SignalIn(Callback):
+    """Sends this process a signal in the middle of a step, on one rank."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM, rank: int = 0, times: int = 1) -> None:
+        self.step, self.number, self.rank, self.times = step, number, rank, times
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        if trainer.step == self.step and int(os.environ.get("RANK", "0")) == self.rank:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+class KillInSave(Callback):
+    """kill -9 in the middle of a checkpoint: after the shards, before the trainer's own file."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.now = step, 0
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        self.now = trainer.step
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.now == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+
+class FullDisk(Callback):
+    """From a step on, one rank cannot write files larger than so many bytes, as on a disk that is nearly full."""
+
+    def __init__(self, step: int, rank: int = 0, size: int = 20_000) -> None:
+        self.step, self.rank, self.size = step, rank, size
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.step == self.step and int(os.environ.get("RANK", "0")) == self.rank:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, hard))
+
+
+def small_model(seed: int = 0, **changes: Any) -> Bumblebee:
+    """The model of these tests, always with the same weights."""
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": VOCABULARY}
+    torch.manual_seed(seed)
+    return Bumblebee(BumblebeeConfig.preset("tiny", **{**shape, **changes}))
+
+
+ADAMW = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+
+
+def train(
+    folder: str | Path,
+    *,
+    data: DataModule | None = None,
+    task: Task | None = None,
+    optimizer: Any = ADAMW,
+    schedule: Schedule | None = None,
+    callbacks: dict[str, Callback | None] | None = None,
+    seed: int = 42,
+    overwrite: bool = False,
+    **options: Any,
+) -> list[dict[str, float]]:
+    """Train the small model in fp32, and return all lines of metrics."""
+    recorder = Recorder()
+    options = {"max_steps": 6, "micro_batch_size": 2, "accumulate": 2, "precision": "fp32", "device": "cpu", **options}
+    Trainer(**options).fit(
+        task or LanguageModeling(small_model()),
+        data or Rows(),
+        optimizer,
+        schedule,
+        {"recorder": recorder, **(callbacks or {})},
+        folder,
+        seed,
+        overwrite,
+    )
+    return recorder.metrics

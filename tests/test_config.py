@@ -1,0 +1,106 @@
+"""BumblebeeConfig refuses shapes that do not fit together, by name and value, and its presets are the published ones."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bumblebee import BumblebeeConfig
+from bumblebee.config import PRESETS
+
+# Parameters of the published Qwen2.5 weights; `parameters_by_hand` below computes the same from the shapes.
+PUBLISHED = {
+    "0.5b": 494_032_768,
+    "1.5b": 1_543_714_304,
+    "3b": 3_085_938_688,
+    "7b": 7_615_616_512,
+    "14b": 14_770_033_664,
+    "32b": 32_763_876_352,
+    "72b": 72_706_203_648,
+}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def parameters_by_hand(c: BumblebeeConfig) -> int:
+    """The sum over a Qwen2's weights."""
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    attention = c.hidden_size * (2 * queries + 2 * keys) + queries + 2 * keys
+    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    tables = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    return tables + c.num_hidden_layers * layer + c.hidden_size
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_has_the_published_number_of_parameters(name):
+    assert parameters_by_hand(BumblebeeConfig.preset(name)) == PUBLISHED[name]
+
+
+def test_every_preset_but_tiny_is_a_published_one():
+    assert set(PRESETS) == {*PUBLISHED, "tiny"}
+
+
+def test_a_preset_takes_changes_and_stays_as_it_was():
+    assert BumblebeeConfig.preset("0.5b", num_hidden_layers=4).num_hidden_layers == 4
+    assert BumblebeeConfig.preset("0.5b").num_hidden_layers == 24
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown preset '0\.6b'; known are tiny, 0\.5b, .*72b"):
+        BumblebeeConfig.preset("0.6b")
+
+
+def test_an_unknown_field_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown field 'num_layers' \(did you mean 'num_hidden_layers'\?\)"):
+        BumblebeeConfig.preset("tiny", num_layers=4)
+    with pytest.raises(ValueError, match=r"unknown field 'zzz'$"):
+        BumblebeeConfig.preset("tiny", zzz=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers must be at least 1, got -1"),
+        ({"hidden_size": 30}, "hidden_size 30 is not a multiple of num_attention_heads 4"),
+        ({"hidden_size": 20}, "head_dim 5 must be even"),
+        ({"head_dim": 7}, "head_dim 7 must be even"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'; known are default, llama3"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_type None; known are default, llama3"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
+         "lacks low_freq_factor, original_max_position_embeddings"),
+        ({"attention_bias": False, "attention_output_bias": True}, "attention_output_bias is set without attention_bias"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_with_its_value(tiny, changes, message):
+    with pytest.raises(ValueError) as caught:
+        tiny(**changes)
+    assert message in str(caught.value)
+
+
+def test_head_dim_is_hidden_size_by_heads_unless_it_is_set(tiny):
+    assert tiny().head_dim == 8
+    assert tiny(head_dim=16).head_dim == 16
+    assert tiny(hidden_size=30, head_dim=8).head_dim == 8, "hidden_size need not divide then"
+
+
+@pytest.mark.parametrize(("given_", "ids"), [(None, []), (7, [7]), (0, [0]), ([7, 9], [7, 9])])
+def test_eos_token_ids_is_always_a_list(tiny, given_, ids):
+    assert tiny(eos_token_id=given_).eos_token_ids == ids
+
+
+@given(
+    heads=st.sampled_from([(4, 1), (4, 2), (4, 4), (6, 3)]),
+    head_dim=st.integers(1, 32).map(lambda half: 2 * half),
+    scaling=st.sampled_from([None, LLAMA3, {"rope_type": "default"}]),
+    eos=st.none() | st.integers(0, 9) | st.lists(st.integers(0, 9)),
+)
+def test_a_dict_of_its_fields_gives_the_same_config_again(heads, head_dim, scaling, eos):
+    config = BumblebeeConfig(
+        num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=head_dim, rope_scaling=scaling, eos_token_id=eos
+    )
+    assert BumblebeeConfig(**config.to_dict()) == config

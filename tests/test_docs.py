@@ -1,0 +1,68 @@
+"""What the documents tell people to type works: every command is run, or, where it asks for many GPUs, parsed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bumblebee.cli import main
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(document: Path) -> list[str]:
+    """The lines of the document's ``sh`` blocks, continued lines joined, comments left out."""
+    blocks = re.findall(r"```sh\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in (line.split(" #")[0].strip() for line in lines) if line]
+
+
+def bumblebee_words(command: str) -> list[str] | None:
+    """What follows ``bumblebee`` in a command, with or without a launcher."""
+    words = shlex.split(command)
+    return words[words.index("bumblebee") + 1 :] if "bumblebee" in words else None
+
+
+FITS = [c for d in DOCUMENTS for c in commands(d) if (bumblebee_words(c) or [""])[0] == "fit"]
+
+
+@pytest.mark.parametrize("command", FITS)
+def test_training_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as done:
+        main([*(bumblebee_words(command) or []), "--print_config"])
+    assert not done.value.code
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    named = {target for d in DOCUMENTS for target in re.findall(r"\bmake ([a-z-]+)", d.read_text())}
+    assert {"quickstart", "test"} <= named
+    for target in named - {"sure"}:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"no target {target!r} in the Makefile"
+
+
+@pytest.mark.slow
+def test_the_readme_runs_as_written(tmp_path: Path) -> None:
+    """One after the other, in a folder that has nothing but the recipes."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    run = [c for c in commands(ROOT / "README.md") if c.startswith("bumblebee ")]
+    assert [shlex.split(c)[1] for c in run] == ["tokenizer", "fit", "generate", "validate", "fit"]
+    for command in run:
+        words = [sys.executable, "-m", "bumblebee", *shlex.split(command)[1:]]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_links_and_pictures_of_the_documents_are_there() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document.name} points at {target}"
