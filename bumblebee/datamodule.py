@@ -22,7 +22,7 @@ Batch = dict[str, "Tensor"]
 
 
 class DataModule(ABC):
-    """The base. A subclass sets ``train`` in ``setup`` and may set ``validation`` and ``tokenizer``.
+    """Where batches come from: sets ``train`` in ``setup``, and perhaps ``validation`` and ``tokenizer``.
 
     Attributes:
         train: samples to learn from, by index.

@@ -1,7 +1,7 @@
 """Parameter groups, and learning-rate schedules.
 
-A schedule is a function of the step alone: ``factor(step, total)`` times the optimizer's learning rate. Nothing needs to be
-saved or restored, and a resumed run continues on the same curve.
+A schedule is a function of the step: ``factor(step, total)`` times the optimizer's learning rate. All but ReduceOnPlateau need
+nothing to be saved: a resumed run continues on the same curve.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +54,9 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], factor: float) -> float:
 
 
 class Schedule(ABC):
-    """A warm-up from 0 to 1 over the first steps, then ``decay``.
+    """A warm-up in a straight line from 0 to 1, then ``decay``.
+
+    The curves are those of transformers' schedulers, whose first step has a rate of 0 where there is a warm-up.
 
     Args:
         warmup_ratio: share of all steps, rounded up, that the warm-up takes.
@@ -66,28 +68,58 @@ class Schedule(ABC):
 
     def __init__(self, warmup_ratio: float = 0.1, warmup_steps: int | None = None) -> None:
         if not 0 <= warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio {warmup_ratio} must be in [0, 1)")
+            raise ValueError(f"warmup_ratio must be in [0, 1), got {warmup_ratio}")
         if warmup_steps is not None and warmup_steps < 0:
-            raise ValueError(f"warmup_steps {warmup_steps} must not be negative")
+            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
         self.warmup_ratio = warmup_ratio
         self.warmup_steps = warmup_steps
 
     def factor(self, step: int, total: int) -> float:
         """What the learning rate is multiplied with in step ``step`` (from 0) of ``total``."""
-        warmup = math.ceil(self.warmup_ratio * total) if self.warmup_steps is None else self.warmup_steps
+        warmup = self.warmup_of(total)
         if step < warmup:
-            return (step + 1) / (warmup + 1)  # no step is wasted at a rate of zero
-        return self.decay((step - warmup) / max(1, total - warmup))
+            return step / warmup
+        return self.decay(step - warmup, max(1, total - warmup), warmup)
+
+    def warmup_of(self, total: int) -> int:
+        """Steps of the warm-up in a run of ``total``; by ratio, at least one step is left to learn something in."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return min(math.ceil(self.warmup_ratio * total), max(0, total - 1))
 
     @abstractmethod
-    def decay(self, progress: float) -> float:
-        """The factor after the warm-up; ``progress`` runs from 0 to 1."""
+    def decay(self, step: int, total: int, warmup: int) -> float:
+        """The factor after the warm-up, in step ``step`` (from 0) of the ``total`` that follow ``warmup`` steps."""
+
+    def observe(self, metrics: dict[str, float]) -> None:  # noqa: B027  (most curves do not look)
+        """The metrics of a validation; called on every rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs beside the step, as JSON values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take back what ``state_dict`` gave."""
+
+
+def _check_ratio(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return value
 
 
 class Constant(Schedule):
-    """No decay."""
+    """No decay.
 
-    def decay(self, progress: float) -> float:
+    Args:
+        warmup_ratio: see Schedule.
+        warmup_steps: see Schedule.
+    """
+
+    def __init__(self, warmup_ratio: float = 0.0, warmup_steps: int | None = None) -> None:
+        super().__init__(warmup_ratio, warmup_steps)
+
+    def decay(self, step: int, total: int, warmup: int) -> float:
         return 1.0
 
 
@@ -102,24 +134,163 @@ class Linear(Schedule):
 
     def __init__(self, warmup_ratio: float = 0.1, warmup_steps: int | None = None, min_ratio: float = 0.0) -> None:
         super().__init__(warmup_ratio, warmup_steps)
-        self.min_ratio = min_ratio
+        self.min_ratio = _check_ratio("min_ratio", min_ratio)
 
-    def decay(self, progress: float) -> float:
-        return self.min_ratio + (1 - self.min_ratio) * (1 - progress)
+    def decay(self, step: int, total: int, warmup: int) -> float:
+        return self.min_ratio + (1 - self.min_ratio) * max(0.0, 1 - step / total)
 
 
 class Cosine(Schedule):
-    """Half a cosine from 1 to ``min_ratio`` (arXiv 1608.03983 without restarts).
+    """Half a cosine from 1 to ``min_ratio``, or several with hard restarts (arXiv 1608.03983).
 
     Args:
         warmup_ratio: see Schedule.
         warmup_steps: see Schedule.
+        min_ratio: the factor at the end of each half cosine.
+        cycles: how many of them.
+    """
+
+    def __init__(
+        self, warmup_ratio: float = 0.1, warmup_steps: int | None = None, min_ratio: float = 0.0, cycles: int = 1
+    ) -> None:
+        super().__init__(warmup_ratio, warmup_steps)
+        self.min_ratio = _check_ratio("min_ratio", min_ratio)
+        if cycles < 1:
+            raise ValueError(f"cycles must be at least 1, got {cycles}")
+        self.cycles = cycles
+
+    def decay(self, step: int, total: int, warmup: int) -> float:
+        place = 1.0 if step >= total else self.cycles * step / total % 1.0
+        return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * place))
+
+
+class Polynomial(Schedule):
+    """From 1 to ``min_ratio`` as a power of what is left.
+
+    Args:
+        warmup_ratio: see Schedule.
+        warmup_steps: see Schedule.
+        power: 1 is a straight line, 2 falls fast at first.
         min_ratio: the factor at the end.
     """
 
-    def __init__(self, warmup_ratio: float = 0.1, warmup_steps: int | None = None, min_ratio: float = 0.0) -> None:
+    def __init__(
+        self, warmup_ratio: float = 0.1, warmup_steps: int | None = None, power: float = 2.0, min_ratio: float = 0.0
+    ) -> None:
         super().__init__(warmup_ratio, warmup_steps)
-        self.min_ratio = min_ratio
+        if not power > 0:
+            raise ValueError(f"power must be more than 0, got {power}")
+        self.power = power
+        self.min_ratio = _check_ratio("min_ratio", min_ratio)
 
-    def decay(self, progress: float) -> float:
-        return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    def decay(self, step: int, total: int, warmup: int) -> float:
+        return self.min_ratio + (1 - self.min_ratio) * max(0.0, 1 - step / total) ** self.power
+
+
+class InverseSqrt(Schedule):
+    """1 / sqrt(step), scaled to begin at 1 (arXiv 1706.03762); the same however long the run is to be.
+
+    Args:
+        warmup_ratio: see Schedule.
+        warmup_steps: see Schedule.
+        timescale: steps after which the factor has fallen to about 0.7; null takes the warm-up, or 10,000 without one.
+    """
+
+    def __init__(self, warmup_ratio: float = 0.1, warmup_steps: int | None = None, timescale: int | None = None) -> None:
+        super().__init__(warmup_ratio, warmup_steps)
+        if timescale is not None and timescale < 1:
+            raise ValueError(f"timescale must be at least 1, got {timescale}")
+        self.timescale = timescale
+
+    def decay(self, step: int, total: int, warmup: int) -> float:
+        timescale = self.timescale or warmup or 10_000
+        return math.sqrt(timescale / (timescale + step))
+
+
+class WarmupStableDecay(Schedule):
+    """Constant for most of the run, then down to ``min_ratio`` (arXiv 2404.06395).
+
+    Args:
+        warmup_ratio: see Schedule.
+        warmup_steps: see Schedule.
+        decay_ratio: share of all steps, rounded up, that the last part takes.
+        min_ratio: the factor at the end.
+        shape: of the last part: cosine or linear.
+    """
+
+    def __init__(
+        self,
+        warmup_ratio: float = 0.1,
+        warmup_steps: int | None = None,
+        decay_ratio: float = 0.2,
+        min_ratio: float = 0.0,
+        shape: Literal["cosine", "linear"] = "cosine",
+    ) -> None:
+        super().__init__(warmup_ratio, warmup_steps)
+        self.decay_ratio = _check_ratio("decay_ratio", decay_ratio)
+        self.min_ratio = _check_ratio("min_ratio", min_ratio)
+        self.shape = shape
+
+    def decay(self, step: int, total: int, warmup: int) -> float:
+        steps = min(total, math.ceil(self.decay_ratio * (total + warmup)))
+        place = min(1.0, max(0, step - (total - steps)) / max(1, steps))
+        fallen = 0.5 * (1 - math.cos(math.pi * place)) if self.shape == "cosine" else place
+        return 1 - (1 - self.min_ratio) * fallen
+
+
+class ReduceOnPlateau(Schedule):
+    """Constant, and multiplied by ``factor`` whenever the validation loss has stopped falling.
+
+    Args:
+        warmup_ratio: see Schedule.
+        warmup_steps: see Schedule.
+        reduce: what the rate is multiplied with.
+        patience: validations without progress that are let pass.
+        threshold: progress is a loss below (1 - threshold) times the best.
+        min_ratio: the rate is never below this share of the first.
+        metric: name of the validation metric; lower is better.
+    """
+
+    def __init__(
+        self,
+        warmup_ratio: float = 0.0,
+        warmup_steps: int | None = None,
+        reduce: float = 0.1,
+        patience: int = 10,
+        threshold: float = 1e-4,
+        min_ratio: float = 0.0,
+        metric: str = "validation_loss",
+    ) -> None:
+        super().__init__(warmup_ratio, warmup_steps)
+        if not 0 < reduce < 1:
+            raise ValueError(f"reduce must be between 0 and 1, got {reduce}")
+        if patience < 0:
+            raise ValueError(f"patience must not be negative, got {patience}")
+        self.reduce, self.patience, self.threshold = reduce, patience, threshold
+        self.min_ratio, self.metric = _check_ratio("min_ratio", min_ratio), metric
+        self.ratio, self.best, self.bad = 1.0, math.inf, 0
+
+    def decay(self, step: int, total: int, warmup: int) -> float:
+        return self.ratio
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        """Count validations without progress.
+
+        Raises:
+            ValueError: the metric is not among them.
+        """
+        if self.metric not in metrics:
+            raise ValueError(f"schedule.metric: {self.metric!r} is not measured; there are {', '.join(metrics)}")
+        if metrics[self.metric] < self.best * (1 - self.threshold):
+            self.best, self.bad = metrics[self.metric], 0
+        else:
+            self.bad += 1
+        if self.bad > self.patience:
+            self.ratio, self.bad = max(self.ratio * self.reduce, self.min_ratio), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ratio": self.ratio, "best": None if math.isinf(self.best) else self.best, "bad": self.bad}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ratio, self.bad = state["ratio"], state["bad"]
+        self.best = math.inf if state["best"] is None else state["best"]

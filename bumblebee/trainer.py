@@ -25,7 +25,9 @@ from bumblebee.plan import Plan
 from bumblebee.run_folder import TRAINER_STATE, check_free, clear, find_resume, read_trainer_state
 from bumblebee.tasks.task import Task
 
-if TYPE_CHECKING:
+if not TYPE_CHECKING:
+    pass  # this way round, since the command line's parser executes what stands under "if TYPE_CHECKING", torch and all
+else:
     import torch
 
     from bumblebee.engine import Engine
@@ -201,6 +203,7 @@ class Trainer:
         sums = validation_sums(self.task, self.engine, map(self.to_device, batches))
         self.engine.train()
         metrics = self.task.validation_metrics(self.reduce_sums(sums))
+        self.schedule.observe(metrics)
         self.call("on_validation_end", metrics)
         return metrics
 
@@ -248,6 +251,10 @@ class Trainer:
         Raises:
             ValueError: data, folder or options that cannot be used; nothing has been written then.
         """
+        # All of it now: a run of days must not meet edited files at its end.
+        import bumblebee.checkpoint.folder
+        import bumblebee.evaluation
+        import bumblebee.training_state  # noqa: F401
         from bumblebee import loader
         from bumblebee.engine import Engine, EngineOptions, read_overrides
 
@@ -350,6 +357,7 @@ class Trainer:
         self.engine.load(path / "training_state")
         load_random_state(path / "training_state", distributed.rank())
         self.step, self.tokens = state["step"], state["tokens"]
+        self.schedule.load_state_dict(state["schedule"])
         for name, callback in self.callbacks.items():
             if name in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][name])
@@ -380,6 +388,7 @@ class Trainer:
             "tokens": self.tokens,
             "last": last,
             "shape": self._shape(),
+            "schedule": self.schedule.state_dict(),
             "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},
         }
 

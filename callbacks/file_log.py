@@ -44,10 +44,10 @@ class FileLog(Callback):
         self._write(trainer, f"{how}: {trainer.plan.max_steps:,} steps on {trainer.plan.world_size} x {trainer.device}")
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """A line if it is time for one."""
+        """A line if it is time for one, and for the last step."""
         now, step = time.monotonic(), trainer.step
         due = now >= self._next_time if self.every is None else step >= self._next_step
-        if due:
+        if due or step == trainer.plan.max_steps:
             self._next_time, self._next_step = now + self.interval, step + (self.every or 0)
             self._write(trainer, sentence(metrics))
 

@@ -35,7 +35,7 @@ class ProgressBar(Callback):
         self.refresh, self.interval = refresh, interval
         self._display: _Bar | _Lines | None = None
         self._marks: deque[tuple[float, int]] = deque(maxlen=20)  # (time, tokens) of the last lines of metrics
-        self._tokens_per_second = 0.0
+        self._tokens_per_second = 0.0  # not known yet
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Choose how to show it; nothing is drawn yet, since other callbacks may have something to say first."""
@@ -50,7 +50,9 @@ class ProgressBar(Callback):
         if self._display is not None:
             self._measure(trainer)
             shown = [f"{name} {number(metrics[name])}" for name in ("loss", "lr") if name in metrics]
-            self._display.numbers(trainer.step, " · ".join([*shown, f"{short(self._tokens_per_second)} tokens/s"]))
+            if self._tokens_per_second:
+                shown.append(f"{short(self._tokens_per_second)} tokens/s")
+            self._display.numbers(trainer.step, " · ".join(shown))
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """A line of its own."""

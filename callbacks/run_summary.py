@@ -186,7 +186,9 @@ def _optimizer_line(optimizer: Section) -> str:
 
 def _named(section: Section) -> str:
     """A class and what it says of itself."""
-    rest = [f"{key.replace('_', ' ')} {_shown(value)}" for key, value in section.items() if key != "class"]
+    rest = [
+        f"{key.replace('_', ' ')} {_shown(value)}" for key, value in section.items() if key != "class" and value is not None
+    ]
     return ", ".join([section["class"], *rest])
 
 

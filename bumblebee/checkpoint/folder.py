@@ -224,7 +224,8 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: not a positive number with one of the units.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
-    if match and match[2] in _UNITS and float(match[1]) > 0:
-        return int(float(match[1]) * _UNITS[match[2]])
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    if size > 0:
+        return size
     raise ValueError(f"size {text!r}: write a number and a unit, such as 5GB, 500MB or 2GiB")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Task(ABC):
-    """The base.
+    """A model and its losses.
 
     Attributes:
         model: the module that is trained; what the trainer hands to ``training_step`` wraps it.

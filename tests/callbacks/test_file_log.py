@@ -36,16 +36,16 @@ def test_a_resumed_run_appends(continued, killed):
     assert text.startswith(before) and "  resume from step 4: 6 steps on 1 x cpu\n" in text[len(before) :]
 
 
-def test_metrics_are_logged_every_n_steps(fake, tmp_path):
+def test_metrics_are_logged_every_n_steps_and_at_the_last(fake, tmp_path):
     fake([FileLog(every=3)], steps=8).run()
-    assert re.findall(r"step (\d) · loss", (tmp_path / "log.txt").read_text()) == ["1", "4", "7"]
+    assert re.findall(r"step (\d) · loss", (tmp_path / "log.txt").read_text()) == ["1", "4", "7", "8"]
 
 
-def test_metrics_are_logged_by_the_clock(fake, tmp_path, monkeypatch):
+def test_metrics_are_logged_by_the_clock_and_at_the_last_step(fake, tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr("callbacks.file_log.time.monotonic", lambda: next(clock))
     fake([FileLog(interval=30)], steps=8).run()
-    assert re.findall(r"step (\d) · loss", (tmp_path / "log.txt").read_text()) == ["1", "4", "7"]
+    assert re.findall(r"step (\d) · loss", (tmp_path / "log.txt").read_text()) == ["1", "4", "7", "8"]
 
 
 @pytest.mark.parametrize(("interrupted", "word"), [(True, "interrupted"), (False, "stopped")])

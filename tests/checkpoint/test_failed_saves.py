@@ -1,0 +1,148 @@
+"""A save that fails leaves an earlier folder as it was to the last byte, no new folder, and nothing half-written beside it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from bumblebee import Bumblebee
+from bumblebee.checkpoint import atomic, folder
+from bumblebee.checkpoint.atomic import read_json, write_json, written_aside
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content, hidden ones too."""
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def model(tiny):
+    torch.manual_seed(1)
+    return Bumblebee(tiny(vocab_size=64))
+
+
+@pytest.fixture(params=["earlier", "new"])
+def place(request, tiny, tmp_path) -> Path:
+    """Where to save: over an earlier folder with other weights and a tokenizer, or where nothing is yet."""
+    if request.param == "earlier":
+        Bumblebee(tiny(vocab_size=64)).save_pretrained(tmp_path / "m", max_shard_size="30KB")
+        (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    return tmp_path / "m"
+
+
+def fail_at_call(monkeypatch, module, name: str, call: int, error: Exception) -> None:
+    """Let a function of a module fail the n-th time, after having begun to write."""
+    original, calls = getattr(module, name), []
+
+    def failing(*args, **options):
+        calls.append(1)
+        if len(calls) == call:
+            next(Path(arg) for arg in args if isinstance(arg, Path)).write_bytes(b"half")
+            raise error
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, name, failing)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "error"),
+    [
+        ("save_file", 1, OSError("No space left on device")),
+        ("save_file", 3, OSError("No space left on device")),
+        ("save_file", 3, SafetensorError("No space left on device")),
+        ("write_json", 1, OSError("No space left on device")),
+        ("write_json", 3, OSError("No space left on device")),
+    ],
+)
+def test_a_writer_that_fails_changes_nothing(model, place, monkeypatch, name, call, error):
+    before = tree(place.parent)
+    fail_at_call(monkeypatch, folder, name, call, error)
+    with pytest.raises(OSError, match="No space left on device"):
+        model.save_pretrained(place, max_shard_size="20KB")
+    assert tree(place.parent) == before
+    assert place.exists() == bool(before) and [entry.name for entry in place.parent.iterdir()] == ["m"] * bool(before)
+
+
+def test_a_failing_flush_changes_nothing(model, place, monkeypatch):
+    before = tree(place.parent)
+
+    def failing(path):
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(atomic, "flush_tree", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        model.save_pretrained(place)
+    assert tree(place.parent) == before and place.exists() == bool(before)
+
+
+def test_an_unreadable_size_changes_nothing(model, place):
+    before = tree(place.parent)
+    with pytest.raises(ValueError, match="size 'huge'"):
+        model.save_pretrained(place, max_shard_size="huge")
+    assert tree(place.parent) == before and place.exists() == bool(before)
+
+
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from bumblebee import Bumblebee, BumblebeeConfig
+torch.set_num_threads(1)
+model = Bumblebee(BumblebeeConfig(vocab_size=64, hidden_size=32, intermediate_size=512, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2))
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+for folder in sys.argv[1:]:
+    for size in ("5GB", "10KB"):  # the second begins with shards that fit
+        try:
+            model.save_pretrained(folder, max_shard_size=size)
+        except OSError as error:
+            assert Path(folder).name in str(error), error
+            print("refused")
+"""
+
+
+def test_a_disk_that_takes_no_more_changes_nothing(model, tmp_path):
+    """A real limit on the size of files, in a process of its own; the feed-forward matrices do not fit under it."""
+    model.save_pretrained(tmp_path / "earlier")
+    before = tree(tmp_path)
+    limited = [sys.executable, "-c", LIMITED, str(tmp_path / "earlier"), str(tmp_path / "new")]
+    result = subprocess.run(limited, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.stdout.split() == ["refused"] * 4, result.stdout + result.stderr
+    assert tree(tmp_path) == before and [entry.name for entry in tmp_path.iterdir()] == ["earlier"]
+
+
+def test_what_an_interrupted_save_left_is_cleared_by_the_next(model, tmp_path):
+    (tmp_path / ".m.partial").mkdir()
+    (tmp_path / ".m.partial" / "model-00000.partial").write_text("half")
+    model.save_pretrained(tmp_path / "m")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
+    assert "model-00000.partial" not in tree(tmp_path / "m")
+
+
+def test_files_of_other_kinds_stay_when_a_folder_is_written_again(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "mine.txt").write_text("mine")
+    (tmp_path / "m" / "a").write_text("old")
+    with written_aside(tmp_path / "m") as aside:
+        (aside / "a").write_text("new")
+        (aside / "b").write_text("new")
+        assert tree(tmp_path / "m") == {"mine.txt": b"mine", "a": b"old"}, "nothing is seen before the end"
+    assert tree(tmp_path) == {"m/mine.txt": b"mine", "m/a": b"new", "m/b": b"new"}
+
+
+def test_json_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    write_json(tmp_path / "a.json", {"text": "ä 🐝"})
+    assert read_json(tmp_path / "a.json") == {"text": "ä 🐝"}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"text": object()})
+    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        write_json(tmp_path / "a.json", {"text": "other"})
+    assert read_json(tmp_path / "a.json") == {"text": "ä 🐝"}

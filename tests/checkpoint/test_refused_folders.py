@@ -1,0 +1,140 @@
+"""A folder that is incomplete, damaged or of another shape is refused, and the message names the file, key or size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bumblebee import Bumblebee
+from bumblebee.checkpoint.folder import INDEX, SINGLE
+
+NORM = "model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, tmp_path_factory) -> Path:
+    """The same model as one file and as shards."""
+    root = tmp_path_factory.mktemp("saved")
+    model = Bumblebee(tiny(vocab_size=64))
+    model.save_pretrained(root / "single")
+    model.save_pretrained(root / "shards", max_shard_size="20KB")
+    return root
+
+
+@pytest.fixture
+def single(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved / "single", tmp_path / "single"))
+
+
+@pytest.fixture
+def shards(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved / "shards", tmp_path / "shards"))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        Bumblebee.from_pretrained(folder)
+    return str(caught.value)
+
+
+def change_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Set tensors of model.safetensors, or delete them."""
+    tensors = {key: value for key, value in {**load_file(folder / SINGLE), **changes}.items() if value is not None}
+    save_file(tensors, folder / SINGLE)
+
+
+def change_config(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_missing_key_is_named(single):
+    change_weights(single, **{NORM: None})
+    assert refusal(single) == f"the weights in {single} do not fit the model: 1 missing: {NORM}"
+
+
+def test_a_key_left_over_is_named(single):
+    change_weights(single, **{"model.extra": torch.ones(2)})
+    assert refusal(single) == f"the weights in {single} do not fit the model: 1 left over: model.extra"
+
+
+def test_both_are_told_at_once_with_their_numbers(single):
+    change_weights(single, **{NORM: None, "a": torch.ones(1), "b": torch.ones(1), "c": torch.ones(1), "d": torch.ones(1)})
+    assert refusal(single).endswith(f"1 missing: {NORM}; 4 left over: a, b, c")
+
+
+def test_a_head_that_is_missing_from_an_untied_model_is_named(single):
+    change_config(single, tie_word_embeddings=False)
+    assert "1 missing: lm_head.weight" in refusal(single)
+
+
+def test_a_wrong_shape_is_named_with_both_shapes(single):
+    change_weights(single, **{NORM: torch.ones(7)})
+    assert refusal(single) == f"{single}: {NORM} has shape [7], config.json asks for [32]"
+
+
+def test_pickled_weights_are_refused_with_the_word_pickle(single):
+    (single / SINGLE).rename(single / "pytorch_model.bin")
+    assert f"{single} has no {SINGLE}" in refusal(single)
+    assert "pytorch_model.bin is a pickle file, which can run code" in refusal(single)
+
+
+def test_a_folder_without_weights_is_refused(single):
+    (single / SINGLE).unlink()
+    assert refusal(single) == f"{single} has no {SINGLE} and no {INDEX}"
+
+
+def test_a_missing_shard_is_named(shards):
+    lost = sorted(shards.glob("*.safetensors"))[1]
+    lost.unlink()
+    assert refusal(shards) == f"{shards / INDEX} names {lost.name}, which is not there: the folder is incomplete"
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 20_000])
+def test_a_file_that_was_cut_is_named(single, keep):
+    content = (single / SINGLE).read_bytes()
+    (single / SINGLE).write_bytes(content[:keep])
+    assert refusal(single).startswith(f"{single / SINGLE} is damaged or no safetensors file: ")
+
+
+def test_a_file_of_something_else_is_named(single):
+    (single / SINGLE).write_bytes(b"PK\x03\x04" * 1000)
+    assert refusal(single).startswith(f"{single / SINGLE} is damaged or no safetensors file: ")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"metadata": {}}', "\udcff"])
+def test_a_damaged_index_is_named(shards, content):
+    (shards / INDEX).write_text(content, errors="surrogateescape")
+    assert refusal(shards).startswith(f"{shards / INDEX}")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\udcff"])
+def test_a_damaged_config_is_named(single, content):
+    (single / "config.json").write_text(content, errors="surrogateescape")
+    assert refusal(single).startswith(f"{single / 'config.json'}: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architectures ['GPT2LMHeadModel']"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"use_sliding_window": True}, "sliding window"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_unsupported_setting_is_named_with_its_file(single, changes, message):
+    change_config(single, **changes)
+    assert refusal(single).startswith(f"{single / 'config.json'}: ") and message in refusal(single)
+
+
+def test_a_folder_that_is_not_there_or_has_no_config_is_refused(tmp_path):
+    assert refusal(tmp_path / "none") == f"{tmp_path / 'none'} is no model folder: it is not there"
+    assert refusal(tmp_path) == f"{tmp_path} is no model folder: it has no config.json"

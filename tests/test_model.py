@@ -1,0 +1,163 @@
+"""The model as a whole: shapes, losses, ties, parts that a subclass changes, sizes on the meta device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bumblebee import Bumblebee, BumblebeeConfig
+from bumblebee.config import PRESETS
+from bumblebee.nn import IGNORE
+from bumblebee.nn.ffn import SwiGLU
+
+B, T, V = 2, 9, 64
+
+
+@pytest.fixture(scope="module")
+def model(tiny) -> Bumblebee:
+    torch.manual_seed(0)
+    return Bumblebee(tiny(vocab_size=V, initializer_range=0.2))
+
+
+@pytest.fixture(scope="module")
+def input_ids() -> torch.Tensor:
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0))
+
+
+def test_logits_have_a_row_for_each_position(model, input_ids):
+    assert model(input_ids).shape == (B, T, V)
+
+
+def test_a_position_does_not_see_later_ones(model, input_ids):
+    changed = input_ids.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % V
+    before, after = model(input_ids), model(changed)
+    torch.testing.assert_close(before[:, :5], after[:, :5], rtol=0, atol=1e-6)
+    assert ((before[:, 5:] - after[:, 5:]).abs().amax(-1) > 1e-3).all()
+
+
+def test_logits_at_gives_the_logits_of_one_position_of_each_row(model, input_ids):
+    places = torch.tensor([3, 8])
+    at = model(input_ids, logits_at=places)
+    assert at.shape == (B, 1, V)
+    torch.testing.assert_close(at[:, 0], model(input_ids)[torch.arange(B), places], rtol=0, atol=1e-5)
+
+
+def test_losses_are_the_cross_entropy_of_the_logits(model, input_ids):
+    labels = input_ids.roll(-1, dims=1)
+    labels[:, -1] = IGNORE
+    expected = nn.functional.cross_entropy(model(input_ids).flatten(0, 1), labels.flatten(), reduction="none")
+    losses = model(input_ids, labels=labels)
+    torch.testing.assert_close(losses.flatten(), expected, rtol=0, atol=1e-5)
+    assert losses[:, -1].tolist() == [0.0, 0.0]
+
+
+def test_a_batch_without_targets_gives_zero_loss_and_zero_finite_gradients(model, input_ids):
+    model.zero_grad()
+    losses = model(input_ids, labels=torch.full_like(input_ids, IGNORE))
+    losses.sum().backward()
+    assert losses.eq(0).all()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.eq(0).all(), name
+
+
+@pytest.mark.parametrize("attention", ["naive", "sdpa", "auto"])
+def test_the_choice_of_attention_does_not_change_the_logits(model, input_ids, attention):
+    other = Bumblebee(model.config, attention=attention)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(input_ids), model(input_ids), rtol=0, atol=1e-5)
+
+
+def test_an_attention_that_cannot_run_is_refused_when_the_model_is_built(tiny):
+    with pytest.raises(ValueError, match="unknown attention 'fast'"):
+        Bumblebee(tiny(), attention="fast")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"'flash' needs .*no GPU is visible"):
+            Bumblebee(tiny(), attention="flash")
+
+
+def test_initial_weights_follow_the_seed_and_the_config(tiny):
+    def build(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        return Bumblebee(tiny(initializer_range=0.05)).state_dict()
+
+    one, again, other = build(1), build(1), build(2)
+    assert all(torch.equal(one[key], again[key]) for key in one)
+    weight = one["model.layers.1.mlp.gate_proj.weight"]
+    assert not torch.equal(weight, other["model.layers.1.mlp.gate_proj.weight"])
+    assert weight.std().item() == pytest.approx(0.05, rel=0.1)
+    assert one["model.layers.0.self_attn.q_proj.bias"].eq(0).all() and one["model.norm.weight"].eq(1).all()
+
+
+def test_a_tied_head_is_the_embedding_table_and_counted_once(tiny):
+    tied, untied = Bumblebee(tiny()), Bumblebee(tiny(tie_word_embeddings=False))
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+    assert untied.num_parameters() - tied.num_parameters() == 400 * 32
+
+
+def test_state_dict_keys_are_those_of_hugging_face(tiny):
+    keys = set(Bumblebee(tiny(num_hidden_layers=1, attention_output_bias=True)).state_dict())
+    attention = {f"self_attn.{name}_proj.{part}" for name in "qkvo" for part in ("weight", "bias")}
+    rest = {"mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"}
+    norms = {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    layer = {f"model.layers.0.{name}" for name in attention | rest | norms}
+    assert keys == layer | {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("0.5b", 494_032_768), ("1.5b", 1_543_714_304), ("3b", 3_085_938_688), ("7b", 7_615_616_512),
+        ("14b", 14_770_033_664), ("32b", 32_763_876_352), ("72b", 72_706_203_648),
+    ],
+)  # fmt: skip
+def test_a_preset_is_built_on_the_meta_device_with_the_published_number_of_parameters(name, parameters):
+    with torch.device("meta"):
+        model = Bumblebee(BumblebeeConfig.preset(name))
+    assert model.num_parameters() == parameters
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_tiny_has_about_five_million_parameters_and_all_presets_are_tested():
+    with torch.device("meta"):
+        assert 4.5e6 < Bumblebee(BumblebeeConfig.preset("tiny")).num_parameters() < 5.5e6
+    assert len(PRESETS) == 8
+
+
+class Research(Bumblebee):
+    """Another norm, and another feed-forward part in every second layer."""
+
+    def build_norm(self) -> nn.Module:
+        return nn.LayerNorm(self.config.hidden_size)
+
+    def build_ffn(self, layer: int) -> nn.Module:
+        size = self.config.hidden_size
+        plain = nn.Sequential(nn.Linear(size, 2 * size), nn.ReLU(), nn.Linear(2 * size, size))
+        return plain if layer % 2 else super().build_ffn(layer)
+
+
+def test_a_subclass_that_overrides_norm_and_ffn_works_and_trains(tiny, input_ids):
+    torch.manual_seed(0)
+    model = Research(tiny(vocab_size=V))
+    assert isinstance(model.model.layers[0].mlp, SwiGLU) and isinstance(model.model.layers[1].mlp, nn.Sequential)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = model(input_ids[:, :-1], labels=input_ids[:, 1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(4.16, abs=0.3), "ln 64: nothing is known before training"
+    assert losses[-1] < 0.5
+
+
+def test_a_subclass_is_saved_and_loaded_as_what_it_is(tiny, input_ids, tmp_path):
+    model = Research(tiny(vocab_size=V))
+    model.save_pretrained(tmp_path / "m")
+    again = Research.from_pretrained(tmp_path / "m")
+    assert torch.equal(model(input_ids), again(input_ids))
+    with pytest.raises(ValueError, match="do not fit the model: .* left over: "):
+        Bumblebee.from_pretrained(tmp_path / "m")
