@@ -71,7 +71,7 @@ def fit(words: list[str]) -> None:
             )
             if distributed.is_main():
                 save_recipe(parser, cfg)
-        with disk_errors():
+        with user_errors(until=lambda: trainer.started):
             trainer.run()
     finally:
         trainer.close()
@@ -206,15 +206,19 @@ def tokenizer(words: list[str]) -> None:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Values and files that cannot be used: one line, exit code 2. Around building and setting up, never around training."""
+def user_errors(until: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Values and files that cannot be used: one line, exit code 2. While building and setting up, never while training.
+
+    Args:
+        until: once this is true, a ValueError is our mistake and keeps its traceback.
+    """
     from bumblebee.arguments import fail
 
     try:
         with disk_errors():
             yield
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        if os.environ.get("BUMBLEBEE_TRACEBACK"):
+        if until() or os.environ.get("BUMBLEBEE_TRACEBACK"):
             raise
         fail(str(error))
 

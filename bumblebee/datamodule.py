@@ -48,7 +48,7 @@ class DataModule(ABC):
 
     def without_targets(self, batch: Batch) -> Batch:
         """The same batch with nothing to learn from: ranks that have run out of samples in an epoch's last step use it."""
-        return {**batch, "labels": batch["labels"].fill_(IGNORE)}
+        return {**batch, "labels": batch["labels"].clone().fill_(IGNORE)}  # a batch of one may be the sample itself
 
     def summary(self) -> dict[str, Any]:
         """What to tell the user about the data: counts, in the order they are shown."""

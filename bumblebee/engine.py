@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-STATE = "state"  # DeepSpeed's name for the folder of a checkpoint's shards
+from bumblebee import distributed
+from bumblebee.checkpoint.pieces import PieceReader, write_pieces
+from bumblebee.zero import Span, pieces, restore, spans
 
 
 @dataclass(frozen=True)
@@ -140,35 +142,41 @@ class Engine:
                 yield key, tensor.detach()
 
     def save(self, folder: Path) -> None:
-        """Write this rank's shards of model and optimizer into ``folder``. Collective.
+        """Write this rank's pieces of weights and optimizer state into an existing folder.
 
         Raises:
-            OSError: this rank could not write; it has still taken part in everything the others wait for.
+            OSError: they cannot be written.
         """
-        writer = self._engine.checkpoint_engine
-        write, errors = writer.save, []
-
-        def write_or_remember(*args: Any, **kwargs: Any) -> None:
-            try:
-                write(*args, **kwargs)
-            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-                errors.append(OSError(f"cannot write the training state to {folder}: {error}"))
-
-        writer.save = write_or_remember
-        try:
-            self._engine.save_checkpoint(str(folder), tag=STATE, save_latest=False)
-        finally:
-            del writer.save
-        if errors:
-            raise errors[0]
+        rank, ranks = distributed.rank(), distributed.world_size()
+        if rank == 0 or self.options.zero_stage > 0:  # at stage 0 every rank has everything
+            count = ranks if self.options.zero_stage > 0 else 1
+            file = folder / f"optimizer-{rank:05d}-of-{count:05d}.safetensors"
+            write_pieces(file, pieces(self._spans(), self._optimizer))
 
     def load(self, folder: Path) -> None:
-        """Take back what ``save`` wrote. Collective; the same ranks and stage as then."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=STATE)
-        if path is None:
-            raise ValueError(f"{folder} holds no training state")
-        if hasattr(self._optimizer, "clip_grad"):  # restored from the file, but the recipe's counts
-            self._optimizer.clip_grad = self.options.gradient_clip or float("inf")
+        """Take back what ``save`` wrote, by whatever number of ranks at whatever stage. Collective.
+
+        Raises:
+            ValueError: the pieces are not there, or are those of another model.
+        """
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with PieceReader(folder) as reader:
+            named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
+            if wrong := sorted(set(shapes.items()) ^ set(reader.shapes.items())):
+                raise ValueError(f"{folder} holds another model: {wrong[0][0]} differs, and {len(wrong) - 1} more")
+            restore(self._spans(), self._optimizer, reader)
+            for name, parameter in named.items():
+                if self.options.zero_stage == 3:
+                    with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0):
+                        if distributed.is_main():
+                            parameter.copy_(reader.whole(name))
+                elif self.options.zero_stage > 0:
+                    parameter.data.copy_(reader.whole(name))
+
+    def _spans(self) -> list[Span]:
+        return spans(self.model, self._optimizer, self.options.zero_stage, distributed.rank())
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers, and of the groups it would hand to this process's next engine."""

@@ -7,8 +7,10 @@ nothing to be saved: a resumed run continues on the same curve.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -23,25 +25,65 @@ class Optimizer(ABC):  # noqa: B024  (it has no methods of its own)
         return hasattr(candidate, "step") and hasattr(candidate, "zero_grad")
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices with the optimizer's weight decay, and norms, biases and embeddings without.
+@dataclass(frozen=True)
+class GroupRule:
+    """Options of the parameters whose names match a pattern.
+
+    Args:
+        pattern: regular expression, searched for in names such as model.layers.0.mlp.up_proj.weight.
+        lr: their learning rate before the schedule; null keeps the optimizer's.
+        weight_decay: their weight decay; null keeps what they would have.
+    """
+
+    pattern: str
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+def parameter_groups(model: nn.Module, rules: Sequence[GroupRule] = ()) -> list[dict[str, Any]]:
+    """Trainable parameters in groups: matrices with the optimizer's weight decay, norms, biases and embeddings without.
+
+    Args:
+        model: whose parameters.
+        rules: other options by name; the first rule that matches a name counts.
 
     Raises:
-        ValueError: every parameter is frozen.
+        ValueError: every parameter is frozen, or a rule's pattern is none or matches nothing.
     """
     from torch import nn
 
-    decayed: dict[str, Any] = {"params": []}
-    kept: dict[str, Any] = {"params": [], "weight_decay": 0.0}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            group = kept if parameter.ndim < 2 or id(parameter) in embeddings else decayed
-            group["params"].append(parameter)
-    groups = [group for group in (decayed, kept) if group["params"]]
+    patterns = [_compiled(rule.pattern) for rule in rules]
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kept = len(getattr(parameter, "ds_shape", parameter.shape)) < 2 or id(parameter) in embeddings
+        options = {"weight_decay": 0.0} if kept else {}
+        rule = next((rule for rule, pattern in zip(rules, patterns, strict=True) if pattern.search(name)), None)
+        if rule is not None:
+            chosen = {"lr": rule.lr, "weight_decay": rule.weight_decay}
+            options |= {key: value for key, value in chosen.items() if value is not None}
+        key = (options.get("lr"), options.get("weight_decay"))
+        groups.setdefault(key, {"params": [], **options})["params"].append(parameter)
     if not groups:
         raise ValueError("the model has no trainable parameters: all are frozen")
-    return groups
+    _refuse_unused(rules, patterns, [name for name, _ in model.named_parameters()])
+    # The optimizer's own learning rate first: it is the one that is shown.
+    return sorted(groups.values(), key=lambda group: ("lr" in group, "weight_decay" in group))
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"trainer.groups: {pattern!r} is no regular expression: {error}") from error
+
+
+def _refuse_unused(rules: Sequence[GroupRule], patterns: Sequence[re.Pattern[str]], names: list[str]) -> None:
+    for rule, pattern in zip(rules, patterns, strict=True):
+        if not any(pattern.search(name) for name in names):
+            raise ValueError(f"trainer.groups: {rule.pattern!r} matches no parameter; names are like {names[0]}, {names[-1]}")
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], factor: float) -> float:

@@ -58,8 +58,8 @@ def checkpoints(output_dir: Path) -> list[SavedCheckpoint]:
 
 
 def holds_a_run(output_dir: Path) -> bool:
-    """Whether a run has written here."""
-    return bool(_files_of_a_run(output_dir))
+    """Whether a run has come so far here that something would be lost: metrics, a checkpoint or a model."""
+    return any((output_dir / name).exists() for name in ("metrics.jsonl", "config.json")) or bool(checkpoints(output_dir))
 
 
 def clear(output_dir: Path) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -20,8 +22,8 @@ from bumblebee.callback import Callback
 from bumblebee.checkpoint.atomic import write_json
 from bumblebee.config import BumblebeeConfig
 from bumblebee.datamodule import Batch, DataModule
-from bumblebee.optim import Constant, Optimizer, Schedule, parameter_groups, set_learning_rate
-from bumblebee.plan import Plan
+from bumblebee.optim import Constant, GroupRule, Optimizer, Schedule, parameter_groups, set_learning_rate
+from bumblebee.plan import Plan, Position
 from bumblebee.run_folder import TRAINER_STATE, check_free, clear, find_resume, read_trainer_state
 from bumblebee.tasks.task import Task
 
@@ -49,6 +51,7 @@ class Trainer:
         resume: "auto" for the newest checkpoint in output_dir if there is one, or a checkpoint's path.
         device: auto, cpu, cuda or cuda:N.
         workers: processes that prepare batches, for each rank.
+        groups: learning rate and weight decay of parameters by name; the first rule that matches counts.
 
     Raises:
         ValueError: a number out of its range.
@@ -65,6 +68,7 @@ class Trainer:
     step: int  # optimizer steps done
     tokens: int  # targets trained on, over all ranks
     learning_rate: float
+    started: bool  # all callbacks have started: from here on it is training
     should_stop: bool  # written by callbacks: end the run after this step
     interrupted: bool  # a signal ended the run
     _signalled: bool
@@ -88,6 +92,7 @@ class Trainer:
         resume: str | None = None,
         device: str = "auto",
         workers: int = 0,
+        groups: list[GroupRule] | None = None,
     ) -> None:
         for name, value, least in (
             ("max_steps", max_steps, 1), ("micro_batch_size", micro_batch_size, 1), ("accumulate", accumulate, 1),
@@ -104,7 +109,7 @@ class Trainer:
         self.precision, self.zero_stage = precision, zero_stage
         self.deepspeed, self.gradient_clip = deepspeed, gradient_clip
         self.log_every, self.resume, self.workers = log_every, resume, workers
-        self.device_name = device
+        self.device_name, self.groups = device, groups or []
 
     def fit(
         self,
@@ -145,6 +150,7 @@ class Trainer:
         try:
             with stopped_by_signals(self):
                 self.call("on_fit_start")
+                self.started = True
                 while self.step < self.plan.max_steps and not self.should_stop:
                     self.call("on_step_start")
                     self.train_step(next(self._windows))
@@ -263,7 +269,7 @@ class Trainer:
         self.callbacks = {name: callback for name, callback in (callbacks or {}).items() if callback is not None}
         self.output_dir, self.seed = Path(output_dir), seed
         self.step = self.tokens = 0
-        self.should_stop = self.interrupted = self._signalled = self._finished = False
+        self.started = self.should_stop = self.interrupted = self._signalled = self._finished = False
         self.learning_rate = 0.0
         self._loss_sums, self._target_counts, self._extra_metrics = {}, {}, {}
 
@@ -273,6 +279,7 @@ class Trainer:
         distributed.start(self.device)
         data.setup(seed)
         task.setup(data)
+        origin = Position() if checkpoint is None else self._resumed_position(checkpoint)
         self.plan = Plan.of(
             len(data.train),
             self.micro_batch_size,
@@ -280,11 +287,12 @@ class Trainer:
             distributed.world_size(),
             self.epochs,
             self.max_steps,
+            origin,
         )
         options = EngineOptions(
             self.precision, self.zero_stage, self.micro_batch_size, self.gradient_clip, read_overrides(self.deepspeed)
         )
-        self.engine = Engine(task.model, optimizer, parameter_groups(task.model), self.device, options)
+        self.engine = Engine(task.model, optimizer, parameter_groups(task.model, self.groups), self.device, options)
         self.engine.train()
         self._seed_everything(seed + distributed.rank())
         if checkpoint is not None:
@@ -333,8 +341,9 @@ class Trainer:
         from bumblebee.training_state import save_random_state, written_together
 
         path = self.output_dir / f"checkpoint-{self.step}"
-        with written_together(path, self.device) as aside:
+        with written_together(path, self.device, whole=True) as aside:
             self._write_model(aside)
+            (aside / "training_state").mkdir(exist_ok=True)
             self.engine.save(aside / "training_state")
             save_random_state(aside / "training_state", distributed.rank())
             if self.is_main:
@@ -343,24 +352,33 @@ class Trainer:
         return path
 
     def load_checkpoint(self, path: Path) -> None:
-        """Continue from a checkpoint: model, optimizer, random numbers, data position, callbacks. Collective.
+        """Continue from a checkpoint: model, optimizer, random numbers, schedule, callbacks. Collective.
 
-        Raises:
-            ValueError: it was written by a run of another shape; the message names the difference.
+        The run that wrote it may have had other ranks, another ZeRO stage or precision. With the same ones it is as if the run
+        had never stopped, to the last bit.
         """
         from bumblebee.training_state import load_random_state
 
         state = read_trainer_state(path)
-        for name, value in self._shape().items():
-            if state["shape"][name] != value:
-                raise ValueError(f"trainer.resume: {path} has {name} {state['shape'][name]}, this run has {value}")
         self.engine.load(path / "training_state")
         load_random_state(path / "training_state", distributed.rank())
-        self.step, self.tokens = state["step"], state["tokens"]
+        self.step, self.tokens = self.plan.origin.step, state["tokens"]
         self.schedule.load_state_dict(state["schedule"])
         for name, callback in self.callbacks.items():
             if name in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][name])
+
+    def _resumed_position(self, checkpoint: Path) -> Position:
+        """Where in the data a checkpoint's run was.
+
+        Raises:
+            ValueError: its data had another order or another size, so that its position means nothing here.
+        """
+        state = read_trainer_state(checkpoint)
+        for name, value in {"seed": self.seed, "samples": len(self.data.train)}.items():
+            if state[name] != value:
+                raise ValueError(f"trainer.resume: {checkpoint} was trained with {name} {state[name]}, this run has {value}")
+        return Position(**state["position"])
 
     def save_model(self, folder: Path) -> None:
         """Write the model folder: weights in the training precision, config, tokenizer. Collective."""
@@ -384,23 +402,16 @@ class Trainer:
 
     def _trainer_state(self, last: bool) -> dict[str, Any]:
         return {
-            "step": self.step,
+            "position": asdict(self.plan.position(self.step)),
+            "seed": self.seed,
+            "samples": self.plan.samples,
             "tokens": self.tokens,
             "last": last,
-            "shape": self._shape(),
-            "schedule": self.schedule.state_dict(),
-            "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},
-        }
-
-    def _shape(self) -> dict[str, Any]:
-        """What must be equal for a resume: it decides the meaning of the shards and of the data position."""
-        return {
             "ranks": self.plan.world_size,
             "zero_stage": self.zero_stage,
             "precision": self.precision,
-            "samples": self.plan.samples,
-            "samples_per_step": self.plan.samples_per_step,
-            "seed": self.seed,
+            "schedule": self.schedule.state_dict(),
+            "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},
         }
 
     # -- small things --------------------------------------------------------------------------------------------------
@@ -428,6 +439,8 @@ def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
         if trainer._signalled:
             raise KeyboardInterrupt
         trainer._signalled = True
+        if trainer.is_main:
+            print("\nstopping: this step is finished and saved; once more stops at once", file=sys.stderr, flush=True)
 
     if threading.current_thread() is not threading.main_thread():  # handlers can only be set there
         yield

@@ -18,8 +18,13 @@ from bumblebee.checkpoint.atomic import remove as remove_aside
 
 
 @contextmanager
-def written_together(folder: Path, device: torch.device) -> Iterator[Path]:
+def written_together(folder: Path, device: torch.device, whole: bool = False) -> Iterator[Path]:
     """``written_aside`` for a folder into which every rank writes. The body may end early on some ranks: all learn of it.
+
+    Args:
+        folder: where the files belong.
+        device: of the run, for talking to the other ranks.
+        whole: replace a folder that is there with everything in it; see ``put_in_place``.
 
     Raises:
         OSError: this rank could not write; nothing of the folder is there then.
@@ -39,7 +44,7 @@ def written_together(folder: Path, device: torch.device) -> Iterator[Path]:
             remove_aside(aside)
         _raise_if_any(error, device, folder)
     if distributed.is_main():
-        error = _attempt(lambda: put_in_place(aside, folder))
+        error = _attempt(lambda: put_in_place(aside, folder, whole))
     _raise_if_any(error, device, folder)
 
 
@@ -69,7 +74,9 @@ def save_random_state(folder: Path, rank: int) -> None:
 
 
 def load_random_state(folder: Path, rank: int) -> None:
-    """Take back what ``save_random_state`` wrote."""
+    """Take back what ``save_random_state`` wrote; a rank that was not there then keeps its own."""
+    if not (folder / f"random-{rank:05d}.json").is_file():
+        return
     tensors = load_file(folder / f"random-{rank:05d}.safetensors")
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():

@@ -36,18 +36,25 @@ class BigramBaseline(Callback):
         self.latest: float | None = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
+        """Count, measure, and say so.
+
+        Raises:
+            ValueError: nothing is held out.
+        """
+        if not len(trainer.data.validation or ()) or trainer.data.tokenizer is None:
+            raise ValueError("callbacks: BigramBaseline needs held-out data with a tokenizer: set data.validation_ratio")
         if not trainer.is_main:
             return
-        if trainer.data.validation is None or trainer.data.tokenizer is None:
-            raise ValueError("BigramBaseline needs held-out data with a tokenizer: set data.validation_ratio")
         self.bits_per_byte = bigram_bits_per_byte(trainer.data, self.discount)
         trainer.log("bigram_bits_per_byte", self.bits_per_byte)
         print(f"a smoothed bigram model reaches {self.bits_per_byte:.3f} bits per byte on the held-out text", flush=True)
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Keep the trained model's figure."""
         self.latest = metrics.get("validation_bits_per_byte")
 
     def on_fit_end(self, trainer: Trainer) -> None:
+        """Both figures on one line."""
         if trainer.is_main and self.latest is not None:
             print(f"held-out text, bits per byte: this model {self.latest:.3f}, smoothed bigrams {self.bits_per_byte:.3f}")
 

@@ -46,6 +46,7 @@ class Validation(Callback):
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Validate if it is time: several reasons at one step are one validation."""
-        due = trainer.step % (self.every or trainer.plan.steps_per_epoch) == 0
+        # Not a multiple of steps_per_epoch: a run that was resumed on other ranks has other steps.
+        due = trainer.plan.epoch(trainer.step) % 1 == 0 if self.every is None else trainer.step % self.every == 0
         if due or (self.at_end and trainer.step == trainer.plan.max_steps):
             trainer.validate()

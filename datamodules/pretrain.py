@@ -6,6 +6,7 @@ other: their positions begin again at 0, from which the model knows. See ``packi
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ class Pretrain(DataModule):
         assert self.tokenizer is not None and self.tokenizer.eos_token_id is not None
         digests = [python_docs.fingerprint() if file == formats.CORPUS else file_digest(file) for file in files]
         tokenizer_digest = file_digest(str(Path(self.tokenizer_folder) / "tokenizer.json"))
-        key = cache_key(digests, files, tokenizer_digest, self.tokenizer.eos_token_id, self.on_bad_record)
+        key = cache_key(digests, files, tokenizer_digest, self.tokenizer.eos_token_id, *self.reading())
         folder = self.cache_dir / "tokens" / key
         with distributed.first_on_each_machine() as first:
             if first and not (folder / "about.json").is_file():
@@ -110,6 +111,14 @@ class Pretrain(DataModule):
                 about = {"files": files, "bad_records": 0}
                 build(folder, self.read(files, about), about, self.tokenizer, eos, show=distributed.is_main())
         return TokenCache(folder)
+
+    def reading(self) -> list[Any]:
+        """What decides, beside the files' content, which documents ``read`` gives; JSON values, a part of the cache's name.
+
+        The source of an overridden ``read`` is in it. A subclass that reads by options of its own adds them.
+        """
+        kind = type(self)
+        return [self.on_bad_record, *([] if kind.read is Pretrain.read else [inspect.getsource(kind.read)])]
 
     def read(self, files: list[str], about: dict[str, Any]) -> Iterator[Document]:
         """The documents of some files; skipped records are counted in ``about["bad_records"]``.

@@ -1,20 +1,24 @@
-"""What all tests share: caches in a temporary place, a small tokenizer, tiny models, and whole commands in a process."""
+"""What all tests share: caches in a temporary place, a small tokenizer, tiny models. Processes: ``system/processes.py``."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
+# Before torch is imported. Tests share the cores, with each other and with their own child processes: more threads than
+# cores make tiny models many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ROOT = Path(__file__).parent.parent
-SAMPLES = ROOT / "recipes" / "samples"
+settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+settings.load_profile("patient")
+
+SAMPLES = Path(__file__).parent.parent / "recipes" / "samples"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,17 +65,3 @@ def tiny() -> Callable[..., Any]:
         return BumblebeeConfig(**{**shape, **changes})
 
     return make
-
-
-def run_command(*words: str, ranks: int = 1, launcher: str = "torchrun", **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run ``bumblebee WORDS`` in a process of its own, under a launcher where there are several ranks."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    start = [sys.executable, "-m"]
-    if ranks > 1 and launcher == "torchrun":
-        start += ["torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0", "-m"]
-    elif ranks > 1:
-        start = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "-m"]
-    return subprocess.run(
-        [*start, "bumblebee", *words], capture_output=True, text=True, timeout=options.pop("timeout", 240), cwd=ROOT,
-        env=environment, **options,
-    )  # fmt: skip

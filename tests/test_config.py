@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee import BumblebeeConfig
@@ -93,6 +93,7 @@ def test_eos_token_ids_is_always_a_list(tiny, given_, ids):
     assert tiny(eos_token_id=given_).eos_token_ids == ids
 
 
+@settings(deadline=None)
 @given(
     heads=st.sampled_from([(4, 1), (4, 2), (4, 4), (6, 3)]),
     head_dim=st.integers(1, 32).map(lambda half: 2 * half),

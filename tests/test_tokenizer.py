@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee import Tokenizer
@@ -22,6 +22,7 @@ def tokenizer(tokenizer_folder):
 
 
 def test_decoding_gives_back_every_text(tokenizer):
+    @settings(deadline=None)
     @given(TEXTS)
     def check(text):
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
@@ -30,6 +31,7 @@ def test_decoding_gives_back_every_text(tokenizer):
 
 
 def test_token_bytes_join_to_the_text_in_utf8(tokenizer):
+    @settings(deadline=None)
     @given(TEXTS)
     def check(text):
         assert b"".join(tokenizer.token_bytes[index] for index in tokenizer.encode(text)) == text.encode()
@@ -38,6 +40,7 @@ def test_token_bytes_join_to_the_text_in_utf8(tokenizer):
 
 
 def test_no_text_gives_a_special_id(tokenizer):
+    @settings(deadline=None)
     @given(TEXTS)
     def check(text):
         assert not tokenizer.special_ids.intersection(tokenizer.encode(text))
@@ -46,6 +49,7 @@ def test_no_text_gives_a_special_id(tokenizer):
 
 
 def test_a_batch_is_encoded_like_each_text_alone(tokenizer):
+    @settings(deadline=None)
     @given(st.lists(TEXTS, max_size=4))
     def check(texts):
         assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
@@ -57,6 +61,7 @@ def test_ids_and_bytes_survive_saving(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "new")
     again = Tokenizer.from_pretrained(tmp_path / "new")
 
+    @settings(deadline=None)
     @given(TEXTS)
     def check(text):
         assert again.encode(text) == tokenizer.encode(text)

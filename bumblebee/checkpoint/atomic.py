@@ -37,16 +37,27 @@ def start_aside(folder: Path) -> Path:
     return aside
 
 
-def put_in_place(aside: Path, folder: Path) -> None:
-    """Make what was written aside the folder's content; see ``written_aside``."""
+def put_in_place(aside: Path, folder: Path, whole: bool = False) -> None:
+    """Make what was written aside the folder's content; see ``written_aside``.
+
+    Args:
+        aside: what ``start_aside`` gave, filled.
+        folder: where it belongs.
+        whole: a folder that is there vanishes with everything in it, instead of keeping its other files.
+    """
     flush_tree(aside)
-    if folder.exists():
+    if folder.exists() and not whole:
         for file in sorted(aside.iterdir()):
             os.replace(file, folder / file.name)
         flush(folder)
         aside.rmdir()
     else:
+        old = folder.parent / f".{folder.name}.old.partial"
+        if folder.exists():
+            remove(old)
+            os.rename(folder, old)
         os.rename(aside, folder)
+        remove(old)
     flush(folder.parent)
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from bumblebee.inference.params import SamplingParams
 
+NEARLY_ZERO = 1e-6  # logits divided by less overflow fp32; the most likely token would be drawn anyway
+
 
 def sample(logits: Tensor, seen: list[int], params: SamplingParams, generator: torch.Generator) -> int:
     """The next token of one sequence.
@@ -20,7 +22,7 @@ def sample(logits: Tensor, seen: list[int], params: SamplingParams, generator: t
     logits = logits.float().cpu()
     if params.repetition_penalty != 1.0:
         logits = penalise(logits, seen, params.repetition_penalty)
-    if params.temperature == 0:
+    if params.temperature < NEARLY_ZERO:
         return int(logits.argmax())
     logits = truncate(logits / params.temperature, params)
     return int(torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))

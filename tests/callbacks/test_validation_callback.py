@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from bumblebee.plan import Position
 from callbacks import Validation
 
 
@@ -15,6 +18,12 @@ def test_every_n_steps_and_at_the_end(fake):
 
 def test_null_is_the_end_of_each_epoch(fake):
     assert validations(fake([Validation()], steps=8)) == [3, 6, 8]
+
+
+def test_epochs_end_where_the_data_ends_also_after_a_resume_with_other_steps(fake):
+    trainer = fake([Validation()], steps=9, step=4)
+    trainer.plan = replace(trainer.plan, origin=Position(step=4, epoch=0, sample=16))  # six of 22 samples are left
+    assert validations(trainer) == [5, 8, 9]
 
 
 def test_several_reasons_at_one_step_are_one_validation(fake):

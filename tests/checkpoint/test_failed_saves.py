@@ -14,7 +14,6 @@ from bumblebee import Bumblebee
 from bumblebee.checkpoint import atomic, folder
 from bumblebee.checkpoint.atomic import read_json, write_json, written_aside
 
-
 ROOT = Path(__file__).parents[2]
 
 

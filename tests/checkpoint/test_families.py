@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee import BumblebeeConfig
@@ -43,6 +43,7 @@ CONFIGS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(CONFIGS)
 def test_a_config_comes_back_from_its_config_json(config):
     raw = json.loads(json.dumps(write_config(config, "float32")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee.checkpoint.folder import parse_size
@@ -12,16 +12,19 @@ UNITS = {"": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 10
 SPACE = st.sampled_from(["", " ", "  "])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**6), st.sampled_from(list(UNITS)), SPACE, SPACE, st.sampled_from([str, str.upper, str.lower]))
 def test_a_whole_number_is_multiplied_by_its_unit(number, unit, before, between, spell):
     assert parse_size(spell(f"{before}{number}{between}{unit}")) == number * UNITS[unit]
 
 
+@settings(deadline=None)
 @given(st.decimals("0.001", 1000, places=3), st.sampled_from(["KB", "MB", "GB"]))
 def test_a_fraction_is_rounded_down_to_bytes(number, unit):
     assert abs(parse_size(f"{number}{unit}") - int(number * UNITS[unit])) <= 1
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**6), st.sampled_from(["KB", "MB", "GB"]))
 def test_a_binary_unit_is_larger_than_its_decimal_one(number, unit):
     assert parse_size(f"{number}{unit[0]}iB") > parse_size(f"{number}{unit}")
@@ -36,6 +39,7 @@ def test_what_is_no_size_is_refused_with_what_was_given(text):
     assert f"size {text!r}: write a number and a unit, such as 5GB" in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_is_a_positive_size_or_a_value_error(text):
     try:

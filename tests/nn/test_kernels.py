@@ -104,6 +104,7 @@ def rows_of_documents(draw) -> list[list[int]]:
     return rows
 
 
+@settings(deadline=None)
 @given(rows_of_documents())
 def test_a_packed_mask_shows_each_query_its_own_document_up_to_itself(rows):
     position_ids = torch.tensor([[place for length in row for place in range(length)] for row in rows])
@@ -114,6 +115,7 @@ def test_a_packed_mask_shows_each_query_its_own_document_up_to_itself(rows):
     assert mask.dense(length, length, torch.device("cpu"))[:, 0].tolist() == expected
 
 
+@settings(deadline=None)
 @given(rows_of_documents())
 def test_cumulative_lengths_are_those_of_the_documents_of_all_rows(rows):
     position_ids = torch.tensor([[place for length in row for place in range(length)] for row in rows])
@@ -178,7 +180,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
         choose("flsh", torch.float32)
 
 
-@settings(max_examples=20)
+@settings(deadline=None, max_examples=20)
 @given(st.integers(1, 9), st.integers(1, 9))
 def test_the_dense_mask_of_a_plain_window_is_lower_triangular(queries, keys):
     dense = AttentionMask().dense(queries, keys, torch.device("cpu"))

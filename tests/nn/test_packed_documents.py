@@ -53,7 +53,7 @@ def pieces(packed: torch.Tensor, rows: list[list[torch.Tensor]]) -> list[torch.T
 
 
 def test_packed_logits_equal_unpacked(model):
-    @settings(max_examples=25)
+    @settings(deadline=None, max_examples=25)
     @given(LENGTHS, st.integers(0, 99))
     @torch.no_grad()
     def check(lengths, seed):

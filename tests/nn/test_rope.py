@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee import Bumblebee
@@ -19,6 +19,7 @@ LLAMA3 = {
 }  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.integers(0, 40_000))
 def test_cosines_and_sines_are_those_of_position_times_frequency(position):
     cos, sin = RotaryEmbedding(D, THETA)(torch.tensor([[position]]))

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+import callbacks
+from bumblebee import optim
 from bumblebee.callback import Callback
 from bumblebee.config import BumblebeeConfig
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.model import Bumblebee
 from bumblebee.nn import IGNORE
-from bumblebee.optim import Schedule
 from bumblebee.tasks.language_modeling import LanguageModeling
-from bumblebee.tasks.task import Task
 from bumblebee.trainer import Trainer
 
 VOCABULARY, LENGTH = 64, 16
@@ -133,32 +134,47 @@ def small_model(seed: int = 0, **changes: Any) -> Bumblebee:
     return Bumblebee(BumblebeeConfig.preset("tiny", **{**shape, **changes}))
 
 
-ADAMW = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+def train(folder: str | Path, **job: Any) -> list[dict[str, float]]:
+    """Train the small model; returns all lines of metrics. Whatever is not said is the same in all tests.
 
-
-def train(
-    folder: str | Path,
-    *,
-    data: DataModule | None = None,
-    task: Task | None = None,
-    optimizer: Any = ADAMW,
-    schedule: Schedule | None = None,
-    callbacks: dict[str, Callback | None] | None = None,
-    seed: int = 42,
-    overwrite: bool = False,
-    **options: Any,
-) -> list[dict[str, float]]:
-    """Train the small model in fp32, and return all lines of metrics."""
+    Args:
+        folder: the run's folder.
+        job: in JSON, so that it can be sent to other processes: ``data`` (of Rows), ``model`` (changes of the config),
+            ``task`` (a class of this file), ``optimizer``, ``schedule`` and ``callbacks`` (names or classes, with their
+            options), ``seed``, ``overwrite``; all others are the Trainer's.
+    """
     recorder = Recorder()
-    options = {"max_steps": 6, "micro_batch_size": 2, "accumulate": 2, "precision": "fp32", "device": "cpu", **options}
-    Trainer(**options).fit(
-        task or LanguageModeling(small_model()),
-        data or Rows(),
-        optimizer,
-        schedule,
-        {"recorder": recorder, **(callbacks or {})},
-        folder,
-        seed,
-        overwrite,
-    )
+    parts = {name: job.pop(name, {}) for name in ("data", "model", "callbacks")}
+    task = globals()[job.pop("task", "LanguageModeling")](small_model(**parts["model"]))
+    named, options = job.pop("optimizer", ("AdamW", {"lr": 1e-2, "weight_decay": 0.1}))
+    optimizer = functools.partial(getattr(torch.optim, named), **options)
+    named, options = job.pop("schedule", ("Constant", {"warmup_ratio": 0.0}))
+    schedule = getattr(optim, named)(**options)
+    others = {name: made(*call) for name, call in parts["callbacks"].items()}
+    fit = {"seed": job.pop("seed", 42), "overwrite": job.pop("overwrite", False), "output_dir": folder}
+    trainer = {"max_steps": 6, "micro_batch_size": 2, "accumulate": 2, "precision": "fp32", "device": "cpu", **job}
+    Trainer(**trainer).fit(task, Rows(**parts["data"]), optimizer, schedule, {"recorder": recorder, **others}, **fit)
     return recorder.metrics
+
+
+def made(name: str, options: dict[str, Any]) -> Callback:
+    """A callback of this file or of ``callbacks``."""
+    return (globals().get(name) or getattr(callbacks, name))(**options)
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """``train`` with what can be sent back: {"metrics": ...}, or {"error": ...} where the run was refused."""
+    try:
+        return {"metrics": train(**job)}
+    except ValueError as error:
+        return {"error": str(error)}
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a model folder."""
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def weight_bytes(folder: str | Path) -> bytes:
+    """The weights as they lie on the disk."""
+    return (Path(folder) / "model.safetensors").read_bytes()

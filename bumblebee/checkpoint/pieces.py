@@ -1,0 +1,132 @@
+"""Training state on the disk: for each parameter its fp32 weights and the optimizer's numbers, in pieces.
+
+Each rank writes one safetensors file with the pieces that it owns: flat runs of a parameter's elements. Where a piece lies in
+its parameter stands in the file's header, so the pieces can be put together again by any number of ranks, at any ZeRO stage,
+or one parameter at a time without any rank at all. Keys are KIND/PARAMETER: ``fp32/model.norm.weight``,
+``exp_avg/model.norm.weight`` and whatever else the optimizer keeps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHTS = "fp32"  # the kind under which the weights themselves are kept
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a parameter's elements with what belongs to it.
+
+    Args:
+        name: of the parameter.
+        shape: of the whole parameter.
+        start: index of the first element in the flattened parameter.
+        numel: how many elements.
+        tensors: for each kind either (numel,) or, where the optimizer keeps one number for the parameter, (1,).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    tensors: dict[str, Tensor]
+
+
+def write_pieces(file: Path, pieces: Iterable[Piece]) -> None:
+    """Write one rank's pieces.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    places: dict[str, Any] = {}
+    for piece in pieces:
+        places[piece.name] = {"shape": piece.shape, "start": piece.start, "numel": piece.numel}
+        for kind, tensor in piece.tensors.items():
+            tensors[f"{kind}/{piece.name}"] = tensor.detach().cpu().clone()
+    try:
+        save_file(tensors, file, metadata={"pieces": json.dumps(places)})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {file}: {error}") from error
+
+
+class PieceReader:
+    """All pieces of a checkpoint, read as they are asked for. A context manager: it keeps the files open.
+
+    Args:
+        folder: where the ranks' files are.
+
+    Raises:
+        ValueError: no files, or damaged ones.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stack = ExitStack()
+        self._where: dict[str, list[tuple[Any, int, int]]] = {}  # parameter -> (file, start, numel)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        files = sorted(folder.glob("optimizer-*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder} holds no training state")
+        for file in files:
+            self._open(file)
+
+    def _open(self, file: Path) -> None:
+        try:
+            opened = self._stack.enter_context(safe_open(file, framework="pt"))
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+        for name, place in json.loads(opened.metadata()["pieces"]).items():
+            self.shapes[name] = tuple(place["shape"])
+            self._where.setdefault(name, []).append((opened, place["start"], place["numel"]))
+
+    def __enter__(self) -> PieceReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def kinds(self, name: str) -> list[str]:
+        """What is kept of a parameter beside its weights."""
+        opened = self._where[name][0][0]
+        return sorted(k.partition("/")[0] for k in opened.keys() if k.partition("/")[2] == name and k != f"{WEIGHTS}/{name}")  # noqa: SIM118
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Elements ``start`` to ``start + numel`` of a flattened parameter: (numel,); a single number as (1,).
+
+        Raises:
+            ValueError: the checkpoint lacks some of them.
+        """
+        parts, at = [], start
+        for opened, first, count in sorted(self._where[name], key=lambda place: place[1]):
+            data = opened.get_slice(f"{kind}/{name}")
+            if data.get_shape() == [1] and count != 1:
+                return data[:]
+            low, high = max(at, first), min(start + numel, first + count)
+            if low < high and low == at:
+                parts.append(data[low - first : high - first])
+                at = high
+        if at != start + numel:
+            raise ValueError(f"{self.folder} lacks elements {at} to {start + numel} of {kind}/{name}: a rank's file is missing")
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def whole(self, name: str) -> Tensor:
+        """A parameter's weights in fp32 and in shape."""
+        shape = self.shapes[name]
+        return self.read(WEIGHTS, name, 0, math.prod(shape)).reshape(shape)
+
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Every (parameter, weights), one at a time."""
+        for name in self.shapes:
+            yield name, self.whole(name).to(dtype)

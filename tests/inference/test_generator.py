@@ -1,0 +1,194 @@
+"""Generation from a cache gives, token by token, what a loop without any cache gives; and it ends where it should."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
+from bumblebee.inference import generator as module
+
+GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
+PROMPTS = ["The bee", "A", "In the garden there are many flowers, and the bees", "Ünïcödé 🐝", "x y"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder):
+    return Tokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture(scope="module")
+def generator(tiny, tokenizer) -> Generator:
+    """Weights drawn wide, so that the most likely token leads by far more than rounding."""
+    torch.manual_seed(0)
+    return Generator(Bumblebee(tiny(initializer_range=0.3)), tokenizer)
+
+
+def with_stops(generator: Generator, stop_ids: list[int]) -> Generator:
+    return Generator(generator.model, generator.tokenizer, stop_ids)
+
+
+@torch.no_grad()
+def naive(generator: Generator, prompt: str, number: int) -> list[int]:
+    """The most likely token of a full forward pass, number times."""
+    ids = generator.encode(prompt)
+    for _ in range(number):
+        ids = [*ids, int(generator.model(torch.tensor([ids]))[0, -1].argmax())]
+    return ids[-number:]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_generation_equals_the_loop_without_cache(generator, prompt):
+    (out,) = generator.generate([prompt], GREEDY)
+    assert out.token_ids == naive(generator, prompt, 12)
+    assert len(set(out.token_ids)) > 3, "not the same token again and again, which would prove little"
+
+
+def test_a_batch_of_ragged_prompts_equals_the_loop_without_cache(generator):
+    outs = generator.generate(PROMPTS, GREEDY)
+    assert [out.token_ids for out in outs] == [naive(generator, prompt, 12) for prompt in PROMPTS]
+
+
+def test_more_prompts_than_fit_a_batch_come_back_in_order(generator, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 2)
+    outs = generator.generate(PROMPTS, GREEDY)
+    assert [out.token_ids for out in outs] == [naive(generator, prompt, 12) for prompt in PROMPTS]
+
+
+def test_no_prompts_give_no_generations(generator):
+    assert generator.generate([], GREEDY) == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 3.0])
+def test_the_pieces_of_a_stream_join_to_the_text_of_generate(generator, temperature):
+    """Random tokens of a byte-level vocabulary: most characters outside ASCII are cut or broken."""
+    for seed in range(8):
+        params = SamplingParams(max_new_tokens=40, temperature=temperature, seed=seed)
+        (out,) = generator.generate(["The bee"], params)
+        assert "".join(generator.stream("The bee", params)) == out.text
+        expected = b"".join(generator.tokenizer.token_bytes[token] for token in out.token_ids)
+        assert out.text == expected.decode("utf-8", errors="replace")
+
+
+def test_a_character_cut_across_tokens_is_streamed_whole(generator, monkeypatch):
+    """The model is made to say 🐝, one byte a token."""
+    pieces = generator.tokenizer.token_bytes
+    script = iter([pieces.index(bytes([byte])) for byte in "a🐝b".encode()])
+    monkeypatch.setattr(module, "sample", lambda *args: next(script))
+    assert list(generator.stream("x", SamplingParams(max_new_tokens=6))) == ["a", "🐝", "b"]
+
+
+def test_a_stream_begins_before_all_is_computed(generator, monkeypatch):
+    steps = []
+    original = module.sample
+    monkeypatch.setattr(module, "sample", lambda *args: steps.append(1) or original(*args))
+    stream = generator.stream("The bee", SamplingParams(max_new_tokens=30, temperature=0.0, ignore_eos=True))
+    next(stream)
+    assert len(steps) < 30
+
+
+def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(generator):
+    params = SamplingParams(max_new_tokens=10, seed=7)
+    first, second = generator.generate(PROMPTS, params), generator.generate(PROMPTS, params)
+    assert first == second
+    assert [generator.generate([prompt], params)[0] for prompt in PROMPTS] == first
+    assert generator.generate(PROMPTS, SamplingParams(max_new_tokens=10, seed=8)) != first
+
+
+def test_without_a_seed_each_call_draws_anew(generator):
+    params = SamplingParams(max_new_tokens=20)
+    texts = [out.text for out in generator.generate(["The bee"] * 3, params)]
+    assert len(set(texts)) == 3
+
+
+@pytest.mark.parametrize("number", [1, 5])
+def test_max_new_tokens_ends_with_length(generator, number):
+    outs = generator.generate(PROMPTS, SamplingParams(max_new_tokens=number, temperature=0.0, ignore_eos=True))
+    assert [(len(out.token_ids), out.finish_reason) for out in outs] == [(number, "length")] * len(PROMPTS)
+
+
+def test_the_last_position_ends_with_length(tiny, tokenizer):
+    torch.manual_seed(0)
+    generator = Generator(Bumblebee(tiny(initializer_range=0.3, max_position_embeddings=20)), tokenizer)
+    params = SamplingParams(max_new_tokens=100, temperature=0.0, ignore_eos=True)
+    for out, prompt in zip(generator.generate(["x", "x y z"], params), ["x", "x y z"], strict=True):
+        assert out.finish_reason == "length"
+        assert len(generator.encode(prompt)) + len(out.token_ids) == 20
+        assert out.token_ids == naive(generator, prompt, len(out.token_ids))
+
+
+def test_each_end_of_text_id_ends_with_stop_and_has_no_text(generator):
+    tokens = naive(generator, "The bee", 12)
+    place = next(i for i in range(2, 12) if tokens[i] not in tokens[:i])
+    stopped = with_stops(generator, [399, tokens[place]])
+    (out,) = stopped.generate(["The bee"], SamplingParams(max_new_tokens=12, temperature=0.0))
+    assert out.token_ids == tokens[: place + 1] and out.finish_reason == "stop"
+    assert "".join(stopped.stream("The bee", SamplingParams(max_new_tokens=12, temperature=0.0))) == out.text
+
+
+def test_the_rows_of_a_batch_end_on_their_own(generator):
+    """The first row stops early; the others go on as if it had not."""
+    alone = {prompt: naive(generator, prompt, 12) for prompt in PROMPTS}
+    others = {token for prompt in PROMPTS[1:] for token in alone[prompt]}
+    stop = next(token for token in alone[PROMPTS[0]] if token not in others)
+    outs = with_stops(generator, [stop]).generate(PROMPTS, SamplingParams(max_new_tokens=12, temperature=0.0))
+    assert outs[0].finish_reason == "stop" and outs[0].token_ids[-1] == stop
+    assert [out.token_ids for out in outs[1:]] == [alone[prompt] for prompt in PROMPTS[1:]]
+    assert [out.finish_reason for out in outs[1:]] == ["length"] * 4
+
+
+def test_ignore_eos_goes_on(generator):
+    tokens = naive(generator, "The bee", 12)
+    (out,) = with_stops(generator, tokens).generate(["The bee"], GREEDY)
+    assert out.token_ids == tokens and out.finish_reason == "length"
+
+
+def test_stop_ids_come_from_the_config_the_tokenizer_and_generation_config(tiny, tokenizer, tmp_path):
+    Bumblebee(tiny(eos_token_id=[5, 6])).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert Generator.from_pretrained(tmp_path, device="cpu").stop_ids == {0, 5, 6}
+    for stops, expected in (([7, 8], {0, 5, 6, 7, 8}), (9, {0, 5, 6, 9}), (None, {0, 5, 6})):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        assert Generator.from_pretrained(tmp_path, device="cpu").stop_ids == expected
+    (tmp_path / "generation_config.json").unlink()
+    assert Generator.from_pretrained(tmp_path, device="cpu").stop_ids == {0, 5, 6}
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match="generation_config.json"):
+        Generator.from_pretrained(tmp_path, device="cpu")
+
+
+def test_a_folder_gives_the_same_text_as_the_model_it_was_saved_from(generator, tmp_path):
+    generator.model.save_pretrained(tmp_path)
+    generator.tokenizer.save_pretrained(tmp_path)
+    assert Generator.from_pretrained(tmp_path, device="cpu").generate(PROMPTS, GREEDY) == generator.generate(PROMPTS, GREEDY)
+
+
+def test_a_dtype_can_be_asked_for(generator, tmp_path):
+    generator.model.save_pretrained(tmp_path)
+    generator.tokenizer.save_pretrained(tmp_path)
+    half = Generator.from_pretrained(tmp_path, device="cpu", dtype="bfloat16")
+    assert half.dtype == torch.bfloat16
+    assert len(half.generate(["x"], GREEDY)[0].token_ids) == 12
+    with pytest.raises(ValueError, match="unknown dtype 'float8'; write auto, float32, bfloat16 or float16"):
+        Generator.from_pretrained(tmp_path, dtype="float8")
+
+
+@pytest.mark.parametrize("run", [lambda g, p: g.generate(["x", p]), lambda g, p: next(g.stream(p))], ids=["generate", "stream"])
+def test_prompts_that_cannot_be_continued_are_refused(generator, run):
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        run(generator, "")
+    long = "q" * 256
+    assert len(generator.encode(long)) == 256
+    with pytest.raises(ValueError, match="the prompt has 256 tokens; the model takes 256, new ones included"):
+        run(generator, long)
+
+
+def test_a_prompt_that_leaves_one_position_gets_one_token(generator):
+    (out,) = generator.generate(["q" * 255], GREEDY)
+    assert len(out.token_ids) == 1 and out.finish_reason == "length"
+
+
+def test_a_prompt_that_spells_a_special_token_is_text(generator):
+    assert not generator.tokenizer.special_ids.intersection(generator.check("<|im_end|>", GREEDY))

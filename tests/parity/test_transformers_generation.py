@@ -1,0 +1,66 @@
+"""Greedy generation over a folder gives the tokens that transformers' generate gives, and stops where it stops."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+
+from bumblebee import Generator, SamplingParams, Tokenizer  # noqa: E402
+
+PROMPTS = ["The bee", "In the garden there are many flowers", "🐝"]
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, bos_token_id=None, eos_token_id=399,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder) -> Tokenizer:
+    return Tokenizer.from_pretrained(tokenizer_folder)
+
+
+def save(model: Qwen2ForCausalLM, tokenizer: Tokenizer, folder: Path, eos: int | list[int]) -> Path:
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def continued(model: Qwen2ForCausalLM, ids: list[int]) -> list[int]:
+    out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=LENGTH)
+    return out[0, len(ids) :].tolist()
+
+
+def test_greedy_tokens_are_those_of_transformers(theirs, tokenizer, tmp_path):
+    """Our Generator stops at the tokenizer's end of text too, so transformers is told of it."""
+    generator = Generator.from_pretrained(save(theirs, tokenizer, tmp_path, [399, tokenizer.eos_token_id]), device="cpu")
+    outs = generator.generate(PROMPTS, SamplingParams(max_new_tokens=LENGTH, temperature=0.0))
+    assert [out.token_ids for out in outs] == [continued(theirs, tokenizer.encode(prompt)) for prompt in PROMPTS]
+    assert LENGTH in [len(out.token_ids) for out in outs]
+
+
+def test_every_id_of_a_list_in_generation_config_stops_both(theirs, tokenizer, tmp_path):
+    ids = tokenizer.encode(PROMPTS[0])
+    save(theirs, tokenizer, tmp_path / "free", 399)
+    free = continued(theirs, ids)
+    for place in (3, 6):
+        save(theirs, tokenizer, tmp_path / "list", [398, free[place]])
+        stopped = continued(theirs, ids)
+        assert len(stopped) < LENGTH and stopped[-1] == free[place]
+        generator = Generator.from_pretrained(tmp_path / "list", device="cpu")
+        (out,) = generator.generate([PROMPTS[0]], SamplingParams(max_new_tokens=LENGTH, temperature=0.0))
+        assert out.token_ids == stopped and out.finish_reason == "stop"

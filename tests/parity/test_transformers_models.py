@@ -1,0 +1,191 @@
+"""Our models compute what transformers' Qwen2 and Llama compute: logits and gradients, over folders written by either side.
+
+Tiny random models, nothing is downloaded. All weights are drawn wide, norms and biases too, so that no part is without effect.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config  # noqa: E402
+
+from bumblebee import Bumblebee  # noqa: E402
+from bumblebee.checkpoint.folder import load_config  # noqa: E402
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32, "rope_theta": 10_000.0,
+}  # fmt: skip
+PEERS = {
+    "qwen2 tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen2 untied": Qwen2Config(**SHAPE, tie_word_embeddings=False, rms_norm_eps=1e-3),
+    "qwen2 rope theta": Qwen2Config(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}),
+    "llama": LlamaConfig(**SHAPE, attention_bias=False),
+    "llama tied with bias": LlamaConfig(**SHAPE, attention_bias=True, tie_word_embeddings=True),
+    "llama head_dim": LlamaConfig(**SHAPE, head_dim=12),
+    "llama one kv head": LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}),
+    "llama llama3 rope": LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
+}
+LENGTH = 200  # far beyond the 32 positions of the original Llama 3 rope above
+TOLERANCE = 2e-5  # in fp32; the largest difference seen is 8e-6, with logits of standard deviation 1
+
+
+def widen(model: torch.nn.Module) -> None:
+    """Weights with standard deviation 0.2, norms around one."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
+
+
+def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def input_ids() -> torch.Tensor:
+    return torch.randint(SHAPE["vocab_size"], (2, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=PEERS)
+def folder(request, tmp_path_factory) -> Path:
+    """A folder written by transformers."""
+    model = AutoModelForCausalLM.from_config(PEERS[request.param], dtype=torch.float32)
+    widen(model)
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    return load_theirs(folder)
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return Bumblebee.from_pretrained(folder)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    out = model(input_ids)
+    return (out if isinstance(out, torch.Tensor) else out.logits).float()
+
+
+def test_logits_over_a_folder_of_transformers_are_theirs(ours, theirs, input_ids):
+    expected = logits(theirs, input_ids)
+    assert expected.std() > 1, "small logits would agree whatever we did"
+    torch.testing.assert_close(logits(ours, input_ids), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"], ids=["one file", "shards"])
+def test_transformers_computes_the_same_logits_over_our_folder(ours, theirs, input_ids, tmp_path, shard_size):
+    ours.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or shard_size == "5GB"
+    loaded = load_theirs(tmp_path)
+    assert type(loaded) is type(theirs)
+    torch.testing.assert_close(logits(loaded, input_ids), logits(theirs, input_ids), rtol=0, atol=0)
+
+
+def test_gradients_of_the_summed_loss_are_theirs(ours, theirs, input_ids):
+    labels = torch.where(torch.arange(LENGTH) % 7 == 0, -100, input_ids.roll(-1, 1))
+    ours.zero_grad()
+    theirs.zero_grad()
+    ours(input_ids, labels=labels).sum().backward()
+    torch.nn.functional.cross_entropy(theirs(input_ids).logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if name.endswith("k_proj.bias"):  # adds the same to all scores of a query: its true gradient is zero
+            continue
+        scale = expected[name].grad.abs().max()
+        assert scale > 0.1, name
+        torch.testing.assert_close(parameter.grad / scale, expected[name].grad / scale, rtol=0, atol=1e-4, msg=name)
+
+
+def test_bf16_logits_are_as_close_to_fp32_as_theirs(folder, theirs, input_ids):
+    exact = logits(theirs, input_ids)
+    error_of_theirs = (logits(load_theirs(folder, torch.bfloat16), input_ids) - exact).square().mean().sqrt()
+    error_of_ours = (logits(Bumblebee.from_pretrained(folder, dtype=torch.bfloat16), input_ids) - exact).square().mean().sqrt()
+    assert 0 < error_of_ours < 1.2 * error_of_theirs
+    assert error_of_ours < 0.05 * exact.std()
+
+
+def test_packed_documents_are_computed_as_transformers_computes_each_alone(ours, theirs, input_ids):
+    lengths = [50, 110, 40]
+    position_ids = torch.cat([torch.arange(length) for length in lengths]).expand(2, -1)
+    with torch.no_grad():
+        packed = ours(input_ids, position_ids)
+    alone = torch.cat([logits(theirs, part) for part in input_ids.split(lengths, 1)], 1)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=TOLERANCE)
+
+
+OLD = {"rope_theta": LLAMA3["rope_theta"]}
+SCALING = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+LAYOUTS = {
+    "new": {"rope_parameters": LLAMA3},
+    "old": {**OLD, "rope_scaling": SCALING},
+    "old with the key type": {**OLD, "rope_scaling": {("type" if k == "rope_type" else k): SCALING[k] for k in SCALING}},
+}
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A Llama with llama3 rope, and its config.json without any rope settings."""
+    model = AutoModelForCausalLM.from_config(PEERS["llama llama3 rope"], dtype=torch.float32)
+    widen(model)
+    folder = tmp_path_factory.mktemp("rope")
+    model.save_pretrained(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    assert raw.pop("rope_parameters")["rope_type"] == "llama3"
+    return folder, {key: value for key, value in raw.items() if not key.startswith("rope")}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_of_rope_settings_gives_transformers_logits(scaled, input_ids, layout):
+    folder, bare = scaled
+    (folder / "config.json").write_text(json.dumps(bare | LAYOUTS[layout]))
+    scaled_logits = logits(Bumblebee.from_pretrained(folder), input_ids)
+    torch.testing.assert_close(scaled_logits, logits(load_theirs(folder), input_ids), rtol=0, atol=TOLERANCE)
+    (folder / "config.json").write_text(json.dumps(bare))
+    assert (logits(Bumblebee.from_pretrained(folder), input_ids) - scaled_logits).abs().max() > 0.1, "scaling does something"
+
+
+@pytest.mark.parametrize(("architecture", "model_type"), [("Qwen2ForCausalLM", "qwen2"), ("LlamaForCausalLM", "llama")])
+def test_what_a_config_leaves_out_is_what_transformers_fills_in(tmp_path, architecture, model_type):
+    sizes = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    raw = {"architectures": [architecture], "model_type": model_type, **{name: SHAPE[name] for name in sizes}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ours, theirs = load_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    same = (*sizes, "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range",
+            "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
+    assert {name: getattr(ours, name) for name in same} == {name: getattr(theirs, name) for name in same}
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_our_config_json_says_to_transformers_what_it_says_to_us(folder, ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    before, after = (AutoConfig.from_pretrained(path).to_dict() for path in (folder, tmp_path))
+    for key in ("_name_or_path", "transformers_version", "head_dim", "torch_dtype"):
+        before.pop(key, None)
+        after.pop(key, None)
+    assert before == {key: after[key] for key in before}
