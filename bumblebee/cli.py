@@ -19,6 +19,7 @@ COMMANDS = {
     "validate": "measure a trained model on a recipe's held-out data",
     "generate": "let a model continue a text",
     "tokenizer": "train a tokenizer on text files",
+    "consolidate": "make a model folder from a checkpoint's shards",
 }
 USAGE = """usage: bumblebee COMMAND [options]
 
@@ -200,6 +201,23 @@ def tokenizer(words: list[str]) -> None:
         trained = Tokenizer.train(texts, cfg.vocab_size, show_progress=sys.stderr.isatty())
         trained.save_pretrained(cfg.output)
     print(f"{trained.vocab_size} tokens in {cfg.output}")
+
+
+def consolidate(words: list[str]) -> None:
+    """Make a model folder from a checkpoint's shards."""
+    from bumblebee.arguments import Parser
+
+    parser = Parser(prog="bumblebee consolidate", description="Make a model folder from a checkpoint's shards.")
+    parser.add_argument("checkpoint", type=str, help="a run's checkpoint-<step>")
+    parser.add_argument("--output", type=str, required=True, help="the model folder")
+    parser.add_argument("--dtype", type=str, default="auto", help="auto (as trained), float32, bfloat16 or float16")
+    parser.add_argument("--max_shard_size", type=str, default="5GB", help="largest file")
+    cfg = parse(parser, words)
+    with user_errors():
+        from bumblebee.checkpoint.consolidate import consolidate as write
+
+        write(cfg.checkpoint, cfg.output, cfg.dtype, cfg.max_shard_size)
+    print(f"model folder: {cfg.output}")
 
 
 # -- errors --------------------------------------------------------------------------------------------------------------

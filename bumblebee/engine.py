@@ -35,11 +35,12 @@ class EngineOptions:
     """What decides how DeepSpeed runs.
 
     Args:
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp16".
         zero_stage: 0 to 3 (arXiv 1910.02054).
         micro_batch_size: samples in a micro-batch.
         gradient_clip: largest norm of a step's gradient, or None.
         overrides: more DeepSpeed configuration, merged into ours.
+        hidden_size: of the model, which the sizes of stage 3's buckets follow from; None leaves DeepSpeed's.
     """
 
     precision: str
@@ -47,6 +48,7 @@ class EngineOptions:
     micro_batch_size: int
     gradient_clip: float | None
     overrides: dict[str, Any]
+    hidden_size: int | None = None
 
 
 class Engine:
@@ -60,7 +62,7 @@ class Engine:
         options: see EngineOptions.
 
     Raises:
-        ValueError: overrides that contradict the trainer's options.
+        ValueError: overrides that contradict the trainer's options, or fp16 on a CPU.
     """
 
     def __init__(
@@ -71,12 +73,14 @@ class Engine:
         device: torch.device,
         options: EngineOptions,
     ) -> None:
+        if options.precision == "fp16" and device.type == "cpu":
+            raise ValueError("trainer.precision fp16 needs a GPU; on a CPU take bf16 or fp32")
         deepspeed = _import_deepspeed(device)
         self.options = options
         self.device = device
         self.group_sizes = [sum(p.numel() for p in group["params"]) for group in groups]  # DeepSpeed flattens or shards them
         # Weights from a folder come in the file's dtype. For bf16 on stages 1 to 3 DeepSpeed casts, and keeps fp32 beside.
-        keeps_fp32_beside = options.precision == "bf16" and options.zero_stage > 0
+        keeps_fp32_beside = options.precision != "fp32" and options.zero_stage > 0
         model.to(device=device, dtype=None if keeps_fp32_beside else torch.float32)
         with _no_compiler_needed(deepspeed), redirect_stdout(io.StringIO()):  # it prints its memory at every turn
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -114,6 +118,11 @@ class Engine:
         return self._optimizer.param_groups
 
     @property
+    def dtype(self) -> str:
+        """Name of the weights' dtype, e.g. "bfloat16"."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    @property
     def optimizer_name(self) -> str:
         """The class of the optimizer, without DeepSpeed's wrapping."""
         return type(getattr(self._optimizer, "optimizer", self._optimizer)).__name__
@@ -122,6 +131,32 @@ class Engine:
         """The last step's gradient norm before clipping. The GPU is waited for."""
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
+
+    def loss_scale(self) -> dict[str, float]:
+        """With fp16 the scale that losses are multiplied with, and the steps skipped so far because it was too large."""
+        if self.options.precision != "fp16":
+            return {}
+        scaler = getattr(self._engine, "torch_autocast_z0_gradscaler", None)
+        scale = scaler.get_scale() if scaler else self._optimizer.cur_scale
+        return {"loss_scale": float(scale), "skipped_steps": float(self._engine.skipped_steps)}
+
+    def scaler_state(self) -> dict[str, Any]:
+        """With fp16, what the loss scaler remembers, as JSON values."""
+        if self.options.precision != "fp16":
+            return {}
+        scaler = getattr(self._engine, "torch_autocast_z0_gradscaler", None)
+        state = scaler.state_dict() if scaler else vars(self._optimizer.loss_scaler)
+        return {name: value for name, value in state.items() if isinstance(value, int | float | bool)}
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        """Take back what ``scaler_state`` gave; nothing where another precision wrote it."""
+        if self.options.precision != "fp16" or not state:
+            return
+        scaler = getattr(self._engine, "torch_autocast_z0_gradscaler", None)
+        if scaler:
+            scaler.load_state_dict(state)
+        else:
+            vars(self._optimizer.loss_scaler).update(state)
 
     def _clip_at_stage_0(self) -> None:
         limit = self.options.gradient_clip or float("inf")
@@ -205,12 +240,25 @@ def deepspeed_config(options: EngineOptions) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }
-    if options.precision == "bf16" and options.zero_stage == 0:
-        ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    elif options.precision == "bf16":
-        ours["bf16"] = {"enabled": True}
+    half = {"bf16": "bfloat16", "fp16": "float16"}.get(options.precision)
+    if half and options.zero_stage == 0:
+        ours["torch_autocast"] = {"enabled": True, "dtype": half}
+    elif half:
+        ours[options.precision] = {"enabled": True}
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merged(ours, options.overrides, "trainer.deepspeed")
+    merged = _merged(ours, options.overrides, "trainer.deepspeed")
+    if options.zero_stage == 3 and options.hidden_size:
+        merged["zero_optimization"] = {**stage_3_buckets(options.hidden_size), **merged["zero_optimization"]}
+    return merged
+
+
+def stage_3_buckets(hidden_size: int) -> dict[str, int]:
+    """Elements moved at a time, from the hidden size: a bucket then holds about one matrix of a block."""
+    return {
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": hidden_size**2 * 9 // 10,
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
 
 
 def _merged(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bumblebee.config import BumblebeeConfig
 from bumblebee.nn.attention import Attention, LayerCache
@@ -52,13 +53,17 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.rotary = rotary
+        self.checkpoint_every = 0  # activations are computed again in every n-th block; 0 in none
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, mask: AttentionMask, cache: list[Any] | None = None) -> Tensor:
         """``input_ids``, ``position_ids``: (B, T) -> hidden states (B, T, hidden_size)."""
         x = self.embed_tokens(input_ids)
         rotary = self.rotary(position_ids)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotary, mask, None if cache is None else cache[index])
+            if self.checkpoint_every and index % self.checkpoint_every == 0 and cache is None and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rotary, mask, use_reentrant=False)
+            else:
+                x = layer(x, rotary, mask, None if cache is None else cache[index])
         return self.norm(x)
 
 

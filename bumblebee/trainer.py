@@ -43,7 +43,7 @@ class Trainer:
         epochs: passes over the data, fractions allowed.
         micro_batch_size: samples of one forward pass on one device.
         accumulate: forward passes of each device per optimizer step.
-        precision: bf16, or fp32.
+        precision: bf16, fp16 (on a GPU) or fp32.
         zero_stage: DeepSpeed's ZeRO stage, 0 to 3.
         deepspeed: more DeepSpeed configuration: a dict, or the path of a JSON file.
         gradient_clip: largest norm of a step's gradient; null for none.
@@ -84,7 +84,7 @@ class Trainer:
         epochs: float = 3.0,
         micro_batch_size: int = 4,
         accumulate: int = 8,
-        precision: Literal["fp32", "bf16"] = "bf16",
+        precision: Literal["fp32", "bf16", "fp16"] = "bf16",
         zero_stage: Literal[0, 1, 2, 3] = 1,
         deepspeed: dict[str, Any] | str | None = None,
         gradient_clip: float | None = 1.0,
@@ -227,7 +227,7 @@ class Trainer:
         if terms:
             metrics["loss"] = sum(self.task.weights[name] * value for name, value in terms.items())
             metrics.update((name, value) for name, value in terms.items() if name != "loss")
-            metrics["grad_norm"] = self.engine.gradient_norm()
+            metrics.update(grad_norm=self.engine.gradient_norm(), **self.engine.loss_scale())
         metrics.update(lr=self.learning_rate, tokens=self.tokens, **self._extra_metrics)
         self._loss_sums, self._target_counts, self._extra_metrics = {}, {}, {}
         return metrics
@@ -290,7 +290,12 @@ class Trainer:
             origin,
         )
         options = EngineOptions(
-            self.precision, self.zero_stage, self.micro_batch_size, self.gradient_clip, read_overrides(self.deepspeed)
+            self.precision,
+            self.zero_stage,
+            self.micro_batch_size,
+            self.gradient_clip,
+            read_overrides(self.deepspeed),
+            getattr(getattr(task.model, "config", None), "hidden_size", None),
         )
         self.engine = Engine(task.model, optimizer, parameter_groups(task.model, self.groups), self.device, options)
         self.engine.train()
@@ -329,11 +334,13 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, last: bool = False) -> Path:
+    def save_checkpoint(self, last: bool = False, model: bool = True) -> Path:
         """Write ``output_dir/checkpoint-<step>``: a model folder with the training state. Collective; complete or absent.
 
         Args:
             last: the run ends here; the checkpoint is then outside the rotation.
+            model: write the weights as a model folder too. Without it nothing is gathered; ``bumblebee consolidate`` makes
+                the model folder from the training state.
 
         Raises:
             OSError: it could not be written; nothing of it is left, and earlier checkpoints are as they were.
@@ -342,7 +349,7 @@ class Trainer:
 
         path = self.output_dir / f"checkpoint-{self.step}"
         with written_together(path, self.device, whole=True) as aside:
-            self._write_model(aside)
+            self._write_model(aside, weights=model)
             (aside / "training_state").mkdir(exist_ok=True)
             self.engine.save(aside / "training_state")
             save_random_state(aside / "training_state", distributed.rank())
@@ -363,6 +370,7 @@ class Trainer:
         self.engine.load(path / "training_state")
         load_random_state(path / "training_state", distributed.rank())
         self.step, self.tokens = self.plan.origin.step, state["tokens"]
+        self.engine.load_scaler_state(state["loss_scaler"])
         self.schedule.load_state_dict(state["schedule"])
         for name, callback in self.callbacks.items():
             if name in state["callbacks"]:
@@ -387,13 +395,17 @@ class Trainer:
         with written_together(folder, self.device) as aside:
             self._write_model(aside)
 
-    def _write_model(self, folder: Path) -> None:
-        from bumblebee.checkpoint.folder import write_model
+    def _write_model(self, folder: Path, weights: bool = True) -> None:
+        from bumblebee.checkpoint.folder import write_configs, write_model
 
-        tensors = self.engine.full_tensors()
+        config = cast(BumblebeeConfig, self.task.model.config)
+        tensors = self.engine.full_tensors() if weights else iter(())
         try:
             if self.is_main:
-                write_model(folder, cast(BumblebeeConfig, self.task.model.config), tensors)
+                if weights:
+                    write_model(folder, config, tensors)
+                else:
+                    write_configs(folder, config, self.engine.dtype)
                 if self.data.tokenizer is not None:
                     self.data.tokenizer.save_pretrained(folder)
         finally:
@@ -410,6 +422,7 @@ class Trainer:
             "ranks": self.plan.world_size,
             "zero_stage": self.zero_stage,
             "precision": self.precision,
+            "loss_scaler": self.engine.scaler_state(),
             "schedule": self.schedule.state_dict(),
             "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},
         }

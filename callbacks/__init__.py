@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from callbacks.bigram_baseline import BigramBaseline
     from callbacks.checkpoint import Checkpoint
+    from callbacks.consolidate import Consolidate
     from callbacks.file_log import FileLog
     from callbacks.loss_plot import LossPlot
     from callbacks.metrics_history import MetricsHistory
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOME = {
     "BigramBaseline": "callbacks.bigram_baseline",
     "Checkpoint": "callbacks.checkpoint",
+    "Consolidate": "callbacks.consolidate",
     "FileLog": "callbacks.file_log",
     "LossPlot": "callbacks.loss_plot",
     "MetricsHistory": "callbacks.metrics_history",
@@ -34,6 +36,7 @@ _HOME = {
 __all__ = [
     "BigramBaseline",
     "Checkpoint",
+    "Consolidate",
     "FileLog",
     "LossPlot",
     "MetricsHistory",

@@ -191,10 +191,15 @@ def write_model(
         total += tensor.nbytes
     shards.append(_write_shard(folder, len(shards), shard))
     names = _name_shards(folder, shards, total)
-    write_json(folder / "config.json", write_config(config, next(iter(shards[0].values()))))
+    write_configs(folder, config, next(iter(shards[0].values())))
+    return names
+
+
+def write_configs(folder: Path, config: BumblebeeConfig, dtype: str) -> None:
+    """Write config.json and generation_config.json; ``dtype`` is the name of the weights' dtype, e.g. "bfloat16"."""
+    write_json(folder / "config.json", write_config(config, dtype))
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
-    return names
 
 
 def _write_shard(folder: Path, number: int, shard: dict[str, Tensor]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ class LanguageModeling(Task):
 
     Args:
         model: called as ``model(input_ids, position_ids=..., labels=...)``, returns token losses (B, T).
+        transforms: called with the model one after the other, such as bumblebee.transforms.ActivationCheckpointing.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, transforms: list[Callable[[nn.Module], Any]] | None = None) -> None:
         self.model = model
+        for transform in transforms or []:
+            transform(model)
         self.weights = {"loss": 1.0}
         self._token_lengths: Tensor | None = None  # bytes of each token id, for bits per byte
 

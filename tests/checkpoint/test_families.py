@@ -112,6 +112,11 @@ def test_what_is_not_supported_is_refused_by_name(raw, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("left_out", [{}, {"num_key_value_heads": None}], ids=str)
+def test_without_key_value_heads_every_query_head_has_its_own(left_out):
+    assert read_config({**LLAMA, **left_out}).num_key_value_heads == 4
+
+
 def test_every_family_is_found_by_its_architecture():
     assert {name: family.architecture for name, family in FAMILIES.items()} == {name: name for name in FAMILIES}
 

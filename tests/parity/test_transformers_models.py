@@ -24,10 +24,15 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+# Of the four wavelengths of a head of width 8 this keeps one, interpolates one and stretches two.
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32, "rope_theta": 10_000.0,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "rope_theta": 10_000.0,
+}
 PEERS = {
     "qwen2 tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen2 untied": Qwen2Config(**SHAPE, tie_word_embeddings=False, rms_norm_eps=1e-3),
@@ -38,7 +43,7 @@ PEERS = {
     "llama one kv head": LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}),
     "llama llama3 rope": LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
 }
-LENGTH = 200  # far beyond the 32 positions of the original Llama 3 rope above
+LENGTH = 200  # beyond the 128 positions of the original Llama 3 rope above
 TOLERANCE = 2e-5  # in fp32; the largest difference seen is 8e-6, with logits of standard deviation 1
 
 

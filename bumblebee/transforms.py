@@ -1,0 +1,57 @@
+"""Transforms: what is done to a model before it is trained, named in a recipe under ``task.transforms``.
+
+A transform is called with the model and changes it in place; a function of one's own serves as well. State-dict keys stay as
+they are, so folders do not depend on transforms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from bumblebee.model import Decoder
+
+
+class ActivationCheckpointing:
+    """Compute blocks again in the backward pass instead of keeping what they computed (arXiv 1604.06174).
+
+    Args:
+        every: 1 for all blocks, 2 for every second, and so on: less memory saved, less time lost.
+
+    Raises:
+        ValueError: every is less than 1.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.every = every
+
+    def __call__(self, model: nn.Module) -> None:
+        _decoder(model, type(self).__name__).checkpoint_every = self.every
+
+
+class Compile:
+    """Compile each block with torch.compile: the blocks are alike, so one graph serves all. The first step takes long.
+
+    Args:
+        mode: of torch.compile: default, reduce-overhead or max-autotune.
+    """
+
+    def __init__(self, mode: str = "default") -> None:
+        known = ("default", "reduce-overhead", "max-autotune")
+        if mode not in known:
+            raise ValueError(f"mode must be one of {', '.join(known)}, got {mode!r}")
+        self.mode = mode
+
+    def __call__(self, model: nn.Module) -> None:
+        for layer in _decoder(model, type(self).__name__).layers:
+            layer.compile(mode=self.mode)  # in place: unlike torch.compile(layer), this renames no parameter
+
+
+def _decoder(model: Any, name: str) -> Decoder:
+    decoder = getattr(model, "model", None)
+    if not isinstance(decoder, Decoder):
+        raise ValueError(f"task.transforms: {name} works on Bumblebee models, got {type(model).__name__}")
+    return decoder

@@ -1,0 +1,164 @@
+"""The engine against the loop of a textbook: every ZeRO stage, in fp32 and bf16. Two ranks: ``system/test_two_ranks.py``."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from system.parts import Rows, train, weights
+from system.plain import plain_adamw
+
+from bumblebee.engine import EngineOptions, deepspeed_config, read_overrides
+from bumblebee.optim import Cosine
+
+STEPS = 8
+SCHEDULE = ("Cosine", {"warmup_ratio": 0.3})
+TARGETS = (16, 1, 7, 0, 12)
+UNTRAINED = "k_proj.bias"  # its true gradient is zero; Adam blows rounding up to whole steps
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def reference(request):
+    """A plain run and the changes of the config that it was made with."""
+    changes = {"tie_word_embeddings": request.param}
+    schedule = Cosine(**SCHEDULE[1])
+    return changes, *plain_adamw(Rows(22, TARGETS), per_step=4, steps=STEPS, schedule=schedule, clip=1.0, **changes)
+
+
+def check_against(lines, final, metrics, folder, tolerance):
+    """Losses, norms and weights of a run against those of the plain one."""
+    ours = [line for line in metrics if "loss" in line]
+    assert len(ours) == len(lines)
+    for line, plain in zip(ours, lines, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert math.isclose(line[name], plain[name], rel_tol=tolerance), (line["step"], name)
+    for name, tensor in weights(folder).items():
+        if not name.endswith(UNTRAINED):
+            torch.testing.assert_close(tensor, final[name], rtol=0, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_trains_like_plain_adamw_with_clipping_schedule_and_decay_groups(stage, reference, tmp_path):
+    changes, lines, final = reference
+    assert max(line["grad_norm"] for line in lines) > 1.0  # or nothing is clipped
+    run = {"max_steps": STEPS, "zero_stage": stage, "schedule": SCHEDULE, "data": {"samples": 22, "targets": TARGETS}}
+    metrics = train(tmp_path / "run", model=changes, **run)
+    check_against(lines, final, metrics, tmp_path / "run", tolerance=1e-6)
+
+
+BF16 = {"max_steps": 24, "schedule": ("Cosine", {}), "data": {"samples": 8, "targets": (16,)}}
+
+
+def distance(ours, theirs):
+    """The largest difference between two loss curves."""
+    return max(abs(line["loss"] - plain["loss"]) for line, plain in zip(ours, theirs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def memorised():
+    """The loss curve in fp32 of a run that learns its few samples by heart."""
+    lines, _ = plain_adamw(Rows(8, (16,)), per_step=4, steps=24, schedule=Cosine(), clip=1.0)
+    assert lines[0]["loss"] - lines[-1]["loss"] > 1.5
+    return lines
+
+
+def test_bf16_without_fp32_weights_in_the_optimizer_leaves_the_curve(memorised):
+    """What the tolerance of the next test has to tell apart."""
+    wrong, _ = plain_adamw(Rows(8, (16,)), 4, 24, Cosine(), clip=1.0, dtype=torch.bfloat16)
+    assert distance(wrong, memorised) > 0.02
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_stays_near_the_curve_of_fp32_at_every_stage(stage, memorised, tmp_path):
+    metrics = train(tmp_path / "run", zero_stage=stage, precision="bf16", **BF16)
+    assert distance(metrics, memorised) < 0.004
+    kinds = {tensor.dtype for tensor in weights(tmp_path / "run").values()}
+    assert kinds == {torch.float32 if stage == 0 else torch.bfloat16}
+
+
+def test_many_micro_batches_in_bf16_add_up_without_losing_bits(tmp_path):
+    """256 equal micro-batches have the gradient norm of one; adding up in bf16 gives 2 % more."""
+    options = {"max_steps": 1, "precision": "bf16", "zero_stage": 2, "micro_batch_size": 1}
+    [one] = train(tmp_path / "one", data={"samples": 1, "targets": (16,)}, accumulate=1, **options)
+
+    class Same(Rows):
+        def setup(self, seed):
+            super().setup(seed)
+            self.train = self.train[:1] * 256
+
+    from system import parts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "Rows", Same)
+        [many] = train(tmp_path / "many", data={"samples": 1, "targets": (16,)}, accumulate=256, **options)
+    assert math.isclose(many["grad_norm"], one["grad_norm"], rel_tol=2e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_without_clipping_the_norm_is_still_measured_and_the_step_is_the_plain_one(stage, tmp_path):
+    lines, final = plain_adamw(Rows(22, TARGETS), 4, 4, Cosine(warmup_ratio=0.0), clip=math.inf)
+    run = {"max_steps": 4, "zero_stage": stage, "gradient_clip": None, "schedule": ("Cosine", {"warmup_ratio": 0.0})}
+    metrics = train(tmp_path / "run", data={"samples": 22, "targets": TARGETS}, **run)
+    check_against(lines, final, metrics, tmp_path / "run", tolerance=1e-6)
+
+
+# -- configuration -------------------------------------------------------------------------------------------------------
+
+
+def options(**changes) -> EngineOptions:
+    return EngineOptions(**{"precision": "bf16", "zero_stage": 1, "micro_batch_size": 4, "gradient_clip": 1.0,
+                            "overrides": {}, **changes})  # fmt: skip
+
+
+def test_the_users_configuration_is_merged_into_ours_however_deep():
+    config = deepspeed_config(options(overrides={"zero_optimization": {"reduce_bucket_size": 7}, "comms_logger": {"a": 1}}))
+    assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 7}
+    assert config["comms_logger"] == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"zero_optimization": {"stage": 2}}, "trainer.deepspeed.zero_optimization.stage is 2.*make it 1"),
+        ({"train_micro_batch_size_per_gpu": 1}, "trainer.deepspeed.train_micro_batch_size_per_gpu is 1.*make it 4"),
+        ({"gradient_accumulation_steps": 8}, "trainer.deepspeed.gradient_accumulation_steps is 8"),
+        ({"gradient_clipping": 0.5}, "trainer.deepspeed.gradient_clipping is 0.5"),
+        ({"bf16": {"enabled": False}}, "trainer.deepspeed.bf16.enabled is False"),
+        ({"bf16": False}, "trainer.deepspeed.bf16 is False"),
+    ],
+)
+def test_a_value_that_contradicts_the_trainers_options_is_refused_by_its_name(overrides, named):
+    with pytest.raises(ValueError, match=named):
+        deepspeed_config(options(overrides=overrides))
+
+
+def test_saying_the_same_as_the_trainer_is_no_contradiction():
+    assert deepspeed_config(options(overrides={"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}))
+
+
+def test_overrides_come_from_nothing_a_dict_or_a_file(tmp_path):
+    assert read_overrides(None) == {}
+    assert read_overrides({"a": 1}) == {"a": 1}
+    (tmp_path / "ds.json").write_text(json.dumps({"a": {"b": 2}}))
+    assert read_overrides(str(tmp_path / "ds.json")) == {"a": {"b": 2}}
+
+
+@pytest.mark.parametrize(("content", "named"), [(None, "cannot read"), ("{", "cannot read"), ("[1]", "no JSON object")])
+def test_an_unusable_file_of_overrides_is_refused_by_its_name(content, named, tmp_path):
+    file = tmp_path / "ds.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=f"trainer.deepspeed: .*{named}") as caught:
+        read_overrides(str(file))
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_overrides_reach_deepspeed_without_changing_what_is_learned(stage, tmp_path):
+    small = {"zero_optimization": {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}}
+    plain = train(tmp_path / "a", zero_stage=stage)
+    bucketed = train(tmp_path / "b", zero_stage=stage, deepspeed=small)
+    for ours, theirs in zip(plain, bucketed, strict=True):
+        assert math.isclose(ours.get("loss", 0), theirs.get("loss", 0), rel_tol=1e-6)

@@ -1,0 +1,79 @@
+"""Transforms change how a model is computed, never what."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bumblebee.model import Bumblebee
+from bumblebee.tasks.language_modeling import LanguageModeling
+from bumblebee.transforms import ActivationCheckpointing, Compile
+
+
+def loss_and_gradients(model: Bumblebee) -> tuple[float, dict[str, torch.Tensor]]:
+    ids = torch.arange(60).reshape(2, 30) % model.config.vocab_size
+    loss = model(ids[:, :-1], labels=ids[:, 1:]).sum()
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_model(tiny: Callable[..., Any], **changes: Any) -> Bumblebee:
+    torch.manual_seed(0)
+    return Bumblebee(tiny(num_hidden_layers=4, **changes))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_activation_checkpointing_changes_no_gradient(tiny: Callable[..., Any], every: int) -> None:
+    plain, saving = same_model(tiny), same_model(tiny)
+    LanguageModeling(saving, transforms=[ActivationCheckpointing(every)])
+    loss, gradients = loss_and_gradients(plain)
+    other_loss, other_gradients = loss_and_gradients(saving)
+    assert other_loss == loss
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(other_gradients[name], gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("every", "computed_twice"), [(1, 4), (2, 2), (3, 2)])
+def test_every_nth_block_is_computed_again(tiny: Callable[..., Any], every: int, computed_twice: int) -> None:
+    model = same_model(tiny)
+    ActivationCheckpointing(every)(model)
+    calls = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda module, args: calls.append(module))
+    loss_and_gradients(model)
+    assert len(calls) == 4 + computed_twice
+
+
+def test_activation_checkpointing_leaves_generation_alone(tiny: Callable[..., Any]) -> None:
+    model = same_model(tiny).eval()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        before = model(ids)
+        ActivationCheckpointing()(model)
+        assert torch.equal(model(ids), before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU; none is installed")
+def test_compile_changes_no_gradient_and_renames_nothing(tiny: Callable[..., Any]) -> None:
+    plain, compiled = same_model(tiny), same_model(tiny)
+    LanguageModeling(compiled, transforms=[Compile()])
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    loss, gradients = loss_and_gradients(plain)
+    other_loss, other_gradients = loss_and_gradients(compiled)
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_transforms_refuse_what_they_cannot_do() -> None:
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        ActivationCheckpointing(0)
+    with pytest.raises(ValueError, match="mode must be one of"):
+        Compile("fast")
+    with pytest.raises(ValueError, match="works on Bumblebee models, got Linear"):
+        ActivationCheckpointing()(torch.nn.Linear(2, 2))
