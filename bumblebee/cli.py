@@ -139,11 +139,19 @@ def parse(parser: Any, words: list[str]) -> Any:
 
 
 def build(parser: Any, cfg: Any) -> Any:
-    """Make the objects that a configuration describes, with the recipe's seed."""
+    """Make the objects that a configuration describes, the model with the recipe's seed and as the trainer wants it built."""
     import torch
+    from jsonargparse import Namespace
 
+    trainer = parser.instantiate(Namespace(trainer=cfg.trainer)).trainer
     torch.manual_seed(cfg.seed)
-    return parser.instantiate(cfg)
+    with trainer.building():
+        task = parser.instantiate(Namespace(task=cfg.task)).task
+    others = cfg.clone()
+    del others["task"], others["trainer"]
+    parts = parser.instantiate(others)
+    parts.task, parts.trainer = task, trainer
+    return parts
 
 
 def save_recipe(parser: Any, cfg: Any) -> None:

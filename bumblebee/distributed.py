@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+building_in_shards = False  # true while ZeRO-3 cuts each parameter over the ranks as soon as it is made
+
+
 class OtherRankFailed(RuntimeError):
     """Another rank failed at something this one waits for; that rank tells why."""
 

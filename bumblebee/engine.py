@@ -17,7 +17,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,20 @@ class Engine:
         del self._engine, self._optimizer, self.model
 
 
+@contextmanager
+def built_in_shards(device: torch.device, options: EngineOptions) -> Iterator[None]:
+    """Modules made inside are cut over the ranks at once, parameter by parameter: no rank ever holds a whole model."""
+    deepspeed = _import_deepspeed(device)
+    with _no_compiler_needed(deepspeed), redirect_stdout(io.StringIO()):
+        building = deepspeed.zero.Init(config_dict_or_path=deepspeed_config(options))
+    distributed.building_in_shards = True
+    try:
+        with building:
+            yield
+    finally:
+        distributed.building_in_shards = False
+
+
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +250,8 @@ def deepspeed_config(options: EngineOptions) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": options.gradient_clip or float("inf"),  # at infinity only the norm is measured
-        "zero_optimization": {"stage": options.zero_stage},
+        # Memory-efficient linear would replace torch's linear function in the whole process.
+        "zero_optimization": {"stage": options.zero_stage, "memory_efficient_linear": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }

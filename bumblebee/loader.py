@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bumblebee.datamodule import Batch, DataModule
@@ -62,6 +63,7 @@ def train_windows(
     loader = DataLoader(
         MicroBatches(data, seed), batch_size=None, sampler=_Places(plan, rank, first_step),
         num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0,
+        generator=torch.Generator(),  # a start draws from it; drawn from training's, a resume would not be exact
     )  # fmt: skip
     batches = iter(loader)
     for step in range(first_step, plan.max_steps):

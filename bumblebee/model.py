@@ -200,10 +200,10 @@ class Bumblebee(nn.Module):
         Raises:
             ValueError: no model folder, an unsupported architecture or setting, or weights that do not fit the model.
         """
-        from bumblebee.checkpoint.folder import load_config, load_weights
+        from bumblebee.checkpoint.folder import load_config, load_weights, parameters_on_meta
 
         config = load_config(folder)
-        with torch.device("meta"):
+        with parameters_on_meta():
             model = cls(config, attention=attention)
         load_weights(folder, model, dtype=dtype, device=torch.device(device))
         return model

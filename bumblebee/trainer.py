@@ -32,7 +32,7 @@ if not TYPE_CHECKING:
 else:
     import torch
 
-    from bumblebee.engine import Engine
+    from bumblebee.engine import Engine, EngineOptions
 
 
 class Trainer:
@@ -171,11 +171,11 @@ class Trainer:
     def train_step(self, window: list[Batch]) -> None:
         """One optimizer step on this rank's micro-batches. A window without any target on any rank changes nothing."""
         counts = self.count_targets(window)
-        if not any(counts.values()):
-            return
         self.learning_rate = set_learning_rate(
             self.engine.parameter_groups, self.schedule.factor(self.step, self.plan.max_steps)
         )
+        if not any(counts.values()):
+            return
         for batch in window:
             losses = self.task.training_step(self.engine, self.to_device(batch))  # each a sum over its targets
             # DeepSpeed averages gradients over ranks; the counts are already those of all ranks.
@@ -241,6 +241,25 @@ class Trainer:
 
     # -- setting up ----------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Build the model inside this context: at stage 3 no rank then holds the whole model; elsewhere nothing changes."""
+        if self.zero_stage < 3:
+            yield
+            return
+        from bumblebee.engine import built_in_shards
+
+        device = distributed.pick_device(self.device_name)
+        distributed.start(device)
+        with built_in_shards(device, self._engine_options(None)):
+            yield
+
+    def _engine_options(self, hidden_size: int | None) -> EngineOptions:
+        from bumblebee.engine import EngineOptions, read_overrides
+
+        overrides = read_overrides(self.deepspeed)
+        return EngineOptions(self.precision, self.zero_stage, self.micro_batch_size, self.gradient_clip, overrides, hidden_size)
+
     def setup(
         self,
         task: Task,
@@ -262,7 +281,7 @@ class Trainer:
         import bumblebee.evaluation
         import bumblebee.training_state  # noqa: F401
         from bumblebee import loader
-        from bumblebee.engine import Engine, EngineOptions, read_overrides
+        from bumblebee.engine import Engine
 
         self._loader = loader
         self.task, self.data, self.schedule = task, data, schedule or Constant(warmup_ratio=0.0)
@@ -289,14 +308,7 @@ class Trainer:
             self.max_steps,
             origin,
         )
-        options = EngineOptions(
-            self.precision,
-            self.zero_stage,
-            self.micro_batch_size,
-            self.gradient_clip,
-            read_overrides(self.deepspeed),
-            getattr(getattr(task.model, "config", None), "hidden_size", None),
-        )
+        options = self._engine_options(getattr(getattr(task.model, "config", None), "hidden_size", None))
         self.engine = Engine(task.model, optimizer, parameter_groups(task.model, self.groups), self.device, options)
         self.engine.train()
         self._seed_everything(seed + distributed.rank())

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+
+
+def say(text: str) -> None:
+    """Print in the middle of a run: above the progress bar, where there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 def number(value: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bumblebee import distributed
 from bumblebee.checkpoint.atomic import read_json, write_json, written_aside
 from bumblebee.checkpoint.families import family_named, read_config, write_config
 from bumblebee.config import BumblebeeConfig
@@ -107,16 +109,15 @@ def load_weights(folder: str | Path, model: nn.Module, dtype: torch.dtype | None
         ValueError: keys left over or missing, or a shape that differs; the message names them.
     """
     unused = _from_config_json(folder, family_named).unused_keys
-    wanted = dict(model.named_parameters(remove_duplicate=False))
-    tied = [key for key in wanted if key == TIED_KEY and wanted[key] is wanted["model.embed_tokens.weight"]]
-    for key in tied:
-        del wanted[key]
+    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    tied = TIED_KEY in wanted and wanted[TIED_KEY] is wanted["model.embed_tokens.weight"]
+    if tied:
+        del wanted[TIED_KEY]
     left_over = []
     for key, tensor in read_tensors(folder):
         if key in wanted:
-            _check_shape(folder, key, tensor, wanted.pop(key))
-            _replace(model, key, tensor.to(device=device, dtype=dtype or tensor.dtype))
-        elif key not in tied and not key.endswith(unused):
+            _put(folder, model, key, wanted.pop(key), tensor.to(device=device, dtype=dtype or tensor.dtype))
+        elif not (tied and key == TIED_KEY) and not key.endswith(unused):
             left_over.append(key)
     if wanted or left_over:
         parts = [("missing", sorted(wanted)), ("left over", left_over)]
@@ -124,17 +125,46 @@ def load_weights(folder: str | Path, model: nn.Module, dtype: torch.dtype | None
         raise ValueError(f"the weights in {folder} do not fit the model: {said}")
     if tied:
         model.tie_weights()  # type: ignore[operator]
+    for module in model.modules():  # buffers that are in no file
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
-def _check_shape(folder: str | Path, key: str, tensor: Tensor, parameter: Tensor) -> None:
-    if tensor.shape != parameter.shape:
-        raise ValueError(f"{folder}: {key} has shape {list(tensor.shape)}, config.json asks for {list(parameter.shape)}")
-
-
-def _replace(model: nn.Module, key: str, tensor: Tensor) -> None:
+def _put(folder: str | Path, model: nn.Module, key: str, old: Tensor, tensor: Tensor) -> None:
+    """Put a tensor into the place of a parameter or buffer."""
+    shape = getattr(old, "ds_shape", old.shape)
+    if tensor.shape != shape:
+        raise ValueError(f"{folder}: {key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
     module_name, _, name = key.rpartition(".")
     module = model.get_submodule(module_name)
-    setattr(module, name, nn.Parameter(tensor, requires_grad=module.get_parameter(name).requires_grad))
+    if hasattr(old, "ds_tensor"):  # built in shards (ZeRO-3): this rank keeps its own run of the elements
+        size = old.ds_tensor.numel()
+        mine = tensor.flatten()[distributed.rank() * size :][:size]
+        old.ds_tensor[: len(mine)].copy_(mine)
+    elif isinstance(old, nn.Parameter):
+        setattr(module, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
+    else:
+        module._buffers[name] = tensor
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Build modules whose parameters take no memory until ``load_weights``; buffers are real. Not inside ZeRO-3's building."""
+    if distributed.building_in_shards:
+        yield
+        return
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied one is there already and must stay the same object
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -155,9 +185,9 @@ def save_model(
     folder = Path(folder)
     with written_aside(folder) as aside:
         names = write_model(aside, config, tensors, max_shard_size)
-    for stale in folder.glob("model*.safetensors*"):  # shards of a folder that had more, or other, files
-        if stale.name not in names:
-            stale.unlink()
+    for file in folder.iterdir():  # shards of a folder that had more, or other, files
+        if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name) and file.name not in names:
+            file.unlink()
 
 
 def write_model(

@@ -27,6 +27,7 @@ from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.trainer import Trainer
 
 VOCABULARY, LENGTH = 64, 16
+SMALL: dict[str, Any] = {"max_steps": 6, "micro_batch_size": 2, "accumulate": 2, "precision": "fp32", "device": "cpu"}
 
 
 class Rows(DataModule):
@@ -152,8 +153,7 @@ def train(folder: str | Path, **job: Any) -> list[dict[str, float]]:
     schedule = getattr(optim, named)(**options)
     others = {name: made(*call) for name, call in parts["callbacks"].items()}
     fit = {"seed": job.pop("seed", 42), "overwrite": job.pop("overwrite", False), "output_dir": folder}
-    trainer = {"max_steps": 6, "micro_batch_size": 2, "accumulate": 2, "precision": "fp32", "device": "cpu", **job}
-    Trainer(**trainer).fit(task, Rows(**parts["data"]), optimizer, schedule, {"recorder": recorder, **others}, **fit)
+    Trainer(**{**SMALL, **job}).fit(task, Rows(**parts["data"]), optimizer, schedule, {"recorder": recorder, **others}, **fit)
     return recorder.metrics
 
 

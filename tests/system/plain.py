@@ -51,7 +51,8 @@ def plain_adamw(
     parameters = dict(model.named_parameters())
     kept = [p for name, p in parameters.items() if p.ndim == 1 or "embed" in name]
     decayed = [p for name, p in parameters.items() if p.ndim == 2 and "embed" not in name]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": kept, "weight_decay": 0.0}], lr=lr, weight_decay=weight_decay)
+    groups = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
     lines = []
     for step, chosen in enumerate(steps_of(len(rows.train), per_step, steps, seed)):
         inputs, labels = (torch.stack(part) for part in zip(*(rows.train[index] for index in chosen), strict=True))

@@ -1,0 +1,197 @@
+"""Two real processes over gloo: the same samples give the same gradients, curves and, after a resume, the same bytes.
+
+The tests look at runs that were made before, all by the same two processes: starting them takes longer than a run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from system.parts import Rows, small_model, train, weight_bytes, weights
+from system.plain import plain_adamw, plain_gradient
+from system.processes import run_jobs
+
+from bumblebee.optim import Cosine
+from bumblebee.run_folder import checkpoints
+
+UNEQUAL = (16, 1, 7, 0, 12, 0, 0, 3)
+TARGETS = (16, 1, 7, 0, 12)
+UNTRAINED = "k_proj.bias"  # its true gradient is zero; Adam blows rounding up to whole steps
+EACH = {"checkpoint": ("Checkpoint", {"every": 1, "keep": None})}
+LONG = {"max_steps": 14, "task": "Noisy", "micro_batch_size": 1, "schedule": ("Cosine", {"warmup_steps": 3}),
+        "data": {"samples": 22}}  # fmt: skip
+
+GRADIENT = {"max_steps": 1, "optimizer": ("SGD", {"lr": 1.0}), "gradient_clip": None, "data": {"samples": 8, "targets": UNEQUAL}}
+CURVE = {"max_steps": 8, "schedule": ("Cosine", {"warmup_ratio": 0.3}), "data": {"samples": 22, "targets": TARGETS}}
+# Two samples for each rank: of the last two of an epoch rank 1 has none.
+SPREAD = {"micro_batch_size": 2, "accumulate": 1}
+
+
+def of_stages(name: str, stages: tuple[int, ...], **job: Any) -> dict[str, dict[str, Any]]:
+    return {f"{name}-{stage}": {"zero_stage": stage, **job} for stage in stages}
+
+
+def resumed(stage: int, stops: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """A whole run, and one in pieces."""
+    run = {"zero_stage": stage, **LONG}
+    jobs: dict[str, dict[str, Any]] = {f"whole-{stage}": {**run, "callbacks": EACH}}
+    for stop in stops:
+        piece = {"folder": f"pieces-{stage}", "resume": "auto", **run}
+        jobs[f"until-{stop}-{stage}"] = {**piece, "callbacks": {**EACH, "stop": ("StopAfter", {"step": stop, "rank": 1})}}
+    return {**jobs, f"pieces-{stage}": {"folder": f"pieces-{stage}", "resume": "auto", "callbacks": EACH, **run}}
+
+
+class Runs:
+    """What became of the jobs."""
+
+    def __init__(self, jobs: dict[str, dict[str, Any]], folder: Any, timeout: float) -> None:
+        self.root = folder
+        named = [{**job, "folder": str(folder / job.get("folder", name))} for name, job in jobs.items()]
+        self.results = dict(zip(jobs, run_jobs(named, 2, folder, timeout), strict=True))
+
+    def metrics(self, name: str) -> list[dict[str, float]]:
+        assert "metrics" in self.results[name], self.results[name]
+        return self.results[name]["metrics"]
+
+    def folder(self, name: str) -> Any:
+        return self.root / name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run of one rank, with checkpoints."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, train(folder, callbacks=EACH, zero_stage=1, **{**LONG, "task": "LanguageModeling", "accumulate": 4})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, alone):
+    jobs = {
+        **of_stages("gradient", (0, 1, 2, 3), **GRADIENT, micro_batch_size=4, accumulate=1),
+        **of_stages("gradient-of-ones", (3,), **GRADIENT, micro_batch_size=1, accumulate=4),
+        **of_stages("curve", (0, 1, 2, 3), **CURVE, **SPREAD),
+        **of_stages("empty", (0, 3), max_steps=2, data={"samples": 8, "targets": (0,)}),
+        **resumed(1, (4, 6)),
+        **resumed(3, (4,)),
+        "signalled": {**LONG, "zero_stage": 1, "callbacks": {"checkpoint": ("Checkpoint", {"every": None}),
+                                                             "signal": ("SignalIn", {"step": 4, "rank": 1})}},
+        "continued": {**LONG, "zero_stage": 1, "folder": "signalled", "resume": "auto"},
+        "other-seed": {**LONG, "folder": "whole-1", "zero_stage": 1, "resume": "auto", "seed": 1},
+        "other-data": {**LONG, "folder": "whole-1", "zero_stage": 1, "resume": "auto", "data": {"samples": 23}},
+        "from-one-rank": {**LONG, "task": "LanguageModeling", "zero_stage": 3, "resume": str(alone[0] / "checkpoint-5")},
+    }  # fmt: skip
+    return Runs(jobs, tmp_path_factory.mktemp("ranks"), timeout=280)
+
+
+@pytest.mark.parametrize("name", ["gradient-0", "gradient-1", "gradient-2", "gradient-3", "gradient-of-ones-3"])
+def test_two_ranks_have_the_gradient_of_the_mean_over_all_their_targets(name, runs):
+    before = dict(small_model().named_parameters())
+    wanted = plain_gradient(Rows(8, UNEQUAL))
+    for key, after in weights(runs.folder(name)).items():
+        torch.testing.assert_close(before[key] - after, wanted[key], rtol=0, atol=1e-6, msg=lambda text, k=key: f"{k} {text}")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_train_like_one_without_deepspeed(stage, runs):
+    lines, final = plain_adamw(Rows(22, TARGETS), per_step=4, steps=8, schedule=Cosine(0.3), clip=1.0)
+    ours = [line for line in runs.metrics(f"curve-{stage}") if "loss" in line]
+    for line, plain in zip(ours, lines, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert math.isclose(line[name], plain[name], rel_tol=2e-6), (line["step"], name)
+    for name, tensor in weights(runs.folder(f"curve-{stage}")).items():
+        if not name.endswith(UNTRAINED):
+            torch.testing.assert_close(tensor, final[name], rtol=0, atol=2e-5, msg=lambda text, n=name: f"{n} {text}")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_steps_without_any_target_on_any_rank_leave_every_bit_of_the_weights(stage, runs):
+    before = dict(small_model().named_parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(runs.folder(f"empty-{stage}")).items())
+    assert all(math.isfinite(value) for line in runs.metrics(f"empty-{stage}") for value in line.values())
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_resume_of_two_ranks_is_byte_identical(stage, runs):
+    """At stage 1 also the second time and across an epoch's edge. Each piece ended on the word of rank 1."""
+    assert [line["step"] for line in runs.metrics(f"until-4-{stage}")] == [1, 2, 3, 4]
+    assert runs.metrics(f"pieces-{stage}") == runs.metrics(f"whole-{stage}")
+    assert weight_bytes(runs.folder(f"pieces-{stage}")) == weight_bytes(runs.folder(f"whole-{stage}"))
+
+
+def test_a_signal_to_one_rank_saves_and_ends_both_and_the_resumed_run_is_byte_identical(runs):
+    assert len(runs.metrics("signalled")) == 5
+    assert [(checkpoint.step, checkpoint.last) for checkpoint in checkpoints(runs.folder("signalled"))] == [(5, True)]
+    assert runs.metrics("continued")[-1] == runs.metrics("whole-1")[-1]
+    assert weight_bytes(runs.folder("signalled")) == weight_bytes(runs.folder("whole-1"))
+
+
+@pytest.mark.parametrize(("name", "message"), [("other-seed", "seed 42"), ("other-data", "samples 22")])
+def test_a_resume_that_would_be_another_run_is_refused_on_both_ranks(name, message, runs):
+    assert "trainer.resume" in runs.results[name]["error"] and message in runs.results[name]["error"]
+
+
+def near(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+    """The same curve, but for the order in which gradients were added."""
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert math.isclose(one.get("loss", 0.0), other.get("loss", 0.0), rel_tol=1e-5), one["step"]
+
+
+def test_two_ranks_at_stage_3_continue_a_run_of_one_rank_at_stage_1(runs, alone):
+    near(runs.metrics("from-one-rank"), alone[1])
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_one_rank_continues_a_run_of_two_at_another_stage(stage, runs, tmp_path):
+    options = {**LONG, "task": "LanguageModeling", "accumulate": 4, "schedule": ("Constant", {"warmup_ratio": 0.0})}
+    for of, name in ((0, "a"), (1, "b")):
+        resume = str(runs.folder("whole-3" if of else "whole-1") / "checkpoint-6")
+        train(tmp_path / name, resume=resume, zero_stage=stage, **options)
+    # Both saved the same training, at stages 3 and 1; from here on they go the same way.
+    for name, tensor in weights(tmp_path / "a").items():
+        if not name.endswith(UNTRAINED):
+            torch.testing.assert_close(tensor, weights(tmp_path / "b")[name], rtol=0, atol=1e-4)
+
+
+# -- longer ones ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def more_runs(tmp_path_factory):
+    bf16 = {"max_steps": 24, "precision": "bf16", "schedule": ("Cosine", {}), "data": {"samples": 8, "targets": (16,)}}
+    jobs = {
+        **of_stages("bf16", (0, 1, 2, 3), micro_batch_size=1, **bf16),
+        **resumed(0, (4, 6)),
+        **resumed(2, (4, 6)),
+        **of_stages("bf16-whole", (1, 2, 3), **{**LONG, "precision": "bf16"}),
+    }
+    for stage in (1, 2, 3):
+        options = {**LONG, "precision": "bf16", "zero_stage": stage, "folder": f"bf16-pieces-{stage}", "resume": "auto"}
+        jobs[f"bf16-until-{stage}"] = {**options, "callbacks": {**EACH, "stop": ("StopAfter", {"step": 7})}}
+        jobs[f"bf16-pieces-{stage}"] = options
+    return Runs(jobs, tmp_path_factory.mktemp("more"), timeout=900)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_on_two_ranks_stays_near_the_curve_of_fp32(stage, more_runs):
+    lines, _ = plain_adamw(Rows(8, (16,)), per_step=4, steps=24, schedule=Cosine(), clip=1.0)
+    distances = [abs(o["loss"] - p["loss"]) for o, p in zip(more_runs.metrics(f"bf16-{stage}"), lines, strict=True)]
+    assert max(distances) < 0.004
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_resume_of_two_ranks_is_byte_identical_at_the_other_stages_too(stage, more_runs):
+    assert more_runs.metrics(f"pieces-{stage}") == more_runs.metrics(f"whole-{stage}")
+    assert weight_bytes(more_runs.folder(f"pieces-{stage}")) == weight_bytes(more_runs.folder(f"whole-{stage}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_resume_of_two_ranks_in_bf16_is_byte_identical(stage, more_runs):
+    assert weight_bytes(more_runs.folder(f"bf16-pieces-{stage}")) == weight_bytes(more_runs.folder(f"bf16-whole-{stage}"))
