@@ -241,7 +241,7 @@ def user_errors(until: Callable[[], bool] = lambda: False) -> Iterator[None]:
     from bumblebee.arguments import fail
 
     try:
-        with disk_errors():
+        with run_errors():
             yield
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         if until() or os.environ.get("BUMBLEBEE_TRACEBACK"):
@@ -250,8 +250,8 @@ def user_errors(until: Callable[[], bool] = lambda: False) -> Iterator[None]:
 
 
 @contextmanager
-def disk_errors() -> Iterator[None]:
-    """A disk that is full or may not be written: one line, exit code 2, also in the middle of training."""
+def run_errors() -> Iterator[None]:
+    """What may end a training: a disk that is full or may not be written (exit code 2), a loss that is no number (1)."""
     from bumblebee.arguments import UserError, fail
     from bumblebee.distributed import OtherRankFailed
 
@@ -259,6 +259,9 @@ def disk_errors() -> Iterator[None]:
         yield
     except OtherRankFailed:
         raise UserError(2) from None  # that rank has told why
+    except FloatingPointError as error:  # nobody's mistake, but a traceback would not help
+        print(f"bumblebee: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except OSError as error:
         full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
         if error.errno not in full and "cannot write" not in str(error):

@@ -50,6 +50,10 @@ class DataModule(ABC):
         """The same batch with nothing to learn from: ranks that have run out of samples in an epoch's last step use it."""
         return {**batch, "labels": batch["labels"].clone().fill_(IGNORE)}  # a batch of one may be the sample itself
 
+    def origin(self, index: int) -> str:
+        """Where a training sample came from, for people: files and lines where they are known."""
+        return f"sample {index}"
+
     def summary(self) -> dict[str, Any]:
         """What to tell the user about the data: counts, in the order they are shown."""
         return {"training samples": len(self.train), "validation samples": len(self.validation or ())}

@@ -176,6 +176,32 @@ class Engine:
             else:
                 yield key, tensor.detach()
 
+    @contextmanager
+    def whole_model(self) -> Iterator[nn.Module]:
+        """The model, to be called outside of training as if there were no ZeRO. Collective.
+
+        At stage 3 every device holds all weights meanwhile, and the hooks that fetch and drop them are set aside: a rank may
+        then call the model alone, or not at all.
+        """
+        if self.options.zero_stage < 3:
+            yield self.model
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        offload = self._optimizer.parameter_offload
+        handles = [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]
+        tables = {id(table): table for handle in handles if (table := handle.hooks_dict_ref()) is not None}
+        before = [(table, dict(table)) for table in tables.values()]
+        with GatheredParameters(list(self.model.parameters())):
+            for handle in handles:
+                handle.hooks_dict_ref().pop(handle.id, None)
+            try:
+                yield self.model
+            finally:
+                for table, hooks in before:  # in their old order
+                    table.clear()
+                    table.update(hooks)
+
     def save(self, folder: Path) -> None:
         """Write this rank's pieces of weights and optimizer state into an existing folder.
 

@@ -35,6 +35,12 @@ class MicroBatches(Dataset):
         return self.data.without_targets(self.data.collate([self.data.train[int(order[0])]]))
 
 
+def records(data: DataModule, place: Place, seed: int) -> list[str]:
+    """Where the samples of a micro-batch came from, for people."""
+    order = epoch_order(len(data.train), seed, place.epoch)
+    return [data.origin(int(index)) for index in order[place.first : place.last]]
+
+
 class _Places:
     """A rank's micro-batches from a step on, one after the other: the sampler of the DataLoader."""
 

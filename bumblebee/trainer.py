@@ -6,6 +6,7 @@ set up, so that the command line knows the options without it.
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import signal
@@ -76,6 +77,7 @@ class Trainer:
     _windows: Iterator[list[Batch]]
     _loss_sums: dict[str, Any]  # since the last line of metrics; on the device
     _target_counts: dict[str, float]
+    _recent: list[tuple[int, int, torch.Tensor]]  # (step, micro-batch, its loss) since the last look at them
     _extra_metrics: dict[str, float]
 
     def __init__(
@@ -176,10 +178,12 @@ class Trainer:
         )
         if not any(counts.values()):
             return
-        for batch in window:
+        for turn, batch in enumerate(window):
             losses = self.task.training_step(self.engine, self.to_device(batch))  # each a sum over its targets
+            total = self.task.total(losses, counts)
             # DeepSpeed averages gradients over ranks; the counts are already those of all ranks.
-            self.engine.backward(self.task.total(losses, counts) * self.plan.world_size)
+            self.engine.backward(total * self.plan.world_size)
+            self._recent.append((self.step, turn, total.detach()))
             for name, loss in losses.items():
                 self._loss_sums[name] = self._loss_sums.get(name, 0.0) + loss.detach()  # stays on the device
         self.engine.step()
@@ -199,6 +203,26 @@ class Trainer:
             for name, count in self.task.counts(batch).items():
                 totals[name] = totals.get(name, 0) + int(count)
         return self.reduce_sums(totals)
+
+    def check_finite(self) -> None:
+        """Refuse to go on with a loss that is no number. Looked at before metrics are shown and before anything is saved.
+
+        Raises:
+            FloatingPointError: on the rank that had it, with the step and the records of the micro-batch.
+            OtherRankFailed: on the others.
+        """
+        bad = next(((step, turn) for step, turn, loss in self._recent if not math.isfinite(loss)), None)
+        self._recent = []
+        if not distributed.any_rank(bad is not None, self.device):
+            return
+        if bad is None:
+            raise distributed.OtherRankFailed("another rank had a loss that is no number")
+        step, turn = bad
+        records = self._loader.records(self.data, self.plan.window(step, distributed.rank())[turn], self.seed)
+        raise FloatingPointError(
+            f"step {step + 1}: the loss is not finite. The micro-batch came from {', '.join(records)}."
+            " Nothing has been saved since; continue from the last checkpoint with other data or a lower learning rate"
+        )
 
     def validate(self) -> dict[str, float]:
         """The task's validation metrics over all held-out samples; calls ``on_validation_end``. Collective."""
@@ -221,6 +245,7 @@ class Trainer:
 
     def flush_metrics(self) -> dict[str, float]:
         """The line of metrics since the last one: each loss term is its sum over its targets, over ranks and steps."""
+        self.check_finite()
         sums = self.reduce_sums({name: float(value) for name, value in self._loss_sums.items()})
         terms = {name: value / max(self._target_counts[name], 1) for name, value in sums.items()}
         metrics: dict[str, float] = {"step": self.step, "epoch": round(self.plan.epoch(self.step), 6)}
@@ -291,6 +316,7 @@ class Trainer:
         self.started = self.should_stop = self.interrupted = self._signalled = self._finished = False
         self.learning_rate = 0.0
         self._loss_sums, self._target_counts, self._extra_metrics = {}, {}, {}
+        self._recent = []
 
         check_free(self.output_dir, self.resume, overwrite)
         checkpoint = find_resume(self.resume, self.output_dir)
@@ -359,6 +385,7 @@ class Trainer:
         """
         from bumblebee.training_state import save_random_state, written_together
 
+        self.check_finite()
         path = self.output_dir / f"checkpoint-{self.step}"
         with written_together(path, self.device, whole=True) as aside:
             self._write_model(aside, weights=model)

@@ -12,38 +12,53 @@ if TYPE_CHECKING:
     from callbacks.bigram_baseline import BigramBaseline
     from callbacks.checkpoint import Checkpoint
     from callbacks.consolidate import Consolidate
+    from callbacks.early_stopping import EarlyStopping
     from callbacks.file_log import FileLog
     from callbacks.loss_plot import LossPlot
     from callbacks.metrics_history import MetricsHistory
+    from callbacks.profiler import Profiler
     from callbacks.progress_bar import ProgressBar
     from callbacks.run_summary import RunSummary
+    from callbacks.samples import Samples
     from callbacks.tensorboard import TensorBoard
+    from callbacks.throughput import Throughput
     from callbacks.validation import Validation
+    from callbacks.wandb import WandB
 
 _HOME = {
     "BigramBaseline": "callbacks.bigram_baseline",
     "Checkpoint": "callbacks.checkpoint",
     "Consolidate": "callbacks.consolidate",
+    "EarlyStopping": "callbacks.early_stopping",
     "FileLog": "callbacks.file_log",
     "LossPlot": "callbacks.loss_plot",
     "MetricsHistory": "callbacks.metrics_history",
+    "Profiler": "callbacks.profiler",
     "ProgressBar": "callbacks.progress_bar",
     "RunSummary": "callbacks.run_summary",
+    "Samples": "callbacks.samples",
     "TensorBoard": "callbacks.tensorboard",
+    "Throughput": "callbacks.throughput",
     "Validation": "callbacks.validation",
+    "WandB": "callbacks.wandb",
 }
 
 __all__ = [
     "BigramBaseline",
     "Checkpoint",
     "Consolidate",
+    "EarlyStopping",
     "FileLog",
     "LossPlot",
     "MetricsHistory",
+    "Profiler",
     "ProgressBar",
     "RunSummary",
+    "Samples",
     "TensorBoard",
+    "Throughput",
     "Validation",
+    "WandB",
 ]
 
 

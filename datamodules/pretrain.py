@@ -173,6 +173,13 @@ class Pretrain(DataModule):
         arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
+    def origin(self, index: int) -> str:
+        """FILE:LINE of each document in a window."""
+        train: Any = self.train
+        cache, starts = train.cache, [start for start, _ in train.windows.pieces(index)]
+        documents = np.searchsorted(cache.ends, starts, side="right")
+        return " ".join(dict.fromkeys(cache.origin(document) for document in documents))
+
     def summary(self) -> dict[str, Any]:
         """Documents, tokens, windows."""
         train: Any = self.train

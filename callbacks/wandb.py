@@ -1,0 +1,167 @@
+"""WandB: the run's metrics at Weights & Biases, or in a folder that ``wandb sync`` sends there later.
+
+The only file that imports wandb. A run that is continued is continued there as well: its id is kept in the checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bumblebee.callback import Callback
+from callbacks.run_summary import summarize
+from callbacks.text import without_prefix
+
+if TYPE_CHECKING:
+    from bumblebee.trainer import Trainer
+
+_MODEL_FILES = ("config.json", "generation_config.json", "tokenizer*", "chat_template*", "model*.safetensors*", "adapter_*")
+
+
+class WandB(Callback):
+    """Sends metrics to Weights & Biases as ``train/...`` and ``validation/...``.
+
+    Args:
+        project: its name there.
+        name: of the run; null lets wandb think of one.
+        offline: write to output_dir/wandb only; needs neither network nor account.
+        log_every: optimizer steps between two points; fewer are there where trainer.log_every is larger.
+        log_model: upload the model folder when the run is complete.
+        log_code: upload the Python and YAML files below the working folder.
+        watch: also histograms of gradients, parameters or all (both).
+        watch_every: optimizer steps between two histograms.
+        tags: of the run.
+
+    Raises:
+        ValueError: an empty project, an unknown watch, or a number of steps less than 1.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        name: str | None = None,
+        offline: bool = False,
+        log_every: int = 1,
+        log_model: bool = False,
+        log_code: bool = False,
+        watch: Literal["gradients", "parameters", "all"] | None = None,
+        watch_every: int = 100,
+        tags: list[str] | None = None,
+    ) -> None:
+        if not project:
+            raise ValueError(f"project must be a name, got {project!r}")
+        for option, value in (("log_every", log_every), ("watch_every", watch_every)):
+            if value < 1:
+                raise ValueError(f"{option} must be at least 1, got {value}")
+        if watch not in (None, "gradients", "parameters", "all"):
+            raise ValueError(f"watch must be gradients, parameters, all or null, got {watch!r}")
+        self.project, self.name, self.offline, self.tags = project, name, offline, tags
+        self.log_every, self.log_model, self.log_code = log_every, log_model, log_code
+        self.watch, self.watch_every = watch, watch_every
+        self._id: str | None = None
+        self._run: Any = None
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Open the run, or go on with it.
+
+        Raises:
+            ValueError: wandb is not installed, cannot start, or is to watch a model that ZeRO has cut into pieces.
+        """
+        if find_spec("wandb") is None:
+            raise ValueError("callbacks: WandB needs the wandb package: pip install 'bumblebee[wandb]'")
+        if self.watch and trainer.zero_stage == 3:
+            raise ValueError(f"callbacks: WandB.watch {self.watch!r} sees only pieces at trainer.zero_stage 3: set it to null")
+        if trainer.step == 0:
+            self._id = None
+        if not trainer.is_main:
+            return
+        self._run = self._open(trainer)
+        self._id = self._run.id
+        if self.watch:
+            passes = self.watch_every * trainer.plan.accumulate
+            self._run.watch(trainer.engine.model, log=self.watch, log_freq=passes)
+        if self.log_code:
+            self._run.log_code(".", include_fn=_is_source, exclude_fn=_is_not_ours)
+
+    def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """One point a metric."""
+        if trainer.step % self.log_every == 0 or trainer.step == trainer.plan.max_steps:
+            self._add(trainer.step, "train", {name: value for name, value in metrics.items() if name != "step"})
+
+    def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """One point a metric."""
+        self._add(trainer.step, "validation", without_prefix(metrics))
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        """Close the run as failed."""
+        self._close(failed=True)
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Upload the model if that was asked for, and close the run."""
+        if self._run is not None and self.log_model and not trainer.interrupted:
+            self._run.log_artifact(_model_artifact(trainer.output_dir, f"model-{self._id}"))
+        self._close(failed=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run's id at wandb."""
+        return {"id": self._id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with that run."""
+        self._id = state["id"]
+
+    def _open(self, trainer: Trainer) -> Any:
+        import wandb
+
+        try:
+            return wandb.init(
+                project=self.project, name=self.name, id=self._id, resume="allow", tags=self.tags,
+                mode="offline" if self.offline else "online", dir=str(trainer.output_dir), config=_configuration(trainer),
+            )  # fmt: skip
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"callbacks: WandB cannot start: {str(error).strip()}; log in with 'wandb login', or set offline to true"
+            ) from error
+
+    def _add(self, step: int, group: str, metrics: Mapping[str, float]) -> None:
+        # What is logged for the same step is one point there. Points of steps that are done again are refused: they are there.
+        if self._run is not None:
+            self._run.log({f"{group}/{name}": value for name, value in metrics.items()}, step=step)
+
+    def _close(self, failed: bool) -> None:
+        if self._run is not None:
+            if self.watch:
+                self._run.unwatch()
+            self._run.finish(exit_code=int(failed))
+        self._run = None
+
+
+def _configuration(trainer: Trainer) -> dict[str, Any]:
+    """What the run consists of: the resolved recipe where there is one, else what RunSummary tells."""
+    recipe = trainer.output_dir / "recipe.yaml"
+    if recipe.is_file():
+        import yaml
+
+        return yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    return json.loads(json.dumps(summarize(trainer), default=str))
+
+
+def _model_artifact(folder: Path, name: str) -> Any:
+    import wandb
+
+    artifact = wandb.Artifact(name, type="model")
+    for path in sorted(path for pattern in _MODEL_FILES for path in folder.glob(pattern)):
+        artifact.add_file(str(path), policy="immutable")  # no copy: nobody changes it any more
+    return artifact
+
+
+def _is_source(path: str) -> bool:
+    return path.endswith((".py", ".yaml"))
+
+
+def _is_not_ours(path: str, root: str) -> bool:
+    parts = Path(path).resolve().relative_to(Path(root).resolve()).parts
+    return any(part.startswith(".") or part in ("site-packages", "wandb", "__pycache__") for part in parts[:-1])
