@@ -10,7 +10,7 @@ PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,bumbl
 # An editable install knows the top-level packages of its day, so the marker's name lists them: a new one reinstalls.
 INSTALLED := $(VENV)/.installed-$(subst $() $(),-,$(PACKAGES))
 
-.PHONY: help .venv quickstart test test-slow lint types format clean
+.PHONY: help .venv quickstart test test-slow golden lint types format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z.-]*\):.*## /\1	/p' Makefile
@@ -42,6 +42,9 @@ test: .venv  ## the tests that take seconds
 
 test-slow: .venv  ## the tests that train, start processes or run whole commands
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -m slow --timeout 1800 $(ARGS)
+
+golden: .venv  ## write the golden losses anew, after a change that is meant to change them
+	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/golden.py
 
 lint: .venv  ## what must be clean before a commit
 	$(BIN)/ruff check .

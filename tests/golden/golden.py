@@ -1,0 +1,45 @@
+"""Golden losses: what a tiny run of each task has given before, as text.
+
+    make golden        writes the files anew, after a change that is meant to change numbers; look at the difference
+
+A file has one line a step: step, loss, gradient norm, with six significant digits: enough to see any change of the arithmetic,
+few enough that another processor gives the same. A step without any target has zeros.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # system.parts
+sys.path.insert(0, str(HERE.parents[1]))
+
+from system.parts import train  # noqa: E402
+
+ADAM = ("AdamW", {"lr": 1e-2, "weight_decay": 0.1})
+RUNS = {
+    "language_modeling-fp32-stage0": {"precision": "fp32", "zero_stage": 0},
+    "language_modeling-fp32-stage3": {"precision": "fp32", "zero_stage": 3},
+    "language_modeling-bf16-stage1": {"precision": "bf16", "zero_stage": 1},
+}
+
+
+def lines(name: str) -> list[str]:
+    """The run's losses and gradient norms, one line a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        schedule = ("Cosine", {"warmup_ratio": 0.2})
+        metrics = train(Path(folder) / "run", max_steps=12, optimizer=ADAM, schedule=schedule, **RUNS[name])
+    return [f"{m['step']:>3} {m.get('loss', 0):.6g} {m.get('grad_norm', 0):.6g}" for m in metrics]
+
+
+def main() -> None:
+    """Write all files."""
+    for name in RUNS:
+        (HERE / f"{name}.txt").write_text("\n".join(lines(name)) + "\n")
+        print(f"wrote {name}.txt")
+
+
+if __name__ == "__main__":
+    main()
