@@ -1,19 +1,23 @@
 """The command line's parser: jsonargparse with recipes that compose, and with errors of one line.
 
-An error names the option, where it was written (recipe and line) and the nearest valid names; the exit code is 2.
+An error names the option, where it was written (recipe and line) and the nearest valid names; the exit code is 2. How it is
+said: ``explanations.py``.
 """
 
 from __future__ import annotations
 
-import difflib
+import inspect
 import json
 import re
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from pydoc import locate
 from typing import Any, NoReturn
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from bumblebee.explanations import explain, hint, hints_of, names_of_callbacks, plain, problem_of_recipe, where
+from bumblebee.trainer import Trainer
 
 
 class UserError(SystemExit):
@@ -33,6 +37,8 @@ class Recipe(ActionConfigFile):
     """``--config FILE``, several times. A later file's callbacks are added to the earlier's instead of replacing them all."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        if problem := problem_of_recipe(str(values)):
+            fail(problem)
         before = cfg.get("callbacks") or {}
         super().__call__(parser, cfg, values, option_string)
         after = cfg.get("callbacks")
@@ -46,102 +52,31 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Without this --trainer.max_step would silently mean --trainer.max_steps.
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.words: list[str] = []  # as they were written, for messages
+        self.flags: list[str] = []  # options that were written without a value
+
+    def parse(self, words: list[str]) -> Namespace:
+        """Words -> the checked options. Whatever is wrong ends the program with one line."""
+        self.words = words
+        folded, self.flags = fold(words)
+        if "config" in self.flags:
+            fail("--config: expected a value after it")
+        cfg = self.parse_args(folded)
+        check_groups(cfg, words)
+        check_nulls(cfg, words)
+        check_flags(cfg, self.flags)
+        check_callbacks(cfg, words)
+        return cfg
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Called by jsonargparse for whatever it cannot accept."""
         if not self.exit_on_error:  # a parser inside the parser: the outer one will tell the whole path
             super().error(message, ex)
-        fail(explain(message, sys.argv))
-
-
-# -- what jsonargparse says, said in one line ----------------------------------------------------------------------------
-
-_UNKNOWN = re.compile(
-    r"Option '(?P<a>[^']+)' is not accepted|does not accept option '(?P<b>[^']+)'"
-    r"|[Uu]nrecognized arguments?: (?:--)?(?P<c>\S+)|Key '(?P<d>[^']+)' is not expected|No action for key \"(?P<e>[^\"]+)\""
-)
-
-
-def explain(message: str, argv: list[str]) -> str:
-    """The key, its place in a recipe, and what is wrong with it."""
-    keys = re.findall(r'Parser key "([^"]+)"', message)
-    unknown = _UNKNOWN.search(message)
-    if unknown:
-        name = next(group for group in unknown.groups() if group).split("=")[0]
-        key = ".".join([*keys, name])
-        near = difflib.get_close_matches(name.rpartition(".")[2], _known_names(message, key), n=2)
-        hint = f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
-        return f"{where(key, argv)}unknown option {plain(key)!r}{hint}"
-    reason = _reason(message)
-    key = ".".join(keys)
-    return f"{where(key, argv)}{plain(key) + ': ' if key else ''}{reason}"
-
-
-def plain(key: str) -> str:
-    """The key as a user writes it: without ``init_args``."""
-    return re.sub(r"(^|\.)(init_args|dict_kwargs)(?=\.|$)", "", key).lstrip(".")
-
-
-def _reason(message: str) -> str:
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    told = [line for line in lines if not line.startswith(("Parser key", "Does not validate", "Subtypes", "Error:"))]
-    return told[-1] if told else " ".join(lines)
-
-
-def _known_names(message: str, key: str) -> list[str]:
-    """Names that would have been right: the parameters of the last class the message speaks of, or the recipe's groups."""
-    import importlib
-    import inspect
-
-    for path in reversed(re.findall(r"[\w.]+\.[A-Za-z_]\w*", message)):
-        module, _, name = path.rpartition(".")
-        try:
-            return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-        except (ImportError, AttributeError, TypeError, ValueError):
-            continue
-    if key.startswith("trainer."):
-        from bumblebee.trainer import Trainer
-
-        return list(inspect.signature(Trainer).parameters)
-    return GROUPS
-
-
-GROUPS = ["seed", "output_dir", "overwrite", "task", "data", "optimizer", "schedule", "trainer", "callbacks", "config"]
-
-
-def where(key: str, argv: list[str]) -> str:
-    """ "FILE:LINE: " of a key in the last recipe on the command line that has it, or nothing."""
-    if any(word.split("=")[0] == f"--{plain(key)}" for word in argv):
-        return ""  # it was written on the command line itself
-    for file in reversed(recipes(argv)):
-        try:
-            node = yaml.compose(Path(file).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
-            continue
-        line = _line_of(node, plain(key).split("."))
-        if line is not None:
-            return f"{file}:{line}: "
-    return ""
-
-
-def recipes(argv: list[str]) -> list[str]:
-    """The files named by ``--config``."""
-    following = [value for word, value in zip(argv, argv[1:], strict=False) if word == "--config"]
-    return following + [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
-
-
-def _line_of(node: Any, path: list[str]) -> int | None:
-    if not isinstance(node, yaml.MappingNode):
-        return None
-    for key, value in node.value:
-        if key.value in ("init_args", "dict_kwargs"):
-            line = _line_of(value, path)
-            if line is not None:
-                return line
-        elif key.value == path[0]:
-            deeper = _line_of(value, path[1:]) if len(path) > 1 else None
-            return deeper or key.start_mark.line + 1
-    return None
+        wrong = re.match(r'Parser key "([^"]+)"', message)
+        if wrong and plain(wrong[1]) in self.flags:
+            fail(f"--{plain(wrong[1])}: expected a value after it")
+        options = [action.dest for action in self._actions if not action.dest.endswith(".help")]
+        fail(explain(message, self.words, options))
 
 
 # -- the words on the command line ---------------------------------------------------------------------------------------
@@ -152,10 +87,13 @@ _LISTS = ("--data.files", "--data.validation_files", "--files")
 def fold(argv: list[str]) -> tuple[list[str], list[str]]:
     """Make what people write acceptable: ``--flag`` is true, ``--no_flag`` false, ``--data.files a b`` a list.
 
+    Recipes come first, wherever they were written: an option on the command line wins over all of them.
+
     Returns:
         The words for the parser, and the options that were written without a value: see ``check_flags``.
     """
     words: list[str] = []
+    recipes: list[str] = []
     flags: list[str] = []
     index = 0
     while index < len(argv):
@@ -165,7 +103,9 @@ def fold(argv: list[str]) -> tuple[list[str], list[str]]:
             index += 1
             values.append(argv[index])
         index += 1
-        if not word.startswith("--") or "=" in word:
+        if word.split("=")[0] == "--config" and (values or "=" in word):
+            recipes += [word] if "=" in word else [part for value in values for part in (word, value)]
+        elif not word.startswith("--") or "=" in word:
             words += [word, *values]
         elif word in _LISTS and len(values) > 1:
             words.append(f"{word}={json.dumps(values)}")
@@ -174,7 +114,7 @@ def fold(argv: list[str]) -> tuple[list[str], list[str]]:
             words.append(f"--{flags[-1]}={'false' if word.startswith('--no_') else 'true'}")
         else:
             words += [word, *values]
-    return words, flags
+    return recipes + words, flags
 
 
 def check_flags(cfg: Namespace, flags: list[str]) -> None:
@@ -188,8 +128,44 @@ def check_flags(cfg: Namespace, flags: list[str]) -> None:
             fail(f"--{flag}: expected a value after it")
 
 
-def check_groups(cfg: Namespace) -> None:
+def check_groups(cfg: Namespace, words: list[str]) -> None:
     """A group written as a plain value (``trainer: 3``) passes the parser: refuse it here."""
     for name in ("trainer", "task", "data", "optimizer"):
         if name in cfg and not isinstance(cfg[name], Namespace):
-            fail(f"{where(name, sys.argv)}{name}: expected options under it, got {cfg[name]!r}")
+            fail(f"{where(name, words)}{name}: expected options under it, got {cfg[name]!r}")
+
+
+def check_nulls(cfg: Namespace, words: list[str]) -> None:
+    """The parser takes null for any option: refuse it where the signature does not say that it may be null."""
+    options = cfg.as_dict()
+    nulls = [name for name in ("seed", "output_dir") if name in options and options[name] is None]
+    for key in [*nulls, *_wrong_nulls(options, "", {"trainer": Trainer})]:
+        fail(f"{where(key, words)}{plain(key)} is null: give it a value, or leave it out")
+
+
+def _wrong_nulls(options: dict[str, Any], key: str, made: Any) -> Iterator[str]:
+    """Keys of nulls under ``key``.
+
+    Args:
+        options: by name.
+        key: where they are.
+        made: what takes them: a class, or for groups that are made apart a dict of classes.
+    """
+    takes = {} if isinstance(made, dict) or made is None else inspect.signature(made).parameters
+    kinds = made if isinstance(made, dict) else {} if made is None else hints_of(made)
+    for name, value in options.items():
+        path = f"{key}.{name}".lstrip(".")
+        if value is None and name in takes and "None" not in f"{takes[name].annotation} {takes[name].default}":
+            yield path
+        elif isinstance(value, dict):
+            inner = value.get("init_args", {}) if "class_path" in value else value
+            kind = locate(str(value.get("class_path"))) if "class_path" in value else kinds.get(name)
+            yield from _wrong_nulls(inner or {}, path, kind if inspect.isclass(kind) or inspect.isroutine(kind) else None)
+
+
+def check_callbacks(cfg: Namespace, words: list[str]) -> None:
+    """``--callbacks.progres=null`` would remove nothing, in silence."""
+    known = names_of_callbacks(words)
+    for name, callback in (cfg.get("callbacks") or {}).items():
+        if callback is None and name not in known:
+            fail(f"callbacks.{name}: no recipe has such a callback to remove{hint(name, known)}")

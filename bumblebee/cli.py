@@ -43,10 +43,11 @@ def main(argv: list[str] | None = None) -> None:
 
         print(__version__)
         return
-    from bumblebee.arguments import fail
-
     if words[0] not in COMMANDS:
-        fail(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}")
+        from bumblebee.arguments import fail
+        from bumblebee.explanations import hint
+
+        fail(f"unknown command {words[0]!r}{hint(words[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
     run: Callable[[list[str]], None] = globals()[words[0]]
     run(words[1:])
 
@@ -60,19 +61,19 @@ def fit(words: list[str]) -> None:
 
     parser = recipe_parser("fit", "Train what a recipe describes.")
     parser.add_argument("--overwrite", type=bool, default=False, help="delete an earlier run in output_dir")
-    cfg = parse(parser, words)
+    cfg = parser.parse(words)
     overwrite = cfg.pop("overwrite")
-    with user_errors():
+    with user_errors(parser, cfg):
         parts = build(parser, cfg)
     trainer = parts.trainer
     try:
-        with user_errors():
+        with user_errors(parser, cfg):
             trainer.setup(
                 parts.task, parts.data, parts.optimizer, parts.schedule, parts.callbacks, cfg.output_dir, cfg.seed, overwrite
             )
             if distributed.is_main():
                 save_recipe(parser, cfg)
-        with user_errors(until=lambda: trainer.started):
+        with user_errors(parser, cfg, until=lambda: trainer.started):
             trainer.run()
     finally:
         trainer.close()
@@ -84,11 +85,11 @@ def validate(words: list[str]) -> None:
 
     parser = recipe_parser("validate", "Measure a trained model on the held-out data of a recipe.")
     parser.add_argument("--model", type=str | None, default=None, help="model folder; by default the recipe's output_dir")
-    cfg = parse(parser, words)
+    cfg = parser.parse(words)
     folder = cfg.pop("model") or cfg.output_dir
     source = Namespace(class_path="bumblebee.Bumblebee.from_pretrained", init_args=Namespace(folder=folder))
     cfg.task.init_args.model = source
-    with user_errors():
+    with user_errors(parser, cfg):
         from bumblebee import distributed, loader
         from bumblebee.evaluation import validation_sums
 
@@ -125,17 +126,6 @@ def recipe_parser(command: str, description: str) -> Any:
     parser.add_class_arguments(Trainer, "trainer")
     parser.add_argument("--callbacks", type=dict[str, Callback | None], default={}, help="by name; null removes one")
     return parser
-
-
-def parse(parser: Any, words: list[str]) -> Any:
-    """Words -> the checked configuration."""
-    from bumblebee.arguments import check_flags, check_groups, fold
-
-    folded, flags = fold(words)
-    cfg = parser.parse_args(folded)
-    check_groups(cfg)
-    check_flags(cfg, flags)
-    return cfg
 
 
 def build(parser: Any, cfg: Any) -> Any:
@@ -175,8 +165,8 @@ def generate(words: list[str]) -> None:
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", type=str, default="auto", help="auto (the file's), float32, bfloat16 or float16")
     parser.add_class_arguments(SamplingParams, None)
-    cfg = parse(parser, words)
-    with user_errors():
+    cfg = parser.parse(words)
+    with user_errors(parser, cfg):
         from bumblebee.inference.generator import Generator
 
         params = SamplingParams(**{name: cfg[name] for name in SamplingParams.__dataclass_fields__})
@@ -198,8 +188,8 @@ def tokenizer(words: list[str]) -> None:
     parser.add_argument("--vocab_size", type=int, required=True, help="entries, 256 bytes and 3 special tokens included")
     parser.add_argument("--output", type=str, required=True, help="folder for tokenizer.json and tokenizer_config.json")
     parser.add_argument("--overwrite", type=bool, default=False, help="replace a tokenizer that is there")
-    cfg = parse(parser, words)
-    with user_errors():
+    cfg = parser.parse(words)
+    with user_errors(parser, cfg):
         from bumblebee.tokenizer import Tokenizer
         from datamodules import formats
 
@@ -220,8 +210,8 @@ def consolidate(words: list[str]) -> None:
     parser.add_argument("--output", type=str, required=True, help="the model folder")
     parser.add_argument("--dtype", type=str, default="auto", help="auto (as trained), float32, bfloat16 or float16")
     parser.add_argument("--max_shard_size", type=str, default="5GB", help="largest file")
-    cfg = parse(parser, words)
-    with user_errors():
+    cfg = parser.parse(words)
+    with user_errors(parser, cfg):
         from bumblebee.checkpoint.consolidate import consolidate as write
 
         write(cfg.checkpoint, cfg.output, cfg.dtype, cfg.max_shard_size)
@@ -232,13 +222,16 @@ def consolidate(words: list[str]) -> None:
 
 
 @contextmanager
-def user_errors(until: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def user_errors(parser: Any, cfg: Any, until: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Values and files that cannot be used: one line, exit code 2. While building and setting up, never while training.
 
     Args:
+        parser: which has parsed the command line.
+        cfg: what it has found there.
         until: once this is true, a ValueError is our mistake and keeps its traceback.
     """
     from bumblebee.arguments import fail
+    from bumblebee.explanations import explain_refusal
 
     try:
         with run_errors():
@@ -246,7 +239,7 @@ def user_errors(until: Callable[[], bool] = lambda: False) -> Iterator[None]:
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         if until() or os.environ.get("BUMBLEBEE_TRACEBACK"):
             raise
-        fail(str(error))
+        fail(explain_refusal(told_by(error), cfg.as_dict(), parser.words))
 
 
 @contextmanager
@@ -266,4 +259,11 @@ def run_errors() -> Iterator[None]:
         full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
         if error.errno not in full and "cannot write" not in str(error):
             raise
-        fail(str(error))
+        fail(told_by(error))
+
+
+def told_by(error: Exception) -> str:
+    """An error's message; the system's begin with the file instead of a number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

@@ -37,7 +37,8 @@ class EarlyStopping(Callback):
         if not min_delta >= 0:
             raise ValueError(f"min_delta must not be negative, got {min_delta}")
         self.metric, self.patience, self.min_delta, self.mode = metric, patience, min_delta, check_mode(mode)
-        self._clear()
+        self._best: float | None = None
+        self._in_vain = 0
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """A run from the start has no best value yet.
@@ -47,7 +48,7 @@ class EarlyStopping(Callback):
         """
         check_held_out(trainer, "EarlyStopping")
         if trainer.step == 0:
-            self._clear()
+            self._best, self._in_vain = None, 0
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Better, or one more in vain. Metrics are those of all ranks, so all decide alike.
@@ -74,7 +75,3 @@ class EarlyStopping(Callback):
         """Go on counting, unless it was another metric that was looked at."""
         if (state["metric"], state["mode"]) == (self.metric, self.mode):
             self._best, self._in_vain = state["best"], state["in_vain"]
-
-    def _clear(self) -> None:
-        self._best: float | None = None
-        self._in_vain = 0

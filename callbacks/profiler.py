@@ -38,6 +38,7 @@ class Profiler(Callback):
         self.start, self.steps, self.file = start, steps, file
         self._first = self._recorded = 0
         self._profile: Any = None
+        self._mark: Any = None  # of the step that is recorded
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Steps are counted from here, also in a run that is continued."""
@@ -51,11 +52,16 @@ class Profiler(Callback):
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (trainer.device.type == "cuda")
             self._profile = profile(activities=activities)
             self._profile.start()
+        if self._profile is not None:
+            from torch.profiler import record_function
+
+            self._mark = record_function(f"ProfilerStep#{trainer.step + 1}")  # the name that other tools know
+            self._mark.__enter__()
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """Mark the step; after the last one, write."""
+        """Close the step's mark; after the last one, write."""
         if self._profile is not None:
-            self._profile.step()
+            self._mark.__exit__(None, None, None)
             self._recorded += 1
             if self._recorded == self.steps:
                 self._write(trainer)

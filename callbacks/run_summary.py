@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import bumblebee
 from bumblebee.callback import Callback
 from bumblebee.checkpoint.atomic import write_json
+from callbacks.flops import size_of
 from callbacks.text import number, short
 
 if TYPE_CHECKING:
@@ -68,16 +69,11 @@ def _model(trainer: Trainer) -> Section:
     shape = {name: getattr(config, field, None) for name, field in _SHAPE.items()}
     return {
         "class": type(model).__name__,
-        "parameters": sum(_size(p) for p in model.parameters()),
-        "trainable_parameters": sum(_size(p) for p in model.parameters() if p.requires_grad),
+        "parameters": sum(size_of(p) for p in model.parameters()),
+        "trainable_parameters": sum(size_of(p) for p in model.parameters() if p.requires_grad),
         **{name: value for name, value in shape.items() if value is not None},
         "attention": _attention(trainer),
     }
-
-
-def _size(parameter: Any) -> int:
-    """Of the whole parameter: under ZeRO-3 a rank sees an empty one, and DeepSpeed notes the size beside it."""
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _attention(trainer: Trainer) -> str | None:

@@ -36,6 +36,14 @@ class Throughput(Callback):
         ValueError: every is less than 1, or peak_tflops is not more than 0.
     """
 
+    _recent: _Work  # since the last report, of this rank
+    _total: _Work  # of this start, of all ranks
+    _began: float | None  # when the step that is timed began
+    _warm: bool  # the first step is over
+    _memory: float
+    _peak: float | None
+    _handle: Any
+
     def __init__(self, every: int = 10, peak_tflops: float | None = None) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
@@ -63,8 +71,8 @@ class Throughput(Callback):
         """Stop the clock; report if it is time."""
         if self._began is not None and self._warm:
             _wait_for(trainer.device)
-            step = {"seconds": time.perf_counter() - self._began, "tokens": trainer.tokens - self._tokens_before}
-            self._recent.add(operations=self._operations, **step)
+            seconds = time.perf_counter() - self._began
+            self._recent.add(seconds, trainer.tokens - self._tokens_before, self._operations)
         self._began, self._warm = None, True
         if trainer.step % self.every == 0 or trainer.step == trainer.plan.max_steps:
             for name, value in self._collect(trainer).items():
@@ -84,11 +92,8 @@ class Throughput(Callback):
 
     def _clear(self) -> None:
         self._recent, self._total = _Work(), _Work()
-        self._began: float | None = None
-        self._warm = False
-        self._memory = 0.0
-        self._peak: float | None = None
-        self._handle: Any = None
+        self._began, self._warm = None, False
+        self._memory, self._peak, self._handle = 0.0, None, None
 
     def _let_go(self) -> None:
         if self._handle is not None:

@@ -11,7 +11,7 @@ import io
 import json
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ STEPS, PER_EPOCH = 6, 3
 
 
 class FailAfter(Callback):
-    """Fails when step ``step`` has been logged, before it could be saved."""
+    """Fails when step ``step`` has been logged; before it is saved, if it comes before the one that saves."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -34,6 +34,18 @@ class FailAfter(Callback):
     def on_save(self, trainer: Any) -> None:
         if trainer.step == self.step:
             raise RuntimeError("the disk is on fire")
+
+
+class Scripted(Callback):
+    """A validation after each step, whose results are given: ``values[0]`` after step 1, and so on; None is no validation."""
+
+    def __init__(self, *values: float | None, metric: str = "validation_loss") -> None:
+        self.values, self.metric = values, metric
+
+    def on_step_end(self, trainer: Any) -> None:
+        value = self.values[trainer.step - 1] if trainer.step <= len(self.values) else None
+        if value is not None:
+            trainer.call("on_validation_end", {self.metric: value})
 
 
 def every_callback() -> dict[str, Callback | None]:
@@ -73,15 +85,19 @@ def fit(tiny):
             inputs, labels = rows[:, :-1], rows[:, 1:].clone()
             return {"input_ids": inputs, "labels": labels, "position_ids": torch.arange(8).expand_as(inputs)}
 
-    def run(folder: Path, uses: dict[str, Callback | None], held_out: int = 4, **options: Any) -> SimpleNamespace:
+    def run(
+        folder: Path, uses: dict[str, Callback | None], held_out: int = 4, tokenizer: Any = None, **options: Any
+    ) -> SimpleNamespace:
         torch.manual_seed(0)
-        task = LanguageModeling(Bumblebee(tiny(vocab_size=64)))
+        task = LanguageModeling(Bumblebee(tiny(vocab_size=tokenizer.vocab_size if tokenizer else 64)))
+        data = RandomTokens(held_out)
+        data.tokenizer = tokenizer
         trainer = Trainer(**{"max_steps": STEPS, "micro_batch_size": 4, "accumulate": 2, "precision": "fp32", **options})
         optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
         result = SimpleNamespace(folder=folder, trainer=trainer, callbacks=uses, out=io.StringIO(), error=None)
         with redirect_stdout(result.out), redirect_stderr(io.StringIO()):
             try:
-                trainer.fit(task, RandomTokens(held_out), optimizer, Linear(warmup_ratio=0.5), uses, folder)
+                trainer.fit(task, data, optimizer, Linear(warmup_ratio=0.5), uses, folder)
             except (RuntimeError, ValueError) as error:
                 result.error = error
         result.text = result.out.getvalue()
@@ -131,10 +147,22 @@ class FakeTrainer:
         self.uses, self.step, self.tokens, self.output_dir, self.is_main = uses, step, 0, folder, is_main
         self.should_stop = self.interrupted = False
         self.stop_at: int | None = None
-        self.device = "cpu"
-        self.data = SimpleNamespace(validation=[1, 2])
+        self.device, self.precision, self.zero_stage, self.seed = SimpleNamespace(type="cpu"), "fp32", 1, 42
+        self.data = SimpleNamespace(validation=[1, 2], tokenizer=None)
         self.events: list[tuple[str, int]] = []
+        self.logged: dict[str, float] = {}
+        self.validation = {"validation_loss": 2.5}
         self.metrics: dict[str, float] = {}
+
+    @cached_property
+    def engine(self) -> Any:
+        from torch import nn
+
+        return SimpleNamespace(model=nn.Linear(2, 2), train=lambda: None)
+
+    @property
+    def task(self) -> Any:
+        return SimpleNamespace(model=self.engine.model)
 
     def run(self) -> FakeTrainer:
         self.call("on_fit_start")
@@ -155,11 +183,16 @@ class FakeTrainer:
 
     def validate(self) -> dict[str, float]:
         self.events.append(("validate", self.step))
-        metrics = {"validation_loss": 2.5}
-        self.call("on_validation_end", metrics)
-        return metrics
+        self.call("on_validation_end", self.validation)
+        return self.validation
 
-    def save_checkpoint(self, last: bool = False) -> Path:
+    def log(self, name: str, value: float) -> None:
+        self.logged[name] = value
+
+    def reduce_sums(self, sums: dict[str, Any]) -> dict[str, float]:
+        return {name: float(value) for name, value in sums.items()}
+
+    def save_checkpoint(self, last: bool = False, model: bool = True) -> Path:
         self.events.append(("save last" if last else "save", self.step))
         path = make_checkpoint(self.output_dir, self.step, last)
         self.call("on_checkpoint_saved", path)
@@ -171,6 +204,18 @@ def make_checkpoint(folder: Path, step: int, last: bool = False) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     (path / "trainer_state.json").write_text(json.dumps({"step": step, "last": last}))
     return path
+
+
+@pytest.fixture(scope="session")
+def scripted():
+    """The class Scripted."""
+    return Scripted
+
+
+@pytest.fixture(scope="session")
+def fail_after():
+    """The class FailAfter."""
+    return FailAfter
 
 
 @pytest.fixture

@@ -120,9 +120,7 @@ def test_padding_has_no_targets_and_no_position_but_0(make):
 def test_batches_are_int64_of_one_shape(make):
     for batch in batches(make(many())):
         assert list(batch) == ["input_ids", "labels", "position_ids"]
-        assert {(tensor.dtype, tuple(tensor.shape)) for tensor in batch.values()} == {
-            (torch.int64, (len(batch["labels"]), 32))
-        }
+        assert {(tensor.dtype, tuple(tensor.shape)) for tensor in batch.values()} == {(torch.int64, (len(batch["labels"]), 32))}
 
 
 def test_text_that_spells_the_end_of_text_is_trained_as_text(make):

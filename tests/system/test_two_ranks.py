@@ -24,7 +24,12 @@ EACH = {"checkpoint": ("Checkpoint", {"every": 1, "keep": None})}
 LONG = {"max_steps": 14, "task": "Noisy", "micro_batch_size": 1, "schedule": ("Cosine", {"warmup_steps": 3}),
         "data": {"samples": 22}}  # fmt: skip
 
-GRADIENT = {"max_steps": 1, "optimizer": ("SGD", {"lr": 1.0}), "gradient_clip": None, "data": {"samples": 8, "targets": UNEQUAL}}
+GRADIENT = {
+    "max_steps": 1,
+    "optimizer": ("SGD", {"lr": 1.0}),
+    "gradient_clip": None,
+    "data": {"samples": 8, "targets": UNEQUAL},
+}
 CURVE = {"max_steps": 8, "schedule": ("Cosine", {"warmup_ratio": 0.3}), "data": {"samples": 22, "targets": TARGETS}}
 # Two samples for each rank: of the last two of an epoch rank 1 has none.
 SPREAD = {"micro_batch_size": 2, "accumulate": 1}

@@ -1,0 +1,340 @@
+"""What went wrong on the command line, in one line: the key as it is written, its recipe and line, the value, what is right.
+
+jsonargparse's messages are trees: ``Parser key "data":`` with indented lines under it, which may hold ``Parser key "files":``
+and so on. What matters is the path of keys and what is said below the last one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from pydoc import locate
+from typing import Any, get_type_hints
+
+import yaml
+
+_KEY = re.compile(r'Parser key "([^"]+)":')
+_UNKNOWN = re.compile(
+    r"(?:Group '(?P<group>[^']+)' does not accept option|Option) '(?P<option>[^']+)'"
+    r"|[Uu]nrecognized arguments?: (?:--)?(?P<word>[^\s=]+)"
+)
+_CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
+_WRONG_KIND = re.compile(
+    r"path '?([\w.]+)'? does not correspond to a subclass of (\w+)|'([\w.]+)' to be a subclass of <class '(\w+)'>"
+)
+_NOT_OPTIONS = ("params", "args", "kwargs")  # what an optimizer is given by the trainer, and what has no names
+_PLAIN_TYPES = {
+    "<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'str'>": "text", "<class 'NoneType'>": "null",
+    "<class 'bool'>": "true or false", "<class 'dict'>": "options under it", "<class 'list'>": "a list", "<class 'tuple'>": "a list",
+}  # fmt: skip
+
+
+# -- what jsonargparse says ----------------------------------------------------------------------------------------------
+
+
+def explain(message: str, words: list[str], names: Iterable[str] = ()) -> str:
+    """A message of jsonargparse in one line.
+
+    Args:
+        message: of any number of lines.
+        words: what was written on the command line.
+        names: the parser's options.
+    """
+    keys, said = _last_key(message)
+    if unknown := _UNKNOWN.search(said):
+        return _explain_unknown(unknown, keys, message, words, list(names))
+    key = _complete(keys, said, words)
+    if missing := re.search(r"the following arguments are required: (.*)", said):
+        absent = [plain(f"{key}.{name}" if key else name) for name in missing[1].split(", ")]
+        return f"{where(key, words)}{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing"
+    return f"{where(key, words)}{plain(key) + ': ' if key else ''}{reason(said)}"
+
+
+def _last_key(message: str) -> tuple[list[str], str]:
+    """The path of keys, and the lines that are indented below the last one."""
+    found = list(_KEY.finditer(message))
+    if not found:
+        return [], message
+    begin = message.rfind("\n", 0, found[-1].start()) + 1
+    indent = re.match(r"[ -]*", message[begin:])
+    assert indent
+    lines = message[found[-1].end() :].split("\n")
+    inside = [lines[0]]
+    for line in lines[1:]:
+        if len(line) - len(line.lstrip(" ")) <= indent.end():
+            break
+        inside.append(line)
+    keys = [match[1] for match in found]
+    return [key for key, before in zip(keys, [None, *keys], strict=False) if key != before], "\n".join(inside)
+
+
+def reason(said: str) -> str:
+    """What is wrong, without the boiler plate around it. Also for what a class said when it was made."""
+    if kind := _WRONG_KIND.search(said):
+        return f"{kind[1] or kind[3]} is no {kind[2] or kind[4]}"
+    kinds = re.findall(r"Expected an? (<class '\w+'>|typing\.Literal\[.*?\]|tuple with \d+ elements)", said)
+    no_path = "dot import path" in said and set(kinds) <= {"<class 'NoneType'>"}
+    base = re.search(r"Not a valid subclass of (\w+)" + r"|Subtypes: \[<class '[\w.]*?(\w+)'>" * no_path, said)
+    if base:
+        return f"expected the class_path of a {base[1] or base[2]}{_value(said)}"
+    if file := re.search(r"Unable to load config ['\"](.+?)['\"]", said):
+        return f"expected options under it, or a file with them, got {file[1]}"
+    if absent := re.search(r"(?:module '([\w.]+)' has no attribute '(\w+)'|No module named '([\w.]+)')", said):
+        return _explain_absent(absent[1], absent[2], absent[3])
+    told = [line for line in (line.strip(" -") for line in said.splitlines()) if line and not _boiler_plate(line)]
+    if told or not kinds:
+        return " ".join(told) or " ".join(said.split())
+    return f"expected {_or(_in_words(kind) for kind in kinds)}{_value(said)}"
+
+
+def _boiler_plate(line: str) -> bool:
+    return line.startswith(
+        ("Does not validate", "Subtypes", "Error", "Given value", "Expected a", "Problem with", "Parser key")
+    )
+
+
+def _explain_absent(module: str | None, name: str | None, missing: str | None) -> str:
+    if module is None:
+        return f"there is no Python module {missing!r}"
+    home = import_module(module)
+    classes = {name for name in dir(home) if inspect.isclass(getattr(home, name, None))} | set(getattr(home, "__all__", []))
+    return f"{module} has no {name!r}" + hint(str(name), sorted(classes))
+
+
+def _in_words(kind: str) -> str:
+    if kind.startswith("typing.Literal"):
+        return _or(kind[len("typing.Literal[") : -1].replace("'", "").split(", "))
+    return _PLAIN_TYPES.get(kind) or kind.replace("tuple with", "a list of")
+
+
+def _or(parts: Iterable[str]) -> str:
+    unique = list(dict.fromkeys(parts))
+    return " or ".join(filter(None, [", ".join(unique[:-1]), unique[-1]]))
+
+
+def _value(said: str) -> str:
+    value = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", said, re.MULTILINE)
+    nested = re.search(r"val='(.*)'\)", value[1]) if value else None
+    text = nested[1] if nested else value[1] if value else ""
+    return "" if not text or text.startswith(("{", "Namespace(")) else f", got {text}"
+
+
+def _explain_unknown(unknown: re.Match[str], keys: list[str], message: str, words: list[str], options: list[str]) -> str:
+    path = [*filter(None, [unknown["group"]]), *(unknown["word"] or unknown["option"]).split(".")]
+    classes = _CLASS.findall(message)
+    if not classes:
+        key = ".".join([*keys, *path])
+        return f"{where(key, words)}unknown option {plain(key)!r}{_nearest(plain(key), options)}"
+    path = [part for part in path if part != "init_args"]
+    known = _parameters(classes[-1])
+    depth = 1
+    if path[0] in known:  # a dataclass, and what is unknown is one of its fields
+        known, depth = _parameters(classes[-1], path[0]), 2
+    key = plain(_complete([*keys, *path[:depth]], message, words))
+    if not known:
+        return f"{where(key, words)}unknown option {key!r}: {classes[-1]} takes none; is a class_path missing?"
+    parent = key.rpartition(".")[0]
+    return f"{where(key, words)}unknown option {key!r}{_nearest(key, [f'{parent}.{name}' for name in known])}"
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    """The names beside a key that are most like it; where none is, all of them. Of a group that is none, the groups."""
+    parent, _, name = key.rpartition(".")
+    beside = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == parent]
+    if not beside:
+        parent, name, beside = "", key.split(".")[0], list(dict.fromkeys(other.split(".")[0] for other in known))
+    near = difflib.get_close_matches(name, beside, n=2, cutoff=0.7)
+    full = [f"{parent}.{other}" if parent else other for other in near]
+    return _did_you_mean(full) or f"; there are {', '.join(beside)}"
+
+
+def _parameters(class_path: str, group: str | None = None) -> list[str]:
+    """What a class takes, or what the dataclass takes that is its parameter ``group``."""
+    made: Any = locate(class_path)
+    if group is not None:
+        made = hints_of(made)[group]
+    return [name for name in inspect.signature(made).parameters if name not in _NOT_OPTIONS]
+
+
+def hints_of(made: Any) -> dict[str, Any]:
+    """The types of what a class or function takes; nothing where they cannot be told."""
+    try:
+        return get_type_hints(made.__init__ if inspect.isclass(made) else made)
+    except (NameError, TypeError):
+        return {}
+
+
+def _complete(keys: list[str], said: str, words: list[str]) -> str:
+    """The whole key. jsonargparse leaves out which callback it means: it is the one that has the option, or the class."""
+    if keys[:1] != ["callbacks"]:
+        return ".".join(keys)
+    on_line = (re.match(r"--callbacks\.(\w+)(?:\.init_args)?(?:\.(\w+))?(?:=(.*))?$", f"{a}={b}") for a, b in _pairs(words))
+    given = [(match[1], {match[2], match[3]}) for match in on_line if match]
+    for file in recipes(words):
+        for name, node in _callbacks_of(file):
+            options = _entries_of(node)
+            kind = [value.value for option, value in options.items() if option == "class_path"]
+            given.append((name, {*options, *_entries_of(options.get("init_args")), *kind}))
+    option = keys[1] if len(keys) > 1 else None
+    fitting = [name for name, has in given if (option in has if option else any(str(text) in said for text in has if text))]
+    return ".".join(["callbacks", *fitting[:1], *keys[1:]])
+
+
+def names_of_callbacks(words: list[str]) -> list[str]:
+    """The callbacks that the recipes name."""
+    return [name for file in recipes(words) for name, _ in _callbacks_of(file)]
+
+
+def _callbacks_of(file: str) -> list[tuple[str, yaml.Node]]:
+    return _entries(_entries_of(_read(file)).get("callbacks"))
+
+
+# -- what a class or a run says ------------------------------------------------------------------------------------------
+
+
+def explain_refusal(message: str, config: dict[str, Any], words: list[str]) -> str:
+    """A ValueError in one line, with the option that it speaks of.
+
+    It speaks of an option whose name it begins with, or whose value.
+
+    Args:
+        message: what a constructor or the setting up raised.
+        config: the options, by group.
+        words: what was written on the command line.
+    """
+    message = reason(message)
+    spoken = []
+    for key, value in _leaves(config):
+        name = plain(key).rpartition(".")[2]
+        if re.match(rf"({re.escape(plain(key))}|{re.escape(name)})\b(?!/)", message):
+            spoken.append((0 if str(value) in message else 1, key))
+        elif isinstance(value, str) and value and (at := _place(value, message)) is not None:
+            spoken.append((2 + at, key))
+    if not spoken:
+        return message
+    key = min(spoken)[1]
+    parent, _, name = plain(key).rpartition(".")
+    if message.startswith(plain(key)):
+        return where(key, words) + message
+    if re.match(rf"{re.escape(name)}\b", message):
+        return f"{where(key, words)}{parent}.{message}"
+    return f"{where(key, words)}{plain(key)}: {message}"
+
+
+def _place(value: str, message: str) -> int | None:
+    """Where a message speaks of a value: at its beginning, or in quotes."""
+    match = re.match(rf"{re.escape(value)}(?![\w/.-])", message) or re.search(rf"(['\"]){re.escape(value)}\1", message)
+    return match.start() if match else None
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything that is no mapping."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list):
+        yield from ((path, item) for item in value)
+    else:
+        yield path, value
+
+
+# -- names and places ----------------------------------------------------------------------------------------------------
+
+
+def plain(key: str) -> str:
+    """The key as a user writes it: without ``init_args``."""
+    return re.sub(r"(^|\.)(init_args|dict_kwargs)(?=\.|$)", "", key).lstrip(".")
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)", or nothing."""
+    return _did_you_mean(difflib.get_close_matches(name, list(known), n=2))
+
+
+def _did_you_mean(near: list[str]) -> str:
+    return f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""
+
+
+def where(key: str, words: list[str]) -> str:
+    """ "FILE:LINE: " of a key, or of what it belongs to, in the last recipe that has it; nothing for the command line."""
+    if not key or any(re.sub(r"\binit_args\.", "", word).split("=")[0] == f"--{plain(key)}" for word in words):
+        return ""
+    places = [(file, _line_of(_read(file), plain(key).split("."))) for file in reversed(recipes(words))]
+    return next((f"{file}:{line}: " for file, line in places if line is not None), "")
+
+
+def recipes(words: list[str]) -> list[str]:
+    """The files named by ``--config``."""
+    return [value for option, value in _pairs(words) if option == "--config" and Path(value).is_file()]
+
+
+def _pairs(words: list[str]) -> list[tuple[str, str]]:
+    """(option, value) of ``--option value`` and ``--option=value``; of several values the first."""
+    pairs = [(word, following) for word, following in zip(words, [*words[1:], ""], strict=True) if word.startswith("--")]
+    return [tuple(word.split("=", 1)) if "=" in word else (word, following) for word, following in pairs]  # type: ignore[misc]
+
+
+def _read(file: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _entries(node: yaml.Node | None) -> list[tuple[str, yaml.Node]]:
+    return [(key.value, value) for key, value in node.value] if isinstance(node, yaml.MappingNode) else []
+
+
+def _entries_of(node: yaml.Node | None) -> dict[str, yaml.Node]:
+    return dict(_entries(node))
+
+
+def _line_of(node: yaml.Node | None, path: list[str]) -> int | None:
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    for key, value in node.value:
+        if key.value in ("init_args", "dict_kwargs"):
+            line = _line_of(value, path)
+            if line is not None:
+                return line
+        elif key.value == path[0]:
+            deeper = _line_of(value, path[1:]) if len(path) > 1 else None
+            return deeper or key.start_mark.line + 1
+    return None
+
+
+# -- recipes that are none -----------------------------------------------------------------------------------------------
+
+
+def problem_of_recipe(file: str) -> str | None:
+    """What keeps a file from being a recipe at all: it is not there, is no YAML, or says one thing twice."""
+    path = Path(file)
+    if not file:
+        return "--config: expected a value after it"
+    if not path.is_file():
+        beside = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        return f"--config: {file} is {'a folder' if path.is_dir() else 'not there'}{hint(file, beside)}"
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        return f"{file}{line}: not valid YAML: {error.problem}"
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return f"{file}: cannot be read: {error}"
+    if not isinstance(node, yaml.MappingNode):
+        return f"{file}: no recipe: expected groups such as task:, data: and trainer:"
+    return next((f"{file}:{line}: {name!r} is there twice" for name, line in _twice(node)), None)
+
+
+def _twice(node: yaml.MappingNode) -> Iterator[tuple[str, int]]:
+    seen = set()
+    for key, value in node.value:
+        if key.value in seen:
+            yield key.value, key.start_mark.line + 1
+        seen.add(key.value)
+        if isinstance(value, yaml.MappingNode):
+            yield from _twice(value)
