@@ -11,13 +11,13 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pydoc import locate
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from bumblebee.explanations import explain, hint, hints_of, names_of_callbacks, plain, problem_of_recipe, where
-from bumblebee.trainer import Trainer
 
 
 class UserError(SystemExit):
@@ -63,7 +63,7 @@ class Parser(ArgumentParser):
             fail("--config: expected a value after it")
         cfg = self.parse_args(folded)
         check_groups(cfg, words)
-        check_nulls(cfg, words)
+        check_nulls(cfg, self._actions, words)
         check_flags(cfg, self.flags)
         check_callbacks(cfg, words)
         return cfg
@@ -135,32 +135,29 @@ def check_groups(cfg: Namespace, words: list[str]) -> None:
             fail(f"{where(name, words)}{name}: expected options under it, got {cfg[name]!r}")
 
 
-def check_nulls(cfg: Namespace, words: list[str]) -> None:
-    """The parser takes null for any option: refuse it where the signature does not say that it may be null."""
-    options = cfg.as_dict()
-    nulls = [name for name in ("seed", "output_dir") if name in options and options[name] is None]
-    for key in [*nulls, *_wrong_nulls(options, "", {"trainer": Trainer})]:
+def check_nulls(cfg: Namespace, actions: list[Any], words: list[str]) -> None:
+    """jsonargparse takes null for any option: refuse it where neither the type nor the default says that it may be null."""
+    kinds = {action.dest: getattr(action, "_typehint", action.type) for action in actions}
+    nulls = [action.dest for action in actions if cfg.get(action.dest, 0) is None and action.default is not None]
+    for key in [
+        *(key for key in nulls if kinds[key] and "None" not in str(kinds[key])),
+        *_wrong_nulls(cfg.as_dict(), "", None),
+    ]:
         fail(f"{where(key, words)}{plain(key)} is null: give it a value, or leave it out")
 
 
 def _wrong_nulls(options: dict[str, Any], key: str, made: Any) -> Iterator[str]:
-    """Keys of nulls under ``key``.
-
-    Args:
-        options: by name.
-        key: where they are.
-        made: what takes them: a class, or for groups that are made apart a dict of classes.
-    """
-    takes = {} if isinstance(made, dict) or made is None else inspect.signature(made).parameters
-    kinds = made if isinstance(made, dict) else {} if made is None else hints_of(made)
+    """The keys of nulls that ``made``, a class or function, does not expect, and of those further down."""
+    takes = {} if made is None else inspect.signature(made).parameters
     for name, value in options.items():
         path = f"{key}.{name}".lstrip(".")
         if value is None and name in takes and "None" not in f"{takes[name].annotation} {takes[name].default}":
             yield path
+        elif isinstance(value, dict) and "class_path" in value:
+            yield from _wrong_nulls(value.get("init_args") or {}, path, locate(str(value["class_path"])))
         elif isinstance(value, dict):
-            inner = value.get("init_args", {}) if "class_path" in value else value
-            kind = locate(str(value.get("class_path"))) if "class_path" in value else kinds.get(name)
-            yield from _wrong_nulls(inner or {}, path, kind if inspect.isclass(kind) or inspect.isroutine(kind) else None)
+            kind = hints_of(made).get(name) if name in takes else None
+            yield from _wrong_nulls(value, path, kind if is_dataclass(kind) else None)
 
 
 def check_callbacks(cfg: Namespace, words: list[str]) -> None:

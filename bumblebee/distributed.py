@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.distributed import Store
 
 
 building_in_shards = False  # true while ZeRO-3 cuts each parameter over the ranks as soon as it is made
+_launchers_store: Store | None = None  # joined once a process
+_groups = 0  # joined so far, one after the other
 
 
 class OtherRankFailed(RuntimeError):
@@ -82,7 +85,27 @@ def start(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> N
         os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, store=_unused_store(timeout), rank=rank(), world_size=world_size())
+
+
+def store() -> Store:
+    """Keys and values that the ranks share through their launcher. It works without a group, and when one hangs."""
+    global _launchers_store
+    import torch.distributed as dist
+
+    if _launchers_store is None:
+        _launchers_store = next(dist.rendezvous("env://"))[0] if world_size() > 1 else dist.HashStore()
+    return _launchers_store
+
+
+def _unused_store(timeout: timedelta) -> Store:
+    """A part of the store for the next group alone: it would read an earlier one's keys as addresses, and wait for ever."""
+    global _groups
+    import torch.distributed as dist
+
+    _groups += 1
+    store().set_timeout(timeout)
+    return dist.PrefixStore(f"group-{_groups}", store())
 
 
 def stop(orderly: bool) -> None:

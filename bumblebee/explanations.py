@@ -29,7 +29,8 @@ _WRONG_KIND = re.compile(
 _NOT_OPTIONS = ("params", "args", "kwargs")  # what an optimizer is given by the trainer, and what has no names
 _PLAIN_TYPES = {
     "<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'str'>": "text", "<class 'NoneType'>": "null",
-    "<class 'bool'>": "true or false", "<class 'dict'>": "options under it", "<class 'list'>": "a list", "<class 'tuple'>": "a list",
+    "<class 'bool'>": "true or false", "<class 'dict'>": "options under it", "<class 'list'>": "a list",
+    "<class 'tuple'>": "a list",
 }  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def _last_key(message: str) -> tuple[list[str], str]:
     lines = message[found[-1].end() :].split("\n")
     inside = [lines[0]]
     for line in lines[1:]:
-        if len(line) - len(line.lstrip(" ")) <= indent.end():
+        if line.strip() and len(line) - len(line.lstrip(" ")) <= indent.end():
             break
         inside.append(line)
     keys = [match[1] for match in found]

@@ -347,13 +347,20 @@ class Trainer:
 
     def _open_folder(self, overwrite: bool) -> None:
         distributed.barrier()  # all have looked at the folder before anyone changes it
+        error: OSError | None = None
         if self.is_main:
-            if overwrite and self.resume is None:
-                clear(self.output_dir)
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            for partial in self.output_dir.glob(".*.partial"):  # of a run that was killed while it saved
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        distributed.barrier()
+            try:
+                if overwrite and self.resume is None:
+                    clear(self.output_dir)
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                for partial in self.output_dir.glob(".*.partial"):  # of a run that was killed while it saved
+                    shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            except OSError as failure:
+                error = failure
+        if distributed.any_rank(error is not None, self.device):
+            if error is None:
+                raise distributed.OtherRankFailed("the first rank cannot write to output_dir")
+            raise ValueError(f"output_dir: cannot write to {self.output_dir}: {error.strerror}") from error
 
     @staticmethod
     def _seed_everything(seed: int) -> None:

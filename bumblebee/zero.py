@@ -88,7 +88,7 @@ def pieces(found: list[Span], optimizer: Any) -> Iterator[Piece]:
             if torch.is_tensor(value) and value.numel() == span.vector.numel() and value.dim():
                 tensors[kind] = span.of(value)
             elif torch.is_tensor(value) and value.numel() == 1:
-                tensors[kind] = value.reshape(1)
+                tensors[kind] = value.reshape(())
             else:
                 raise ValueError(f"{type(base_of(optimizer)).__name__} keeps {kind!r}, which is not one number an element")
         yield Piece(span.name, span.shape, span.start, span.numel, tensors)
@@ -102,8 +102,8 @@ def restore(found: list[Span], optimizer: Any, reader: PieceReader) -> None:
         entries = state.setdefault(span.vector, {})
         for kind in reader.kinds(span.name):
             value = reader.read(kind, span.name, span.start, span.numel)
-            if value.numel() != span.numel or kind == "step":
-                entries[kind] = value.reshape(())
+            if value.dim() == 0:
+                entries[kind] = value
                 continue
             if kind not in entries:
                 entries[kind] = torch.zeros_like(span.vector, dtype=value.dtype, requires_grad=False)

@@ -89,6 +89,9 @@ class Pretrain(DataModule):
             raise ValueError(f"{self.tokenizer_folder}: tokenizer_config.json names no eos_token to end documents with")
         cache = self.open_cache(formats.expand(self.files))
         documents, held_out = self.split(cache)
+        if not len(documents):
+            held = f": all {len(held_out)} documents are held out" if len(held_out) else ""
+            raise ValueError(f"files: there is no text to train on in {self.files}{held}")
         self.train = PackedWindows(cache, documents, self.max_length)
         if self.validation_files is not None:
             other = self.open_cache(formats.expand(self.validation_files))

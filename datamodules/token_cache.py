@@ -48,7 +48,9 @@ class TokenCache:
 
     def __init__(self, folder: Path) -> None:
         self.about: dict[str, Any] = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        self.tokens = np.memmap(folder / "tokens.bin", dtype=self.about["dtype"], mode="r")
+        file = folder / "tokens.bin"
+        empty = not self.about["tokens"]  # no documents: there is nothing to map then
+        self.tokens = np.zeros(0, self.about["dtype"]) if empty else np.memmap(file, dtype=self.about["dtype"], mode="r")
         self.ends = np.load(folder / "ends.npy")
         self.digests = np.load(folder / "digests.npy")
         self.sources = np.load(folder / "sources.npy")

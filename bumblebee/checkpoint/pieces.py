@@ -33,7 +33,7 @@ class Piece:
         shape: of the whole parameter.
         start: index of the first element in the flattened parameter.
         numel: how many elements.
-        tensors: for each kind either (numel,) or, where the optimizer keeps one number for the parameter, (1,).
+        tensors: for each kind either (numel,) or, where the optimizer keeps one number for the parameter, ().
     """
 
     name: str
@@ -102,8 +102,10 @@ class PieceReader:
         opened = self._where[name][0][0]
         return sorted(k.partition("/")[0] for k in opened.keys() if k.partition("/")[2] == name and k != f"{WEIGHTS}/{name}")  # noqa: SIM118
 
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements ``start`` to ``start + numel`` of a flattened parameter: (numel,); a single number as (1,).
+    def read(self, kind: str, name: str, start: int, numel: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Elements ``start`` to ``start + numel`` of a flattened parameter: (numel,); a single number as ().
+
+        Each piece is cast to ``dtype`` as it is read, so that a large parameter is never there in fp32 as a whole.
 
         Raises:
             ValueError: the checkpoint lacks some of them.
@@ -111,22 +113,22 @@ class PieceReader:
         parts, at = [], start
         for opened, first, count in sorted(self._where[name], key=lambda place: place[1]):
             data = opened.get_slice(f"{kind}/{name}")
-            if data.get_shape() == [1] and count != 1:
-                return data[:]
+            if not data.get_shape():
+                return opened.get_tensor(f"{kind}/{name}")
             low, high = max(at, first), min(start + numel, first + count)
             if low < high and low == at:
-                parts.append(data[low - first : high - first])
+                parts.append(data[low - first : high - first].to(dtype))
                 at = high
         if at != start + numel:
             raise ValueError(f"{self.folder} lacks elements {at} to {start + numel} of {kind}/{name}: a rank's file is missing")
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
-    def whole(self, name: str) -> Tensor:
-        """A parameter's weights in fp32 and in shape."""
+    def whole(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A parameter's weights in shape."""
         shape = self.shapes[name]
-        return self.read(WEIGHTS, name, 0, math.prod(shape)).reshape(shape)
+        return self.read(WEIGHTS, name, 0, math.prod(shape), dtype).reshape(shape)
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Every (parameter, weights), one at a time."""
         for name in self.shapes:
-            yield name, self.whole(name).to(dtype)
+            yield name, self.whole(name, dtype)

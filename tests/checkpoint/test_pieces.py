@@ -21,7 +21,7 @@ def write_cut(folder: Path, tensors: dict[str, torch.Tensor], cuts: list[int]) -
             first, last = max(low, at), min(high, at + tensor.numel())
             if first < last:
                 part = tensor.flatten()[first - at : last - at]
-                kept = {"fp32": part, "exp_avg": part * 2, "step": torch.tensor([7.0])}
+                kept = {"fp32": part, "exp_avg": part * 2, "step": torch.tensor(7.0)}
                 pieces.append(Piece(name, tuple(tensor.shape), first - at, last - first, kept))
             at += tensor.numel()
         write_pieces(folder / f"optimizer-{rank:05d}-of-{len(bounds) - 1:05d}.safetensors", pieces)

@@ -1,0 +1,73 @@
+"""How much memory does consolidation take, for models larger than an output file?
+
+    python benchmarks/consolidate.py     a checkpoint of 0.4 G parameters from four ranks, 250 MB files; about a minute
+
+The pieces are written as ranks would; the checkpoint's size, an output file's and the peak above the start are compared.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from common import header, in_a_process, peak_memory, table
+
+SHARD_MB, RANKS = 250, 4
+
+
+def make_checkpoint(folder: Path) -> int:
+    """A checkpoint without Adam's moments, which consolidation does not read; returns its bytes."""
+    import torch
+
+    from bumblebee import Bumblebee, BumblebeeConfig
+    from bumblebee.checkpoint.folder import write_configs
+    from bumblebee.checkpoint.pieces import Piece, write_pieces
+
+    config = BumblebeeConfig.preset("0.5b", num_hidden_layers=18)
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Bumblebee(config).named_parameters()}
+    (folder / "training_state").mkdir(parents=True)
+    write_configs(folder, config, "bfloat16")
+    for rank in range(RANKS):
+        pieces = []
+        for name, shape in shapes.items():
+            size = -(-torch.Size(shape).numel() // RANKS)
+            start = rank * size
+            numel = min(size, torch.Size(shape).numel() - start)
+            if numel > 0:
+                pieces.append(Piece(name, shape, start, numel, {"fp32": torch.randn(numel)}))
+        write_pieces(folder / "training_state" / f"optimizer-{rank:05d}-of-{RANKS:05d}.safetensors", pieces)
+    return sum(file.stat().st_size for file in (folder / "training_state").iterdir())
+
+
+def measure(folder: str, output: str) -> None:
+    from bumblebee.checkpoint import consolidate
+
+    before = peak_memory()
+    consolidate.consolidate(folder, output, max_shard_size=f"{SHARD_MB}MB")
+    print(peak_memory() - before)
+
+
+def main() -> None:
+    print(header("Peak memory of consolidation"))
+    with tempfile.TemporaryDirectory() as folder:
+        size = make_checkpoint(Path(folder) / "checkpoint")
+        (peak,) = in_a_process(__file__, "--measure", f"{folder}/checkpoint", f"{folder}/out")
+        files = sorted(file.stat().st_size for file in (Path(folder) / "out").glob("*.safetensors"))
+    largest = 151_936 * 896 * 4
+    rows = [
+        ["the checkpoint's fp32 weights", f"{size / 1e9:.2f} GB"],
+        ["output, bf16", f"{sum(files) / 1e9:.2f} GB in {len(files)} files"],
+        ["largest output file", f"{files[-1] / 1e9:.2f} GB"],
+        ["largest tensor, fp32", f"{largest / 1e9:.2f} GB"],
+        ["peak memory above the start", f"{peak:.2f} GB"],
+    ]
+    print(table(["what", "size"], rows))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        measure(*sys.argv[2:])
+    else:
+        main()
