@@ -279,6 +279,7 @@ def deepspeed_config(options: EngineOptions) -> dict[str, Any]:
         # Memory-efficient linear would replace torch's linear function in the whole process.
         "zero_optimization": {"stage": options.zero_stage, "memory_efficient_linear": False},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # with offload, the recipe's own optimizer: DeepSpeed's would be compiled first
         "steps_per_print": 2**62,
     }
     half = {"bf16": "bfloat16", "fp16": "float16"}.get(options.precision)
@@ -288,6 +289,9 @@ def deepspeed_config(options: EngineOptions) -> dict[str, Any]:
         ours[options.precision] = {"enabled": True}
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     merged = _merged(ours, options.overrides, "trainer.deepspeed")
+    for name, settings in merged["zero_optimization"].items():
+        if isinstance(settings, dict) and settings.get("device") == "nvme":
+            raise ValueError(f"trainer.deepspeed.zero_optimization.{name}.device: nvme is not supported; take cpu")
     if options.zero_stage == 3 and options.hidden_size:
         merged["zero_optimization"] = {**stage_3_buckets(options.hidden_size), **merged["zero_optimization"]}
     return merged

@@ -33,6 +33,8 @@ _PLAIN_TYPES = {
     "<class 'tuple'>": "a list",
 }  # fmt: skip
 
+_IN_YAML = {"None": "null", "True": "true", "False": "false"}
+
 
 # -- what jsonargparse says ----------------------------------------------------------------------------------------------
 
@@ -76,7 +78,7 @@ def _last_key(message: str) -> tuple[list[str], str]:
 def reason(said: str) -> str:
     """What is wrong, without the boiler plate around it. Also for what a class said when it was made."""
     if kind := _WRONG_KIND.search(said):
-        return f"{kind[1] or kind[3]} is no {kind[2] or kind[4]}"
+        return f"{kind[1] or kind[3] or _value(said).removeprefix(', got ')} is no {kind[2] or kind[4]}"
     kinds = re.findall(r"Expected an? (<class '\w+'>|typing\.Literal\[.*?\]|tuple with \d+ elements)", said)
     no_path = "dot import path" in said and set(kinds) <= {"<class 'NoneType'>"}
     base = re.search(r"Not a valid subclass of (\w+)" + r"|Subtypes: \[<class '[\w.]*?(\w+)'>" * no_path, said)
@@ -121,7 +123,7 @@ def _value(said: str) -> str:
     value = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", said, re.MULTILINE)
     nested = re.search(r"val='(.*)'\)", value[1]) if value else None
     text = nested[1] if nested else value[1] if value else ""
-    return "" if not text or text.startswith(("{", "Namespace(")) else f", got {text}"
+    return "" if not text or text.startswith(("{", "Namespace(")) else f", got {_IN_YAML.get(text, text)}"
 
 
 def _explain_unknown(unknown: re.Match[str], keys: list[str], message: str, words: list[str], options: list[str]) -> str:

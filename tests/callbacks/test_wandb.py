@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,26 @@ def away_from_home(tmp_path_factory):
 
 
 def records(folder):
-    """All records of the runs in output_dir/wandb, oldest first."""
+    """All records of the runs in output_dir/wandb, the older run first."""
+    runs = [complete(file) for file in folder.glob("wandb/offline-run-*/*.wandb")]
+    return [record for run in sorted(runs, key=began) for record in run]
+
+
+def complete(file, seconds=60.0):
+    """All records of a run; its last ones may reach the disk a moment after the run was closed."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
-        for content in chunks(file.read_bytes()):
-            yield Record.FromString(content)
+    end = time.monotonic() + seconds
+    while True:
+        found = [Record.FromString(content) for content in chunks(file.read_bytes())]
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        assert time.monotonic() < end, f"{file} has no end"
+        time.sleep(0.1)
+
+
+def began(run):
+    return next(record.run.start_time.ToNanoseconds() for record in run if record.WhichOneof("record_type") == "run")
 
 
 def chunks(data):

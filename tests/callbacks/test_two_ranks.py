@@ -1,0 +1,63 @@
+"""Callbacks on two ranks: they agree, rank 0 alone speaks, and generating on rank 0 holds up nobody."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from system.processes import finish, start
+
+from bumblebee import Generator, SamplingParams
+from bumblebee.run_folder import checkpoints
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["stage 2", "stage 3"])
+def run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).parent / "two_ranks.py"
+    done = finish(start([str(script), str(folder), str(request.param)], ranks=2))
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder
+
+
+def seen(folder, rank):
+    return json.loads((folder / f"rank-{rank}.json").read_text())
+
+
+def test_both_stop_at_the_same_step_and_only_rank_0_speaks(run):
+    first, second = (seen(run, rank) for rank in (0, 1))
+    assert first["step"] == second["step"] == 6
+    assert first["out"].count("stopping early: validation_loss has not improved on 2.0000 in 2 validations") == 1
+    assert second["out"] == ""
+
+
+def test_checkpoints_by_the_clock_and_the_best_stay(run):
+    assert [checkpoint.step for checkpoint in checkpoints(run / "run")] == [2, 6]
+    assert json.loads((run / "run" / "best.json").read_text())["checkpoint"] == "checkpoint-2"
+
+
+def test_throughput_is_that_of_both(run):
+    for line in seen(run, 0)["metrics"]:
+        if "tflops" in line:
+            each = line["tflops"] * 2e12 / line["tokens_per_second"]  # both devices' operations for a token
+            break
+    model = Generator.from_pretrained(run / "run").model
+    from callbacks import flops
+
+    assert each == pytest.approx(flops.per_token(model) + 16 * flops.per_pair(model))
+
+
+def test_what_rank_0_writes_is_what_the_whole_model_writes(run, read_lines):
+    lines = read_lines(run / "run" / "samples.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for step in (2, 6):
+        generator = Generator.from_pretrained(run / "run" / f"checkpoint-{step}")
+        [wanted] = generator.generate(["the bee"], SamplingParams(4, temperature=0.0))
+        assert lines[step - 1]["text"] == wanted.text
+
+
+def test_rank_0_alone_profiles(run):
+    assert (run / "run" / "trace.json").is_file() and "1 steps profiled" in seen(run, 0)["out"]
