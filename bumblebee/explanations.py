@@ -24,7 +24,7 @@ _UNKNOWN = re.compile(
 )
 _CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
 _WRONG_KIND = re.compile(
-    r"path '?([\w.]+)'? does not correspond to a subclass of (\w+)|'([\w.]+)' to be a subclass of <class '(\w+)'>"
+    r"path ?'?([\w.]*)'? does not correspond to a subclass of (\w+)|'([\w.]+)' to be a subclass of <class '(\w+)'>"
 )
 _NOT_OPTIONS = ("params", "args", "kwargs")  # what an optimizer is given by the trainer, and what has no names
 _PLAIN_TYPES = {
@@ -76,7 +76,7 @@ def _last_key(message: str) -> tuple[list[str], str]:
 
 
 def reason(said: str) -> str:
-    """What is wrong, without the boiler plate around it. Also for what a class said when it was made."""
+    """What is wrong, without the boiler plate around it."""
     if kind := _WRONG_KIND.search(said):
         return f"{kind[1] or kind[3] or _value(said).removeprefix(', got ')} is no {kind[2] or kind[4]}"
     kinds = re.findall(r"Expected an? (<class '\w+'>|typing\.Literal\[.*?\]|tuple with \d+ elements)", said)
@@ -159,7 +159,9 @@ def _parameters(class_path: str, group: str | None = None) -> list[str]:
     """What a class takes, or what the dataclass takes that is its parameter ``group``."""
     made: Any = locate(class_path)
     if group is not None:
-        made = hints_of(made)[group]
+        made = hints_of(made).get(group)
+    if not callable(made):
+        return []
     return [name for name in inspect.signature(made).parameters if name not in _NOT_OPTIONS]
 
 
@@ -209,7 +211,8 @@ def explain_refusal(message: str, config: dict[str, Any], words: list[str]) -> s
         config: the options, by group.
         words: what was written on the command line.
     """
-    message = reason(message)
+    if "Union subtypes" in message:  # jsonargparse has wrapped it
+        message = reason(message)
     spoken = []
     for key, value in _leaves(config):
         name = plain(key).rpartition(".")[2]

@@ -16,7 +16,8 @@ from typing import Any
 
 TRAINER_STATE = "trainer_state.json"  # written last into a checkpoint
 _OF_A_RUN = ("recipe.yaml", "metrics.jsonl", "log.txt", "loss.png", "summary.json", "tensorboard", "config.json",
-             "generation_config.json", "tokenizer.json", "tokenizer_config.json")  # fmt: skip
+             "generation_config.json", "tokenizer.json", "tokenizer_config.json", "best.json", "samples.jsonl", "trace.json",
+             "profile.txt", "wandb")  # fmt: skip
 _GLOBS = ("checkpoint-*", ".checkpoint-*.partial", "model*.safetensors*")
 
 

@@ -57,7 +57,8 @@ class Samples(Callback):
 
     def on_save(self, trainer: Trainer) -> None:
         """Generate if it is time; here, since the step is over then, and its time is known."""
-        if trainer.step % self.every and trainer.step != trainer.plan.max_steps:
+        ends = trainer.step == trainer.plan.max_steps or trainer.should_stop
+        if trainer.step % self.every and not ends:
             return
         with trainer.engine.whole_model():
             if trainer.is_main:

@@ -62,6 +62,10 @@ def matches(line: str, wanted: str) -> bool:
     return re.fullmatch(".*".join(re.escape(part) for part in wanted.split("...")), line) is not None
 
 
+def unknown(key: str, near: str) -> str:
+    return f"unknown option '{key}' (did you mean '{near}'?)"
+
+
 # What is written on the command line -> the line. The recipe itself is sound.
 ON_THE_COMMAND_LINE = {
     # unknown
@@ -111,7 +115,7 @@ ON_THE_COMMAND_LINE = {
     "--optimizer.lr -1": "...learning rate: -1...",
     "--trainer.device gpu": "trainer.device: unknown device 'gpu'; write auto, cpu, cuda or cuda:N",
     "--trainer.device cuda:99": "trainer.device 'cuda:99' is not there: ... GPUs are visible",
-    "--data.validation_ratio 0.1 --data.validation_files data.jsonl": "data.validation_files and validation_ratio are both set...",
+    "--data.validation_ratio 0.1 --data.validation_files data.jsonl": "data.validation_files and validation_ratio are ...",
     # classes
     "--optimizer torch.optim.Adamm": "optimizer: torch.optim has no 'Adamm' (did you mean 'Adam' ...?)",
     "--schedule bumblebee.optim.Cosin": "schedule: bumblebee.optim has no 'Cosin' (did you mean 'Cosine'?)",
@@ -120,7 +124,7 @@ ON_THE_COMMAND_LINE = {
     "--callbacks.mine bumblebee.Trainer": "callbacks.mine: bumblebee.Trainer is no Callback",
     # files
     "--data.files dato.jsonl": "data.files: 'dato.jsonl' does not exist; did you mean 'data.jsonl'...",
-    "--data.files path/to/data.jsonl": "data.files: 'path/to/data.jsonl' is a placeholder; put the path of your own file in its place",
+    "--data.files path/to/data.jsonl": "data.files: 'path/to/data.jsonl' is a placeholder; put the path of your own file...",
     "--data.files *.parquet": "data.files: no file matches '*.parquet'",
     "--data.files .": "data.files: '.' is a folder; name the files in it, for example './*.jsonl'",
     "--data.files recipe.yaml": "data.files: 'recipe.yaml': files of kind '.yaml' cannot be read; supported: ...",
@@ -148,7 +152,9 @@ def test_a_mistake_on_the_command_line_is_one_line_with_the_key_the_value_and_wh
     assert files(place) == before
 
 
-# A change of the recipe -> the line; LINE stands for the number of the changed line.
+NO_RECIPE = "recipe.yaml: no recipe: expected groups such as task:, data: and trainer:"
+
+# A change of the recipe -> the line. Where it names no other place, it begins with the place of the change.
 IN_THE_RECIPE = [
     ("trainer:", "trainr:", "recipe.yaml:33: " + unknown("trainr.max_steps", "trainer")),
     ("max_steps: 2", "max_step: 2", unknown("trainer.max_step", "trainer.max_steps")),
@@ -168,23 +174,25 @@ IN_THE_RECIPE = [
     ("device: cpu", "zero_stage: 4", "trainer.zero_stage: expected 0, 1, 2 or 3, got 4"),
     ("micro_batch_size: 2", "micro_batch_size: 0", "trainer.micro_batch_size must be at least 1, got 0"),
     ("      every: 1", "      every: 0", "callbacks.checkpoint.every must be at least 1 or null, got 0"),
-    ("device: cpu", "deepspeed: {zero_optimization: {stage: 3}}", "trainer.deepspeed.zero_optimization.stage is 3, but the trainer's own options make it 1: drop it"),
+    ("device: cpu", "deepspeed: {zero_optimization: {stage: 3}}",
+     "trainer.deepspeed.zero_optimization.stage is 3, but the trainer's own options make it 1: drop it"),
     ("files: data.jsonl", "files: dato.jsonl", "data.files: 'dato.jsonl' does not exist; did you mean 'data.jsonl'..."),
     ("files: data.jsonl", "files: <your data>", "data.files: '<your data>' is a placeholder; ..."),
     ("files: data.jsonl", "files: bad.jsonl", "data.files: bad.jsonl:2: no key 'text'; the record's keys: 'txt'"),
     ("tokenizer: tok", "tokenizer: nowhere", "data.tokenizer: nowhere is no tokenizer folder: it is not there"),
     ("    tokenizer: tok\n", "", "recipe.yaml:18: data.tokenizer is missing"),
-    (DATA, "", "data is missing"),
-    (OPTIMIZER, "", "optimizer is missing"),
-    ("datamodules.Pretrain", "datamodules.Pretrian", "recipe.yaml:18: data: datamodules has no 'Pretrian' (did you mean 'Pretrain'?)"),
+    ("datamodules.Pretrain", "datamodules.Pretrian",
+     "recipe.yaml:18: data: datamodules has no 'Pretrian' (did you mean 'Pretrain'?)"),
     ("datamodules.Pretrain", "datamodule.Pretrain", "recipe.yaml:18: data: there is no Python module 'datamodule'"),
     ("bumblebee.LanguageModeling", "bumblebee.Tokenizer", "recipe.yaml:4: task: bumblebee.Tokenizer is no Task"),
     ("bumblebee.Bumblebee\n", "bumblebee.Tokenizer\n", "recipe.yaml:7: task.model: bumblebee.Tokenizer is no Module"),
     ("torch.optim.AdamW", "torch.nn.Linear", "recipe.yaml:25: optimizer: torch.nn.Linear is no Optimizer"),
-    ("callbacks.Checkpoint", "callbacks.Chekpoint", "recipe.yaml:40: callbacks.checkpoint: callbacks has no 'Chekpoint' (did you mean 'Checkpoint'?)"),
+    ("callbacks.Checkpoint", "callbacks.Chekpoint",
+     "recipe.yaml:40: callbacks.checkpoint: callbacks has no 'Chekpoint' (did you mean 'Checkpoint'?)"),
     ("callbacks.Checkpoint", "bumblebee.Trainer", "recipe.yaml:40: callbacks.checkpoint: bumblebee.Trainer is no Callback"),
     ("  class_path: datamodules.Pretrain\n", "", "recipe.yaml:18: data: expected the class_path of a DataModule"),
-    ("    class_path: callbacks.Checkpoint\n", "", "recipe.yaml:42: unknown option 'callbacks.checkpoint.every': bumblebee.Callback takes none; is a class_path missing?"),
+    ("    class_path: callbacks.Checkpoint\n", "",
+     "recipe.yaml:42: unknown option 'callbacks.checkpoint.every': bumblebee.Callback takes none; is a class_path missing?"),
     (TRAINER, "trainer: 3\n", "trainer: expected options under it, got 3"),
     (DATA, "data: hello\n", "data: expected the class_path of a DataModule, got hello"),
     (CALLBACKS, "callbacks: 3\n", "callbacks: expected options under it, got 3"),
@@ -192,9 +200,9 @@ IN_THE_RECIPE = [
     ("  max_steps: 2", "\tmax_steps: 2", "not valid YAML: found character '\\t' that cannot start any token"),
     ("seed: 1", "seed: 1\nseed: 2", "recipe.yaml:2: 'seed' is there twice"),
     ("    files: data.jsonl", "    files: data.jsonl\n    files: other.jsonl", "recipe.yaml:22: 'files' is there twice"),
-    (RECIPE, "- 1\n- 2\n", "recipe.yaml: no recipe: expected groups such as task:, data: and trainer:"),
-    (RECIPE, "hello\n", "recipe.yaml: no recipe: expected groups such as task:, data: and trainer:"),
-    (RECIPE, "", "recipe.yaml: no recipe: expected groups such as task:, data: and trainer:"),
+    (RECIPE, "- 1\n- 2\n", NO_RECIPE),
+    (RECIPE, "hello\n", NO_RECIPE),
+    (RECIPE, "", NO_RECIPE),
 ]  # fmt: skip
 
 
@@ -205,8 +213,14 @@ def test_a_mistake_in_the_recipe_is_one_line_with_its_place(before, after, wante
     at = 1 + RECIPE[: RECIPE.index(before)].count("\n")
     there = files(place)
     line = complaint("fit", "--config", "recipe.yaml")
-    assert matches(line, wanted.replace("LINE", str(at))), line
+    assert matches(line, wanted if wanted.startswith("recipe.yaml:") else f"recipe.yaml:{at}: {wanted}"), line
     assert files(place) == there
+
+
+@pytest.mark.parametrize(("group", "name"), [(DATA, "data"), (OPTIMIZER, "optimizer")])
+def test_a_group_that_is_missing_is_named(group, name, place, complaint):
+    (place / "recipe.yaml").write_text(RECIPE.replace(group, ""))
+    assert complaint("fit", "--config", "recipe.yaml") == f"{name} is missing"
 
 
 @pytest.mark.parametrize(
@@ -307,13 +321,14 @@ def test_several_recipes_compose_later_ones_win_and_callbacks_are_added_changed_
 
 
 def test_a_callback_is_removed_from_the_command_line_and_added_there(place, capsys):
-    config = printed(capsys, "--config", "recipe.yaml", "--callbacks.checkpoint=null", "--callbacks.bar", "callbacks.ProgressBar")
+    words = ["--callbacks.checkpoint=null", "--callbacks.bar", "callbacks.ProgressBar"]
+    config = printed(capsys, "--config", "recipe.yaml", *words)
     assert config["callbacks"]["checkpoint"] is None
     assert config["callbacks"]["bar"]["class_path"] == "callbacks.ProgressBar"
 
 
 def test_a_printed_config_alone_is_the_same_config(place, capsys):
-    words = ["--config", "recipe.yaml", "--trainer.gradient_clip", "null", "--callbacks.checkpoint=null", "--data.files", "a", "b"]
+    words = ["--config", "recipe.yaml", "--trainer.gradient_clip=null", "--callbacks.checkpoint=null", "--data.files", "a", "b"]
     config = printed(capsys, *words)
     assert config["trainer"]["gradient_clip"] is None and config["data"]["init_args"]["files"] == ["a", "b"]
     (place / "printed.yaml").write_text(yaml.safe_dump(config))

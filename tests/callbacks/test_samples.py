@@ -5,7 +5,7 @@ import torch
 
 from bumblebee.callback import Callback
 from bumblebee.tokenizer import Tokenizer
-from callbacks import Checkpoint, MetricsHistory, Samples
+from callbacks import Checkpoint, EarlyStopping, MetricsHistory, Samples
 
 PROMPTS = ["The bee", "def f("]
 
@@ -34,7 +34,9 @@ def test_texts_are_written_and_printed_every_so_many_steps_and_at_the_end(sample
         assert f"sample at step {line['step']}: {line['prompt']}{line['text']}" in sampled.text
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "bf16", "zero_stage": 0}, {"precision": "bf16", "zero_stage": 2}, {"zero_stage": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "bf16", "zero_stage": 0}, {"precision": "bf16", "zero_stage": 2}, {"zero_stage": 3}]
+)
 def test_training_is_the_same_to_the_last_bit_with_samples_and_without(options, fit, tokenizer, tmp_path, read_lines):
     runs = []
     for name, more in (("with", {"samples": Samples(PROMPTS, every=1, max_new_tokens=3)}), ("without", {})):
@@ -85,6 +87,12 @@ def test_a_resumed_run_writes_each_step_once_and_the_same(fit, tokenizer, sample
     assert [line["step"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     there = read_lines(sampled.folder / "samples.jsonl")
     assert [line for line in lines if line["step"] in (4, 6)] == there
+
+
+def test_a_run_that_was_stopped_writes_at_its_end(fit, scripted, tokenizer, tmp_path, read_lines):
+    uses = {"samples": Samples(PROMPTS[:1], max_new_tokens=2), "stop": EarlyStopping(patience=1), "values": scripted(1.0, 2.0)}
+    fit(tmp_path / "run", uses, tokenizer=tokenizer)
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "samples.jsonl")] == [2]
 
 
 def test_data_without_a_tokenizer_is_refused(fit, tmp_path):

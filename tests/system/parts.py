@@ -9,6 +9,7 @@ import functools
 import os
 import random
 import resource
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,29 @@ class FullDisk(Callback):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, hard))
+
+
+class ReplaceFolder(Callback):
+    """After a step the run's folder is a file."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.step == self.step:
+            shutil.rmtree(trainer.output_dir)
+            trainer.output_dir.write_text("not a folder")
+
+
+class Fail(Callback):
+    """An error that is nobody's fault but ours, on one rank."""
+
+    def __init__(self, step: int, rank: int = 0) -> None:
+        self.step, self.rank = step, rank
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.step == self.step and int(os.environ.get("RANK", "0")) == self.rank:
+            raise RuntimeError("on fire")
 
 
 def small_model(seed: int = 0, **changes: Any) -> Bumblebee:

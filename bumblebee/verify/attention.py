@@ -1,0 +1,74 @@
+"""The attention kernel that the model would use, against the formula written out once more in fp64, its masks included.
+
+Three measures: the worst output vector, the scale of all outputs, and the gradients. Bounds: see ``rounding``.
+Shapes: B rows, T queries, S keys, H query heads, K key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bumblebee.nn.kernels import KERNELS, AttentionMask
+from bumblebee.verify.finding import Measure
+from bumblebee.verify.rounding import COMMON, WHOLE, WORST, distance, scale_error, unit
+
+B, S, H, K = 2, 201, 8, 2  # a length that no tile of a kernel divides
+WIDTHS = (64, 128)
+DOCUMENTS = ((70, 1, 130), (201,))  # lengths, in each row of packed windows
+PLACES = ((90, 91, 92), (198, 199, 200))  # in a cache, of each row's queries
+
+
+def measures(kernel: str, dtype: torch.dtype, device: torch.device) -> list[Measure]:
+    """The worst over plain causal windows, packed documents, and queries into a cache."""
+    found = [_one(kernel, dtype, width, mask, seen) for width in WIDTHS for mask, seen in _layouts(device)]
+    bounds = {"worst vector": WORST, "scale": COMMON, "gradients": WHOLE}
+    columns = zip(*found, strict=True)
+    return [Measure(name, max(column), bounds[name] * unit(dtype)) for name, column in zip(bounds, columns, strict=True)]
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """softmax(q k / sqrt(D)) v over the keys that are seen (arXiv 1706.03762).
+
+    Args:
+        q: (B, T, H, D).
+        k: (B, S, K, D); each of its heads serves H / K query heads.
+        v: (B, S, K, D).
+        seen: (B, T, S) booleans.
+    """
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(dim=-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v)
+
+
+def _layouts(device: torch.device) -> list[tuple[AttentionMask, Tensor]]:
+    """Masks as the model makes them, with the (B, T, S) booleans that they must mean."""
+    keys = torch.arange(S, device=device)
+    earlier = (keys <= keys[:, None]).expand(B, S, S)
+    numbers, within = (
+        torch.tensor([[pair[part] for pair in _places(row)] for row in DOCUMENTS], device=device) for part in (0, 1)
+    )
+    cached = torch.tensor(PLACES, device=device)
+    return [
+        (AttentionMask(), earlier),
+        (AttentionMask.packed(within), earlier & (numbers[:, :, None] == numbers[:, None, :])),
+        (AttentionMask(query_positions=cached), keys <= cached[:, :, None]),
+        (AttentionMask(query_positions=cached[:, -1:]), keys <= cached[:, -1:, None]),
+    ]
+
+
+def _places(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """For each token of a row (number of its document, place in it)."""
+    return [(number, place) for number, length in enumerate(lengths) for place in range(length)]
+
+
+def _one(kernel: str, dtype: torch.dtype, width: int, mask: AttentionMask, seen: Tensor) -> tuple[float, float, float]:
+    generator = torch.Generator().manual_seed(width)
+    shapes = [(B, seen.shape[1], H, width), (B, S, K, width), (B, S, K, width), (B, seen.shape[1], H, width)]
+    *inputs, slope = (torch.randn(shape, generator=generator).to(seen.device, dtype) for shape in shapes)
+    leaves, exact = ([x.to(kind).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
+    out, wanted = KERNELS[kernel](*leaves, mask), formula(*exact, seen)
+    gradients = zip(torch.autograd.grad(out, leaves, slope), torch.autograd.grad(wanted, exact, slope.double()), strict=True)
+    off = ((out.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max()
+    return float(off), scale_error(out, wanted), max(distance(*pair) for pair in gradients)

@@ -1,0 +1,25 @@
+"""What the user chooses for ``bumblebee verify``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Options of a verification: those of the run that is to follow.
+
+    Args:
+        precision: bf16, fp16 (on a GPU) or fp32.
+        zero_stage: DeepSpeed's ZeRO stage, 0 to 3.
+        attention: auto, flash, sdpa or naive.
+        device: auto, cpu, cuda or cuda:N.
+        folder: on the disk of the runs; a hidden folder in it holds trial checkpoints and is removed. null: runs, or else here.
+    """
+
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    attention: str = "auto"
+    device: str = "auto"
+    folder: str | None = None
