@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-from bumblebee.explanations import explain, hint, hints_of, names_of_callbacks, plain, problem_of_recipe, where
+from bumblebee.explanations import explain, hints_of
+from bumblebee.recipes import hint, names_of_callbacks, plain, problem_of_recipe, where
 
 
 class UserError(SystemExit):
@@ -129,10 +130,12 @@ def check_flags(cfg: Namespace, flags: list[str]) -> None:
 
 
 def check_groups(cfg: Namespace, words: list[str]) -> None:
-    """A group written as a plain value (``trainer: 3``) passes the parser: refuse it here."""
+    """A group written as a plain value (``trainer: 3``) and an empty folder pass the parser: refuse them here."""
     for name in ("trainer", "task", "data", "optimizer"):
         if name in cfg and not isinstance(cfg[name], Namespace):
             fail(f"{where(name, words)}{name}: expected options under it, got {cfg[name]!r}")
+    if cfg.get("output_dir") == "":
+        fail(f"{where('output_dir', words)}output_dir is empty: expected a folder")
 
 
 def check_nulls(cfg: Namespace, actions: list[Any], words: list[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 COMMANDS = {
     "fit": "train what a recipe describes",
     "validate": "measure a trained model on a recipe's held-out data",
+    "verify": "check that training is exact on this machine, and measure it",
     "generate": "let a model continue a text",
     "tokenizer": "train a tokenizer on text files",
     "consolidate": "make a model folder from a checkpoint's shards",
@@ -26,7 +28,7 @@ USAGE = """usage: bumblebee COMMAND [options]
 {commands}
 
 bumblebee COMMAND --help tells the options of a command.
-Several devices: torchrun --nproc_per_node N -m bumblebee fit ..., or deepspeed -m bumblebee fit ...
+Several devices: torchrun --nproc_per_node N -m bumblebee fit ..., or deepspeed --module bumblebee fit ...
 """
 
 
@@ -45,11 +47,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     if words[0] not in COMMANDS:
         from bumblebee.arguments import fail
-        from bumblebee.explanations import hint
+        from bumblebee.recipes import hint
 
         fail(f"unknown command {words[0]!r}{hint(words[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
     run: Callable[[list[str]], None] = globals()[words[0]]
-    run(words[1:])
+    try:
+        run(words[1:])
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 # -- fit and validate ----------------------------------------------------------------------------------------------------
@@ -216,6 +221,23 @@ def consolidate(words: list[str]) -> None:
 
         write(cfg.checkpoint, cfg.output, cfg.dtype, cfg.max_shard_size)
     print(f"model folder: {cfg.output}")
+
+
+def verify(words: list[str]) -> None:
+    """Check that training is exact on this machine, and measure the machine."""
+    from bumblebee.arguments import Parser
+    from bumblebee.verify.options import VerifyOptions
+
+    parser = Parser(prog="bumblebee verify", description="Check that training is exact on this machine, and measure it.")
+    parser.add_class_arguments(VerifyOptions, None)
+    cfg = parser.parse(words)
+    with user_errors(parser, cfg):
+        from bumblebee.verify.verification import Verification
+
+        verification = Verification(VerifyOptions(**cfg.as_dict()))
+    with run_errors():
+        passed = verification.run()
+    raise SystemExit(not passed)
 
 
 # -- errors --------------------------------------------------------------------------------------------------------------

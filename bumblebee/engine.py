@@ -325,7 +325,7 @@ def read_overrides(value: dict[str, Any] | str | None) -> dict[str, Any]:
         ValueError: no such file, or no JSON object in it.
     """
     if value is None or isinstance(value, dict):
-        return value or {}
+        return _nested(value or {})
     try:
         content = json.loads(Path(value).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -333,6 +333,28 @@ def read_overrides(value: dict[str, Any] | str | None) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"trainer.deepspeed: {value} holds no JSON object")
     return content
+
+
+def _nested(options: dict[str, Any]) -> dict[str, Any]:
+    """What the command line makes of ``--trainer.deepspeed.a.b 2``, which is {"a.b": "2"}, as {"a": {"b": 2}}."""
+    result: dict[str, Any] = {}
+    for key, value in options.items():
+        *parents, last = key.split(".")
+        place = result
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        if isinstance(value, dict):
+            place[last] = {**place.get(last, {}), **_nested(value)}
+        else:
+            place[last] = _from_text(value) if isinstance(value, str) else value
+    return result
+
+
+def _from_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 # -- keeping deepspeed quiet and free of compilers -----------------------------------------------------------------------

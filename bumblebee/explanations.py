@@ -15,7 +15,7 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any, get_type_hints
 
-import yaml
+from bumblebee.recipes import callbacks_in, did_you_mean, hint, pairs, plain, recipes, recipes_beside, where
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _UNKNOWN = re.compile(
@@ -77,6 +77,9 @@ def _last_key(message: str) -> tuple[list[str], str]:
 
 def reason(said: str) -> str:
     """What is wrong, without the boiler plate around it."""
+    file = re.search(r"[\w./~-]+\.ya?ml\b", said)
+    if file and not Path(file[0]).exists():
+        return f"{file[0]} is not there" + hint(file[0], recipes_beside(file[0]))
     if kind := _WRONG_KIND.search(said):
         return f"{kind[1] or kind[3] or _value(said).removeprefix(', got ')} is no {kind[2] or kind[4]}"
     kinds = re.findall(r"Expected an? (<class '\w+'>|typing\.Literal\[.*?\]|tuple with \d+ elements)", said)
@@ -84,8 +87,8 @@ def reason(said: str) -> str:
     base = re.search(r"Not a valid subclass of (\w+)" + r"|Subtypes: \[<class '[\w.]*?(\w+)'>" * no_path, said)
     if base:
         return f"expected the class_path of a {base[1] or base[2]}{_value(said)}"
-    if file := re.search(r"Unable to load config ['\"](.+?)['\"]", said):
-        return f"expected options under it, or a file with them, got {file[1]}"
+    if unread := re.search(r"Unable to load config ['\"](.+?)['\"]", said):
+        return f"expected options under it, or a file with them, got {unread[1]}"
     if absent := re.search(r"(?:module '([\w.]+)' has no attribute '(\w+)'|No module named '([\w.]+)')", said):
         return _explain_absent(absent[1], absent[2], absent[3])
     told = [line for line in (line.strip(" -") for line in said.splitlines()) if line and not _boiler_plate(line)]
@@ -152,7 +155,7 @@ def _nearest(key: str, known: list[str]) -> str:
         parent, name, beside = "", key.split(".")[0], list(dict.fromkeys(other.split(".")[0] for other in known))
     near = difflib.get_close_matches(name, beside, n=2, cutoff=0.7)
     full = [f"{parent}.{other}" if parent else other for other in near]
-    return _did_you_mean(full) or f"; there are {', '.join(beside)}"
+    return did_you_mean(full) or f"; there are {', '.join(beside)}"
 
 
 def _parameters(class_path: str, group: str | None = None) -> list[str]:
@@ -177,25 +180,12 @@ def _complete(keys: list[str], said: str, words: list[str]) -> str:
     """The whole key. jsonargparse leaves out which callback it means: it is the one that has the option, or the class."""
     if keys[:1] != ["callbacks"]:
         return ".".join(keys)
-    on_line = (re.match(r"--callbacks\.(\w+)(?:\.init_args)?(?:\.(\w+))?(?:=(.*))?$", f"{a}={b}") for a, b in _pairs(words))
+    on_line = (re.match(r"--callbacks\.(\w+)(?:\.init_args)?(?:\.(\w+))?(?:=(.*))?$", f"{a}={b}") for a, b in pairs(words))
     given = [(match[1], {match[2], match[3]}) for match in on_line if match]
-    for file in recipes(words):
-        for name, node in _callbacks_of(file):
-            options = _entries_of(node)
-            kind = [value.value for option, value in options.items() if option == "class_path"]
-            given.append((name, {*options, *_entries_of(options.get("init_args")), *kind}))
+    given += [callback for file in recipes(words) for callback in callbacks_in(file)]
     option = keys[1] if len(keys) > 1 else None
     fitting = [name for name, has in given if (option in has if option else any(str(text) in said for text in has if text))]
     return ".".join(["callbacks", *fitting[:1], *keys[1:]])
-
-
-def names_of_callbacks(words: list[str]) -> list[str]:
-    """The callbacks that the recipes name."""
-    return [name for file in recipes(words) for name, _ in _callbacks_of(file)]
-
-
-def _callbacks_of(file: str) -> list[tuple[str, yaml.Node]]:
-    return _entries(_entries_of(_read(file)).get("callbacks"))
 
 
 # -- what a class or a run says ------------------------------------------------------------------------------------------
@@ -246,101 +236,3 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from ((path, item) for item in value)
     else:
         yield path, value
-
-
-# -- names and places ----------------------------------------------------------------------------------------------------
-
-
-def plain(key: str) -> str:
-    """The key as a user writes it: without ``init_args``."""
-    return re.sub(r"(^|\.)(init_args|dict_kwargs)(?=\.|$)", "", key).lstrip(".")
-
-
-def hint(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)", or nothing."""
-    return _did_you_mean(difflib.get_close_matches(name, list(known), n=2))
-
-
-def _did_you_mean(near: list[str]) -> str:
-    return f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""
-
-
-def where(key: str, words: list[str]) -> str:
-    """ "FILE:LINE: " of a key, or of what it belongs to, in the last recipe that has it; nothing for the command line."""
-    if not key or any(re.sub(r"\binit_args\.", "", word).split("=")[0] == f"--{plain(key)}" for word in words):
-        return ""
-    places = [(file, _line_of(_read(file), plain(key).split("."))) for file in reversed(recipes(words))]
-    return next((f"{file}:{line}: " for file, line in places if line is not None), "")
-
-
-def recipes(words: list[str]) -> list[str]:
-    """The files named by ``--config``."""
-    return [value for option, value in _pairs(words) if option == "--config" and Path(value).is_file()]
-
-
-def _pairs(words: list[str]) -> list[tuple[str, str]]:
-    """(option, value) of ``--option value`` and ``--option=value``; of several values the first."""
-    pairs = [(word, following) for word, following in zip(words, [*words[1:], ""], strict=True) if word.startswith("--")]
-    return [tuple(word.split("=", 1)) if "=" in word else (word, following) for word, following in pairs]  # type: ignore[misc]
-
-
-def _read(file: str) -> yaml.Node | None:
-    try:
-        return yaml.compose(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-
-
-def _entries(node: yaml.Node | None) -> list[tuple[str, yaml.Node]]:
-    return [(key.value, value) for key, value in node.value] if isinstance(node, yaml.MappingNode) else []
-
-
-def _entries_of(node: yaml.Node | None) -> dict[str, yaml.Node]:
-    return dict(_entries(node))
-
-
-def _line_of(node: yaml.Node | None, path: list[str]) -> int | None:
-    if not isinstance(node, yaml.MappingNode):
-        return None
-    for key, value in node.value:
-        if key.value in ("init_args", "dict_kwargs"):
-            line = _line_of(value, path)
-            if line is not None:
-                return line
-        elif key.value == path[0]:
-            deeper = _line_of(value, path[1:]) if len(path) > 1 else None
-            return deeper or key.start_mark.line + 1
-    return None
-
-
-# -- recipes that are none -----------------------------------------------------------------------------------------------
-
-
-def problem_of_recipe(file: str) -> str | None:
-    """What keeps a file from being a recipe at all: it is not there, is no YAML, or says one thing twice."""
-    path = Path(file)
-    if not file:
-        return "--config: expected a value after it"
-    if not path.is_file():
-        beside = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        return f"--config: {file} is {'a folder' if path.is_dir() else 'not there'}{hint(file, beside)}"
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        return f"{file}{line}: not valid YAML: {error.problem}"
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        return f"{file}: cannot be read: {error}"
-    if not isinstance(node, yaml.MappingNode):
-        return f"{file}: no recipe: expected groups such as task:, data: and trainer:"
-    return next((f"{file}:{line}: {name!r} is there twice" for name, line in _twice(node)), None)
-
-
-def _twice(node: yaml.MappingNode) -> Iterator[tuple[str, int]]:
-    seen = set()
-    for key, value in node.value:
-        if key.value in seen:
-            yield key.value, key.start_mark.line + 1
-        seen.add(key.value)
-        if isinstance(value, yaml.MappingNode):
-            yield from _twice(value)

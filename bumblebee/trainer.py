@@ -318,6 +318,8 @@ class Trainer:
         self._loss_sums, self._target_counts, self._extra_metrics = {}, {}, {}
         self._recent = []
 
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
         check_free(self.output_dir, self.resume, overwrite)
         checkpoint = find_resume(self.resume, self.output_dir)
         self.device = distributed.pick_device(self.device_name)

@@ -21,7 +21,7 @@ from bumblebee.nn import IGNORE
 from bumblebee.tokenizer import Tokenizer
 from datamodules import formats, python_docs
 from datamodules.packing import Windows, pack
-from datamodules.token_cache import Document, TokenCache, build, cache_key, file_digest
+from datamodules.token_cache import Document, TokenCache, build, cache_key, file_digest, one_at_a_time
 
 
 class PackedWindows(Sequence):
@@ -110,10 +110,17 @@ class Pretrain(DataModule):
         folder = self.cache_dir / "tokens" / key
         with distributed.first_on_each_machine() as first:
             if first and not (folder / "about.json").is_file():
-                eos = self.tokenizer.eos_token_id
-                about = {"files": files, "bad_records": 0}
-                build(folder, self.read(files, about), about, self.tokenizer, eos, show=distributed.is_main())
+                self.tokenise(folder, files)
         return TokenCache(folder)
+
+    def tokenise(self, folder: Path, files: list[str]) -> None:
+        """Write the cache of some files, unless another run has done so in the meantime."""
+        assert self.tokenizer is not None and self.tokenizer.eos_token_id is not None
+        with one_at_a_time(folder):
+            if not (folder / "about.json").is_file():
+                about = {"files": files, "bad_records": 0}
+                documents = self.read(files, about)
+                build(folder, documents, about, self.tokenizer, self.tokenizer.eos_token_id, show=distributed.is_main())
 
     def reading(self) -> list[Any]:
         """What decides, beside the files' content, which documents ``read`` gives; JSON values, a part of the cache's name.

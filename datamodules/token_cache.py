@@ -12,9 +12,11 @@ renamed, so it is complete or absent. In it:
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -86,6 +88,15 @@ def file_digest(path: str) -> str:
 def text_digest(text: str) -> int:
     """64 bits of a text, equal for texts that differ in white space only."""
     return int.from_bytes(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest(), "little")
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let other processes wait, such as another run that was started at the same moment and needs the same cache."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
+        yield
 
 
 def build(

@@ -19,7 +19,7 @@ from system.recipes import RECIPE, SAMPLES
 
 from bumblebee.arguments import fold
 from bumblebee.cli import main
-from bumblebee.explanations import plain
+from bumblebee.recipes import plain
 
 DATA, OPTIMIZER, TRAINER, CALLBACKS = (RECIPE[RECIPE.index(f"\n{name}:") + 1 :].split("\n\n")[0].rstrip() + "\n"
                                        for name in ("data", "optimizer", "trainer", "callbacks"))  # fmt: skip
@@ -141,6 +141,13 @@ ON_THE_COMMAND_LINE = {
     "--config nope.yaml": "--config: nope.yaml is not there...",
     "--config recipe.yml": "--config: recipe.yml is not there (did you mean 'recipe.yaml'?)",
     "--config tok": "--config: tok is a folder",
+    "--task.model recipes/tiny.yaml": "task.model: recipes/tiny.yaml is not there",
+    "--task.model recip.yaml": "task.model: recip.yaml is not there (did you mean 'recipe.yaml'?)",
+    "--output_dir=": "output_dir is empty: expected a folder",
+    "--seed -1": "seed must be in [0, 2**63), got -1",
+    "--trainer.deepspeed.zero_optimization.stage 3": "trainer.deepspeed.zero_optimization.stage is 3, but ...",
+    "--trainer.groups [{patern:x}]": "unknown option 'trainer.groups.patern:x' (did you mean 'trainer.groups.pattern'?)",
+    "--optimizer.class_path torch.optim.SGDD": "optimizer: torch.optim has no 'SGDD' (did you mean 'SGD' or 'ASGD'?)",
 }
 
 

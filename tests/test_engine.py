@@ -114,7 +114,7 @@ def options(**changes) -> EngineOptions:
 
 def test_the_users_configuration_is_merged_into_ours_however_deep():
     config = deepspeed_config(options(overrides={"zero_optimization": {"reduce_bucket_size": 7}, "comms_logger": {"a": 1}}))
-    assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 7}
+    assert config["zero_optimization"].items() >= {"stage": 1, "reduce_bucket_size": 7}.items()
     assert config["comms_logger"] == {"a": 1}
 
 
@@ -143,6 +143,13 @@ def test_overrides_come_from_nothing_a_dict_or_a_file(tmp_path):
     assert read_overrides({"a": 1}) == {"a": 1}
     (tmp_path / "ds.json").write_text(json.dumps({"a": {"b": 2}}))
     assert read_overrides(str(tmp_path / "ds.json")) == {"a": {"b": 2}}
+
+
+def test_dotted_options_of_the_command_line_reach_as_deep_as_they_say():
+    """jsonargparse makes one key of the dots, and text of a value beside others."""
+    given = {"zero_optimization": {"stage": 1}, "zero_optimization.overlap_comm": "false", "a.b.c": "2", "d": {"e.f": "text"}}
+    wanted = {"zero_optimization": {"stage": 1, "overlap_comm": False}, "a": {"b": {"c": 2}}, "d": {"e": {"f": "text"}}}
+    assert read_overrides(given) == wanted
 
 
 @pytest.mark.parametrize(("content", "named"), [(None, "cannot read"), ("{", "cannot read"), ("[1]", "no JSON object")])

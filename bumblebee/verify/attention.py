@@ -67,8 +67,10 @@ def _one(kernel: str, dtype: torch.dtype, width: int, mask: AttentionMask, seen:
     generator = torch.Generator().manual_seed(width)
     shapes = [(B, seen.shape[1], H, width), (B, S, K, width), (B, S, K, width), (B, seen.shape[1], H, width)]
     *inputs, slope = (torch.randn(shape, generator=generator).to(seen.device, dtype) for shape in shapes)
-    leaves, exact = ([x.to(kind).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
-    out, wanted = KERNELS[kernel](*leaves, mask), formula(*exact, seen)
+    q, k, v = leaves = [x.requires_grad_() for x in inputs]
+    out = KERNELS[kernel](q, k, v, mask)
+    q, k, v = exact = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = formula(q, k, v, seen)
     gradients = zip(torch.autograd.grad(out, leaves, slope), torch.autograd.grad(wanted, exact, slope.double()), strict=True)
-    off = ((out.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max()
-    return float(off), scale_error(out, wanted), max(distance(*pair) for pair in gradients)
+    off = ((out.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
+    return off, scale_error(out, wanted), max(distance(*pair) for pair in gradients)

@@ -36,9 +36,11 @@ class Measure:
         return self.value != self.value, self.value if self.bound is not None else -self.value
 
     def __str__(self) -> str:
-        limit = "" if self.bound is None else f" (bound {self.bound:.1e})"
-        value = f"{self.value:.3g}" if self.bound is None else f"{self.value:.1e}"
-        return f"{self.name} {value}{' ' + self.unit if self.unit else ''}{limit}"
+        if self.bound is None:
+            return f"{self.name} {self.value:.3g} {self.unit}"
+        if self.bound == 0:
+            return f"{self.value:.0f} {self.name}"
+        return f"{self.name} {self.value:.1e} {'<=' if self.passed else '>'} {self.bound:.1e}"
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,14 @@ class Finding:
         seconds: how long it took.
         error: why it could not be finished.
         note: what a reader of the measures should know.
+        ended: when, in seconds since 1970: of several errors the earliest is the cause of the others.
     """
 
     measures: tuple[Measure, ...] = ()
     seconds: float = 0.0
     error: str | None = None
     note: str = ""
+    ended: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -78,11 +82,12 @@ class Finding:
 
     @classmethod
     def joined(cls, findings: Sequence[Finding]) -> Finding:
-        """Of all ranks: the worst of each measure, and the first error with its rank."""
-        several = len(findings) > 1
-        for rank, finding in enumerate(findings):
-            if finding.error is not None:
-                return cls((), findings[0].seconds, f"rank {rank}: {finding.error}" if several else finding.error)
+        """Of all ranks: the worst of each measure, or the earliest error with its rank."""
+        failed = [(finding.ended, rank) for rank, finding in enumerate(findings) if finding.error is not None]
+        if failed:
+            rank = min(failed)[1]
+            where = f"rank {rank}: " if len(findings) > 1 else ""
+            return cls((), findings[0].seconds, f"{where}{findings[rank].error}")
         columns = zip(*(finding.measures for finding in findings), strict=True)
         worst = tuple(max(column, key=lambda measure: measure.badness) for column in columns)
         notes = list(dict.fromkeys(finding.note for finding in findings if finding.note))

@@ -21,16 +21,16 @@ def measures(dtype: torch.dtype, device: torch.device) -> list[Measure]:
     hidden, weight = (torch.randn(rows, WIDTH, generator=generator) for rows in (TARGETS, VOCABULARY))
     labels = torch.randint(VOCABULARY, (TARGETS,), generator=generator).to(device)
     slope = torch.rand(TARGETS, generator=generator).to(device)
-    inputs = [hidden.to(device, dtype), (weight / WIDTH**0.5).to(device, dtype)]
+    inputs = hidden.to(device, dtype), (weight / WIDTH**0.5).to(device, dtype)
     leaves, exact = ([x.to(kind).requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
-    # As the head calls it: what the head was given is what training uses.
-    losses, wanted = head.linear_cross_entropy(*leaves, labels), formula(*exact, labels)
+    losses = head.linear_cross_entropy(leaves[0], leaves[1], labels)  # by way of the head, as training calls it
+    wanted = formula(exact[0], exact[1], labels)
     gradients = list(
         zip(torch.autograd.grad(losses, leaves, slope), torch.autograd.grad(wanted, exact, slope.double()), strict=True)
     )
     return [
-        Measure("worst target", float((losses - wanted).abs().max()), WORST * unit(dtype)),
-        Measure("mean", abs(float((losses - wanted).mean())), COMMON * unit(dtype)),
+        Measure("worst target", (losses - wanted).abs().max().item(), WORST * unit(dtype)),
+        Measure("mean", abs((losses - wanted).mean().item()), COMMON * unit(dtype)),
         Measure("gradients", max(distance(*pair) for pair in gradients), WHOLE * unit(dtype)),
         Measure("their scale", max(scale_error(*pair) for pair in gradients), COMMON * unit(dtype)),
     ]

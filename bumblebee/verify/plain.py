@@ -38,8 +38,8 @@ def adamw(
     clip: float,
     warmup: int,
     skipped: Collection[int] = (),
-) -> list[Point]:
-    """AdamW (arXiv 1711.05101) with a warm-up, half a cosine and clipping.
+) -> tuple[list[Point], dict[str, Tensor]]:
+    """AdamW (arXiv 1711.05101) with a warm-up, half a cosine and clipping. Each step's point, and the weights, on the CPU.
 
     Args:
         rows: to train on.
@@ -69,8 +69,8 @@ def adamw(
             group["lr"] = lr * (rising if step < warmup else falling)
         if step not in skipped:
             optimizer.step()
-        points.append((float(loss), float(norm)))
-    return points
+        points.append((loss.item(), norm.item()))
+    return points, {name: p.detach().cpu() for name, p in model.named_parameters()}
 
 
 def _model(weights: Mapping[str, Tensor], device: torch.device) -> Bumblebee:

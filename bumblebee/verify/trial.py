@@ -6,7 +6,7 @@ The rows are made to be awkward: packed documents, numbers of targets from 0 to 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def train(
     record: Record,
     trainer: Trainer,
     rows: Rows,
-    optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer],
+    optimizer: Callable[..., Any],
     folder: Path,
     attention: str,
     schedule: Schedule | None = None,

@@ -22,13 +22,15 @@ def start(module: list[str], ranks: int = 1, launcher: str = "torchrun", **optio
     inherited = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
     path = os.pathsep.join([str(ROOT), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**inherited, "PYTHONPATH": path, **options.pop("env", {})}
-    words = [sys.executable]
+    words = [sys.executable, *module]
     if ranks > 1 and launcher == "torchrun":  # standalone: a free port, so that several can run at a time
-        words += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *module]
     elif ranks > 1:
-        words = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
+        port = str(20_000 + os.getpid() % 20_000)
+        words = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port]
+        words += ["--module" if word == "-m" else word for word in module]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen([*words, *module], text=True, env=environment, **options)
+    return subprocess.Popen(words, text=True, env=environment, **options)
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:

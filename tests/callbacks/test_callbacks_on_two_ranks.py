@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", params=[2, 3], ids=["stage 2", "stage 3"])
 def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).parent / "two_ranks.py"
+    script = Path(__file__).parent / "run_on_two_ranks.py"
     done = finish(start([str(script), str(folder), str(request.param)], ranks=2))
     assert done.returncode == 0, done.stderr[-5000:]
     return folder

@@ -1,6 +1,6 @@
-"""Trains on all ranks of a launcher with callbacks that talk to other ranks; ``test_two_ranks.py`` starts it.
+"""Trains on all ranks of a launcher with callbacks that talk to other ranks; ``test_run_on_two_ranks.py`` starts it.
 
-    torchrun --nproc_per_node 2 tests/callbacks/two_ranks.py FOLDER STAGE
+    torchrun --nproc_per_node 2 tests/callbacks/run_on_two_ranks.py FOLDER STAGE
 
 Each rank writes what it has seen to FOLDER/rank-<n>.json.
 """

@@ -1,0 +1,102 @@
+"""Ranks telling each other what a check came to, through the launcher's store instead of a collective.
+
+A rank that has failed in the middle of training leaves the others waiting in a collective, where they hear nothing. So each
+rank has a thread that looks into the store: when a check cannot end any more, or takes far too long, it gives the rank up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from bumblebee import distributed
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+GRACE = 20.0  # seconds that the others have to end a check after one has failed in it
+LIMIT = 300.0  # seconds that a check may take; it should take a few
+
+
+class Ranks:
+    """What the ranks of a verification say to each other."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = distributed.rank(), distributed.world_size()
+        self._topic: str | None = None
+        self._since = 0.0
+        self._over = threading.Event()
+
+    def begin(self, topic: str) -> None:
+        """The ranks work on something, about which each will ``tell``."""
+        self._topic, self._since = topic, time.monotonic()
+
+    def tell(self, topic: str, value: Any, failed: bool = False) -> None:
+        """Say what this rank has come to, as JSON values."""
+        store = distributed.store()
+        if failed:
+            store.set(f"{topic}/failed", str(self.rank))
+        store.set(f"{topic}/{self.rank}", json.dumps(value))
+
+    def hear(self, topic: str) -> list[Any]:
+        """What each rank has told, when all have."""
+        while (found := self.heard(topic, distributed.store())) is None or None in found:
+            time.sleep(0.05)
+        self._topic = None
+        return found
+
+    def heard(self, topic: str, store: Store) -> list[Any]:
+        """What each rank has told so far, None where it has not."""
+        keys = [f"{topic}/{rank}" for rank in range(self.size)]
+        return [json.loads(store.get(key)) if store.check([key]) else None for key in keys]
+
+    @contextmanager
+    def watched(self, give_up: Callable[[list[Any]], None]) -> Iterator[None]:
+        """Inside, a rank that cannot go on ends with exit code 1.
+
+        Args:
+            give_up: called first, on rank 0, with what each rank has told about the check that does not end.
+        """
+        if self.size == 1:
+            yield
+            return
+        store = distributed.store().clone()  # type: ignore[attr-defined]
+        thread = threading.Thread(target=self._watch, args=(store, give_up), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+
+    def part(self) -> None:
+        """Leave: rank 0, whose process may hold the store, goes last."""
+        if self.rank:
+            self.tell("bye", True)
+            return
+        end = time.monotonic() + 10
+        while None in self.heard("bye", distributed.store())[1:] and time.monotonic() < end:
+            time.sleep(0.05)
+
+    def _watch(self, store: Store, give_up: Callable[[list[Any]], None]) -> None:
+        failed: tuple[str, float] | None = None  # check, when this rank learned that one has failed in it
+        while not self._over.wait(0.5):
+            topic, now = self._topic, time.monotonic()
+            if topic is None:
+                continue
+            if store.check([f"{topic}/failed"]) and (failed is None or failed[0] != topic):
+                failed = (topic, now)
+            if now - self._since < LIMIT and not (failed and failed[0] == topic and now - failed[1] > GRACE):
+                continue
+            if self.rank == 0:
+                give_up(self.heard(topic, store))
+                store.set("given up", "")
+            end = time.monotonic() + GRACE
+            while not store.check(["given up"]) and time.monotonic() < end:
+                time.sleep(0.1)
+            os._exit(1)

@@ -1,0 +1,175 @@
+"""Verification: the checks, one after the other, on all ranks."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bumblebee import distributed
+from bumblebee.verify.check import Check, all_checks
+from bumblebee.verify.finding import Finding
+from bumblebee.verify.options import VerifyOptions
+from bumblebee.verify.ranks import Ranks
+from bumblebee.verify.report import table, verdict
+from bumblebee.verify.setting import Setting, settle
+
+
+class Verification:
+    """All checks of a machine and a launcher.
+
+    Args:
+        options: what the user chose.
+
+    Raises:
+        ValueError: options that cannot be met here.
+    """
+
+    def __init__(self, options: VerifyOptions) -> None:
+        self.options, self.checks, self.ranks = options, all_checks(), Ranks()
+        self.device, self._parent = settle(options)
+        self._found: list[tuple[Check, Finding]] = []
+        self._folder: Path | None = None
+
+    def run(self) -> bool:
+        """Do it and print the report on rank 0; whether all passed.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        with _terminated_by_exception():
+            try:
+                setting = Setting(self.options, self.device, self._make_folder())
+                self._say(self._heading(setting))
+                with self.ranks.watched(self._give_up):
+                    self._run(setting)
+                self._print_report()
+            finally:
+                self._remove_folder()
+            self.ranks.part()
+        return all(finding.passed for _, finding in self._found)
+
+    def _run(self, setting: Setting) -> None:
+        stopped = False
+        for number, check in enumerate(self.checks):
+            if stopped and check.together:
+                self._found.append((check, Finding(error="not run: the ranks may be out of step after the failure above")))
+                continue
+            self._say(f"checking {number + 1} of {len(self.checks)}: {check.name}")
+            topic = f"check-{number}"
+            self.ranks.begin(topic)
+            mine = self._do(check, setting)
+            self.ranks.tell(topic, mine.to_json(), failed=mine.error is not None)
+            findings = [Finding.from_json(values) for values in self.ranks.hear(topic)]
+            self._found.append((check, Finding.joined(findings)))
+            # The same error everywhere leaves the ranks in step: each went equally far.
+            errors = {finding.error for finding in findings}
+            stopped |= check.together and len(errors) > 1
+
+    @staticmethod
+    def _do(check: Check, setting: Setting) -> Finding:
+        begin = time.perf_counter()
+        try:
+            measured = check.measures(setting)
+            measures, note = measured if isinstance(measured, tuple) else (measured, "")
+            return Finding(tuple(measures), time.perf_counter() - begin, None, note, time.time())
+        except Exception as error:  # whatever it is: the others still run
+            return Finding((), time.perf_counter() - begin, _told(error), "", time.time())
+        finally:
+            if setting.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _give_up(self, told: list[Any]) -> None:
+        """The check that is running does not end. Called on rank 0 by another thread than the one that waits in it."""
+        check = self.checks[len(self._found)]
+        waiting = [str(rank) for rank, values in enumerate(told) if values is None]
+        errors = [Finding.from_json(values) for values in told if values is not None and values["error"] is not None]
+        why = f"rank {', '.join(waiting)} did not come to an end"
+        first = min(errors, key=lambda finding: finding.ended, default=None)
+        if first is not None:
+            rank = next(rank for rank, values in enumerate(told) if values and values["error"] == first.error)
+            why = f"rank {rank}: {first.error}; {why}"
+        self._found.append((check, Finding(error=why)))
+        rest = self.checks[len(self._found) :]
+        self._found += [(check, Finding(error="not run: the ranks do not answer any more")) for check in rest]
+        self._print_report()
+        self._remove_folder()
+
+    # -- what is shown -------------------------------------------------------------------------------------------------
+
+    def _heading(self, setting: Setting) -> str:
+        o = self.options
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return (
+            f"bumblebee verify: {self.ranks.size} rank{'s' * (self.ranks.size > 1)} on {where}, precision {o.precision},"
+            f" zero_stage {o.zero_stage}, attention {setting.kernel}, torch {torch.__version__}"
+        )
+
+    def _say(self, line: str) -> None:
+        if distributed.is_main():
+            print(line, file=sys.stderr, flush=True)
+
+    def _print_report(self) -> None:
+        if distributed.is_main():
+            print(f"\n{table(self._found)}\n\n{verdict(self._found)}", flush=True)
+
+    # -- the folder ----------------------------------------------------------------------------------------------------
+
+    def _make_folder(self) -> Path:
+        """A fresh hidden one, made by rank 0."""
+        answer: dict[str, str] = {}
+        error: OSError | None = None
+        if distributed.is_main():
+            try:
+                self._parent.mkdir(parents=True, exist_ok=True)
+                self._folder = Path(tempfile.mkdtemp(prefix=".bumblebee-verify-", dir=self._parent.absolute()))
+                answer = {"folder": str(self._folder)}
+            except OSError as failure:
+                error = failure
+        if self.ranks.size > 1:
+            self.ranks.tell("folder", answer)
+            answer = self.ranks.hear("folder")[0]
+        if error is not None:
+            raise error
+        if not answer:
+            raise distributed.OtherRankFailed("rank 0 cannot write the folder; its message tells why")
+        return Path(answer["folder"])
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _told(error: Exception) -> str:
+    """In one line, with the place in our files where it was raised."""
+    place = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if "bumblebee" in f.filename), None)
+    where = f" ({Path(place.filename).name}:{place.lineno})" if place else ""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:400]}{where}"
+
+
+@contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that the folder is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
