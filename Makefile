@@ -32,9 +32,11 @@ check_python = $(if $(filter True,$(shell $(PYTHON) -c 'import sys; print(sys.ve
 quickstart: .venv  ## train a tokenizer and a small model on Python's own documentation, then let it write
 	$(BIN)/bumblebee tokenizer --files python_docs --vocab_size 4096 --output runs/quickstart/tokenizer --overwrite
 	$(BIN)/bumblebee fit --config recipes/quickstart/pretrain.yaml --overwrite
-	$(BIN)/bumblebee generate --model runs/quickstart/pretrain --prompt "Return a new list containing"
-	$(BIN)/bumblebee generate --model runs/quickstart/pretrain --prompt "Open the file and return"
-	$(BIN)/bumblebee generate --model runs/quickstart/pretrain --prompt "Raise ValueError if the"
+	@echo; echo "what it writes:"
+	@for prompt in "Return a new list containing" "Open the file and return" "Raised when the"; do echo; \
+	  $(BIN)/bumblebee generate --model runs/quickstart/pretrain --prompt "$$prompt" --temperature 0.5 --max_new_tokens 48 --seed 1 \
+	  || exit 1; done
+	@echo; echo "the model: runs/quickstart/pretrain; its curve: runs/quickstart/pretrain/loss.png; more: README.md"
 
 # Idle OpenMP threads must sleep: spinning, they take the cores from each other when several processes share them.
 test: .venv  ## the tests that take seconds

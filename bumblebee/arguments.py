@@ -53,20 +53,19 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Without this --trainer.max_step would silently mean --trainer.max_steps.
         super().__init__(*args, allow_abbrev=False, **kwargs)
-        self.words: list[str] = []  # as they were written, for messages
+        self.words: list[str] = []  # of the command line, folded
         self.flags: list[str] = []  # options that were written without a value
 
     def parse(self, words: list[str]) -> Namespace:
         """Words -> the checked options. Whatever is wrong ends the program with one line."""
-        self.words = words
-        folded, self.flags = fold(words)
+        self.words, self.flags = fold(words)
         if "config" in self.flags:
             fail("--config: expected a value after it")
-        cfg = self.parse_args(folded)
-        check_groups(cfg, words)
-        check_nulls(cfg, self._actions, words)
+        cfg = self.parse_args(self.words)
+        check_groups(cfg, self.words)
+        check_nulls(cfg, self._actions, self.words)
         check_flags(cfg, self.flags)
-        check_callbacks(cfg, words)
+        check_callbacks(cfg, self.words)
         return cfg
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

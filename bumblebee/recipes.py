@@ -24,6 +24,7 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def did_you_mean(near: list[str]) -> str:
+    """``hint`` for names that have been chosen already."""
     return f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""
 
 
@@ -43,9 +44,13 @@ def recipes(words: list[str]) -> list[str]:
 
 
 def pairs(words: list[str]) -> list[tuple[str, str]]:
-    """(option, value) of ``--option value`` and ``--option=value``; of several values the first."""
-    pairs = [(word, following) for word, following in zip(words, [*words[1:], ""], strict=False) if word.startswith("--")]
-    return [tuple(word.split("=", 1)) if "=" in word else (word, following) for word, following in pairs]  # type: ignore[misc]
+    """(option, value) of ``--option value`` and ``--option=value``."""
+    found = []
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        option, equals, value = word.partition("=")
+        if option.startswith("--"):
+            found.append((option, value if equals else following))
+    return found
 
 
 def _read(file: str) -> yaml.Node | None:
@@ -112,6 +117,7 @@ def problem_of_recipe(file: str) -> str | None:
 
 
 def recipes_beside(file: str) -> list[str]:
+    """The YAML files in a file's folder."""
     folder = Path(file).parent
     return [str(other) for other in folder.glob("*.y*ml")] if folder.is_dir() else []
 

@@ -53,6 +53,7 @@ class Finding:
         error: why it could not be finished.
         note: what a reader of the measures should know.
         ended: when, in seconds since 1970: of several errors the earliest is the cause of the others.
+        was_run: False where an earlier failure made it impossible.
     """
 
     measures: tuple[Measure, ...] = ()
@@ -60,11 +61,12 @@ class Finding:
     error: str | None = None
     note: str = ""
     ended: float = 0.0
+    was_run: bool = True
 
     @property
     def passed(self) -> bool:
         """It ended, and all measures keep within their bounds."""
-        return self.error is None and all(measure.passed for measure in self.measures)
+        return self.was_run and self.error is None and all(measure.passed for measure in self.measures)
 
     @property
     def judged(self) -> bool:

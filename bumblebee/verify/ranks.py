@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bumblebee import distributed
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 GRACE = 20.0  # seconds that the others have to end a check after one has failed in it
 LIMIT = 300.0  # seconds that a check may take; it should take a few
+
+GiveUp = Callable[[list[Any], list[str], float], None]
 
 
 class Ranks:
@@ -56,11 +59,12 @@ class Ranks:
         return [json.loads(store.get(key)) if store.check([key]) else None for key in keys]
 
     @contextmanager
-    def watched(self, give_up: Callable[[list[Any]], None]) -> Iterator[None]:
+    def watched(self, give_up: GiveUp) -> Iterator[None]:
         """Inside, a rank that cannot go on ends with exit code 1.
 
         Args:
-            give_up: called first, on rank 0, with what each rank has told about the check that does not end.
+            give_up: called first, on rank 0: what each rank has told about the check that does not end, None where it has not;
+                where each rank is; for how many seconds.
         """
         if self.size == 1:
             yield
@@ -83,7 +87,7 @@ class Ranks:
         while None in self.heard("bye", distributed.store())[1:] and time.monotonic() < end:
             time.sleep(0.05)
 
-    def _watch(self, store: Store, give_up: Callable[[list[Any]], None]) -> None:
+    def _watch(self, store: Store, give_up: GiveUp) -> None:
         failed: tuple[str, float] | None = None  # check, when this rank learned that one has failed in it
         while not self._over.wait(0.5):
             topic, now = self._topic, time.monotonic()
@@ -91,12 +95,23 @@ class Ranks:
                 continue
             if store.check([f"{topic}/failed"]) and (failed is None or failed[0] != topic):
                 failed = (topic, now)
-            if now - self._since < LIMIT and not (failed and failed[0] == topic and now - failed[1] > GRACE):
-                continue
-            if self.rank == 0:
-                give_up(self.heard(topic, store))
-                store.set("given up", "")
-            end = time.monotonic() + GRACE
-            while not store.check(["given up"]) and time.monotonic() < end:
-                time.sleep(0.1)
-            os._exit(1)
+            if now - self._since > LIMIT or (failed is not None and failed[0] == topic and now - failed[1] > GRACE):
+                self._end(topic, store, give_up)
+
+    def _end(self, topic: str, store: Store, give_up: GiveUp) -> NoReturn:
+        store.set(f"{topic}/place/{self.rank}", _place_of_main_thread())
+        if self.rank == 0:
+            time.sleep(3)  # the others come here a little earlier or later
+            keys = [f"{topic}/place/{rank}" for rank in range(self.size)]
+            places = [store.get(key).decode() if store.check([key]) else "gives no sign of life" for key in keys]
+            give_up(self.heard(topic, store), places, time.monotonic() - self._since)
+            store.set("given up", "")
+        end = time.monotonic() + GRACE
+        while not store.check(["given up"]) and time.monotonic() < end:
+            time.sleep(0.1)
+        os._exit(1)
+
+
+def _place_of_main_thread() -> str:
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return f"is in {frame.f_code.co_name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"

@@ -25,18 +25,23 @@ def table(found: Sequence[tuple[Check, Finding]]) -> str:
 
 def verdict(found: Sequence[tuple[Check, Finding]]) -> str:
     """All passed, or what to distrust."""
-    failed = [check for check, finding in found if not finding.passed]
-    if not failed:
-        return "all passed"
-    kernels = any(not check.trains for check in failed)
     lines = []
-    for check in failed:
-        follows = " (perhaps only because of the failure above)" if check.trains and check is not failed[0] and kernels else ""
-        lines.append(f"FAIL {check.name}: {check.distrust}{follows}")
-    return "\n".join(lines)
+    kernel_failed = False
+    for check, finding in found:
+        if finding.passed or not finding.was_run:
+            continue
+        unknown = "it could not be finished; " if finding.error is not None else ""
+        follows = " (perhaps only because of the failure above)" if check.trains and kernel_failed else ""
+        lines.append(f"FAIL {check.name}: {unknown}{check.distrust}{follows}")
+        kernel_failed |= not check.trains
+    if left_out := [check.name for check, finding in found if not finding.was_run]:
+        lines.append(f"not run: {', '.join(left_out)}")
+    return "\n".join(lines) or "all passed"
 
 
 def _result(finding: Finding) -> str:
+    if not finding.was_run:
+        return "not run"
     if not finding.passed:
         return "FAIL"
     return "pass" if finding.judged else "measured"

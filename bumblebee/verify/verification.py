@@ -63,7 +63,7 @@ class Verification:
         stopped = False
         for number, check in enumerate(self.checks):
             if stopped and check.together:
-                self._found.append((check, Finding(error="not run: the ranks may be out of step after the failure above")))
+                self._found.append((check, Finding(was_run=False, note="the ranks may be out of step after the failure above")))
                 continue
             self._say(f"checking {number + 1} of {len(self.checks)}: {check.name}")
             topic = f"check-{number}"
@@ -89,19 +89,16 @@ class Verification:
             if setting.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _give_up(self, told: list[Any]) -> None:
+    def _give_up(self, told: list[Any], places: list[str], seconds: float) -> None:
         """The check that is running does not end. Called on rank 0 by another thread than the one that waits in it."""
         check = self.checks[len(self._found)]
-        waiting = [str(rank) for rank, values in enumerate(told) if values is None]
-        errors = [Finding.from_json(values) for values in told if values is not None and values["error"] is not None]
-        why = f"rank {', '.join(waiting)} did not come to an end"
-        first = min(errors, key=lambda finding: finding.ended, default=None)
-        if first is not None:
-            rank = next(rank for rank, values in enumerate(told) if values and values["error"] == first.error)
-            why = f"rank {rank}: {first.error}; {why}"
-        self._found.append((check, Finding(error=why)))
+        ends = [(rank, Finding.from_json(values)) for rank, values in enumerate(told) if values is not None]
+        errors = sorted((finding.ended, f"rank {rank}: {finding.error}") for rank, finding in ends if finding.error is not None)
+        waiting = [f"rank {rank} has not ended, it {places[rank]}" for rank, values in enumerate(told) if values is None]
+        why = "; ".join([error for _, error in errors[:1]] + waiting)
+        self._found.append((check, Finding(error=why, seconds=seconds)))
         rest = self.checks[len(self._found) :]
-        self._found += [(check, Finding(error="not run: the ranks do not answer any more")) for check in rest]
+        self._found += [(check, Finding(was_run=False)) for check in rest]
         self._print_report()
         self._remove_folder()
 
