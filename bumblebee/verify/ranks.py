@@ -99,6 +99,12 @@ class Ranks:
                 self._end(topic, store, give_up)
 
     def _end(self, topic: str, store: Store, give_up: GiveUp) -> NoReturn:
+        try:
+            self._tell_end(topic, store, give_up)
+        finally:
+            os._exit(1)
+
+    def _tell_end(self, topic: str, store: Store, give_up: GiveUp) -> None:
         store.set(f"{topic}/place/{self.rank}", _place_of_main_thread())
         if self.rank == 0:
             time.sleep(3)  # the others come here a little earlier or later
@@ -109,7 +115,6 @@ class Ranks:
         end = time.monotonic() + GRACE
         while not store.check(["given up"]) and time.monotonic() < end:
             time.sleep(0.1)
-        os._exit(1)
 
 
 def _place_of_main_thread() -> str:

@@ -58,4 +58,4 @@ def _wrapped(finding: Finding, room: int) -> list[str]:
             lines[-1] += ","
             lines.append(figure)
     prose = [line for text in (finding.error, finding.note) if text for line in textwrap.wrap(text, room)]
-    return [line for line in lines if line] + prose
+    return [line for line in lines + prose if line] or [""]

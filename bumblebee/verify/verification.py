@@ -132,7 +132,7 @@ class Verification:
                 self._folder = Path(tempfile.mkdtemp(prefix=".bumblebee-verify-", dir=self._parent.absolute()))
                 answer = {"folder": str(self._folder)}
             except OSError as failure:
-                error = failure
+                error = OSError(f"folder: cannot write {self._parent}: {failure.strerror}")
         if self.ranks.size > 1:
             self.ranks.tell("folder", answer)
             answer = self.ranks.hear("folder")[0]
