@@ -494,14 +494,16 @@ class Trainer:
 
 @contextmanager
 def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
-    """Ctrl-C or SIGTERM lets the step finish, saves and ends the run; a second one stops at once."""
+    """Ctrl-C or SIGTERM lets the step finish, saves and ends the run; a second one of the same kind stops at once."""
+    seen: set[int] = set()
 
     def handle(number: int, frame: object) -> None:
-        if trainer._signalled:
+        if number in seen:  # another number is a launcher that passes Ctrl-C on as SIGTERM
             raise KeyboardInterrupt
-        trainer._signalled = True
-        if trainer.is_main:
+        if trainer.is_main and not seen:
             print("\nstopping: this step is finished and saved; once more stops at once", file=sys.stderr, flush=True)
+        seen.add(number)
+        trainer._signalled = True
 
     if threading.current_thread() is not threading.main_thread():  # handlers can only be set there
         yield

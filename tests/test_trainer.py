@@ -294,6 +294,8 @@ def test_a_folder_that_cannot_be_used_is_refused_before_anything_is_written(tmp_
         train(tmp_path / "new", resume="nowhere")
     with pytest.raises(ValueError, match="trainer.deepspeed.zero_optimization.stage"):
         train(tmp_path / "new", deepspeed={"zero_optimization": {"stage": 3}})
+    with pytest.raises(ValueError, match="seed .*-1"):
+        train(tmp_path / "new", seed=-1)
     assert not (tmp_path / "new").exists()
 
 
@@ -331,8 +333,11 @@ def stopped(folder, step, **options):
     return train(folder, callbacks={**EACH, "stop": ("StopAfter", {"step": step})}, **LONG, **options)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"),
-                                                  (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")])  # fmt: skip
+ALL = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")]
+MORE = [pytest.param(stage, "bf16", marks=pytest.mark.slow) for stage in (0, 2, 3)]
+
+
+@pytest.mark.parametrize(("stage", "precision"), [*ALL, *MORE])
 def test_resume_is_byte_identical_also_the_second_time_and_across_an_epochs_edge(stage, precision, uninterrupted, tmp_path):
     options = {"zero_stage": stage, "precision": precision}
     whole, metrics = uninterrupted(**options)
@@ -453,6 +458,12 @@ def test_a_signal_in_the_last_step_of_a_run_leaves_a_run_that_a_resume_completes
     train(tmp_path / "run", callbacks=interrupting)
     train(tmp_path / "run", resume="auto")
     assert weight_bytes(tmp_path / "run") == weight_bytes(tmp_path / "whole")
+
+
+def test_ctrl_c_that_a_launcher_passes_on_as_sigterm_is_no_second_ctrl_c(tmp_path):
+    both = {"ctrl_c": ("SignalIn", {"step": 2, "number": signal.SIGINT}), "term": ("SignalIn", {"step": 2})}
+    train(tmp_path, callbacks={"checkpoint": ("Checkpoint", {}), **both})
+    assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [3]
 
 
 def test_a_second_signal_stops_at_once(tmp_path):

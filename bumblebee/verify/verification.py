@@ -54,6 +54,17 @@ class Verification:
                 with self.ranks.watched(self._give_up):
                     self._run(setting)
                 self._print_report()
+            except KeyboardInterrupt:
+                if distributed.is_main() and len(self._found) < len(self.checks):
+                    told = self.ranks.heard(self._topic, distributed.store())
+                    self._give_up(
+                        told,
+                        [
+                            "was told to stop, by the user or by a launcher that lost a rank",
+                            *["has told nothing"] * (self.ranks.size - 1),
+                        ],
+                    )
+                return False
             finally:
                 self._remove_folder()
             self.ranks.part()
@@ -66,15 +77,19 @@ class Verification:
                 self._found.append((check, Finding(was_run=False, note="the ranks may be out of step after the failure above")))
                 continue
             self._say(f"checking {number + 1} of {len(self.checks)}: {check.name}")
-            topic = f"check-{number}"
-            self.ranks.begin(topic)
+            self.ranks.begin(self._topic)
             mine = self._do(check, setting)
-            self.ranks.tell(topic, mine.to_json(), failed=mine.error is not None)
-            findings = [Finding.from_json(values) for values in self.ranks.hear(topic)]
+            self.ranks.tell(self._topic, mine.to_json(), failed=mine.error is not None)
+            findings = [Finding.from_json(values) for values in self.ranks.hear(self._topic)]
             self._found.append((check, Finding.joined(findings)))
             # The same error everywhere leaves the ranks in step: each went equally far.
             errors = {finding.error for finding in findings}
             stopped |= check.together and len(errors) > 1
+
+    @property
+    def _topic(self) -> str:
+        """What the ranks call the check that they are at."""
+        return f"check-{len(self._found)}"
 
     @staticmethod
     def _do(check: Check, setting: Setting) -> Finding:
@@ -89,14 +104,14 @@ class Verification:
             if setting.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _give_up(self, told: list[Any], places: list[str], seconds: float) -> None:
-        """The check that is running does not end. Called on rank 0 by another thread than the one that waits in it."""
+    def _give_up(self, told: list[Any], places: list[str]) -> None:
+        """The check that is running does not end. On rank 0, perhaps in another thread than the one that waits in it."""
         check = self.checks[len(self._found)]
         ends = [(rank, Finding.from_json(values)) for rank, values in enumerate(told) if values is not None]
         errors = sorted((finding.ended, f"rank {rank}: {finding.error}") for rank, finding in ends if finding.error is not None)
-        waiting = [f"rank {rank} has not ended, it {places[rank]}" for rank, values in enumerate(told) if values is None]
+        waiting = [f"rank {rank} {places[rank]}" for rank, values in enumerate(told) if values is None]
         why = "; ".join([error for _, error in errors[:1]] + waiting)
-        self._found.append((check, Finding(error=why, seconds=seconds)))
+        self._found.append((check, Finding(error=why, seconds=self.ranks.seconds)))
         rest = self.checks[len(self._found) :]
         self._found += [(check, Finding(was_run=False)) for check in rest]
         self._print_report()

@@ -109,6 +109,7 @@ def test_the_saved_recipe_alone_makes_the_same_weights_to_the_byte_from_any_fold
     assert weight_bytes(tmp_path / "again") == weight_bytes(trained)
 
 
+@pytest.mark.slow
 def test_the_printed_config_alone_makes_the_same_weights_to_the_byte(recipe, trained, tmp_path):
     words = ["--trainer.max_steps", "6", "--trainer.gradient_clip=null", "--print_config"]
     printed = succeeded(fit(recipe, tmp_path / "never", *words))
@@ -137,7 +138,7 @@ def with_callback(name: str, **options: Any) -> list[str]:
 SIX = ["--trainer.max_steps", "6", "--trainer.gradient_clip=null"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_the_process_saves_and_ends_it_with_exit_code_0_and_the_resumed_run_is_byte_identical(
     number, recipe, trained, tmp_path
 ):
@@ -248,6 +249,7 @@ def test_exit_codes_of_two_ranks_are_0_fifty_times(turn, recipe, tmp_path):
     succeeded(fit(recipe, tmp_path / "run", "--trainer.zero_stage", str(turn % 4), ranks=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_full_disk_ends_both_ranks_within_a_minute_and_leaves_the_earlier_checkpoint(stage, recipe, tmp_path):
     words = [*SIX, "--trainer.zero_stage", str(stage), *with_callback("FullDisk", step=3)]
@@ -296,6 +298,20 @@ def test_a_signal_to_the_launcher_saves_and_the_resumed_run_is_byte_identical(re
     assert checkpoints(tmp_path / "run")[-1].last
     succeeded(fit(recipe, tmp_path / "run", *words, "--trainer.resume", "auto", ranks=2))
     assert weight_bytes(tmp_path / "run") == weight_bytes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_ctrl_c_in_a_terminal_reaches_launcher_and_ranks_and_saves(launcher, recipe, tmp_path):
+    words = ["fit", "--config", recipe, "--output_dir", str(tmp_path / "run"), "--trainer.max_steps", "100000"]
+    process = start_command(*words, ranks=2, launcher=launcher, start_new_session=True)
+    while not checkpoints(tmp_path / "run"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    done = finish(process, 120)
+    assert "stopping: this step is finished and saved" in done.stderr
+    assert checkpoints(tmp_path / "run")[-1].last
 
 
 @pytest.mark.slow

@@ -173,6 +173,7 @@ def more_runs(tmp_path_factory):
         **resumed(0, (4, 6)),
         **resumed(2, (4, 6)),
         **of_stages("bf16-whole", (1, 2, 3), **{**LONG, "precision": "bf16"}),
+        "workers": {**LONG, "zero_stage": 2, "workers": 2},
     }
     for stage in (1, 2, 3):
         options = {**LONG, "precision": "bf16", "zero_stage": stage, "folder": f"bf16-pieces-{stage}", "resume": "auto"}
@@ -200,3 +201,8 @@ def test_a_resume_of_two_ranks_is_byte_identical_at_the_other_stages_too(stage, 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_resume_of_two_ranks_in_bf16_is_byte_identical(stage, more_runs):
     assert weight_bytes(more_runs.folder(f"bf16-pieces-{stage}")) == weight_bytes(more_runs.folder(f"bf16-whole-{stage}"))
+
+
+@pytest.mark.slow
+def test_worker_processes_beside_two_ranks_change_no_bit(more_runs):
+    assert weight_bytes(more_runs.folder("workers")) == weight_bytes(more_runs.folder("whole-2"))

@@ -6,6 +6,9 @@ none, and runs the command without the measured rates.
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -127,6 +130,30 @@ def random_numbers_are_lost(patch: Patch) -> None:
     patch.setattr(training_state, "load_random_state", lambda folder, rank: None)
 
 
+def runs_differ(patch: Patch) -> None:
+    """As with kernels that add up in any order."""
+    right = engine.Engine.step
+    count = itertools.count()
+
+    def wrong(self):
+        right(self)
+        vector = next(iter(self._optimizer.param_groups))["params"][0]
+        vector.data.view(-1)[0] += 1e-6 * next(count)
+
+    patch.setattr(engine.Engine, "step", wrong)
+
+
+def signal_in_training(patch: Patch) -> None:
+    """What Ctrl-C or a launcher sends."""
+    right = LanguageModeling.training_step
+
+    def wrong(self, model, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return right(self, model, batch)
+
+    patch.setattr(LanguageModeling, "training_step", wrong)
+
+
 def loss_check_breaks(patch: Patch) -> None:
     def broken(*args):
         raise RuntimeError("no kernel image is available")
@@ -165,6 +192,18 @@ def one_rank_hangs(patch: Patch) -> None:
     patch.setattr(LanguageModeling, "training_step", hangs)
     patch.setattr(ranks, "LIMIT", 25.0)
     patch.setattr(ranks, "GRACE", 3.0)
+
+
+def one_rank_dies(patch: Patch) -> None:
+    """As a process does that the system takes for too large."""
+    right = LanguageModeling.training_step
+
+    def dies(self, model, batch):
+        if distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return right(self, model, batch)
+
+    patch.setattr(LanguageModeling, "training_step", dies)
 
 
 def only(patch: Patch, *names: str) -> None:
