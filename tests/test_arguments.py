@@ -5,9 +5,10 @@ Most of it runs in this process; whole commands in ``system/test_commands.py``.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -353,6 +354,19 @@ def test_the_saved_recipe_alone_is_the_same_config_from_another_folder_too(place
     assert saved == config
 
 
+def test_validate_measures_what_the_run_measured_at_its_end(place, capsys):
+    held_out = ["--config", "recipe.yaml", "--data.validation_ratio", "0.2"]
+    callbacks = ["--callbacks.validation", "callbacks.Validation", "--callbacks.history", "callbacks.MetricsHistory"]
+    main(["fit", *held_out, *callbacks])
+    lines = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()]
+    [measured] = [line for line in lines if "validation_loss" in line]
+    capsys.readouterr()
+    main(["validate", *held_out])
+    told = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert set(told) == {"validation_loss", "validation_perplexity", "validation_bits_per_byte"}
+    assert all(math.isclose(float(value), measured[name], rel_tol=1e-5) for name, value in told.items())
+
+
 # -- words ---------------------------------------------------------------------------------------------------------------
 
 
@@ -409,9 +423,3 @@ def test_a_traceback_is_there_for_those_who_ask_for_it(place, monkeypatch):
     monkeypatch.setenv("BUMBLEBEE_TRACEBACK", "1")
     with pytest.raises(ValueError, match="dato.jsonl"):
         main(["fit", "--config", "recipe.yaml", "--data.files", "dato.jsonl"])
-
-
-def test_the_local_rank_that_a_launcher_puts_before_the_command_is_taken(capsys):
-    main(["--local_rank=0", "--version"])
-    assert capsys.readouterr().out
-    assert sys.argv[0]

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,7 @@ class Verification:
                     self._run(setting)
                 self._print_report()
             except KeyboardInterrupt:
-                if distributed.is_main() and len(self._found) < len(self.checks):
-                    told = self.ranks.heard(self._topic, distributed.store())
-                    self._give_up(
-                        told,
-                        [
-                            "was told to stop, by the user or by a launcher that lost a rank",
-                            *["has told nothing"] * (self.ranks.size - 1),
-                        ],
-                    )
+                self._interrupted()
                 return False
             finally:
                 self._remove_folder()
@@ -102,7 +94,14 @@ class Verification:
             return Finding((), time.perf_counter() - begin, _told(error), "", time.time())
         finally:
             if setting.device.type == "cuda":
-                torch.cuda.empty_cache()
+                with suppress(RuntimeError):  # after an error of the GPU everything is one
+                    torch.cuda.empty_cache()
+
+    def _interrupted(self) -> None:
+        if distributed.is_main() and len(self._found) < len(self.checks):
+            mine, others = "was told to stop, by the user or by a launcher that lost a rank", "has told nothing"
+            told = self.ranks.heard(self._topic, distributed.store())
+            self._give_up(told, [mine, *[others] * (self.ranks.size - 1)])
 
     def _give_up(self, told: list[Any], places: list[str]) -> None:
         """The check that is running does not end. On rank 0, perhaps in another thread than the one that waits in it."""

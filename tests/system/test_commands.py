@@ -7,10 +7,8 @@ import os
 import random
 import re
 import resource
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,22 +16,19 @@ from typing import Any
 import pytest
 import yaml
 from system.parts import weight_bytes, weights
-from system.processes import ROOT, finish, run_command, start_command
+from system.processes import finish, run_command, start_command
 from system.recipes import RECIPE, SAMPLES
 
+import bumblebee
 from bumblebee.run_folder import checkpoints
-
-TOO_LONG = 240
 
 
 @pytest.fixture(scope="module")
 def recipe(tokenizer_folder, tmp_path_factory) -> str:
-    """The path of a recipe that every command of these tests begins with; relative to nothing."""
+    """The path of a recipe that every command of these tests begins with."""
     folder = tmp_path_factory.mktemp("recipe")
     text = RECIPE.replace("files: data.jsonl", f"files: {SAMPLES / 'pretrain.jsonl'}").replace("tok\n", f"{tokenizer_folder}\n")
-    (folder / "recipe.yaml").write_text(
-        text.replace("callbacks.Checkpoint", "callbacks.Checkpoint").replace("every: 1", "every: 2")
-    )
+    (folder / "recipe.yaml").write_text(text.replace("every: 1", "every: 2"))
     return str(folder / "recipe.yaml")
 
 
@@ -246,7 +241,8 @@ def test_a_run_of_two_ranks_ends_with_exit_code_0_and_only_rank_0_speaks(stage, 
 @pytest.mark.slow
 @pytest.mark.parametrize("turn", range(50))
 def test_exit_codes_of_two_ranks_are_0_fifty_times(turn, recipe, tmp_path):
-    succeeded(fit(recipe, tmp_path / "run", "--trainer.zero_stage", str(turn % 4), ranks=2))
+    words = ["--trainer.zero_stage", str(turn % 4), "--callbacks.checkpoint=null"]
+    succeeded(fit(recipe, tmp_path / "run", *words, ranks=2))
 
 
 @pytest.mark.slow
@@ -328,7 +324,5 @@ def test_two_runs_that_start_together_share_one_token_cache(recipe, tmp_path):
     assert weight_bytes(tmp_path / "a") == weight_bytes(tmp_path / "b") == weight_bytes(tmp_path / "c")
 
 
-def test_the_command_is_installed_and_python_m_is_the_same():
-    script = Path(sys.executable).parent / "bumblebee"
-    assert script.exists() or shutil.which("bumblebee") or (ROOT / "bumblebee" / "__main__.py").exists()
-    assert succeeded(run_command("--version")).stdout == succeeded(run_command("--local_rank=1", "--version")).stdout
+def test_python_m_takes_the_local_rank_that_a_launcher_puts_before_the_command():
+    assert succeeded(run_command("--local_rank=1", "--version")).stdout == f"{bumblebee.__version__}\n"

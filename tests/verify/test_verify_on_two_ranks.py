@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from system.processes import finish, run_command, start
-from verify.test_verify import ATTENTION, CURVE, LOSS, RESUME, STEP, results
+from verify.rows import ATTENTION, CURVE, LOSS, RESUME, STEP, results
 
 pytestmark = pytest.mark.slow
 
