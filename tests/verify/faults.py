@@ -191,7 +191,7 @@ def one_rank_hangs(patch: Patch) -> None:
         return right(self, model, batch)
 
     patch.setattr(LanguageModeling, "training_step", hangs)
-    patch.setattr(ranks, "LIMIT", 45.0)
+    patch.setattr(ranks, "LIMIT", 30.0)
     patch.setattr(ranks, "GRACE", 3.0)
 
 

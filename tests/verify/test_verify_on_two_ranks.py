@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -39,14 +40,14 @@ def test_gradients_that_are_averaged_wrongly_over_ranks_are_found(fault, tmp_pat
     ("fault", "told"),
     [
         ("one_rank_breaks", "rank 1: RuntimeError: uncorrectable ECC error"),
-        ("one_rank_hangs", "rank 1 is still in hangs (faults.py"),
-        ("one_rank_dies", ""),
+        ("one_rank_hangs", r"rank 1 is still in .*hangs \(faults\.py"),
+        ("one_rank_dies", "stage and precision not run"),
     ],
 )
 def test_a_rank_that_fails_alone_ends_the_verification_and_the_report_tells(fault, told, tmp_path):
     rows, printed = faulty(fault, tmp_path)
     assert rows == {ATTENTION: "pass", LOSS: "pass", STEP: "FAIL", CURVE: "not run", RESUME: "not run"}
-    assert told in printed
+    assert re.search(told, printed)
 
 
 def test_an_error_on_all_ranks_does_not_keep_the_others_from_running(tmp_path):
