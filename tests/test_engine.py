@@ -73,7 +73,7 @@ def test_bf16_without_fp32_weights_in_the_optimizer_leaves_the_curve(memorised):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_stays_near_the_curve_of_fp32_at_every_stage(stage, memorised, tmp_path):
     metrics = train(tmp_path / "run", zero_stage=stage, precision="bf16", **BF16)
-    assert distance(metrics, memorised) < 0.004
+    assert 1e-5 < distance(metrics, memorised) < 0.004  # at zero it would not be bf16
     kinds = {tensor.dtype for tensor in weights(tmp_path / "run").values()}
     assert kinds == {torch.float32 if stage == 0 else torch.bfloat16}
 
