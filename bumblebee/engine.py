@@ -119,8 +119,8 @@ class Engine:
 
     @property
     def dtype(self) -> str:
-        """Name of the weights' dtype, e.g. "bfloat16"."""
-        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        """Name of the trained weights' dtype, e.g. "bfloat16"."""
+        return str(next(p for p in self.model.parameters() if p.requires_grad).dtype).removeprefix("torch.")
 
     @property
     def optimizer_name(self) -> str:
@@ -164,12 +164,14 @@ class Engine:
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every (key, whole tensor) of the model, one after the other. Collective: all ranks go through it together."""
+    def full_tensors(self, wanted: Callable[[str], bool] = lambda key: True) -> Iterator[tuple[str, Tensor]]:
+        """Every (key, whole tensor) of the model that is wanted, one by one. Collective: all ranks go through it together."""
         from deepspeed.runtime.zero import GatheredParameters
 
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for key, tensor in self.model.state_dict(keep_vars=True).items():
+            if not wanted(key):
+                continue
             if key in parameters and self.options.zero_stage == 3:
                 with GatheredParameters([parameters[key]]):
                     yield key, tensor.detach().cpu().clone()
@@ -260,6 +262,18 @@ def built_in_shards(device: torch.device, options: EngineOptions) -> Iterator[No
             yield
     finally:
         distributed.building_in_shards = False
+
+
+@contextmanager
+def built_whole() -> Iterator[None]:
+    """Inside of ``built_in_shards``: modules made here are whole on every rank. They are cut when training begins."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    partition_parameters.shutdown_init_context()
+    try:
+        yield
+    finally:
+        partition_parameters.restore_init_context()
 
 
 # -- configuration -----------------------------------------------------------------------------------------------------

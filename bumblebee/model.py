@@ -10,7 +10,8 @@ Shapes: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,6 @@ from bumblebee.nn.head import Head
 from bumblebee.nn.kernels import AttentionMask, choose
 from bumblebee.nn.norm import RMSNorm
 from bumblebee.nn.rope import RotaryEmbedding
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class Block(nn.Module):
@@ -77,6 +75,9 @@ class Bumblebee(nn.Module):
     Raises:
         ValueError: an attention that cannot run here.
     """
+
+    source: Path | None = None  # the folder that the weights came from
+    files: Any = None  # what folders of this model consist of, where it is not the whole model
 
     def __init__(self, config: BumblebeeConfig, attention: str = "auto") -> None:
         super().__init__()
@@ -171,15 +172,15 @@ class Bumblebee(nn.Module):
     # -- folders -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, max_shard_size: str = "5GB") -> None:
-        """Write a model folder: config.json and safetensors shards of at most ``max_shard_size``.
+        """Write a model folder: config.json and safetensors shards of at most ``max_shard_size``; with LoRA an adapter folder.
 
         Raises:
             ValueError: a size that cannot be read.
             OSError: the folder cannot be written; an earlier complete folder stays as it was.
         """
-        from bumblebee.checkpoint.folder import save_model
+        from bumblebee.checkpoint.folder import files_of, save_model
 
-        save_model(folder, self.config, self.state_dict(), max_shard_size)
+        save_model(folder, files_of(self), self.state_dict(), max_shard_size)
 
     @classmethod
     def from_pretrained(
@@ -189,10 +190,10 @@ class Bumblebee(nn.Module):
         device: str | torch.device = "cpu",
         attention: str = "auto",
     ) -> Bumblebee:
-        """Read a model folder of a supported Hugging Face architecture.
+        """Read a model folder of a supported Hugging Face architecture, or an adapter folder: merged with its base model.
 
         Args:
-            folder: path to config.json and safetensors.
+            folder: path to config.json and safetensors, or to an adapter.
             dtype: of the weights; None keeps the file's.
             device: where they go.
             attention: as for the constructor.
@@ -206,6 +207,7 @@ class Bumblebee(nn.Module):
         with parameters_on_meta():
             model = cls(config, attention=attention)
         load_weights(folder, model, dtype=dtype, device=torch.device(device))
+        model.source = Path(folder)
         return model
 
     def num_parameters(self) -> int:

@@ -2,7 +2,8 @@
 
 output_dir/recipe.yaml metrics.jsonl loss.png ...      written while the run goes on
 output_dir/checkpoint-<step>/                          a model folder, and the training state beside it
-output_dir/config.json model.safetensors ...           the trained model, when the run is complete
+output_dir/config.json model.safetensors ...           the trained model, when the run is complete; with LoRA instead
+output_dir/adapter_config.json adapter_model.safetensors
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 TRAINER_STATE = "trainer_state.json"  # written last into a checkpoint
 _OF_A_RUN = ("recipe.yaml", "metrics.jsonl", "log.txt", "loss.png", "summary.json", "tensorboard", "config.json",
              "generation_config.json", "tokenizer.json", "tokenizer_config.json", "best.json", "samples.jsonl", "trace.json",
-             "profile.txt", "wandb")  # fmt: skip
+             "profile.txt", "wandb", "adapter_config.json", "adapter_model.safetensors")  # fmt: skip
 _GLOBS = ("checkpoint-*", ".checkpoint-*.partial", "model*.safetensors*")
 
 
@@ -60,7 +61,8 @@ def checkpoints(output_dir: Path) -> list[SavedCheckpoint]:
 
 def holds_a_run(output_dir: Path) -> bool:
     """Whether a run has come so far here that something would be lost: metrics, a checkpoint or a model."""
-    return any((output_dir / name).exists() for name in ("metrics.jsonl", "config.json")) or bool(checkpoints(output_dir))
+    marks = ("metrics.jsonl", "config.json", "adapter_config.json")
+    return any((output_dir / name).exists() for name in marks) or bool(checkpoints(output_dir))
 
 
 def clear(output_dir: Path) -> None:

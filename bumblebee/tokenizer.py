@@ -42,11 +42,15 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:
-        """Read the tokenizer files of a model folder.
+        """Read the tokenizer files of a model folder; an adapter folder without any has its base model's.
 
         Raises:
             ValueError: tokenizer.json is missing or damaged; the message names it.
         """
+        if not (Path(folder) / "tokenizer.json").is_file():
+            from bumblebee.checkpoint.adapter import holder  # torch is imported there
+
+            folder = holder(folder, "tokenizer.json")
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
             there = "has no tokenizer.json" if Path(folder).is_dir() else "is not there"

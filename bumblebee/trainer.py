@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee import distributed
 from bumblebee.callback import Callback
 from bumblebee.checkpoint.atomic import write_json
-from bumblebee.config import BumblebeeConfig
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.optim import Constant, GroupRule, Optimizer, Schedule, parameter_groups, set_learning_rate
 from bumblebee.plan import Plan, Position
@@ -444,16 +443,16 @@ class Trainer:
             self._write_model(aside)
 
     def _write_model(self, folder: Path, weights: bool = True) -> None:
-        from bumblebee.checkpoint.folder import write_configs, write_model
+        from bumblebee.checkpoint.folder import files_of
 
-        config = cast(BumblebeeConfig, self.task.model.config)
-        tensors = self.engine.full_tensors() if weights else iter(())
+        files = files_of(self.task.model)
+        tensors = self.engine.full_tensors(files.holds) if weights else iter(())
         try:
             if self.is_main:
                 if weights:
-                    write_model(folder, config, tensors)
+                    files.write(folder, tensors)
                 else:
-                    write_configs(folder, config, self.engine.dtype)
+                    files.write_configs(folder, self.engine.dtype)
                 if self.data.tokenizer is not None:
                     self.data.tokenizer.save_pretrained(folder)
         finally:
@@ -470,6 +469,7 @@ class Trainer:
             "ranks": self.plan.world_size,
             "zero_stage": self.zero_stage,
             "precision": self.precision,
+            "dtype": self.engine.dtype,
             "loss_scaler": self.engine.scaler_state(),
             "schedule": self.schedule.state_dict(),
             "callbacks": {name: callback.state_dict() for name, callback in self.callbacks.items()},

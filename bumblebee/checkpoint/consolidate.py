@@ -1,4 +1,4 @@
-"""Consolidation: from the pieces that the ranks of a run have saved to one model folder.
+"""Consolidation: from the pieces that the ranks of a run have saved to one model folder, or adapter folder with LoRA.
 
 Nothing is gathered and no rank is needed: parameters are put together one at a time and written shard by shard, so the peak
 memory is about one output shard and one parameter, however large the model.
@@ -6,16 +6,19 @@ memory is about one output shard and one parameter, however large the model.
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from bumblebee.checkpoint.atomic import written_aside
+from bumblebee.checkpoint import adapter
+from bumblebee.checkpoint.atomic import read_json, written_aside
 from bumblebee.checkpoint.folder import load_config, write_model
 from bumblebee.checkpoint.pieces import PieceReader
+from bumblebee.run_folder import read_trainer_state
 
+_KEPT = ("tokenizer.json", "tokenizer_config.json")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,11 +38,28 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str = "auto",
     checkpoint, output = Path(checkpoint), Path(output)
     if dtype != "auto" and dtype not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; write auto, {', '.join(_DTYPES)}")
+    write = _write_adapter if adapter.is_adapter_folder(checkpoint) else _write_model
+    write(checkpoint, output, dtype, max_shard_size)
+
+
+def _write_model(checkpoint: Path, output: Path, dtype: str, max_shard_size: str) -> None:
     config = load_config(checkpoint)
     if dtype == "auto":
-        dtype = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["torch_dtype"]
+        dtype = read_json(checkpoint / "config.json")["torch_dtype"]
     with PieceReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
         write_model(aside, config, reader.weights(_DTYPES[dtype]), max_shard_size)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (checkpoint / name).is_file():
-                shutil.copyfile(checkpoint / name, aside / name)
+        _copy(_KEPT, checkpoint, aside)
+
+
+def _write_adapter(checkpoint: Path, output: Path, dtype: str, max_shard_size: str) -> None:
+    if dtype == "auto":
+        dtype = read_trainer_state(checkpoint)["dtype"]
+    with PieceReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
+        adapter.write_adapter_weights(aside, reader.weights(_DTYPES[dtype]))
+        _copy((*_KEPT, adapter.CONFIG, "generation_config.json"), checkpoint, aside)
+
+
+def _copy(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -1,7 +1,8 @@
 """Model folders: safetensors in and out, one tensor in memory at a time.
 
 A folder holds config.json, generation_config.json and either model.safetensors or shards with model.safetensors.index.json.
-A tied head is left out of the file and tied again on load.
+A tied head is left out of the file and tied again on load. An adapter folder (``adapter.py``) is read as the sum of its base
+model and what was learned on it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bumblebee import distributed
+from bumblebee.checkpoint import adapter
 from bumblebee.checkpoint.atomic import read_json, write_json, written_aside
 from bumblebee.checkpoint.families import family_named, read_config, write_config
 from bumblebee.config import BumblebeeConfig
@@ -31,18 +33,20 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def is_model_folder(folder: str | Path) -> bool:
-    """Whether there is a config.json and weights to go with it."""
+    """Whether there is a config.json and weights to go with it, or an adapter."""
     folder = Path(folder)
+    if adapter.is_adapter_folder(folder):
+        return (folder / adapter.WEIGHTS).is_file()
     return (folder / "config.json").is_file() and any((folder / name).is_file() for name in (SINGLE, INDEX))
 
 
 def load_config(folder: str | Path) -> BumblebeeConfig:
-    """The config of a model folder.
+    """The config of a model folder; of an adapter folder its base model's.
 
     Raises:
         ValueError: no folder or no config.json there, or one that is not supported; the message names the file.
     """
-    return _from_config_json(folder, read_config)
+    return _from_config_json(adapter.chain(folder)[0], read_config)
 
 
 def _from_config_json(folder: str | Path, read: Any) -> Any:
@@ -81,12 +85,29 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (key, tensor) of a model folder, on the CPU, one at a time.
+def read_tensors(
+    folder: str | Path, dtype: torch.dtype | None = None, base: str | Path | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every (key, tensor) of a model folder, on the CPU, one at a time; of an adapter folder merged with its base model.
+
+    Args:
+        folder: a model or adapter folder.
+        dtype: to cast to; None keeps the file's, in an adapter folder the base model's.
+        base: what an adapter stands on, instead of the folder that it names.
 
     Raises:
-        ValueError: a file that is damaged.
+        ValueError: a file that is damaged, or an adapter that is none of its base model.
     """
+    whole, *adapters = adapter.chain(folder, base)
+    if not adapters:
+        yield from ((key, tensor.to(dtype or tensor.dtype)) for key, tensor in _stored(whole))
+        return
+    tied = load_config(whole).tie_word_embeddings  # a copy of the head that lies in the file is not in use
+    stored = ((key, tensor) for key, tensor in _stored(whole) if not (tied and key == TIED_KEY))
+    yield from adapter.summed(stored, adapters, dtype)
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as shard:
@@ -108,15 +129,15 @@ def load_weights(folder: str | Path, model: nn.Module, dtype: torch.dtype | None
     Raises:
         ValueError: keys left over or missing, or a shape that differs; the message names them.
     """
-    unused = _from_config_json(folder, family_named).unused_keys
+    unused = _from_config_json(adapter.chain(folder)[0], family_named).unused_keys
     wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
     tied = TIED_KEY in wanted and wanted[TIED_KEY] is wanted["model.embed_tokens.weight"]
     if tied:
         del wanted[TIED_KEY]
     left_over = []
-    for key, tensor in read_tensors(folder):
+    for key, tensor in read_tensors(folder, dtype):
         if key in wanted:
-            _put(folder, model, key, wanted.pop(key), tensor.to(device=device, dtype=dtype or tensor.dtype))
+            _put(folder, model, key, wanted.pop(key), tensor.to(device=device))
         elif not (tied and key == TIED_KEY) and not key.endswith(unused):
             left_over.append(key)
     if wanted or left_over:
@@ -170,13 +191,41 @@ def parameters_on_meta() -> Iterator[None]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
+class ModelFiles:
+    """What the folders of a model consist of: here the whole model. A transform may set another in ``model.files``.
+
+    Args:
+        config: the model's.
+    """
+
+    def __init__(self, config: BumblebeeConfig) -> None:
+        self.config = config
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of the model is saved."""
+        return True
+
+    def write(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: str = "5GB") -> set[str]:
+        """Write everything into an existing folder; returns the weight files' names."""
+        return write_model(folder, self.config, tensors, max_shard_size)
+
+    def write_configs(self, folder: Path, dtype: str) -> None:
+        """Write everything but the weights."""
+        write_configs(folder, self.config, dtype)
+
+
+def files_of(model: Any) -> ModelFiles:
+    """What the folders of a model consist of."""
+    return getattr(model, "files", None) or ModelFiles(model.config)
+
+
 def save_model(
     folder: str | Path,
-    config: BumblebeeConfig,
+    files: ModelFiles,
     tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write a model folder; see ``write_model``. The folder is complete or as it was.
+    """Write a model folder; see ``ModelFiles``. The folder is complete or as it was.
 
     Raises:
         ValueError: a size that cannot be read.
@@ -184,7 +233,7 @@ def save_model(
     """
     folder = Path(folder)
     with written_aside(folder) as aside:
-        names = write_model(aside, config, tensors, max_shard_size)
+        names = files.write(aside, tensors.items() if isinstance(tensors, Mapping) else tensors, max_shard_size)
     for file in folder.iterdir():  # shards of a folder that had more, or other, files
         if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name) and file.name not in names:
             file.unlink()
@@ -228,6 +277,11 @@ def write_model(
 def write_configs(folder: Path, config: BumblebeeConfig, dtype: str) -> None:
     """Write config.json and generation_config.json; ``dtype`` is the name of the weights' dtype, e.g. "bfloat16"."""
     write_json(folder / "config.json", write_config(config, dtype))
+    write_generation_config(folder, config)
+
+
+def write_generation_config(folder: Path, config: BumblebeeConfig) -> None:
+    """Write generation_config.json: the ids that generation begins and ends with."""
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
 

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from bumblebee import distributed
+from bumblebee.checkpoint.adapter import holder
 from bumblebee.checkpoint.atomic import read_json
 from bumblebee.inference.cache import KVCache
 from bumblebee.inference.detokenizer import Detokenizer
@@ -97,7 +98,7 @@ class Generator:
         chosen = dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else getattr(torch, dtype)
         model = Bumblebee.from_pretrained(folder, dtype=chosen, device=distributed.pick_device(device))
         tokenizer = Tokenizer.from_pretrained(folder)
-        file = Path(folder) / "generation_config.json"
+        file = holder(folder, "generation_config.json") / "generation_config.json"
         stops = read_json(file).get("eos_token_id") if file.is_file() else None
         return cls(model, tokenizer, [stops] if isinstance(stops, int) else stops or [])
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bumblebee import Bumblebee
-from bumblebee.checkpoint.folder import INDEX, SINGLE, is_model_folder, load_config, read_tensors, save_model
+from bumblebee.checkpoint.folder import INDEX, SINGLE, ModelFiles, is_model_folder, load_config, read_tensors, save_model
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +143,13 @@ def test_parents_of_a_new_folder_are_made(make_model, tmp_path):
 
 def test_tensors_are_taken_one_by_one_from_an_iterator(make_model, tmp_path):
     model = make_model()
-    save_model(tmp_path / "m", model.config, iter(model.state_dict().items()), "10KB")
+    save_model(tmp_path / "m", ModelFiles(model.config), iter(model.state_dict().items()), "10KB")
     assert same(Bumblebee.from_pretrained(tmp_path / "m"), model)
 
 
 def test_an_empty_tensor_is_not_written(make_model, tmp_path):
     with pytest.raises(AssertionError, match="x is empty: it was not gathered"):
-        save_model(tmp_path / "m", make_model().config, {"x": torch.empty(0)})
+        save_model(tmp_path / "m", ModelFiles(make_model().config), {"x": torch.empty(0)})
     assert names(tmp_path) == set()
 
 

@@ -1,0 +1,245 @@
+"""LoRA (arXiv 2106.09685) through PEFT: small matrices beside frozen weights. The only file that imports peft.
+
+Listed under ``task.transforms`` in a recipe. The run then saves adapter folders, in PEFT's layout: what was learned, and the
+path of the model that it was learned on. Reading and merging them needs no peft: ``bumblebee/checkpoint/adapter.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bumblebee import distributed
+from bumblebee.checkpoint.adapter import NAME, WEIGHTS, Adapter, is_adapter_key, write_adapter_config, write_adapter_weights
+from bumblebee.checkpoint.folder import ModelFiles, write_generation_config
+from bumblebee.config import BumblebeeConfig
+from bumblebee.nn.head import Head
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRA:
+    """Trains low-rank updates of linear layers and freezes everything else.
+
+    A layer computes ``W x + s B A x``: A has ``rank`` rows, B as many columns and begins at zero. A's values follow from the
+    run's seed and the layer's name alone.
+
+    Args:
+        rank: of the updates.
+        alpha: s is alpha / rank, so that the rank can be changed without a new learning rate.
+        dropout: on the input of the updates, while training.
+        targets: "all-linear" for the projections of attention and feed-forward parts; or a list of names' ends, such as
+            [q_proj, v_proj]; or a regular expression for whole names.
+        dora: also learn the length of each row of W + s B A (DoRA, arXiv 2402.09353).
+        rslora: s is alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    def __init__(
+        self,
+        rank: int = 64,
+        alpha: int = 128,
+        dropout: float = 0.1,
+        targets: str | list[str] = "all-linear",
+        dora: bool = False,
+        rslora: bool = False,
+    ) -> None:
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        if alpha < 1:
+            raise ValueError(f"alpha must be at least 1, got {alpha}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if not targets:
+            raise ValueError("targets must be all-linear, a list of names or a regular expression, got nothing")
+        self.rank, self.alpha, self.dropout, self.targets, self.dora, self.rslora = rank, alpha, dropout, targets, dora, rslora
+
+    def __call__(self, model: nn.Module) -> None:
+        """Put adapters into the model, in place.
+
+        Raises:
+            ValueError: targets that are not there, adapters that are, or a model that is in no folder.
+        """
+        if has_adapters(model):
+            raise ValueError("task.transforms: the model has LoRA adapters already; list LoRA once")
+        base = getattr(model, "source", None)
+        if base is None:
+            raise ValueError(
+                "task.transforms: LoRA needs a model that was read from a folder, since adapters alone are saved and name it:"
+                " set task.model to bumblebee.Bumblebee.from_pretrained with a folder"
+            )
+        self._inject(model, base)
+        _initialise(model)
+
+    def _inject(self, model: Any, base: Path) -> None:
+        from peft import LoraConfig, TaskType
+
+        config = LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=_matched(model, self.targets),
+            use_dora=self.dora, use_rslora=self.rslora, task_type=TaskType.CAUSAL_LM,
+            base_model_name_or_path=str(base.resolve()),  # absolute: it holds wherever a command is started
+        )  # fmt: skip
+        inject(model, config)
+        model.files = AdapterFiles(model.config, config)
+
+
+def _matched(model: nn.Module, targets: str | list[str]) -> str | list[str]:
+    """The targets as PEFT takes them.
+
+    Raises:
+        ValueError: one that matches nothing, or something else than a linear layer of a block.
+    """
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not isinstance(module, Head)}
+    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in sorted(linear)))
+    if targets == "all-linear":
+        targets = [name for name in ALL_LINEAR if name in ends]
+    names = [name for name, _ in model.named_modules() if name]
+    for target in [targets] if isinstance(targets, str) else targets or ["all-linear"]:
+        found = {name for name in names if _fits(name, target, whole=isinstance(targets, str))}
+        if not found:
+            raise ValueError(f"targets: {target!r} matches no layer; there are {', '.join(ends)}, as in {min(linear)}")
+        if other := sorted(found - linear):
+            raise ValueError(
+                f"targets: {target!r} matches {other[0]}, which cannot have an adapter; there are {', '.join(ends)}"
+            )
+    return targets
+
+
+def _fits(name: str, target: str, whole: bool) -> bool:
+    """As PEFT does it."""
+    if not whole:
+        return name == target or name.endswith(f".{target}")
+    try:
+        return re.fullmatch(target, name) is not None
+    except re.error as error:
+        raise ValueError(f"targets: {target!r} is no regular expression: {error}") from error
+
+
+def inject(model: nn.Module, config: Any) -> None:
+    """Wrap layers in PEFT's, in place, and freeze everything else."""
+    from peft import inject_adapter_in_model
+
+    with warnings.catch_warnings(), _whole_modules():
+        warnings.simplefilter("ignore")  # its advice is about other ways of using it
+        inject_adapter_in_model(config, model, adapter_name=NAME)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_adapter_key(name))
+
+
+def _whole_modules() -> Any:
+    """Adapters are small: they are made whole also where the model is built in shards, and cut when training begins."""
+    if not distributed.building_in_shards:
+        return nullcontext()
+    from bumblebee.engine import built_whole
+
+    return built_whole()
+
+
+@torch.no_grad()
+def _initialise(model: nn.Module) -> None:
+    """A as torch begins a linear layer, from the seed and the name: the same on all ranks, at all stages. PEFT zeroed B."""
+    for name, parameter in model.named_parameters():
+        if not is_adapter_key(name):
+            continue
+        start = parameter.float()  # PEFT has cast it to the weight's dtype
+        if ".lora_A." in name:
+            digest = hashlib.sha256(f"{torch.initial_seed()} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            bound = 1 / math.sqrt(parameter.shape[1])
+            start = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator).to(parameter.device)
+        parameter.data = start
+
+
+class AdapterFiles(ModelFiles):
+    """The folders of a model with adapters: the adapters alone, with PEFT's config.
+
+    Args:
+        config: the model's.
+        adapter: PEFT's LoraConfig.
+    """
+
+    def __init__(self, config: BumblebeeConfig, adapter: Any) -> None:
+        super().__init__(config)
+        self.adapter = adapter
+
+    def holds(self, name: str) -> bool:
+        """Only what belongs to an adapter."""
+        return is_adapter_key(name)
+
+    def write(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: str = "5GB") -> set[str]:
+        """adapter_model.safetensors, adapter_config.json, generation_config.json."""
+        write_adapter_weights(folder, ((name, tensor) for name, tensor in tensors if self.holds(name)))
+        self.write_configs(folder, "")
+        return {WEIGHTS}
+
+    def write_configs(self, folder: Path, dtype: str) -> None:
+        """adapter_config.json and generation_config.json."""
+        settings = {**self.adapter.to_dict(), "inference_mode": True}
+        sorted_sets = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+        write_adapter_config(folder, sorted_sets)
+        write_generation_config(folder, self.config)
+
+
+# -- adapters of others --------------------------------------------------------------------------------------------------
+
+
+def attach(model: nn.Module, folder: Path) -> None:
+    """Put an adapter folder's updates beside the weights of its base model, unmerged, as PEFT computes them.
+
+    Raises:
+        ValueError: a folder that is none, or of another model.
+    """
+    from peft import LoraConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    Adapter(folder)  # refuses what is not supported
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    inject(model, config)
+    result: Any = set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=NAME)
+    if result.unexpected_keys:
+        raise ValueError(f"{folder / WEIGHTS} holds {result.unexpected_keys[0]}, which fits nothing in the base model")
+
+
+# -- without them --------------------------------------------------------------------------------------------------------
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether there are adapters in a model."""
+    return any(True for _ in _layers(model))
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model computes what it did before it got adapters. Nothing is moved or copied.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers = list(_layers(model))
+    if not layers:
+        raise ValueError("the model has no LoRA adapters that could be switched off")
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, off in zip(layers, before, strict=True):
+            layer._disable_adapters = off
+
+
+def _layers(model: nn.Module) -> Iterator[Any]:
+    """PEFT's layers, known by the switch that they all have, so that a model without them does not wait for the import."""
+    return (module for module in model.modules() if hasattr(module, "_disable_adapters"))
