@@ -1,7 +1,8 @@
 """The tokenizer of a model folder: text to ids and back, and the training of a new one.
 
 The work is done by the ``tokenizers`` library; this file reads and writes the folder's files (tokenizer.json and
-tokenizer_config.json), keeps text that spells a special token text, and knows the bytes of each token.
+tokenizer_config.json), keeps text that spells a special token text, and knows the bytes of each token. Conversations are
+the matter of chat_template.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from bumblebee.chat_template import ChatTemplate, content_of, default_for
 from bumblebee.checkpoint.atomic import read_json, write_json
+from bumblebee.templating.chatml import CHATML
+from bumblebee.templating.files import template_files
+from bumblebee.templating.guard import sound
 
 END_OF_TEXT = "<|endoftext|>"
 # What a new tokenizer reserves: the end of a document, and the turn marks of ChatML, so that a chat needs no new rows.
@@ -31,21 +36,27 @@ class Tokenizer:
 
     Args:
         backend: the library's tokenizer.
-        settings: the content of tokenizer_config.json.
+        settings: the content of tokenizer_config.json, also a chat template that the folder keeps in a file of its own.
+        place: where it comes from, for error messages.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, settings: dict[str, Any], place: str = "this tokenizer") -> None:
         self.backend = backend
         self.settings = settings
+        self.place = place
         # User text that spells "<|im_end|>" is text. Special ids are put in by those who mean them.
         backend.encode_special_tokens = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Between processes the backend forgets encode_special_tokens, and a compiled template cannot travel at all.
+        return type(self), (self.backend, self.settings, self.place)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:
         """Read the tokenizer files of a model folder; an adapter folder without any has its base model's.
 
         Raises:
-            ValueError: tokenizer.json is missing or damaged; the message names it.
+            ValueError: a file is missing or damaged; the message names it.
         """
         if not (Path(folder) / "tokenizer.json").is_file():
             from bumblebee.checkpoint.adapter import holder  # torch is imported there
@@ -60,7 +71,8 @@ class Tokenizer:
         except Exception as error:  # the library raises the bare class
             raise ValueError(f"{file}: {error}") from error
         config = Path(folder) / "tokenizer_config.json"
-        return cls(backend, read_json(config) if config.is_file() else {})
+        settings = read_json(config) if config.is_file() else {}
+        return cls(backend, settings | template_files(Path(folder)), str(folder))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
@@ -97,23 +109,28 @@ class Tokenizer:
             "eos_token": END_OF_TEXT,
             "pad_token": END_OF_TEXT,
             "clean_up_tokenization_spaces": False,
+            "chat_template": CHATML,
         }
         return cls(backend, settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json; transformers' AutoTokenizer reads them."""
+        """Write tokenizer.json and tokenizer_config.json, which holds the chat template, also the default one.
+
+        transformers' AutoTokenizer reads them.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
-        write_json(folder / "tokenizer_config.json", self.settings)
+        template = self.settings.get("chat_template") or default_for(self)
+        write_json(folder / "tokenizer_config.json", self.settings | ({"chat_template": template} if template else {}))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no special token is added, and none is recognised in it. Lone surrogates become U+FFFD."""
-        return self.backend.encode(_sound(text), add_special_tokens=False).ids
+        return self.backend.encode(sound(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of many texts, on all cores."""
-        encodings = self.backend.encode_batch_fast([_sound(text) for text in texts], add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast([sound(text) for text in texts], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -151,10 +168,32 @@ class Tokenizer:
         return added if added and added == [self.bos_token_id] else []
 
     def _id_of_setting(self, name: str) -> int | None:
-        token = self.settings.get(name)
-        if isinstance(token, dict):  # Hugging Face also writes an AddedToken here
-            token = token.get("content")
+        token = content_of(self.settings.get(name))
         return None if token is None else self.id_of(token)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The folder's chat template, or ChatML.
+
+        Raises:
+            ValueError: it is no valid Jinja; there is none, and the special tokens of ChatML are missing.
+        """
+        return ChatTemplate(self)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+    ) -> list[int] | str:
+        """A conversation as ids, or as text where ``tokenize`` is off; see ChatTemplate.
+
+        Raises:
+            ValueError: the template cannot render it.
+        """
+        apply = self.chat_template.ids_of if tokenize else self.chat_template.render
+        return apply(messages, tools, add_generation_prompt)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -172,15 +211,6 @@ class Tokenizer:
             if index not in self.special_ids:
                 table[index] = token.encode() if index in added else to_bytes(token)
         return table
-
-
-def _sound(text: str) -> str:
-    """Half a UTF-16 pair is no character, cannot be written as UTF-8, and the library refuses it."""
-    try:
-        text.encode()  # far faster than the repair, which next to no text needs
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:

@@ -170,7 +170,7 @@ def text_of(record: Record) -> str:
         raise RecordError(record.file, record.line, f"no key 'text'; the record's keys: {keys}")
     text = record.value["text"]
     if not isinstance(text, str):
-        raise RecordError(record.file, record.line, f"'text' must be a string, not {_kind(text)}")
+        raise RecordError(record.file, record.line, f"'text' must be a string, not {kind(text)}")
     if not text.strip():
         raise RecordError(record.file, record.line, "'text' is empty")
     return text
@@ -290,14 +290,14 @@ def _decode_line(data: bytes) -> Any:
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"a record must be a JSON object, {{...}}, not {_kind(value)}")
+        raise ValueError(f"a record must be a JSON object, {{...}}, not {kind(value)}")
     return value
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     """What JSON calls it."""
     names: dict[type, str] = {dict: "an object", list: "an array", str: "a string", int: "a number", float: "a number"}
-    return names.get(type(value)) or json.dumps(value)
+    return names.get(type(value)) or (json.dumps(value) if value is None or isinstance(value, bool) else type(value).__name__)
 
 
 def _sound(value: Any, source: str, start: int = 0, end: int | None = None) -> Any:

@@ -1,0 +1,308 @@
+"""What `datamodules.conversations` promises: three formats, one meaning, and for every mistake its file, line and key."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from datamodules.conversations import conversation, preference, with_system
+from datamodules.formats import Record, RecordError
+
+CALL = {"name": "weather", "arguments": {"city": "Bern"}}
+CALLED = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}],
+}
+TOOL = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+USER, ANSWER = {"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Yes."}
+HUMAN, GPT = {"from": "human", "value": "Rain?"}, {"from": "gpt", "value": "Yes."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def read(value):
+    return conversation(Record("data.jsonl", 7, value))
+
+
+def read_pair(value):
+    return preference(Record("data.jsonl", 7, value))
+
+
+# ---- what is sound
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"instruction": "Rain?", "output": "Yes."},
+        {"instruction": "Rain?", "input": "", "output": "Yes.", "system": "", "history": [], "tools": ""},
+        {"instruction": "", "input": "Rain?", "output": "Yes.", "id": 5, "tools": "[]"},
+        {"instruction": "Rain?", "input": None, "output": "Yes.", "system": None, "history": None, "tools": None},
+        {"conversations": [HUMAN, GPT]},
+        {"messages": [USER, ANSWER]},
+        {"messages": [USER, {**ANSWER, "tool_calls": None}], "conversations": None},
+        {"messages": [USER, {**ANSWER, "tool_calls": []}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Ra"}, {"type": "text", "text": "in?"}]}, ANSWER]},
+    ],
+)
+def test_every_format_of_one_conversation_gives_the_same_messages(value):
+    found = read(value)
+    assert found.messages == [USER, ANSWER] and found.tools is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"instruction": "And now?", "output": "No.", "system": "Be brief.", "history": [["Rain?", "Yes."]]},
+        {
+            "conversations": [HUMAN, GPT, {"from": "human", "value": "And now?"}, {"from": "gpt", "value": "No."}],
+            "system": "Be brief.",
+        },
+        {"messages": [SYSTEM, USER, ANSWER, {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "No."}]},
+    ],
+)
+def test_several_turns_and_a_system_prompt_come_in_every_format(value):
+    later = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "No."}]
+    assert read(value).messages == [SYSTEM, USER, ANSWER, *later]
+
+
+def test_an_input_stands_behind_its_instruction():
+    assert read({"instruction": "Add.", "input": "1 + 1", "output": "2"}).messages[0]["content"] == "Add.\n1 + 1"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {
+            "conversations": [
+                HUMAN,
+                {"from": "function_call", "value": json.dumps(CALL)},
+                {"from": "observation", "value": "wet"},
+                GPT,
+            ]
+        },
+        {
+            "conversations": [
+                HUMAN,
+                {"from": "function_call", "value": json.dumps([CALL])},
+                {"from": "observation", "value": "wet"},
+                GPT,
+            ]
+        },
+        {"messages": [USER, CALLED, {"role": "tool", "content": "wet"}, ANSWER]},
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "tool_calls": [{**CALL, "arguments": '{"city": "Bern"}'}]},
+                {"role": "tool", "content": "wet"},
+                ANSWER,
+            ]
+        },
+    ],
+)
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [{"type": "function", "function": TOOL}]])
+def test_calls_results_and_tools_come_out_in_one_form(value, tools):
+    found = read({**value, "tools": tools})
+    assert found.messages == [USER, CALLED, {"role": "tool", "content": "wet"}, ANSWER]
+    assert found.tools == [{"type": "function", "function": TOOL}]
+
+
+def test_ids_names_and_reasoning_of_messages_are_kept():
+    call = {**CALLED, "tool_calls": [{**CALLED["tool_calls"][0], "id": "abc"}], "reasoning_content": "hm"}
+    result = {"role": "tool", "content": "", "tool_call_id": "abc", "name": "weather"}
+    assert read({"messages": [USER, call, result, ANSWER]}).messages == [USER, call, result, ANSWER]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"instruction": "Rain?", "chosen": "Yes.", "rejected": "No."},
+        {"instruction": "Rain?", "input": "", "output": None, "chosen": "Yes.", "rejected": "No."},
+        {"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "No."}},
+        {"messages": [USER], "chosen": ANSWER, "rejected": {"role": "assistant", "content": "No."}},
+    ],
+)
+def test_every_format_of_one_preference_gives_the_same_pair(value):
+    found = read_pair(value)
+    assert (found.prompt, found.chosen, found.rejected) == ([USER], ANSWER, {"role": "assistant", "content": "No."})
+    assert found.tools is None
+
+
+def test_an_answer_to_a_tool_and_a_call_can_be_preferred():
+    turns = [HUMAN, {"from": "function_call", "value": json.dumps(CALL)}, {"from": "observation", "value": "wet"}]
+    assert read_pair({"conversations": turns, "chosen": GPT, "rejected": {**GPT, "value": "No."}}).prompt[-1]["role"] == "tool"
+    call = {"from": "function_call", "value": json.dumps(CALL)}
+    assert read_pair({"conversations": [HUMAN], "chosen": call, "rejected": GPT, "tools": [TOOL]}).chosen == CALLED
+
+
+def test_a_default_system_prompt_gives_way_to_the_records_own():
+    assert with_system([USER, ANSWER], "Be brief.") == [SYSTEM, USER, ANSWER]
+    assert with_system([USER, ANSWER], None) == with_system([USER, ANSWER], "") == [USER, ANSWER]
+    own = [{"role": "system", "content": "Be long."}, USER, ANSWER]
+    assert with_system(own, "Be brief.") == own
+
+
+# ---- complaints
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        # which format
+        (
+            {},
+            "exactly one of the keys 'instruction' or 'conversations' or 'messages' tells the format of a chat",
+        ),
+        ({"text": "a", "id": 1}, "the record's keys: 'text', 'id'"),
+        ({"messages": [USER, ANSWER], "instruction": "a"}, "exactly one of the keys"),
+        ({"instruction": "a", "chosen": "b", "rejected": "c"}, "the key 'chosen' makes this a preference, not a conversation"),
+        # Alpaca
+        ({"instruction": "a"}, "no key 'output', which is the answer to 'instruction'"),
+        ({"instruction": "a", "output": " \n"}, "'output' is empty"),
+        ({"instruction": "a", "output": ["b"]}, "'output' must be a string, not an array"),
+        ({"instruction": 1, "output": "b"}, "'instruction' must be a string, not a number"),
+        ({"instruction": "", "input": " ", "output": "b"}, "'instruction' is empty"),
+        ({"instruction": "a", "input": {}, "output": "b"}, "'input' must be a string, not an object"),
+        ({"instruction": "a", "output": "b", "system": True}, "'system' must be a string, not true"),
+        ({"instruction": "a", "output": "b", "history": "x"}, "'history' must be a list, not a string"),
+        (
+            {"instruction": "a", "output": "b", "history": [["x"]]},
+            "'history'[0] must be a list of a question and its answer, not an array",
+        ),
+        ({"instruction": "a", "output": "b", "history": [["q", "r"], ["x", ""]]}, "'history'[1] is empty"),
+        # ShareGPT
+        ({"conversations": []}, "'conversations' is empty"),
+        ({"conversations": {}}, "'conversations' must be a list, not an object"),
+        ({"conversations": ["a"]}, "'conversations'[0] must be an object, not a string"),
+        ({"conversations": [USER]}, "'conversations'[0] has no 'from'; its keys: 'role', 'content'"),
+        (
+            {"conversations": [{"from": "user", "value": "a"}]},
+            "'conversations'[0]: 'from' must be one of system, human, gpt, function_call, observation, not 'user'",
+        ),
+        ({"conversations": [HUMAN, {"from": "gpt"}]}, "'conversations'[1] has no 'value'"),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": ""}]}, "'conversations'[1]: 'value' is empty"),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": None}]}, "'conversations'[1]: 'value' must be a string, not null"),
+        ({"conversations": [HUMAN]}, "'conversations'[0]: a conversation ends with 'gpt', not with 'human'"),
+        (
+            {"conversations": [GPT, HUMAN]},
+            "'conversations'[0]: 'gpt' cannot stand at the beginning, where 'system' or 'human' belongs",
+        ),
+        (
+            {"conversations": [HUMAN, HUMAN, GPT]},
+            "'conversations'[1]: 'human' cannot stand behind 'human', where 'gpt' or 'function_call' belongs",
+        ),
+        (
+            {"conversations": [{"from": "system", "value": "a"}, HUMAN, GPT], "system": "b"},
+            "'conversations'[0]: 'system' cannot stand behind 'system'",
+        ),
+        (
+            {"conversations": [HUMAN, {"from": "observation", "value": "a"}, GPT]},
+            "'conversations'[1]: 'observation' cannot stand behind 'human'",
+        ),
+        (
+            {"conversations": [HUMAN, {"from": "function_call", "value": "{"}]},
+            "'conversations'[1]: 'value' is not valid JSON: ",
+        ),
+        (
+            {"conversations": [HUMAN, {"from": "function_call", "value": "[]"}]},
+            "'conversations'[1]: 'value' must be a list of calls, not an empty one",
+        ),
+        (
+            {"conversations": [HUMAN, {"from": "function_call", "value": "3"}]},
+            "'conversations'[1]: 'value'[0] must be an object",
+        ),
+        (
+            {"conversations": [HUMAN, {"from": "function_call", "value": CALL}]},
+            "'conversations'[1]: 'value' must be a string, not an object",
+        ),
+        (
+            {"conversations": [HUMAN, {"from": "function_call", "value": json.dumps(CALL)}, GPT]},
+            "'conversations'[2]: 'gpt' cannot stand behind 'function_call', where 'observation' belongs",
+        ),
+        # OpenAI
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "'messages'[1]: 'content' is empty"),
+        ({"messages": [USER, {"role": "assistant"}]}, "'messages'[1]: 'content' must be a string, not null"),
+        (
+            {"messages": [USER, {"role": "developer", "content": "a"}]},
+            "'messages'[1]: 'role' must be one of system, user, assistant, tool, not 'developer'",
+        ),
+        ({"messages": [USER, {"role": ["user"], "content": "a"}]}, "'messages'[1]: 'role' must be one of"),
+        (
+            {"messages": [USER, {**ANSWER, "weight": 0}]},
+            "'messages'[1]: the key 'weight' is not supported: messages cannot be weighed",
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "function_call": CALL}]},
+            "'messages'[1]: the key 'function_call' is not supported: 'tool_calls' is its name now",
+        ),
+        (
+            {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {}}]}, ANSWER]},
+            "'messages'[0]: 'content'[0] must be a part of type 'text' with its 'text', not 'image_url'",
+        ),
+        (
+            {"messages": [{**USER, "tool_calls": [CALL]}, ANSWER]},
+            "'messages'[0]: only 'assistant' has 'tool_calls', not 'user'",
+        ),
+        ({"messages": [USER, {**CALLED, "content": 5}]}, "'messages'[1]: 'content' must be a string, not a number"),
+        (
+            {"messages": [USER, {**CALLED, "tool_calls": "x"}]},
+            "'messages'[1]: 'tool_calls' must be a list of calls, not a string",
+        ),
+        (
+            {"messages": [USER, {**CALLED, "tool_calls": [{"function": {"arguments": {}}}]}]},
+            "'messages'[1]: 'tool_calls'[0] has no 'name' of a function",
+        ),
+        (
+            {"messages": [USER, {**CALLED, "tool_calls": [{"name": "f"}]}]},
+            "'messages'[1]: 'tool_calls'[0]: 'arguments' must be an object or the JSON text of one, not null",
+        ),
+        (
+            {"messages": [USER, {**CALLED, "tool_calls": [{"name": "f", "arguments": "{"}]}]},
+            "'messages'[1]: 'tool_calls'[0]: 'arguments' is not valid JSON: ",
+        ),
+        (
+            {"messages": [USER, CALLED, USER]},
+            "'messages'[2]: 'user' cannot stand behind 'assistant with tool_calls', where 'tool' belongs",
+        ),
+        # tools
+        ({"messages": [USER, ANSWER], "tools": "[{"}, "'tools' is not valid JSON: "),
+        ({"messages": [USER, ANSWER], "tools": "{}"}, "'tools' must be a list or the JSON text of one, not an object"),
+        ({"messages": [USER, ANSWER], "tools": 3}, "'tools' must be a list or the JSON text of one, not a number"),
+        ({"messages": [USER, ANSWER], "tools": ["f"]}, "'tools'[0] must be an object, not a string"),
+        ({"messages": [USER, ANSWER], "tools": [TOOL, {"parameters": {}}]}, "'tools'[1] has no 'name' of a function"),
+    ],
+)
+def test_a_bad_conversation_is_refused_by_file_line_and_key(value, reason):
+    with pytest.raises(RecordError) as caught:
+        read(value)
+    assert str(caught.value).startswith("data.jsonl:7: ")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"instruction": "a", "output": "b"}, "no key 'chosen': a preference has 'chosen' and 'rejected'"),
+        ({"instruction": "a", "chosen": "b"}, "no key 'rejected'"),
+        ({"instruction": "a", "chosen": "b", "rejected": "b"}, "'chosen' and 'rejected' are equal: there is nothing to prefer"),
+        ({"instruction": "a", "chosen": "b", "rejected": ""}, "'rejected' is empty"),
+        ({"instruction": "a", "chosen": GPT, "rejected": "b"}, "'chosen' must be a string, not an object"),
+        ({"conversations": [HUMAN], "chosen": "b", "rejected": "c"}, "'chosen' must be an object, not a string"),
+        ({"conversations": [HUMAN], "chosen": GPT, "rejected": HUMAN}, "'rejected' must be from 'gpt', not from 'human'"),
+        (
+            {"conversations": [HUMAN, GPT], "chosen": GPT, "rejected": GPT},
+            "'conversations'[1]: a prompt ends with 'human', not with 'gpt'",
+        ),
+        (
+            {"messages": [USER], "chosen": ANSWER, "rejected": {"role": "assistant", "content": None}},
+            "'rejected': 'content' must be a string, not null",
+        ),
+        ({"messages": [], "chosen": ANSWER, "rejected": USER}, "'messages' is empty"),
+    ],
+)
+def test_a_bad_preference_is_refused_by_file_line_and_key(value, reason):
+    with pytest.raises(RecordError) as caught:
+        read_pair(value)
+    assert str(caught.value).startswith("data.jsonl:7: ")
+    assert reason in str(caught.value)
