@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bumblebee.nn import IGNORE
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from bumblebee.tokenizer import Tokenizer
@@ -28,11 +29,13 @@ class DataModule(ABC):
         train: samples to learn from, by index.
         validation: held-out samples, or None.
         tokenizer: saved into every model folder of the run, or None.
+        lengths: int (len(train),), of each training sample, where batches shall be of samples of similar length; or None.
     """
 
     train: Sequence[Any]
     validation: Sequence[Any] | None = None
     tokenizer: Tokenizer | None = None
+    lengths: np.ndarray | None = None
 
     @abstractmethod
     def setup(self, seed: int) -> None:

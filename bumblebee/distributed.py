@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 building_in_shards = False  # true while ZeRO-3 cuts each parameter over the ranks as soon as it is made
 _launchers_store: Store | None = None  # joined once a process
 _groups = 0  # joined so far, one after the other
+_turns = 0  # of first_on_each_machine so far
+POLL = 0.1  # seconds
 
 
 class OtherRankFailed(RuntimeError):
@@ -160,25 +163,46 @@ def barrier() -> None:
 def first_on_each_machine() -> Iterator[bool]:
     """Let one rank of each machine do the body before the others: ``with ... as first``. The others find its result.
 
-    If that rank fails, the others get OtherRankFailed instead of waiting for ever.
+    It may take as long as it takes: the others look at the launcher's store meanwhile, where a collective would end the run
+    after its timeout. If one of those ranks fails, the others get OtherRankFailed instead of waiting for ever.
     """
     first = local_rank() == 0
     if not _many():
         yield True
         return
+    turn, machines = _next_turn(first)
+    if first:
+        try:
+            yield True
+        except BaseException:
+            store().add(f"{turn}/failed", 1)
+            raise
+        store().add(f"{turn}/done", 1)
+    _wait_for(turn, machines)
+    if not first:
+        yield False
+
+
+def _wait_for(turn: str, machines: int) -> None:
+    import torch.distributed as dist
+
+    try:
+        while not (failed := store().add(f"{turn}/failed", 0)) and store().add(f"{turn}/done", 0) < machines:
+            time.sleep(POLL)
+    except dist.DistError:  # the rank that holds the store has ended
+        failed = 1
+    if failed:
+        raise OtherRankFailed("another rank failed while it prepared shared files; its message tells why")
+
+
+def _next_turn(first: bool) -> tuple[str, int]:
+    """A name that no turn has had before, and how many ranks are the first of their machine. Collective."""
+    global _turns
     import torch
     import torch.distributed as dist
 
-    failed = torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    try:
-        if first:
-            yield True
-    except BaseException:
-        failed += 1
-        raise
-    finally:
-        dist.all_reduce(failed)
-    if failed.item() and not first:
-        raise OtherRankFailed("another rank failed while it prepared shared files; its message tells why")
-    if not first:
-        yield False
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    agreed = torch.tensor([_turns + 1], device=device)
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)  # a rank may have missed one that was refused
+    _turns = int(agreed.item())
+    return f"first-on-each-machine-{_turns}", int(all_reduce_sum(torch.tensor([int(first)], device=device)).item())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,29 @@ from torch.utils.data import DataLoader, Dataset
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.plan import Place, Plan
 
+# Samples of similar length that stay together. Constants, so that the order knows nothing of ranks and batch sizes.
+GROUP = 64
+GROUPS_SORTED = 64  # groups that are cut from one sorted chunk: the larger, the more alike the lengths and the less the chance
 
-@lru_cache(maxsize=2)
-def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of ``range(samples)`` that depends on (seed, epoch) alone, not on how one got there."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(samples)
+
+def epoch_order(samples: int, seed: int, epoch: int, lengths: np.ndarray | None = None) -> np.ndarray:
+    """A permutation of ``range(samples)`` that depends on (seed, epoch, lengths) alone, not on how one got there.
+
+    Args:
+        samples: how many.
+        seed: of the run.
+        epoch: from 0.
+        lengths: (samples,) where neighbours shall be of similar length, so that batches need little padding. Shuffled samples
+            are sorted within large chunks, cut into groups, and the groups are shuffled.
+    """
+    random = np.random.Generator(np.random.PCG64([seed, epoch]))
+    order = random.permutation(samples)
+    if lengths is None:
+        return order
+    chunks = np.arange(samples) // (GROUP * GROUPS_SORTED)
+    order = order[np.lexsort((lengths[order], chunks))]
+    groups = np.split(order, np.arange(GROUP, samples, GROUP))
+    return np.concatenate([groups[number] for number in random.permutation(len(groups))])
 
 
 class MicroBatches(Dataset):
@@ -26,9 +43,16 @@ class MicroBatches(Dataset):
     def __init__(self, data: DataModule, seed: int) -> None:
         self.data = data
         self.seed = seed
+        self._order: tuple[int, np.ndarray] | None = None  # of the epoch that was asked for last
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch."""
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, epoch_order(len(self.data.train), self.seed, epoch, self.data.lengths)
+        return self._order[1]
 
     def __getitem__(self, place: Place) -> Batch:
-        order = epoch_order(len(self.data.train), self.seed, place.epoch)
+        order = self.order(place.epoch)
         samples = [self.data.train[int(index)] for index in order[place.first : place.last]]
         if samples:
             return self.data.collate(samples)
@@ -37,7 +61,7 @@ class MicroBatches(Dataset):
 
 def records(data: DataModule, place: Place, seed: int) -> list[str]:
     """Where the samples of a micro-batch came from, for people."""
-    order = epoch_order(len(data.train), seed, place.epoch)
+    order = MicroBatches(data, seed).order(place.epoch)
     return [data.origin(int(index)) for index in order[place.first : place.last]]
 
 

@@ -91,11 +91,11 @@ def expand(files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> 
         raise ValueError("no files were given")
     unique: dict[str, str] = {}
     for path in found:
-        unique.setdefault(_identity(path), path)
+        unique.setdefault(identity(path), path)
     return list(unique.values())
 
 
-def _identity(path: str) -> str:
+def identity(path: str) -> str:
     return path if path == CORPUS else os.path.realpath(path)
 
 

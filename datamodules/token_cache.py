@@ -1,13 +1,18 @@
-"""The token cache: documents tokenised once, then memory-mapped by every rank and every later run.
+"""The token cache: records tokenised once, then memory-mapped by every rank and every later run.
 
-A cache is a folder named by a hash of what its content follows from (files, tokenizer, options). It is written aside and
-renamed, so it is complete or absent. In it:
+A sample is what a record becomes: one sequence of ids (a document, a conversation) or two (the chosen and the rejected answer
+behind the same prompt). A cache is a folder named by a hash of what its content follows from (files, tokenizer, template,
+options). It is written aside and renamed, so it is complete or absent. In it:
 
-    tokens.bin      all documents one after the other, each with its end-of-text id; uint16 or uint32
-    ends.npy        int64 (documents,): where each document ends in tokens.bin
-    digests.npy     uint64 (documents,): hash of each document's text with its white space evened out
-    sources.npy     int64 (documents, 2): number of the file, line of the record
+    tokens.bin      all sequences one after the other; uint16 or uint32
+    trained.bin     one bit for each token, first token in the highest bit: whether it is a target; absent where all are
+    ends.bin        int64 (sequences,): where each sequence ends in tokens.bin
+    targets.bin     int64 (sequences,): tokens of each that are trained; absent where all are
+    digests.bin     uint64 (samples,): hash of each sample's text with its white space evened out
+    sources.bin     int64 (samples, 2): number of the file, line of the record
     about.json      files, counts
+
+Reading and naming are here; ``cache_writer.py`` writes.
 """
 
 from __future__ import annotations
@@ -15,30 +20,22 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from bumblebee.checkpoint.atomic import write_json, written_aside
-from bumblebee.tokenizer import Tokenizer
+from bumblebee.checkpoint.atomic import read_json, remove, write_json
+from bumblebee.nn import IGNORE
 
-FORMAT = 1  # raised whenever the content of a cache changes for the same inputs
-BATCH = 1024  # documents tokenised at a time, on all cores
+FORMAT = 2  # raised whenever the content of a cache changes for the same inputs
+LARGE = 1 << 26  # bytes; the digests of larger files are remembered
 
-
-@dataclass(frozen=True)
-class Document:
-    """A text and where it came from (number of the file, line)."""
-
-    text: str
-    file: int
-    line: int
+Piece = tuple[np.ndarray, np.ndarray]  # inputs and labels, int64 (T,) each: the label is the token that follows, or IGNORE
 
 
 class TokenCache:
@@ -49,26 +46,61 @@ class TokenCache:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.about: dict[str, Any] = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        file = folder / "tokens.bin"
-        empty = not self.about["tokens"]  # no documents: there is nothing to map then
-        self.tokens = np.zeros(0, self.about["dtype"]) if empty else np.memmap(file, dtype=self.about["dtype"], mode="r")
-        self.ends = np.load(folder / "ends.npy")
-        self.digests = np.load(folder / "digests.npy")
-        self.sources = np.load(folder / "sources.npy")
+        samples, sequences, tokens = (self.about[name] for name in ("samples", "sequences", "tokens"))
+        self.tokens = _mapped(folder / "tokens.bin", self.about["dtype"], (tokens,))
+        self.ends = _mapped(folder / "ends.bin", "int64", (sequences,))
+        self.digests = _mapped(folder / "digests.bin", "uint64", (samples,))
+        self.sources = _mapped(folder / "sources.bin", "int64", (samples, 2))
+        self._bits: np.ndarray | None = None
+        if self.about["masked"]:
+            self._bits = _mapped(folder / "trained.bin", "uint8", (-(-tokens // 8),))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenCache, (self.folder,)  # another process maps the files anew: pickled maps would be copies
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.digests)
 
-    @property
+    @cached_property
     def begins(self) -> np.ndarray:
-        """Where each document begins in ``tokens``."""
-        return np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
+        """Where each sequence begins in ``tokens``."""
+        return np.concatenate([[0], self.ends[:-1]]).astype(np.int64) if len(self.ends) else np.zeros(0, np.int64)
 
-    def origin(self, document: int) -> str:
-        """FILE:LINE of a document."""
-        file, line = self.sources[document]
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """How many tokens of each sequence are targets; its first token never is one."""
+        if self._bits is not None:
+            return _mapped(self.folder / "targets.bin", "int64", self.ends.shape)
+        return np.maximum(self.ends - self.begins - 1, 0)
+
+    def trained(self, start: int, stop: int) -> np.ndarray:
+        """Whether each token from ``start`` to ``stop`` (exclusive) is a target: bool (stop - start,)."""
+        if self._bits is None:
+            return np.ones(stop - start, dtype=bool)
+        first = start // 8
+        bits = np.unpackbits(self._bits[first : -(-stop // 8)])
+        return bits[start - 8 * first : stop - 8 * first].astype(bool)
+
+    def piece(self, start: int, length: int) -> Piece:
+        """``length`` inputs that begin at token ``start``, each with the token that follows as its label."""
+        tokens = self.tokens[start : start + length + 1].astype(np.int64)
+        if self._bits is None:
+            return tokens[:-1], tokens[1:]
+        return tokens[:-1], np.where(self.trained(start + 1, start + length + 1), tokens[1:], IGNORE)
+
+    def origin(self, sample: int) -> str:
+        """FILE:LINE of a sample."""
+        file, line = self.sources[sample]
         return f"{self.about['files'][file]}:{line}"
+
+
+def _mapped(file: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    return np.memmap(file, dtype=dtype, mode="r", shape=shape) if shape[0] else np.zeros(shape, dtype)  # nothing to map
+
+
+# -- names ---------------------------------------------------------------------------------------------------------------
 
 
 def cache_key(*parts: Any) -> str:
@@ -76,8 +108,30 @@ def cache_key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:20]
 
 
-def file_digest(path: str) -> str:
-    """Hash of a file's content."""
+def file_digest(path: str, memory: Path | None = None) -> str:
+    """Hash of a file's content.
+
+    Args:
+        path: of the file.
+        memory: folder in which the digests of large files are kept, as long as a file's size, place and times are the same.
+    """
+    state = os.stat(path)
+    if memory is None or state.st_size < LARGE:
+        return _content_digest(path)
+    now = [os.path.realpath(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+    note = memory / f"{cache_key(now[0])}.json"
+    try:
+        then = read_json(note)
+    except (OSError, ValueError):
+        then = {}
+    if then.get("file") != now:
+        then = {"file": now, "digest": _content_digest(path)}
+        memory.mkdir(parents=True, exist_ok=True)
+        write_json(note, then)
+    return then["digest"]
+
+
+def _content_digest(path: str) -> str:
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -90,6 +144,11 @@ def text_digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest(), "little")
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a cache is there."""
+    return (folder / "about.json").is_file()
+
+
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Let other processes wait, such as another run that was started at the same moment and needs the same cache."""
@@ -99,46 +158,13 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def build(
-    folder: Path, documents: Iterable[Document], about: dict[str, Any], tokenizer: Tokenizer, eos: int, show: bool
-) -> None:
-    """Write a cache.
-
-    Args:
-        folder: where; complete or absent afterwards.
-        documents: read once, never all in memory.
-        about: what to write into about.json beside the counts: "files", which the documents' numbers stand for, and
-            whatever else has become known by the time all documents are read.
-        tokenizer: text to ids.
-        eos: id appended to each document.
-        show: a progress bar.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written.
-    """
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    ends: list[int] = []
-    digests: list[int] = []
-    sources: list[tuple[int, int]] = []
-    total = 0
-    bar = tqdm(documents, desc="tokenising", unit=" documents", disable=None if show else True, leave=False)
-    with written_aside(folder) as aside:
-        with open(aside / "tokens.bin", "wb") as out:
-            for batch in _batches(bar, BATCH):
-                for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-                    out.write(np.array([*ids, eos], dtype=dtype).tobytes())
-                    total += len(ids) + 1
-                    ends.append(total)
-                    digests.append(text_digest(document.text))
-                    sources.append((document.file, document.line))
-        np.save(aside / "ends.npy", np.array(ends, dtype=np.int64))
-        np.save(aside / "digests.npy", np.array(digests, dtype=np.uint64))
-        np.save(aside / "sources.npy", np.array(sources, dtype=np.int64).reshape(-1, 2))
-        counts = {"documents": len(ends), "tokens": total, "dtype": np.dtype(dtype).name}
-        write_json(aside / "about.json", {**about, **counts})
-
-
-def _batches(items: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def remove_leftovers(parent: Path) -> None:
+    """Delete what processes that were killed while they wrote have left beside complete caches."""
+    for aside in parent.glob(".*.partial"):
+        lock = parent / f"{aside.name.removesuffix('.partial')}.lock"
+        with open(lock, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # it is being written; or it is our own, which begins by deleting it
+                continue
+            remove(aside)

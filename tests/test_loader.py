@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bumblebee.datamodule import DataModule
-from bumblebee.loader import epoch_order, train_windows, validation_batches
+from bumblebee.loader import GROUP, epoch_order, train_windows, validation_batches
 from bumblebee.nn import IGNORE
 from bumblebee.plan import Plan
 
@@ -41,13 +41,62 @@ def flat(steps: list[list[list[int]]]) -> list[int]:
 
 @given(st.integers(1, 100), st.integers(0, 5), st.integers(0, 5))
 def test_an_epochs_order_is_a_permutation_that_depends_on_seed_and_epoch_alone(samples, seed, epoch):
-    epoch_order.cache_clear()
     order = epoch_order(samples, seed, epoch)
     assert sorted(order) == list(range(samples))
     np.random.random(3)
     epoch_order(samples, seed, epoch + 1)
-    epoch_order.cache_clear()
     assert (epoch_order(samples, seed, epoch) == order).all()
+
+
+LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=400)
+
+
+@given(LENGTHS, st.integers(0, 5), st.integers(0, 5))
+def test_an_order_by_length_is_a_permutation_that_depends_on_seed_epoch_and_lengths_alone(lengths, seed, epoch):
+    order = epoch_order(len(lengths), seed, epoch, np.array(lengths))
+    assert sorted(order) == list(range(len(lengths)))
+    np.random.random(3)
+    assert (epoch_order(len(lengths), seed, epoch, np.array(lengths)) == order).all()
+
+
+@given(LENGTHS, st.integers(0, 5))
+def test_samples_of_a_group_follow_one_another_in_length(lengths, epoch):
+    """Naively: where the order is cut into its groups, each is a stretch of the sorted lengths."""
+    order = epoch_order(len(lengths), 1, epoch, np.array(lengths)).tolist()
+    rest = len(lengths) % GROUP
+    ordered = sorted(lengths)
+    stretches = [ordered[at : at + GROUP] for at in range(0, len(lengths), GROUP)]
+    at = 0
+    while order[at:]:
+        # The one smaller group may be anywhere: take it where it fits, and whole groups elsewhere.
+        for size in (GROUP, rest):
+            own = [lengths[index] for index in order[at : at + size]]
+            if size and own in stretches:
+                stretches.remove(own)
+                at += size
+                break
+        else:
+            raise AssertionError(f"no stretch of the sorted lengths begins at {at}")
+    assert not stretches
+
+
+def test_batches_by_length_need_a_small_part_of_the_padding():
+    random = np.random.default_rng(0)
+    lengths = random.lognormal(5, 0.8, 20_000).astype(int) + 1
+
+    def padding(order: np.ndarray) -> float:
+        batches = lengths[order].reshape(-1, 8)
+        return 1 - lengths.sum() / (batches.max(axis=1).sum() * 8)
+
+    shuffled, grouped = padding(epoch_order(20_000, 1, 0)), padding(epoch_order(20_000, 1, 0, lengths))
+    assert shuffled > 0.4 and grouped < 0.03
+
+
+def test_orders_by_length_differ_between_epochs_and_do_not_sort_the_epoch():
+    lengths = np.arange(1000)
+    first, second = (epoch_order(1000, 1, epoch, lengths) for epoch in (0, 1))
+    assert (first != second).any()
+    assert abs(np.corrcoef(np.arange(1000), lengths[first])[0, 1]) < 0.5
 
 
 def test_orders_of_different_seeds_and_epochs_differ():
@@ -90,6 +139,24 @@ def test_the_shares_of_ranks_partition_each_step():
     for step, window in enumerate(windows(alone)):
         together = [sample for steps in of_ranks for sample in flat([steps[step]])]
         assert sorted(together) == sorted(flat([window]))
+
+
+def test_batches_by_length_partition_each_step_and_can_be_started_anywhere():
+    class Long(Numbers):
+        def __init__(self, samples: int) -> None:
+            super().__init__(samples)
+            self.lengths = np.random.default_rng(0).integers(1, 100, samples)
+
+    def made(plan: Plan, rank: int = 0, first_step: int = 0) -> list[list[list[int]]]:
+        steps = train_windows(Long(plan.samples), plan, 1, rank, first_step, 0, pin_memory=False)
+        return [[batch["labels"].tolist() for batch in window] for window in steps]
+
+    alone, shared = Plan(200, 2, 6, 1, max_steps=30), Plan(200, 2, 2, 3, max_steps=30)
+    whole, of_ranks = made(alone), [made(shared, rank) for rank in range(3)]
+    for step, window in enumerate(whole):
+        assert sorted(sample for steps in of_ranks for sample in flat([steps[step]])) == sorted(flat([window]))
+    assert made(alone, first_step=18) == whole[18:]
+    assert sorted(flat(whole[: alone.steps_per_epoch])) == list(range(200))
 
 
 def test_a_rank_that_has_run_out_gets_micro_batches_without_targets():

@@ -60,6 +60,6 @@ def test_files_and_lines_of_the_records_are_named(tmp_path: Path, tokenizer_fold
     lines = {int(word.rstrip(".").rsplit(":", 1)[1]) for word in str(caught.value).split() if "texts.jsonl:" in word}
     # The window's text must be that of the named lines.
     order = next(i for i in range(len(data.train)) if f"texts.jsonl:{min(lines)}" in data.origin(i))
-    text = " ".join(data.tokenizer.decode(piece.tolist()) for piece in data.train[order])
+    text = " ".join(data.tokenizer.decode(labels.tolist()) for _, labels in data.train[order])
     for line in lines:
         assert f"number {line - 1}." in text

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from bumblebee.nn import IGNORE
 from bumblebee.tokenizer import Tokenizer
-from datamodules import Pretrain, pretrain
-from datamodules.formats import RecordError
-from datamodules.token_cache import Document
+from datamodules import Pretrain, token_data
+from datamodules.formats import Record, RecordError
 
 WORDS = "the a list file return value tuple dict string raises if is None and not of to".split()
 TEXTS = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=80).map(" ".join), min_size=1, max_size=25)
@@ -135,7 +134,8 @@ def test_text_that_spells_the_end_of_text_is_trained_as_text(make):
 
 def texts_of(data: Pretrain, side) -> list[str]:
     cache = side.cache
-    return [data.tokenizer.decode(cache.tokens[cache.begins[d] : cache.ends[d]].tolist()) for d in side.documents]
+    numbers = data.chosen if side is data.train else data.held_out
+    return [data.tokenizer.decode(cache.tokens[cache.begins[d] : cache.ends[d]].tolist()) for d in numbers]
 
 
 def test_equal_texts_are_all_on_one_side_of_the_split(make):
@@ -144,13 +144,13 @@ def test_equal_texts_are_all_on_one_side_of_the_split(make):
     train, held_out = ({" ".join(t.split()) for t in texts_of(data, side)} for side in (data.train, data.validation))
     assert train and held_out and not train & held_out
     assert train | held_out == set(many(30))
-    assert len(data.train.documents) + len(data.validation.documents) == 90
+    assert len(data.chosen) + len(data.held_out) == 90
 
 
 @pytest.mark.parametrize("ratio", [0.001, 0.1, 0.5])
 def test_the_split_holds_out_its_share_and_at_least_one(ratio, make):
     data = make(many(100), validation_ratio=ratio)
-    assert len(data.validation.documents) == max(1, round(ratio * 100))
+    assert len(data.held_out) == max(1, round(ratio * 100))
 
 
 def test_the_split_follows_from_the_texts_not_from_their_order_or_the_seed(make):
@@ -163,14 +163,14 @@ def test_the_split_follows_from_the_texts_not_from_their_order_or_the_seed(make)
 
 def test_without_a_ratio_nothing_is_held_out(make):
     data = make(many())
-    assert data.validation is None and len(data.train.documents) == 40
+    assert data.validation is None and len(data.chosen) == 40
 
 
 def test_validation_files_are_held_out_whole(make, tmp_path):
     other = write(tmp_path / "other.jsonl", ["held out one", "held out two"])
     data = make(many(), validation_files=other)
     assert texts_of(data, data.validation) == ["held out one", "held out two"]
-    assert len(data.train.documents) == 40
+    assert len(data.chosen) == 40
 
 
 def test_deduplicate_keeps_the_first_of_the_texts_that_differ_in_white_space_only(make):
@@ -191,8 +191,8 @@ def test_without_deduplicate_every_copy_is_kept(make):
 def tokenised(monkeypatch):
     """How often texts have been tokenised."""
     calls = []
-    real = pretrain.build
-    monkeypatch.setattr(pretrain, "build", lambda *args, **options: (calls.append(1), real(*args, **options)))
+    real = token_data.build
+    monkeypatch.setattr(token_data, "build", lambda *args, **options: (calls.append(1), real(*args, **options)))
     return calls
 
 
@@ -223,8 +223,8 @@ def test_changed_content_another_tokenizer_or_another_way_with_bad_records_is_to
 
 def test_a_second_start_after_one_that_died_while_tokenising_has_everything(make, tokenizer_folder, tmp_path):
     class Dying(Pretrain):
-        def read(self, files, about):
-            yield Document("half of it", 0, 1)
+        def read(self, mix):
+            yield Record(mix.files[0], 1, {"text": "half of it"})
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
@@ -281,9 +281,9 @@ class Shouting(Pretrain):
     def reading(self):
         return [*super().reading(), self.mark]
 
-    def read(self, files, about):
-        for document in super().read(files, about):
-            yield Document(document.text.upper() + self.mark, document.file, document.line)
+    def read(self, mix):
+        for record in super().read(mix):
+            yield Record(record.file, record.line, {"text": record.value["text"].upper() + self.mark})
 
 
 def test_a_subclass_that_reads_otherwise_has_its_own_tokens_not_those_of_the_base_class(make, tokenised):

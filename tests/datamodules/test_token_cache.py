@@ -2,85 +2,194 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bumblebee.nn import IGNORE
 from bumblebee.tokenizer import Tokenizer
-from datamodules.token_cache import BATCH, Document, TokenCache, build, cache_key, file_digest, text_digest
+from datamodules import cache_writer, token_cache
+from datamodules.cache_writer import RECORDS, build
+from datamodules.encoders import Encoder, Sample, TextEncoder
+from datamodules.formats import Record, RecordError
+from datamodules.token_cache import TokenCache, cache_key, file_digest, one_at_a_time, remove_leftovers, text_digest
 
-EOS = 0
+FILES = ["a.jsonl", "b.jsonl"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tokenizer_folder):
-    return Tokenizer.from_pretrained(tokenizer_folder)
+def encoder(tokenizer_folder):
+    return TextEncoder(str(tokenizer_folder), Tokenizer.from_pretrained(tokenizer_folder))
 
 
-def built(folder, documents, tokenizer):
-    build(folder, iter(documents), {"files": ["a.jsonl", "b.jsonl"], "bad_records": 0}, tokenizer, EOS, show=False)
+def built(folder, records, encoder, skip=False):
+    build(folder, iter(records), encoder, FILES, skip, show=False)
     return TokenCache(folder)
 
 
+def text(content: str, line: int = 1, file: str = "a.jsonl") -> Record:
+    return Record(file, line, {"text": content})
+
+
+class Masks(Encoder):
+    """Two sequences a record, with the ids and masks that stand in it; a record without any is bad."""
+
+    sequences = 2
+
+    def __init__(self, size: int = 300) -> None:
+        self.size = size
+
+    @property
+    def dtype(self):
+        return np.uint16 if self.size <= 2**16 else np.uint32
+
+    def samples(self, records):
+        return [
+            Sample(
+                [[t for t, _ in row] for row in record.value["rows"]], [[m for _, m in row] for row in record.value["rows"]], 1
+            )
+            if record.value
+            else RecordError(record.file, record.line, "empty")
+            for record in records
+        ]
+
+
+ROW = st.lists(st.tuples(st.integers(0, 299), st.booleans()), max_size=20)
+
+
 @settings(max_examples=12)
-@given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=20))
-def test_every_text_comes_back_with_one_end_of_text_behind_it(texts, tokenizer, tmp_path_factory):
+@given(texts=st.lists(st.text(min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=20))
+def test_every_text_comes_back_with_one_end_of_text_behind_it(texts, encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts") / "cache"
     texts = [text.encode(errors="replace").decode() for text in texts]
-    cache = built(folder, [Document(text, 0, line) for line, text in enumerate(texts, 1)], tokenizer)
+    cache = built(folder, [text(content, line) for line, content in enumerate(texts, 1)], encoder)
     assert len(cache) == len(texts)
-    for begin, end, text in zip(cache.begins, cache.ends, texts, strict=True):
+    for begin, end, content in zip(cache.begins, cache.ends, texts, strict=True):
         *ids, last = cache.tokens[begin:end].tolist()
-        assert last == EOS and EOS not in ids
-        assert tokenizer.decode(ids) == text
+        assert last == encoder.tokenizer.eos_token_id and last not in ids
+        assert encoder.tokenizer.decode(ids) == content
 
 
-def test_more_documents_than_are_tokenised_at_a_time_keep_their_order(tokenizer, tmp_path):
-    texts = [f"document {number}" for number in range(2 * BATCH + 5)]
-    cache = built(tmp_path / "c", [Document(text, 0, 1) for text in texts], tokenizer)
-    stream = tokenizer.decode(cache.tokens.tolist(), skip_special_tokens=False)
+@settings(max_examples=30)
+@given(pairs=st.lists(st.tuples(ROW, ROW), max_size=12), size=st.integers(1, 5))
+def test_masks_come_back_bit_by_bit_however_records_are_batched(pairs, size, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("masks") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_writer, "RECORDS", size)
+        cache = built(folder, [Record("a.jsonl", 1, {"rows": pair}) for pair in pairs], Masks())
+    rows = [row for pair in pairs for row in pair]
+    assert len(cache) == len(pairs) and len(cache.ends) == len(rows)
+    for number, row in enumerate(rows):
+        begin, end = int(cache.begins[number]), int(cache.ends[number])
+        assert cache.tokens[begin:end].tolist() == [token for token, _ in row]
+        assert cache.trained(begin, end).tolist() == [mask for _, mask in row]
+        assert cache.targets[number] == sum(mask for _, mask in row[1:])  # nothing comes before a first token to predict it
+        if row:
+            inputs, labels = cache.piece(begin, end - begin - 1)
+            assert inputs.tolist() == [token for token, _ in row[:-1]]
+            assert labels.tolist() == [token if mask else IGNORE for token, mask in row[1:]]
+
+
+def test_more_records_than_are_encoded_at_a_time_keep_their_order(encoder, tmp_path):
+    texts = [f"document {number}" for number in range(2 * RECORDS + 5)]
+    cache = built(tmp_path / "c", map(text, texts), encoder)
+    stream = encoder.tokenizer.decode(cache.tokens.tolist(), skip_special_tokens=False)
     assert stream.split("<|endoftext|>") == [*texts, ""]
-    assert cache.about["documents"] == len(texts) and cache.about["tokens"] == len(cache.tokens)
+    assert cache.about["samples"] == len(texts) and cache.about["tokens"] == len(cache.tokens)
 
 
-def test_a_document_knows_its_file_and_line(tokenizer, tmp_path):
-    cache = built(tmp_path / "c", [Document("x", 0, 3), Document("y", 1, 17)], tokenizer)
+def test_a_batch_ends_with_many_characters_as_it_does_with_many_records():
+    """So that memory is bounded for long documents as well."""
+    long = [text("x" * (cache_writer.CHARACTERS // 2)) for _ in range(5)]
+    assert [len(batch) for batch in cache_writer.batches(long)] == [2, 2, 1]
+    assert [len(batch) for batch in cache_writer.batches([text("x")] * (RECORDS + 1))] == [RECORDS, 1]
+
+
+def test_a_sample_knows_its_file_and_line(encoder, tmp_path):
+    cache = built(tmp_path / "c", [text("x", 3), text("y", 17, "b.jsonl")], encoder)
     assert [cache.origin(0), cache.origin(1)] == ["a.jsonl:3", "b.jsonl:17"]
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
 def test_tokens_are_stored_in_the_smallest_type_that_holds_all_ids(size, dtype, tmp_path):
-    class Counting:
-        vocab_size = size
-
-        def encode_batch(self, texts):
-            return [[size - 1] for _ in texts]
-
-    cache = built(tmp_path / "c", [Document("x", 0, 1)], Counting())
+    row = [(size - 1, True)]
+    cache = built(tmp_path / "c", [Record("a.jsonl", 1, {"rows": [row, row]})], Masks(size))
     assert cache.tokens.dtype == dtype
-    assert cache.tokens.tolist() == [size - 1, EOS]
+    assert cache.tokens.tolist() == [size - 1, size - 1]
 
 
-@pytest.mark.parametrize("before", [0, 1, BATCH + 3])
-def test_nothing_is_left_when_reading_dies_midway(before, tokenizer, tmp_path):
-    def dying():
-        for number in range(before):
-            yield Document(f"text {number}", 0, number)
-        raise RuntimeError("the disk is on fire")
+def test_a_cache_is_sent_to_another_process_as_its_folder(encoder, tmp_path):
+    cache = built(tmp_path / "c", [text("word " * 10_000)], encoder)
+    sent = pickle.dumps(cache)
+    assert len(sent) < 1000
+    assert pickle.loads(sent).tokens.tolist() == cache.tokens.tolist()
 
-    with pytest.raises(RuntimeError, match="on fire"):
-        built(tmp_path / "c", dying(), tokenizer)
+
+# -- bad records ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_bad_record_in_the_files_ends_it_whether_reading_or_encoding_finds_it(tmp_path):
+    def broken():
+        yield Record("a.jsonl", 1, {"rows": [[], []]})
+        yield Record("a.jsonl", 2, {})
+        yield RecordError("a.jsonl", 3, "not valid JSON")
+        raise RecordError("a.jsonl", 4, "the file is truncated")
+
+    with pytest.raises(RecordError, match=r"^a\.jsonl:2: empty$"):
+        built(tmp_path / "c", broken(), Masks())
+    with pytest.raises(RecordError, match=r"^a\.jsonl:4: the file is truncated$"):  # cannot be stepped over
+        built(tmp_path / "c", broken(), Masks(), skip=True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_behind_does_not_stand_in_the_way(tokenizer, tmp_path):
+def test_skipped_records_are_counted_and_leave_no_trace(tmp_path):
+    row = [(7, True), (8, True)]
+    records = [
+        Record("a.jsonl", 1, {}),
+        Record("a.jsonl", 2, {"rows": [row, row]}),
+        RecordError("b.jsonl", 1, "not valid JSON"),
+    ]
+    cache = built(tmp_path / "c", records, Masks(), skip=True)
+    assert (len(cache), cache.about["bad_records"], cache.origin(0)) == (1, 2, "a.jsonl:2")
+
+
+# -- complete or absent --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [0, 1, RECORDS + 3])
+def test_nothing_is_left_when_reading_dies_midway(before, encoder, tmp_path):
+    def dying():
+        for number in range(before):
+            yield text(f"text {number}", number)
+        raise RuntimeError("the disk is on fire")
+
+    with pytest.raises(RuntimeError, match="on fire"):
+        built(tmp_path / "c", dying(), encoder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_behind_does_not_stand_in_the_way(encoder, tmp_path):
     partial = tmp_path / ".c.partial"
     partial.mkdir()
     (partial / "tokens.bin").write_bytes(b"half")
-    cache = built(tmp_path / "c", [Document("x", 0, 1)], tokenizer)
+    cache = built(tmp_path / "c", [text("x")], encoder)
     assert len(cache) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_leftovers_of_other_caches_are_removed_unless_somebody_is_writing_them(tmp_path):
+    for name in ("dead", "alive"):
+        (tmp_path / f".{name}.partial").mkdir()
+        (tmp_path / f".{name}.partial" / "tokens.bin").write_bytes(b"half")
+    with one_at_a_time(tmp_path / "alive"):
+        remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.glob(".*.partial")] == [".alive.partial"]
+
+
+# -- names ---------------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.sampled_from([" ", "\n", "\t", "a", "b", "ä"]), max_size=12))
@@ -101,3 +210,18 @@ def test_a_file_digest_follows_the_content_not_the_name(tmp_path):
         (tmp_path / name).write_text(content)
     first, second, third = (file_digest(str(tmp_path / name)) for name in "abc")
     assert first == second != third
+
+
+def test_the_digest_of_a_large_file_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "LARGE", 4)
+    read = []
+    real = token_cache._content_digest
+    monkeypatch.setattr(token_cache, "_content_digest", lambda path: (read.append(path), real(path))[1])
+    file, memory = tmp_path / "large", tmp_path / "memory"
+    file.write_text("first content")
+    first = [file_digest(str(file), memory) for _ in range(3)]
+    assert len(read) == 1 and set(first) == {real(str(file))}
+    file.write_text("other content")
+    assert file_digest(str(file), memory) == real(str(file)) != first[0]
+    (next(memory.iterdir())).write_text("damaged")
+    assert file_digest(str(file), memory) == real(str(file))
