@@ -22,7 +22,17 @@ from bumblebee.templating.chatml import CHATML, TOKENS
 from bumblebee.templating.encoder import Encoder
 from bumblebee.templating.guard import Guard, mend
 from bumblebee.templating.sandbox import GENERATION, MARKS, compile_template
-from bumblebee.templating.turns import Message, Span, check, close, rendered_spans, tagged_spans, trained_turns
+from bumblebee.templating.turns import (
+    Message,
+    Span,
+    close,
+    rendered_spans,
+    require_contents,
+    require_ends,
+    squeezed,
+    tagged_spans,
+    trained_turns,
+)
 
 if TYPE_CHECKING:
     from bumblebee.tokenizer import Tokenizer
@@ -92,16 +102,18 @@ class ChatTemplate:
         turns = trained_turns(messages, train_on)
         source = self._source(tools)
         tagged = GENERATION.search(self.sources[source]) is not None
-        with self._named():
-            guarded, breaker, marks = self._guard.protect([_prepared(messages), tools], marks=2 * tagged)
+        guarded, breaker, marks = self._guarded(messages, tools, marks=2 * tagged)
+        with self._named(breaker):
             render = partial(self._render, source, guarded[1], marks)
             find = tagged_spans(marks) if tagged else rendered_spans
             text, spans = find(render, guarded[0], turns)
             spans = close(text, spans, self._special)
-            check(text, spans, [guarded[0][turn] for turn in turns], self._special)
-            _require_tools(text, guarded[1])
+            require_ends(text, spans, len(turns), self._special)
+            targets = [mend(text[begin:end], breaker) for begin, end in spans]
+            require_contents("".join(targets), [messages[turn] for turn in turns])
+            _require_tools(mend(text, breaker), tools)
         chat = EncodedChat(*self._encoder.encode(_segments(text, spans), breaker))
-        assert self._decodes(chat, [mend(text[begin:end], breaker) for begin, end in spans])
+        assert self._decodes(chat, targets)
         return chat
 
     @cached_property
@@ -116,17 +128,23 @@ class ChatTemplate:
 
     def _text(self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool) -> tuple[str, str]:
         """(text, the character that breaks spellings in it)."""
-        with self._named():
-            guarded, breaker, _ = self._guard.protect([_prepared(messages), tools])
-            text = self._render(self._source(tools), guarded[1], "", guarded[0], prompt)
-            _require_tools(text, guarded[1])
+        source = self._source(tools)
+        guarded, breaker, _ = self._guarded(messages, tools)
+        with self._named(breaker):
+            text = self._render(source, guarded[1], "", guarded[0], prompt)
+            _require_tools(mend(text, breaker), tools)
         return text, breaker
+
+    def _guarded(self, messages: Sequence[Message], tools: Sequence[Any] | None, marks: int = 0) -> tuple[Any, str, str]:
+        """([messages, tools], the character that breaks spellings in them, marks)."""
+        with self._named():
+            return self._guard.protect([_prepared(messages), tools], marks)
 
     def _source(self, tools: Sequence[Any] | None) -> str:
         """The name of the template to use."""
         name = "tool_use" if tools is not None and "tool_use" in self.sources else "default"
         if name not in self.sources:
-            raise ValueError(f"{self.place}: no chat template is named 'default', only {', '.join(map(repr, self.sources))}")
+            raise ValueError(f"{self.place}: no chat template is named {name!r}, only {', '.join(map(repr, self.sources))}")
         return name
 
     def _render(self, source: str, tools: Any, marks: str, messages: Sequence[Message], prompt: bool) -> str:
@@ -137,12 +155,12 @@ class ChatTemplate:
             raise ValueError(f"the chat template cannot render this conversation: {error or type(error).__name__}") from error
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _named(self, breaker: str = "") -> Iterator[None]:
         """Errors begin with the folder."""
         try:
             yield
         except ValueError as error:
-            raise ValueError(f"{self.place}: {error}") from error.__cause__
+            raise ValueError(f"{self.place}: {mend(str(error), breaker)}") from error.__cause__
 
     def _decodes(self, chat: EncodedChat, spans: list[str]) -> bool:
         """Whether the targets decode to these texts, up to what this tokenizer always loses (blanks, composed characters)."""
@@ -151,7 +169,7 @@ class ChatTemplate:
         if decoded == "".join(spans):
             return True
         alone = [index for span in spans for index in self.tokenizer.encode(span)]
-        return _squeezed(decoded) == _squeezed(self.tokenizer.decode(alone, skip_special_tokens=False))
+        return squeezed(decoded) == squeezed(self.tokenizer.decode(alone, skip_special_tokens=False))
 
 
 def _segments(text: str, spans: list[Span]) -> list[tuple[str, bool]]:
@@ -161,10 +179,6 @@ def _segments(text: str, spans: list[Span]) -> list[tuple[str, bool]]:
         segments += [(text[at:begin], False), (text[begin:end], True)]
         at = end
     return [*segments, (text[at:], False)]
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
 
 
 def _prepared(messages: Sequence[Message]) -> list[Message]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Message = dict[str, Any]
@@ -100,17 +100,26 @@ def close(text: str, spans: list[Span], special: tuple[str, ...]) -> list[Span]:
     return closed
 
 
-def check(text: str, spans: list[Span], messages: Sequence[Message], special: tuple[str, ...]) -> None:
-    """That the spans hold these messages, each in its place and ended by a special token.
+def require_ends(text: str, spans: list[Span], turns: int, special: tuple[str, ...]) -> None:
+    """That every turn ends with a special token.
 
     Raises:
-        ValueError: they do not.
+        ValueError: some do not.
     """
-    if sum(text.endswith(special, begin, end) for begin, end in spans) < len(messages):
+    if sum(text.endswith(special, begin, end) for begin, end in spans) < turns:
         raise ValueError("the chat template ends assistant turns with no special token, so a model could not learn to stop")
-    found = "".join(text[begin:end] for begin, end in spans)
+
+
+def require_contents(targets: str, messages: Sequence[Message]) -> None:
+    """That the targets say what the messages say, one behind the other.
+
+    Raises:
+        ValueError: an answer or a call is missing.
+    """
     expected = [part for message in messages for part in _parts(message)]
-    missing = _first_missing(expected, found) and _first_missing(map(_squeezed, expected), _squeezed(found))
+    if _first_missing(expected, targets) is None:
+        return
+    missing = _first_missing(map(squeezed, expected), squeezed(targets))
     if missing:
         raise ValueError(f"the chat template leaves out of the assistant turns what they say: {missing[:SHOWN]!r}")
 
@@ -121,7 +130,7 @@ def _parts(message: Message) -> list[str]:
     return [content.strip(), *calls] if isinstance(content, str) else calls
 
 
-def _first_missing(expected: Any, text: str) -> str | None:
+def _first_missing(expected: Iterable[str], text: str) -> str | None:
     """The first part that does not follow in the text behind those before it."""
     at = 0
     for part in expected:
@@ -132,6 +141,6 @@ def _first_missing(expected: Any, text: str) -> str | None:
     return None
 
 
-def _squeezed(text: str) -> str:
+def squeezed(text: str) -> str:
     """Templates set reasoning and answer apart by blanks of their own."""
     return "".join(text.split())
