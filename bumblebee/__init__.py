@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bumblebee.inference.generator import Generator
     from bumblebee.inference.params import SamplingParams
     from bumblebee.model import Bumblebee
+    from bumblebee.tasks.dpo import DPO
     from bumblebee.tasks.language_modeling import LanguageModeling
     from bumblebee.tasks.task import Task
     from bumblebee.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ _HOME = {
     "Bumblebee": "bumblebee.model",
     "BumblebeeConfig": "bumblebee.config",
     "Callback": "bumblebee.callback",
+    "DPO": "bumblebee.tasks.dpo",
     "DataModule": "bumblebee.datamodule",
     "Generator": "bumblebee.inference.generator",
     "LanguageModeling": "bumblebee.tasks.language_modeling",
@@ -39,6 +41,7 @@ __all__ = [
     "Bumblebee",
     "BumblebeeConfig",
     "Callback",
+    "DPO",
     "DataModule",
     "Generator",
     "LanguageModeling",

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -149,6 +149,17 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     import torch
 
     return bool(all_reduce_sum(torch.tensor([int(flag)], device=device)).item())
+
+
+def gathered(items: list[Any]) -> list[Any]:
+    """The lists of all ranks, one after the other. Collective."""
+    if not _many():
+        return items
+    import torch.distributed as dist
+
+    lists: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for of_rank in lists for item in of_rank]
 
 
 def barrier() -> None:

@@ -50,6 +50,16 @@ class EngineOptions:
     overrides: dict[str, Any]
     hidden_size: int | None = None
 
+    @property
+    def half(self) -> torch.dtype | None:
+        """The dtype of the arithmetic where it is not fp32."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """The dtype of the weights: at stage 0 they are fp32 and the arithmetic runs under autocast."""
+        return self.half if self.half is not None and self.zero_stage > 0 else torch.float32
+
 
 class Engine:
     """A DeepSpeed engine with a plain face.
@@ -248,6 +258,63 @@ class Engine:
         self._engine.destroy()
         groups._release_process_group_references()
         del self._engine, self._optimizer, self.model
+
+
+class FrozenEngine:
+    """A model that is only called: without gradients, without dropout, in the arithmetic of the Engine beside it.
+
+    At stage 3 it is cut over the ranks like the trained one; below, it is a plain module on the device.
+
+    Args:
+        model: perhaps built in shards, or a deep copy of a model that was; such a copy has no weights yet.
+        device: where to run.
+        options: those of the Engine.
+        copy_of: where the weights of such a copy are.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, options: EngineOptions, copy_of: nn.Module) -> None:
+        self._device = device
+        self._autocast = options.half if options.zero_stage == 0 else None
+        self._engine: Any = None
+        self.model = model.requires_grad_(False)
+        if options.zero_stage < 3:
+            model.to(device=device, dtype=options.weights_dtype)
+        else:
+            deepspeed = _import_deepspeed(device)
+            config = deepspeed_config(options)
+            config["zero_optimization"].pop("offload_optimizer", None)
+            with _no_compiler_needed(deepspeed), redirect_stdout(io.StringIO()):
+                _copy_shards(model, copy_of, deepspeed.zero.Init(config_dict_or_path=config))
+                self._engine = deepspeed.initialize(model=model, config=config, dist_init_required=False)[0]
+        model.eval()
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward. At stage 3 collective."""
+        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+            return (self._engine or self.model)(*args, **kwargs)
+
+    def close(self) -> None:
+        """Let go of the weights and of DeepSpeed's hooks. Once is enough."""
+        if self._engine is not None:
+            self._engine.destroy()
+        self._engine = self.model = None  # type: ignore[assignment]
+
+
+def _copy_shards(copy: nn.Module, original: nn.Module, building: Any) -> None:
+    """Fill a deep copy of a model in shards: copy.deepcopy took what a parameter seems to hold, which is nothing there.
+
+    One whole parameter is there at a time.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    sources = dict(original.named_parameters())
+    for name, parameter in copy.named_parameters():
+        if hasattr(parameter, "ds_tensor") or parameter.numel() > 0:
+            continue
+        with GatheredParameters([sources[name]]):
+            parameter.data = sources[name].detach().clone()
+        building._convert_to_zero_parameters([parameter])
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,11 @@ def train_windows(
 
 def validation_batches(data: DataModule, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
     """This rank's share of the validation samples, in order, equally many batches on every rank."""
-    samples: Any = data.validation or ()
+    return batches_in_order(data, data.validation or (), batch_size, rank, world_size)
+
+
+def batches_in_order(data: DataModule, samples: Sequence[Any], batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
+    """A rank's share of some samples, in order, equally many batches on every rank: the last may be without targets."""
     across = batch_size * world_size
     for begin in range(0, len(samples), across):
         mine = range(begin + rank * batch_size, min(begin + (rank + 1) * batch_size, len(samples)))

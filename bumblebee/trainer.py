@@ -31,8 +31,9 @@ if not TYPE_CHECKING:
     pass  # this way round, since the command line's parser executes what stands under "if TYPE_CHECKING", torch and all
 else:
     import torch
+    from torch import nn
 
-    from bumblebee.engine import Engine, EngineOptions
+    from bumblebee.engine import Engine, EngineOptions, FrozenEngine
 
 
 class Trainer:
@@ -74,10 +75,11 @@ class Trainer:
     _signalled: bool
     _finished: bool
     _windows: Iterator[list[Batch]]
-    _loss_sums: dict[str, Any]  # since the last line of metrics; on the device
+    _sums: dict[str, Any]  # what training steps gave since the last line of metrics; on the device
     _target_counts: dict[str, float]
     _recent: list[tuple[int, int, torch.Tensor]]  # (step, micro-batch, its loss) since the last look at them
     _extra_metrics: dict[str, float]
+    _frozen: list[FrozenEngine]
 
     def __init__(
         self,
@@ -178,17 +180,17 @@ class Trainer:
         if not any(counts.values()):
             return
         for turn, batch in enumerate(window):
-            losses = self.task.training_step(self.engine, self.to_device(batch))  # each a sum over its targets
-            total = self.task.total(losses, counts)
+            sums = self.task.training_step(self.engine, self.to_device(batch))  # losses, and what is only logged
+            total = self.task.total(sums, counts)
             # DeepSpeed averages gradients over ranks; the counts are already those of all ranks.
             self.engine.backward(total * self.plan.world_size)
             self._recent.append((self.step, turn, total.detach()))
-            for name, loss in losses.items():
-                self._loss_sums[name] = self._loss_sums.get(name, 0.0) + loss.detach()  # stays on the device
+            for name, value in sums.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value.detach()  # stays on the device
         self.engine.step()
         for name, count in counts.items():
             self._target_counts[name] = self._target_counts.get(name, 0) + count
-        self.tokens += int(sum(counts.values()))
+        self.tokens += self.task.tokens(counts)
 
     def agree_on_stopping(self) -> None:
         """Stop on all ranks when one was asked to, by a callback or a signal: ranks get signals at different moments."""
@@ -243,17 +245,18 @@ class Trainer:
         self._extra_metrics[name] = value
 
     def flush_metrics(self) -> dict[str, float]:
-        """The line of metrics since the last one: each loss term is its sum over its targets, over ranks and steps."""
+        """The line of metrics since the last one: each sum of the task over its count, over ranks and steps."""
         self.check_finite()
-        sums = self.reduce_sums({name: float(value) for name, value in self._loss_sums.items()})
-        terms = {name: value / max(self._target_counts[name], 1) for name, value in sums.items()}
+        sums = self.reduce_sums({name: float(value) for name, value in self._sums.items()})
+        units = self.task.units
+        terms = {name: value / max(self._target_counts[units.get(name, name)], 1) for name, value in sums.items()}
         metrics: dict[str, float] = {"step": self.step, "epoch": round(self.plan.epoch(self.step), 6)}
         if terms:
-            metrics["loss"] = sum(self.task.weights[name] * value for name, value in terms.items())
+            metrics["loss"] = sum(self.task.weights[name] * value for name, value in terms.items() if name not in units)
             metrics.update((name, value) for name, value in terms.items() if name != "loss")
             metrics.update(grad_norm=self.engine.gradient_norm(), **self.engine.loss_scale())
         metrics.update(lr=self.learning_rate, tokens=self.tokens, **self._extra_metrics)
-        self._loss_sums, self._target_counts, self._extra_metrics = {}, {}, {}
+        self._sums, self._target_counts, self._extra_metrics = {}, {}, {}
         return metrics
 
     def reduce_sums(self, sums: dict[str, Any]) -> dict[str, float]:
@@ -314,8 +317,8 @@ class Trainer:
         self.step = self.tokens = 0
         self.started = self.should_stop = self.interrupted = self._signalled = self._finished = False
         self.learning_rate = 0.0
-        self._loss_sums, self._target_counts, self._extra_metrics = {}, {}, {}
-        self._recent = []
+        self._sums, self._target_counts, self._extra_metrics = {}, {}, {}
+        self._recent, self._frozen = [], []
 
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {seed}")
@@ -337,6 +340,7 @@ class Trainer:
         )
         options = self._engine_options(getattr(getattr(task.model, "config", None), "hidden_size", None))
         self.engine = Engine(task.model, optimizer, parameter_groups(task.model, self.groups), self.device, options)
+        task.begin(self)
         self.engine.train()
         self._seed_everything(seed + distributed.rank())
         if checkpoint is not None:
@@ -372,8 +376,22 @@ class Trainer:
         random.seed(seed)
         numpy.random.seed(seed % 2**32)
 
+    def frozen(self, model: nn.Module) -> FrozenEngine:
+        """Another model beside the one that is trained, to be called only. Collective.
+
+        It runs on the run's device in the run's precision, at stage 3 in shards. It may be a deep copy of the task's model
+        from before there was an engine.
+        """
+        from bumblebee.engine import FrozenEngine
+
+        options = self._engine_options(getattr(getattr(model, "config", None), "hidden_size", None))
+        self._frozen.append(FrozenEngine(model, self.device, options, copy_of=self.engine.model))
+        return self._frozen[-1]
+
     def close(self) -> None:
         """Give back the process group and DeepSpeed's memory. Call it however the run ended."""
+        for frozen in self.__dict__.pop("_frozen", []):
+            frozen.close()
         if engine := self.__dict__.pop("engine", None):
             engine.close()
         distributed.stop(orderly=self.__dict__.get("_finished", False))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.nn import IGNORE
 from bumblebee.tasks.task import Task
+from bumblebee.tasks.tokens import adopt_tokenizer
 
 
 class LanguageModeling(Task):
@@ -35,16 +36,7 @@ class LanguageModeling(Task):
         """Check that the tokenizer fits the model, take over its special ids, and note the bytes of each token."""
         if data.tokenizer is None:
             return
-        config: Any = getattr(self.model, "config", None)
-        if config is not None:
-            if data.tokenizer.vocab_size > config.vocab_size:
-                raise ValueError(
-                    f"the tokenizer has {data.tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}:"
-                    " train with the model's own tokenizer or build a model with a larger vocab_size"
-                )
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # a new model learns them from its tokenizer
-                if getattr(config, name) is None:
-                    setattr(config, name, getattr(data.tokenizer, name))
+        adopt_tokenizer(self.model, data.tokenizer)
         self._token_lengths = torch.tensor([len(piece) for piece in data.tokenizer.token_bytes])
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:

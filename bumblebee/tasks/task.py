@@ -3,17 +3,26 @@
 The gradient of a step is  sum over terms of  weight * (sum of the term's losses) / (number of its targets),  sums and numbers
 taken over all micro-batches and ranks. So a task never averages: it returns sums and says how many targets there are, before
 the first backward. Means of means would weigh short samples more (huggingface/transformers#34191).
+
+Beside its losses a step may return sums that are logged and not trained, such as rewards; ``units`` says what each of them is
+divided by.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bumblebee.datamodule import Batch, DataModule
 
-if TYPE_CHECKING:
+if not TYPE_CHECKING:
+    pass  # this way round, since the command line's parser executes what stands under "if TYPE_CHECKING", torch and all
+else:
     from torch import Tensor, nn
+
+    from bumblebee.trainer import Trainer
 
 
 class Task(ABC):
@@ -22,25 +31,46 @@ class Task(ABC):
     Attributes:
         model: the module that is trained; what the trainer hands to ``training_step`` wraps it.
         weights: for each named loss term its weight in the total.
+        units: for each sum that is logged and not trained, the name of the count that it is divided by.
     """
 
     model: nn.Module
     weights: dict[str, float]
+    units: Mapping[str, str] = MappingProxyType({})
 
     def setup(self, data: DataModule) -> None:  # noqa: B027  (optional)
-        """Look at the prepared data before training.
+        """Look at the prepared data before training. The model is as the recipe describes it, on no device yet.
 
         Raises:
             ValueError: the data does not fit the model.
         """
 
+    def begin(self, trainer: Trainer) -> None:  # noqa: B027  (optional)
+        """Prepare what needs the run's devices. ``trainer.engine`` is there, and a checkpoint that the run continues from is
+        not loaded yet: the weights are those of a new run. Collective.
+
+        Raises:
+            ValueError: an option that cannot be used.
+        """
+
+    def summary(self) -> dict[str, Any]:
+        """What to tell the user about the task, in the order it is shown."""
+        return {}
+
     @abstractmethod
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
-        """For each loss term, the number of its targets in a micro-batch that is still on the CPU."""
+        """For each loss term, the number of its targets in a micro-batch that is still on the CPU.
+
+        Further counts may stand beside them, for ``units`` and ``tokens``.
+        """
+
+    def tokens(self, counts: dict[str, float]) -> int:
+        """How many target tokens there are in counts, for the log; by default each target is one."""
+        return int(sum(counts.values()))
 
     @abstractmethod
     def training_step(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """For each loss term, the scalar sum of its losses over the micro-batch's targets."""
+        """For each loss term, the scalar sum of its losses over the micro-batch's targets; for each of ``units`` some sum."""
 
     @abstractmethod
     def validation_step(self, model: Any, batch: Batch) -> dict[str, Tensor]:
@@ -51,6 +81,7 @@ class Task(ABC):
         """From the added sums to metrics, whose names begin with ``validation_``."""
 
     def total(self, losses: dict[str, Tensor], counts: dict[str, float]) -> Tensor:
-        """The weighted sum of ``loss / count``; a term without targets adds nothing."""
-        terms = [self.weights[name] * loss / max(counts[name], 1) for name, loss in losses.items()]
+        """The weighted sum of ``loss / count``; a term without targets adds nothing, nor does what is only logged."""
+        trained = [name for name in losses if name not in self.units]
+        terms = [self.weights[name] * losses[name] / max(counts[name], 1) for name in trained]
         return sum(terms[1:], start=terms[0])

@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bumblebee.config import BumblebeeConfig
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.model import Bumblebee
 from bumblebee.nn import IGNORE
+from bumblebee.tasks.dpo import DPO  # noqa: F401  (named by jobs)
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.trainer import Trainer
 
@@ -52,6 +54,36 @@ class Rows(DataModule):
             "labels": labels,
             "position_ids": torch.arange(LENGTH).expand(len(samples), LENGTH),
         }
+
+
+class Pairs(DataModule):
+    """Random pairs of responses of different lengths; those named in ``empty`` have none. Validation: the first three."""
+
+    def __init__(self, samples: int = 11, empty: tuple[int, ...] | list[int] = (), content: int = 0) -> None:
+        self.samples, self.empty, self.content = samples, list(empty), content
+
+    def setup(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(self.content)
+        self.train = []
+        for index in range(self.samples):
+            prompt, *responses = torch.randint(1, 7, (3,), generator=generator).tolist()
+            tokens = torch.randint(0, VOCABULARY, (prompt + 12,), generator=generator)
+            rows = [
+                torch.cat([tokens[:prompt], tokens[at : at + n]]) for at, n in zip((prompt, prompt + 6), responses, strict=True)
+            ]
+            self.train.append((index, len(tokens) if index in self.empty else prompt, rows))
+        self.validation = self.train[:3]
+
+    def collate(self, samples: list[Any]) -> Batch:
+        rows = [(prompt, row) for _, prompt, pair in samples for row in pair]
+        shape = len(rows), max(len(row) for _, row in rows) - 1
+        input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
+        for number, (prompt, row) in enumerate(rows):
+            input_ids[number, : len(row) - 1] = row[:-1]
+            labels[number, prompt - 1 : len(row) - 1] = row[prompt:]
+        positions = torch.arange(shape[1]).expand(shape).clone()
+        return {"input_ids": input_ids, "labels": labels, "position_ids": positions,
+                "index": torch.tensor([index for index, _, _ in samples])}  # fmt: skip
 
 
 class Noisy(LanguageModeling):
@@ -164,20 +196,28 @@ def train(folder: str | Path, **job: Any) -> list[dict[str, float]]:
 
     Args:
         folder: the run's folder.
-        job: in JSON, so that it can be sent to other processes: ``data`` (of Rows), ``model`` (changes of the config),
-            ``task`` (a class of this file), ``optimizer``, ``schedule`` and ``callbacks`` (names or classes, with their
-            options), ``seed``, ``overwrite``; all others are the Trainer's.
+        job: in JSON, so that it can be sent to other processes: ``data`` (of Rows, or a class of this file with its
+            options), ``model`` (changes of the config), ``task`` (a class of this file, perhaps with its options),
+            ``optimizer``, ``schedule`` and ``callbacks`` (names or classes, with their options), ``seed``, ``overwrite``,
+            ``building`` (build the model as the command line does); all others are the Trainer's.
     """
     recorder = Recorder()
     parts = {name: job.pop(name, {}) for name in ("data", "model", "callbacks")}
-    task = globals()[job.pop("task", "LanguageModeling")](small_model(**parts["model"]))
+    named = job.pop("task", "LanguageModeling")
+    kind, task_options = (named, {}) if isinstance(named, str) else named
+    data_kind, data_options = ("Rows", parts["data"]) if isinstance(parts["data"], dict) else parts["data"]
     named, options = job.pop("optimizer", ("AdamW", {"lr": 1e-2, "weight_decay": 0.1}))
     optimizer = functools.partial(getattr(torch.optim, named), **options)
     named, options = job.pop("schedule", ("Constant", {"warmup_ratio": 0.0}))
     schedule = getattr(optim, named)(**options)
     others = {name: made(*call) for name, call in parts["callbacks"].items()}
     fit = {"seed": job.pop("seed", 42), "overwrite": job.pop("overwrite", False), "output_dir": folder}
-    Trainer(**{**SMALL, **job}).fit(task, Rows(**parts["data"]), optimizer, schedule, {"recorder": recorder, **others}, **fit)
+    building = job.pop("building", False)
+    trainer = Trainer(**{**SMALL, **job})
+    with trainer.building() if building else nullcontext():
+        task = globals()[kind](small_model(**parts["model"]), **task_options)
+    data = globals()[data_kind](**data_options)
+    trainer.fit(task, data, optimizer, schedule, {"recorder": recorder, **others}, **fit)
     return recorder.metrics
 
 

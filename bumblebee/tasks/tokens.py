@@ -1,0 +1,28 @@
+"""What a model takes over from the tokenizer of its data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from bumblebee.tokenizer import Tokenizer
+
+
+def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Check that the model has a row for each of the tokenizer's ids, and take over special ids that it does not know.
+
+    Raises:
+        ValueError: the tokenizer has more ids.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}:"
+            " train with the model's own tokenizer or build a model with a larger vocab_size"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # a new model learns them from its tokenizer
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(tokenizer, name))
