@@ -28,14 +28,13 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from bumblebee.datamodule import Batch, DataModule
+from bumblebee.lora import adapters_off, has_adapters
 from bumblebee.tasks.preferences import discounted_sums, lengths, response_log_probabilities, sums, trained_pairs
 from bumblebee.tasks.reference import Frozen, Policy, Reference
 from bumblebee.tasks.task import Task
 from bumblebee.tasks.tokens import adopt_tokenizer
 
-if not TYPE_CHECKING:
-    pass  # this way round, since the command line's parser executes what stands under "if TYPE_CHECKING"
-else:
+if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
 
 _KINDS = ("auto", "adapters_off", "copy")
@@ -102,7 +101,7 @@ class DPO(Task):
             adopt_tokenizer(self.model, data.tokenizer)
         for samples in filter(None, (data.train, data.validation)):
             self._check_pairs(data, data.collate([samples[0]]))
-        adapters = _has_adapters(self.model)
+        adapters = has_adapters(self.model)
         if self.reference == "auto":
             self.reference = "adapters_off" if adapters else "copy"
         if self.reference == "adapters_off" and not adapters:
@@ -129,8 +128,6 @@ class DPO(Task):
 
     def _live_reference(self, trainer: Trainer) -> Reference:
         if self.reference == "adapters_off":
-            from bumblebee.lora import adapters_off
-
             return Policy(self.model, adapters_off)
         if self.reference == "copy" and self._copy is None:
             return Policy(self.model, nullcontext)  # nothing is trained yet
@@ -156,9 +153,9 @@ class DPO(Task):
 
         if self.reference not in _KINDS:
             return folder_digest(self.reference)
-        adapters = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        left_out = adapters if self.reference == "adapters_off" else set()
-        tensors = ((name, tensor) for name, tensor in trainer.engine.full_tensors() if name not in left_out)
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        left_out = trained if self.reference == "adapters_off" else set()  # adapters have no part in it
+        tensors = trainer.engine.full_tensors(lambda name: name not in left_out)
         return tensors_digest(tensors, getattr(self.model, "config", None))
 
     def summary(self) -> dict[str, Any]:
@@ -252,9 +249,3 @@ def _check(beta: float, loss_type: str, smoothing: float, sft_weight: float, ld_
         raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
     if reference not in _KINDS and not Path(reference).is_dir():
         raise ValueError(f"reference must be auto, adapters_off, copy or a model folder; there is no folder {reference!r}")
-
-
-def _has_adapters(model: nn.Module) -> bool:
-    from bumblebee.lora import has_adapters
-
-    return has_adapters(model)

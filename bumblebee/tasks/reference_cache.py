@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bumblebee import distributed
-from bumblebee.checkpoint.atomic import flush, read_json
+from bumblebee.checkpoint.adapter import chain
+from bumblebee.checkpoint.atomic import flush
 from bumblebee.datamodule import Batch
 from bumblebee.loader import batches_in_order
 from bumblebee.nn import IGNORE
@@ -162,13 +163,12 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]], config: Any) -> str:
 
 
 def folder_digest(folder: str | Path) -> str:
-    """Hash of a model folder's config and weights; of an adapter folder also of the base that it names."""
-    folder, digest = Path(folder), hashlib.sha256()
-    for file in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors")]):
-        digest.update(file.name.encode())
-        with open(file, "rb") as content:
-            while block := content.read(1 << 20):
-                digest.update(block)
-    if (folder / "adapter_config.json").is_file():
-        digest.update(folder_digest(read_json(folder / "adapter_config.json")["base_model_name_or_path"]).encode())
+    """Hash of a model folder's config and weights; of an adapter folder also of what it stands on."""
+    digest = hashlib.sha256()
+    for part in map(Path, chain(folder)):
+        for file in sorted([*part.glob("*config.json"), *part.glob("*.safetensors")]):
+            digest.update(file.name.encode())
+            with open(file, "rb") as content:
+                while block := content.read(1 << 20):
+                    digest.update(block)
     return digest.hexdigest()

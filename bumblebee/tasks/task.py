@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bumblebee.datamodule import Batch, DataModule
 
-if not TYPE_CHECKING:
-    pass  # this way round, since the command line's parser executes what stands under "if TYPE_CHECKING", torch and all
-else:
+if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bumblebee.trainer import Trainer

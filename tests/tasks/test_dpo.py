@@ -1,0 +1,252 @@
+"""DPO's numbers: the losses against their formulas written out, what does not count, what a batch's shape must not change."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from system.parts import Pairs, Rows, small_model
+
+from bumblebee.nn import IGNORE
+from bumblebee.tasks.dpo import DPO
+from bumblebee.tasks.reference import Frozen
+from bumblebee.tasks.reference_cache import Precomputed
+
+EMPTY = 2
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The policy, and another model as its reference."""
+    return small_model(0), small_model(1).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    data = Pairs(6, empty=[EMPTY])
+    data.setup(0)
+    return data
+
+
+def task_of(models, **options):
+    task = DPO(models[0], **options)
+    task.compared_with = Frozen(models[1])
+    return task
+
+
+@pytest.fixture(scope="module")
+def written_out(models, pairs):
+    """For each pair with targets the log-probabilities of its tokens, one by one from the logits: policy's and reference's."""
+    found = []
+    for index, prompt, rows in pairs.train:
+        if index != EMPTY:
+            found.append([[token_log_probabilities(model, prompt, row) for row in rows] for model in models])
+    return found
+
+
+def token_log_probabilities(model, prompt, row):
+    with torch.no_grad():
+        logits = model(row[None, :-1])[0].double().log_softmax(-1)
+    return [float(logits[at - 1, row[at]]) for at in range(prompt, len(row))]
+
+
+def h_of(policy, reference, weigh=sum):
+    return weigh(policy[0]) - weigh(reference[0]) - (weigh(policy[1]) - weigh(reference[1]))
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x))
+
+
+def discounted(policy, reference):
+    """ld_alpha 0.3, for the policy alone."""
+    m = min(len(side) for side in policy)
+    return h_of([[*side[:m], *(0.3 * value for value in side[m:])] for side in policy], reference)
+
+
+FORMULAS = {  # options; the loss of a pair
+    "sigmoid": ({}, lambda p, r: -log_sigmoid(0.1 * h_of(p, r))),
+    "smoothed": (
+        {"pref_beta": 0.7, "dpo_label_smoothing": 0.2},
+        lambda p, r: -0.8 * log_sigmoid(0.7 * h_of(p, r)) - 0.2 * log_sigmoid(-0.7 * h_of(p, r)),
+    ),
+    "hinge": ({"loss_type": "hinge", "pref_beta": 2.0}, lambda p, r: max(0.0, 1 - 2.0 * h_of(p, r))),
+    "ipo": ({"loss_type": "ipo"}, lambda p, r: (h_of(p, r) - 1 / 0.2) ** 2),
+    "ipo by the mean": ({"loss_type": "ipo", "length_normalised": True}, lambda p, r: (h_of(p, r, mean) - 1 / 0.2) ** 2),
+    "length-desensitised": ({"ld_alpha": 0.3}, lambda p, r: -log_sigmoid(0.1 * discounted(p, r))),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_loss_is_the_formula_summed_over_pairs_with_targets(name, models, pairs, written_out):
+    options, formula = FORMULAS[name]
+    batch = pairs.collate(pairs.train)
+    task = task_of(models, **options)
+    sums = task.training_step(models[0], batch)
+    assert task.counts(batch)["dpo"] == len(written_out) == 5
+    assert float(sums["dpo"].detach()) == pytest.approx(sum(formula(*pair) for pair in written_out), rel=1e-5)
+
+
+def test_some_pair_is_on_each_side_of_the_hinge_and_of_the_shorter_response(written_out):
+    """Else the formulas above would not have been looked at whole."""
+    assert {1 - 2.0 * h_of(*pair) > 0 for pair in written_out} == {True, False}
+    assert {len(policy[0]) > len(policy[1]) for policy, _ in written_out} == {True, False}
+
+
+def test_metrics_are_the_implicit_rewards_and_log_probabilities(models, pairs, written_out):
+    given = task_of(models, ld_alpha=0.5).training_step(*_step(models, pairs))
+    sums = {name: float(value.detach()) for name, value in given.items()}
+    rewards = [[0.1 * (sum(p) - sum(r)) for p, r in zip(policy, reference, strict=True)] for policy, reference in written_out]
+    assert sums["rewards/chosen"] == pytest.approx(sum(chosen for chosen, _ in rewards), abs=1e-5)
+    assert sums["rewards/rejected"] == pytest.approx(sum(rejected for _, rejected in rewards), abs=1e-5)
+    assert sums["rewards/margins"] == pytest.approx(sums["rewards/chosen"] - sums["rewards/rejected"], abs=1e-12)
+    assert sums["rewards/accuracies"] == sum(chosen > rejected for chosen, rejected in rewards)
+    assert sums["logps/chosen"] == pytest.approx(sum(sum(policy[0]) for policy, _ in written_out), rel=1e-6)
+    assert sums["logps/rejected"] == pytest.approx(sum(sum(policy[1]) for policy, _ in written_out), rel=1e-6)
+
+
+def _step(models, pairs):
+    return models[0], pairs.collate(pairs.train)
+
+
+def test_the_sft_term_is_the_mean_loss_of_the_chosen_tokens_with_a_count_of_its_own(models, pairs, written_out):
+    task = task_of(models, sft_weight=0.25)
+    batch = pairs.collate(pairs.train)
+    sums = {name: value.detach() for name, value in task.training_step(models[0], batch).items()}
+    counts = task.counts(batch)
+    chosen = [value for policy, _ in written_out for value in policy[0]]
+    assert counts["sft"] == len(chosen)
+    assert float(sums["sft"]) == pytest.approx(-sum(chosen), rel=1e-6)
+    total = task.total(sums, {name: float(count) for name, count in counts.items()})
+    assert float(total) == pytest.approx(float(sums["dpo"]) / 5 - 0.25 * mean(chosen), rel=1e-6)
+
+
+def test_without_sft_weight_there_is_no_sft_term(models, pairs):
+    assert "sft" not in task_of(models).training_step(*_step(models, pairs))
+
+
+def test_tokens_are_those_of_both_responses(models, pairs, written_out):
+    task = task_of(models, sft_weight=0.25)
+    counts = {name: float(count) for name, count in task.counts(pairs.collate(pairs.train)).items()}
+    assert task.tokens(counts) == sum(len(side) for policy, _ in written_out for side in policy)
+
+
+# -- pairs that do not count ---------------------------------------------------------------------------------------------
+
+
+def gradient(task, batch):
+    model = task.model
+    model.zero_grad()
+    task.training_step(model, batch)["dpo"].backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+def test_a_pair_without_targets_adds_nothing_to_sums_and_gradients(loss_type, models, pairs):
+    task = task_of(models, loss_type=loss_type, length_normalised=True)
+    whole, others = pairs.collate(pairs.train), pairs.collate([pair for pair in pairs.train if pair[0] != EMPTY])
+    both = [{name: float(value) for name, value in task.training_step(models[0], batch).items()} for batch in (whole, others)]
+    assert both[0] == pytest.approx(both[1], rel=1e-5)
+    for one, other in zip(gradient(task, whole).values(), gradient(task, others).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_pair_with_one_answer_cut_away_does_not_count(models, pairs):
+    batch = pairs.collate(pairs.train[:1])
+    batch["labels"][1] = IGNORE
+    task = task_of(models, sft_weight=1.0)
+    assert {name: int(count) for name, count in task.counts(batch).items()} == {"dpo": 0, "sft": 0, "tokens": 0}
+    assert not any(float(value) for value in task.training_step(models[0], batch).values())
+
+
+def test_a_batch_without_any_targets_has_finite_sums_and_zero_gradients_whatever_the_reference_says(models, pairs):
+    batch = pairs.without_targets(pairs.collate(pairs.train))
+    task = task_of(models, length_normalised=True)
+    columns = {"train/index": torch.tensor([99]), "train/logps": torch.zeros(1, 2)}
+    task.compared_with = Precomputed(columns)  # which knows none of these pairs
+    assert not any(grad.any() for grad in gradient(task, batch).values())
+    assert all(float(value) == 0 for value in task.training_step(models[0], batch).values())
+
+
+# -- what must not matter ------------------------------------------------------------------------------------------------
+
+
+def test_padding_and_the_batchs_other_pairs_do_not_matter(models, pairs):
+    task = task_of(models, ld_alpha=0.5)
+    whole = task.training_step(models[0], pairs.collate(pairs.train))
+    alone = [task.training_step(models[0], pairs.collate([pair])) for pair in pairs.train]
+    for name, value in whole.items():
+        assert sum(float(sums[name]) for sums in alone) == pytest.approx(float(value), rel=1e-5, abs=1e-6), name
+
+
+@torch.no_grad()
+def test_validation_gives_the_training_loss_and_metrics_as_means(models, pairs):
+    task = task_of(models, sft_weight=0.5)
+    batch = pairs.collate(pairs.train)
+    sums = {name: float(value) for name, value in task.training_step(models[0], batch).items()}
+    added: dict[str, float] = {}
+    for pair in pairs.train:
+        for name, value in task.validation_step(models[0], pairs.collate([pair])).items():
+            added[name] = added.get(name, 0.0) + float(value)
+    metrics = task.validation_metrics(added)
+    assert metrics["validation_loss"] == pytest.approx(sums["dpo"] / 5 + 0.5 * sums["sft"] / float(task.counts(batch)["sft"]))
+    for name in ("rewards/accuracies", "rewards/margins"):
+        assert metrics[f"validation_{name}"] == pytest.approx(sums[name] / 5, rel=1e-5)
+
+
+def test_losses_of_hopeless_pairs_stay_finite(models):
+    """-log sigmoid(-1e6) is 1e6, not infinity."""
+    losses = DPO(models[0], pref_beta=1.0, dpo_label_smoothing=0.1).pair_loss(torch.tensor([-1e6, 1e6]))
+    assert losses.tolist() == pytest.approx([0.9e6, 0.1e6])
+
+
+def test_a_pair_that_was_not_precomputed_is_not_taken_for_another(models, pairs):
+    columns = {"train/index": torch.tensor([0, 1, 5]), "train/logps": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}
+    found = Precomputed(columns)(None, {"index": torch.tensor([5, 0, 3, 9])}, "train")
+    assert found[:2].tolist() == [[5.0, 6.0], [1.0, 2.0]]
+    assert found[2:].isnan().all()
+
+
+# -- refused -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pref_beta": 0.0}, "pref_beta must be more than 0, got 0.0"),
+        ({"loss_type": "kto"}, "loss_type must be sigmoid, ipo or hinge, got 'kto'"),
+        ({"dpo_label_smoothing": 0.5}, "dpo_label_smoothing must be in [0, 0.5), got 0.5"),
+        ({"dpo_label_smoothing": 0.1, "loss_type": "ipo"}, "dpo_label_smoothing belongs to loss_type sigmoid, not to ipo"),
+        ({"sft_weight": -1.0}, "sft_weight must not be negative, got -1.0"),
+        ({"ld_alpha": 1.5}, "ld_alpha must be in [0, 1], got 1.5"),
+        ({"reference": "runs/nowhere"}, "there is no folder 'runs/nowhere'"),
+    ],
+)
+def test_an_option_out_of_its_range_is_refused_by_name(options, message, models):
+    with pytest.raises(ValueError) as refused:
+        DPO(models[0], **options)
+    assert message in str(refused.value)
+
+
+def test_adapters_off_without_adapters_is_refused(models, pairs):
+    with pytest.raises(ValueError, match="adapters_off needs adapters: add bumblebee.lora.LoRA"):
+        DPO(models[0], reference="adapters_off").setup(pairs)
+
+
+def test_data_without_pairs_are_refused(models):
+    data = Rows()
+    data.setup(0)
+    with pytest.raises(ValueError, match="DPO needs pairs of responses.*Rows gives none"):
+        DPO(models[0]).setup(data)
+
+
+def test_precomputing_for_pairs_without_numbers_is_refused(models, pairs, monkeypatch):
+    whole = pairs.collate
+    monkeypatch.setattr(pairs, "collate", lambda samples: {k: v for k, v in whole(samples).items() if k != "index"})
+    with pytest.raises(ValueError, match="precompute_reference needs pairs that are numbered"):
+        DPO(models[0], precompute_reference=True).setup(pairs)
