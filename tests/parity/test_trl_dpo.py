@@ -35,7 +35,13 @@ def pairs():
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory, tokenizer_folder):
+def patches():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory, tokenizer_folder, patches):
     """TRL's, with the small model and another one as its reference."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -48,6 +54,8 @@ def trainer(tmp_path_factory, tokenizer_folder):
     end = "<|endoftext|>"
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_folder / "tokenizer.json"), pad_token=end, eos_token=end)
     options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # set by a Trainer of ours in this process; accelerate asks for more then
+        patches.delenv(name, raising=False)
     return trl.DPOTrainer(
         model=models[0], ref_model=models[1], args=trl.DPOConfig(output_dir=str(folder / "out"), **options),
         processing_class=tokenizer, train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
