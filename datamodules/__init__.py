@@ -6,11 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules.preference import Preferences
     from datamodules.pretrain import Pretrain
+    from datamodules.sft import SFT
 
-_HOME = {"Pretrain": "datamodules.pretrain"}
+_HOME = {"Preferences": "datamodules.preference", "Pretrain": "datamodules.pretrain", "SFT": "datamodules.sft"}
 
-__all__ = ["Pretrain"]
+__all__ = ["SFT", "Preferences", "Pretrain"]
 
 
 def __getattr__(name: str) -> Any:

@@ -83,7 +83,7 @@ class Encoder(ABC):
         The source of an encoder from elsewhere is in it.
         """
         kind = type(self)
-        return [kind.__qualname__, None if kind.__module__ == __name__ else inspect.getsource(kind)]
+        return [kind.__qualname__, None if kind.__module__.startswith("datamodules.") else inspect.getsource(kind)]
 
     @abstractmethod
     def samples(self, records: Sequence[Record]) -> list[Sample | RecordError]:

@@ -26,7 +26,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -198,8 +198,13 @@ def _records(path: str, reader: Reader, on_error: OnError) -> Iterator[Record]:
 
 
 def _corpus() -> Iterator[Record]:
-    for number, text in enumerate(python_docs.documents(), 1):
-        yield Record(CORPUS, number, {"text": text})
+    return numbered({"text": text} for text in python_docs.documents())
+
+
+def numbered(values: Iterable[dict[str, Any]]) -> Iterator[Record]:
+    """What is made of the corpus, as records."""
+    for number, value in enumerate(values, 1):
+        yield Record(CORPUS, number, value)
 
 
 def _read_lines(path: str, file: File, on_error: OnError) -> Iterator[Record]:

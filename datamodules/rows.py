@@ -16,6 +16,7 @@ from bumblebee.datamodule import Batch
 from bumblebee.nn import IGNORE
 from datamodules.packing import Windows
 from datamodules.token_cache import Piece, TokenCache
+from datamodules.truncation import Pieces
 
 MULTIPLE = 8  # widths of padded batches; kernels like them, and fewer shapes are met
 
@@ -26,10 +27,11 @@ class Packed(Sequence):
     Args:
         cache: where the tokens are.
         windows: which of them belong together.
+        pieces: what the windows hold and what was left out, where that is known.
     """
 
-    def __init__(self, cache: TokenCache, windows: Windows) -> None:
-        self.cache, self.windows = cache, windows
+    def __init__(self, cache: TokenCache, windows: Windows, pieces: Pieces | None = None) -> None:
+        self.cache, self.windows, self.pieces = cache, windows, pieces
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -48,22 +50,21 @@ class Single(Sequence):
 
     Args:
         cache: where the tokens are.
-        starts: first token of each piece.
-        lengths: inputs of each piece.
+        pieces: which of them, and what was left out.
     """
 
-    def __init__(self, cache: TokenCache, starts: np.ndarray, lengths: np.ndarray) -> None:
-        self.cache, self.starts, self.lengths = cache, starts, lengths
+    def __init__(self, cache: TokenCache, pieces: Pieces) -> None:
+        self.cache, self.pieces = cache, pieces
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.pieces)
 
     def __getitem__(self, index: Any) -> list[Piece]:
-        return [self.cache.piece(int(self.starts[index]), int(self.lengths[index]))]
+        return [self.cache.piece(int(self.pieces.starts[index]), int(self.pieces.lengths[index]))]
 
     def origin(self, index: int) -> str:
         """FILE:LINE of a sample."""
-        return self.cache.origin(int(np.searchsorted(self.cache.ends, self.starts[index], side="right")))
+        return self.cache.origin(int(np.searchsorted(self.cache.ends, self.pieces.starts[index], side="right")))
 
 
 def width_of(rows: list[list[Piece]]) -> int:

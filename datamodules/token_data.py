@@ -96,13 +96,20 @@ class TokenData(DataModule):
             held = f": all {len(self.held_out)} {self.records_are} are held out" if len(self.held_out) else ""
             raise ValueError(f"files: there is no text to train on in {self.files}{held}")
         self.chosen = self.mix.repeat(self.kept, self.cache.sources, self.cache.digests)
-        self.train = self.samples(self.cache, self.chosen)
+        self.train = self._some_samples("files", self.cache, self.chosen)
         if self.validation_files is not None:
             other = self.open_cache(Mix([*formats.expand(self.validation_files)]))
             self.held_out = np.arange(len(other))
-            self.validation = self.samples(other, self.held_out)
+            self.validation = self._some_samples("validation_files", other, self.held_out)
         elif len(self.held_out):
-            self.validation = self.samples(self.cache, self.held_out)
+            self.validation = self._some_samples("validation_ratio", self.cache, self.held_out)
+
+    def _some_samples(self, option: str, cache: TokenCache, numbers: np.ndarray) -> Any:
+        made = self.samples(cache, numbers)
+        if not len(made):
+            why = "".join(f"; {what}: {count}" for what, count in self.left_out(made).items())
+            raise ValueError(f"{option}: none of {len(numbers)} {self.records_are} is left{why}")
+        return made
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
@@ -187,6 +194,10 @@ class TokenData(DataModule):
         train: Any = self.train
         return train.origin(index)
 
+    def left_out(self, samples: Any) -> dict[str, Any]:
+        """What did not become a training sample, or not whole, and how many."""
+        return {}
+
     def summary(self) -> dict[str, Any]:
         """Files and what became of their records. A subclass adds what became of the samples."""
         lines: dict[str, Any] = {"files": ", ".join(self.mix.files), self.records_are: len(self.kept)}
@@ -202,7 +213,7 @@ class TokenData(DataModule):
                 f"{entry.path} {len(before)} × {entry.weight:g} = {len(after)}"
                 for entry, before, after in zip(self.mix.entries, own, used, strict=True)
             )
-        return lines
+        return {**lines, **self.left_out(self.train)}
 
 
 def size_of(files: list[str]) -> int:
