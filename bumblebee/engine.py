@@ -96,6 +96,10 @@ class Engine:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer(groups), config=deepspeed_config(options), dist_init_required=False
             )
+        if options.zero_stage == 3:
+            for module in model.modules():  # one that looks at another's weights says so in ``reads``
+                for parameter in (p for other in getattr(module, "reads", ()) for p in other.parameters(recurse=False)):
+                    deepspeed.zero.register_external_parameter(module, parameter)
         if options.zero_stage == 0:
             self._engine.clip_fp32_gradients = self._clip_at_stage_0
         self.model: nn.Module = self._engine.module

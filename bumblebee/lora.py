@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,6 @@ class LoRA:
                 " set task.model to bumblebee.Bumblebee.from_pretrained with a folder"
             )
         self._inject(model, base)
-        _initialise(model)
 
     def _inject(self, model: Any, base: Path) -> None:
         from peft import LoraConfig, TaskType
@@ -90,7 +89,9 @@ class LoRA:
             use_dora=self.dora, use_rslora=self.rslora, task_type=TaskType.CAUSAL_LM,
             base_model_name_or_path=str(base.resolve()),  # absolute: it holds wherever a command is started
         )  # fmt: skip
-        inject(model, config)
+        with _ready_for_shards():
+            inject(model, config)
+            _initialise(model)
         model.files = AdapterFiles(model.config, config)
 
 
@@ -130,20 +131,30 @@ def inject(model: nn.Module, config: Any) -> None:
     """Wrap layers in PEFT's, in place, and freeze everything else."""
     from peft import inject_adapter_in_model
 
-    with warnings.catch_warnings(), _whole_modules():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its advice is about other ways of using it
         inject_adapter_in_model(config, model, adapter_name=NAME)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter_key(name))
+    for layer in _layers(model):
+        for dora in getattr(layer, "lora_magnitude_vector", {}).values():
+            dora.reads = (layer.get_base_layer(),)  # in a tuple, or it would be taken for a part of its own
 
 
-def _whole_modules() -> Any:
+@contextmanager
+def _ready_for_shards() -> Iterator[None]:
     """Adapters are small: they are made whole also where the model is built in shards, and cut when training begins."""
     if not distributed.building_in_shards:
-        return nullcontext()
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
     from bumblebee.engine import built_whole
 
-    return built_whole()
+    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # tells PEFT to gather weights that it looks at, for DoRA
+    with built_whole():
+        yield
+    del alive
 
 
 @torch.no_grad()
@@ -152,13 +163,14 @@ def _initialise(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not is_adapter_key(name):
             continue
-        start = parameter.float()  # PEFT has cast it to the weight's dtype
+        start = parameter.float()
         if ".lora_A." in name:
             digest = hashlib.sha256(f"{torch.initial_seed()} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             bound = 1 / math.sqrt(parameter.shape[1])
             start = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator).to(parameter.device)
-        parameter.data = start
+        # PEFT has cast it to the weight's dtype. The engine casts as it needs, but nothing of a model that is built in shards.
+        parameter.data = start.to(parameter.dtype) if distributed.building_in_shards else start
 
 
 class AdapterFiles(ModelFiles):

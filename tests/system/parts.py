@@ -23,6 +23,7 @@ from bumblebee import optim
 from bumblebee.callback import Callback
 from bumblebee.config import BumblebeeConfig
 from bumblebee.datamodule import Batch, DataModule
+from bumblebee.lora import LoRA
 from bumblebee.model import Bumblebee
 from bumblebee.nn import IGNORE
 from bumblebee.tasks.dpo import DPO  # noqa: F401  (named by jobs)
@@ -197,14 +198,18 @@ def train(folder: str | Path, **job: Any) -> list[dict[str, float]]:
     Args:
         folder: the run's folder.
         job: in JSON, so that it can be sent to other processes: ``data`` (of Rows, or a class of this file with its
-            options), ``model`` (changes of the config), ``task`` (a class of this file, perhaps with its options),
-            ``optimizer``, ``schedule`` and ``callbacks`` (names or classes, with their options), ``seed``, ``overwrite``,
-            ``building`` (build the model as the command line does); all others are the Trainer's.
+            options), ``model`` (changes of the config), ``base`` (a model folder instead), ``lora`` (options), ``task`` (a
+            class of this file, perhaps with its options), ``optimizer``, ``schedule`` and ``callbacks`` (names or classes,
+            with their options), ``seed``, ``overwrite``, ``building`` (build the model as the command line does, as is done
+            with a ``base`` in any case); all others are the Trainer's.
     """
     recorder = Recorder()
     parts = {name: job.pop(name, {}) for name in ("data", "model", "callbacks")}
+    base, lora = job.pop("base", None), job.pop("lora", None)
     named = job.pop("task", "LanguageModeling")
     kind, task_options = (named, {}) if isinstance(named, str) else named
+    if lora is not None:
+        task_options = {**task_options, "transforms": [LoRA(**lora)]}
     data_kind, data_options = ("Rows", parts["data"]) if isinstance(parts["data"], dict) else parts["data"]
     named, options = job.pop("optimizer", ("AdamW", {"lr": 1e-2, "weight_decay": 0.1}))
     optimizer = functools.partial(getattr(torch.optim, named), **options)
@@ -212,10 +217,12 @@ def train(folder: str | Path, **job: Any) -> list[dict[str, float]]:
     schedule = getattr(optim, named)(**options)
     others = {name: made(*call) for name, call in parts["callbacks"].items()}
     fit = {"seed": job.pop("seed", 42), "overwrite": job.pop("overwrite", False), "output_dir": folder}
-    building = job.pop("building", False)
+    building = job.pop("building", base is not None)
     trainer = Trainer(**{**SMALL, **job})
+    torch.manual_seed(fit["seed"])
     with trainer.building() if building else nullcontext():
-        task = globals()[kind](small_model(**parts["model"]), **task_options)
+        model = Bumblebee.from_pretrained(base) if base else small_model(**parts["model"])
+        task = globals()[kind](model, **task_options)
     data = globals()[data_kind](**data_options)
     trainer.fit(task, data, optimizer, schedule, {"recorder": recorder, **others}, **fit)
     return recorder.metrics
@@ -237,6 +244,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a model folder."""
     return load_file(Path(folder) / "model.safetensors")
+
+
+def adapter_bytes(folder: str | Path) -> bytes:
+    """The adapter as it lies on the disk."""
+    return (Path(folder) / "adapter_model.safetensors").read_bytes()
 
 
 def weight_bytes(folder: str | Path) -> bytes:
