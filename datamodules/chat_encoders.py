@@ -120,4 +120,4 @@ def _strings(value: Any) -> Iterator[str]:
         for inner in value:
             yield from _strings(inner)
     else:
-        yield str(value)
+        yield " ".join(str(value).split())

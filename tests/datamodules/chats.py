@@ -1,0 +1,51 @@
+"""Conversations and preferences for tests: many different ones, of lengths as they are met."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WORDS = "the a list file return value tuple dict string raises if is None and not of to".split()
+
+
+def conversations(count: int, longest: int = 60, seed: int = 0) -> list[dict[str, Any]]:
+    """One to three turns each, different, of a few words to ``longest`` an answer."""
+    random = np.random.default_rng(seed)
+
+    def words(most: int) -> str:
+        return " ".join(random.choice(WORDS, random.integers(1, most)))
+
+    made = []
+    for number in range(count):
+        messages = []
+        for turn in range(random.integers(1, 4)):
+            messages.append({"role": "user", "content": f"question {number}.{turn}: {words(12)}"})
+            messages.append({"role": "assistant", "content": f"{words(longest)} {number}.{turn}"})
+        made.append({"messages": messages})
+    return made
+
+
+def preferences(count: int, longest: int = 40, seed: int = 0) -> list[dict[str, Any]]:
+    """Pairs with prompts and answers of different lengths."""
+    random = np.random.default_rng(seed)
+
+    def words(most: int) -> str:
+        return " ".join(random.choice(WORDS, random.integers(1, most)))
+
+    return [
+        {
+            "messages": [{"role": "user", "content": f"question {number}: {words(longest)}"}],
+            "chosen": {"role": "assistant", "content": f"good {words(longest)} {number}"},
+            "rejected": {"role": "assistant", "content": f"bad {words(longest)} {number}"},
+        }
+        for number in range(count)
+    ]
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> str:
+    """As JSON Lines."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)

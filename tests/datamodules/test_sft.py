@@ -1,0 +1,353 @@
+"""SFT from files to batches: the ids and targets of the chat template, every one of them once, packed or padded."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from chats import conversations, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bumblebee.datamodule import Batch
+from bumblebee.loader import epoch_order
+from bumblebee.model import Bumblebee
+from bumblebee.nn import IGNORE
+from bumblebee.tokenizer import Tokenizer
+from datamodules import SFT, python_docs_pairs
+from datamodules.formats import RecordError
+
+LONG = {"role": "assistant", "content": "of to " * 300}
+Row = list[tuple[int, int]]  # (input, label) of each place
+
+
+@pytest.fixture
+def make(tokenizer_folder, tmp_path):
+    """A function that sets up an SFT on records, with a cache of the test's own."""
+
+    def made(records: list[dict] | None = None, **options: Any) -> SFT:
+        files = options.pop("files", None) or write(tmp_path / "chats.jsonl", records or [])
+        options = {"tokenizer": str(tokenizer_folder), "max_length": 128, "cache_dir": str(tmp_path / "cache"), **options}
+        data = SFT(files=files, **options)
+        data.setup(seed=0)
+        return data
+
+    return made
+
+
+def batches(data: SFT, size: int = 3) -> list[Batch]:
+    return [
+        data.collate([data.train[index] for index in range(at, min(at + size, len(data.train)))])
+        for at in range(0, len(data.train), size)
+    ]
+
+
+def rows_in(made: list[Batch], pad: int) -> list[Row]:
+    """The pieces in batches, found again by the positions: 0 begins one, or is padding."""
+    found: list[Row] = []
+    for batch in made:
+        for ids, labels, positions in zip(
+            *(batch[name].tolist() for name in ("input_ids", "labels", "position_ids")), strict=True
+        ):
+            for place, (token, label, position) in enumerate(zip(ids, labels, positions, strict=True)):
+                behind = positions[place + 1] if place + 1 < len(ids) else 0
+                if position == 0 and behind == 0:
+                    assert (token, label) == (pad, IGNORE)  # of padding, each place stands alone
+                    continue
+                if position == 0:
+                    found.append([])
+                assert position == len(found[-1])
+                found[-1].append((token, label))
+    return found
+
+
+def wanted_rows(records: list[dict], tokenizer: Tokenizer, train_on: str = "all") -> list[Row]:
+    """What a record's row is, from the chat template alone."""
+    rows = []
+    for record in records:
+        chat = tokenizer.chat_template.encode(record["messages"], None, train_on)
+        labels = [token if trained else IGNORE for token, trained in zip(chat.ids, chat.trained, strict=True)]
+        rows.append(list(zip(chat.ids[:-1], labels[1:], strict=True)))
+    return rows
+
+
+def counted(rows: list[Row]) -> Counter[tuple[tuple[int, int], ...]]:
+    return Counter(map(tuple, rows))
+
+
+@settings(max_examples=12)
+@given(
+    count=st.integers(1, 30), max_length=st.integers(250, 700), packing=st.booleans(), train_on=st.sampled_from(["all", "last"])
+)
+def test_every_conversation_comes_once_whole_with_its_targets(
+    count, max_length, packing, train_on, tokenizer_folder, tmp_path_factory
+):
+    folder = tmp_path_factory.mktemp("chats")
+    records = conversations(count, longest=15)
+    file = write(folder / "c.jsonl", records)
+    data = SFT(file, str(tokenizer_folder), max_length, train_on, packing=packing, cache_dir=str(folder))
+    data.setup(0)
+    assert counted(rows_in(batches(data), data.pad_token_id)) == counted(wanted_rows(records, data.tokenizer, train_on))
+
+
+def test_packed_windows_have_one_width_and_padded_rows_that_of_the_longest_in_eights(make):
+    assert {tuple(batch["labels"].shape)[1] for batch in batches(make(conversations(30)))} == {128}
+    data = make(conversations(30), packing=False)
+    for batch in batches(data):
+        used = (batch["position_ids"].max(dim=1).values + 1).max()
+        assert batch["labels"].shape[1] == -(-int(used) // 8) * 8
+        assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_targets_are_what_the_assistant_says_with_the_end_of_its_turn(make):
+    record = {
+        "messages": [
+            {"role": "user", "content": "What is it?"},
+            {"role": "assistant", "content": "A list."},
+            {"role": "user", "content": "Sure?"},
+            {"role": "assistant", "content": "Yes."},
+        ]
+    }
+    for train_on, said in (("all", "A list.<|im_end|>Yes.<|im_end|>"), ("last", "Yes.<|im_end|>")):
+        data = make([record], train_on=train_on)
+        [batch] = batches(data)
+        targets = batch["labels"][batch["labels"] != IGNORE].tolist()
+        assert data.tokenizer.decode(targets, skip_special_tokens=False) == said
+
+
+def test_the_default_system_prompt_is_for_conversations_without_one(make):
+    asked = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A list."}]
+    with_own = [{"role": "system", "content": "Own words."}, *asked]
+
+    def text(**options: Any) -> list[str]:
+        data = make([{"messages": asked}, {"messages": with_own}], packing=False, max_length=500, **options)
+        return [data.tokenizer.decode(data.train[index][0][0].tolist()) for index in range(2)]
+
+    none, default = text(), text(system="Be brief.")
+    assert "Be brief." in default[0] and "Be brief." not in default[1] and "Own words." in default[1]
+    assert "Be brief." not in none[0] and none[1] == default[1]
+
+
+# -- too long ------------------------------------------------------------------------------------------------------------
+
+
+def long_and_short() -> list[dict]:
+    return [*conversations(10, longest=8), *conversations(10, longest=150, seed=1)]
+
+
+def test_conversations_that_do_not_fit_are_dropped_and_counted(make):
+    records = long_and_short()
+    data = make(records)
+    fitting = [row for row in wanted_rows(records, data.tokenizer) if len(row) <= 128]
+    assert 0 < len(fitting) < len(records)
+    assert counted(rows_in(batches(data), data.pad_token_id)) == counted(fitting)
+    assert data.summary()["longer than max_length 128"] == f"{len(records) - len(fitting)} dropped"
+
+
+@pytest.mark.parametrize(("too_long", "part"), [("keep_start", slice(0, 128)), ("keep_end", slice(-128, None))])
+def test_conversations_that_do_not_fit_keep_one_end(too_long, part, make):
+    records = long_and_short()
+    data = make(records, too_long=too_long)
+    parts = [row[part] for row in wanted_rows(records, data.tokenizer)]
+    useful = [row for row in parts if any(label != IGNORE for _, label in row)]
+    assert counted(rows_in(batches(data), data.pad_token_id)) == counted(useful)
+    assert data.summary().get("without a target") == (
+        f"{len(parts) - len(useful)} dropped" if len(parts) > len(useful) else None
+    )
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_split_trains_every_target_once(packing, make):
+    records = long_and_short()
+    data = make(records, too_long="split", packing=packing)
+    parts = [row[at : at + 128] for row in wanted_rows(records, data.tokenizer) for at in range(0, len(row), 128)]
+    useful = [row for row in parts if any(label != IGNORE for _, label in row)]
+    assert counted(rows_in(batches(data), data.pad_token_id)) == counted(useful)
+
+
+def test_a_sample_whose_targets_were_cut_away_is_dropped_and_counted_by_itself(make):
+    question = {"role": "user", "content": "of to " * 200}
+    answer = {"role": "assistant", "content": "None."}
+    data = make([*conversations(3, longest=5), {"messages": [question, answer]}], too_long="keep_start", max_length=400)
+    assert data.summary()["longer than max_length 400"] == "1 cut at the end"
+    assert data.summary()["without a target"] == "1 dropped"
+
+
+def test_nothing_left_is_refused_with_what_became_of_it(make):
+    with pytest.raises(ValueError, match=r"^files: none of 5 conversations is left; longer than max_length 8: 5 dropped$"):
+        make(conversations(5), max_length=8)
+    with pytest.raises(
+        ValueError, match=r"^validation_files: none of 10 conversations is left; longer than max_length 400: 10 "
+    ):
+        make(conversations(3, longest=2), max_length=400, validation_files=_long_file(make))
+
+
+def _long_file(make) -> str:
+    folder = make(conversations(3, longest=2), max_length=400).cache_dir.parent
+    return write(folder / "long.jsonl", [{"messages": [*r["messages"][:1], LONG]} for r in conversations(10)])
+
+
+# -- the model sees no difference ----------------------------------------------------------------------------------------
+
+
+def gradients(model: Bumblebee, made: list[Batch]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.zero_grad()
+    total = sum(model(b["input_ids"], position_ids=b["position_ids"], labels=b["labels"]).double().sum() for b in made)
+    total.backward()
+    return total.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_packed_conversations_give_the_losses_and_gradients_of_single_ones(make, tiny):
+    """Packed, padded in batches, and one at a time without any padding: sums over all targets."""
+    torch.manual_seed(0)
+    model = Bumblebee(tiny())
+    records = conversations(12, longest=20)
+    packed, padded = make(records, max_length=200), make(records, max_length=200, packing=False)
+    assert len(packed.train) < len(padded.train)
+    alone = [
+        {
+            "input_ids": torch.from_numpy(inputs)[None],
+            "labels": torch.from_numpy(labels)[None],
+            "position_ids": torch.arange(len(inputs))[None],
+        }
+        for [(inputs, labels)] in (padded.train[index] for index in range(len(padded.train)))
+    ]
+    loss, wanted = gradients(model, alone)
+    for made in (batches(packed), batches(padded, 4)):
+        ours, grads = gradients(model, made)
+        torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0)
+        for grad, other in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5 * float(other.abs().max() + 1))
+
+
+# -- efficiency and order ------------------------------------------------------------------------------------------------
+
+
+def test_windows_are_full_for_lengths_as_they_are_met(make):
+    """Log-normal like instruction data: 500 conversations of 30 to 500 tokens."""
+    random = np.random.default_rng(0)
+    records = []
+    for number in range(500):
+        words = " ".join(random.choice(["if", "is", "to", "of"], int(np.clip(random.lognormal(3.5, 0.8), 1, 300))))
+        messages = [{"role": "user", "content": str(number)}, {"role": "assistant", "content": words}]
+        records.append({"messages": messages})
+    for max_length in (512, 1024, 2048):
+        data = make(records, max_length=max_length, too_long="keep_start")
+        assert data.train.windows.efficiency > 0.95, max_length
+
+
+def test_without_packing_batches_are_of_similar_length(make):
+    data = make(conversations(300), packing=False, max_length=1000)
+    assert data.lengths is not None and data.lengths.tolist() == [len(data.train[i][0][0]) for i in range(len(data.train))]
+
+    def padding(order: np.ndarray) -> float:
+        made = [data.collate([data.train[int(i)] for i in order[at : at + 4]]) for at in range(0, len(order), 4)]
+        return 1 - data.lengths.sum() / sum(batch["labels"].numel() for batch in made)
+
+    assert padding(epoch_order(300, 1, 0, data.lengths)) < 0.06 < padding(epoch_order(300, 1, 0))
+    assert make(conversations(3), max_length=1000).lengths is None
+
+
+# -- shared with all data ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_start_is_from_the_cache_and_other_options_of_the_text_are_not(make, tmp_path):
+    def caches() -> int:
+        return len(list((tmp_path / "cache" / "tokens").glob("[!.]*")))
+
+    records = conversations(4, longest=5)
+    make(records, max_length=300)
+    make(records, max_length=200, packing=False, too_long="split", validation_ratio=0.3, deduplicate=True)
+    assert caches() == 1
+    for option in ({"system": "Be brief."}, {"train_on": "last"}, {"on_bad_record": "skip"}):
+        make(records, max_length=300, **option)
+    assert caches() == 4
+
+
+def test_another_chat_template_is_another_cache(make, tokenizer_folder, tmp_path):
+    folder = tmp_path / "other"
+    Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    records = conversations(2, longest=5)
+    first = make(records, tokenizer=str(folder), max_length=500)
+    text = first.tokenizer.chat_template.sources["default"]
+    (folder / "chat_template.jinja").write_text(text.replace("<|im_start|>' + message", "<|im_start|>the ' + message"))
+    other = make(records, tokenizer=str(folder), max_length=500)
+    assert first.cache.folder != other.cache.folder
+
+
+def test_conversations_that_differ_in_white_space_only_are_duplicates_and_on_one_side_of_the_split(make):
+    spaced = [
+        {"messages": [{**message, "content": " " + message["content"].replace(" ", "\n ")} for message in record["messages"]]}
+        for record in conversations(20, longest=10)
+    ]
+    records = [*conversations(20, longest=10), *spaced]
+    assert make(records, deduplicate=True, max_length=900).summary()["duplicates left out"] == 20
+    data = make(records, validation_ratio=0.25, max_length=900)
+    assert {number % 20 for number in data.kept} & {number % 20 for number in data.held_out} == set()
+
+
+def test_a_conversation_in_other_words_is_no_duplicate(make):
+    asked = {"role": "user", "content": "a b"}
+    records = [
+        {"messages": [asked, {"role": "assistant", "content": "c"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]},
+        {
+            "messages": [
+                {"role": "system", "content": "a"},
+                {"role": "user", "content": "b"},
+                {"role": "assistant", "content": "c"},
+            ]
+        },
+    ]
+    assert make(records, deduplicate=True).summary()["duplicates left out"] == 0
+
+
+def test_a_bad_record_is_named_or_skipped_and_counted(make, tmp_path):
+    records = [*conversations(3, longest=3), {"messages": []}, {"text": "no chat"}]
+    file = write(tmp_path / "bad.jsonl", records)
+    with pytest.raises(RecordError, match=r"bad\.jsonl:4: 'messages' is empty"):
+        make(files=file)
+    assert make(files=file, max_length=500, on_bad_record="skip").summary()["bad records skipped"] == 2
+
+
+def test_a_tokenizer_without_a_usable_template_is_refused_before_any_record_is_read(make, tokenizer_folder, tmp_path):
+    folder = tmp_path / "plain"
+    Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}")
+    with pytest.raises(ValueError, match="plain") as caught:
+        make([{"bad": "record"}], tokenizer=str(folder), on_bad_record="skip")
+    assert not isinstance(caught.value, RecordError)
+
+
+def test_the_summary_counts_what_the_batches_hold(make):
+    data = make(conversations(20, longest=10), validation_ratio=0.2, max_length=300)
+    summary = data.summary()
+    made = batches(data)
+    targets = sum(int((batch["labels"] != IGNORE).sum()) for batch in made)
+    tokens = sum(len(row) for row in rows_in(made, data.pad_token_id))
+    assert summary["conversations"] == 16
+    assert summary["trained tokens"] == f"{targets} of {tokens} ({targets / tokens:.1%})"
+    share = tokens / sum(batch["labels"].numel() for batch in made)
+    assert summary["windows"] == f"{len(data.train)} of 300 tokens, {share:.1%} full"
+    assert re.match(r"4 conversations, \d+ trained tokens", summary["held out"])
+
+
+def test_each_sample_names_its_records(make, tmp_path):
+    data = make(conversations(9, longest=5), packing=False, max_length=400)
+    assert [data.origin(index) for index in range(9)] == [f"{tmp_path / 'chats.jsonl'}:{line}" for line in range(1, 10)]
+    packed = make(conversations(9, longest=5), max_length=400)
+    named = [word for index in range(len(packed.train)) for word in packed.origin(index).split()]
+    assert sorted(named) == [f"{tmp_path / 'chats.jsonl'}:{line}" for line in range(1, 10)]
+
+
+def test_python_docs_gives_questions_with_their_documentation(make):
+    data = make(files=[{"path": "python_docs", "answer": "whole", "weight": 0.02}], max_length=2000, packing=False)
+    text = data.tokenizer.decode(data.train[0][0][0].tolist())
+    whole = {record["messages"][1]["content"] for record in python_docs_pairs.conversations("whole")}
+    assert any(answer in text for answer in whole)
+    with pytest.raises(ValueError, match="answer of 'python_docs' must be first_sentence or whole, got 'half'"):
+        make(files=[{"path": "python_docs", "answer": "half"}])
