@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from datamodules.formats import kind
+from datamodules.records import kind
 from datamodules.tool_calls import calls_in_text, calls_of
 
 Message = dict[str, Any]

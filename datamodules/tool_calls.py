@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from datamodules.formats import kind
+from datamodules.records import kind
 
 
 def tools_of(value: Any) -> list[dict[str, Any]] | None:

@@ -27,6 +27,7 @@ OPTIONAL = {
     "flash-attn": ("flash_attn",),
     "matplotlib": ("matplotlib",),
     "peft": ("peft",),
+    "pyarrow": ("pyarrow",),
     "tensorboard": ("tensorboard", "torch.utils.tensorboard"),
     "transformers": ("transformers",),
     "wandb": ("wandb",),

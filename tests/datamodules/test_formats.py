@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules import formats
+from datamodules import formats, json_stream
 from datamodules.formats import Record, RecordError, expand, read, text_of
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
@@ -26,14 +26,14 @@ VALUES = st.recursive(
 )
 OBJECTS = st.lists(st.dictionaries(st.text(max_size=5), VALUES, max_size=4), max_size=6)
 BLANKS = st.text(alphabet=" \t\r\n", max_size=4)
-CHUNKS = st.sampled_from([1, 2, 3, 7, 64, formats.CHUNK])
+CHUNKS = st.sampled_from([1, 2, 3, 7, 64, json_stream.CHUNK])
 
 
-def outcome(content: bytes, suffix: str, chunk: int = formats.CHUNK) -> tuple[list[tuple[int, dict]], str | None]:
+def outcome(content: bytes, suffix: str, chunk: int = json_stream.CHUNK) -> tuple[list[tuple[int, dict]], str | None]:
     """([(line, value), ...], error) of a file with this content; the error without the path."""
     found: list[tuple[int, dict]] = []
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "CHUNK", chunk)
+        patch.setattr(json_stream, "CHUNK", chunk)
         path = Path(folder, "data" + suffix)
         path.write_bytes(content)
         try:
@@ -140,7 +140,7 @@ def test_an_array_is_read_in_the_memory_of_a_record(tmp_path):
     finally:
         tracemalloc.stop()
     assert total == sum(range(8000))
-    assert peak < 8 * formats.CHUNK
+    assert peak < 8 * json_stream.CHUNK
 
 
 # ---- complaints
@@ -264,7 +264,7 @@ def test_the_text_of_a_record_is_returned_as_it_is():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with some files in it, which is the current one."""
-    for name in ("a.jsonl", "b.jsonl", "sub/c.jsonl.gz", "sub/deep/d.json", "notes.txt", "table.csv"):
+    for name in ("a.jsonl", "b.jsonl", "sub/c.jsonl.gz", "sub/deep/d.json", "notes.txt", "table.csv", "rows.parquet.gz"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -318,6 +318,7 @@ def test_the_home_folder_may_be_written_as_a_tilde(folder, monkeypatch):
         (".../data.jsonl", "is a placeholder"),
         ("table.csv", "'table.csv': files of kind '.csv' cannot be read; supported: .jsonl"),
         ("*.csv", "'table.csv': files of kind"),
+        ("rows.parquet.gz", "'rows.parquet.gz': Parquet, which compresses by itself, cannot be read from a .gz file"),
         ("./python_docs", "'./python_docs' does not exist"),
     ],
 )
