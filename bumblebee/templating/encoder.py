@@ -16,6 +16,9 @@ from tokenizers import normalizers, pre_tokenizers
 
 from bumblebee.templating.guard import alternatives, mend, sound
 
+# Unicode's White_Space, which the library strips; Python's str.strip takes away four more.
+BLANKS = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+
 
 class Encoder:
     """Ids of templates' texts.
@@ -51,7 +54,7 @@ class Encoder:
                 if is_special:
                     ids.append(self.special[piece])
                     encode, eats = self._encode_after_special, piece in self._eats_behind
-                elif text := mend(piece.lstrip() if eats else piece, breaker):
+                elif text := mend(piece.lstrip(BLANKS) if eats else piece, breaker):
                     ids += encode(sound(text))
                     encode, eats = self._encode_after_text, False
                 flags += [flag] * (len(ids) - len(flags))
@@ -63,7 +66,7 @@ class Encoder:
         if self._eats_before:
             for index in range(1, len(pieces), 2):
                 if pieces[index] in self._eats_before:
-                    pieces[index - 1] = pieces[index - 1].rstrip()
+                    pieces[index - 1] = pieces[index - 1].rstrip(BLANKS)
         return [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece]
 
 

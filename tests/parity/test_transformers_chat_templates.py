@@ -25,7 +25,23 @@ BACKENDS = {
     "normalizer": sentencepiece("normalizer"),
 }
 TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "mistral": MISTRAL, "qwen": QWEN, "thinking": THINKING, "tagged": TAGGED}
-WORDS = ["bumblebee", " isn't", "  ", "\n\n", "2024", "花", "🐝", "é", "</think>", "[INST]", "<", "{{ x }}", "<|im_"]
+WORDS = [
+    "bumblebee",
+    " isn't",
+    "  ",
+    "\n\n",
+    "2024",
+    "花",
+    "🐝",
+    "é",
+    "</think>",
+    "[INST]",
+    "<",
+    "{{ x }}",
+    "<|im_",
+    "\x1f",
+    "\u2003",
+]
 TEXTS = st.lists(st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=5), max_size=5).map(
     "".join
 )
