@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+from bumblebee import Tokenizer
+from datamodules.chat_formats import FORMATS
 from datamodules.conversations import conversation, preference, with_system
-from datamodules.formats import Record, RecordError
+from datamodules.formats import Record, RecordError, text_of
+from datamodules.formats import read as read_file
+
+ROOT = Path(__file__).parents[2]
 
 CALL = {"name": "weather", "arguments": {"city": "Bern"}}
 CALLED = {
@@ -306,3 +313,36 @@ def test_a_bad_preference_is_refused_by_file_line_and_key(value, reason):
         read_pair(value)
     assert str(caught.value).startswith("data.jsonl:7: ")
     assert reason in str(caught.value)
+
+
+# ---- the samples and the document a newcomer starts with
+
+
+@pytest.mark.parametrize(("name", "read_it"), [("sft", conversation), ("preference", preference)])
+def test_the_samples_are_sound_have_every_format_and_suit_the_default_template(name, read_it, tokenizer_folder):
+    template = Tokenizer.from_pretrained(tokenizer_folder).chat_template
+    records = list(read_file(str(ROOT / "recipes" / "samples" / f"{name}.jsonl")))
+    assert 20 <= len(records) <= 50
+    assert {key for record in records for key in FORMATS.keys() & record.value.keys()} == set(FORMATS)
+    found = [read_it(record) for record in records]
+    assert any(chat.tools for chat in found)
+    for chat in found:
+        if name == "sft":
+            template.encode(chat.messages, chat.tools)
+        else:
+            for answer in (chat.chosen, chat.rejected):
+                template.encode([*chat.prompt, answer], chat.tools, "last")
+
+
+def test_the_records_in_the_document_are_sound():
+    document = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    kinds = {"## Pretraining": text_of, "## Conversations": conversation, "## Preferences": preference}
+    for heading, read_it in kinds.items():
+        section = re.search(rf"^{heading}.*?(?=^## )", document, flags=re.DOTALL | re.MULTILINE)
+        assert section, heading
+        blocks = "\n".join(re.findall(r"```json\n(.*?)```", section[0], flags=re.DOTALL))
+        values, at = [], 0
+        while (at := len(blocks) - len(blocks[at:].lstrip())) < len(blocks):
+            value, at = json.JSONDecoder().raw_decode(blocks, at)
+            values.append(read_it(Record("docs/data.md", 1, value)))
+        assert values
