@@ -26,7 +26,7 @@ from bumblebee.datamodule import Batch, DataModule
 from bumblebee.lora import LoRA
 from bumblebee.model import Bumblebee
 from bumblebee.nn import IGNORE
-from bumblebee.tasks.dpo import DPO  # noqa: F401  (named by jobs)
+from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.trainer import Trainer
 
@@ -93,6 +93,14 @@ class Noisy(LanguageModeling):
     def training_step(self, model: Any, batch: Batch) -> dict[str, torch.Tensor]:
         noise = float(torch.rand(()) + random.random())
         return {name: loss * (0.5 + noise) for name, loss in super().training_step(model, batch).items()}
+
+
+class AdaptedDPO(DPO):
+    """DPO of LoRA adapters that drop out half of what they see."""
+
+    def __init__(self, model: Bumblebee, **options: Any) -> None:
+        model.source = Path("base")  # named in the adapter's folder, not read
+        super().__init__(model, [LoRA(rank=4, alpha=32, dropout=0.5)], **options)
 
 
 class Recorder(Callback):

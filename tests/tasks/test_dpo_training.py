@@ -1,0 +1,237 @@
+"""DPO through the trainer, on one rank: the reference stays what it was, in whatever way it is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from system.parts import Pairs, small_model, train, weight_bytes, weights
+
+from bumblebee.checkpoint.pieces import PieceReader
+from bumblebee.tasks import reference_cache
+from bumblebee.tasks.dpo import DPO
+from bumblebee.tasks.reference import Frozen
+
+PAIRS = ("Pairs", {"samples": 11, "empty": [2]})
+BASE: dict[str, Any] = {"data": PAIRS, "max_steps": 5}
+STAGES: dict[str, dict[str, Any]] = {
+    "0": {"zero_stage": 0},
+    "0 bf16": {"zero_stage": 0, "precision": "bf16"},
+    "2": {"zero_stage": 2},
+    "1 bf16": {"zero_stage": 1, "precision": "bf16"},
+    "3": {"zero_stage": 3},
+    "3 in shards": {"zero_stage": 3, "building": True},
+    "3 in shards bf16": {"zero_stage": 3, "building": True, "precision": "bf16"},
+}
+
+
+def run(folder: Path, kind: str = "DPO", options: dict[str, Any] | None = None, **job: Any) -> list[dict[str, float]]:
+    return train(folder, **{"task": (kind, options or {}), **BASE, **job})
+
+
+def numbers(metrics: list[dict[str, float]]) -> list[dict[str, Any]]:
+    return [pytest.approx(line, rel=1e-4, abs=1e-5) for line in metrics]
+
+
+@pytest.fixture
+def other_model(tmp_path):
+    """The folder of a model that is not the policy."""
+    small_model(1).save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+# -- at first ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", ["DPO", "AdaptedDPO"])
+@pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
+def test_the_first_loss_is_ln_2_and_no_pair_has_a_reward(kind, stage, precompute, tmp_path):
+    first = run(tmp_path, kind, {"precompute_reference": precompute}, **{**STAGES[stage], "max_steps": 2})[0]
+    tolerance = 1e-6 if "bf16" not in stage or not precompute else 1e-3  # other padding is other rounding
+    assert first["loss"] == pytest.approx(math.log(2), abs=tolerance)
+    assert abs(first["rewards/margins"]) <= 10 * tolerance
+
+
+def test_another_model_is_the_reference_where_its_folder_is_named(other_model, tmp_path):
+    job = {"micro_batch_size": 11, "accumulate": 1, "max_steps": 1}
+    line = run(tmp_path / "run", options={"reference": str(other_model)}, **job)[0]
+    data, policy = Pairs(11, [2]), small_model()
+    data.setup(0)
+    task = DPO(policy)
+    task.compared_with = Frozen(small_model(1).eval())
+    sums = task.training_step(policy, data.collate(data.train))
+    assert line["dpo"] == pytest.approx(float(sums["dpo"].detach()) / 10, rel=1e-5)
+    assert line["rewards/margins"] == pytest.approx(float(sums["rewards/margins"]) / 10, rel=1e-4)
+
+
+# -- later ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage"), [("DPO", "0"), ("DPO", "2"), ("DPO", "3 in shards"), ("AdaptedDPO", "0"), ("AdaptedDPO", "3 in shards")]
+)
+def test_a_live_reference_and_a_precomputed_one_train_the_same(kind, stage, tmp_path):
+    """Of adapters, too, that drop out half: what is drawn for the policy does not touch the reference."""
+    live = run(tmp_path / "live", kind, **STAGES[stage])
+    precomputed = run(tmp_path / "precomputed", kind, {"precompute_reference": True}, **STAGES[stage])
+    assert precomputed == numbers(live)
+    assert abs(live[-1]["rewards/margins"]) > 0.01  # it has learnt something
+
+
+@pytest.mark.parametrize("stage", ["1 bf16", "3 in shards"])
+def test_another_model_precomputed_is_that_model(stage, other_model, tmp_path):
+    options = {"reference": str(other_model)}
+    live = run(tmp_path / "live", options=options, **STAGES[stage])
+    precomputed = run(tmp_path / "precomputed", options={**options, "precompute_reference": True}, **STAGES[stage])
+    tolerance = 5e-3 if "bf16" in stage else 1e-4
+    for one, line in zip(live, precomputed, strict=True):
+        assert one == pytest.approx(line, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "AdaptedDPO"])
+def test_the_log_adds_up(kind, tmp_path):
+    for line in run(tmp_path, kind, {"sft_weight": 0.2, "ld_alpha": 0.5}, log_every=2):
+        assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-12)
+        assert line["loss"] == pytest.approx(line["dpo"] + 0.2 * line["sft"], rel=1e-9)
+        assert 0 <= line["rewards/accuracies"] <= 1
+
+
+def test_validation_gives_accuracy_and_margin_and_precomputed_numbers_are_for_it_too(tmp_path):
+    lines = []
+    for precompute in (False, True):
+        folder = tmp_path / str(precompute)
+        callbacks = {"validation": ("Validation", {"every": 5}), "history": ("MetricsHistory", {})}
+        run(folder, options={"precompute_reference": precompute}, callbacks=callbacks)
+        lines.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    live, precomputed = (next(line for line in run if "validation_loss" in line) for run in lines)
+    assert {"validation_loss", "validation_rewards/accuracies", "validation_rewards/margins"} <= set(live)
+    assert precomputed == pytest.approx(live, rel=1e-4, abs=1e-5)
+
+
+# -- however pairs are spread --------------------------------------------------------------------------------------------
+
+
+def test_accumulated_micro_batches_are_one_large_batch(tmp_path):
+    step = {"max_steps": 1, "optimizer": ("SGD", {"lr": 1.0}), "gradient_clip": None}
+    options = {"sft_weight": 0.3, "loss_type": "ipo", "length_normalised": True}
+    whole = run(tmp_path / "whole", options=options, micro_batch_size=11, accumulate=1, **step)
+    for micro, accumulate in ((1, 11), (4, 3)):
+        folder = tmp_path / str(micro)
+        assert run(folder, options=options, micro_batch_size=micro, accumulate=accumulate, **step) == numbers(whole)
+        for name, tensor in weights(folder).items():
+            torch.testing.assert_close(tensor, weights(tmp_path / "whole")[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["2", "3 in shards"])
+def test_a_run_goes_the_same_way_at_all_stages(stage, tmp_path):
+    plain = run(tmp_path / "0", options={"sft_weight": 0.1}, zero_stage=0)
+    assert run(tmp_path / stage, options={"sft_weight": 0.1}, **STAGES[stage]) == numbers(plain)
+
+
+# -- resumed -------------------------------------------------------------------------------------------------------------
+
+EACH = {"checkpoint": ("Checkpoint", {"every": 1, "keep": None})}
+
+
+def stopped_and_resumed(folder: Path, kind: str, options: dict[str, Any], between: Any = None, **job: Any) -> None:
+    """A run that stops after two steps and is continued."""
+    run(folder, kind, options, callbacks={**EACH, "stop": ("StopAfter", {"step": 2})}, **job)
+    if between is not None:
+        between()
+    run(folder, kind, options, callbacks=EACH, resume="auto", **job)
+
+
+@pytest.mark.parametrize("stage", ["0", "1 bf16", "3 in shards"])
+@pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
+def test_a_resumed_run_is_byte_identical(stage, precompute, tmp_path):
+    options = {"precompute_reference": precompute}
+    run(tmp_path / "whole", options=options, callbacks=EACH, **STAGES[stage])
+    stopped_and_resumed(tmp_path / "pieces", "DPO", options, **STAGES[stage])
+    assert weight_bytes(tmp_path / "pieces") == weight_bytes(tmp_path / "whole")
+
+
+def test_a_resumed_run_of_adapters_is_byte_identical(tmp_path):
+    run(tmp_path / "whole", "AdaptedDPO", callbacks=EACH)
+    stopped_and_resumed(tmp_path / "pieces", "AdaptedDPO", {})
+    both = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("pieces", "whole")]
+    assert both[0] == both[1]
+
+
+def test_a_resumed_run_that_has_lost_its_cache_computes_the_untrained_reference_again(tmp_path):
+    cache = tmp_path / "cache"
+    options = {"precompute_reference": True, "cache_dir": str(cache)}
+    run(tmp_path / "whole", options=options, callbacks=EACH)
+    stopped_and_resumed(tmp_path / "pieces", "DPO", options, between=lambda: shutil.rmtree(cache))
+    assert weight_bytes(tmp_path / "pieces") == weight_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stage", ["0", "3 in shards"])
+def test_nothing_of_the_reference_is_saved(stage, tmp_path):
+    run(tmp_path, callbacks=EACH, **STAGES[stage])
+    names = {name for name, _ in small_model().named_parameters()}
+    assert set(weights(tmp_path)) == names
+    with PieceReader(tmp_path / "checkpoint-5" / "training_state") as reader:
+        assert set(reader.shapes) == names
+
+
+# -- the cache -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How often log-probabilities have been computed."""
+    times = []
+    compute = reference_cache._compute
+    monkeypatch.setattr(reference_cache, "_compute", lambda *args: times.append(1) or compute(*args))
+    return times
+
+
+def test_numbers_are_computed_once_for_all_losses_and_batch_sizes(computed, tmp_path):
+    options = {"precompute_reference": True, "cache_dir": str(tmp_path / "cache")}
+    run(tmp_path / "a", options=options)
+    run(tmp_path / "b", options={**options, "pref_beta": 0.5, "loss_type": "ipo", "ld_alpha": 0.5}, micro_batch_size=3)
+    run(tmp_path / "c", options=options, zero_stage=3)
+    assert len(computed) == 1
+    file = next((tmp_path / "cache").rglob("*.safetensors"))
+    columns = load_file(file)
+    assert columns["train/logps"].shape == (10, 2)  # the empty pair has none
+    assert columns["validation/index"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("change", [{"data": ("Pairs", {"content": 1})}, {"model": {"rope_theta": 5e5}}, {"precision": "bf16"}])
+def test_other_pairs_another_model_and_another_precision_are_computed_anew(change, computed, tmp_path):
+    options = {"precompute_reference": True, "cache_dir": str(tmp_path / "cache")}
+    run(tmp_path / "a", options=options)
+    run(tmp_path / "b", options=options, **change)
+    assert len(computed) == 2
+
+
+def test_another_seed_of_the_adapters_is_the_same_reference(computed, tmp_path):
+    options = {"precompute_reference": True, "cache_dir": str(tmp_path / "cache")}
+    run(tmp_path / "a", "AdaptedDPO", options)
+    run(tmp_path / "b", "AdaptedDPO", options, seed=7)
+    assert len(computed) == 1
+
+
+def test_a_model_that_comes_from_its_cache_is_not_read_again(other_model, computed, tmp_path, monkeypatch):
+    options = {"precompute_reference": True, "reference": str(other_model), "cache_dir": str(tmp_path / "cache")}
+    run(tmp_path / "a", options=options)
+    monkeypatch.setattr(DPO, "_load_reference", lambda *_: pytest.fail("it was read"))
+    run(tmp_path / "b", options=options)
+    assert len(computed) == 1
+
+
+def test_pairs_with_the_same_number_are_refused(tmp_path, monkeypatch):
+    whole = Pairs.collate
+    monkeypatch.setattr(
+        Pairs, "collate", lambda self, samples: {**whole(self, samples), "index": torch.zeros(len(samples)).long()}
+    )
+    with pytest.raises(ValueError, match="two pairs have the same index"):
+        run(tmp_path, options={"precompute_reference": True})
