@@ -35,8 +35,14 @@ def run(folder: Path, kind: str = "DPO", options: dict[str, Any] | None = None, 
     return train(folder, **{"task": (kind, options or {}), **BASE, **job})
 
 
-def numbers(metrics: list[dict[str, float]]) -> list[dict[str, Any]]:
-    return [pytest.approx(line, rel=1e-4, abs=1e-5) for line in metrics]
+def same(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> bool:
+    """Up to rounding, which decides at first, where all pairs are ties, what is a win."""
+    cleaned = [[{k: v for k, v in line.items() if k != "rewards/accuracies"} for line in run] for run in (ours, theirs)]
+    return cleaned[0] == [pytest.approx(line, rel=1e-4, abs=1e-5) for line in cleaned[1]]
+
+
+def some_slow(quick: tuple[str, ...]) -> list[Any]:
+    return [pytest.param(stage, marks=[] if stage in quick else pytest.mark.slow) for stage in STAGES]
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def other_model(tmp_path):
 # -- at first ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", some_slow(quick=("0", "3 in shards")))
 @pytest.mark.parametrize("kind", ["DPO", "AdaptedDPO"])
 @pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
 def test_the_first_loss_is_ln_2_and_no_pair_has_a_reward(kind, stage, precompute, tmp_path):
@@ -81,11 +87,11 @@ def test_a_live_reference_and_a_precomputed_one_train_the_same(kind, stage, tmp_
     """Of adapters, too, that drop out half: what is drawn for the policy does not touch the reference."""
     live = run(tmp_path / "live", kind, **STAGES[stage])
     precomputed = run(tmp_path / "precomputed", kind, {"precompute_reference": True}, **STAGES[stage])
-    assert precomputed == numbers(live)
-    assert abs(live[-1]["rewards/margins"]) > 0.01  # it has learnt something
+    assert same(precomputed, live)
+    assert max(abs(line["rewards/margins"]) for line in live) > 0.005  # it has learnt something
 
 
-@pytest.mark.parametrize("stage", ["1 bf16", "3 in shards"])
+@pytest.mark.parametrize("stage", some_slow(quick=("3 in shards",)))
 def test_another_model_precomputed_is_that_model(stage, other_model, tmp_path):
     options = {"reference": str(other_model)}
     live = run(tmp_path / "live", options=options, **STAGES[stage])
@@ -112,6 +118,7 @@ def test_validation_gives_accuracy_and_margin_and_precomputed_numbers_are_for_it
         lines.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
     live, precomputed = (next(line for line in run if "validation_loss" in line) for run in lines)
     assert {"validation_loss", "validation_rewards/accuracies", "validation_rewards/margins"} <= set(live)
+    del live["seconds"], precomputed["seconds"]
     assert precomputed == pytest.approx(live, rel=1e-4, abs=1e-5)
 
 
@@ -124,7 +131,7 @@ def test_accumulated_micro_batches_are_one_large_batch(tmp_path):
     whole = run(tmp_path / "whole", options=options, micro_batch_size=11, accumulate=1, **step)
     for micro, accumulate in ((1, 11), (4, 3)):
         folder = tmp_path / str(micro)
-        assert run(folder, options=options, micro_batch_size=micro, accumulate=accumulate, **step) == numbers(whole)
+        assert same(run(folder, options=options, micro_batch_size=micro, accumulate=accumulate, **step), whole)
         for name, tensor in weights(folder).items():
             torch.testing.assert_close(tensor, weights(tmp_path / "whole")[name], rtol=0, atol=1e-6)
 
@@ -132,7 +139,7 @@ def test_accumulated_micro_batches_are_one_large_batch(tmp_path):
 @pytest.mark.parametrize("stage", ["2", "3 in shards"])
 def test_a_run_goes_the_same_way_at_all_stages(stage, tmp_path):
     plain = run(tmp_path / "0", options={"sft_weight": 0.1}, zero_stage=0)
-    assert run(tmp_path / stage, options={"sft_weight": 0.1}, **STAGES[stage]) == numbers(plain)
+    assert same(run(tmp_path / stage, options={"sft_weight": 0.1}, **STAGES[stage]), plain)
 
 
 # -- resumed -------------------------------------------------------------------------------------------------------------
@@ -148,7 +155,7 @@ def stopped_and_resumed(folder: Path, kind: str, options: dict[str, Any], betwee
     run(folder, kind, options, callbacks=EACH, resume="auto", **job)
 
 
-@pytest.mark.parametrize("stage", ["0", "1 bf16", "3 in shards"])
+@pytest.mark.parametrize("stage", some_slow(quick=("0",)))
 @pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
 def test_a_resumed_run_is_byte_identical(stage, precompute, tmp_path):
     options = {"precompute_reference": precompute}
@@ -205,7 +212,9 @@ def test_numbers_are_computed_once_for_all_losses_and_batch_sizes(computed, tmp_
     assert columns["validation/index"].tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("change", [{"data": ("Pairs", {"content": 1})}, {"model": {"rope_theta": 5e5}}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "change", [{"data": ("Pairs", {"content": 1})}, {"model": {"rope_theta": 5e5}}, {"zero_stage": 0, "precision": "bf16"}]
+)
 def test_other_pairs_another_model_and_another_precision_are_computed_anew(change, computed, tmp_path):
     options = {"precompute_reference": True, "cache_dir": str(tmp_path / "cache")}
     run(tmp_path / "a", options=options)
