@@ -1,8 +1,9 @@
 """LossPlot: the loss curve as a picture that is kept up to date while the run goes on.
 
 Thin: the loss as logged. Thick: its exponential moving average, corrected for its start at zero as in Adam (arXiv 1412.6980,
-section 3). Points: validations. Dashed, with its own axis: the learning rate. The points are kept in memory and in
-checkpoints; the average is taken before they are thinned out, so that it stays the same in long runs.
+section 3). Points: validations. Dashed, with its own axis: the learning rate. Where preferences are learnt there is a second
+panel with accuracies and margins. The points are kept in memory and in checkpoints; the average is taken before they are
+thinned out, so that it stays the same in long runs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from bumblebee.trainer import Trainer
 
+_REWARDS = ("rewards/accuracies", "rewards/margins")
 _LIMIT = 5_000  # points of a curve, more than a picture has columns
 
 
@@ -53,6 +55,8 @@ class LossPlot(Callback):
         if math.isfinite(metrics.get("loss", math.nan)):
             smooth = self._average.add(metrics["loss"], self.smoothing)
             self._training.add(trainer.step, metrics["loss"], smooth, metrics["lr"])
+        if all(name in metrics for name in _REWARDS):
+            self._rewards.add(trainer.step, *(metrics[name] for name in _REWARDS))
         if trainer.step - self._drawn_at >= self.every:
             self._draw(trainer)
 
@@ -72,19 +76,21 @@ class LossPlot(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with these points."""
         for name, part in self._parts().items():
-            vars(part).update(state[name])
+            vars(part).update(state.get(name, {}))
 
     def _clear(self) -> None:
         self._training, self._validation, self._average = _Points(4), _Points(2), _Average()
+        self._rewards = _Points(3)
         self._drawn_at = 0
 
     def _parts(self) -> dict[str, _Points | _Average]:
-        return {"training": self._training, "validation": self._validation, "average": self._average}
+        points = {"training": self._training, "validation": self._validation, "rewards": self._rewards}
+        return {**points, "average": self._average}
 
     def _draw(self, trainer: Trainer) -> None:
         self._drawn_at = trainer.step
         if trainer.is_main and self._training.columns[0]:
-            figure = draw(self._training.columns, self._validation.columns, self.smoothing)
+            figure = draw(self._training.columns, self._validation.columns, self.smoothing, self._rewards.columns)
             figure.suptitle(trainer.output_dir.resolve().name, x=0.01, ha="left", fontsize=13, fontweight="bold")
             aside = trainer.output_dir / ".loss.png.partial"
             figure.savefig(aside, format="png")
@@ -123,40 +129,63 @@ class _Points:
 # -- drawing -----------------------------------------------------------------------------------------------------------
 
 
-def draw(training: list[list[float]], validation: list[list[float]], smoothing: float) -> Figure:
+def draw(
+    training: list[list[float]], validation: list[list[float]], smoothing: float, rewards: list[list[float]] | None = None
+) -> Figure:
     """The picture.
 
     Args:
         training: columns of step, loss, smoothed loss and learning rate.
         validation: columns of step and loss.
         smoothing: for the legend; 0 leaves the smoothed curve out.
+        rewards: columns of step, accuracy and margin; None or no steps: there is no second panel.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), dpi=130, layout="constrained")
-    axes = figure.add_subplot()
+    preferences = bool(rewards and rewards[0])
+    figure = Figure(figsize=(9, 8 if preferences else 5), dpi=130, layout="constrained")
+    axes = figure.add_subplot(2 if preferences else 1, 1, 1)
     _draw_losses(axes, training, validation, smoothing)
+    axes.set_ylabel("loss" if preferences else "loss (nats per token)")
     _draw_learning_rate(axes, training[0], training[3])
     axes.legend(frameon=False, loc="upper right")
+    if rewards and preferences:
+        _draw_rewards(figure.add_subplot(2, 1, 2, sharex=axes), *rewards)
     return figure
 
 
 def _draw_losses(axes: Axes, training: list[list[float]], validation: list[list[float]], smoothing: float) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     steps, losses, smooth, _ = training
     axes.plot(steps, losses, color="#4c78a8", linewidth=0.8, alpha=0.45 if smoothing else 1.0, label="training")
     if smoothing:
         axes.plot(steps, smooth, color="#1f4e79", linewidth=2.2, label=f"training, smoothed ({smoothing:g})")
     if validation[0]:
         axes.plot(*validation, color="#e45756", marker="o", markersize=4.5, linewidth=1.2, label="validation")
+    _draw_frame(axes)
+
+
+def _draw_frame(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.margins(x=0.01)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_rewards(axes: Axes, steps: list[float], accuracies: list[float], margins: list[float]) -> None:
+    """How often the chosen response has the larger reward, and by how much on average."""
+    axes.plot(steps, accuracies, color="#54a24b", linewidth=1.2, label="accuracy")
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_ylabel("accuracy of rewards", color="#3b7a34")
+    _draw_frame(axes)
+    right = axes.twinx()
+    right.plot(steps, margins, color="#b279a2", linewidth=1.2, label="margin")
+    right.set_ylabel("margin of rewards", color="#8a5680")
+    right.spines["top"].set_visible(False)
+    right.margins(x=0.01)
 
 
 def _draw_learning_rate(axes: Axes, steps: list[float], rates: list[float]) -> None:

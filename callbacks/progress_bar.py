@@ -14,6 +14,7 @@ from callbacks.text import duration, number, short, validation_sentence
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
 
+_SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "lr": "lr"}  # of the metrics
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}, {remaining} left{postfix}]"
 
 
@@ -49,7 +50,7 @@ class ProgressBar(Callback):
         """New numbers beside the bar, or a line if it is time for one."""
         if self._display is not None:
             self._measure(trainer)
-            shown = [f"{name} {number(metrics[name])}" for name in ("loss", "lr") if name in metrics]
+            shown = [f"{label} {number(metrics[name])}" for name, label in _SHOWN.items() if name in metrics]
             if self._tokens_per_second:
                 shown.append(f"{short(self._tokens_per_second)} tokens/s")
             self._display.numbers(trainer.step, " · ".join(shown))

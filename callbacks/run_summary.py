@@ -54,6 +54,7 @@ def summarize(trainer: Trainer) -> dict[str, Section]:
             "resumed_from_step": trainer.step or None,
         },
         "model": _model(trainer),
+        "task": {"class": type(trainer.task).__name__, **trainer.task.summary()},
         "data": {"class": type(trainer.data).__name__, **trainer.data.summary()},
         "plan": _plan(trainer),
         "device": _device(trainer),
@@ -135,6 +136,7 @@ def block(summary: dict[str, Section]) -> str:
     run = summary["run"]
     lines = {
         "model": _model_line(summary["model"]),
+        "task": _named(summary["task"]),
         "data": _named(summary["data"]),
         "plan": _plan_line(summary["plan"]),
         "device": _device_line(summary["device"], summary["plan"]["ranks"]),

@@ -62,6 +62,7 @@ class Frozen(Reference):
     def __init__(self, model: Any) -> None:
         self.model = model
 
+    @torch.no_grad()
     def __call__(self, model: Any, batch: Batch, samples: str) -> Tensor:
         return sums(response_log_probabilities(self.model, batch))
 

@@ -112,3 +112,26 @@ def test_a_real_run_leaves_a_picture(whole):
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LossPlot(**options)
+
+
+def test_preferences_have_a_second_panel_with_accuracies_and_margins(fake):
+    training = [[1, 2], [0.7, 0.6], [0.7, 0.65], [0.1, 0.1]]
+    figure = draw(training, [[], []], 0.9, rewards=[[1, 2], [0.5, 0.75], [0.0, 0.1]])
+    losses, _, accuracies, margins = figure.axes
+    assert list(accuracies.lines[0].get_ydata()) == [0.5, 0.75] and list(margins.lines[0].get_ydata()) == [0.0, 0.1]
+    assert losses.get_ylabel() == "loss"
+
+
+def test_rewards_that_are_logged_are_drawn_and_survive_a_resume(fake):
+    plot = LossPlot()
+    trainer = fake([plot])
+    trainer.metrics = {"rewards/accuracies": 0.75, "rewards/margins": 0.2}
+    trainer.run()
+    again = LossPlot()
+    again.load_state_dict(plot.state_dict())
+    assert again.state_dict()["rewards"]["columns"] == [[1, 2, 3, 4, 5, 6], [0.75] * 6, [0.2] * 6]
+
+
+def test_a_checkpoint_from_before_there_were_rewards_is_continued():
+    old = {name: part for name, part in LossPlot().state_dict().items() if name != "rewards"}
+    LossPlot().load_state_dict(old)

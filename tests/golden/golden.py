@@ -19,10 +19,13 @@ sys.path.insert(0, str(HERE.parents[1]))
 from system.parts import train  # noqa: E402
 
 ADAM = ("AdamW", {"lr": 1e-2, "weight_decay": 0.1})
+DPO = {"task": ("DPO", {"sft_weight": 0.1}), "data": ("Pairs", {"samples": 11, "empty": [2]})}
 RUNS = {
     "language_modeling-fp32-stage0": {"precision": "fp32", "zero_stage": 0},
     "language_modeling-fp32-stage3": {"precision": "fp32", "zero_stage": 3},
     "language_modeling-bf16-stage1": {"precision": "bf16", "zero_stage": 1},
+    "dpo-fp32-stage0": {"precision": "fp32", "zero_stage": 0, **DPO},
+    "dpo-fp32-stage3": {"precision": "fp32", "zero_stage": 3, **DPO},
 }
 
 

@@ -122,6 +122,15 @@ def test_validation_gives_accuracy_and_margin_and_precomputed_numbers_are_for_it
     assert precomputed == pytest.approx(live, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"), [("DPO", "the model as it was at first"), ("AdaptedDPO", "the model without its adapters")]
+)
+def test_the_summary_names_the_reference(kind, words, tmp_path, capsys):
+    run(tmp_path, kind, {"precompute_reference": True}, callbacks={"summary": ("RunSummary", {})}, max_steps=1)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("task"))
+    assert f"loss sigmoid, beta 0.1, reference {words}, log-probabilities computed before training" in line
+
+
 # -- however pairs are spread --------------------------------------------------------------------------------------------
 
 

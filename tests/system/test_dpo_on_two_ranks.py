@@ -1,0 +1,75 @@
+"""DPO on two ranks: the gradients and metrics of one, at every stage, whatever keeps the reference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from system.parts import train, weight_bytes, weights
+from system.processes import run_jobs
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = {"sft_weight": 0.2, "ld_alpha": 0.7}
+STEP: dict[str, Any] = {"data": ("Pairs", {"samples": 11, "empty": [2, 3]}), "max_steps": 3, "optimizer": ("SGD", {"lr": 0.3})}
+EACH = {"checkpoint": ("Checkpoint", {"every": 1, "keep": None})}
+# Of an epoch's 11 pairs rank 1 has none of the last two.
+SPREAD = {"micro_batch_size": 2, "accumulate": 2}
+
+
+def job(stage: int, precompute: bool = False, kind: str = "DPO", **more: Any) -> dict[str, Any]:
+    options = {**OPTIONS, "precompute_reference": precompute}
+    return {"task": (kind, options), "zero_stage": stage, "building": stage == 3, **STEP, **SPREAD, **more}
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    """The same steps on one rank."""
+    folder = tmp_path_factory.mktemp("one")
+    spread = {"micro_batch_size": 8, "accumulate": 1}
+    return {kind: (folder / kind, train(folder / kind, **job(0, kind=kind, **spread))) for kind in ("DPO", "AdaptedDPO")}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    jobs = {f"{stage}": job(stage) for stage in (0, 1, 2, 3)}
+    jobs |= {f"{stage} precomputed": job(stage, precompute=True, cache_dir=str(folder / f"cache-{stage}")) for stage in (1, 3)}
+    jobs |= {f"{stage} adapters": job(stage, kind="AdaptedDPO") for stage in (1, 3)}
+    jobs["3 until 2"] = job(3, callbacks={**EACH, "stop": ("StopAfter", {"step": 2, "rank": 1})}, folder="3 resumed")
+    jobs["3 resumed"] = job(3, callbacks=EACH, folder="3 resumed", resume="auto")
+    for one in jobs.values():
+        if cache := one.pop("cache_dir", None):
+            one["task"][1]["cache_dir"] = cache
+    named = [{**one, "folder": str(folder / one.get("folder", name))} for name, one in jobs.items()]
+    return folder, dict(zip(jobs, run_jobs(named, 2, folder, timeout=280), strict=True))
+
+
+@pytest.mark.parametrize("name", ["0", "1", "2", "3", "1 precomputed", "3 precomputed"])
+def test_two_ranks_are_one(name, one_rank, two_ranks):
+    folder, results = two_ranks
+    wanted_folder, wanted = one_rank["DPO"]
+    for ours, theirs in zip(results[name]["metrics"], wanted, strict=True):
+        for key in set(theirs) - {"rewards/accuracies"}:  # where pairs are ties, rounding decides what is a win
+            assert math.isclose(ours[key], theirs[key], rel_tol=1e-4, abs_tol=1e-5), (ours["step"], key)
+        assert ours["rewards/margins"] == pytest.approx(ours["rewards/chosen"] - ours["rewards/rejected"], abs=1e-12)
+    for key, tensor in weights(folder / name).items():
+        torch.testing.assert_close(
+            tensor, weights(wanted_folder)[key], rtol=0, atol=1e-5, msg=lambda text, k=key: f"{k} {text}"
+        )
+
+
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_adapters_on_two_ranks_begin_without_rewards(stage, two_ranks):
+    """Later their dropout differs from one rank's."""
+    lines = two_ranks[1][f"{stage} adapters"]["metrics"]
+    assert abs(lines[0]["rewards/chosen"]) < 1e-6 and abs(lines[0]["rewards/rejected"]) < 1e-6
+    assert abs(lines[-1]["rewards/margins"]) > 1e-4
+
+
+def test_a_resumed_run_at_stage_3_is_byte_identical(two_ranks):
+    folder, results = two_ranks
+    assert [line["step"] for line in results["3 until 2"]["metrics"]] == [1, 2]
+    assert weight_bytes(folder / "3 resumed") == weight_bytes(folder / "3")
