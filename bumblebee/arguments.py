@@ -15,6 +15,7 @@ from dataclasses import is_dataclass
 from pydoc import locate
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from bumblebee.explanations import explain, hints_of
@@ -108,13 +109,23 @@ def fold(argv: list[str]) -> tuple[list[str], list[str]]:
         elif not word.startswith("--") or "=" in word:
             words += [word, *values]
         elif word in _LISTS and len(values) > 1:
-            words.append(f"{word}={json.dumps(values)}")
+            words.append(f"{word}={json.dumps([_item(value) for value in values])}")
         elif not values and word not in ("--help", "--print_config"):
             flags.append(word[2:].removeprefix("no_"))
             words.append(f"--{flags[-1]}={'false' if word.startswith('--no_') else 'true'}")
         else:
             words += [word, *values]
     return recipes + words, flags
+
+
+def _item(word: str) -> Any:
+    """A word of a list: text, or an entry with options, ``{path: a.jsonl, weight: 2}``."""
+    if not word.startswith("{"):
+        return word
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:
+        return word
 
 
 def check_flags(cfg: Namespace, flags: list[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import compress
 from typing import Any, Literal
 
@@ -78,7 +77,7 @@ class ConversationEncoder(ChatEncoder):
         """See the base class."""
         chat = conversation(record)
         ids, trained = self._encode(chat.messages, chat.tools, self.train_on)
-        return Sample([ids], [trained], chat_digest(asdict(chat)))
+        return Sample([ids], [trained], chat_digest([chat.messages, chat.tools]))
 
 
 class PreferenceEncoder(ChatEncoder):
@@ -96,7 +95,11 @@ class PreferenceEncoder(ChatEncoder):
                 "the chat template writes the prompt in another way before the rejected answer than before the chosen"
             )
         trained = [[False] * len(prompts[0]) + [True] * len(answer) for answer in answers]
-        return Sample([prompts[0] + answer for answer in answers], trained, chat_digest(asdict(pair)))
+        return Sample(
+            [prompts[0] + answer for answer in answers],
+            trained,
+            chat_digest([pair.prompt, pair.chosen, pair.rejected, pair.tools]),
+        )
 
 
 def _parted(ids: list[int], trained: list[bool]) -> tuple[list[int], list[int]]:

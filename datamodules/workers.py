@@ -25,7 +25,7 @@ from datamodules.formats import Record, RecordError
 Items = list[Record | RecordError]
 
 MOST = 16  # beyond, the parent that reads the files is what one waits for
-ENOUGH = 4_000_000  # bytes to encode, from which on workers earn their start
+ENOUGH = 2_000_000  # bytes to encode, from which on workers earn their start
 ENTRY = "from datamodules.workers import serve; serve()"
 
 

@@ -129,6 +129,12 @@ ON_THE_COMMAND_LINE = {
     "--data.files *.parquet": "data.files: no file matches '*.parquet'",
     "--data.files .": "data.files: '.' is a folder; name the files in it, for example './*.jsonl'",
     "--data.files recipe.yaml": "data.files: 'recipe.yaml': files of kind '.yaml' cannot be read; supported: ...",
+    '--data.files {"path":"data.jsonl","wieght":2} data.jsonl': (
+        "data.files: unknown key 'wieght' in the entry of 'data.jsonl' (did you mean 'weight'?); it may have path, weight"
+    ),
+    '--data.files [{"path":"data.jsonl","weight":0}]': "data.files: the weight of 'data.jsonl' must be a number above 0, got 0",
+    '--data.files [{"weight":2}]': "data.files: expected a path in each entry, such as ...",
+    "--data.files.0.weight 3": "recipe.yaml:21: data.files: expected a path in each entry, such as ...",
     "--data.files data.jsonl dato.jsonl": "data.files: 'dato.jsonl' does not exist...",
     "--data.files empty.jsonl": "data.files: there is no text to train on in empty.jsonl",
     "--data.files bad.jsonl": "data.files: bad.jsonl:2: no key 'text'; the record's keys: 'txt'",
@@ -343,6 +349,17 @@ def test_a_printed_config_alone_is_the_same_config(place, capsys):
     assert printed(capsys, "--config", "printed.yaml") == config
 
 
+def test_files_may_have_weights_on_the_command_line_and_in_recipes(place, capsys):
+    entry = {"path": "b", "weight": 2}
+    for words in (["a", json.dumps(entry)], [json.dumps(["a", entry])], ["[a, {path: b, weight: 2}]"]):
+        config = printed(capsys, "--config", "recipe.yaml", "--data.files", *words)
+        assert config["data"]["init_args"]["files"] == ["a", entry]
+    (place / "printed.yaml").write_text(yaml.safe_dump(config))
+    assert printed(capsys, "--config", "printed.yaml") == config
+    more = printed(capsys, "--config", "recipe.yaml", "--data.files+", json.dumps(entry))
+    assert more["data"]["init_args"]["files"] == ["data.jsonl", entry]
+
+
 def test_the_saved_recipe_alone_is_the_same_config_from_another_folder_too(place, capsys, monkeypatch):
     words = ["--config", "recipe.yaml", "--trainer.gradient_clip", "null", "--trainer.max_steps", "1"]
     main(["fit", *words])
@@ -377,6 +394,8 @@ def test_validate_measures_what_the_run_measured_at_its_end(place, capsys):
         ("--no_overwrite", "--overwrite=false", ["overwrite"]),
         ("--overwrite false", "--overwrite false", []),
         ("--data.files a b", '--data.files=["a", "b"]', []),
+        ('--data.files a {"path":"x","weight":2}', '--data.files=["a", {"path": "x", "weight": 2}]', []),
+        ("--data.files a {b", '--data.files=["a", "{b"]', []),
         ("--data.files a", "--data.files a", []),
         ("--a 1 --config x --b=2", "--config x --a 1 --b=2", []),
         ("--config x y", "--config x --config y", []),
