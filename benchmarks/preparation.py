@@ -2,10 +2,11 @@
 
     python benchmarks/preparation.py                 a few minutes; needs transformers and datasets (pip install .[bench])
 
-Ours is ``datamodules.SFT.setup`` with an empty cache, reading and packing included. The peer is what people write with transformers
-and datasets: ``map(num_proc=...)`` over ``apply_chat_template`` with the mask of the assistant's tokens, reading included, packing
-not. Both get the same file of questions about Python with whole docstrings as answers, and the same tokenizer and template
-(theirs with the marks that transformers needs to find the assistant's turns). Ids and masks are compared first.
+Ours is ``datamodules.SFT.setup`` with an empty cache, reading and packing included. The peer is what people write with
+transformers and datasets: ``map(num_proc=...)`` over ``apply_chat_template`` with the mask of the assistant's tokens, reading
+included, packing not. Both get the same file of questions about Python with whole docstrings as answers, and the same
+tokenizer and template (theirs with the marks that transformers needs to find the assistant's turns). Ids and masks are
+compared first.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Preferences(TokenData):
     """Preference pairs.
 
     Args:
-        files: a path or glob of .json and .jsonl files (also .gz), or a list of them and of {path, weight} entries, where
+        files: a path or glob of .json, .jsonl and .parquet files, or a list of them and of {path, weight} entries, where
             weight is how often each pair comes in an epoch (a part of 1: that share of them). The word python_docs stands
             for questions about the running Python, the right answer preferred to another's; its entry may have answer:
             first_sentence or whole, and phrasings, the number of questions about each thing.

@@ -27,7 +27,7 @@ class SFT(TokenData):
     """Conversations.
 
     Args:
-        files: a path or glob of .json and .jsonl files (also .gz), or a list of them and of {path, weight} entries, where
+        files: a path or glob of .json, .jsonl and .parquet files, or a list of them and of {path, weight} entries, where
             weight is how often each conversation comes in an epoch (a part of 1: that share of them). The word python_docs
             stands for questions about the running Python; its entry may have answer: first_sentence or whole, and phrasings,
             the number of questions about each thing.

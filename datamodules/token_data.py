@@ -34,7 +34,7 @@ class TokenData(DataModule):
 
     Args:
         files: a path or glob, or a list of them and of {path, weight} entries, where weight is how often each sample comes in
-            an epoch (a part of 1: that share of the samples). Kinds are .json, .jsonl, .txt and .md, also .gz. The word
+            an epoch (a part of 1: that share of the samples). Kinds are .json, .jsonl, .parquet, .txt and .md. The word
             python_docs stands for the documentation of the running Python.
         tokenizer: folder with tokenizer.json.
         max_length: tokens in a window.
@@ -218,4 +218,6 @@ class TokenData(DataModule):
 
 def size_of(files: list[str]) -> int:
     """About how many bytes of text there are."""
-    return sum(1 << 22 if f == formats.CORPUS else os.path.getsize(f) * (4 if f.endswith(".gz") else 1) for f in files)
+    return sum(
+        1 << 22 if f == formats.CORPUS else os.path.getsize(f) * (4 if f.endswith((".gz", ".parquet")) else 1) for f in files
+    )
