@@ -8,6 +8,7 @@ few enough that another processor gives the same. A step without any target has 
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -20,10 +21,12 @@ from system.parts import train  # noqa: E402
 
 ADAM = ("AdamW", {"lr": 1e-2, "weight_decay": 0.1})
 DPO = {"task": ("DPO", {"sft_weight": 0.1}), "data": ("Pairs", {"samples": 11, "empty": [2]})}
+CHATS = {"data": ("Chats", {"file": str(HERE / "chats.jsonl")}), "model": {"vocab_size": 400}}
 RUNS = {
     "language_modeling-fp32-stage0": {"precision": "fp32", "zero_stage": 0},
     "language_modeling-fp32-stage3": {"precision": "fp32", "zero_stage": 3},
     "language_modeling-bf16-stage1": {"precision": "bf16", "zero_stage": 1},
+    "sft-fp32-stage0": {"precision": "fp32", "zero_stage": 0, **CHATS},
     "dpo-fp32-stage0": {"precision": "fp32", "zero_stage": 0, **DPO},
     "dpo-fp32-stage3": {"precision": "fp32", "zero_stage": 3, **DPO},
 }
@@ -39,6 +42,7 @@ def lines(name: str) -> list[str]:
 
 def main() -> None:
     """Write all files."""
+    os.environ["BUMBLEBEE_CACHE"] = tempfile.mkdtemp()
     for name in RUNS:
         (HERE / f"{name}.txt").write_text("\n".join(lines(name)) + "\n")
         print(f"wrote {name}.txt")

@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from bumblebee.model import Bumblebee
 from bumblebee.nn import IGNORE
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.language_modeling import LanguageModeling
+from bumblebee.tokenizer import Tokenizer
 from bumblebee.trainer import Trainer
+from datamodules import SFT
 
 VOCABULARY, LENGTH = 64, 16
 SMALL: dict[str, Any] = {"max_steps": 6, "micro_batch_size": 2, "accumulate": 2, "precision": "fp32", "device": "cpu"}
@@ -85,6 +88,19 @@ class Pairs(DataModule):
         positions = torch.arange(shape[1]).expand(shape).clone()
         return {"input_ids": input_ids, "labels": labels, "position_ids": positions,
                 "index": torch.tensor([index for index, _, _ in samples])}  # fmt: skip
+
+
+class Chats(SFT):
+    """Conversations of a file, with a tokenizer that is trained on the file itself."""
+
+    def __init__(self, file: str, max_length: int = 256, packing: bool = True) -> None:
+        folder = tempfile.mkdtemp()
+        Tokenizer.train([Path(file).read_text(encoding="utf-8")], 400).save_pretrained(folder)
+        super().__init__(file, folder, max_length, too_long="split", packing=packing)
+
+    def setup(self, seed: int) -> None:
+        super().setup(seed)
+        shutil.rmtree(self.tokenizer_folder, ignore_errors=True)  # what is mapped stays readable
 
 
 class Noisy(LanguageModeling):
