@@ -63,7 +63,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.place = tokenizer.place
-        self.sources = _named(tokenizer.settings.get("chat_template")) or _default(tokenizer)
+        with self._named():
+            self.sources = _named(tokenizer.settings.get("chat_template"))
+        self.sources = self.sources or _default(tokenizer)
         self._compiled = {name: compile_template(source, self.place) for name, source in self.sources.items()}
         self._variables = _special_tokens(tokenizer.settings)
         self._encoder = Encoder(tokenizer.backend)
@@ -113,7 +115,7 @@ class ChatTemplate:
             require_contents("".join(targets), [messages[turn] for turn in turns])
             _require_tools(mend(text, breaker), tools)
         chat = EncodedChat(*self._encoder.encode(_segments(text, spans), breaker))
-        assert self._decodes(chat, targets)
+        assert self._decodes(chat, [text[begin:end] for begin, end in spans], breaker)
         return chat
 
     @cached_property
@@ -162,14 +164,14 @@ class ChatTemplate:
         except ValueError as error:
             raise ValueError(f"{self.place}: {mend(str(error), breaker)}") from error.__cause__
 
-    def _decodes(self, chat: EncodedChat, spans: list[str]) -> bool:
+    def _decodes(self, chat: EncodedChat, spans: list[str], breaker: str) -> bool:
         """Whether the targets decode to these texts, up to what this tokenizer always loses (blanks, composed characters)."""
-        targets = [index for index, trained in zip(chat.ids, chat.trained, strict=True) if trained]
-        decoded = self.tokenizer.decode(targets, skip_special_tokens=False)
-        if decoded == "".join(spans):
+        decode = partial(self.tokenizer.decode, skip_special_tokens=False)
+        targets = decode([index for index, trained in zip(chat.ids, chat.trained, strict=True) if trained])
+        if targets == mend("".join(spans), breaker):
             return True
-        alone = [index for span in spans for index in self.tokenizer.encode(span)]
-        return squeezed(decoded) == squeezed(self.tokenizer.decode(alone, skip_special_tokens=False))
+        alone = [index for span in spans for index in self._encoder.encode([(span, True)], breaker)[0]]
+        return squeezed(targets) == squeezed(decode(alone))
 
 
 def _segments(text: str, spans: list[Span]) -> list[tuple[str, bool]]:
@@ -198,31 +200,48 @@ def _prepared(messages: Sequence[Message]) -> list[Message]:
 def _with_objects(message: Message) -> Message:
     calls = []
     for call in message["tool_calls"]:
-        function = call.get("function", call)
+        function = _function(call, "a call")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
                 function = {**function, "arguments": json.loads(arguments)}
             except ValueError as error:
-                raise ValueError(f"the arguments of the call of {function.get('name')!r} are no JSON: {error}") from None
+                raise ValueError(f"the arguments of the call of {function['name']!r} are no JSON: {error}") from None
         calls.append({**call, "function": function} if "function" in call else function)
     return {**message, "tool_calls": calls}
 
 
 def _require_tools(text: str, tools: Sequence[Any] | None) -> None:
     for tool in tools or ():
-        name = tool.get("function", tool).get("name")
-        if not isinstance(name, str):
-            raise ValueError(f"a tool must be an object with a name, not {tool!r}")
+        name = _function(tool, "a tool")["name"]
         if name not in text:
             raise ValueError(f"the chat template leaves out the tools ({name!r}): it knows none")
 
 
+def _function(value: Any, what: str) -> dict[str, Any]:
+    """What stands in "function", or the value itself where a call or tool is written without it."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{what} must be an object with the name of a function, not {value!r}")
+    return function
+
+
 def _named(setting: Any) -> dict[str, str]:
-    """Templates by name, from the forms in which tokenizer_config.json has them."""
+    """Templates by name, from the forms in which tokenizer_config.json has them.
+
+    Raises:
+        ValueError: another form.
+    """
     if not setting:
         return {}
-    return {"default": setting} if isinstance(setting, str) else {item["name"]: item["template"] for item in setting}
+    items = [{"name": "default", "template": setting}] if isinstance(setting, str) else setting
+    try:
+        named = {item["name"]: item["template"] for item in items}
+    except (TypeError, KeyError):
+        named = {}
+    if not named or not all(isinstance(text, str) for text in (*named, *named.values())):
+        raise ValueError("chat_template must be a string or a list of {name, template}")
+    return named
 
 
 def default_for(tokenizer: Tokenizer) -> str | None:

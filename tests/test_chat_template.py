@@ -305,7 +305,24 @@ def test_a_template_that_leaves_out_the_tools_is_refused(tokenize):
     with pytest.raises(ValueError, match=r"FOLDER: the chat template leaves out the tools \('add'\)"):
         tokenizer(LLAMA).apply_chat_template(chat("a"), [TOOL], tokenize=tokenize)
     assert "leaves out the tools" in refused(LLAMA, chat("a", "b"), tools=[TOOL])
-    assert "a tool must be an object with a name" in refused(CHATML, chat("a", "b"), tools=[{"function": {}}])
+    for tool in ({"function": {}}, "add", {"function": "add"}, {"name": 3}):
+        message = f"FOLDER: a tool must be an object with the name of a function, not {tool!r}"
+        assert refused(CHATML.replace("tool | tojson", "''"), chat("a", "b"), tools=[tool]) == message
+
+
+@pytest.mark.parametrize("call", ["add", {"function": None}, {"function": {"arguments": {}}}])
+def test_a_call_without_a_name_is_refused(call):
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert (
+        refused(CHATML, [*chat("a"), message]) == f"FOLDER: a call must be an object with the name of a function, not {call!r}"
+    )
+
+
+@pytest.mark.parametrize(
+    "setting", [3, ["x"], [{"name": "default"}], [{"name": "default", "template": None}], {"default": "x"}]
+)
+def test_a_setting_that_is_no_template_is_refused(setting):
+    assert refused(setting, chat("a", "b")) == "FOLDER: chat_template must be a string or a list of {name, template}"
 
 
 def test_no_messages_are_refused():
