@@ -50,7 +50,7 @@ class ChatTemplate:
     """Renders and encodes conversations.
 
     Messages are those of OpenAI: ``{"role", "content", "tool_calls"?, ...}``; the arguments of a call may be an object or
-    its JSON text. Other keys reach the template as they are.
+    its JSON text, and a null beside calls is no text. Other keys reach the template as they are.
 
     Args:
         tokenizer: its settings hold the template, ``chat_template``: a string, or a list of named ones, of which
@@ -184,7 +184,7 @@ def _segments(text: str, spans: list[Span]) -> list[tuple[str, bool]]:
 
 
 def _prepared(messages: Sequence[Message]) -> list[Message]:
-    """The messages, the arguments of their calls as objects, which is what templates write as JSON themselves.
+    """The messages, the arguments of calls as objects, which templates write as JSON themselves, their content as text.
 
     Raises:
         ValueError: no messages, one that is no message, or arguments that are no JSON.
@@ -208,7 +208,9 @@ def _with_objects(message: Message) -> Message:
             except ValueError as error:
                 raise ValueError(f"the arguments of the call of {function['name']!r} are no JSON: {error}") from None
         calls.append({**call, "function": function} if "function" in call else function)
-    return {**message, "tool_calls": calls}
+    # Of the templates that are around some write a null as "None" or stumble over it, and none needs it.
+    content = "" if message.get("content") is None else message["content"]
+    return {**message, "content": content, "tool_calls": calls}
 
 
 def _require_tools(text: str, tools: Sequence[Any] | None) -> None:

@@ -124,6 +124,14 @@ def test_arguments_as_json_text_are_rendered_like_objects(template):
     assert texts[0].replace(' "type": "function",', "") == texts[1].replace(' "type": "function",', "")
 
 
+def test_a_null_beside_calls_is_no_text():
+    template = TAGGED.replace(
+        "{{ message.content +", "{{ message.content | trim + message.tool_calls | map(attribute='name') | join +"
+    )
+    message = {"role": "assistant", "content": None, "tool_calls": [CALL["function"]]}
+    assert targets(tokenizer(template), [*chat("?"), message]) == "|add<|im_end|>"
+
+
 def test_the_default_takes_a_system_prompt_and_brings_none():
     tok = tokenizer(None)
     system = {"role": "system", "content": "Be brief."}
@@ -213,10 +221,19 @@ REASONING = chat("one", "<think>\nhm\n</think>\ntwo", "three", "<think>\nso\n</t
 
 def test_a_template_that_rewrites_history_is_refused_unless_the_last_turn_alone_is_trained():
     message = refused(THINKING, REASONING)
-    assert message.startswith("FOLDER: the chat template rewrites earlier text")
-    assert "train_on: last" in message and "'<think>" in message
+    assert message.startswith("FOLDER: the chat template writes turn 1 in another way when it is generated ('<think>")
+    assert "than when the conversation is complete ('two<|im_end|>" in message
+    assert "with train_on: last only the last turn has to hold" in message
     assert targets(tokenizer(THINKING), REASONING, train_on="last") == "|<think>\nso\n</think>\nfour<|im_end|>"
     assert targets(tokenizer(THINKING), REASONING[:2]) == "|<think>\nhm\n</think>\ntwo<|im_end|>"
+
+
+def test_a_template_that_prompts_for_what_the_answer_lacks_is_refused():
+    prompting = CHATML.replace("'<|im_start|>assistant\\n' if add", "'<|im_start|>assistant\\n<think>' if add")
+    assert prompting != CHATML
+    for train_on in ("all", "last"):
+        message = refused(prompting, chat("a", "b"), train_on=train_on)
+        assert "writes turn 1 in another way when it is generated ('<think>')" in message and "has to hold" not in message
 
 
 def test_tags_in_a_template_that_rewrites_history_do_not_hide_it():

@@ -57,8 +57,8 @@ def _require_prefix(prefix: str, text: str, messages: Sequence[Message], turn: i
     last = turn == max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     advice = "" if last and turns == 1 else "; with train_on: last only the last turn has to hold"
     raise ValueError(
-        f"the chat template rewrites earlier text when the conversation goes on, so what was trained for turn {turn} would"
-        f" not be what is generated: {prefix[at : at + SHOWN]!r} becomes {text[at : at + SHOWN]!r}{advice}"
+        f"the chat template writes turn {turn} in another way when it is generated ({prefix[at : at + SHOWN]!r}) than when the"
+        f" conversation is complete ({text[at : at + SHOWN]!r}), so training on it would mislead{advice}"
     )
 
 
@@ -67,11 +67,9 @@ def tagged_spans(marks: str) -> Callable[[Render, Sequence[Message], Sequence[in
 
     def spans_of(render: Render, messages: Sequence[Message], turns: Sequence[int]) -> tuple[str, list[Span]]:
         text, spans = _unmarked(render(messages, False), marks)
-        earlier = [i for i in range(turns[0]) if messages[i]["role"] == "assistant"]
-        if earlier:  # only the last turn is trained: which of the spans are its?
-            prompt, _ = _unmarked(render(messages[: turns[0]], True), marks)
-            _require_prefix(prompt, text, messages, turns[0], len(turns))
-            spans = [span for span in spans if span[1] > len(prompt)]
+        if any(message["role"] == "assistant" for message in messages[: turns[0]]):
+            earlier = _unmarked(render(messages[: turns[0]], False), marks)[1]
+            spans = spans[len(earlier) :]
         return text, spans
 
     return spans_of
