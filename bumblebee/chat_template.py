@@ -25,10 +25,9 @@ from bumblebee.templating.sandbox import GENERATION, MARKS, compile_template
 from bumblebee.templating.turns import (
     Message,
     Span,
-    close,
+    closed_spans,
     rendered_spans,
     require_contents,
-    require_ends,
     squeezed,
     tagged_spans,
     trained_turns,
@@ -109,8 +108,7 @@ class ChatTemplate:
             render = partial(self._render, source, guarded[1], marks)
             find = tagged_spans(marks) if tagged else rendered_spans
             text, spans = find(render, guarded[0], turns)
-            spans = close(text, spans, self._special)
-            require_ends(text, spans, len(turns), self._special)
+            spans = closed_spans(text, spans, len(turns), self._special)
             targets = [mend(text[begin:end], breaker) for begin, end in spans]
             require_contents("".join(targets), [messages[turn] for turn in turns])
             _require_tools(mend(text, breaker), tools)

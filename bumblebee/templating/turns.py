@@ -82,30 +82,32 @@ def _unmarked(marked: str, marks: str) -> tuple[str, list[Span]]:
     return "".join(pieces), [(ends[i], ends[i + 1]) for i in range(1, len(pieces), 2)]
 
 
-def close(text: str, spans: list[Span], special: tuple[str, ...]) -> list[Span]:
-    """The spans, each up to and with the special token that ends the turn, without the newline behind it.
+def closed_spans(text: str, spans: list[Span], turns: int, special: tuple[str, ...]) -> list[Span]:
+    """The spans, each up to and with the special token that ends its turn, without the newline behind it.
 
-    A marked span may stop right before that token; without it as a target a model would never learn to stop.
-    """
-    closed = []
-    for begin, end in spans:
-        stripped = begin + len(text[begin:end].rstrip())
-        if text.endswith(special, begin, stripped):
-            end = stripped
-        elif text.startswith(special, end):
-            end += max(len(token) for token in special if text.startswith(token, end))
-        closed.append((begin, end))
-    return closed
-
-
-def require_ends(text: str, spans: list[Span], turns: int, special: tuple[str, ...]) -> None:
-    """That every turn ends with a special token.
+    Tags of some templates close right before that token. It is taken in: without it a model would never learn to stop.
 
     Raises:
-        ValueError: some do not.
+        ValueError: fewer ends than turns.
     """
-    if sum(text.endswith(special, begin, end) for begin, end in spans) < turns:
-        raise ValueError("the chat template ends assistant turns with no special token, so a model could not learn to stop")
+    trimmed = [_trimmed(text, span, special) for span in spans]
+    for closed in (trimmed, [_extended(text, span, special) for span in trimmed]):
+        if sum(text.endswith(special, begin, end) for begin, end in closed) >= turns:
+            return closed
+    raise ValueError("the chat template ends assistant turns with no special token, so a model could not learn to stop")
+
+
+def _trimmed(text: str, span: Span, special: tuple[str, ...]) -> Span:
+    begin, end = span
+    stripped = begin + len(text[begin:end].rstrip())
+    return (begin, stripped) if text.endswith(special, begin, stripped) else span
+
+
+def _extended(text: str, span: Span, special: tuple[str, ...]) -> Span:
+    begin, end = span
+    if text.endswith(special, begin, end):
+        return span
+    return begin, end + max((len(token) for token in special if text.startswith(token, end)), default=0)
 
 
 def require_contents(targets: str, messages: Sequence[Message]) -> None:
