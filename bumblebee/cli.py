@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "let a model continue a text",
     "tokenizer": "train a tokenizer on text files",
     "consolidate": "make a model folder from a checkpoint's shards",
+    "merge": "make a model folder from a LoRA adapter and its base model",
 }
 USAGE = """usage: bumblebee COMMAND [options]
 
@@ -221,6 +222,31 @@ def consolidate(words: list[str]) -> None:
 
         write(cfg.checkpoint, cfg.output, cfg.dtype, cfg.max_shard_size)
     print(f"model folder: {cfg.output}")
+
+
+def merge(words: list[str]) -> None:
+    """Make a model folder from a LoRA adapter and its base model."""
+    from bumblebee.arguments import Parser
+
+    parser = Parser(prog="bumblebee merge", description="Make a model folder from a LoRA adapter and its base model.")
+    parser.add_argument("--adapter", type=str, required=True, help="adapter folder")
+    parser.add_argument("--output", type=str, required=True, help="the model folder")
+    parser.add_argument("--base", type=str | None, default=None, help="the base model; by default the folder the adapter names")
+    parser.add_argument("--dtype", type=str, default="auto", help="auto (the base model's), float32, bfloat16 or float16")
+    parser.add_argument("--max_shard_size", type=str, default="5GB", help="largest file")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace a model that is there")
+    parser.add_argument("--check", type=bool, default=True, help="compare logits with base and adapter; loads whole models")
+    cfg = parser.parse(words)
+    with user_errors(parser, cfg):
+        from bumblebee.checkpoint.merge import merge as write
+
+        write(cfg.adapter, cfg.output, cfg.base, cfg.dtype, cfg.max_shard_size, cfg.overwrite)
+    print(f"model folder: {cfg.output}", flush=True)
+    if cfg.check:
+        from bumblebee.lora import differences
+
+        for dtype, (difference, largest) in differences(cfg.output, cfg.adapter, cfg.base).items():
+            print(f"computed in {dtype}: a logit differs by {difference:.3g} at most; the largest is {largest:.3g}", flush=True)
 
 
 def verify(words: list[str]) -> None:

@@ -19,9 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from bumblebee import distributed
-from bumblebee.checkpoint.adapter import NAME, WEIGHTS, Adapter, is_adapter_key, write_adapter_config, write_adapter_weights
-from bumblebee.checkpoint.folder import ModelFiles, write_generation_config
+from bumblebee.checkpoint.adapter import (
+    NAME,
+    WEIGHTS,
+    Adapter,
+    chain,
+    is_adapter_key,
+    write_adapter_config,
+    write_adapter_weights,
+)
+from bumblebee.checkpoint.folder import ModelFiles, read_tensors, write_generation_config
 from bumblebee.config import BumblebeeConfig
+from bumblebee.model import Bumblebee
 from bumblebee.nn.head import Head
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -222,6 +231,37 @@ def attach(model: nn.Module, folder: Path) -> None:
     result: Any = set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=NAME)
     if result.unexpected_keys:
         raise ValueError(f"{folder / WEIGHTS} holds {result.unexpected_keys[0]}, which fits nothing in the base model")
+
+
+def differences(merged: str | Path, adapter: str | Path, base: str | Path | None = None) -> dict[str, tuple[float, float]]:
+    """How far a merged folder's logits are from those of the base model with the adapter beside its weights.
+
+    Args:
+        merged: the model folder.
+        adapter: the adapter folder that went into it.
+        base: what the adapter stands on, instead of the folder that it names.
+
+    Returns:
+        For fp32 and for the folder's own dtype, by name: the largest difference and the largest logit, over a few token ids.
+    """
+    own = next(iter(read_tensors(merged)))[1].dtype
+    return {
+        str(dtype).removeprefix("torch."): _difference(merged, adapter, base, dtype) for dtype in {torch.float32: 0, own: 0}
+    }
+
+
+@torch.inference_mode()
+def _difference(merged: str | Path, adapter: str | Path, base: str | Path | None, dtype: torch.dtype) -> tuple[float, float]:
+    beside = Bumblebee.from_pretrained(chain(adapter, base)[-2], dtype=dtype)
+    count = beside.config.vocab_size
+    ids = torch.randint(
+        0, count, (1, min(32, beside.config.max_position_embeddings)), generator=torch.Generator().manual_seed(0)
+    )
+    attach(beside, Path(adapter))
+    wanted = beside.eval()(ids).float()
+    del beside  # one model at a time
+    found = Bumblebee.from_pretrained(merged, dtype=dtype).eval()(ids).float()
+    return float((found - wanted).abs().max()), float(wanted.abs().max())
 
 
 # -- without them --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from bumblebee.checkpoint.pieces import PieceReader
 from bumblebee.run_folder import read_trainer_state
 
 _KEPT = ("tokenizer.json", "tokenizer_config.json")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def consolidate(checkpoint: str | Path, output: str | Path, dtype: str = "auto", max_shard_size: str = "5GB") -> None:
@@ -36,8 +36,8 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str = "auto",
         OSError: the output cannot be written; it is then as it was.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; write auto, {', '.join(_DTYPES)}")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; write auto, {', '.join(DTYPES)}")
     write = _write_adapter if adapter.is_adapter_folder(checkpoint) else _write_model
     write(checkpoint, output, dtype, max_shard_size)
 
@@ -47,7 +47,7 @@ def _write_model(checkpoint: Path, output: Path, dtype: str, max_shard_size: str
     if dtype == "auto":
         dtype = read_json(checkpoint / "config.json")["torch_dtype"]
     with PieceReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
-        write_model(aside, config, reader.weights(_DTYPES[dtype]), max_shard_size)
+        write_model(aside, config, reader.weights(DTYPES[dtype]), max_shard_size)
         _copy(_KEPT, checkpoint, aside)
 
 
@@ -55,7 +55,7 @@ def _write_adapter(checkpoint: Path, output: Path, dtype: str, max_shard_size: s
     if dtype == "auto":
         dtype = read_trainer_state(checkpoint)["dtype"]
     with PieceReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
-        adapter.write_adapter_weights(aside, reader.weights(_DTYPES[dtype]))
+        adapter.write_adapter_weights(aside, reader.weights(DTYPES[dtype]))
         _copy((*_KEPT, adapter.CONFIG, "generation_config.json"), checkpoint, aside)
 
 

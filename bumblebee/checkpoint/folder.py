@@ -234,7 +234,12 @@ def save_model(
     folder = Path(folder)
     with written_aside(folder) as aside:
         names = files.write(aside, tensors.items() if isinstance(tensors, Mapping) else tensors, max_shard_size)
-    for file in folder.iterdir():  # shards of a folder that had more, or other, files
+    drop_other_weights(folder, names)
+
+
+def drop_other_weights(folder: Path, names: set[str]) -> None:
+    """Delete the weight files of a model that was in the folder before, and had more, or other, files."""
+    for file in folder.iterdir():
         if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name) and file.name not in names:
             file.unlink()
 
