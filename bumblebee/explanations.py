@@ -233,6 +233,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         for name, inner in value.items():
             yield from _leaves(inner, f"{path}.{name}" if path else str(name))
     elif isinstance(value, list):
-        yield from ((path, item) for item in value)
+        for item in value:
+            yield from _leaves(item, path)
     else:
         yield path, value

@@ -23,6 +23,7 @@ from bumblebee.checkpoint.adapter import (
     NAME,
     WEIGHTS,
     Adapter,
+    base_named,
     chain,
     is_adapter_key,
     write_adapter_config,
@@ -91,14 +92,14 @@ class LoRA:
         self._inject(model, base)
 
     def _inject(self, model: Any, base: Path) -> None:
-        from peft import LoraConfig, TaskType
-
-        config = LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=_matched(model, self.targets),
-            use_dora=self.dora, use_rslora=self.rslora, task_type=TaskType.CAUSAL_LM,
-            base_model_name_or_path=str(base.resolve()),  # absolute: it holds wherever a command is started
-        )  # fmt: skip
         with _ready_for_shards():
+            from peft import LoraConfig, TaskType
+
+            config = LoraConfig(
+                r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=_matched(model, self.targets),
+                use_dora=self.dora, use_rslora=self.rslora, task_type=TaskType.CAUSAL_LM,
+                base_model_name_or_path=str(base.resolve()),  # absolute: it holds wherever a command is started
+            )  # fmt: skip
             inject(model, config)
             _initialise(model)
         model.files = AdapterFiles(model.config, config)
@@ -156,14 +157,14 @@ def _ready_for_shards() -> Iterator[None]:
     if not distributed.building_in_shards:
         yield
         return
-    from transformers.integrations import HfDeepSpeedConfig
-
     from bumblebee.engine import built_whole
 
-    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # tells PEFT to gather weights that it looks at, for DoRA
     with built_whole():
+        from transformers.integrations import HfDeepSpeedConfig  # in here: some imports do not bear how shards are built
+
+        alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # has PEFT gather the weights that it looks at, for DoRA
         yield
-    del alive
+        del alive
 
 
 @torch.no_grad()
@@ -210,6 +211,12 @@ class AdapterFiles(ModelFiles):
         sorted_sets = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
         write_adapter_config(folder, sorted_sets)
         write_generation_config(folder, self.config)
+
+    def check_resumed(self, checkpoint: Path) -> None:
+        """The same base model, as far as that can be told: a folder that is gone may have been moved here."""
+        ours, theirs = (self.adapter.base_model_name_or_path, base_named(checkpoint))
+        if theirs is not None and Path(theirs).is_dir() and Path(theirs).resolve() != Path(ours).resolve():
+            raise ValueError(f"trainer.resume: {checkpoint} was trained on the model in {theirs}, this run's is that in {ours}")
 
 
 # -- adapters of others --------------------------------------------------------------------------------------------------

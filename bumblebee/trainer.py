@@ -429,9 +429,11 @@ class Trainer:
         The run that wrote it may have had other ranks, another ZeRO stage or precision. With the same ones it is as if the run
         had never stopped, to the last bit.
         """
+        from bumblebee.checkpoint.folder import files_of
         from bumblebee.training_state import load_random_state
 
         state = read_trainer_state(path)
+        files_of(self.task.model).check_resumed(path)
         self.engine.load(path / "training_state")
         load_random_state(path / "training_state", distributed.rank())
         self.step, self.tokens = self.plan.origin.step, state["tokens"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,28 @@ def test_the_callbacks_work_with_adapters(base: Path, tmp_path: Path, stage: int
     assert summary["trainable_parameters"] == trained
     assert summary["parameters"] == trained + small_model().num_parameters()
     assert f"({trained / summary['parameters']:.2%}) trained" in capsys.readouterr().out
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_another_base_or_another_adapter_is_refused(base: Path, tmp_path: Path) -> None:
+    small_model(seed=1).save_pretrained(tmp_path / "other")
+    fit(tmp_path / "run", base)
+    checkpoint = str(tmp_path / "run" / "checkpoint-3")
+    said = f"trainer.resume: .*checkpoint-3 was trained on the model in {base}, this run's is that in {tmp_path / 'other'}"
+    with pytest.raises(ValueError, match=said):
+        fit(tmp_path / "then", tmp_path / "other", resume=checkpoint)
+    with pytest.raises(ValueError, match="holds another model"):
+        train(tmp_path / "then", base=str(base), lora={"rank": 2}, resume=checkpoint)
+    with pytest.raises(ValueError, match="holds another model"):
+        train(tmp_path / "then", base=str(base), resume=checkpoint)
+    assert not (tmp_path / "then").exists()
+
+
+def test_a_checkpoint_goes_on_where_its_base_has_moved(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    fit(tmp_path / "whole", tmp_path / "base")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    fit(tmp_path / "part", tmp_path / "moved", resume=str(tmp_path / "whole" / "checkpoint-3"))
+    assert adapter_bytes(tmp_path / "part") == adapter_bytes(tmp_path / "whole")

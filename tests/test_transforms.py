@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bumblebee.lora import LoRA
 from bumblebee.model import Bumblebee
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.transforms import ActivationCheckpointing, Compile
@@ -77,3 +79,40 @@ def test_transforms_refuse_what_they_cannot_do() -> None:
         Compile("fast")
     with pytest.raises(ValueError, match="works on Bumblebee models, got Linear"):
         ActivationCheckpointing()(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_activation_checkpointing_changes_no_gradient_of_an_adapter(
+    tiny: Callable[..., Any], tmp_path: Path, lora_first: bool, dora: bool
+) -> None:
+    same_model(tiny).save_pretrained(tmp_path)
+    plain, saving = Bumblebee.from_pretrained(tmp_path), Bumblebee.from_pretrained(tmp_path)
+    lora = LoRA(rank=4, dropout=0.2, dora=dora)
+    LanguageModeling(plain, transforms=[lora])
+    both = [lora, ActivationCheckpointing()]
+    LanguageModeling(saving, transforms=both if lora_first else both[::-1])
+    losses = []
+    for model in (plain, saving):
+        torch.manual_seed(1)  # of the dropout, which has to be the same when a block is computed again
+        losses.append(loss_and_gradients(model))
+    assert losses[0][0] == losses[1][0] and len(losses[0][1]) == len(losses[1][1]) == 4 * 7 * (3 if dora else 2)
+    for name, gradient in losses[0][1].items():
+        torch.testing.assert_close(losses[1][1][name], gradient, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU; none is installed")
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_compile_changes_no_gradient_of_an_adapter(tiny: Callable[..., Any], tmp_path: Path, lora_first: bool) -> None:
+    same_model(tiny).save_pretrained(tmp_path)
+    plain, compiled = Bumblebee.from_pretrained(tmp_path), Bumblebee.from_pretrained(tmp_path)
+    lora = LoRA(rank=4, dropout=0.0)
+    LanguageModeling(plain, transforms=[lora])
+    both = [lora, Compile()]
+    LanguageModeling(compiled, transforms=both if lora_first else both[::-1])
+    loss, gradients = loss_and_gradients(plain)
+    other_loss, other_gradients = loss_and_gradients(compiled)
+    assert other_loss == pytest.approx(loss, rel=1e-5) and list(gradients) == list(other_gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-3, atol=1e-4)

@@ -63,8 +63,13 @@ def chain(folder: str | Path, base: str | Path | None = None) -> list[Path]:
     return found[::-1]
 
 
+def base_named(folder: Path) -> str | None:
+    """The base model that an adapter folder names; None where it is no adapter folder or names none."""
+    return read_json(folder / CONFIG).get("base_model_name_or_path") if (folder / CONFIG).is_file() else None
+
+
 def _named_base(folder: Path) -> Path:
-    name = read_json(folder / CONFIG).get("base_model_name_or_path")
+    name = base_named(folder)
     if not name:
         raise ValueError(f"{folder / CONFIG} names no base model: set base_model_name_or_path to a model folder")
     if not Path(name).is_dir():

@@ -213,6 +213,13 @@ class ModelFiles:
         """Write everything but the weights."""
         write_configs(folder, self.config, dtype)
 
+    def check_resumed(self, checkpoint: Path) -> None:
+        """Whether a checkpoint's training can go on with this model.
+
+        Raises:
+            ValueError: what it was trained on is another model.
+        """
+
 
 def files_of(model: Any) -> ModelFiles:
     """What the folders of a model consist of."""

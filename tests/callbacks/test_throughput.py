@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bumblebee.config import BumblebeeConfig
+from bumblebee.lora import LoRA
 from bumblebee.model import Bumblebee
 from callbacks import MetricsHistory, Throughput, Validation, flops
 
@@ -37,6 +38,15 @@ def test_frozen_weights_need_no_gradient_of_their_own():
     model.model.layers[0].mlp.requires_grad_(True)
     trained = sum(p.numel() for p in model.model.layers[0].mlp.parameters())
     assert flops.per_token(model) == pytest.approx(whole * 4 / 6 + 2 * trained)
+
+
+def test_adapters_count_six_and_the_weights_beside_them_four(tiny, tmp_path):
+    Bumblebee(tiny()).save_pretrained(tmp_path)
+    model = Bumblebee.from_pretrained(tmp_path)
+    whole = flops.per_token(model)
+    LoRA(rank=4)(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert flops.per_token(model) == pytest.approx(whole * 4 / 6 + 6 * trained)
 
 
 def test_attention_is_twelve_times_layers_width_and_sequence():
