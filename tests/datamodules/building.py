@@ -22,7 +22,7 @@ def in_use() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmData")) * 1024
 
 
-def main(folder: str, tokenizer: str, megabytes: str, file: str) -> None:
+def main(folder: str, tokenizer: str, megabytes: str, file: str, processes: str) -> None:
     """Build, and say what it needed."""
     encoder = TextEncoder(tokenizer, Tokenizer.from_pretrained(tokenizer))
     encoder.tokenizer.encode_batch(["warm up", "the threads"])
@@ -32,7 +32,7 @@ def main(folder: str, tokenizer: str, megabytes: str, file: str) -> None:
     with one_at_a_time(Path(folder)):
         remove_leftovers(Path(folder).parent)
         print("begins", flush=True)
-        build(Path(folder), formats.read(file), encoder, [file], skip=False, show=False)
+        build(Path(folder), formats.read(file), encoder, [file], skip=False, show=False, processes=int(processes))
     cache = TokenCache(Path(folder))
     print(len(cache), int(cache.tokens[-1]), int(cache.ends[-1]), flush=True)
 

@@ -102,17 +102,12 @@ def test_a_worker_that_is_killed_is_told_and_an_error_of_ours_keeps_its_kind(enc
 
 @pytest.mark.slow
 def test_no_worker_is_left_when_the_reader_of_the_blocks_stops_early(encoder):
-    def children() -> set[str]:
-        return set(
-            subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout.split()
-        )
-
-    before = children()
+    before = children(os.getpid())
     blocks = encoded(encoder, batched(records(60)), 2)
     next(blocks)
-    assert len(children() - before) >= 2
+    assert len(children(os.getpid()) - before) >= 2
     blocks.close()
-    assert len(children() - before) <= 1  # ps itself
+    assert len(children(os.getpid()) - before) <= 1  # ps itself
 
 
 def test_workers_are_started_only_where_they_earn_their_start(encoder, monkeypatch):
@@ -128,9 +123,9 @@ def test_workers_are_started_only_where_they_earn_their_start(encoder, monkeypat
 # -- processes that build ------------------------------------------------------------------------------------------------
 
 
-def start(folder: Path, tokenizer: Path, megabytes: int, file: Path) -> subprocess.Popen[str]:
+def start(folder: Path, tokenizer: Path, megabytes: int, file: Path, processes: int = 1) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1"}
-    words = [sys.executable, str(SCRIPT), str(folder), str(tokenizer), str(megabytes), str(file)]
+    words = [sys.executable, str(SCRIPT), str(folder), str(tokenizer), str(megabytes), str(file), str(processes)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -151,19 +146,36 @@ def test_a_cache_larger_than_memory_is_built_and_read(tokenizer_folder, tmp_path
     assert len(line) * count > megabytes * 2**20
 
 
+def children(parent: int) -> set[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True).stdout.split()
+    return {int(pid) for pid in found}
+
+
+def is_gone(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return not status.exists() or "State:\tZ" in status.read_text()
+
+
 @pytest.mark.slow
-def test_a_build_that_is_killed_leaves_nothing_that_is_used_and_the_next_one_is_whole(tokenizer_folder, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_build_that_is_killed_leaves_nothing_that_is_used_and_the_next_one_is_whole(processes, tokenizer_folder, tmp_path):
     caches = tmp_path / "caches"
     file, other = tmp_path / "texts.jsonl", tmp_path / "other.jsonl"
     file.write_text("".join(json.dumps({"text": f"text number {n} of very many"}) + "\n" for n in range(60_000)))
     other.write_text('{"text": "another"}\n')
-    killed = start(caches / "c", tokenizer_folder, 0, file)
+    killed = start(caches / "c", tokenizer_folder, 0, file, processes)
     assert killed.stdout is not None and killed.stdout.readline() == "begins\n"
     while not (tokens := caches / ".c.partial" / "tokens.bin").is_file() or not tokens.stat().st_size:
         assert killed.poll() is None, "too quick to be killed"
         time.sleep(0.005)
+    workers = children(killed.pid)
+    assert len(workers) == (processes if processes > 1 else 0)
     killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed.wait()
+    deadline = time.monotonic() + 20
+    while not all(map(is_gone, workers)):  # their input has ended
+        assert time.monotonic() < deadline, "workers outlive the process that started them"
+        time.sleep(0.05)
     assert tokens.exists() and not (caches / "c").exists()
 
     second = start(caches / "d", tokenizer_folder, 0, other)  # of other files: cleans up, and does not wait for the dead

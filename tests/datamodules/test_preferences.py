@@ -12,6 +12,7 @@ from chats import preferences, write
 from bumblebee.loader import epoch_order, train_windows
 from bumblebee.nn import IGNORE
 from bumblebee.plan import Plan
+from bumblebee.tokenizer import Tokenizer
 from datamodules import Preferences
 from datamodules.formats import RecordError
 
@@ -181,3 +182,20 @@ def test_python_docs_gives_a_right_answer_and_anothers(make):
     assert chosen.tolist() != rejected.tolist()
     with pytest.raises(ValueError, match="phrasings of 'python_docs' must be a number from 1 to"):
         make(files=[{"path": "python_docs", "phrasings": 99}])
+
+
+TELLTALE = (
+    "{{ messages[-1].content | length }}{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_whose_prompt_depends_on_the_answer_is_refused(make, tokenizer_folder, tmp_path):
+    folder = tmp_path / "telltale"
+    Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TELLTALE)
+    with pytest.raises(
+        RecordError, match=r"pairs\.jsonl:1: the chat template writes the prompt in another way before the rejected"
+    ):
+        make(preferences(3, longest=5), tokenizer=str(folder))

@@ -351,3 +351,33 @@ def test_python_docs_gives_questions_with_their_documentation(make):
     assert any(answer in text for answer in whole)
     with pytest.raises(ValueError, match="answer of 'python_docs' must be first_sentence or whole, got 'half'"):
         make(files=[{"path": "python_docs", "answer": "half"}])
+
+
+def test_what_the_chat_template_cannot_render_is_a_bad_record(make, tokenizer_folder, tmp_path):
+    folder = tmp_path / "without_tools"
+    Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    turns = (
+        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(turns)
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
+    plain, with_tools = conversations(2, longest=5)
+    records = [plain, {**with_tools, "tools": [tool]}]
+    options = {"tokenizer": str(folder), "max_length": 900}
+    with pytest.raises(RecordError, match=r"chats\.jsonl:2: .*leaves out the tools \('get_weather'\)"):
+        make(records, **options)
+    assert make(records, on_bad_record="skip", **options).summary()["bad records skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"max_length": 0}, "max_length must be at least 1, got 0"), ({"validation_ratio": 1.0}, "validation_ratio must be in")],
+)
+def test_numbers_out_of_range_are_refused_with_their_value(options, message):
+    with pytest.raises(ValueError, match=message):
+        SFT("files", "tokenizer", **options)
+
+
+def test_nothing_but_held_out_samples_is_refused(make):
+    with pytest.raises(ValueError, match="no text to train on in .*: all 4 conversations are held out"):
+        make(conversations(1, longest=5) * 4, validation_ratio=0.1, max_length=900)
