@@ -37,7 +37,7 @@ def make_checkpoint(folder: Path) -> int:
             numel = min(size, torch.Size(shape).numel() - start)
             if numel > 0:
                 pieces.append(Piece(name, shape, start, numel, {"fp32": torch.randn(numel)}))
-        write_pieces(folder / "training_state" / f"optimizer-{rank:05d}-of-{RANKS:05d}.safetensors", pieces)
+        write_pieces(folder / "training_state", f"optimizer-{rank:05d}-of-{RANKS:05d}", pieces)
     return sum(file.stat().st_size for file in (folder / "training_state").iterdir())
 
 

@@ -292,14 +292,21 @@ def user_errors(parser: Any, cfg: Any, until: Callable[[], bool] = lambda: False
 
 @contextmanager
 def run_errors() -> Iterator[None]:
-    """What may end a training: a disk that is full or may not be written (exit code 2), a loss that is no number (1)."""
+    """What may end a training: a full disk (exit code 2), a loss that is no number, a rank that was killed (1)."""
     from bumblebee.arguments import UserError, fail
-    from bumblebee.distributed import OtherRankFailed
+    from bumblebee.distributed import OtherRankFailed, is_lost_rank, rank
 
     try:
         yield
     except OtherRankFailed:
         raise UserError(2) from None  # that rank has told why
+    except RuntimeError as error:
+        if not is_lost_rank(error) or os.environ.get("BUMBLEBEE_TRACEBACK"):
+            raise
+        why = "its own message tells why, or the system's log where it was killed, as when memory runs out"
+        note = f"bumblebee: another rank has ended ({why}), so rank {rank()} ends: continue with --trainer.resume auto"
+        print(note, file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
     except FloatingPointError as error:  # nobody's mistake, but a traceback would not help
         print(f"bumblebee: {error}", file=sys.stderr)
         raise SystemExit(1) from None

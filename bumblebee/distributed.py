@@ -31,6 +31,12 @@ class OtherRankFailed(RuntimeError):
     """Another rank failed at something this one waits for; that rank tells why."""
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error of torch means that another rank has ended without a word, killed by the system for instance."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "NCCL error")
+    return isinstance(error, RuntimeError) and world_size() > 1 and any(sign in str(error) for sign in lost)
+
+
 def rank() -> int:
     """This process among all, from 0."""
     return int(os.environ.get("RANK", "0"))

@@ -12,14 +12,15 @@ What is particular about DeepSpeed is dealt with here, so that the loop is forwa
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -27,38 +28,8 @@ from torch import Tensor, nn
 
 from bumblebee import distributed
 from bumblebee.checkpoint.pieces import PieceReader, write_pieces
+from bumblebee.deepspeed_config import EngineOptions, deepspeed_config, on_nvme
 from bumblebee.zero import Span, pieces, restore, spans
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What decides how DeepSpeed runs.
-
-    Args:
-        precision: "fp32", "bf16" or "fp16".
-        zero_stage: 0 to 3 (arXiv 1910.02054).
-        micro_batch_size: samples in a micro-batch.
-        gradient_clip: largest norm of a step's gradient, or None.
-        overrides: more DeepSpeed configuration, merged into ours.
-        hidden_size: of the model, which the sizes of stage 3's buckets follow from; None leaves DeepSpeed's.
-    """
-
-    precision: str
-    zero_stage: int
-    micro_batch_size: int
-    gradient_clip: float | None
-    overrides: dict[str, Any]
-    hidden_size: int | None = None
-
-    @property
-    def half(self) -> torch.dtype | None:
-        """The dtype of the arithmetic where it is not fp32."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-
-    @property
-    def weights_dtype(self) -> torch.dtype:
-        """The dtype of the weights: at stage 0 they are fp32 and the arithmetic runs under autocast."""
-        return self.half if self.half is not None and self.zero_stage > 0 else torch.float32
 
 
 class Engine:
@@ -92,9 +63,10 @@ class Engine:
         # Weights from a folder come in the file's dtype. For bf16 on stages 1 to 3 DeepSpeed casts, and keeps fp32 beside.
         keeps_fp32_beside = options.precision != "fp32" and options.zero_stage > 0
         model.to(device=device, dtype=None if keeps_fp32_beside else torch.float32)
-        with _no_compiler_needed(deepspeed), redirect_stdout(io.StringIO()):  # it prints its memory at every turn
+        config = _config(options)
+        with _no_compiler_needed(deepspeed), _operators_compiled(), redirect_stdout(io.StringIO()):  # it prints its memory
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=optimizer(groups), config=deepspeed_config(options), dist_init_required=False
+                model=model, optimizer=optimizer(groups), config=config, dist_init_required=False
             )
         if options.zero_stage == 3:
             for module in model.modules():  # one that looks at another's weights says so in ``reads``
@@ -227,8 +199,7 @@ class Engine:
         rank, ranks = distributed.rank(), distributed.world_size()
         if rank == 0 or self.options.zero_stage > 0:  # at stage 0 every rank has everything
             count = ranks if self.options.zero_stage > 0 else 1
-            file = folder / f"optimizer-{rank:05d}-of-{count:05d}.safetensors"
-            write_pieces(file, pieces(self._spans(), self._optimizer))
+            write_pieces(folder, f"optimizer-{rank:05d}-of-{count:05d}", pieces(self._spans(), self._optimizer))
 
     def load(self, folder: Path) -> None:
         """Take back what ``save`` wrote, by whatever number of ranks at whatever stage. Collective.
@@ -285,7 +256,7 @@ class FrozenEngine:
             model.to(device=device, dtype=options.weights_dtype)
         else:
             deepspeed = _import_deepspeed(device)
-            config = deepspeed_config(options)
+            config = _config(options)
             config["zero_optimization"].pop("offload_optimizer", None)
             with _no_compiler_needed(deepspeed), redirect_stdout(io.StringIO()):
                 _copy_shards(model, copy_of, deepspeed.zero.Init(config_dict_or_path=config))
@@ -325,8 +296,8 @@ def _copy_shards(copy: nn.Module, original: nn.Module, building: Any) -> None:
 def built_in_shards(device: torch.device, options: EngineOptions) -> Iterator[None]:
     """Modules made inside are cut over the ranks at once, parameter by parameter: no rank ever holds a whole model."""
     deepspeed = _import_deepspeed(device)
-    with _no_compiler_needed(deepspeed), redirect_stdout(io.StringIO()):
-        building = deepspeed.zero.Init(config_dict_or_path=deepspeed_config(options))
+    with _no_compiler_needed(deepspeed), _operators_compiled(), redirect_stdout(io.StringIO()):
+        building = deepspeed.zero.Init(config_dict_or_path=_config(options))
     distributed.building_in_shards = True
     try:
         with building:
@@ -347,101 +318,6 @@ def built_whole() -> Iterator[None]:
         partition_parameters.restore_init_context()
 
 
-# -- configuration -----------------------------------------------------------------------------------------------------
-
-
-def deepspeed_config(options: EngineOptions) -> dict[str, Any]:
-    """The configuration handed to DeepSpeed: ours, with the user's merged in.
-
-    Raises:
-        ValueError: the user's gives another value for something that the trainer's options decide; it is named.
-    """
-    ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": options.micro_batch_size,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": options.gradient_clip or float("inf"),  # at infinity only the norm is measured
-        # Memory-efficient linear would replace torch's linear function in the whole process.
-        "zero_optimization": {"stage": options.zero_stage, "memory_efficient_linear": False},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # with offload, the recipe's own optimizer: DeepSpeed's would be compiled first
-        "steps_per_print": 2**62,
-    }
-    half = {"bf16": "bfloat16", "fp16": "float16"}.get(options.precision)
-    if half and options.zero_stage == 0:
-        ours["torch_autocast"] = {"enabled": True, "dtype": half}
-    elif half:
-        ours[options.precision] = {"enabled": True}
-        ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    merged = _merged(ours, options.overrides, "trainer.deepspeed")
-    for name, settings in merged["zero_optimization"].items():
-        if isinstance(settings, dict) and settings.get("device") == "nvme":
-            raise ValueError(f"trainer.deepspeed.zero_optimization.{name}.device: nvme is not supported; take cpu")
-    if options.zero_stage == 3 and options.hidden_size:
-        merged["zero_optimization"] = {**stage_3_buckets(options.hidden_size), **merged["zero_optimization"]}
-    return merged
-
-
-def stage_3_buckets(hidden_size: int) -> dict[str, int]:
-    """Elements moved at a time, from the hidden size: a bucket then holds about one matrix of a block."""
-    return {
-        "reduce_bucket_size": hidden_size**2,
-        "stage3_prefetch_bucket_size": hidden_size**2 * 9 // 10,
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-
-
-def _merged(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> dict[str, Any]:
-    result = dict(ours)
-    for key, value in theirs.items():
-        if isinstance(value, dict) and isinstance(ours.get(key, {}), dict):
-            result[key] = _merged(ours.get(key, {}), value, f"{where}.{key}")
-        elif key in ours and ours[key] != value:
-            raise ValueError(f"{where}.{key} is {value!r}, but the trainer's own options make it {ours[key]!r}: drop it")
-        else:
-            result[key] = value
-    return result
-
-
-def read_overrides(value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """``trainer.deepspeed``: nothing, a dict, or the path of a JSON file.
-
-    Raises:
-        ValueError: no such file, or no JSON object in it.
-    """
-    if value is None or isinstance(value, dict):
-        return _nested(value or {})
-    try:
-        content = json.loads(Path(value).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"trainer.deepspeed: cannot read {value}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"trainer.deepspeed: {value} holds no JSON object")
-    return content
-
-
-def _nested(options: dict[str, Any]) -> dict[str, Any]:
-    """What the command line makes of ``--trainer.deepspeed.a.b 2``, which is {"a.b": "2"}, as {"a": {"b": 2}}."""
-    result: dict[str, Any] = {}
-    for key, value in options.items():
-        *parents, last = key.split(".")
-        place = result
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        if isinstance(value, dict):
-            place[last] = {**place.get(last, {}), **_nested(value)}
-        else:
-            place[last] = _from_text(value) if isinstance(value, str) else value
-    return result
-
-
-def _from_text(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
 # -- keeping deepspeed quiet and free of compilers -----------------------------------------------------------------------
 
 
@@ -453,6 +329,57 @@ def _import_deepspeed(device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     return deepspeed
+
+
+@contextmanager
+def _operators_compiled() -> Iterator[None]:
+    """DeepSpeed's own optimizers and its asynchronous I/O are compiled when they are first used: tell why nothing happens.
+
+    Raises:
+        ValueError: they cannot be compiled.
+    """
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    load = OpBuilder.jit_load
+
+    def told(builder: Any, *args: Any, **kwargs: Any) -> Any:
+        note = f"DeepSpeed compiles its {builder.name} operator, once on this machine; that takes minutes"
+        timer = threading.Timer(3.0, print, [note], {"file": sys.stderr, "flush": True})
+        if distributed.is_main():
+            timer.start()
+        try:
+            return load(builder, *args, **kwargs)
+        except (RuntimeError, OSError, CalledProcessError) as error:
+            last = str(error).strip().splitlines()[-1]
+            raise ValueError(
+                f"DeepSpeed's {builder.name} operator cannot be compiled here: {last}"
+                " An optimizer of torch.optim, and offload to the cpu, need no compiler"
+            ) from error
+        finally:
+            timer.cancel()
+
+    OpBuilder.jit_load = told
+    try:
+        yield
+    finally:
+        OpBuilder.jit_load = load
+
+
+def _config(options: EngineOptions) -> dict[str, Any]:
+    """What ``deepspeed_config`` gives, where it can be had here.
+
+    Raises:
+        ValueError: NVMe is asked for, and the operator for it cannot be compiled.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    config = deepspeed_config(options)
+    if on_nvme(config) and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(
+            "trainer.deepspeed: device nvme needs libaio (on Debian and Ubuntu: apt install libaio-dev) and a C++ compiler;"
+            " without them take cpu"
+        )
+    return config
 
 
 class _no_compiler_needed:  # noqa: N801  (used like a function)

@@ -33,7 +33,8 @@ else:
     import torch
     from torch import nn
 
-    from bumblebee.engine import Engine, EngineOptions, FrozenEngine
+    from bumblebee.deepspeed_config import EngineOptions
+    from bumblebee.engine import Engine, FrozenEngine
 
 
 class Trainer:
@@ -150,26 +151,27 @@ class Trainer:
 
     def run(self) -> None:
         """Train what ``setup`` has prepared, to the end or until asked to stop."""
-        try:
-            with stopped_by_signals(self):
+        with stopped_by_signals(self):
+            try:
                 self.call("on_fit_start")
                 self.started = True
-                while self.step < self.plan.max_steps and not self.should_stop:
+                stopping = self.agree_on_stopping()
+                while self.step < self.plan.max_steps and not stopping:
                     self.call("on_step_start")
                     self.train_step(next(self._windows))
                     self.step += 1
                     self.call("on_step_end")  # validation runs here
                     if self.step % self.log_every == 0 or self.step == self.plan.max_steps:
                         self.call("on_log", self.flush_metrics())  # reduced over ranks, once
-                    self.agree_on_stopping()
+                    stopping = self.agree_on_stopping()
                     self.call("on_save")  # everything above is final
                 if not self.interrupted:
                     self.save_model(self.output_dir)
                 self.call("on_fit_end")
-            self._finished = True
-        except BaseException as error:
-            self.call("on_exception", error)
-            raise
+                self._finished = True
+            except BaseException as error:
+                self.call("on_exception", error)
+                raise
 
     def train_step(self, window: list[Batch]) -> None:
         """One optimizer step on this rank's micro-batches. A window without any target on any rank changes nothing."""
@@ -192,10 +194,11 @@ class Trainer:
             self._target_counts[name] = self._target_counts.get(name, 0) + count
         self.tokens += self.task.tokens(counts)
 
-    def agree_on_stopping(self) -> None:
-        """Stop on all ranks when one was asked to, by a callback or a signal: ranks get signals at different moments."""
+    def agree_on_stopping(self) -> bool:
+        """Whether any rank was asked to stop, by a callback or a signal: they reach the ranks at different moments."""
         flags = self.reduce_sums({"stop": self.should_stop or self._signalled, "interrupt": self._signalled})
         self.should_stop, self.interrupted = flags["stop"] > 0, flags["interrupt"] > 0
+        return self.should_stop
 
     def count_targets(self, window: list[Batch]) -> dict[str, float]:
         """For each loss term its targets over micro-batches and ranks."""
@@ -282,7 +285,7 @@ class Trainer:
             yield
 
     def _engine_options(self, hidden_size: int | None) -> EngineOptions:
-        from bumblebee.engine import EngineOptions, read_overrides
+        from bumblebee.deepspeed_config import EngineOptions, read_overrides
 
         overrides = read_overrides(self.deepspeed)
         return EngineOptions(self.precision, self.zero_stage, self.micro_batch_size, self.gradient_clip, overrides, hidden_size)

@@ -8,7 +8,9 @@ reads DeepSpeed's private attributes, which is why the version of DeepSpeed is f
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -77,40 +79,88 @@ def _span_at_stage_3(name: str, parameter: Any, optimizer: Any, rank: int) -> Sp
 
 
 def pieces(found: list[Span], optimizer: Any) -> Iterator[Piece]:
-    """The spans' weights and optimizer state.
+    """The spans' weights and optimizer state, valid until the next one is asked for.
 
     Raises:
         ValueError: the optimizer keeps something that is neither one number nor one for each element.
     """
-    for span in found:
-        tensors = {WEIGHTS: span.of(span.vector)}
-        for kind, value in state_of(optimizer, span.vector).items():
-            if torch.is_tensor(value) and value.numel() == span.vector.numel() and value.dim():
-                tensors[kind] = span.of(value)
-            elif torch.is_tensor(value) and value.numel() == 1:
-                tensors[kind] = value.reshape(())
-            else:
-                raise ValueError(f"{type(base_of(optimizer)).__name__} keeps {kind!r}, which is not one number an element")
-        yield Piece(span.name, span.shape, span.start, span.numel, tensors)
+    for vector, run in _by_vector(found):
+        with in_memory(vector, optimizer):
+            yield from (_piece(span, optimizer) for span in run)
+
+
+def _piece(span: Span, optimizer: Any) -> Piece:
+    tensors = {WEIGHTS: span.of(span.vector)}
+    for kind, value in state_of(optimizer, span.vector).items():
+        if torch.is_tensor(value) and value.numel() == span.vector.numel() and value.dim():
+            tensors[kind] = span.of(value)
+        elif torch.is_tensor(value) and value.numel() == 1:
+            tensors[kind] = value.reshape(())
+        elif isinstance(value, int):  # DeepSpeed's own optimizers count their steps so
+            tensors[kind] = torch.tensor(value)
+        else:
+            raise ValueError(f"{type(base_of(optimizer)).__name__} keeps {kind!r}, which is not one number an element")
+    return Piece(span.name, span.shape, span.start, span.numel, tensors)
 
 
 def restore(found: list[Span], optimizer: Any, reader: PieceReader) -> None:
     """Put a checkpoint's pieces, whoever wrote them, into this rank's vectors and optimizer state."""
-    state = base_of(optimizer).state
-    for span in found:
-        span.of(span.vector).copy_(reader.read(WEIGHTS, span.name, span.start, span.numel))
-        entries = state.setdefault(span.vector, {})
-        for kind in reader.kinds(span.name):
-            value = reader.read(kind, span.name, span.start, span.numel)
-            if value.dim() == 0:
-                entries[kind] = value
-                continue
-            if kind not in entries:
-                entries[kind] = torch.zeros_like(span.vector, dtype=value.dtype, requires_grad=False)
-            span.of(entries[kind]).copy_(value)
+    for vector, run in _by_vector(found):
+        with in_memory(vector, optimizer, changed=True):
+            for span in run:
+                _restore_span(span, base_of(optimizer).state.setdefault(vector, {}), reader)
     if hasattr(optimizer, "_hp_optimizer_states_linked"):  # stages 1 and 2 look at the state through views of it
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _restore_span(span: Span, entries: dict[str, Any], reader: PieceReader) -> None:
+    span.of(span.vector).copy_(reader.read(WEIGHTS, span.name, span.start, span.numel))
+    for kind in reader.kinds(span.name):
+        value = reader.read(kind, span.name, span.start, span.numel)
+        if value.dim() == 0:
+            entries[kind] = value.item() if value.dtype == torch.int64 else value
+            continue
+        if kind not in entries:
+            entries[kind] = torch.zeros_like(span.vector, dtype=value.dtype, requires_grad=False)
+        span.of(entries[kind]).copy_(value)
+
+
+def _by_vector(found: list[Span]) -> Iterator[tuple[Tensor, list[Span]]]:
+    for _, run in groupby(found, key=lambda span: id(span.vector)):
+        spans_of_it = list(run)
+        yield spans_of_it[0].vector, spans_of_it
+
+
+@contextmanager
+def in_memory(vector: Tensor, optimizer: Any, changed: bool = False) -> Iterator[None]:
+    """Inside, a vector and its optimizer state are in memory, also where they otherwise lie on NVMe.
+
+    Args:
+        vector: of the optimizer.
+        optimizer: what ``deepspeed.initialize`` returned.
+        changed: write them back.
+    """
+    number = _number_on_nvme(vector, optimizer)
+    if number is None:
+        yield
+        return
+    optimizer._optimizer_states_and_gradient_swap_in(number)
+    try:
+        yield
+    finally:
+        if changed:
+            optimizer._writeback_swap_state(number, write_opt_state=True, write_gradients=False)
+        else:
+            optimizer._release_swap_buffers(number)
+
+
+def _number_on_nvme(vector: Tensor, optimizer: Any) -> int | None:
+    """Which of stage 3's vectors it is, if that one is kept on NVMe: small ones are not."""
+    if not getattr(optimizer, "swap_optimizer", False):
+        return None
+    number = next(i for i, other in enumerate(optimizer.fp32_partitioned_groups_flat) if other is vector)
+    return number if optimizer._swappable_optimizer_subgroup(number) else None
 
 
 def base_of(optimizer: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from system.parts import Rows, train, weights
 from system.plain import plain_adamw
 
-from bumblebee.engine import EngineOptions, deepspeed_config, read_overrides
 from bumblebee.optim import Cosine
 
 STEPS = 8
@@ -102,64 +100,6 @@ def test_without_clipping_the_norm_is_still_measured_and_the_step_is_the_plain_o
     run = {"max_steps": 4, "zero_stage": stage, "gradient_clip": None, "schedule": ("Cosine", {"warmup_ratio": 0.0})}
     metrics = train(tmp_path / "run", data={"samples": 22, "targets": TARGETS}, **run)
     check_against(lines, final, metrics, tmp_path / "run", tolerance=1e-6)
-
-
-# -- configuration -------------------------------------------------------------------------------------------------------
-
-
-def options(**changes) -> EngineOptions:
-    return EngineOptions(**{"precision": "bf16", "zero_stage": 1, "micro_batch_size": 4, "gradient_clip": 1.0,
-                            "overrides": {}, **changes})  # fmt: skip
-
-
-def test_the_users_configuration_is_merged_into_ours_however_deep():
-    config = deepspeed_config(options(overrides={"zero_optimization": {"reduce_bucket_size": 7}, "comms_logger": {"a": 1}}))
-    assert config["zero_optimization"].items() >= {"stage": 1, "reduce_bucket_size": 7}.items()
-    assert config["comms_logger"] == {"a": 1}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "named"),
-    [
-        ({"zero_optimization": {"stage": 2}}, "trainer.deepspeed.zero_optimization.stage is 2.*make it 1"),
-        ({"train_micro_batch_size_per_gpu": 1}, "trainer.deepspeed.train_micro_batch_size_per_gpu is 1.*make it 4"),
-        ({"gradient_accumulation_steps": 8}, "trainer.deepspeed.gradient_accumulation_steps is 8"),
-        ({"gradient_clipping": 0.5}, "trainer.deepspeed.gradient_clipping is 0.5"),
-        ({"bf16": {"enabled": False}}, "trainer.deepspeed.bf16.enabled is False"),
-        ({"bf16": False}, "trainer.deepspeed.bf16 is False"),
-    ],
-)
-def test_a_value_that_contradicts_the_trainers_options_is_refused_by_its_name(overrides, named):
-    with pytest.raises(ValueError, match=named):
-        deepspeed_config(options(overrides=overrides))
-
-
-def test_saying_the_same_as_the_trainer_is_no_contradiction():
-    assert deepspeed_config(options(overrides={"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}))
-
-
-def test_overrides_come_from_nothing_a_dict_or_a_file(tmp_path):
-    assert read_overrides(None) == {}
-    assert read_overrides({"a": 1}) == {"a": 1}
-    (tmp_path / "ds.json").write_text(json.dumps({"a": {"b": 2}}))
-    assert read_overrides(str(tmp_path / "ds.json")) == {"a": {"b": 2}}
-
-
-def test_dotted_options_of_the_command_line_reach_as_deep_as_they_say():
-    """jsonargparse makes one key of the dots, and text of a value beside others."""
-    given = {"zero_optimization": {"stage": 1}, "zero_optimization.overlap_comm": "false", "a.b.c": "2", "d": {"e.f": "text"}}
-    wanted = {"zero_optimization": {"stage": 1, "overlap_comm": False}, "a": {"b": {"c": 2}}, "d": {"e": {"f": "text"}}}
-    assert read_overrides(given) == wanted
-
-
-@pytest.mark.parametrize(("content", "named"), [(None, "cannot read"), ("{", "cannot read"), ("[1]", "no JSON object")])
-def test_an_unusable_file_of_overrides_is_refused_by_its_name(content, named, tmp_path):
-    file = tmp_path / "ds.json"
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(ValueError, match=f"trainer.deepspeed: .*{named}") as caught:
-        read_overrides(str(file))
-    assert str(file) in str(caught.value)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

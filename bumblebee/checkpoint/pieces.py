@@ -1,6 +1,6 @@
 """Training state on the disk: for each parameter its fp32 weights and the optimizer's numbers, in pieces.
 
-Each rank writes one safetensors file with the pieces that it owns: flat runs of a parameter's elements. Where a piece lies in
+Each rank writes safetensors files with the pieces that it owns: flat runs of a parameter's elements. Where a piece lies in
 its parameter stands in the file's header, so the pieces can be put together again by any number of ranks, at any ZeRO stage,
 or one parameter at a time without any rank at all. Keys are KIND/PARAMETER: ``fp32/model.norm.weight``,
 ``exp_avg/model.norm.weight`` and whatever else the optimizer keeps.
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS = "fp32"  # the kind under which the weights themselves are kept
+FILE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,37 @@ class Piece:
     tensors: dict[str, Tensor]
 
 
-def write_pieces(file: Path, pieces: Iterable[Piece]) -> None:
-    """Write one rank's pieces.
+def write_pieces(folder: Path, stem: str, pieces: Iterable[Piece], limit: int = FILE_BYTES) -> None:
+    """Write one rank's pieces as ``STEM.safetensors``, and ``STEM-1.safetensors`` and so on where they are many.
+
+    Args:
+        folder: where.
+        stem: begins with ``optimizer-``.
+        pieces: taken one by one, so that they may be fetched from a device or a disk meanwhile.
+        limit: bytes, after which another file is begun: no more than that and one piece is ever held in memory.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: a file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     places: dict[str, Any] = {}
+    files = 0
     for piece in pieces:
         places[piece.name] = {"shape": piece.shape, "start": piece.start, "numel": piece.numel}
         for kind, tensor in piece.tensors.items():
             tensors[f"{kind}/{piece.name}"] = tensor.detach().cpu().clone()
+        if sum(tensor.nbytes for tensor in tensors.values()) >= limit:
+            _write_file(folder / _file_name(stem, files), tensors, places)
+            tensors, places, files = {}, {}, files + 1
+    if tensors or not files:
+        _write_file(folder / _file_name(stem, files), tensors, places)
+
+
+def _file_name(stem: str, number: int) -> str:
+    return f"{stem}-{number}.safetensors" if number else f"{stem}.safetensors"
+
+
+def _write_file(file: Path, tensors: dict[str, Tensor], places: dict[str, Any]) -> None:
     try:
         save_file(tensors, file, metadata={"pieces": json.dumps(places)})
     except SafetensorError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bumblebee.nn import IGNORE
-from bumblebee.nn.cross_entropy import linear_cross_entropy
+from bumblebee.nn.cross_entropy import Weighing, linear_cross_entropy
 
 
 class Head(nn.Linear):
@@ -22,6 +22,7 @@ class Head(nn.Linear):
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__(hidden_size, vocab_size, bias=False)
+        self.weighing = Weighing()
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits, or token losses where labels are given.
@@ -42,5 +43,5 @@ class Head(nn.Linear):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             targets, weight = targets.to(dtype), weight.to(dtype)
         losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-        losses[where] = linear_cross_entropy(targets, weight, labels[where])
+        losses[where] = linear_cross_entropy(targets, weight, labels[where], self.weighing)
         return losses

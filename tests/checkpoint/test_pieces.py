@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bumblebee.checkpoint.pieces import Piece, PieceReader, write_pieces
 
 
-def write_cut(folder: Path, tensors: dict[str, torch.Tensor], cuts: list[int]) -> None:
+def write_cut(folder: Path, tensors: dict[str, torch.Tensor], cuts: list[int], limit: int = 2**30) -> None:
     """Write tensors as ranks would that divide the flattened whole of them at ``cuts``."""
     bounds = [0, *sorted(cuts), sum(t.numel() for t in tensors.values())]
     for rank, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
@@ -24,7 +24,7 @@ def write_cut(folder: Path, tensors: dict[str, torch.Tensor], cuts: list[int]) -
                 kept = {"fp32": part, "exp_avg": part * 2, "step": torch.tensor(7.0)}
                 pieces.append(Piece(name, tuple(tensor.shape), first - at, last - first, kept))
             at += tensor.numel()
-        write_pieces(folder / f"optimizer-{rank:05d}-of-{len(bounds) - 1:05d}.safetensors", pieces)
+        write_pieces(folder, f"optimizer-{rank:05d}-of-{len(bounds) - 1:05d}", pieces, limit)
 
 
 @settings(max_examples=30)
@@ -35,7 +35,7 @@ def test_any_cut_is_read_back_at_any_place(tmp_path_factory: pytest.TempPathFact
     total = sum(t.numel() for t in tensors.values())
     cuts = data.draw(st.lists(st.integers(0, total), max_size=5))
     folder = tmp_path_factory.mktemp("pieces")
-    write_cut(folder, tensors, cuts)
+    write_cut(folder, tensors, cuts, limit=data.draw(st.sampled_from([1, 100, 2**30])))
     with PieceReader(folder) as reader:
         assert {name: tuple(t.shape) for name, t in tensors.items()} == reader.shapes
         for name, tensor in tensors.items():
@@ -45,6 +45,12 @@ def test_any_cut_is_read_back_at_any_place(tmp_path_factory: pytest.TempPathFact
             count = data.draw(st.integers(1, tensor.numel() - start))
             assert torch.equal(reader.read("exp_avg", name, start, count), 2 * tensor.flatten()[start : start + count])
             assert reader.read("step", name, start, count).item() == 7
+
+
+def test_many_pieces_are_spread_over_files_so_that_few_are_in_memory(tmp_path: Path) -> None:
+    write_cut(tmp_path, {f"layer.{i}": torch.zeros(10) for i in range(4)}, [], limit=100)  # two tensors of 40 bytes in each
+    names = {f"optimizer-00000-of-00001{number}.safetensors" for number in ("", "-1")}
+    assert {file.name for file in tmp_path.iterdir()} == names
 
 
 def test_a_missing_file_of_a_rank_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import tempfile
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,17 @@ class SignalIn(Callback):
                 os.kill(os.getpid(), self.number)
 
 
+class KillIn(Callback):
+    """kill -9 between two steps, on one rank, as the system does that runs out of memory."""
+
+    def __init__(self, step: int, rank: int = 0) -> None:
+        self.step, self.rank = step, rank
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        if trainer.step == self.step and int(os.environ.get("RANK", "0")) == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class KillInSave(Callback):
     """kill -9 in the middle of a checkpoint: after the shards, before the trainer's own file."""
 
@@ -223,9 +235,9 @@ def train(folder: str | Path, **job: Any) -> list[dict[str, float]]:
         folder: the run's folder.
         job: in JSON, so that it can be sent to other processes: ``data`` (of Rows, or a class of this file with its
             options), ``model`` (changes of the config), ``base`` (a model folder instead), ``lora`` (options), ``task`` (a
-            class of this file, perhaps with its options), ``optimizer``, ``schedule`` and ``callbacks`` (names or classes,
-            with their options), ``seed``, ``overwrite``, ``building`` (build the model as the command line does, as is done
-            with a ``base`` in any case); all others are the Trainer's.
+            class of this file, perhaps with its options), ``optimizer`` (of torch.optim, or a class path), ``schedule`` and
+            ``callbacks`` (names or classes, with their options), ``seed``, ``overwrite``, ``building`` (build the model as
+            the command line does, as is done with a ``base`` in any case); all others are the Trainer's.
     """
     recorder = Recorder()
     parts = {name: job.pop(name, {}) for name in ("data", "model", "callbacks")}
@@ -236,7 +248,8 @@ def train(folder: str | Path, **job: Any) -> list[dict[str, float]]:
         task_options = {**task_options, "transforms": [LoRA(**lora)]}
     data_kind, data_options = ("Rows", parts["data"]) if isinstance(parts["data"], dict) else parts["data"]
     named, options = job.pop("optimizer", ("AdamW", {"lr": 1e-2, "weight_decay": 0.1}))
-    optimizer = functools.partial(getattr(torch.optim, named), **options)
+    module, _, name = named.rpartition(".")
+    optimizer = functools.partial(getattr(import_module(module or "torch.optim"), name), **options)
     named, options = job.pop("schedule", ("Constant", {"warmup_ratio": 0.0}))
     schedule = getattr(optim, named)(**options)
     others = {name: made(*call) for name, call in parts["callbacks"].items()}

@@ -282,6 +282,19 @@ def test_an_error_in_training_ends_both_ranks_within_a_minute(recipe, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_the_other_within_a_minute_with_a_message(rank, launcher, recipe, trained, tmp_path):
+    words = [*with_callback("KillIn", step=3, rank=rank), *SIX]
+    began = time.monotonic()
+    done = fit(recipe, tmp_path / "run", *words, ranks=2, launcher=launcher, timeout=120)
+    assert time.monotonic() - began < 60 + 30  # the start is not part of the minute
+    assert done.returncode != 0
+    assert "bumblebee: another rank has ended" in done.stderr and "--trainer.resume auto" in done.stderr
+    assert [checkpoint.step for checkpoint in checkpoints(tmp_path / "run")] == [2]
+
+
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_saves_and_the_resumed_run_is_byte_identical(recipe, tmp_path):
     words = ["--trainer.max_steps", "400", "--callbacks.checkpoint.every", "50"]
     succeeded(fit(recipe, tmp_path / "whole", *words, ranks=2))
