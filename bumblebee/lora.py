@@ -212,6 +212,12 @@ class AdapterFiles(ModelFiles):
         write_adapter_config(folder, sorted_sets)
         write_generation_config(folder, self.config)
 
+    def check_output(self, output_dir: Path) -> None:
+        """Not where the base model is: the adapters are worth nothing without it."""
+        for folder in chain(self.adapter.base_model_name_or_path):
+            if output_dir.resolve() in (folder.resolve(), folder.resolve().parent):
+                raise ValueError(f"output_dir: {output_dir} holds the base model {folder}, which adapters need: choose another")
+
     def check_resumed(self, checkpoint: Path) -> None:
         """The same base model, as far as that can be told: a folder that is gone may have been moved here."""
         ours, theirs = (self.adapter.base_model_name_or_path, base_named(checkpoint))

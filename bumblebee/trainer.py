@@ -326,6 +326,7 @@ class Trainer:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {seed}")
         check_free(self.output_dir, self.resume, overwrite)
+        bumblebee.checkpoint.folder.files_of(task.model).check_output(self.output_dir)
         checkpoint = find_resume(self.resume, self.output_dir)
         self.device = distributed.pick_device(self.device_name)
         distributed.start(self.device)

@@ -23,7 +23,7 @@ from bumblebee.checkpoint.pieces import PieceReader  # noqa: E402
 from bumblebee.lora import LoRA  # noqa: E402
 from bumblebee.run_folder import clear, holds_a_run  # noqa: E402
 
-STAGES = [0, 1, 2, 3]
+EACH_STAGE = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 # A larger eps than usual: Adam blows up the rounding of tiny gradients.
 ADAM = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4}
 ADAPTER = {"rank": 4, "alpha": 8}
@@ -87,7 +87,7 @@ def test_every_stage_learns_what_a_plain_loop_with_peft_learns(base: Path, tmp_p
     model.save_pretrained(tmp_path / "start")
     wanted, start = plain_peft(base, tmp_path / "start", 6), adapter(tmp_path / "start")
     assert max(float((wanted[name] - start[name]).abs().max()) for name in wanted) > 0.01
-    for stage in STAGES:
+    for stage in range(4):
         fit(tmp_path / str(stage), base, dropout=0.0, dora=dora, zero_stage=stage, optimizer=("AdamW", ADAM))
         for name, tensor in adapter(tmp_path / str(stage)).items():
             torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
@@ -97,14 +97,14 @@ def test_every_stage_learns_what_a_plain_loop_with_peft_learns(base: Path, tmp_p
 def test_bf16_learns_about_the_same_at_every_stage(base: Path, tmp_path: Path) -> None:
     fit(tmp_path / "fp32", base, dropout=0.0)
     true = adapter(tmp_path / "fp32")
-    for stage in STAGES:
+    for stage in range(4):
         fit(tmp_path / str(stage), base, dropout=0.0, precision="bf16", zero_stage=stage)
         found = adapter(tmp_path / str(stage))
         apart = sum(float((found[name].float() - true[name]).abs().sum()) for name in true if "lora_B" in name)
         assert 0 < apart < 0.2 * sum(float(true[name].abs().sum()) for name in true if "lora_B" in name)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EACH_STAGE)
 def test_a_resumed_run_ends_with_the_same_bytes(base: Path, tmp_path: Path, stage: int) -> None:
     """With dropout, whose random numbers have to go on as well."""
     job = {"zero_stage": stage, "precision": "bf16" if stage else "fp32"}
@@ -124,7 +124,7 @@ def test_dropout_is_at_work_and_another_seed_is_another_run(base: Path, tmp_path
 # -- what is saved -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EACH_STAGE)
 def test_a_run_saves_adapters_and_no_base_weights(base: Path, tmp_path: Path, stage: int) -> None:
     fit(tmp_path / "run", base, zero_stage=stage)
     checkpoint = tmp_path / "run" / "checkpoint-6"
@@ -140,7 +140,7 @@ def test_a_run_saves_adapters_and_no_base_weights(base: Path, tmp_path: Path, st
     assert not holds_a_run(tmp_path / "run") and not list((tmp_path / "run").iterdir())
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "bf16"), (3, "bf16"), (2, "fp32")])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (3, "bf16"), pytest.param(1, "bf16", marks=pytest.mark.slow)])
 def test_consolidation_gives_the_gathered_adapter(base: Path, tmp_path: Path, stage: int, precision: str) -> None:
     checkpoint = {"checkpoint": ("Checkpoint", {"every": 6, "model": False})}
     job = {"zero_stage": stage, "precision": precision, "callbacks": checkpoint}
@@ -210,6 +210,15 @@ def test_a_checkpoint_of_another_base_or_another_adapter_is_refused(base: Path, 
     with pytest.raises(ValueError, match="holds another model"):
         train(tmp_path / "then", base=str(base), resume=checkpoint)
     assert not (tmp_path / "then").exists()
+
+
+def test_a_run_does_not_delete_its_own_base(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path / "base")
+    small_model().save_pretrained(tmp_path / "base" / "checkpoint-3")
+    for folder in (tmp_path / "base", tmp_path / "base" / "checkpoint-3"):
+        with pytest.raises(ValueError, match="output_dir: .*base holds the base model .*, which adapters need: choose another"):
+            fit(tmp_path / "base", folder, overwrite=True)
+    assert is_model_folder(tmp_path / "base") and is_model_folder(tmp_path / "base" / "checkpoint-3")
 
 
 def test_a_checkpoint_goes_on_where_its_base_has_moved(base: Path, tmp_path: Path) -> None:

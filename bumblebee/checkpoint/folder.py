@@ -213,6 +213,13 @@ class ModelFiles:
         """Write everything but the weights."""
         write_configs(folder, self.config, dtype)
 
+    def check_output(self, output_dir: Path) -> None:
+        """Whether a run may write here, and delete what an earlier run wrote.
+
+        Raises:
+            ValueError: what is there is still needed.
+        """
+
     def check_resumed(self, checkpoint: Path) -> None:
         """Whether a checkpoint's training can go on with this model.
 
