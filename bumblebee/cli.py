@@ -94,7 +94,9 @@ def validate(words: list[str]) -> None:
     cfg = parser.parse(words)
     folder = cfg.pop("model") or cfg.output_dir
     source = Namespace(class_path="bumblebee.Bumblebee.from_pretrained", init_args=Namespace(folder=folder))
-    cfg.task.init_args.model = source
+    trained, cfg.task.init_args.model = cfg.task.init_args.model, source
+    if cfg.task.init_args.get("reference") in ("auto", "copy", "adapters_off") and "folder" in trained.get("init_args", {}):
+        cfg.task.init_args.reference = trained.init_args.folder  # what the run has compared with
     with user_errors(parser, cfg):
         from bumblebee import distributed, loader
         from bumblebee.evaluation import validation_sums
@@ -103,6 +105,7 @@ def validate(words: list[str]) -> None:
         device = distributed.pick_device(cfg.trainer.device)
         parts.data.setup(cfg.seed)
         parts.task.setup(parts.data)
+        parts.task.begin_validation(device)
         if not parts.data.validation:
             raise ValueError("the recipe's data has no validation samples: set data.validation_ratio or data.validation_files")
     model = parts.task.model.to(device).eval()

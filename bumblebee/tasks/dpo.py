@@ -29,6 +29,7 @@ from torch.nn.functional import logsigmoid
 
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.lora import adapters_off, has_adapters
+from bumblebee.model import Bumblebee
 from bumblebee.tasks.preferences import discounted_sums, lengths, response_log_probabilities, sums, trained_pairs
 from bumblebee.tasks.reference import Frozen, Policy, Reference
 from bumblebee.tasks.task import Task
@@ -126,6 +127,13 @@ class DPO(Task):
         weights = self._reference_digest(trainer)
         self.compared_with = precomputed(lambda: self._live_reference(trainer), weights, trainer, self.cache_dir)
 
+    def begin_validation(self, device: torch.device) -> None:
+        """Read the reference from its folder: a trained model does not know what it was."""
+        if self.reference in _KINDS:
+            raise ValueError(f"reference: {self.reference} is of a run: to validate, name the folder of the model at its start")
+        model = self._model_class().from_pretrained(self.reference, device=device)
+        self.compared_with = Frozen(model.eval().requires_grad_(False))
+
     def _live_reference(self, trainer: Trainer) -> Reference:
         if self.reference == "adapters_off":
             return Policy(self.model, adapters_off)
@@ -135,11 +143,9 @@ class DPO(Task):
         return Frozen(trainer.frozen(model))
 
     def _load_reference(self, trainer: Trainer) -> nn.Module:
-        from bumblebee.model import Bumblebee
-
-        kind = type(self.model) if isinstance(self.model, Bumblebee) else Bumblebee
+        dtype = trainer.engine.options.weights_dtype
         with trainer.building():
-            model = kind.from_pretrained(self.reference, dtype=trainer.engine.options.weights_dtype, device=trainer.device)
+            model = self._model_class().from_pretrained(self.reference, dtype=dtype, device=trainer.device)
         tokenizer = trainer.data.tokenizer
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
@@ -147,6 +153,9 @@ class DPO(Task):
                 f" a vocab_size of {model.config.vocab_size}"
             )
         return model
+
+    def _model_class(self) -> type[Bumblebee]:
+        return type(self.model) if isinstance(self.model, Bumblebee) else Bumblebee
 
     def _reference_digest(self, trainer: Trainer) -> str:
         from bumblebee.tasks.reference_cache import folder_digest, tensors_digest
@@ -159,11 +168,17 @@ class DPO(Task):
         return tensors_digest(tensors, getattr(self.model, "config", None))
 
     def summary(self) -> dict[str, Any]:
-        """The loss and the reference."""
+        """The loss, what is in use beside it, and the reference."""
         computed = ", log-probabilities computed before training" if self.precompute_reference else ""
         words = {"adapters_off": "the model without its adapters", "copy": "the model as it was at first"}
         reference = words.get(self.reference, self.reference) + computed
-        return {"loss": self.loss_type, "beta": self.pref_beta, "reference": reference}
+        in_use = {
+            "label_smoothing": self.dpo_label_smoothing or None,
+            "tokens": "by their mean" if self.length_normalised else None,
+            "sft_weight": self.sft_weight or None,
+            "ld_alpha": self.ld_alpha if self.ld_alpha < 1 else None,
+        }
+        return {"loss": self.loss_type, "beta": self.pref_beta, **in_use, "reference": reference}
 
     # -- a step --------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bumblebee.datamodule import Batch, DataModule
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from bumblebee.trainer import Trainer
@@ -49,6 +50,13 @@ class Task(ABC):
 
         Raises:
             ValueError: an option that cannot be used.
+        """
+
+    def begin_validation(self, device: torch.device) -> None:  # noqa: B027  (optional)
+        """Prepare for ``validation_step`` where there is no trainer.
+
+        Raises:
+            ValueError: an option that only a run can meet.
         """
 
     def summary(self) -> dict[str, Any]:

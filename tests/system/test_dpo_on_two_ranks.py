@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from system.parts import train, weight_bytes, weights
+from system.parts import small_model, train, weight_bytes, weights
 from system.processes import run_jobs
 
 pytestmark = pytest.mark.slow
@@ -20,37 +20,49 @@ SPREAD = {"micro_batch_size": 2, "accumulate": 2}
 
 
 def job(stage: int, precompute: bool = False, kind: str = "DPO", **more: Any) -> dict[str, Any]:
-    options = {**OPTIONS, "precompute_reference": precompute}
+    ours = {name: more.pop(name) for name in ("reference", "cache_dir") if name in more}
+    options = {**OPTIONS, "precompute_reference": precompute, **ours}
     return {"task": (kind, options), "zero_stage": stage, "building": stage == 3, **STEP, **SPREAD, **more}
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory):
-    """The same steps on one rank."""
-    folder = tmp_path_factory.mktemp("one")
-    spread = {"micro_batch_size": 8, "accumulate": 1}
-    return {kind: (folder / kind, train(folder / kind, **job(0, kind=kind, **spread))) for kind in ("DPO", "AdaptedDPO")}
+def other_model(tmp_path_factory):
+    """The folder of a model that is not the policy."""
+    folder = tmp_path_factory.mktemp("other")
+    small_model(1).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def one_rank(tmp_path_factory, other_model):
+    """The same steps on one rank."""
+    folder = tmp_path_factory.mktemp("one")
+    spread = {"micro_batch_size": 8, "accumulate": 1}
+    runs = {"DPO": job(0, **spread), "AdaptedDPO": job(0, kind="AdaptedDPO", **spread)}
+    runs["other"] = job(0, reference=str(other_model), **spread)
+    return {name: (folder / name, train(folder / name, **one)) for name, one in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, other_model):
     folder = tmp_path_factory.mktemp("two")
     jobs = {f"{stage}": job(stage) for stage in (0, 1, 2, 3)}
     jobs |= {f"{stage} precomputed": job(stage, precompute=True, cache_dir=str(folder / f"cache-{stage}")) for stage in (1, 3)}
     jobs |= {f"{stage} adapters": job(stage, kind="AdaptedDPO") for stage in (1, 3)}
+    jobs |= {f"{stage} other": job(stage, reference=str(other_model)) for stage in (1, 3)}
+    jobs["3 other precomputed"] = job(3, precompute=True, reference=str(other_model), cache_dir=str(folder / "cache-other"))
     jobs["3 until 2"] = job(3, callbacks={**EACH, "stop": ("StopAfter", {"step": 2, "rank": 1})}, folder="3 resumed")
     jobs["3 resumed"] = job(3, callbacks=EACH, folder="3 resumed", resume="auto")
-    for one in jobs.values():
-        if cache := one.pop("cache_dir", None):
-            one["task"][1]["cache_dir"] = cache
     named = [{**one, "folder": str(folder / one.get("folder", name))} for name, one in jobs.items()]
     return folder, dict(zip(jobs, run_jobs(named, 2, folder, timeout=280), strict=True))
 
 
-@pytest.mark.parametrize("name", ["0", "1", "2", "3", "1 precomputed", "3 precomputed"])
+@pytest.mark.parametrize(
+    "name", ["0", "1", "2", "3", "1 precomputed", "3 precomputed", "1 other", "3 other", "3 other precomputed"]
+)
 def test_two_ranks_are_one(name, one_rank, two_ranks):
     folder, results = two_ranks
-    wanted_folder, wanted = one_rank["DPO"]
+    wanted_folder, wanted = one_rank["other" if "other" in name else "DPO"]
     for ours, theirs in zip(results[name]["metrics"], wanted, strict=True):
         for key in set(theirs) - {"rewards/accuracies"}:  # where pairs are ties, rounding decides what is a win
             assert math.isclose(ours[key], theirs[key], rel_tol=1e-4, abs_tol=1e-5), (ours["step"], key)

@@ -238,6 +238,13 @@ def test_adapters_off_without_adapters_is_refused(models, pairs):
         DPO(models[0], reference="adapters_off").setup(pairs)
 
 
+def test_a_reference_that_only_a_run_has_is_refused_in_validation_alone(models, pairs):
+    task = DPO(models[0])
+    task.setup(pairs)
+    with pytest.raises(ValueError, match="reference: copy is of a run: to validate, name the folder"):
+        task.begin_validation(torch.device("cpu"))
+
+
 def test_data_without_pairs_are_refused(models):
     data = Rows()
     data.setup(0)

@@ -17,6 +17,7 @@ from bumblebee.checkpoint.pieces import PieceReader
 from bumblebee.tasks import reference_cache
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.reference import Frozen
+from bumblebee.trainer import Trainer
 
 PAIRS = ("Pairs", {"samples": 11, "empty": [2]})
 BASE: dict[str, Any] = {"data": PAIRS, "max_steps": 5}
@@ -129,6 +130,29 @@ def test_the_summary_names_the_reference(kind, words, tmp_path, capsys):
     run(tmp_path, kind, {"precompute_reference": True}, callbacks={"summary": ("RunSummary", {})}, max_steps=1)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("task"))
     assert f"loss sigmoid, beta 0.1, reference {words}, log-probabilities computed before training" in line
+
+
+@pytest.mark.parametrize("reference", ["copy", "folder"])
+def test_at_stage_3_the_reference_lies_in_shards_too(reference, other_model, tmp_path, monkeypatch):
+    """Parameters are empty but for their shards, from the start and when a step is over."""
+    seen = []
+    frozen = Trainer.frozen
+
+    def watched(self: Trainer, model: Any) -> Any:
+        engine = frozen(self, model)
+        seen.append((engine.model, [whole(parameter) for parameter in engine.model.parameters()]))
+        return engine
+
+    def whole(parameter: Any) -> bool:
+        assert hasattr(parameter, "ds_tensor")
+        return parameter.ds_numel > 10 * 32 and parameter.numel() > 0  # small ones are kept by DeepSpeed on purpose
+
+    monkeypatch.setattr(Trainer, "frozen", watched)
+    options = {"reference": "copy" if reference == "copy" else str(other_model)}
+    run(tmp_path / "run", options=options, max_steps=2, **STAGES["3 in shards"])
+    ((model, at_first),) = seen
+    assert not any(at_first)
+    assert not any(whole(parameter) for parameter in model.parameters())
 
 
 # -- however pairs are spread --------------------------------------------------------------------------------------------
