@@ -1,0 +1,61 @@
+"""The DPO recipes as whole commands: train, validate, resume; what a user gets wrong is one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from system.parts import small_model
+from system.processes import run_command
+
+pytestmark = pytest.mark.slow
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = ["--trainer.precision", "fp32", "--trainer.max_steps", "3", "--optimizer.lr", "1e-3", "--callbacks.tensorboard=null"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tokenizer_folder, tmp_path_factory):
+    """A folder with the recipes and what they begin with."""
+    folder = tmp_path_factory.mktemp("dpo")
+    shutil.copytree(RECIPES, folder / "recipes")
+    shutil.copytree(tokenizer_folder, folder / "runs" / "sft")
+    small_model(vocab_size=400, max_position_embeddings=1024).save_pretrained(folder / "runs" / "sft")
+    return folder
+
+
+@pytest.mark.parametrize(("recipe", "stage"), [("dpo_full", "2"), ("dpo_full", "3"), ("dpo_lora", "2"), ("dpo_lora", "3")])
+def test_a_recipe_trains_and_validate_finds_what_the_run_found(recipe, stage, workplace):
+    folder = f"runs/{recipe}-{stage}"
+    words = ["--config", f"recipes/{recipe}.yaml", "--output_dir", folder, *SMALL]
+    done = run_command("fit", *words, "--trainer.zero_stage", stage, "--task.precompute_reference", "true", cwd=workplace)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "reference the model" in done.stdout
+    lines = [json.loads(line) for line in (workplace / folder / "metrics.jsonl").read_text().splitlines()]
+    logged = next(line for line in lines if "validation_loss" in line)
+    checked = run_command("validate", *words, cwd=workplace)
+    assert checked.returncode == 0, checked.stderr[-3000:]
+    found = dict(re.findall(r"^(validation_\S+) (\S+)$", checked.stdout, flags=re.MULTILINE))
+    for name in ("validation_loss", "validation_rewards/margins", "validation_logps/chosen"):
+        assert float(found[name]) == pytest.approx(logged[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task.reference", "nowhere"], "there is no folder 'nowhere'"),
+        (["--task.reference", "adapters_off"], "reference: adapters_off needs adapters"),
+        (["--task.pref_beta", "0"], "pref_beta must be more than 0, got 0.0"),
+        (["--task.reference", "recipes"], "recipes is no model folder"),
+        (["--data.class_path", "datamodules.Pretrain", "--data.files", "recipes/samples/pretrain.jsonl"], "DPO needs pairs"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(words, message, workplace):
+    done = run_command("fit", "--config", "recipes/dpo_full.yaml", "--output_dir", "runs/wrong", *SMALL, *words, cwd=workplace)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("bumblebee: ")]
+    assert message in line and "Traceback" not in done.stderr
+    assert not (workplace / "runs" / "wrong").exists()
