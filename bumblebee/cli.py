@@ -13,13 +13,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 COMMANDS = {
     "fit": "train what a recipe describes",
     "validate": "measure a trained model on a recipe's held-out data",
     "verify": "check that training is exact on this machine, and measure it",
     "generate": "let a model continue a text",
+    "answer": "let a model answer the questions of a recipe's data",
     "tokenizer": "train a tokenizer on text files",
     "consolidate": "make a model folder from a checkpoint's shards",
     "merge": "make a model folder from a LoRA adapter and its base model",
@@ -186,6 +187,35 @@ def generate(words: list[str]) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def answer(words: list[str]) -> None:
+    """Let a model answer the questions of a recipe's data."""
+    parser = recipe_parser("answer", "Let a model answer the questions of a recipe's data, and compare.")
+    parser.add_argument("--model", type=str | None, default=None, help="model folder; by default the recipe's output_dir")
+    parser.add_argument("--split", type=Literal["train", "validation"], default="train", help="of the recipe's data")
+    parser.add_argument("--limit", type=int | None, default=None, help="questions asked; null for all")
+    parser.add_argument("--show", type=int, default=10, help="questions shown")
+    cfg = parser.parse(words)
+    folder, split, limit, show = (cfg.pop(name) for name in ("model", "split", "limit", "show"))
+    with user_errors(parser, cfg):
+        from jsonargparse import Namespace
+
+        from bumblebee.answers import answered, questions
+        from bumblebee.inference.generator import Generator
+
+        data = parser.instantiate(Namespace(data=cfg.data)).data
+        data.setup(cfg.seed)
+        samples = getattr(data, split)
+        if not samples:
+            raise ValueError("the recipe's data has no validation samples: set data.validation_ratio or data.validation_files")
+        generator = Generator.from_pretrained(folder or cfg.output_dir, device=cfg.trainer.device)
+        found = answered(generator, questions(data, samples), limit)
+    for each in found[:: max(1, len(found) // max(show, 1))][:show]:
+        verdict = "" if each.right else f"\n   (in the data: {each.expected})"
+        print(f"{each.question.strip()}\n-> {each.given.strip()}{verdict}\n")
+    right = sum(each.right for each in found)
+    print(f"answered as in the data: {right} of {len(found)} questions ({right / len(found):.1%})")
 
 
 def tokenizer(words: list[str]) -> None:

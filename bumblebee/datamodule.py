@@ -29,12 +29,14 @@ class DataModule(ABC):
         train: samples to learn from, by index.
         validation: held-out samples, or None.
         tokenizer: saved into every model folder of the run, or None.
+        stop_ids: what ends an answer in these data beside the tokenizer's end-of-text token: noted in the model's folder.
         lengths: int (len(train),), of each training sample, where batches shall be of samples of similar length; or None.
     """
 
     train: Sequence[Any]
     validation: Sequence[Any] | None = None
     tokenizer: Tokenizer | None = None
+    stop_ids: Sequence[int] = ()
     lengths: np.ndarray | None = None
 
     @abstractmethod

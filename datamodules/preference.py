@@ -108,6 +108,7 @@ class Preferences(TokenData):
     def setup(self, seed: int) -> None:
         """Tokenise, hold out, fit into rows."""
         super().setup(seed)
+        self.stop_ids = [self.tokenizer.chat_template.end_of_turn_id]
         train: Any = self.train
         self.lengths = train.row_lengths.max(axis=0)
 

@@ -75,6 +75,7 @@ class SFT(TokenData):
     def setup(self, seed: int) -> None:
         """Tokenise, hold out, fit into windows or rows."""
         super().setup(seed)
+        self.stop_ids = [self.tokenizer.chat_template.end_of_turn_id]
         train: Any = self.train
         self.lengths = None if self.packing else train.pieces.lengths
 

@@ -23,6 +23,7 @@ from bumblebee.model import Bumblebee
 from bumblebee.tokenizer import Tokenizer
 
 BATCH = 16  # prompts computed together
+Prompt = str | Sequence[int]  # a text, or the ids of one: a chat's, for instance, that its template has made
 
 
 @dataclass
@@ -102,11 +103,11 @@ class Generator:
         stops = read_json(file).get("eos_token_id") if file.is_file() else None
         return cls(model, tokenizer, [stops] if isinstance(stops, int) else stops or [])
 
-    def encode(self, prompt: str) -> list[int]:
-        """A prompt's ids, after the begin-of-text token where the tokenizer puts one."""
-        return self.tokenizer.prefix_ids + self.tokenizer.encode(prompt)
+    def encode(self, prompt: Prompt) -> list[int]:
+        """A text's ids, after the begin-of-text token where the tokenizer puts one; ids as they are."""
+        return self.tokenizer.prefix_ids + self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def check(self, prompt: str, params: SamplingParams) -> list[int]:
+    def check(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The prompt's ids, if they can be continued.
 
         Raises:
@@ -119,7 +120,7 @@ class Generator:
             raise ValueError(f"the prompt has {len(ids)} tokens; the model takes {longest}, new ones included")
         return ids
 
-    def generate(self, prompts: Sequence[str], params: SamplingParams | None = None) -> list[Generation]:
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Generation]:
         """Continue each prompt; the results are in the prompts' order.
 
         Raises:
@@ -132,7 +133,7 @@ class Generator:
                 pass
         return [self._generation(sequence) for sequence in sequences]
 
-    def stream(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Continue one prompt, giving out text as soon as it is complete. Joined, the pieces are ``generate``'s text.
 
         Raises:
@@ -146,7 +147,7 @@ class Generator:
         if rest := detokenizer.finish():
             yield rest
 
-    def _sequence(self, prompt: str, params: SamplingParams) -> _Sequence:
+    def _sequence(self, prompt: Prompt, params: SamplingParams) -> _Sequence:
         ids = self.check(prompt, params)
         return _Sequence(ids, params, self.stop_ids, self.model.config.max_position_embeddings)
 

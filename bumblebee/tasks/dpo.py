@@ -99,7 +99,7 @@ class DPO(Task):
     def setup(self, data: DataModule) -> None:
         """Check that the data are pairs that fit the model, and copy the model while it is untouched."""
         if data.tokenizer is not None:
-            adopt_tokenizer(self.model, data.tokenizer)
+            adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
         for samples in filter(None, (data.train, data.validation)):
             self._check_pairs(data, data.collate([samples[0]]))
         adapters = has_adapters(self.model)

@@ -36,7 +36,7 @@ class LanguageModeling(Task):
         """Check that the tokenizer fits the model, take over its special ids, and note the bytes of each token."""
         if data.tokenizer is None:
             return
-        adopt_tokenizer(self.model, data.tokenizer)
+        adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
         self._token_lengths = torch.tensor([len(piece) for piece in data.tokenizer.token_bytes])
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -9,8 +10,13 @@ from torch import nn
 from bumblebee.tokenizer import Tokenizer
 
 
-def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
+def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer, stop_ids: Sequence[int] = ()) -> None:
     """Check that the model has a row for each of the tokenizer's ids, and take over special ids that it does not know.
+
+    Args:
+        model: its config learns the ids.
+        tokenizer: of the data.
+        stop_ids: more ids that end a text, such as the one that ends an answer.
 
     Raises:
         ValueError: the tokenizer has more ids.
@@ -26,3 +32,5 @@ def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> None:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # a new model learns them from its tokenizer
         if getattr(config, name) is None:
             setattr(config, name, getattr(tokenizer, name))
+    if new := [index for index in stop_ids if index not in config.eos_token_ids]:
+        config.eos_token_id = [*config.eos_token_ids, *new]

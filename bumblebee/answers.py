@@ -1,0 +1,101 @@
+"""Answers: does a model answer the questions of its data as they are answered there? Chosen greedily, compared as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bumblebee.datamodule import DataModule
+from bumblebee.inference.generator import Generator
+from bumblebee.inference.params import SamplingParams
+from bumblebee.nn import IGNORE
+
+BATCH = 64  # questions of similar length answered together
+
+
+@dataclass(frozen=True)
+class Question:
+    """Where a conversation's first answer begins.
+
+    Args:
+        prompt: ids of everything before the answer.
+        answer: ids of the answer in the data, the end of the turn included.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question with what the model says.
+
+    Args:
+        question: its text, special tokens left out.
+        expected: text of the answer in the data.
+        given: text of the model's answer.
+    """
+
+    question: str
+    expected: str
+    given: str
+
+    @property
+    def right(self) -> bool:
+        """Whether both answers are the same text."""
+        return self.given.strip() == self.expected.strip()
+
+
+def questions(data: DataModule, samples: Sequence[Any]) -> Iterator[Question]:
+    """The first question of each conversation in some samples, in their order."""
+    for index in range(len(samples)):
+        batch = data.collate([samples[index]])
+        for row in zip(*(batch[name].tolist() for name in ("input_ids", "labels", "position_ids")), strict=True):
+            yield from _in_row(*row)
+
+
+def _in_row(input_ids: list[int], labels: list[int], position_ids: list[int]) -> Iterator[Question]:
+    """A piece of a row begins wherever the position is 0; one without targets is padding."""
+    begins = [place for place, position in enumerate(position_ids) if position == 0]
+    for begin, end in zip(begins, [*begins[1:], len(labels)], strict=True):
+        targets = [place for place in range(begin, end) if labels[place] != IGNORE]
+        if targets:
+            first = targets[0]
+            last = next((place for place in range(first, end) if labels[place] == IGNORE), end)
+            yield Question(input_ids[begin : first + 1], labels[first:last])
+
+
+def answered(generator: Generator, asked: Iterable[Question], limit: int | None = None) -> list[Answered]:
+    """The model's greedy answers, in the questions' order.
+
+    Args:
+        generator: the model.
+        asked: questions.
+        limit: how many of them; None for all.
+    """
+    chosen = list(islice(asked, limit))
+    order = sorted(range(len(chosen)), key=lambda number: (len(chosen[number].prompt), number))
+    found: dict[int, Answered] = {}
+    with tqdm(total=len(chosen), desc="answering", unit=" questions", disable=None, leave=False) as bar:
+        for first in range(0, len(order), BATCH):
+            numbers = order[first : first + BATCH]
+            found.update(zip(numbers, _batch(generator, [chosen[number] for number in numbers]), strict=True))
+            bar.update(len(numbers))
+    return [found[number] for number in range(len(chosen))]
+
+
+@torch.inference_mode()
+def _batch(generator: Generator, batch: list[Question]) -> list[Answered]:
+    longest = max(len(question.answer) for question in batch)
+    params = SamplingParams(temperature=0.0, max_new_tokens=longest + 1)  # what goes on too long is wrong
+    given = generator.generate([question.prompt for question in batch], params)
+    decode = generator.tokenizer.decode
+    return [
+        Answered(decode(question.prompt), decode(question.answer), generation.text)
+        for question, generation in zip(batch, given, strict=True)
+    ]
