@@ -15,6 +15,7 @@ from bumblebee.inference.generator import Generator
 from bumblebee.inference.params import SamplingParams
 from bumblebee.nn import IGNORE
 
+ROLES = ("system", "user", "assistant")  # what is left of a turn's mark in many templates, without its special token
 BATCH = 64  # questions of similar length answered together
 
 
@@ -96,6 +97,10 @@ def _batch(generator: Generator, batch: list[Question]) -> list[Answered]:
     given = generator.generate([question.prompt for question in batch], params)
     decode = generator.tokenizer.decode
     return [
-        Answered(decode(question.prompt), decode(question.answer), generation.text)
+        Answered(_without_roles(decode(question.prompt)), decode(question.answer), generation.text)
         for question, generation in zip(batch, given, strict=True)
     ]
+
+
+def _without_roles(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if line.strip() not in ROLES).strip()

@@ -22,7 +22,7 @@ from bumblebee.inference.sampler import sample
 from bumblebee.model import Bumblebee
 from bumblebee.tokenizer import Tokenizer
 
-BATCH = 16  # prompts computed together
+BATCH = 64  # prompts computed together
 Prompt = str | Sequence[int]  # a text, or the ids of one: a chat's, for instance, that its template has made
 
 

@@ -39,7 +39,10 @@ if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
 
 _KINDS = ("auto", "adapters_off", "copy")
-_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+_METRICS = (
+    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "logps/chosen", "logps/rejected", "logps/accuracies",
+)  # fmt: skip
 
 
 class DPO(Task):
@@ -229,11 +232,15 @@ class DPO(Task):
         return ratios[:, 0] - ratios[:, 1]
 
     def _metrics(self, policy: Tensor, reference: Tensor, counted: Tensor) -> dict[str, Tensor]:
-        """Sums over pairs. Rewards are the implicit ones, beta (log p - log p_reference), of whole responses for any loss."""
+        """Sums over pairs. Rewards are the implicit ones, beta (log p - log p_reference), of whole responses for any loss.
+
+        Accuracies are the pairs whose chosen response has the larger reward, and those where it is the more probable one.
+        """
         policy, reference = (torch.where(counted[:, None], side.double(), 0.0) for side in (policy, reference))
         rewards = self.pref_beta * (policy - reference)
         margins = rewards[:, 0] - rewards[:, 1]
-        columns = [rewards[:, 0], rewards[:, 1], margins, (margins > 0).double(), policy[:, 0], policy[:, 1]]
+        more_probable = (policy[:, 0] > policy[:, 1]).double()
+        columns = [*rewards.T, margins, (margins > 0).double(), *policy.T, more_probable]
         return {name: column.sum() for name, column in zip(_METRICS, columns, strict=True)}
 
     # -- losses of pairs, from their margins h -------------------------------------------------------------------------

@@ -107,6 +107,7 @@ def test_metrics_are_the_implicit_rewards_and_log_probabilities(models, pairs, w
     assert sums["rewards/margins"] == pytest.approx(sums["rewards/chosen"] - sums["rewards/rejected"], abs=1e-12)
     assert sums["rewards/accuracies"] == sum(chosen > rejected for chosen, rejected in rewards)
     assert sums["logps/chosen"] == pytest.approx(sum(sum(policy[0]) for policy, _ in written_out), rel=1e-6)
+    assert sums["logps/accuracies"] == sum(sum(policy[0]) > sum(policy[1]) for policy, _ in written_out)
     assert sums["logps/rejected"] == pytest.approx(sum(sum(policy[1]) for policy, _ in written_out), rel=1e-6)
 
 
