@@ -69,7 +69,7 @@ class Preferences(TokenData):
         files: a path or glob of .json, .jsonl and .parquet files, or a list of them and of {path, weight} entries, where
             weight is how often each pair comes in an epoch (a part of 1: that share of them). The word python_docs stands
             for questions about the running Python, the right answer preferred to another's; its entry may have answer:
-            first_sentence or whole, and phrasings, the number of questions about each thing.
+            first_sentence or whole, phrasings, the number of questions about each thing, and things, of which how many.
         tokenizer: folder with tokenizer.json, and perhaps a chat template; without one it is ChatML.
         max_length: tokens in a row.
         system: system prompt of prompts that bring none; null adds none.
@@ -84,7 +84,7 @@ class Preferences(TokenData):
         ValueError: a number out of its range, or a folder without tokenizer.
     """
 
-    corpus_options = ("answer", "phrasings")
+    corpus_options = ("answer", "phrasings", "things")
     records_are = "pairs"
 
     def __init__(
@@ -116,9 +116,9 @@ class Preferences(TokenData):
         """Prompts and answers to ids."""
         return PreferenceEncoder(self.tokenizer_folder, self.tokenizer, self.system)
 
-    def corpus(self, answer: Any = "first_sentence", phrasings: Any = 1) -> Iterator[Record]:
+    def corpus(self, answer: Any = "first_sentence", phrasings: Any = 1, things: Any = None) -> Iterator[Record]:
         """Questions about Python, each with a right and a wrong answer."""
-        return formats.numbered(python_docs_pairs.preferences(answer, phrasings))
+        return formats.numbered(python_docs_pairs.preferences(answer, phrasings, things))
 
     def reading(self) -> list[Any]:
         """See the base class."""

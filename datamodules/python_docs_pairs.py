@@ -11,6 +11,7 @@ documentation (``python_docs.py``), in an order that is always the same.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -51,26 +52,27 @@ BEGINS_WELL = re.compile(r"[A-Z][a-z']*,? ")  # a word, not a call or a name
 NO_PROSE = re.compile(r">>>|->|--|==|\.\.|::|[|{}<>\\^~]|:\w+:|__\w+__\(|\w+\(.*\(|\s[*#]\s")
 
 
-def conversations(answer: Answer = "first_sentence", phrasings: int = 1) -> Iterator[dict[str, Any]]:
+def conversations(answer: Answer = "first_sentence", phrasings: int = 1, things: int | None = None) -> Iterator[dict[str, Any]]:
     """Records in OpenAI's format.
 
     Args:
         answer: the first sentence, or the whole text.
         phrasings: how many questions are asked about each thing, differently worded.
+        things: how many functions and classes are asked about, chosen by a hash of their names; None for all.
 
     Raises:
-        ValueError: an unknown answer, or more phrasings than there are.
+        ValueError: an unknown answer, or a number of phrasings or things that there are not.
     """
-    check(answer, phrasings)
-    for number, (entry, sentence) in enumerate(askable()):
+    check(answer, phrasings, things)
+    for number, (entry, sentence) in enumerate(askable(things)):
         for question in questions(entry, number, phrasings):
             yield {"messages": [_user(question), _assistant(_answered(entry, sentence, answer))]}
 
 
-def preferences(answer: Answer = "first_sentence", phrasings: int = 1) -> Iterator[dict[str, Any]]:
+def preferences(answer: Answer = "first_sentence", phrasings: int = 1, things: int | None = None) -> Iterator[dict[str, Any]]:
     """Records in OpenAI's format with ``chosen`` and ``rejected``. Arguments and errors: ``conversations``."""
-    check(answer, phrasings)
-    entries = askable()
+    check(answer, phrasings, things)
+    entries = askable(things)
     texts = [_answered(entry, sentence, answer) for entry, sentence in entries]
     wrong = _others([entry.name for entry, _ in entries], texts)
     for number, (entry, _) in enumerate(entries):
@@ -79,7 +81,7 @@ def preferences(answer: Answer = "first_sentence", phrasings: int = 1) -> Iterat
             yield {"messages": [_user(question)], "chosen": chosen, "rejected": rejected}
 
 
-def check(answer: Any, phrasings: Any) -> None:
+def check(answer: Any, phrasings: Any, things: Any = None) -> None:
     """Refuse options that mean nothing.
 
     Raises:
@@ -89,13 +91,27 @@ def check(answer: Any, phrasings: Any) -> None:
         raise ValueError(f"files: the answer of 'python_docs' must be first_sentence or whole, got {answer!r}")
     if isinstance(phrasings, bool) or not isinstance(phrasings, int) or not 1 <= phrasings <= PHRASINGS:
         raise ValueError(f"files: the phrasings of 'python_docs' must be a number from 1 to {PHRASINGS}, got {phrasings!r}")
+    if things is not None and (isinstance(things, bool) or not isinstance(things, int) or things < 2):
+        raise ValueError(f"files: the things of 'python_docs' must be 2 or more, got {things!r}; leave them out for all")
 
 
-def askable() -> list[tuple[Entry, str]]:
-    """Public functions, methods and classes with the first sentence of their documentation, where that can stand alone."""
+def askable(things: int | None = None) -> list[tuple[Entry, str]]:
+    """Public functions, methods and classes with the first sentence of their documentation, where that can stand alone.
+
+    Args:
+        things: how many of them, chosen by a hash of their names; None for all.
+    """
     public = [entry for entry in python_docs.entries() if entry.kind in QUESTIONS and not PRIVATE.search(entry.name)]
     found = [(entry, first_sentence(entry.text)) for entry in public]
-    return [(entry, sentence) for entry, sentence in found if sentence]
+    clean = [(entry, sentence) for entry, sentence in found if sentence]
+    if things is None:
+        return clean
+    chosen = {entry.name for entry, _ in sorted(clean, key=lambda pair: _digest(pair[0].name))[:things]}
+    return [(entry, sentence) for entry, sentence in clean if entry.name in chosen]
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=8).digest()
 
 
 def questions(entry: Entry, number: int, phrasings: int) -> list[str]:

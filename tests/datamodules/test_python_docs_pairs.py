@@ -84,6 +84,8 @@ def test_pairs_are_the_same_each_time():
         ({"phrasings": 0}, f"phrasings of 'python_docs' must be a number from 1 to {PHRASINGS}, got 0"),
         ({"phrasings": PHRASINGS + 1}, f"from 1 to {PHRASINGS}, got {PHRASINGS + 1}"),
         ({"phrasings": True}, "got True"),
+        ({"things": 1}, "things of 'python_docs' must be 2 or more, got 1"),
+        ({"things": "all"}, "got 'all'"),
         ({"phrasings": "2"}, "got '2'"),
     ],
 )
@@ -91,3 +93,11 @@ def test_options_that_mean_nothing_are_refused(options, message):
     for pairs in (conversations, preferences):
         with pytest.raises(ValueError, match=message):
             next(pairs(**options))
+
+
+def test_a_part_of_the_things_is_the_same_in_conversations_and_preferences():
+    few = [record["messages"][0]["content"] for record in conversations(things=50)]
+    assert len(set(few)) == 50
+    assert few == [record["messages"][0]["content"] for record in preferences(things=50)]
+    worded = [record["messages"][0]["content"] for record in conversations(phrasings=2, things=50)]
+    assert worded[::2] == few and len(set(worded)) == 100
