@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+QUICK := runs/quickstart
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,bumblebee callbacks datamodules serve)))
 # An editable install knows the top-level packages of its day, so the marker's name lists them: a new one reinstalls.
 INSTALLED := $(VENV)/.installed-$(subst $() $(),-,$(PACKAGES))
@@ -29,14 +30,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 check_python = $(if $(filter True,$(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 10))' 2>/dev/null)),, \
 	$(error $(PYTHON) is missing or older than Python 3.10, which Bumblebee needs: name another, make .venv PYTHON=python3.12))
 
-quickstart: .venv  ## train a tokenizer and a small model on Python's own documentation, then let it write
-	$(BIN)/bumblebee tokenizer --files python_docs --vocab_size 4096 --output runs/quickstart/tokenizer --overwrite
+# From nothing to a model that answers: text, then questions, then preferences. Each stage begins with the folder of the last.
+quickstart: .venv  ## train a small model on Python's own documentation in three stages, and ask it
+	$(BIN)/bumblebee tokenizer --files python_docs --vocab_size 4096 --output $(QUICK)/tokenizer --overwrite
 	$(BIN)/bumblebee fit --config recipes/quickstart/pretrain.yaml --overwrite
-	@echo; echo "what it writes:"
-	@for prompt in "Return a new list containing" "Open the file and return" "Raised when the"; do echo; \
-	  $(BIN)/bumblebee generate --model runs/quickstart/pretrain --prompt "$$prompt" --temperature 0.5 --max_new_tokens 48 --seed 1 \
-	  || exit 1; done
-	@echo; echo "the model: runs/quickstart/pretrain; its curve: runs/quickstart/pretrain/loss.png; more: README.md"
+	$(BIN)/bumblebee fit --config recipes/quickstart/sft.yaml --overwrite
+	$(BIN)/bumblebee fit --config recipes/quickstart/dpo.yaml --overwrite
+	$(BIN)/bumblebee merge --adapter $(QUICK)/dpo --output $(QUICK)/chat --overwrite
+	@echo; echo "what the pretrained model writes:"; echo
+	@$(BIN)/bumblebee generate --model $(QUICK)/pretrain --prompt "Return a new list" --temperature 0.5 --max_new_tokens 48 --seed 1
+	@echo; echo "what the fine-tuned model answers:"; echo
+	@$(BIN)/bumblebee answer --config recipes/quickstart/sft.yaml --model $(QUICK)/chat
+	@echo; echo "the model: $(QUICK)/chat; curves: $(QUICK)/{pretrain,sft,dpo}/loss.png; more: README.md"
 
 # Idle OpenMP threads must sleep: spinning, they take the cores from each other when several processes share them.
 test: .venv  ## the tests that take seconds

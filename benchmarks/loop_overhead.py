@@ -15,7 +15,7 @@ import io
 import sys
 import tempfile
 import time
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from common import header, median, table
@@ -103,7 +103,7 @@ def pairs(steps: int) -> tuple[list[tuple[float, float]], tuple[float, float]]:
     }  # fmt: skip
     trainer = Trainer(max_steps=steps, micro_batch_size=BATCH, accumulate=1, precision="fp32", zero_stage=0)
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, fused=True)
-    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         task = LanguageModeling(build())
         run = Path(folder) / "run"
         trainer.fit(task, data(steps * BATCH), optimizer, callbacks={**others, "turns": turns}, output_dir=run)

@@ -156,8 +156,8 @@ def test_a_kill_in_the_middle_of_a_save_costs_no_more_than_that_save(recipe, tra
 
 @pytest.mark.slow
 def test_kills_at_random_moments_never_leave_anything_that_a_resume_trips_over(recipe, tmp_path):
-    """Killed a dozen times, a run ends with the bytes of one that was not."""
-    words = ["--trainer.max_steps", "120", "--callbacks.checkpoint.every", "1", "--callbacks.checkpoint.keep", "2"]
+    """Killed twenty times, in steps and in saves, a run ends with the bytes of one that was not."""
+    words = ["--trainer.max_steps", "160", "--callbacks.checkpoint.every", "1", "--callbacks.checkpoint.keep", "2"]
     succeeded(fit(recipe, tmp_path / "whole", *words))
     moments = random.Random(0)
     folder, kills, progress = tmp_path / "run", 0, set()
@@ -167,7 +167,7 @@ def test_kills_at_random_moments_never_leave_anything_that_a_resume_trips_over(r
         while process.poll() is None and {path.name for path in folder.glob("checkpoint-*")} == began:
             time.sleep(0.01)  # until it trains
         time.sleep(moments.uniform(0, 0.6))
-        if kills < 12:
+        if kills < 20:
             process.kill()
             kills += 1
         done = finish(process)

@@ -78,6 +78,7 @@ def runs(tmp_path_factory, alone):
         **of_stages("gradient", (0, 1, 2, 3), **GRADIENT, micro_batch_size=4, accumulate=1),
         **of_stages("gradient-of-ones", (3,), **GRADIENT, micro_batch_size=1, accumulate=4),
         **of_stages("curve", (0, 1, 2, 3), **CURVE, **SPREAD),
+        **of_stages("half", (0, 1, 2, 3), **CURVE, **SPREAD, deepspeed={"communication_data_type": "bf16"}),
         **of_stages("empty", (0, 3), max_steps=2, data={"samples": 8, "targets": (0,)}),
         **resumed(1, (4, 6)),
         **resumed(3, (4,)),
@@ -109,6 +110,14 @@ def test_two_ranks_train_like_one_without_deepspeed(stage, runs):
     for name, tensor in weights(runs.folder(f"curve-{stage}")).items():
         if not name.endswith(UNTRAINED):
             torch.testing.assert_close(tensor, final[name], rtol=0, atol=2e-5, msg=lambda text, n=name: f"{n} {text}")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_sent_in_half_precision_cost_half_precision(stage, runs):
+    """DeepSpeed's ``communication_data_type`` reaches it, and nothing else changes."""
+    pairs = list(zip(runs.metrics(f"half-{stage}"), runs.metrics(f"curve-{stage}"), strict=True))
+    difference = max(abs(ours.get("loss", 0) - exact.get("loss", 0)) for ours, exact in pairs)
+    assert 0 < difference < 5e-3
 
 
 @pytest.mark.parametrize("stage", [0, 3])
