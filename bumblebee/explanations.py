@@ -228,12 +228,12 @@ def _place(value: str, message: str) -> int | None:
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything that is no mapping."""
+    """(dotted key, value) of everything that has no keys of its own."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _leaves(inner, f"{path}.{name}" if path else str(name))
     elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item, path)
+        for item in value:  # an entry that is no class, such as a file with its weight, is one value
+            yield from _leaves(item, path) if isinstance(item, dict) and "class_path" in item else [(path, item)]
     else:
         yield path, value

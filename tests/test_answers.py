@@ -17,7 +17,11 @@ from bumblebee.tokenizer import Tokenizer
 from bumblebee.trainer import Trainer
 from datamodules import SFT
 
-PAIRS = {"How many wings has a bee?": "Four.", "What does a bee collect?": "Nectar and pollen.", "Who lays the eggs?": "A queen."}
+PAIRS = {
+    "How many wings has a bee?": "Four.",
+    "What does a bee collect?": "Nectar and pollen.",
+    "Who lays the eggs?": "A queen.",
+}
 
 
 @pytest.fixture(scope="module")
