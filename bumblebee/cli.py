@@ -11,13 +11,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 COMMANDS = {
     "fit": "train what a recipe describes",
     "validate": "measure a trained model on a recipe's held-out data",
+    "preview": "show what a recipe would do, without training",
     "verify": "check that training is exact on this machine, and measure it",
     "generate": "let a model continue a text",
     "answer": "let a model answer the questions of a recipe's data",
@@ -25,6 +26,7 @@ COMMANDS = {
     "consolidate": "make a model folder from a checkpoint's shards",
     "merge": "make a model folder from a LoRA adapter and its base model",
 }
+PREVIEW_OPTIONS = ("samples", "ranks", "measure", "gpu")  # beside a recipe's
 USAGE = """usage: bumblebee COMMAND [options]
 
 {commands}
@@ -116,6 +118,38 @@ def validate(words: list[str]) -> None:
         print(f"{name} {value:.6g}")
 
 
+def preview(words: list[str]) -> None:
+    """Show what a recipe would do, without training."""
+    from bumblebee import distributed
+
+    parser = preview_parser()
+    cfg = parser.parse(words)
+    options = {name: cfg.pop(name) for name in PREVIEW_OPTIONS}
+    if not distributed.is_main():
+        return
+    with user_errors(parser, cfg):
+        from bumblebee.checkpoint.folder import shapes_only
+        from bumblebee.preview.preview import Preview, report
+
+        with shapes_only():
+            parts = build(parser, cfg, building=nullcontext)
+            found = Preview(parts, cfg.output_dir, cfg.seed, words, options["ranks"], options["measure"], options["gpu"])
+        report(found, options["samples"])
+
+
+def preview_parser() -> Any:
+    """The parser of ``preview``."""
+    from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+    parser = recipe_parser("preview", "Show what a recipe would do: samples, counts, steps, parameters, memory, time.")
+    parser.add_argument("--samples", type=NonNegativeInt, default=3, help="how many to show")
+    parser.add_argument("--ranks", type=PositiveInt | None, default=None, help="devices; null: those of the launcher")
+    parser.add_argument("--gpu", type=bool, default=False, help="compute the memory of GPUs, also where there is none")
+    choices = Literal["auto", "always", "never"]
+    parser.add_argument("--measure", type=choices, default="auto", help="run a few steps: if that is quick, always or never")
+    return parser
+
+
 def recipe_parser(command: str, description: str) -> Any:
     """The parser of a recipe's groups."""
     from bumblebee.arguments import Parser, Recipe
@@ -138,14 +172,20 @@ def recipe_parser(command: str, description: str) -> Any:
     return parser
 
 
-def build(parser: Any, cfg: Any) -> Any:
-    """Make the objects that a configuration describes, the model with the recipe's seed and as the trainer wants it built."""
+def build(parser: Any, cfg: Any, building: Callable[[], Any] | None = None) -> Any:
+    """Make the objects that a configuration describes, the model with the recipe's seed.
+
+    Args:
+        parser: which has parsed it.
+        cfg: the configuration.
+        building: context in which the model is made; None for the one that the trainer wants.
+    """
     import torch
     from jsonargparse import Namespace
 
     trainer = parser.instantiate(Namespace(trainer=cfg.trainer)).trainer
     torch.manual_seed(cfg.seed)
-    with trainer.building():
+    with (building or trainer.building)():
         task = parser.instantiate(Namespace(task=cfg.task)).task
     others = cfg.clone()
     del others["task"], others["trainer"]

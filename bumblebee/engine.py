@@ -56,7 +56,7 @@ class Engine:
     ) -> None:
         if options.precision == "fp16" and device.type == "cpu":
             raise ValueError("trainer.precision fp16 needs a GPU; on a CPU take bf16 or fp32")
-        deepspeed = _import_deepspeed(device)
+        deepspeed = import_deepspeed(device)
         self.options = options
         self.device = device
         self.group_sizes = [sum(p.numel() for p in group["params"]) for group in groups]  # DeepSpeed flattens or shards them
@@ -255,7 +255,7 @@ class FrozenEngine:
         if options.zero_stage < 3:
             model.to(device=device, dtype=options.weights_dtype)
         else:
-            deepspeed = _import_deepspeed(device)
+            deepspeed = import_deepspeed(device)
             config = _config(options)
             config["zero_optimization"].pop("offload_optimizer", None)
             with _no_compiler_needed(deepspeed), redirect_stdout(io.StringIO()):
@@ -295,7 +295,7 @@ def _copy_shards(copy: nn.Module, original: nn.Module, building: Any) -> None:
 @contextmanager
 def built_in_shards(device: torch.device, options: EngineOptions) -> Iterator[None]:
     """Modules made inside are cut over the ranks at once, parameter by parameter: no rank ever holds a whole model."""
-    deepspeed = _import_deepspeed(device)
+    deepspeed = import_deepspeed(device)
     with _no_compiler_needed(deepspeed), _operators_compiled(), redirect_stdout(io.StringIO()):
         building = deepspeed.zero.Init(config_dict_or_path=_config(options))
     distributed.building_in_shards = True
@@ -321,7 +321,8 @@ def built_whole() -> Iterator[None]:
 # -- keeping deepspeed quiet and free of compilers -----------------------------------------------------------------------
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed for a kind of device, quiet."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 

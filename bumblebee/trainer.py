@@ -332,16 +332,7 @@ class Trainer:
         distributed.start(self.device)
         data.setup(seed)
         task.setup(data)
-        origin = Position() if checkpoint is None else self._resumed_position(checkpoint)
-        self.plan = Plan.of(
-            len(data.train),
-            self.micro_batch_size,
-            self.accumulate,
-            distributed.world_size(),
-            self.epochs,
-            self.max_steps,
-            origin,
-        )
+        self.plan = self.plan_for(data, seed, distributed.world_size(), checkpoint)
         options = self._engine_options(getattr(getattr(task.model, "config", None), "hidden_size", None))
         self.engine = Engine(task.model, optimizer, parameter_groups(task.model, self.groups), self.device, options)
         task.begin(self)
@@ -353,6 +344,16 @@ class Trainer:
         self._windows = loader.train_windows(
             data, self.plan, seed, distributed.rank(), self.step, self.workers, pin_memory=self.device.type == "cuda"
         )
+
+    def plan_for(self, data: DataModule, seed: int, ranks: int, checkpoint: Path | None) -> Plan:
+        """Which samples each step uses, from the beginning or from where a checkpoint's run was.
+
+        Raises:
+            ValueError: there is nothing to train on, or the checkpoint's run had other data.
+        """
+        origin = Position() if checkpoint is None else self._resumed_position(checkpoint, data, seed)
+        samples = len(data.train)
+        return Plan.of(samples, self.micro_batch_size, self.accumulate, ranks, self.epochs, self.max_steps, origin)
 
     def _open_folder(self, overwrite: bool) -> None:
         distributed.barrier()  # all have looked at the folder before anyone changes it
@@ -447,14 +448,15 @@ class Trainer:
             if name in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][name])
 
-    def _resumed_position(self, checkpoint: Path) -> Position:
+    @staticmethod
+    def _resumed_position(checkpoint: Path, data: DataModule, seed: int) -> Position:
         """Where in the data a checkpoint's run was.
 
         Raises:
             ValueError: its data had another order or another size, so that its position means nothing here.
         """
         state = read_trainer_state(checkpoint)
-        for name, value in {"seed": self.seed, "samples": len(self.data.train)}.items():
+        for name, value in {"seed": seed, "samples": len(data.train)}.items():
             if state[name] != value:
                 raise ValueError(f"trainer.resume: {checkpoint} was trained with {name} {state[name]}, this run has {value}")
         return Position(**state["position"])

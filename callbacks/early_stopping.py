@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
+from bumblebee.text import number
 from callbacks.improvement import check_held_out, check_mode, improves, measured
-from callbacks.text import number, say
+from callbacks.text import say
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

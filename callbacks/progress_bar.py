@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from callbacks.text import duration, number, short, validation_sentence
+from bumblebee.text import duration, number, short
+from callbacks.text import validation_sentence
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

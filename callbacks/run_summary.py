@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import bumblebee
 from bumblebee.callback import Callback
 from bumblebee.checkpoint.atomic import write_json
-from callbacks.flops import size_of
-from callbacks.text import number, short
+from bumblebee.flops import size_of
+from bumblebee.text import number, short
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

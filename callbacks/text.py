@@ -1,9 +1,11 @@
-"""How numbers, metrics and times are written for people. No callback: several of them use it."""
+"""How metrics are written for people. No callback: several of them use it. Numbers: ``bumblebee/text.py``."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+
+from bumblebee.text import number
 
 
 def say(text: str) -> None:
@@ -12,28 +14,6 @@ def say(text: str) -> None:
 
     tqdm.write(text)
     sys.stdout.flush()
-
-
-def number(value: float) -> str:
-    """Whole numbers in groups of three digits; others with four decimals where these say something, else three digits."""
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4f}" if value == 0 or 0.01 <= abs(value) < 10_000 else f"{value:.3g}"
-
-
-def short(count: float) -> str:
-    """A large count in three digits and a unit: 494 M."""
-    for unit in ("", " k", " M", " G"):
-        if abs(count) < 999.5:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:,.3g} T"
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def sentence(metrics: Mapping[str, float]) -> str:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from bumblebee import distributed
+from bumblebee import distributed, flops
 from bumblebee.callback import Callback
-from callbacks import flops
-from callbacks.text import short
+from bumblebee.text import short
 
 if TYPE_CHECKING:
     import torch

@@ -26,6 +26,7 @@ from bumblebee.config import BumblebeeConfig
 
 TIED_KEY = "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_shapes_only = False  # see ``shapes_only``
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -130,6 +131,9 @@ def load_weights(folder: str | Path, model: nn.Module, dtype: torch.dtype | None
         ValueError: keys left over or missing, or a shape that differs; the message names them.
     """
     unused = _from_config_json(adapter.chain(folder)[0], family_named).unused_keys
+    if _shapes_only:
+        weight_files(adapter.chain(folder)[0])  # that they are there
+        return
     wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
     tied = TIED_KEY in wanted and wanted[TIED_KEY] is wanted["model.embed_tokens.weight"]
     if tied:
@@ -186,6 +190,18 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Models made inside have shapes and no weights: parameters are on the meta device, and of folders the config is read."""
+    global _shapes_only
+    _shapes_only = True
+    try:
+        with parameters_on_meta():
+            yield
+    finally:
+        _shapes_only = False
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

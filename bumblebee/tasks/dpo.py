@@ -36,6 +36,7 @@ from bumblebee.tasks.task import Task
 from bumblebee.tasks.tokens import adopt_tokenizer
 
 if TYPE_CHECKING:
+    from bumblebee.model import Bumblebee
     from bumblebee.trainer import Trainer
 
 _KINDS = ("auto", "adapters_off", "copy")
@@ -136,6 +137,12 @@ class DPO(Task):
             raise ValueError(f"reference: {self.reference} is of a run: to validate, name the folder of the model at its start")
         model = self._model_class().from_pretrained(self.reference, device=device)
         self.compared_with = Frozen(model.eval().requires_grad_(False))
+
+    def models_beside(self) -> list[nn.Module]:
+        """The copy, or the other model. Precomputed, it is gone when training begins."""
+        if self.precompute_reference or self.reference == "adapters_off":
+            return []
+        return [self._copy or self._model_class().from_pretrained(self.reference)]
 
     def _live_reference(self, trainer: Trainer) -> Reference:
         if self.reference == "adapters_off":

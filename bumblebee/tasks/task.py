@@ -59,6 +59,10 @@ class Task(ABC):
             ValueError: an option that only a run can meet.
         """
 
+    def models_beside(self) -> list[nn.Module]:
+        """After ``setup``, the frozen models that a run holds beside the trained one, to know what memory they take."""
+        return []
+
     def summary(self) -> dict[str, Any]:
         """What to tell the user about the task, in the order it is shown."""
         return {}

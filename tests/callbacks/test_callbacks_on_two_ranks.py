@@ -45,7 +45,7 @@ def test_throughput_is_that_of_both(run):
             each = line["tflops"] * 2e12 / line["tokens_per_second"]  # both devices' operations for a token
             break
     model = Generator.from_pretrained(run / "run").model
-    from callbacks import flops
+    from bumblebee import flops
 
     assert each == pytest.approx(flops.per_token(model) + 16 * flops.per_pair(model))
 

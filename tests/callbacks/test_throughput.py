@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bumblebee import flops
 from bumblebee.config import BumblebeeConfig
 from bumblebee.lora import LoRA
 from bumblebee.model import Bumblebee
-from callbacks import MetricsHistory, Throughput, Validation, flops
+from callbacks import MetricsHistory, Throughput, Validation
 
 FIGURES = {"tokens_per_second", "tflops", "mfu", "memory_gb"}
 

@@ -1,4 +1,4 @@
-"""How many floating-point operations a training step has, and how many a device could do. No callback: Throughput uses it.
+"""How many floating-point operations a training step has, and how many a device could do.
 
 The count is PaLM's (arXiv 2204.02311, appendix B): for each token, 6 for each weight that multiplies it, two each for the
 output, the gradient of the input and the gradient of the weight; and 12 * layers * heads * head width * sequence for attention.

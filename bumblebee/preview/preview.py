@@ -1,0 +1,225 @@
+"""Preview: what a recipe would do, collected as plain values and told as lines.
+
+The model is built without weights. Where it fits the machine, ``rehearsal.py`` measures memory and time; elsewhere, and for
+more ranks than one, ``bumblebee/memory.py`` and the count of operations compute them. Each figure says which it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bumblebee import distributed, flops, held_memory
+from bumblebee.datamodule import Batch
+from bumblebee.deepspeed_config import read_overrides
+from bumblebee.memory import BUCKET, Memory, MicroBatch, ModelSize, Setup, estimate
+from bumblebee.nn import IGNORE
+from bumblebee.nn.kernels import choose
+from bumblebee.optim import Constant, parameter_groups
+from bumblebee.preview.rehearsal import MOST, Failed, Rehearsal, places, rehearse
+from bumblebee.run_folder import check_free, find_resume
+
+QUICK = 60.0  # seconds that a rehearsal may be expected to take where nobody asked for it
+_STEPS = 4  # of a rehearsal, at least
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Preview:
+    """What there is to know before training. ``report`` prints it.
+
+    Args:
+        parts: of the recipe; the model without weights.
+        output_dir: of the run.
+        seed: of the run.
+        words: the command line, for another process to do the same.
+        ranks: to plan for; None for those of the launcher.
+        measure: "auto", "always" or "never".
+        gpu: compute the memory of GPUs, wherever this runs.
+
+    Raises:
+        ValueError: data, folder or options that cannot be used, as in a training.
+    """
+
+    def __init__(
+        self,
+        parts: Any,
+        output_dir: str,
+        seed: int,
+        words: list[str],
+        ranks: int | None = None,
+        measure: str = "auto",
+        gpu: bool = False,
+    ) -> None:
+        self.trainer, self.task, self.data = parts.trainer, parts.task, parts.data
+        self.schedule = parts.schedule or Constant(warmup_ratio=0.0)
+        self.output_dir, self.seed, self.words = Path(output_dir), seed, words
+        self.device = distributed.pick_device(self.trainer.device_name)
+        self.kind = "cuda" if gpu else self.device.type
+        if self.trainer.precision == "fp16" and self.kind == "cpu":
+            raise ValueError("trainer.precision fp16 needs a GPU; on a CPU take bf16 or fp32")
+        self.data.setup(seed)
+        self.task.setup(self.data)
+        self.ranks = ranks or distributed.world_size()
+        self.plan = self.trainer.plan_for(self.data, seed, self.ranks, find_resume(self.trainer.resume, self.output_dir))
+        parameter_groups(self.task.model, self.trainer.groups)  # refuses rules that match nothing
+        self.learning_rate, self.optimizer_bytes = probed(parts.optimizer)
+        self.batch = self._largest_batch()
+        self.size, self.beside = ModelSize.of(self.task.model), [ModelSize.of(model) for model in self.task.models_beside()]
+        self._check_targets()
+        self.rate = self._matmul_rate()
+        self.rehearsal: Rehearsal | None = None
+        self.why_not = self._why_not(measure)
+        if not self.why_not:
+            self._rehearse()
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def _largest_batch(self) -> Batch:
+        first = places(self.data, self.trainer.micro_batch_size, self.seed)[0]
+        return self.data.collate([self.data.train[index] for index in first])
+
+    def _check_targets(self) -> None:
+        """Refuse data of which nothing is learned: every step would be left out."""
+        if self._has_targets(self.batch):
+            return
+        print("looking for a sample with a target ...", file=sys.stderr, flush=True)
+        samples = self.data.train
+        if not any(self._has_targets(self.data.collate([samples[index]])) for index in range(len(samples))):
+            raise ValueError(f"data: there is nothing to train on: none of {len(samples)} training samples has a target")
+
+    def _has_targets(self, batch: Batch) -> bool:
+        return any(int(count) > 0 for count in self.task.counts(batch).values())
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+
+    @property
+    def setup(self) -> Setup:
+        """How it is trained."""
+        zero = read_overrides(self.trainer.deepspeed).get("zero_optimization", {})
+        return Setup(
+            self.trainer.precision, self.trainer.zero_stage, self.ranks, self.kind, self.optimizer_bytes,
+            offload_optimizer="device" in zero.get("offload_optimizer", {}),
+            offload_weights="device" in zero.get("offload_param", {}),
+            bucket=float(zero.get("reduce_bucket_size", BUCKET)),
+        )  # fmt: skip
+
+    @property
+    def kernel(self) -> str | None:
+        """Of attention; None for a model that is not ours."""
+        wanted = getattr(self.task.model, "attention", None)
+        return choose(wanted, _HALF.get(self.trainer.precision, torch.float32)) if isinstance(wanted, str) else None
+
+    def computed(self, setup: Setup) -> Memory:
+        """By formula."""
+        rows, length = self.batch["input_ids"].shape
+        targets = int((self.batch["labels"] != IGNORE).sum())
+        return estimate(self.size, setup, MicroBatch(rows, length, targets, self.kernel or "sdpa"), self.beside)
+
+    @property
+    def memory(self) -> Memory:
+        """By formula, on each of the ranks."""
+        return self.computed(self.setup)
+
+    @property
+    def total(self) -> float:
+        """Bytes on each device: measured, with what more ranks save by formula; or computed."""
+        if self.rehearsal is None:
+            return self.memory.total
+        alone = self.computed(replace(self.setup, ranks=1)).total
+        return max(self.rehearsal.peak + self.memory.total - alone, self.memory.lasting)
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def micro_batches(self) -> float:
+        """Of a step on one rank, on average: the last step of an epoch may have fewer."""
+        across = self.plan.micro_batch_size * self.plan.world_size
+        return -(-self.plan.samples // across) / self.plan.steps_per_epoch
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of one rank in a micro-batch like the largest one."""
+        rows, length = self.batch["input_ids"].shape
+        model = self.task.model
+        each = flops.per_token(model) + flops.per_pair(model) * length
+        looked_at = 4 / 3 if self.beside or getattr(self.task, "reference", None) == "adapters_off" else 1.0
+        return rows * length * each * looked_at
+
+    def _matmul_rate(self) -> float:
+        """Operations a second in large matrix products; 0 where that cannot be told."""
+        if self.kind != self.device.type:
+            return 0.0
+        if self.device.type == "cpu":
+            return 1e12 * flops.measured_peak(_HALF.get(self.trainer.precision, torch.float32))
+        known = flops.peak_of(torch.cuda.get_device_name(self.device))
+        return 1e12 * (known or 0.0) / (1 if self.trainer.precision in _HALF else 8)
+
+    @property
+    def seconds_of_a_step(self) -> tuple[float, float] | None:
+        """From, to; None where it cannot be told."""
+        if self.rehearsal is not None:
+            return 0.95 * min(self.rehearsal.seconds), 1.05 * max(self.rehearsal.seconds)
+        if not self.rate:
+            return None
+        best = self.operations * self.micro_batches / self.rate
+        return best / 0.6, best / 0.2
+
+    # -- measuring -----------------------------------------------------------------------------------------------------
+
+    def _why_not(self, measure: str) -> str:
+        """Why nothing is measured; empty where it is."""
+        if self.kind != self.device.type:
+            return "no GPU is visible here"
+        if measure != "auto":
+            return "as asked for" if measure == "never" else ""
+        alone, free = self.computed(replace(self.setup, ranks=1)).total, held_memory.free(self.device)
+        if free is not None and alone > 0.8 * free:
+            return f"it needs {amount(alone)}, {amount(free)} are free"
+        expected = min(self.micro_batches, MOST) * _STEPS * self.operations / 0.3 / self.rate if self.rate else 0.0
+        return f"it would take about {expected:,.0f} seconds, see --measure" if expected > QUICK else ""
+
+    def _rehearse(self) -> None:
+        print("measuring a few steps in a process of its own ...", file=sys.stderr, flush=True)
+        try:
+            self.rehearsal = rehearse(self.words, self.micro_batches)
+        except Failed as error:
+            self.why_not = str(error)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a training would refuse, and no mistake of the recipe."""
+        try:
+            check_free(self.output_dir, self.trainer.resume, overwrite=False)
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+
+def probed(optimizer: Any) -> tuple[float | None, float]:
+    """(learning rate, bytes kept for each weight) of an optimizer, tried on a matrix; Adam's where it cannot be tried."""
+    weight = nn.Parameter(torch.zeros(64, 64))
+    try:
+        made = optimizer([weight])
+        weight.grad = torch.ones_like(weight)
+        made.step()
+    except (RuntimeError, ValueError, ImportError, OSError, AttributeError, AssertionError):  # wants a GPU or a compiler
+        return None, 8.0
+    kept = sum(value.nbytes for value in made.state[weight].values() if torch.is_tensor(value) and value.dim())
+    return made.param_groups[0].get("initial_lr", made.param_groups[0]["lr"]), kept / weight.numel()
+
+
+def amount(count: float) -> str:
+    """Bytes as MB (10^6) or GB (10^9)."""
+    return f"{count / 1e6:,.0f} MB" if count < 999.5e6 else f"{count / 1e9:,.2f} GB"
+
+
+def report(preview: Preview, samples: int) -> None:
+    """Print everything."""
+    from bumblebee.preview.report import lines
+
+    print("\n".join(lines(preview, samples)), flush=True)
