@@ -133,7 +133,7 @@ def preview(words: list[str]) -> None:
 
         with shapes_only():
             parts = build(parser, cfg, building=nullcontext)
-            found = Preview(parts, cfg.output_dir, cfg.seed, words, options["ranks"], options["measure"], options["gpu"])
+            found = Preview(parts, cfg, words, options["ranks"], options["measure"], options["gpu"])
         report(found, options["samples"])
 
 

@@ -29,7 +29,7 @@ _IN_PASSING = {
     "half": ((1.1, 4.0), (0.0, 8.0), (6.2, 9.0), (2.6, 14.0)),
 }
 _HOLES = {"cpu": 1.6, "cuda": 1.0}  # what the allocator holds for each byte of activations
-_LIBRARIES = {"cpu": 50e6, "cuda": 20e6}  # what is loaded and made when training begins
+_LIBRARIES = {"cpu": 100e6, "cuda": 20e6}  # what is loaded and made when training begins
 BUCKET = 5e8  # numbers that DeepSpeed sends at a time, unless it is told otherwise
 
 
@@ -204,8 +204,8 @@ def _of_a_layer(c: Any, setup: Setup, batch: MicroBatch) -> float:
     r = 2 if setup.half else 4  # of the stream between blocks
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     queries, keys = c.num_attention_heads * head, c.num_key_value_heads * head
-    casts = 2 * c.hidden_size * s if s != r else 0  # autocast keeps a copy of what goes into the projections
-    norms = 2 * c.hidden_size * (4 + 2 * r) + casts
+    outputs = 2 * r if s == r else 5 * s  # under autocast each of the five projections behind a norm makes a copy of its own
+    norms = c.hidden_size * (2 * (4 + r) + outputs)
     attention = s * (2 * queries + 2 * keys) + 4 * c.num_attention_heads
     if batch.kernel == "sdpa":
         attention += s * batch.length  # the mask, as numbers

@@ -281,10 +281,11 @@ class Trainer:
 
         device = distributed.pick_device(self.device_name)
         distributed.start(device)
-        with built_in_shards(device, self._engine_options(None)):
+        with built_in_shards(device, self.engine_options(None)):
             yield
 
-    def _engine_options(self, hidden_size: int | None) -> EngineOptions:
+    def engine_options(self, hidden_size: int | None) -> EngineOptions:
+        """What decides how DeepSpeed runs a model of this hidden size."""
         from bumblebee.deepspeed_config import EngineOptions, read_overrides
 
         overrides = read_overrides(self.deepspeed)
@@ -333,7 +334,7 @@ class Trainer:
         data.setup(seed)
         task.setup(data)
         self.plan = self.plan_for(data, seed, distributed.world_size(), checkpoint)
-        options = self._engine_options(getattr(getattr(task.model, "config", None), "hidden_size", None))
+        options = self.engine_options(getattr(getattr(task.model, "config", None), "hidden_size", None))
         self.engine = Engine(task.model, optimizer, parameter_groups(task.model, self.groups), self.device, options)
         task.begin(self)
         self.engine.train()
@@ -389,7 +390,7 @@ class Trainer:
         """
         from bumblebee.engine import FrozenEngine
 
-        options = self._engine_options(getattr(getattr(model, "config", None), "hidden_size", None))
+        options = self.engine_options(getattr(getattr(model, "config", None), "hidden_size", None))
         self._frozen.append(FrozenEngine(model, self.device, options, copy_of=self.engine.model))
         return self._frozen[-1]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from bumblebee import distributed, flops, held_memory
 from bumblebee.datamodule import Batch
-from bumblebee.deepspeed_config import read_overrides
+from bumblebee.deepspeed_config import deepspeed_config, read_overrides
 from bumblebee.memory import BUCKET, Memory, MicroBatch, ModelSize, Setup, estimate
 from bumblebee.nn import IGNORE
 from bumblebee.nn.kernels import choose
@@ -34,8 +34,7 @@ class Preview:
 
     Args:
         parts: of the recipe; the model without weights.
-        output_dir: of the run.
-        seed: of the run.
+        config: what they were made of.
         words: the command line, for another process to do the same.
         ranks: to plan for; None for those of the launcher.
         measure: "auto", "always" or "never".
@@ -48,8 +47,7 @@ class Preview:
     def __init__(
         self,
         parts: Any,
-        output_dir: str,
-        seed: int,
+        config: Any,
         words: list[str],
         ranks: int | None = None,
         measure: str = "auto",
@@ -57,25 +55,30 @@ class Preview:
     ) -> None:
         self.trainer, self.task, self.data = parts.trainer, parts.task, parts.data
         self.schedule = parts.schedule or Constant(warmup_ratio=0.0)
-        self.output_dir, self.seed, self.words = Path(output_dir), seed, words
+        self.output_dir, self.seed, self.words = Path(config.output_dir), config.seed, words
         self.device = distributed.pick_device(self.trainer.device_name)
         self.kind = "cuda" if gpu else self.device.type
         if self.trainer.precision == "fp16" and self.kind == "cpu":
             raise ValueError("trainer.precision fp16 needs a GPU; on a CPU take bf16 or fp32")
-        self.data.setup(seed)
+        self.data.setup(self.seed)
         self.task.setup(self.data)
         self.ranks = ranks or distributed.world_size()
-        self.plan = self.trainer.plan_for(self.data, seed, self.ranks, find_resume(self.trainer.resume, self.output_dir))
-        parameter_groups(self.task.model, self.trainer.groups)  # refuses rules that match nothing
-        self.learning_rate, self.optimizer_bytes = probed(parts.optimizer)
-        self.batch = self._largest_batch()
+        self.plan = self.trainer.plan_for(self.data, self.seed, self.ranks, find_resume(self.trainer.resume, self.output_dir))
+        self.learning_rate, self.optimizer_bytes = probed(parts.optimizer, config.optimizer)
         self.size, self.beside = ModelSize.of(self.task.model), [ModelSize.of(model) for model in self.task.models_beside()]
+        self._check_options()
+        self.batch = self._largest_batch()
         self._check_targets()
         self.rate = self._matmul_rate()
         self.rehearsal: Rehearsal | None = None
         self.why_not = self._why_not(measure)
         if not self.why_not:
             self._rehearse()
+
+    def _check_options(self) -> None:
+        """Refuse what a training would refuse."""
+        parameter_groups(self.task.model, self.trainer.groups)
+        deepspeed_config(self.trainer.engine_options(getattr(self.size.config, "hidden_size", None)))
 
     # -- data ----------------------------------------------------------------------------------------------------------
 
@@ -200,17 +203,23 @@ class Preview:
         return []
 
 
-def probed(optimizer: Any) -> tuple[float | None, float]:
-    """(learning rate, bytes kept for each weight) of an optimizer, tried on a matrix; Adam's where it cannot be tried."""
+def probed(optimizer: Any, described: Any) -> tuple[float | None, float]:
+    """(learning rate, bytes kept for each weight) of an optimizer, tried on a matrix.
+
+    DeepSpeed's own ones want a GPU or a compiler: they are taken for Adam.
+
+    Args:
+        optimizer: from parameters to an optimizer.
+        described: what it was made of.
+    """
+    if described.class_path.startswith("deepspeed."):
+        return described.init_args.get("lr"), 8.0
     weight = nn.Parameter(torch.zeros(64, 64))
-    try:
-        made = optimizer([weight])
-        weight.grad = torch.ones_like(weight)
-        made.step()
-    except (RuntimeError, ValueError, ImportError, OSError, AttributeError, AssertionError):  # wants a GPU or a compiler
-        return None, 8.0
+    made = optimizer([weight])
+    weight.grad = torch.ones_like(weight)
+    made.step()
     kept = sum(value.nbytes for value in made.state[weight].values() if torch.is_tensor(value) and value.dim())
-    return made.param_groups[0].get("initial_lr", made.param_groups[0]["lr"]), kept / weight.numel()
+    return made.param_groups[0]["lr"], kept / weight.numel()
 
 
 def amount(count: float) -> str:

@@ -1,11 +1,12 @@
 """Rehearsal: a few real optimizer steps in a process of their own, thrown away: how much memory they take, and how long.
 
-The process reads {"words": ..., "micro_batches": ...} from its standard input, makes the recipe's parts as a training would, and writes one line
-that begins with ``RESULT``. It has one rank, no callbacks, and an output folder that is gone afterwards.
+The process reads ``run``'s arguments as JSON from its standard input, makes the recipe's parts as a training would,
+and writes one line that begins with ``RESULT``. It has one rank, no callbacks, and an output folder that is gone afterwards.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -13,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any
 
 from bumblebee.datamodule import Batch, DataModule
@@ -67,8 +70,9 @@ def rehearse(words: list[str], micro_batches: float) -> Rehearsal:
         [sys.executable, "-m", __name__], env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+    job = {"words": words, "micro_batches": micro_batches, "imports": [name for name in sys.modules if name != "__main__"]}
     try:
-        out, err = process.communicate(json.dumps({"words": words, "micro_batches": micro_batches}), timeout=LIMIT)
+        out, err = process.communicate(json.dumps(job), timeout=LIMIT)
     except subprocess.TimeoutExpired:
         raise Failed(f"a few steps take more than {LIMIT:.0f} seconds here") from None
     finally:
@@ -134,8 +138,8 @@ def places(data: DataModule, size: int, seed: int) -> list[list[int]]:
     return [order[place * size : (place + 1) * size].tolist() for place in (longest, *spread)]
 
 
-def run(words: list[str], micro_batches: float) -> Rehearsal:
-    """What the other process does."""
+def run(words: list[str], micro_batches: float, imports: list[str]) -> Rehearsal:
+    """What the other process does; ``imports`` are the modules that making the parts takes."""
     import torch
 
     from bumblebee.cli import PREVIEW_OPTIONS, build, preview_parser, user_errors
@@ -148,7 +152,7 @@ def run(words: list[str], micro_batches: float) -> Rehearsal:
         cfg.pop(name)
     with tempfile.TemporaryDirectory() as folder, user_errors(parser, cfg):
         device = pick_device(cfg.trainer.device)
-        _import_all(device)
+        _import_all(device, imports)
         before = held(device)
         forget_most(device)
         parts = build(parser, cfg)
@@ -162,7 +166,7 @@ def run(words: list[str], micro_batches: float) -> Rehearsal:
     return Rehearsal(peak, before, seconds, first)
 
 
-def _import_all(device: Any) -> None:
+def _import_all(device: Any, imports: list[str]) -> None:
     """What training imports, so that it does not count as memory of the model."""
     import bumblebee.checkpoint.folder
     import bumblebee.evaluation
@@ -170,6 +174,10 @@ def _import_all(device: Any) -> None:
     from bumblebee.engine import import_deepspeed
 
     import_deepspeed(device)
+    for name in imports:
+        with suppress(Exception):  # whatever it is, the recipe's parts tell when they need it
+            import_module(name)
+    gc.collect()
 
 
 def _train(parts: Any, seed: int, folder: str, micro_batches: float) -> tuple[list[float], float]:

@@ -51,12 +51,10 @@ def _plan(preview: Preview) -> list[str]:
     steps = dict.fromkeys((0, warmup, total - 1)) if rate is not None else {}
     points = ", ".join(f"{(rate or 0.0) * schedule.factor(step, total):.3g} in step {step + 1:,}" for step in steps)
     resumed = [_line("continues", f"after step {plan.origin.step:,}")] if plan.origin.step else []
+    step = f"micro-batch {plan.micro_batch_size} × accumulate {plan.accumulate} × {ranks}"
     return [
         "plan",
-        _line(
-            "one step",
-            f"micro-batch {plan.micro_batch_size} × accumulate {plan.accumulate} × {ranks} = {number(plan.samples_per_step)} samples",
-        ),
+        _line("one step", f"{step} = {number(plan.samples_per_step)} samples"),
         _line("steps", f"{number(plan.steps_per_epoch)} an epoch × {plan.epoch(total):.3g} epochs = {number(total)}"),
         *resumed,
         _line("learning rate", f"{type(schedule).__name__}, warm-up {number(warmup)} steps{': ' * bool(points)}{points}"),

@@ -1,0 +1,86 @@
+"""What preview says about memory, compared with what real trainings take."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from system.processes import TESTS, finish, run_command, start
+from system.recipes import SAMPLES
+
+from bumblebee.config import BumblebeeConfig
+from bumblebee.model import Bumblebee
+
+SHAPE: dict[str, Any] = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 4096}
+PRETRAIN = {"class_path": "datamodules.Pretrain", "init_args": {"files": f"{SAMPLES}/pretrain.jsonl", "max_length": 256}}
+SFT = {"class_path": "datamodules.SFT", "init_args": {"files": f"{SAMPLES}/sft.jsonl", "max_length": 256, "too_long": "split"}}
+PAIRS = {
+    "class_path": "datamodules.Preferences",
+    "init_args": {"files": f"{SAMPLES}/preference.jsonl", "max_length": 256, "too_long": "keep_end"},
+}
+LORA = {"class_path": "bumblebee.lora.LoRA", "init_args": {"rank": 16, "alpha": 32}}
+RUNS: dict[str, dict[str, Any]] = {
+    "fp32 at stage 0": {"data": PRETRAIN, "precision": "fp32", "zero_stage": 0},
+    "bf16 at stage 1": {"data": PRETRAIN, "precision": "bf16", "zero_stage": 1},
+    "LoRA": {"data": SFT, "precision": "bf16", "zero_stage": 2, "transforms": [LORA]},
+    "packed conversations": {"data": SFT, "precision": "bf16", "zero_stage": 2},
+    "DPO": {"data": PAIRS, "precision": "fp32", "zero_stage": 1, "task": "bumblebee.DPO"},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with a tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    Bumblebee(BumblebeeConfig.preset("tiny", **SHAPE)).save_pretrained(folder)
+    for file in tokenizer_folder.iterdir():
+        shutil.copy(file, folder)
+    return folder
+
+
+def write_recipe(path: Path, base: Path, run: dict[str, Any]) -> str:
+    model = {"class_path": "bumblebee.Bumblebee.from_pretrained", "init_args": {"folder": str(base)}}
+    data = {**run["data"], "init_args": {**run["data"]["init_args"], "tokenizer": str(base)}}
+    task = {
+        "class_path": run.get("task", "bumblebee.LanguageModeling"),
+        "init_args": {"model": model, "transforms": run.get("transforms")},
+    }
+    trainer = {"max_steps": 4, "micro_batch_size": 4, "accumulate": 2, "device": "cpu"}
+    trainer |= {name: run[name] for name in ("precision", "zero_stage")}
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}}
+    recipe = {"output_dir": str(path.parent / "run"), "task": task, "data": data, "optimizer": optimizer, "trainer": trainer}
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+def total_of(report: str) -> float:
+    """Bytes."""
+    found = re.search(r"^  total +([\d.,]+) (MB|GB)  \(", report, re.MULTILINE)
+    assert found, report
+    return float(found[1].replace(",", "")) * (1e6 if found[2] == "MB" else 1e9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_takes_the_memory_that_was_shown(name: str, base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, RUNS[name])
+    shown = run_command("preview", "--config", recipe, "--samples", "0", "--measure", "always")
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    assert not (tmp_path / "run").exists()
+    assert "(measured: a few steps" in shown.stdout
+    guessed = run_command("preview", "--config", recipe, "--samples", "0", "--measure", "never")
+    assert "(computed, not measured: as asked for" in guessed.stdout
+    fit = finish(start([str(TESTS / "preview" / "peak_of_a_fit.py"), "--config", recipe]))
+    assert fit.returncode == 0, fit.stderr[-3000:]
+    taken = json.loads(fit.stdout.splitlines()[-1])
+    ratios = [total_of(done.stdout) / taken for done in (shown, guessed)]
+    print(f"{name}: {taken / 1e6:.0f} MB taken; measured {ratios[0]:.3f} of that, computed {ratios[1]:.3f}")
+    assert 0.85 < ratios[0] < 1.15
+    assert 0.7 < ratios[1] < 1.35
