@@ -26,7 +26,7 @@ COMMANDS = {
     "consolidate": "make a model folder from a checkpoint's shards",
     "merge": "make a model folder from a LoRA adapter and its base model",
 }
-PREVIEW_OPTIONS = ("samples", "ranks", "measure", "gpu")  # beside a recipe's
+PREVIEW_OPTIONS = ("samples", "ranks", "measure", "gpu", "overwrite")  # beside a recipe's
 USAGE = """usage: bumblebee COMMAND [options]
 
 {commands}
@@ -125,6 +125,7 @@ def preview(words: list[str]) -> None:
     parser = preview_parser()
     cfg = parser.parse(words)
     options = {name: cfg.pop(name) for name in PREVIEW_OPTIONS}
+    samples = options.pop("samples")
     if not distributed.is_main():
         return
     with user_errors(parser, cfg):
@@ -133,8 +134,8 @@ def preview(words: list[str]) -> None:
 
         with shapes_only():
             parts = build(parser, cfg, building=nullcontext)
-            found = Preview(parts, cfg, words, options["ranks"], options["measure"], options["gpu"])
-        report(found, options["samples"])
+            found = Preview(parts, cfg, words, **options)
+        report(found, samples)
 
 
 def preview_parser() -> Any:
@@ -144,6 +145,7 @@ def preview_parser() -> Any:
     parser = recipe_parser("preview", "Show what a recipe would do: samples, counts, steps, parameters, memory, time.")
     parser.add_argument("--samples", type=NonNegativeInt, default=3, help="how many to show")
     parser.add_argument("--ranks", type=PositiveInt | None, default=None, help="devices; null: those of the launcher")
+    parser.add_argument("--overwrite", type=bool, default=False, help="as for fit; nothing is deleted here")
     parser.add_argument("--gpu", type=bool, default=False, help="compute the memory of GPUs, also where there is none")
     choices = Literal["auto", "always", "never"]
     parser.add_argument("--measure", type=choices, default="auto", help="run a few steps: if that is quick, always or never")

@@ -61,6 +61,20 @@ def test_the_readme_runs_as_written(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.slow
+def test_previews_run_as_written(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """All but the measuring."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copytree(tokenizer_folder, tmp_path / "runs" / "tokenizer")
+    run = [words for d in DOCUMENTS for c in commands(d) if (words := bumblebee_words(c) or [""])[0] == "preview"]
+    assert len(run) >= 3
+    for words in run:
+        command = [sys.executable, "-m", "bumblebee", *words, "--measure", "never"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+        assert "memory of each device" in done.stdout
+
+
 def test_links_and_pictures_of_the_documents_are_there() -> None:
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):

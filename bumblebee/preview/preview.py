@@ -39,6 +39,7 @@ class Preview:
         ranks: to plan for; None for those of the launcher.
         measure: "auto", "always" or "never".
         gpu: compute the memory of GPUs, wherever this runs.
+        overwrite: the training may delete an earlier run.
 
     Raises:
         ValueError: data, folder or options that cannot be used, as in a training.
@@ -52,11 +53,13 @@ class Preview:
         ranks: int | None = None,
         measure: str = "auto",
         gpu: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self.trainer, self.task, self.data = parts.trainer, parts.task, parts.data
         self.schedule = parts.schedule or Constant(warmup_ratio=0.0)
         self.output_dir, self.seed, self.words = Path(config.output_dir), config.seed, words
         self.device = distributed.pick_device(self.trainer.device_name)
+        self.overwrite = overwrite
         self.kind = "cuda" if gpu else self.device.type
         if self.trainer.precision == "fp16" and self.kind == "cpu":
             raise ValueError("trainer.precision fp16 needs a GPU; on a CPU take bf16 or fp32")
@@ -197,7 +200,7 @@ class Preview:
     def warnings(self) -> list[str]:
         """What a training would refuse, and no mistake of the recipe."""
         try:
-            check_free(self.output_dir, self.trainer.resume, overwrite=False)
+            check_free(self.output_dir, self.trainer.resume, self.overwrite)
         except ValueError as error:
             return [str(error)]
         return []

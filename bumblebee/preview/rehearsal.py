@@ -79,7 +79,7 @@ def rehearse(words: list[str], micro_batches: float) -> Rehearsal:
         process.kill()
         process.wait()
     if process.returncode == 2:
-        print(err.strip().splitlines()[-1], file=sys.stderr)
+        print(*[line for line in err.splitlines() if line.startswith("bumblebee: ")], sep="\n", file=sys.stderr)
         raise SystemExit(2)
     found = [line for line in out.splitlines() if line.startswith(RESULT)]
     if process.returncode or not found:
@@ -114,7 +114,7 @@ class Few(DataModule):
         self.data.setup(seed)
         self.tokenizer = self.data.tokenizer
         self.places = places(self.data, self.size, self.seed)
-        self.train = [self.data.train[index] for place in self.places for index in place]
+        self.train = [self.data.train[index] for index in dict.fromkeys(sum(self.places, []))]  # a pair must not come twice
 
     def collate(self, samples: list[Any]) -> Batch:
         """As the whole does it."""

@@ -36,7 +36,6 @@ from bumblebee.tasks.task import Task
 from bumblebee.tasks.tokens import adopt_tokenizer
 
 if TYPE_CHECKING:
-    from bumblebee.model import Bumblebee
     from bumblebee.trainer import Trainer
 
 _KINDS = ("auto", "adapters_off", "copy")

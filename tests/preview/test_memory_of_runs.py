@@ -68,6 +68,28 @@ def total_of(report: str) -> float:
 
 
 @pytest.mark.slow
+def test_what_would_be_computed_before_training_is_not_when_measured(base: Path, tmp_path: Path, cache_dir: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, RUNS["DPO"])
+    words = ("--samples", "1", "--measure", "always", "--task.precompute_reference", "true")
+    shown = run_command("preview", "--config", recipe, *words)
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    assert "(measured: a few steps" in shown.stdout
+    assert "rejected:" in shown.stdout
+    assert not (cache_dir / "reference").exists()
+
+
+@pytest.mark.slow
+def test_what_only_a_running_model_shows_is_refused_in_one_line(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, {**RUNS["DPO"], "task": "system.parts.Refused"})
+    shown = run_command("preview", "--config", recipe, "--samples", "0", "--measure", "always")
+    assert shown.returncode == 2
+    lines = [line for line in shown.stderr.splitlines() if line.startswith("bumblebee: ")]
+    assert len(lines) == 1
+    assert "not on this device" in lines[0]
+    assert shown.stdout == ""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_takes_the_memory_that_was_shown(name: str, base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", base, RUNS[name])

@@ -102,13 +102,19 @@ def test_memory_of_gpus_is_computed_where_there_is_none(recipe, capsys):
     assert "time: not known" in shown
 
 
-def test_a_datamodule_and_a_task_of_ones_own_are_shown(recipe, capsys):
-    words = ("--data", "system.parts.Rows", "--task", "system.parts.Noisy", "--task.model", str(ROOT / "recipes/models/tiny.yaml"))
-    own = Path("own.yaml")
-    text = Path(recipe).read_text()
+def with_rows(recipe: str, options: str = "") -> str:
+    """The recipe with a DataModule of one's own."""
+    text = Path(recipe).read_text().replace("bumblebee.LanguageModeling", "system.parts.Noisy")
     begin, end = text.index("data:"), text.index("optimizer:")
-    own.write_text(text[:begin] + "data: system.parts.Rows\n\n" + text[end:])
-    shown = preview(capsys, "--config", str(own), "--measure", "never", *words[2:])
+    data = f"data: {{class_path: system.parts.Rows{options}}}"
+    Path("own.yaml").write_text(
+        f"{text[:begin]}{data}\n\n{text[end:]}".replace("bumblebee.LanguageModeling", "system.parts.Noisy")
+    )
+    return "own.yaml"
+
+
+def test_a_datamodule_and_a_task_of_ones_own_are_shown(recipe, capsys):
+    shown = preview(capsys, "--config", with_rows(recipe), "--measure", "never")
     assert "data: Rows" in shown
     assert "training samples     22" in shown
 
@@ -117,6 +123,7 @@ def test_a_run_that_is_there_is_mentioned(recipe, capsys):
     Path("out").mkdir()
     Path("out/metrics.jsonl").touch()
     assert "note: output_dir: out already holds a run" in preview(capsys, "--config", recipe, *QUICK)
+    assert "note:" not in preview(capsys, "--config", recipe, *QUICK, "--overwrite")
 
 
 def test_other_ranks_are_silent(recipe, capsys, monkeypatch):
@@ -129,10 +136,7 @@ def test_other_ranks_are_silent(recipe, capsys, monkeypatch):
 
 
 def test_rows_without_any_target_are_refused(recipe, capsys):
-    text = Path(recipe).read_text()
-    begin, end = text.index("data:"), text.index("optimizer:")
-    Path(recipe).write_text(text[:begin] + "data: {class_path: system.parts.Rows, init_args: {targets: [0]}}\n\n" + text[end:])
-    line = refusal(capsys, "--config", recipe, *QUICK)
+    line = refusal(capsys, "--config", with_rows(recipe, ", init_args: {targets: [0]}"), *QUICK)
     assert "there is nothing to train on: none of 22 training samples has a target" in line
 
 

@@ -120,6 +120,13 @@ class AdaptedDPO(DPO):
         super().__init__(model, [LoRA(rank=4, alpha=32, dropout=0.5)], **options)
 
 
+class Refused(DPO):
+    """A task that finds out late that it cannot be done."""
+
+    def begin(self, trainer: Trainer) -> None:
+        raise ValueError("not on this device")
+
+
 class Recorder(Callback):
     """Keeps all metrics, through a resume as well."""
 
