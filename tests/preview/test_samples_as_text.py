@@ -123,6 +123,6 @@ def test_only_the_assistants_words_are_marked_in_conversations(tokenizer_folder,
 def test_a_window_of_pretraining_is_marked_but_for_each_texts_first_token(tokenizer_folder, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "xy"}\n{"text": "zy"}\n')
     data = ready(Pretrain(str(tmp_path / "a.jsonl"), str(tokenizer_folder), 16))
-    found = shown(data, 1, MARKS, 100)
+    found = shown(data, 1, MARKS, 300)
     assert sorted("".join(found[1:]).strip().split("│")) == ["x⟦y<|endoftext|>⟧", "z⟦y<|endoftext|>⟧"]
     assert "a.jsonl:1" in found[0]
