@@ -81,7 +81,7 @@ def main(dtype: str) -> None:
             f"{share:.2f}",
         )
         rows.append([variant, *cells])
-    names = ["loss", "forward and backward", "of naive", "processor time", "of naive", "extra memory", "of naive"]
+    names = ["loss", "forward and backward, s", "of naive", "processor s", "of naive", "extra memory, GB", "of naive"]
     print(table(names, rows))
 
 
