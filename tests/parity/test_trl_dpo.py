@@ -94,5 +94,5 @@ def test_loss_gradients_and_metrics_are_trls(name, pairs, trainer, monkeypatch):
         torch.testing.assert_close(
             parameter.grad, theirs[key].grad, rtol=1e-4, atol=1e-6, msg=lambda text, k=key: f"{k} {text}"
         )
-    for key in task.units:
+    for key in set(task.units) - {"logps/accuracies"}:  # which TRL does not have
         assert float(sums[key]) / counts["dpo"] == pytest.approx(trainer._metrics["train"][key][-1], rel=1e-4, abs=1e-6), key
