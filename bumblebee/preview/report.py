@@ -23,8 +23,8 @@ def lines(preview: Preview, samples: int) -> list[str]:
     return [*found, *(f"note: {warning}" for warning in preview.warnings)]
 
 
-def _line(name: str, value: str, width: int = 1000) -> str:
-    text = f"  {name:<{NAME}} {value}"
+def _line(name: str, value: str, width: int = 1000, column: int = NAME) -> str:
+    text = f"  {name:<{column}} {value}"
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -36,7 +36,9 @@ def _samples(preview: Preview, count: int, marks: Marks, width: int) -> list[str
 
 def _data(preview: Preview, width: int) -> list[str]:
     summary = preview.data.summary()
-    return [f"data: {type(preview.data).__name__}", *(_line(name, _value(value), width) for name, value in summary.items())]
+    column = max([NAME, *map(len, summary)])
+    body = (_line(name, _value(value), width, column) for name, value in summary.items())
+    return [f"data: {type(preview.data).__name__}", *body]
 
 
 def _value(value: Any) -> str:
@@ -57,10 +59,14 @@ def _plan(preview: Preview) -> list[str]:
         _line("one step", f"{step} = {number(plan.samples_per_step)} samples"),
         _line("steps", f"{number(plan.steps_per_epoch)} an epoch × {plan.epoch(total):.3g} epochs = {number(total)}"),
         *resumed,
-        _line("learning rate", f"{type(schedule).__name__}, warm-up {number(warmup)} steps{': ' * bool(points)}{points}"),
+        _line("learning rate", f"{type(schedule).__name__}, warm-up {_steps(warmup)}{': ' * bool(points)}{points}"),
         _line("", "|" + sparkline(lambda step: schedule.factor(step, total), total) + "|"),
-        _line("ends in", f"{preview.output_dir}, a model folder"),
+        _line("ends in", f"{preview.output_dir}, with the trained model"),
     ]
+
+
+def _steps(count: int) -> str:
+    return f"{number(count)} step" + "s" * (count != 1)
 
 
 def _parameters(preview: Preview) -> list[str]:
@@ -88,12 +94,16 @@ def _memory(preview: Preview) -> list[str]:
     body = [_line(name, f"{amount(value):>10}") for name, value in entries.items() if value or name == "weights"]
     if not known:
         body[-1] = _line("activations, other", "not known for this model: --measure always")
-    libraries = f"; Python and its libraries {amount(rehearsal.before)} more" if rehearsal and rehearsal.before else ""
     stage = f"{setup.precision}, ZeRO stage {setup.stage}, {setup.ranks} × {setup.device}"
     return [
         f"memory of each device ({stage}; {what})",
         *body,
-        _line("total", f"{'' if known else 'more than '}{amount(total):>10}  ({how}{libraries})"),
+        _line("total", f"{'' if known else 'more than '}{amount(total):>10}  ({how})"),
+        *(
+            [_line("not in it", f"{amount(rehearsal.before):>10}  Python and its libraries")]
+            if rehearsal and rehearsal.before
+            else []
+        ),
     ]
 
 
@@ -109,4 +119,4 @@ def _time(preview: Preview) -> list[str]:
     else:
         how = f"20 to 60 % of {short(preview.rate)}FLOP/s of matrix products on this device"
     each = f"{span(seconds[0])} to {span(seconds[1])} a step"
-    return [f"time: about {shortest} to {longest} ({each}; {how}; without validation and saving)"]
+    return [f"time: about {shortest} to {longest}, {each}", f"  ({how}; without validation and saving)"]
