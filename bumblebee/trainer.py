@@ -9,9 +9,6 @@ from __future__ import annotations
 import math
 import random
 import shutil
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,6 +22,7 @@ from bumblebee.datamodule import Batch, DataModule
 from bumblebee.optim import Constant, GroupRule, Optimizer, Schedule, parameter_groups, set_learning_rate
 from bumblebee.plan import Plan, Position
 from bumblebee.run_folder import TRAINER_STATE, check_free, clear, find_resume, read_trainer_state
+from bumblebee.signals import stopped_by_signals
 from bumblebee.tasks.task import Task
 
 if not TYPE_CHECKING:
@@ -151,7 +149,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train what ``setup`` has prepared, to the end or until asked to stop."""
-        with stopped_by_signals(self):
+        with stopped_by_signals(self._interrupt):
             try:
                 self.call("on_fit_start")
                 self.started = True
@@ -193,6 +191,9 @@ class Trainer:
         for name, count in counts.items():
             self._target_counts[name] = self._target_counts.get(name, 0) + count
         self.tokens += self.task.tokens(counts)
+
+    def _interrupt(self) -> None:
+        self._signalled = True
 
     def agree_on_stopping(self) -> bool:
         """Whether any rank was asked to stop, by a callback or a signal: they reach the ranks at different moments."""
@@ -517,27 +518,3 @@ class Trainer:
     def to_device(self, batch: Batch) -> Batch:
         """A batch on the run's device."""
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-
-
-@contextmanager
-def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
-    """Ctrl-C or SIGTERM lets the step finish, saves and ends the run; a second one of the same kind stops at once."""
-    seen: set[int] = set()
-
-    def handle(number: int, frame: object) -> None:
-        if number in seen:  # another number is a launcher that passes Ctrl-C on as SIGTERM
-            raise KeyboardInterrupt
-        if trainer.is_main and not seen:
-            print("\nstopping: this step is finished and saved; once more stops at once", file=sys.stderr, flush=True)
-        seen.add(number)
-        trainer._signalled = True
-
-    if threading.current_thread() is not threading.main_thread():  # handlers can only be set there
-        yield
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,39 @@
+"""Signals: how a run is asked to stop from outside."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from bumblebee.distributed import is_main
+
+
+@contextmanager
+def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C or SIGTERM asks the run to stop; a second one of the same kind stops at once.
+
+    Args:
+        stop: called with the first: the step is finished, and what it takes to continue is saved.
+    """
+    seen: set[int] = set()
+
+    def handle(number: int, frame: object) -> None:
+        if number in seen:  # another number is a launcher that passes Ctrl-C on as SIGTERM
+            raise KeyboardInterrupt
+        if is_main() and not seen:
+            print("\nstopping: this step is finished and saved; once more stops at once", file=sys.stderr, flush=True)
+        seen.add(number)
+        stop()
+
+    if threading.current_thread() is not threading.main_thread():  # handlers can only be set there
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
