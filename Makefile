@@ -11,7 +11,7 @@ PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,bumbl
 # An editable install knows the top-level packages of its day, so the marker's name lists them: a new one reinstalls.
 INSTALLED := $(VENV)/.installed-$(subst $() $(),-,$(PACKAGES))
 
-.PHONY: help .venv quickstart test test-slow golden lint types format clean
+.PHONY: help .venv quickstart test test-slow golden docs lint types format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z.-]*\):.*## /\1	/p' Makefile
@@ -52,6 +52,9 @@ test-slow: .venv  ## the tests that train, start processes or run whole commands
 
 golden: .venv  ## write the golden losses anew, after a change that is meant to change them
 	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/golden.py
+
+docs: .venv  ## write docs/configuration.md anew, after a change of options
+	$(BIN)/python docs/make_configuration.py
 
 lint: .venv  ## what must be clean before a commit
 	$(BIN)/ruff check .

@@ -36,16 +36,30 @@ def fail(message: str) -> NoReturn:
 
 
 class Recipe(ActionConfigFile):
-    """``--config FILE``, several times. A later file's callbacks are added to the earlier's instead of replacing them all."""
+    """``--config FILE``, several times. A later file's callbacks and transforms are added to the earlier's."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         if problem := problem_of_recipe(str(values)):
             fail(problem)
-        before = cfg.get("callbacks") or {}
+        callbacks, transforms = cfg.get("callbacks") or {}, cfg.get(_TRANSFORMS) or []
         super().__call__(parser, cfg, values, option_string)
         after = cfg.get("callbacks")
-        if before and after is not None:
-            cfg["callbacks"] = {**before, **after}
+        if callbacks and after is not None:
+            cfg["callbacks"] = {**callbacks, **after}
+        if transforms and (added := cfg.get(_TRANSFORMS)) is not None:
+            cfg[_TRANSFORMS] = composed(transforms, added)
+
+
+_TRANSFORMS = "task.init_args.transforms"
+
+
+def composed(earlier: list[Any], later: list[Any]) -> list[Any]:
+    """Transforms of two recipes: the later one's, and behind them those of the earlier one that are of another class.
+
+    Behind, so that ``--task.transforms.rank``, which speaks of the last one, still means the LoRA of the first recipe.
+    """
+    kinds = [getattr(transform, "class_path", transform) for transform in later]
+    return [*later, *(one for one in earlier if getattr(one, "class_path", one) not in kinds)]
 
 
 class Parser(ArgumentParser):

@@ -154,8 +154,8 @@ class Constant(Schedule):
     """No decay.
 
     Args:
-        warmup_ratio: see Schedule.
-        warmup_steps: see Schedule.
+        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
+        warmup_steps: the same as a number of steps; wins over the ratio.
     """
 
     def __init__(self, warmup_ratio: float = 0.0, warmup_steps: int | None = None) -> None:
@@ -169,8 +169,8 @@ class Linear(Schedule):
     """A straight line from 1 to ``min_ratio``.
 
     Args:
-        warmup_ratio: see Schedule.
-        warmup_steps: see Schedule.
+        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
+        warmup_steps: the same as a number of steps; wins over the ratio.
         min_ratio: the factor at the end.
     """
 
@@ -186,8 +186,8 @@ class Cosine(Schedule):
     """Half a cosine from 1 to ``min_ratio``, or several with hard restarts (arXiv 1608.03983).
 
     Args:
-        warmup_ratio: see Schedule.
-        warmup_steps: see Schedule.
+        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
+        warmup_steps: the same as a number of steps; wins over the ratio.
         min_ratio: the factor at the end of each half cosine.
         cycles: how many of them.
     """
@@ -210,8 +210,8 @@ class Polynomial(Schedule):
     """From 1 to ``min_ratio`` as a power of what is left.
 
     Args:
-        warmup_ratio: see Schedule.
-        warmup_steps: see Schedule.
+        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
+        warmup_steps: the same as a number of steps; wins over the ratio.
         power: 1 is a straight line, 2 falls fast at first.
         min_ratio: the factor at the end.
     """
@@ -233,8 +233,8 @@ class InverseSqrt(Schedule):
     """1 / sqrt(step), scaled to begin at 1 (arXiv 1706.03762); the same however long the run is to be.
 
     Args:
-        warmup_ratio: see Schedule.
-        warmup_steps: see Schedule.
+        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
+        warmup_steps: the same as a number of steps; wins over the ratio.
         timescale: steps after which the factor has fallen to about 0.7; null takes the warm-up, or 10,000 without one.
     """
 
@@ -253,8 +253,8 @@ class WarmupStableDecay(Schedule):
     """Constant for most of the run, then down to ``min_ratio`` (arXiv 2404.06395).
 
     Args:
-        warmup_ratio: see Schedule.
-        warmup_steps: see Schedule.
+        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
+        warmup_steps: the same as a number of steps; wins over the ratio.
         decay_ratio: share of all steps, rounded up, that the last part takes.
         min_ratio: the factor at the end.
         shape: of the last part: cosine or linear.
@@ -284,8 +284,8 @@ class ReduceOnPlateau(Schedule):
     """Constant, and multiplied by ``factor`` whenever the validation loss has stopped falling.
 
     Args:
-        warmup_ratio: see Schedule.
-        warmup_steps: see Schedule.
+        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
+        warmup_steps: the same as a number of steps; wins over the ratio.
         reduce: what the rate is multiplied with.
         patience: validations without progress that are let pass.
         threshold: progress is a loss below (1 - threshold) times the best.

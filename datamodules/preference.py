@@ -69,7 +69,8 @@ class Preferences(TokenData):
         files: a path or glob of .json, .jsonl and .parquet files, or a list of them and of {path, weight} entries, where
             weight is how often each pair comes in an epoch (a part of 1: that share of them). The word python_docs stands
             for questions about the running Python, the right answer preferred to another's; its entry may have answer:
-            first_sentence or whole, phrasings, the number of questions about each thing, and things, of which how many.
+            first_sentence or whole, phrasings, the number of questions about each thing, and things, of which how many are
+            asked about.
         tokenizer: folder with tokenizer.json, and perhaps a chat template; without one it is ChatML.
         max_length: tokens in a row.
         system: system prompt of prompts that bring none; null adds none.

@@ -140,7 +140,8 @@ ON_THE_COMMAND_LINE = {
     "--data.files bad.jsonl": "data.files: bad.jsonl:2: no key 'text'; the record's keys: 'txt'",
     "--data.tokenizer nowhere": "data.tokenizer: nowhere is no tokenizer folder: it is not there",
     "--data.tokenizer .": "data.tokenizer: . is no tokenizer folder: it has no tokenizer.json",
-    "--task.model.config.vocab_size 399": "the tokenizer has 400 ids, the model's vocab_size is 399: ...",
+    "--task.model.config.vocab_size 399": "the tokenizer has 400 ids, the model's vocab_size is 399: take the model's own"
+    " tokenizer, or make a new model larger: --task.model.config.vocab_size 400",
     "--trainer.resume nowhere": "trainer.resume: nowhere is no complete checkpoint; in out there are: none",
     "--trainer.deepspeed nope.json": "trainer.deepspeed: cannot read nope.json: ...",
     "--output_dir data.jsonl": "output_dir: data.jsonl is a file, not a folder",
@@ -332,6 +333,25 @@ def test_several_recipes_compose_later_ones_win_and_callbacks_are_added_changed_
     assert config["callbacks"]["checkpoint"]["init_args"]["every"] == 5
     assert config["callbacks"]["history"] is None
     assert config["data"] == base["data"]
+
+
+def test_transforms_of_several_recipes_add_up_so_that_lora_survives_what_goes_behind_it(place, capsys):
+    transforms = "task:\n  init_args:\n    transforms:"
+    lora = f"{transforms} [{{class_path: bumblebee.lora.LoRA, init_args: {{rank: 2}}}}]\n"
+    for name, text in (("lora", lora), ("none", f"{transforms} null\n"), ("else", "seed: 1\n")):
+        (place / f"{name}.yaml").write_text(text)
+    (place / "behind.yaml").write_text(
+        f"{transforms} [bumblebee.transforms.Compile, bumblebee.transforms.ActivationCheckpointing]\n"
+    )
+
+    def kinds(*words: str) -> list[str]:
+        found = printed(capsys, "--config", "recipe.yaml", *words)["task"]["init_args"]["transforms"] or []
+        return [f"{each['class_path'].split('.')[-1]} {each['init_args'].get('rank', '')}".strip() for each in found]
+
+    assert kinds("lora.yaml", "behind.yaml") == ["Compile", "ActivationCheckpointing", "LoRA 2"]
+    assert kinds("lora.yaml", "behind.yaml", "--task.transforms.rank", "3")[-1] == "LoRA 3"
+    assert kinds("lora.yaml", "else.yaml") == kinds("lora.yaml", "lora.yaml") == ["LoRA 2"]
+    assert kinds("lora.yaml", "none.yaml") == []
 
 
 def test_a_callback_is_removed_from_the_command_line_and_added_there(place, capsys):

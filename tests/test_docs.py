@@ -43,9 +43,9 @@ def test_training_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_every_make_target_that_is_named_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    named = {target for d in DOCUMENTS for target in re.findall(r"\bmake ([a-z-]+)", d.read_text())}
+    named = {target for d in DOCUMENTS for target in re.findall(r"(?:^|`)make ([a-z-]+)", d.read_text(), re.MULTILINE)}
     assert {"quickstart", "test"} <= named
-    for target in named - {"sure"}:
+    for target in named:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"no target {target!r} in the Makefile"
 
 

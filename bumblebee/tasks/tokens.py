@@ -26,8 +26,8 @@ def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer, stop_ids: Sequence[i
         return
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}:"
-            " train with the model's own tokenizer or build a model with a larger vocab_size"
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}: take the model's own"
+            f" tokenizer, or make a new model larger: --task.model.config.vocab_size {tokenizer.vocab_size}"
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # a new model learns them from its tokenizer
         if getattr(config, name) is None:
