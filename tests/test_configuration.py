@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 import callbacks
 import datamodules
-from bumblebee.cli import COMMANDS
+from bumblebee.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
@@ -32,3 +33,41 @@ def test_the_page_of_options_is_up_to_date() -> None:
 )
 def test_every_command_and_every_shipped_class_is_on_it(name: str) -> None:
     assert f"# `{name}`\n" in PAGE.read_text(encoding="utf-8")
+
+
+def recipe_of(option: str) -> str:
+    """The recipe that has the part that an option of docs/from_others.md speaks of; nothing for ``generate``."""
+    if option.startswith(("--task.model.config", "--task.model.attention", "--task.model ")):
+        return "recipes/pretrain.yaml"
+    if option.startswith("--task.") and not option.startswith(("--task.model", "--task.transforms")):
+        return "recipes/dpo_lora.yaml"
+    return (
+        "recipes/sft_lora.yaml"
+        if "." in option.split()[0] or option.startswith(("--config", "--output_dir", "--schedule"))
+        else ""
+    )
+
+
+def options_for_others() -> dict[str, list[str]]:
+    """The options of ours that the tables name, by the recipe that takes them."""
+    tables = (ROOT / "docs" / "from_others.md").read_text(encoding="utf-8")
+    found: dict[str, list[str]] = {}
+    for option in re.findall(r"`(--[^`]+)`", tables):
+        found.setdefault(recipe_of(option), []).append(option)
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["recipes/pretrain.yaml", "recipes/dpo_lora.yaml", "recipes/sft_lora.yaml"])
+def test_a_recipe_takes_what_is_said_to_those_who_come_from_others(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = [word for option in options_for_others()[recipe] for word in option.split()]
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", recipe, *words, "--print_config"])
+    assert not done.value.code
+
+
+def test_generate_takes_what_is_said_to_those_who_come_from_others() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))
+    known = {action.dest for action in made["options"](made["parser_of"]("generate"))}
+    named = {option.split()[0].removeprefix("--") for option in options_for_others()[""]}
+    assert {"model", "temperature"} <= named <= known

@@ -49,12 +49,19 @@ def test_every_make_target_that_is_named_exists() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"no target {target!r} in the Makefile"
 
 
+TUTORIAL = "tokenizer preview fit generate fit fit answer fit fit fit merge answer generate"
+
+
 @pytest.mark.slow
-def test_the_readme_runs_as_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [("README.md", "tokenizer fit generate validate fit"), ("docs/tutorial.md", TUTORIAL)],
+)
+def test_the_commands_run_as_written(document: str, expected: str, tmp_path: Path) -> None:
     """One after the other, in a folder that has nothing but the recipes."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    run = [c for c in commands(ROOT / "README.md") if c.startswith("bumblebee ")]
-    assert [shlex.split(c)[1] for c in run] == ["tokenizer", "fit", "generate", "validate", "fit"]
+    run = [c for c in commands(ROOT / document) if c.startswith("bumblebee ")]
+    assert [shlex.split(c)[1] for c in run] == expected.split()
     for command in run:
         words = [sys.executable, "-m", "bumblebee", *shlex.split(command)[1:]]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
