@@ -14,7 +14,7 @@ import pytest
 from bumblebee.cli import main
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands(document: Path) -> list[str]:
@@ -30,7 +30,7 @@ def bumblebee_words(command: str) -> list[str] | None:
     return words[words.index("bumblebee") + 1 :] if "bumblebee" in words else None
 
 
-FITS = [c for d in DOCUMENTS for c in commands(d) if (bumblebee_words(c) or [""])[0] == "fit"]
+FITS = sorted({c for d in DOCUMENTS for c in commands(d) if (bumblebee_words(c) or [""])[0] == "fit"})
 
 
 @pytest.mark.parametrize("command", FITS)
@@ -39,6 +39,14 @@ def test_training_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SystemExit) as done:
         main([*(bumblebee_words(command) or []), "--print_config"])
     assert not done.value.code
+
+
+def test_the_readme_in_chinese_has_the_same_commands_code_and_pages() -> None:
+    english, chinese = ROOT / "README.md", ROOT / "README.zh.md"
+    assert commands(chinese) == commands(english)
+    for pattern in (r"```python\n.*?```", r"\]\(((?!README)[^)]+)\)"):
+        both = [re.findall(pattern, path.read_text(encoding="utf-8"), re.DOTALL) for path in (english, chinese)]
+        assert sorted(both[0]) == sorted(both[1])
 
 
 def test_every_make_target_that_is_named_exists() -> None:
