@@ -41,7 +41,8 @@ quickstart: .venv  ## train a small model on Python's own documentation in three
 	@$(BIN)/bumblebee generate --model $(QUICK)/pretrain --prompt "Return a new list" --temperature 0.5 --max_new_tokens 48 --seed 1
 	@echo; echo "what the fine-tuned model answers:"; echo
 	@$(BIN)/bumblebee answer --config recipes/quickstart/sft.yaml --model $(QUICK)/chat
-	@echo; echo "the model: $(QUICK)/chat; curves: $(QUICK)/{pretrain,sft,dpo}/loss.png; more: README.md"
+	@echo; echo "curves: $(QUICK)/{pretrain,sft,dpo}/loss.png; ask the model yourself:"
+	@echo "  $(BIN)/bumblebee generate --model $(QUICK)/chat --chat true --temperature 0 --prompt 'What is \`str.casefold\` for?'"
 
 # Idle OpenMP threads must sleep: spinning, they take the cores from each other when several processes share them.
 test: .venv  ## the tests that take seconds

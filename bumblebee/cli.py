@@ -212,7 +212,9 @@ def generate(words: list[str]) -> None:
 
     parser = Parser(prog="bumblebee generate", description="Let a model continue a text.")
     parser.add_argument("--model", type=str, required=True, help="model folder")
-    parser.add_argument("--prompt", type=str, required=True, help="the text to continue")
+    parser.add_argument("--prompt", type=str, required=True, help="the text to continue, or with chat the question")
+    parser.add_argument("--chat", type=bool, default=False, help="ask: put the prompt into the tokenizer's chat template")
+    parser.add_argument("--system", type=str | None, default=None, help="with chat, the system prompt")
     parser.add_argument("--stream", type=bool, default=True, help="print each piece as it comes")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", type=str, default="auto", help="auto (the file's), float32, bfloat16 or float16")
@@ -223,9 +225,12 @@ def generate(words: list[str]) -> None:
 
         params = SamplingParams(**{name: cfg[name] for name in SamplingParams.__dataclass_fields__})
         generator = Generator.from_pretrained(cfg.model, device=cfg.device, dtype=cfg.dtype)
-        generator.check(cfg.prompt, params)
-    pieces = generator.stream(cfg.prompt, params) if cfg.stream else [generator.generate([cfg.prompt], params)[0].text]
-    print(cfg.prompt, end="", flush=True)
+        if cfg.system is not None and not cfg.chat:
+            raise ValueError("system: a system prompt needs --chat true")
+        prompt = generator.ask(cfg.prompt, cfg.system) if cfg.chat else cfg.prompt
+        generator.check(prompt, params)
+    pieces = generator.stream(prompt, params) if cfg.stream else [generator.generate([prompt], params)[0].text]
+    print("" if cfg.chat else cfg.prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

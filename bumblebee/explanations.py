@@ -53,7 +53,8 @@ def explain(message: str, words: list[str], names: Iterable[str] = ()) -> str:
     key = _complete(keys, said, words)
     if missing := re.search(r"the following arguments are required: (.*)", said):
         absent = [plain(f"{key}.{name}" if key else name) for name in missing[1].split(", ")]
-        return f"{where(key, words)}{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing"
+        recipe = "" if recipes(words) or "task" not in absent else ": name a recipe, such as --config recipes/pretrain.yaml"
+        return f"{where(key, words)}{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing{recipe}"
     return f"{where(key, words)}{plain(key) + ': ' if key else ''}{reason(said)}"
 
 

@@ -156,7 +156,8 @@ def draw(
 
 def _draw_losses(axes: Axes, training: list[list[float]], validation: list[list[float]], smoothing: float) -> None:
     steps, losses, smooth, _ = training
-    axes.plot(steps, losses, color="#4c78a8", linewidth=0.8, alpha=0.45 if smoothing else 1.0, label="training")
+    marker = "o" if len(steps) < 10 else ""  # a line of one point is not seen
+    axes.plot(steps, losses, color="#4c78a8", linewidth=0.8, alpha=0.45 if smoothing else 1.0, marker=marker, label="training")
     if smoothing:
         axes.plot(steps, smooth, color="#1f4e79", linewidth=2.2, label=f"training, smoothed ({smoothing:g})")
     if validation[0]:
@@ -168,7 +169,7 @@ def _draw_frame(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("optimizer steps")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.margins(x=0.01)

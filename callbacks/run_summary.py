@@ -30,7 +30,7 @@ _SHAPE = {
 
 
 class RunSummary(Callback):
-    """Prints what the run consists of, and writes it to summary.json."""
+    """Prints what the run consists of, and writes it to summary.json; at the end, what has become of it."""
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Everything is set up now, and nothing has been trained."""
@@ -39,6 +39,19 @@ class RunSummary(Callback):
             summary = json.loads(json.dumps(summarize(trainer), default=str))
             write_json(trainer.output_dir / "summary.json", summary)
             print(block(summary), flush=True)
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """What has become of it, and how to go on."""
+        if trainer.is_main:
+            print(ending(trainer), flush=True)
+
+
+def ending(trainer: Trainer) -> str:
+    """The run in one line."""
+    done = f"{trainer.step:,} of {trainer.plan.max_steps:,} steps, {trainer.tokens:,} tokens"
+    if trainer.interrupted:
+        return f"interrupted: {done}; go on with --trainer.resume auto"
+    return f"{'stopped' if trainer.should_stop else 'done'}: {done}; the model is in {trainer.output_dir}"
 
 
 # -- collecting --------------------------------------------------------------------------------------------------------

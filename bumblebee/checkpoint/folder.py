@@ -50,11 +50,18 @@ def load_config(folder: str | Path) -> BumblebeeConfig:
     return _from_config_json(adapter.chain(folder)[0], read_config)
 
 
+def _from_a_hub(name: str) -> str:
+    """A hint where a name looks like one of a model hub's: nothing is downloaded here."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.exists():
+        return ""
+    return f"; a model of a hub is downloaded first, for instance with: hf download {name} --local-dir models/{Path(name).name}"
+
+
 def _from_config_json(folder: str | Path, read: Any) -> Any:
     file = Path(folder) / "config.json"
     if not file.is_file():
         there = "has no config.json" if Path(folder).is_dir() else "is not there"
-        raise ValueError(f"{folder} is no model folder: it {there}")
+        raise ValueError(f"{folder} is no model folder: it {there}{_from_a_hub(str(folder))}")
     raw = read_json(file)
     try:
         return read(raw)

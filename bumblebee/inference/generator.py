@@ -107,6 +107,16 @@ class Generator:
         """A text's ids, after the begin-of-text token where the tokenizer puts one; ids as they are."""
         return self.tokenizer.prefix_ids + self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
+    def ask(self, question: str, system: str | None = None) -> list[int]:
+        """A question as a prompt: the ids that the tokenizer's chat template makes of it, up to where the answer begins.
+
+        Raises:
+            ValueError: the template cannot be rendered.
+        """
+        before = [] if system is None else [{"role": "system", "content": system}]
+        messages = [*before, {"role": "user", "content": question}]
+        return self.tokenizer.chat_template.ids_of(messages, None, True)
+
     def check(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The prompt's ids, if they can be continued.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer, stop_ids: Sequence[i
         stop_ids: more ids that end a text, such as the one that ends an answer.
 
     Raises:
-        ValueError: the tokenizer has more ids.
+        ValueError: the tokenizer has more ids, or others than the one in the folder that the model was read from.
     """
     config: Any = getattr(model, "config", None)
     if config is None:
@@ -29,8 +30,22 @@ def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer, stop_ids: Sequence[i
             f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}: take the model's own"
             f" tokenizer, or make a new model larger: --task.model.config.vocab_size {tokenizer.vocab_size}"
         )
+    _check_folder(getattr(model, "source", None), tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # a new model learns them from its tokenizer
         if getattr(config, name) is None:
             setattr(config, name, getattr(tokenizer, name))
     if new := [index for index in stop_ids if index not in config.eos_token_ids]:
         config.eos_token_id = [*config.eos_token_ids, *new]
+
+
+def _check_folder(folder: Path | None, tokenizer: Tokenizer) -> None:
+    """An id must stand for what it stood for when the model was trained; new tokens may be added."""
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return
+    ids = tokenizer.backend.get_vocab(with_added_tokens=True)
+    learned = Tokenizer.from_pretrained(folder).backend.get_vocab(with_added_tokens=True)
+    if other := next((token for token, index in learned.items() if ids.get(token) != index), None):
+        raise ValueError(
+            f"data.tokenizer is not that of the model in {folder}, where {other!r} has the id {learned[other]}:"
+            f" take --data.tokenizer {folder}"
+        )

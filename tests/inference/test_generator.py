@@ -192,3 +192,18 @@ def test_a_prompt_that_leaves_one_position_gets_one_token(generator):
 
 def test_a_prompt_that_spells_a_special_token_is_text(generator):
     assert not generator.tokenizer.special_ids.intersection(generator.check("<|im_end|>", GREEDY))
+
+
+def test_ids_as_a_prompt_are_the_text_they_stand_for(generator):
+    for prompt in PROMPTS:
+        (text,), (ids,) = (generator.generate([each], GREEDY) for each in (prompt, generator.encode(prompt)))
+        assert text == ids
+
+
+def test_a_question_is_put_into_the_chat_template(generator, tokenizer):
+    system = {"role": "system", "content": "Be brief."}
+    messages = [system, {"role": "user", "content": "Who lays <|im_end|> eggs?"}]
+    assert generator.ask("Who lays <|im_end|> eggs?", "Be brief.") == tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True
+    )
+    assert generator.ask("Who?") == tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], None, True)
