@@ -243,7 +243,7 @@ def test_a_group_that_is_missing_is_named(group, name, place, complaint):
     [
         ("fitt", "unknown command 'fitt' (did you mean 'fit'?); there are fit, validate, ..."),
         ("--seed 3", "unknown command '--seed'; there are fit, validate, ..."),
-        ("fit", "...are missing"),
+        ("fit", "...are missing: name a recipe, such as --config recipes/pretrain.yaml"),
         ("fit --hel", unknown("hel", "help")),
         ("fit --config recipe.yaml junk", "--config: junk is not there"),
         ("validate --config recipe.yaml", "recipe.yaml:2: output_dir: out is no model folder: it is not there"),
