@@ -41,6 +41,9 @@ quickstart: .venv  ## train a small model on Python's own documentation in three
 	@$(BIN)/bumblebee generate --model $(QUICK)/pretrain --prompt "Return a new list" --temperature 0.5 --max_new_tokens 48 --seed 1
 	@echo; echo "what the fine-tuned model answers:"; echo
 	@$(BIN)/bumblebee answer --config recipes/quickstart/sft.yaml --model $(QUICK)/chat
+	@echo; echo "preferences on pairs that it has not seen, before and after DPO:"
+	@sed -n 's/.*validation at \(step [0-9]*\).*\(rewards.accuracies [0-9.]*\).*\(logps.accuracies [0-9.]*\).*/  \1: \2 (rewarded more), \3 (more probable)/p' \
+	  $(QUICK)/dpo/log.txt
 	@echo; echo "curves: $(QUICK)/{pretrain,sft,dpo}/loss.png; ask the model yourself:"
 	@echo "  $(BIN)/bumblebee generate --model $(QUICK)/chat --chat true --temperature 0 --prompt 'What is \`str.casefold\` for?'"
 
