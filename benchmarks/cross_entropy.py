@@ -72,15 +72,8 @@ def main(dtype: str) -> None:
         seconds, busy = ([median([run[i] for run in found]), median([a[i] / b[i] for a, b in pairs])] for i in (0, 1))
         memory = median([run[2] for run in found])
         share = memory / median([run[2] for run in results["naive"]])
-        cells = (
-            f"{seconds[0]:.2f} s",
-            f"{seconds[1]:.2f}",
-            f"{busy[0]:.2f} s",
-            f"{busy[1]:.2f}",
-            f"{memory:.2f} GB",
-            f"{share:.2f}",
-        )
-        rows.append([variant, *cells])
+        figures = (*seconds, *busy, memory, share)
+        rows.append([variant, *(f"{figure:.2f}" for figure in figures)])
     names = ["loss", "forward and backward, s", "of naive", "processor s", "of naive", "extra memory, GB", "of naive"]
     print(table(names, rows))
 
