@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from bumblebee.datamodule import DataModule
@@ -90,7 +89,6 @@ def answered(generator: Generator, asked: Iterable[Question], limit: int | None 
     return [found[number] for number in range(len(chosen))]
 
 
-@torch.inference_mode()
 def _batch(generator: Generator, batch: list[Question]) -> list[Answered]:
     longest = max(len(question.answer) for question in batch)
     params = SamplingParams(temperature=0.0, max_new_tokens=longest + 1)  # what goes on too long is wrong

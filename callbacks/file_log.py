@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from callbacks.text import sentence, validation_sentence
+from callbacks.text import progress, sentence, validation_sentence
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
@@ -67,7 +67,7 @@ class FileLog(Callback):
     def on_fit_end(self, trainer: Trainer) -> None:
         """How the run ended."""
         how = "interrupted" if trainer.interrupted else "stopped" if trainer.should_stop else "end"
-        self._write(trainer, f"{how}: {trainer.step:,} of {trainer.plan.max_steps:,} steps, {trainer.tokens:,} tokens")
+        self._write(trainer, f"{how}: {progress(trainer)}")
 
     def _write(self, trainer: Trainer, text: str) -> None:
         if trainer.is_main:

@@ -13,6 +13,7 @@ from bumblebee.callback import Callback
 from bumblebee.checkpoint.atomic import write_json
 from bumblebee.flops import size_of
 from bumblebee.text import number, short
+from callbacks.text import progress
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
@@ -48,10 +49,9 @@ class RunSummary(Callback):
 
 def ending(trainer: Trainer) -> str:
     """The run in one line."""
-    done = f"{trainer.step:,} of {trainer.plan.max_steps:,} steps, {trainer.tokens:,} tokens"
     if trainer.interrupted:
-        return f"interrupted: {done}; go on with --trainer.resume auto"
-    return f"{'stopped' if trainer.should_stop else 'done'}: {done}; the model is in {trainer.output_dir}"
+        return f"interrupted: {progress(trainer)}; go on with --trainer.resume auto"
+    return f"{'stopped' if trainer.should_stop else 'done'}: {progress(trainer)}; the model is in {trainer.output_dir}"
 
 
 # -- collecting --------------------------------------------------------------------------------------------------------

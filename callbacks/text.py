@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from bumblebee.text import number
+
+if TYPE_CHECKING:
+    from bumblebee.trainer import Trainer
 
 
 def say(text: str) -> None:
@@ -14,6 +18,11 @@ def say(text: str) -> None:
 
     tqdm.write(text)
     sys.stdout.flush()
+
+
+def progress(trainer: Trainer) -> str:
+    """How far a run has come."""
+    return f"{trainer.step:,} of {trainer.plan.max_steps:,} steps, {trainer.tokens:,} tokens"
 
 
 def sentence(metrics: Mapping[str, float]) -> str:

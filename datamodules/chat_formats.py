@@ -73,11 +73,7 @@ def _alpaca_answer(value: Any, key: str) -> Message:
 
 
 def _sharegpt_turns(value: dict[str, Any]) -> list[Turn]:
-    turns = _system(value)
-    for index, turn in enumerate(_list(value["conversations"], "'conversations'")):
-        key = f"'conversations'[{index}]"
-        turns.append((key, _sharegpt_message(turn, key)))
-    return turns
+    return _each(value, "conversations", _sharegpt_message)
 
 
 def _sharegpt_message(turn: Any, key: str) -> Message:
@@ -93,11 +89,7 @@ def _sharegpt_message(turn: Any, key: str) -> Message:
 
 
 def _openai_turns(value: dict[str, Any]) -> list[Turn]:
-    turns = _system(value)
-    for index, message in enumerate(_list(value["messages"], "'messages'")):
-        key = f"'messages'[{index}]"
-        turns.append((key, _openai_message(message, key)))
-    return turns
+    return _each(value, "messages", _openai_message)
 
 
 def _openai_message(message: Any, key: str) -> Message:
@@ -133,6 +125,12 @@ def _system(value: dict[str, Any]) -> list[Turn]:
     """The system prompt beside the turns; tables write an empty one where there is none."""
     prompt = _string(value.get("system", ""), "'system'")
     return [("'system'", {"role": "system", "content": prompt})] if prompt.strip() else []
+
+
+def _each(value: dict[str, Any], name: str, message: Callable[[Any, str], Message]) -> list[Turn]:
+    """The turns that stand in a list, behind the system prompt beside it."""
+    keyed = ((f"{name!r}[{index}]", turn) for index, turn in enumerate(_list(value[name], repr(name))))
+    return [*_system(value), *((key, message(turn, key)) for key, turn in keyed)]
 
 
 def _message(role: str, content: Any, key: str) -> Message:

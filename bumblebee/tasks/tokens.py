@@ -40,7 +40,7 @@ def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer, stop_ids: Sequence[i
 
 def _check_folder(folder: Path | None, tokenizer: Tokenizer) -> None:
     """An id must stand for what it stood for when the model was trained; new tokens may be added."""
-    if folder is None or not (folder / "tokenizer.json").is_file():
+    if folder is None or not (folder / "tokenizer.json").is_file() or Path(tokenizer.place).resolve() == folder.resolve():
         return
     ids = tokenizer.backend.get_vocab(with_added_tokens=True)
     learned = Tokenizer.from_pretrained(folder).backend.get_vocab(with_added_tokens=True)
