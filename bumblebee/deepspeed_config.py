@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precisions whose arithmetic is not fp32
 # What DeepSpeed reads and this loop can make use of.
 _KEYS = (
     "aio", "bf16", "comms_logger", "communication_data_type", "data_types", "disable_allgather", "disable_python_gc",
@@ -60,7 +61,7 @@ class EngineOptions:
     @property
     def half(self) -> torch.dtype | None:
         """The dtype of the arithmetic where it is not fp32."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return HALF.get(self.precision)
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -85,10 +86,9 @@ def deepspeed_config(options: EngineOptions) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # with offload, the recipe's own optimizer: DeepSpeed's would be compiled first
         "steps_per_print": 2**62,
     }
-    half = {"bf16": "bfloat16", "fp16": "float16"}.get(options.precision)
-    if half and options.zero_stage == 0:
-        ours["torch_autocast"] = {"enabled": True, "dtype": half}
-    elif half:
+    if options.half and options.zero_stage == 0:
+        ours["torch_autocast"] = {"enabled": True, "dtype": str(options.half).removeprefix("torch.")}
+    elif options.half:
         ours[options.precision] = {"enabled": True}
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     theirs = _without_auto(options.overrides)

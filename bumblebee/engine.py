@@ -61,8 +61,7 @@ class Engine:
         self.device = device
         self.group_sizes = [sum(p.numel() for p in group["params"]) for group in groups]  # DeepSpeed flattens or shards them
         # Weights from a folder come in the file's dtype. For bf16 on stages 1 to 3 DeepSpeed casts, and keeps fp32 beside.
-        keeps_fp32_beside = options.precision != "fp32" and options.zero_stage > 0
-        model.to(device=device, dtype=None if keeps_fp32_beside else torch.float32)
+        model.to(device=device, dtype=torch.float32 if options.weights_dtype == torch.float32 else None)
         config = _config(options)
         with _no_compiler_needed(deepspeed), _operators_compiled(), redirect_stdout(io.StringIO()):  # it prints its memory
             self._engine, self._optimizer, _, _ = deepspeed.initialize(

@@ -36,8 +36,7 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str = "auto",
         OSError: the output cannot be written; it is then as it was.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; write auto, {', '.join(DTYPES)}")
+    check_dtype(dtype)
     write = _write_adapter if adapter.is_adapter_folder(checkpoint) else _write_model
     write(checkpoint, output, dtype, max_shard_size)
 
@@ -48,7 +47,7 @@ def _write_model(checkpoint: Path, output: Path, dtype: str, max_shard_size: str
         dtype = read_json(checkpoint / "config.json")["torch_dtype"]
     with PieceReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
         write_model(aside, config, reader.weights(DTYPES[dtype]), max_shard_size)
-        _copy(_KEPT, checkpoint, aside)
+        copy_files(_KEPT, checkpoint, aside)
 
 
 def _write_adapter(checkpoint: Path, output: Path, dtype: str, max_shard_size: str) -> None:
@@ -56,10 +55,20 @@ def _write_adapter(checkpoint: Path, output: Path, dtype: str, max_shard_size: s
         dtype = read_trainer_state(checkpoint)["dtype"]
     with PieceReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
         adapter.write_adapter_weights(aside, reader.weights(DTYPES[dtype]))
-        _copy((*_KEPT, adapter.CONFIG, "generation_config.json"), checkpoint, aside)
+        copy_files((*_KEPT, adapter.CONFIG, "generation_config.json"), checkpoint, aside)
 
 
-def _copy(names: Iterable[str], source: Path, target: Path) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def check_dtype(dtype: str) -> None:
+    """Refuse what is no name of a dtype.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; write auto, {', '.join(DTYPES)}")
+
+
+def copy_files(patterns: Iterable[str], source: Path, target: Path) -> None:
+    """Copy those files of a folder that there are."""
+    for file in (file for pattern in patterns for file in source.glob(pattern)):
+        shutil.copyfile(file, target / file.name)

@@ -6,7 +6,6 @@ tensor. peft is not needed.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from bumblebee.checkpoint.adapter import CONFIG, chain, is_adapter_folder
 from bumblebee.checkpoint.atomic import written_aside
-from bumblebee.checkpoint.consolidate import DTYPES
+from bumblebee.checkpoint.consolidate import DTYPES, check_dtype, copy_files
 from bumblebee.checkpoint.folder import drop_other_weights, is_model_folder, load_config, read_tensors, write_model
 
 _TOKENIZER = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
@@ -43,8 +42,7 @@ def merge(
         OSError: the output cannot be written; it is then as it was.
     """
     adapter, output = Path(adapter), Path(output)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; write auto, {', '.join(DTYPES)}")
+    check_dtype(dtype)
     if not is_adapter_folder(adapter):
         raise ValueError(f"adapter: {adapter} is no adapter folder: {CONFIG} is not there, or a whole model is beside it")
     folders = chain(adapter, base)
@@ -55,8 +53,8 @@ def merge(
     )
     with written_aside(output) as aside:
         names = write_model(aside, config, tensors, max_shard_size)
-        _copy(_last_with("tokenizer.json", folders), _TOKENIZER, aside)
-        _copy(_last_with("generation_config.json", folders), ("generation_config.json",), aside)
+        copy_files(_TOKENIZER, _last_with("tokenizer.json", folders), aside)
+        copy_files(["generation_config.json"], _last_with("generation_config.json", folders), aside)
     drop_other_weights(output, names)
 
 
@@ -65,11 +63,6 @@ def _check_output(output: Path, folders: list[Path], overwrite: bool) -> None:
         raise ValueError(f"output: {output} holds an adapter or the base model: choose another folder")
     if is_model_folder(output) and not overwrite:
         raise ValueError(f"output: {output} already holds a model: add --overwrite to replace it")
-
-
-def _copy(source: Path, patterns: tuple[str, ...], target: Path) -> None:
-    for file in (file for pattern in patterns for file in source.glob(pattern)):
-        shutil.copyfile(file, target / file.name)
 
 
 def _last_with(name: str, folders: list[Path]) -> Path:

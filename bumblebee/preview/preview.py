@@ -16,7 +16,7 @@ from torch import nn
 
 from bumblebee import distributed, flops, held_memory
 from bumblebee.datamodule import Batch
-from bumblebee.deepspeed_config import deepspeed_config, read_overrides
+from bumblebee.deepspeed_config import HALF, deepspeed_config, read_overrides
 from bumblebee.memory import BUCKET, Memory, MicroBatch, ModelSize, Setup, estimate
 from bumblebee.nn import IGNORE
 from bumblebee.nn.kernels import choose
@@ -26,7 +26,6 @@ from bumblebee.run_folder import check_free, find_resume
 
 QUICK = 60.0  # seconds that a rehearsal may be expected to take where nobody asked for it
 _STEPS = 4  # of a rehearsal, at least
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Preview:
@@ -118,7 +117,7 @@ class Preview:
     def kernel(self) -> str | None:
         """Of attention; None for a model that is not ours."""
         wanted = getattr(self.task.model, "attention", None)
-        return choose(wanted, _HALF.get(self.trainer.precision, torch.float32)) if isinstance(wanted, str) else None
+        return choose(wanted, HALF.get(self.trainer.precision, torch.float32)) if isinstance(wanted, str) else None
 
     def computed(self, setup: Setup) -> Memory:
         """By formula."""
@@ -161,9 +160,9 @@ class Preview:
         if self.kind != self.device.type:
             return 0.0
         if self.device.type == "cpu":
-            return 1e12 * flops.measured_peak(_HALF.get(self.trainer.precision, torch.float32))
+            return 1e12 * flops.measured_peak(HALF.get(self.trainer.precision, torch.float32))
         known = flops.peak_of(torch.cuda.get_device_name(self.device))
-        return 1e12 * (known or 0.0) / (1 if self.trainer.precision in _HALF else 8)
+        return 1e12 * (known or 0.0) / (1 if self.trainer.precision in HALF else 8)
 
     @property
     def seconds_of_a_step(self) -> tuple[float, float] | None:
