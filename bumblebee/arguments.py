@@ -36,7 +36,10 @@ def fail(message: str) -> NoReturn:
 
 
 class Recipe(ActionConfigFile):
-    """``--config FILE``, several times. A later file's callbacks and transforms are added to the earlier's."""
+    """``--config FILE``, several times, of a recipe or of a command's plain options.
+
+    A later file's callbacks and transforms are added to the earlier's.
+    """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         if problem := problem_of_recipe(str(values)):

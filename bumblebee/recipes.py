@@ -112,7 +112,7 @@ def problem_of_recipe(file: str) -> str | None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         return f"{file}: cannot be read: {error}"
     if not isinstance(node, yaml.MappingNode):
-        return f"{file}: no recipe: expected groups such as task:, data: and trainer:"
+        return f"{file}: no recipe: expected lines such as seed: 42, or groups such as trainer: with lines under them"
     return next((f"{file}:{line}: {name!r} is there twice" for name, line in _twice(node)), None)
 
 

@@ -131,7 +131,7 @@ def commands() -> Iterator[str]:
     yield from table(recipe, options(recipe))
     for command, what in cli.COMMANDS.items():
         found = options(parser := parser_of(command))
-        takes_recipe = any(action.dest == "config" for action in found)
+        takes_recipe = any(action.dest == "task" for action in found)
         own = [action for action in found if not (takes_recipe and action.dest in shared)]
         also = " Takes a recipe's options, too." if takes_recipe else ""
         yield from ("", f"## `bumblebee {command}`", "", f"{what[0].upper()}{what[1:]}.{also}")

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from system.recipes import RECIPE, SAMPLES
 
-from bumblebee.arguments import fold
+from bumblebee.arguments import Parser, Recipe, fold
 from bumblebee.cli import main
 from bumblebee.recipes import plain
 
@@ -167,7 +167,7 @@ def test_a_mistake_on_the_command_line_is_one_line_with_the_key_the_value_and_wh
     assert files(place) == before
 
 
-NO_RECIPE = "recipe.yaml: no recipe: expected groups such as task:, data: and trainer:"
+NO_RECIPE = "recipe.yaml: no recipe: expected lines such as seed: 42, or groups such as trainer: with lines under them"
 
 # A change of the recipe -> the line. Where it names no other place, it begins with the place of the change.
 IN_THE_RECIPE = [
@@ -462,3 +462,42 @@ def test_a_traceback_is_there_for_those_who_ask_for_it(place, monkeypatch):
     monkeypatch.setenv("BUMBLEBEE_TRACEBACK", "1")
     with pytest.raises(ValueError, match="dato.jsonl"):
         main(["fit", "--config", "recipe.yaml", "--data.files", "dato.jsonl"])
+
+
+# -- a recipe of plain options, without a recipe's groups ----------------------------------------------------------------
+
+PLAIN = {
+    "temperatur: 1": "options.yaml:1: unknown option 'temperatur' (did you mean 'temperature'?)",
+    "# sampling\ntemperature: hot": "options.yaml:2: temperature: expected a number, got hot",
+    "temperature: null": "options.yaml:1: temperature is null: give it a value, or leave it out",
+    "xyz: 42": "options.yaml:1: unknown option 'xyz'; there are ...temperature, system_prompt...",
+}
+
+
+def plain_parser() -> Parser:
+    """As a command has it that is no training."""
+    parser = Parser(prog="plain")
+    parser.add_argument("--config", action=Recipe, help="a recipe")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the choice")
+    parser.add_argument("--system_prompt", type=str | None, default=None, help="what comes first")
+    return parser
+
+
+def test_plain_options_come_from_recipes_and_flags_win(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("first.yaml").write_text("temperature: 0.7\nsystem_prompt: Be brief.\n")
+    Path("second.yaml").write_text("temperature: 0.5\n")
+    cfg = plain_parser().parse(["--temperature", "0.2", "--config", "first.yaml", "second.yaml"])
+    assert (cfg.temperature, cfg.system_prompt) == (0.2, "Be brief.")
+    cfg = plain_parser().parse(["--config", "first.yaml", "--config", "second.yaml"])
+    assert (cfg.temperature, cfg.system_prompt) == (0.5, "Be brief.")
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_a_mistake_among_plain_options_is_one_line_with_its_place(text: str, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("options.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        plain_parser().parse(["--config", "options.yaml"])
+    assert ended.value.code == 2
+    assert matches(capsys.readouterr().err, f"bumblebee: {PLAIN[text]}\n")
