@@ -11,7 +11,7 @@ PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,bumbl
 # An editable install knows the top-level packages of its day, so the marker's name lists them: a new one reinstalls.
 INSTALLED := $(VENV)/.installed-$(subst $() $(),-,$(PACKAGES))
 
-.PHONY: help .venv quickstart test test-slow golden docs lint types format clean
+.PHONY: help .venv quickstart test test-slow golden docs vendor lint types format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z.-]*\):.*## /\1	/p' Makefile
@@ -59,6 +59,9 @@ golden: .venv  ## write the golden losses anew, after a change that is meant to 
 
 docs: .venv  ## write docs/configuration.md anew, after a change of options
 	$(BIN)/python docs/make_configuration.py
+
+vendor:  ## the chat page's libraries, fetched from npm again and compared with their checksums
+	serve/page/vendor/fetch.sh
 
 lint: .venv  ## what must be clean before a commit
 	$(BIN)/ruff check .
