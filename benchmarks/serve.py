@@ -72,8 +72,11 @@ def make_folder(folder: Path) -> None:
     from datamodules import formats
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
-    config = BumblebeeConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.1, **shape)
+    shape = {
+        "vocab_size": VOCABULARY, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+    }  # fmt: skip
+    config = BumblebeeConfig(**shape, initializer_range=0.1)  # so that texts vary
     Bumblebee(config).save_pretrained(folder)
     texts = (formats.text_of(record) for file in formats.expand("python_docs") for record in formats.read(file))
     tokenizer = Tokenizer.train(texts, VOCABULARY)

@@ -99,7 +99,7 @@ class Parser(ArgumentParser):
 
 # -- the words on the command line ---------------------------------------------------------------------------------------
 
-_LISTS = ("--data.files", "--data.validation_files", "--files")
+_LISTS = ("--data.files", "--data.validation_files", "--files", "--metrics")
 
 
 def fold(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": "check that training is exact on this machine, and measure it",
     "generate": "let a model continue a text",
     "answer": "let a model answer the questions of a recipe's data",
+    "plot": "compare runs in one picture",
     "tokenizer": "train a tokenizer on text files",
     "consolidate": "make a model folder from a checkpoint's shards",
     "merge": "make a model folder from a LoRA adapter and its base model",
@@ -327,6 +328,27 @@ def merge(words: list[str]) -> None:
 
         for dtype, (difference, largest) in differences(cfg.output, cfg.adapter, cfg.base).items():
             print(f"computed in {dtype}: a logit differs by {difference:.3g} at most; the largest is {largest:.3g}", flush=True)
+
+
+def plot(words: list[str]) -> None:
+    """Compare runs in one picture."""
+    from bumblebee.arguments import Parser
+
+    parser = Parser(prog="bumblebee plot", description="Compare the metrics of runs in one picture and one table.")
+    parser.add_argument("runs", type=str, nargs="+", help="output folders of runs")
+    parser.add_argument("--output", type=str, default="comparison.png", help="the picture; its ending is the format")
+    parser.add_argument("--metrics", type=str | list[str], default="loss", help="of metrics.jsonl; each has a panel")
+    parser.add_argument("--along", type=Literal["step", "tokens", "epoch", "seconds"], default="step", help="horizontal axis")
+    parser.add_argument("--smoothing", type=float, default=0.9, help="share that the smoothed value keeps; 0: none")
+    cfg = parser.parse(words)
+    with user_errors(parser, cfg):
+        from callbacks.comparison import Comparison
+
+        metrics = [cfg.metrics] if isinstance(cfg.metrics, str) else cfg.metrics
+        comparison = Comparison(cfg.runs, metrics, cfg.along, cfg.smoothing)
+        comparison.draw(cfg.output)
+    print(comparison.table())
+    print(f"picture: {cfg.output}")
 
 
 def verify(words: list[str]) -> None:
