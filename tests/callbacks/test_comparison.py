@@ -51,9 +51,7 @@ def test_names_are_as_short_as_tells_runs_apart(runs, tmp_path):
 
 def test_the_command_writes_the_picture_and_prints_what_was_reached(runs, tmp_path, capsys):
     for ending, begin in (("png", b"\x89PNG"), ("svg", b"<?xml")):
-        main(
-            ["plot", *runs, "--output", str(tmp_path / f"new/two.{ending}"), "--smoothing", "0", "--metrics", "loss", "tokens"]
-        )
+        main(["plot", *runs, "--output", str(tmp_path / f"new/two.{ending}"), "--smoothing", "0"])
         assert (tmp_path / f"new/two.{ending}").read_bytes().startswith(begin)
     head, wide, deep = capsys.readouterr().out.splitlines()[:3]
     assert head.split("  ")[0] == "run" and "best validation_loss" in head
