@@ -36,6 +36,8 @@ class BumblebeeConfig:
         bos_token_id: id that begins a text, or None.
         eos_token_id: id, or ids, that end a text.
         pad_token_id: id that fills a batch; never a target.
+        architecture: the Hugging Face architecture that a folder was read as and is written as again, where others compute the
+            same; None: the first that does.
 
     Raises:
         ValueError: sizes that do not fit together, named with their values.
@@ -59,6 +61,7 @@ class BumblebeeConfig:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    architecture: str | None = None
 
     def __post_init__(self) -> None:
         positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

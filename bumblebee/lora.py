@@ -29,6 +29,7 @@ from bumblebee.checkpoint.adapter import (
     write_adapter_config,
     write_adapter_weights,
 )
+from bumblebee.checkpoint.families import family_of
 from bumblebee.checkpoint.folder import ModelFiles, read_tensors, write_generation_config
 from bumblebee.config import BumblebeeConfig
 from bumblebee.model import Bumblebee
@@ -111,6 +112,7 @@ def _matched(model: nn.Module, targets: str | list[str]) -> str | list[str]:
     Raises:
         ValueError: one that matches nothing, or something else than a linear layer of a block.
     """
+    converted = _converted(model)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not isinstance(module, Head)}
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in sorted(linear)))
     if targets == "all-linear":
@@ -124,7 +126,21 @@ def _matched(model: nn.Module, targets: str | list[str]) -> str | list[str]:
             raise ValueError(
                 f"targets: {target!r} matches {other[0]}, which cannot have an adapter; there are {', '.join(ends)}"
             )
+        if fused := sorted(found & converted.keys()):
+            raise ValueError(
+                f"targets: {target!r} matches {fused[0]}, which {converted[fused[0]]} keeps with others in one tensor:"
+                " adapters are not supported there; name others, such as [q_proj, k_proj, v_proj, o_proj]"
+            )
     return targets
+
+
+def _converted(model: Any) -> dict[str, str]:
+    """Modules whose weights lie otherwise in files: PEFT's keys would name what no other reader has. -> the architecture."""
+    if not isinstance(getattr(model, "config", None), BumblebeeConfig):
+        return {}
+    family = family_of(model.config)
+    rules = family.rules(model.config)
+    return {key.rpartition(".")[0]: family.architecture for rule in rules for key in rule.ours}
 
 
 def _fits(name: str, target: str, whole: bool) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from bumblebee.checkpoint import adapter
 from bumblebee.checkpoint.atomic import read_json, written_aside
-from bumblebee.checkpoint.folder import load_config, write_model
+from bumblebee.checkpoint.folder import in_file_layout, load_config, write_model
 from bumblebee.checkpoint.pieces import PieceReader
 from bumblebee.run_folder import read_trainer_state
 
@@ -46,7 +46,7 @@ def _write_model(checkpoint: Path, output: Path, dtype: str, max_shard_size: str
     if dtype == "auto":
         dtype = read_json(checkpoint / "config.json")["torch_dtype"]
     with PieceReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
-        write_model(aside, config, reader.weights(DTYPES[dtype]), max_shard_size)
+        write_model(aside, config, in_file_layout(config, reader.weights(DTYPES[dtype])), max_shard_size)
         copy_files(_KEPT, checkpoint, aside)
 
 

@@ -1,15 +1,17 @@
-"""Which Hugging Face architectures are read and written, and how their config.json translates.
+"""Which Hugging Face architectures are read and written: how their config.json translates, and their state-dict keys.
 
-The one lookup is config.json's ``architectures``. Both families here have our state-dict keys already, so only the fields of
-config.json differ. What a family can express and we do not compute is refused by name: a setting is never ignored.
+The one lookup is config.json's ``architectures``. What a family can express and we do not compute is refused by name: a setting
+is never ignored. A model is written as the first family that computes just what it does: whose config.json, read again, gives
+the same config. A model that no family has is written as our own architecture, which only we read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from bumblebee.checkpoint.keys import Rule
 from bumblebee.config import BumblebeeConfig
 
 Json = dict[str, Any]
@@ -25,6 +27,7 @@ class Family:
         read: config.json -> the fields that only this family has.
         write: the same fields back.
         defaults: what its config.json may leave out and Hugging Face fills in otherwise than for other families.
+        rules: for a config, how its files' tensors differ from ours; see ``bumblebee/checkpoint/keys.py``.
         unused_keys: endings of weights that some files hold and no computation needs.
     """
 
@@ -33,6 +36,7 @@ class Family:
     read: Callable[[Json], Json]
     write: Callable[[BumblebeeConfig], Json]
     defaults: Json
+    rules: Callable[[BumblebeeConfig], list[Rule]] = lambda config: []
     unused_keys: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
 
@@ -47,6 +51,17 @@ def _read_llama(raw: Json) -> Json:
         raise ValueError("config.json has mlp_bias true; biases in the feed-forward part are not supported")
     bias = bool(raw.get("attention_bias", False))
     return {"attention_bias": bias, "attention_output_bias": bias}
+
+
+OWN = "BumblebeeForCausalLM"  # transformers does not know it and says so
+
+
+def _read_own(raw: Json) -> Json:
+    return {field.name: raw[field.name] for field in fields(BumblebeeConfig) if field.name in raw}
+
+
+def _write_own(config: BumblebeeConfig) -> Json:
+    return config.to_dict() | {"architecture": None}
 
 
 FAMILIES = {
@@ -66,6 +81,7 @@ FAMILIES = {
             lambda c: {"attention_bias": c.attention_bias, "mlp_bias": False},
             defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
         ),
+        Family(OWN, "bumblebee", _read_own, _write_own, defaults={}),  # the last: it has every model
     )
 }
 
@@ -88,9 +104,17 @@ _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 
 
 def family_of(config: BumblebeeConfig) -> Family:
-    """The family whose arithmetic a config is."""
-    only_input_bias = config.attention_bias and not config.attention_output_bias
-    return FAMILIES["Qwen2ForCausalLM" if only_input_bias else "LlamaForCausalLM"]
+    """The family that a model is written as: the one it was read as, or else the first whose arithmetic its config is."""
+    preferred = [FAMILIES[config.architecture]] if config.architecture in FAMILIES else []
+    return next(family for family in (*preferred, *FAMILIES.values()) if _has(family, config))
+
+
+def _has(family: Family, config: BumblebeeConfig) -> bool:
+    """Whether a family computes what a config asks for."""
+    try:
+        return _read(family, _write(family, config)) == replace(config, architecture=None)
+    except ValueError:
+        return False
 
 
 def family_named(raw: Json) -> Family:
@@ -113,6 +137,11 @@ def read_config(raw: Json) -> BumblebeeConfig:
         ValueError: an architecture, field or value that is not supported, or a required field left out.
     """
     family = family_named(raw)
+    config = _read(family, raw)
+    return config if family_of(config) is family else replace(config, architecture=family.architecture)
+
+
+def _read(family: Family, raw: Json) -> BumblebeeConfig:
     if missing := [name for name in _REQUIRED if raw.get(name) is None]:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     if raw.get("hidden_act", "silu") != "silu":
@@ -124,7 +153,7 @@ def read_config(raw: Json) -> BumblebeeConfig:
         "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
         "head_dim": raw.get("head_dim"),
     }
-    return BumblebeeConfig(**shared, **heads, **_read_rope(raw), **family.read(raw))
+    return BumblebeeConfig(**{**shared, **heads, **_read_rope(raw), **family.read(raw)})
 
 
 def _read_rope(raw: Json) -> Json:
@@ -145,12 +174,14 @@ def write_config(config: BumblebeeConfig, dtype: str) -> Json:
         config: the model's shape.
         dtype: name of the weights' dtype, e.g. "bfloat16".
     """
-    family = family_of(config)
+    return _write(family_of(config), config) | {"torch_dtype": dtype}
+
+
+def _write(family: Family, config: BumblebeeConfig) -> Json:
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "hidden_act": "silu",
-        "torch_dtype": dtype,
         **{name: getattr(config, name) for name in _SHARED},
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,

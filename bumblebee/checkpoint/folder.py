@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from bumblebee import distributed
 from bumblebee.checkpoint import adapter
 from bumblebee.checkpoint.atomic import read_json, write_json, written_aside
-from bumblebee.checkpoint.families import family_named, read_config, write_config
+from bumblebee.checkpoint.families import family_of, read_config, write_config
+from bumblebee.checkpoint.keys import as_stored, cut, places, shape_of
+from bumblebee.checkpoint.parameters import TIED_KEY, Parameters
 from bumblebee.config import BumblebeeConfig
 
-TIED_KEY = "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _shapes_only = False  # see ``shapes_only``
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -98,6 +99,8 @@ def read_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every (key, tensor) of a model folder, on the CPU, one at a time; of an adapter folder merged with its base model.
 
+    Keys and shapes are the file's, which differ from ours in some families.
+
     Args:
         folder: a model or adapter folder.
         dtype: to cast to; None keeps the file's, in an adapter folder the base model's.
@@ -137,46 +140,30 @@ def load_weights(folder: str | Path, model: nn.Module, dtype: torch.dtype | None
     Raises:
         ValueError: keys left over or missing, or a shape that differs; the message names them.
     """
-    unused = _from_config_json(adapter.chain(folder)[0], family_named).unused_keys
+    whole = adapter.chain(folder)[0]
     if _shapes_only:
-        weight_files(adapter.chain(folder)[0])  # that they are there
+        weight_files(whole)  # that they are there
         return
-    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    tied = TIED_KEY in wanted and wanted[TIED_KEY] is wanted["model.embed_tokens.weight"]
-    if tied:
-        del wanted[TIED_KEY]
-    left_over = []
+    config = load_config(whole)
+    family, parameters = family_of(config), Parameters(model, dtype, device)
+    missing, left_over = places(family.rules(config), parameters.shapes), []
     for key, tensor in read_tensors(folder, dtype):
-        if key in wanted:
-            _put(folder, model, key, wanted.pop(key), tensor.to(device=device))
-        elif not (tied and key == TIED_KEY) and not key.endswith(unused):
+        if parts := missing.pop(key, None):
+            _check_shape(folder, key, tensor, shape_of(parts))
+            for place, part in zip(parts, cut(tensor, parts), strict=True):
+                parameters.put(place, part)
+        elif not (parameters.tied and key == TIED_KEY) and not key.endswith(family.unused_keys):
             left_over.append(key)
-    if wanted or left_over:
-        parts = [("missing", sorted(wanted)), ("left over", left_over)]
-        said = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in parts if keys)
+    if missing or left_over:
+        named = [("missing", sorted(missing)), ("left over", left_over)]
+        said = "; ".join(f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in named if keys)
         raise ValueError(f"the weights in {folder} do not fit the model: {said}")
-    if tied:
-        model.tie_weights()  # type: ignore[operator]
-    for module in model.modules():  # buffers that are in no file
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+    parameters.finish()
 
 
-def _put(folder: str | Path, model: nn.Module, key: str, old: Tensor, tensor: Tensor) -> None:
-    """Put a tensor into the place of a parameter or buffer."""
-    shape = getattr(old, "ds_shape", old.shape)
+def _check_shape(folder: str | Path, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{folder}: {key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-    module_name, _, name = key.rpartition(".")
-    module = model.get_submodule(module_name)
-    if hasattr(old, "ds_tensor"):  # built in shards (ZeRO-3): this rank keeps its own run of the elements
-        size = old.ds_tensor.numel()
-        mine = tensor.flatten()[distributed.rank() * size :][:size]
-        old.ds_tensor[: len(mine)].copy_(mine)
-    elif isinstance(old, nn.Parameter):
-        setattr(module, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
-    else:
-        module._buffers[name] = tensor
 
 
 @contextmanager
@@ -230,7 +217,7 @@ class ModelFiles:
 
     def write(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: str = "5GB") -> set[str]:
         """Write everything into an existing folder; returns the weight files' names."""
-        return write_model(folder, self.config, tensors, max_shard_size)
+        return write_model(folder, self.config, in_file_layout(self.config, tensors), max_shard_size)
 
     def write_configs(self, folder: Path, dtype: str) -> None:
         """Write everything but the weights."""
@@ -281,6 +268,11 @@ def drop_other_weights(folder: Path, names: set[str]) -> None:
             file.unlink()
 
 
+def in_file_layout(config: BumblebeeConfig, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Our (key, tensor) pairs -> those that a folder of the model holds."""
+    return as_stored(family_of(config).rules(config), tensors)
+
+
 def write_model(
     folder: Path,
     config: BumblebeeConfig,
@@ -292,7 +284,7 @@ def write_model(
     Args:
         folder: where; nothing is cleaned up on failure (``save_model`` does that).
         config: the model's shape.
-        tensors: (key, tensor) pairs, taken one by one, so that they may be gathered while they are written.
+        tensors: (key, tensor) pairs as the file holds them, taken one by one, so that they may be gathered meanwhile.
         max_shard_size: like "5GB" or "500MB"; a larger tensor gets a file of its own.
     """
     limit = parse_size(max_shard_size)
