@@ -1,0 +1,147 @@
+"""Bodies of requests that are wrong, and what is said about each: one table for the schemas and for the running server."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+CHAT: dict[str, Any] = {"model": "bumblebee", "messages": [{"role": "user", "content": "Hello"}]}
+COMPLETION: dict[str, Any] = {"model": "bumblebee", "prompt": "Hello"}
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A body, the path it is posted to, the field that is named, and words of the message."""
+
+    name: str
+    path: str
+    body: bytes
+    param: str | None
+    says: str
+
+
+def _chat(name: str, param: str | None, says: str, **changes: Any) -> Malformed:
+    return Malformed(name, "/v1/chat/completions", json.dumps({**CHAT, **changes}).encode(), param, says)
+
+
+def _message(name: str, param: str | None, says: str, *messages: Any) -> Malformed:
+    return _chat(name, param, says, messages=list(messages))
+
+
+def _completion(name: str, param: str | None, says: str, **changes: Any) -> Malformed:
+    return Malformed(name, "/v1/completions", json.dumps({**COMPLETION, **changes}).encode(), param, says)
+
+
+def _raw(name: str, body: bytes, says: str) -> Malformed:
+    return Malformed(name, "/v1/chat/completions", body, None, says)
+
+
+def _tool(**function: Any) -> list[Any]:
+    return [{"type": "function", "function": {"name": "fly", **function}}]
+
+
+def _call(arguments: Any) -> dict[str, Any]:
+    call = {"id": "call_1", "type": "function", "function": {"name": "fly", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+HUGE = 10**400
+USER = {"role": "user", "content": "Hello"}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
+
+MALFORMED = [
+    # The body as a whole.
+    _raw("empty", b"", "no valid JSON"),
+    _raw("cut off", b'{"model": "bumblebee", "messages"', "no valid JSON"),
+    _raw("no object", b"[1, 2]", "must be an object"),
+    _raw("null", b"null", "must be an object"),
+    _raw("bad UTF-8", b'{"model": "bumblebee", "messages": [{"role": "user", "content": "\xff\xfe"}]}', "no valid JSON"),
+    _raw("half a surrogate pair", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "no valid JSON"),
+    _raw("NaN", b'{"temperature": NaN}', "no valid JSON"),
+    _raw("infinity", b'{"temperature": -Infinity}', "no valid JSON"),
+    _raw("deep nesting", b"[" * 100_000 + b"]" * 100_000, "recursion limit"),
+    _raw("deep nesting in a field", b'{"tools": ' + b'{"a": ' * 5_000 + b"1" + b"}" * 5_001, "recursion limit"),
+    # Types.
+    _chat("a string for a number", "temperature", 'a number, not "1"', temperature="1"),
+    _chat("true for a number", "top_p", "a number, not true", top_p=True),
+    _chat("true for a whole number", "n", "a whole number, not true", n=True),
+    _chat("a fraction for a whole number", "max_tokens", "a whole number, not 1.5", max_tokens=1.5),
+    _chat("a number for a switch", "stream", "true or false, not 1", stream=1),
+    _chat("a list for a name", "model", "a string, not", model=["bumblebee"]),
+    _chat("no model", "model", "a string, not null", model=None),
+    _chat("a number as stop", "stop", "a string or a list of strings", stop=5),
+    _chat("a number in stop", "stop[1]", "a string, not 5", stop=["a", 5]),
+    _chat("a list of biases", "logit_bias", "an object", logit_bias=[1]),
+    _chat("messages as text", "messages", "a list", messages="Hello"),
+    # Ranges.
+    _chat("too hot", "temperature", "at most 2", temperature=2.5),
+    _chat("below zero", "temperature", "at least 0", temperature=-1),
+    _chat("more than all", "top_p", "at most 1", top_p=1.01),
+    _chat("no answers", "n", "at least 1", n=0),
+    _chat("no answers, streamed", "n", "at least 1", n=0, stream=True),
+    _chat("too many answers", "n", "at most 128", n=129),
+    _chat("no tokens", "max_tokens", "at least 1", max_tokens=0),
+    _chat("a huge whole number", "max_tokens", "at most", max_tokens=HUGE),
+    _chat("a huge seed", "seed", "at most", seed=2**63),
+    _chat("a number that overflows", "presence_penalty", "at most 2", presence_penalty=1e308),
+    _chat("an empty stop", "stop[0]", "at least 1 characters", stop=""),
+    _chat("too many stops", "stop", "at most 16 entries", stop=["a"] * 17),
+    _chat("a bias on no id", "logit_bias.the", "no token id", logit_bias={"the": 1}),
+    _chat("a strong bias", "logit_bias[5]", "at most 100", logit_bias={"5": 101}),
+    _chat("a bias on an unknown id", "logit_bias", "4000000", logit_bias={"4000000": 1}),
+    _chat("many alternatives", "top_logprobs", "at most 20", logprobs=True, top_logprobs=21),
+    _chat("alternatives of nothing", "top_logprobs", "logprobs: true", top_logprobs=2),
+    _chat("a penalty of zero", "repetition_penalty", "more than 0", repetition_penalty=0),
+    # Messages.
+    _message("no messages", "messages", "at least 1 entries"),
+    _message("a message that is none", "messages[0]", "an object", 5),
+    _message("no role", "messages[0].role", "is missing", {"content": "Hello"}),
+    _message("an unknown role", "messages[1].role", "'tool', not \"robot\"", USER, {"role": "robot", "content": "Hello"}),
+    _message("no content", "messages[0].content", "a string or a list", {"role": "user"}),
+    _message("a number as content", "messages[0].content", "a string or a list", {"role": "user", "content": 5}),
+    _message("an image", "messages[0].content[0].image_url", "reads text", {"role": "user", "content": [IMAGE]}),
+    _message("a result without its call", "messages[0].tool_call_id", "is missing", {"role": "tool", "content": "2"}),
+    _message(
+        "a result of another call",
+        "messages[2].tool_call_id",
+        "no call",
+        USER,
+        _call("{}"),
+        {"role": "tool", "content": "2", "tool_call_id": "call_2"},
+    ),
+    _message("arguments as object", "messages[0].tool_calls[0].function.arguments", "a string", _call({})),
+    _message("arguments that are no JSON", "messages[0].tool_calls[0].function.arguments", "JSON text", _call("{")),
+    _message("deep arguments", "messages[0].tool_calls[0].function.arguments", "JSON text", _call("[" * 50_000)),
+    # What is not there.
+    _chat("a misspelled field", "tempreature", "did you mean temperature?", tempreature=1),
+    _chat("an unknown field", "beam_width", "no field", beam_width=4),
+    _chat("an unknown field within", "stream_options.usage", "no field", stream=True, stream_options={"usage": True}),
+    _chat("stream options without a stream", "stream_options", "stream: true", stream_options={"include_usage": True}),
+    _chat("audio", "audio", "not supported", audio={"voice": "ash", "format": "mp3"}),
+    _chat("an answer to be heard", "modalities[0]", "must be 'text'", modalities=["audio"]),
+    _chat("functions", "functions", "replaced by tools", functions=[{"name": "fly"}]),
+    _chat("JSON mode", "response_format", '{"type": "text"}', response_format={"type": "json_object"}),
+    _chat("a call on demand", "tool_choice", "'auto' or 'none'", tools=_tool(), tool_choice="required"),
+    _chat("one call at a time", "parallel_tool_calls", "must be true", parallel_tool_calls=False),
+    _chat("a strict tool", "tools[0].function.strict", "must be false", tools=_tool(strict=True)),
+    _chat("a tool's odd name", "tools[0].function.name", "must match", tools=_tool(name="fly away")),
+    _chat("two tools of one name", "tools", "two functions named 'fly'", tools=_tool() * 2),
+    _chat("effort", "reasoning_effort", "not supported", reasoning_effort="high"),
+    _chat("storing", "store", "must be false", store=True),
+    _chat("both names of a limit", "max_tokens", "one of them", max_tokens=4, max_completion_tokens=5),
+    # Completions.
+    _completion("no prompt", "prompt", "must be a string, a list", prompt=None),
+    _completion("an empty prompt", "prompt", "empty", prompt=[]),
+    _completion("a mixed prompt", "prompt", "must be a string, a list", prompt=["a", 5]),
+    _completion("a fraction among ids", "prompt", "must be a string, a list", prompt=[1, 2.5]),
+    _completion("an id below zero", "prompt", "-1", prompt=[5, -1]),
+    _completion("an unknown id", "prompt", "4000000", prompt=[[5], [4_000_000]]),
+    _completion("a huge id", "prompt", "token id", prompt=[HUGE]),
+    _completion("too many texts", "n", "128", prompt=["a"] * 100, n=2),
+    _completion("a suffix", "suffix", "not supported", suffix="!"),
+    _completion("the best of", "best_of", "must be 1", best_of=3),
+    _completion("an echo with logprobs", "echo", "together with logprobs", echo=True, logprobs=2),
+    _completion("many alternatives of a completion", "logprobs", "at most 5", logprobs=6),
+    _completion("a chat's field", "messages", "no field", messages=[USER]),
+]  # fmt: skip
