@@ -18,7 +18,7 @@ from bumblebee.checkpoint.atomic import read_json
 from bumblebee.inference.cache import KVCache
 from bumblebee.inference.detokenizer import Detokenizer
 from bumblebee.inference.params import SamplingParams
-from bumblebee.inference.sampler import sample
+from bumblebee.inference.sampler import SamplerState, sample
 from bumblebee.model import Bumblebee
 from bumblebee.tokenizer import Tokenizer
 
@@ -48,15 +48,11 @@ class _Sequence:
         self.prompt, self.params, self.stops, self.last_position = prompt, params, stops, last_position
         self.new: list[int] = []
         self.finish_reason: Literal["stop", "length"] | None = None
-        self.generator = torch.Generator()
-        if params.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(params.seed)
+        self.state = SamplerState(prompt, params)
 
     def grow(self, logits: torch.Tensor) -> int:
         """Choose the next token from logits (V,)."""
-        token = sample(logits, self.prompt + self.new, self.params, self.generator)
+        token = sample(logits[None], [self.state])[0].id
         self.new.append(token)
         if token in self.stops and not self.params.ignore_eos:
             self.finish_reason = "stop"

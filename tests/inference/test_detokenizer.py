@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models
 
 from bumblebee import Tokenizer
 from bumblebee.inference.detokenizer import Detokenizer
@@ -58,3 +60,109 @@ def test_a_character_that_is_never_completed_ends_as_the_replacement_character(t
 
 def test_special_tokens_have_no_text(tokenizer):
     assert pieces(tokenizer, [0, 1, 2]) == ["", "", "", ""]
+
+
+# -- stop strings --------------------------------------------------------------------------------------------------------
+
+
+def cut(text: str, stop: list[str]) -> tuple[str, bool]:
+    """A search of the whole text: the first moment at which a stop string is complete, and the longest one then."""
+    for end in range(len(text) + 1):
+        if found := [each for each in stop if text[:end].endswith(each)]:
+            return text[: end - len(max(found, key=len))], True
+    return text, False
+
+
+def may_go_on(text: str, stop: list[str]) -> int:
+    """How much of a text's end some stop string may begin with."""
+    return max((size for each in stop for size in range(len(each)) if text.endswith(each[:size])), default=0)
+
+
+# Few characters, so that stop strings are found often, overlap and nearly begin; some of several bytes.
+WRITTEN = st.text("ab 🐝é", max_size=30)
+STOPS = st.lists(st.text("ab 🐝é", min_size=1, max_size=5), max_size=4)
+
+
+def byte_level(tokenizer: Tokenizer, data: bytes, sizes: list[int]) -> list[int]:
+    """One byte a token where sizes are exhausted, else the tokens of as many bytes as there are."""
+    table = {piece: index for index, piece in enumerate(tokenizer.token_bytes) if piece}
+    ids = []
+    while data:
+        size = next(n for n in [*(sizes[:1]), *range(4, 0, -1)] if 0 < n <= len(data) and data[:n] in table)
+        ids.append(table[data[:size]])
+        data, sizes = data[size:], sizes[1:]
+    return ids
+
+
+def test_a_stop_string_is_found_wherever_the_borders_of_tokens_are(tokenizer):
+    """What is given out is, after every token, as much as a search of the text so far can be certain of."""
+
+    @settings(max_examples=400)
+    @given(WRITTEN, STOPS, st.lists(st.integers(1, 4)))
+    def check(text, stop, sizes):
+        detokenizer, so_far, read = Detokenizer(tokenizer, stop), "", b""
+        for index in byte_level(tokenizer, text.encode(), sizes):
+            so_far += detokenizer.add(index)
+            read += tokenizer.token_bytes[index]
+            complete = read.decode("utf-8", errors="ignore")
+            expected, stopped = cut(complete, stop)
+            assert detokenizer.stopped == stopped
+            held = 0 if stopped else may_go_on(complete, stop)
+            assert so_far == expected[: len(expected) - held], "no less and no more than is certain"
+        assert so_far + detokenizer.finish() == cut(text, stop)[0]
+        assert detokenizer.finish() == "", "there is nothing left after the end"
+
+    check()
+
+
+def test_nothing_is_given_out_after_a_stop_string(tokenizer):
+    detokenizer = Detokenizer(tokenizer, ["b"])
+    assert [detokenizer.add(index) for index in byte_level(tokenizer, b"abc", [1, 1, 1])] == ["a", "", ""]
+    assert detokenizer.stopped and detokenizer.finish() == ""
+
+
+def test_text_that_was_held_back_is_given_out_when_it_becomes_no_stop_string(tokenizer):
+    ids = byte_level(tokenizer, b"x###y", [1] * 5)
+    detokenizer = Detokenizer(tokenizer, ["####"])
+    assert [detokenizer.add(index) for index in ids] == ["x", "", "", "", "###y"]
+    detokenizer = Detokenizer(tokenizer, ["####"])
+    assert [detokenizer.add(index) for index in ids[:3]] == ["x", "", ""] and detokenizer.finish() == "##"
+
+
+def test_special_tokens_do_not_part_a_stop_string(tokenizer):
+    first, second = byte_level(tokenizer, b"ab", [1, 1])
+    detokenizer = Detokenizer(tokenizer, ["ab"])
+    assert [detokenizer.add(first), detokenizer.add(0), detokenizer.add(second)] == ["", "", ""]
+    assert detokenizer.stopped
+
+
+def test_bytes_that_are_no_utf8_can_complete_a_stop_string(tokenizer):
+    first = tokenizer.token_bytes.index("🐝".encode()[:1])
+    detokenizer = Detokenizer(tokenizer, ["\ufffd"])
+    assert detokenizer.add(first) == "" and not detokenizer.stopped, "it may still become a bee"
+    assert detokenizer.finish() == "" and detokenizer.stopped
+
+
+# -- sentencepiece -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> Tokenizer:
+    """As Llama 2's: U+2581 for a space, and a token for each byte that has no piece."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁ab", "▁a", "ab", "▁ab", "é"]
+    backend = tokenizers.Tokenizer(models.BPE({piece: place for place, piece in enumerate(pieces)}, [], byte_fallback=True))
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return Tokenizer(backend, {"eos_token": "</s>"})
+
+
+def test_sentencepiece_tokens_and_single_bytes_join_to_the_text(sentencepiece):
+    @settings(max_examples=200)
+    @given(WRITTEN, STOPS, st.lists(st.integers(1, 4)))
+    def check(text, stop, sizes):
+        ids = byte_level(sentencepiece, text.encode(), sizes)
+        detokenizer = Detokenizer(sentencepiece, stop)
+        assert "".join([*map(detokenizer.add, ids), detokenizer.finish()]) == cut(text, stop)[0]
+
+    check()
+    ids = [sentencepiece.id_of(piece) for piece in ["▁ab", "<0xF0>", "<0x9F>", "</s>", "<0x90>", "<0x9D>", "▁a"]]
+    assert pieces(sentencepiece, ids) == [" ab", "", "", "", "", "🐝", " a", ""]

@@ -9,6 +9,7 @@ import torch
 
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
 from bumblebee.inference import generator as module
+from bumblebee.inference.request import Token
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
 PROMPTS = ["The bee", "A", "In the garden there are many flowers, and the bees", "Ünïcödé 🐝", "x y"]
@@ -76,7 +77,7 @@ def test_a_character_cut_across_tokens_is_streamed_whole(generator, monkeypatch)
     """The model is made to say 🐝, one byte a token."""
     pieces = generator.tokenizer.token_bytes
     script = iter([pieces.index(bytes([byte])) for byte in "a🐝b".encode()])
-    monkeypatch.setattr(module, "sample", lambda *args: next(script))
+    monkeypatch.setattr(module, "sample", lambda *args: [Token(next(script))])
     assert list(generator.stream("x", SamplingParams(max_new_tokens=6))) == ["a", "🐝", "b"]
 
 
