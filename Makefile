@@ -57,8 +57,9 @@ test-slow: .venv  ## the tests that train, start processes or run whole commands
 golden: .venv  ## write the golden losses anew, after a change that is meant to change them
 	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/golden.py
 
-docs: .venv  ## write docs/configuration.md anew, after a change of options
+docs: .venv  ## write docs/configuration.md and the table in docs/gpu.md anew, after a change of options or sizes
 	$(BIN)/python docs/make_configuration.py
+	$(BIN)/python docs/make_gpu.py
 
 vendor:  ## the chat page's libraries, fetched from npm again and compared with their checksums
 	serve/page/vendor/fetch.sh
