@@ -100,6 +100,7 @@ class Parser(ArgumentParser):
 # -- the words on the command line ---------------------------------------------------------------------------------------
 
 _LISTS = ("--data.files", "--data.validation_files", "--files", "--metrics")
+_ALWAYS_LISTS = ("stop", "stop_ids")  # also where one value is given, and in any group
 
 
 def fold(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -121,10 +122,15 @@ def fold(argv: list[str]) -> tuple[list[str], list[str]]:
             index += 1
             values.append(argv[index])
         index += 1
+        if _is_list(word) and "=" in word and not word.partition("=")[2].startswith("["):
+            word, _, value = word.partition("=")
+            values.insert(0, value)
         if word.split("=")[0] == "--config" and (values or "=" in word):
             recipes += [word] if "=" in word else [part for value in values for part in (word, value)]
         elif not word.startswith("--") or "=" in word:
             words += [word, *values]
+        elif values and _is_list(word):
+            words.append(f"{word}={json.dumps(values)}")
         elif word in _LISTS and len(values) > 1:
             words.append(f"{word}={json.dumps([_item(value) for value in values])}")
         elif not values and word not in ("--help", "--print_config"):
@@ -133,6 +139,10 @@ def fold(argv: list[str]) -> tuple[list[str], list[str]]:
         else:
             words += [word, *values]
     return recipes + words, flags
+
+
+def _is_list(word: str) -> bool:
+    return word.startswith("--") and word[2:].partition("=")[0].rpartition(".")[2] in _ALWAYS_LISTS
 
 
 def _item(word: str) -> Any:
