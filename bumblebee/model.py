@@ -153,20 +153,21 @@ class Bumblebee(nn.Module):
                 attends to itself alone: that is how several documents share a row.
             labels: (B, T) the token to follow each position, -100 where there is no target. Already shifted: position t's
                 label is the token at t + 1.
-            cache: one layer cache for each layer; ``position_ids`` are then places in the cache.
-            logits_at: (B,) the one position of each row whose logits are wanted; the head is not computed elsewhere.
+            cache: one layer cache for each layer, which knows the sequence that each token belongs to; ``position_ids`` are
+                then places in these sequences.
+            logits_at: (n,) the tokens, as indices into all B * T, whose logits are wanted; the head is not computed elsewhere.
 
         Returns:
-            Logits (B, T, V), or (B, 1, V) with ``logits_at``; with labels, ``-log p(label)`` (B, T) in fp32.
+            Logits (B, T, V), or (n, V) with ``logits_at``; with labels, ``-log p(label)`` (B, T) in fp32.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-            mask = AttentionMask() if cache is None else AttentionMask(query_positions=position_ids)
+            mask = AttentionMask()
         else:
-            mask = AttentionMask.packed(position_ids) if cache is None else AttentionMask(query_positions=position_ids)
+            mask = AttentionMask.packed(position_ids) if cache is None else AttentionMask()  # a cache does without
         hidden = self.model(input_ids, position_ids, mask, cache)
         if logits_at is not None:
-            hidden = hidden[torch.arange(len(hidden), device=hidden.device), logits_at][:, None]
+            hidden = hidden.flatten(0, 1)[logits_at]
         return self.lm_head(hidden, labels)
 
     # -- folders -------------------------------------------------------------------------------------------------------

@@ -1,34 +1,149 @@
-"""The key-value cache: what attention has computed of earlier tokens, for a batch of sequences of different lengths.
+"""The key-value cache: keys and values of all layers, in pages, and the attention over them.
 
-Row b's token at position p has its keys and values at place p of the row. A query at position p sees places 0 to p, so what
-lies behind (the padding of a shorter prompt) is never looked at, and is overwritten as the row grows.
+A step is one flat row of tokens of several sequences, each sequence's next ones, one or many. What is the same in all layers
+(where to write, which pages to read, what a query must not see) is worked out once a step, in a ``Layout``.
+
+A single new token attends with the query heads that share a key-value head as if they were several queries of that head: no
+mask, and keys and values are read once. On a CPU each sequence has its own call, over exactly the positions that it has. On a
+GPU, where a call costs more than its work, all single tokens share one, padded to the longest.
+
+Shapes: N tokens of the step, S positions of a sequence, H query heads, K key-value heads, D head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from bumblebee.config import BumblebeeConfig
 
 
+@dataclass
+class Span:
+    """The tokens of one sequence in the flat row.
+
+    Args:
+        begin: where they begin in the row.
+        count: how many they are.
+        length: positions of the sequence, these included: S.
+        pages: (pages,) int64, which hold them.
+        seen: (count, S) booleans, which positions each token sees; None for a single token, which sees all.
+    """
+
+    begin: int
+    count: int
+    length: int
+    pages: Tensor
+    seen: Tensor | None
+
+
+@dataclass
+class Layout:
+    """What one step's tokens are, for every layer.
+
+    Args:
+        slots: (N,) int64, where the keys and values of each token go.
+        spans: one for each sequence; those of single tokens come first, in the order of the row.
+        together: slots (B, S) of the B single tokens' sequences and booleans (B, S) that are false where a row is padded,
+            if they are to share one call; None if each has its own.
+    """
+
+    slots: Tensor
+    spans: list[Span]
+    together: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(
+        cls, pages: Several[Several[int]], lengths: Several[int], counts: Several[int], size: int, device: torch.device,
+        together: bool,
+    ) -> Layout:  # fmt: skip
+        """The layout of some sequences, single tokens first.
+
+        Args:
+            pages: of each sequence, at least those that its ``length`` positions need.
+            lengths: positions of each, the new ones included.
+            counts: new positions of each.
+            size: positions of a page.
+            device: of the cache.
+            together: whether single tokens share one call.
+        """
+        spans, slots, begin = [], [], 0
+        for its_pages, length, count in zip(pages, lengths, counts, strict=True):
+            held = list(its_pages[: -(-length // size)])
+            slots += [held[place // size] * size + place % size for place in range(length - count, length)]
+            spans.append(Span(begin, count, length, torch.tensor(held, device=device), _seen(length, count, device)))
+            begin += count
+        singles = [span for span in spans if span.count == 1] if together else []
+        return cls(torch.tensor(slots, device=device), spans, _padded(singles, size) if singles else None)
+
+
+def _seen(length: int, count: int, device: torch.device) -> Tensor | None:
+    """Lower-right causal: the last of the new positions sees all."""
+    if count == 1:
+        return None
+    return torch.ones(count, length, dtype=torch.bool, device=device).tril(length - count)
+
+
+def _padded(spans: list[Span], size: int) -> tuple[Tensor, Tensor]:
+    """Slots (B, S) and which of them count. Padding repeats the sequence's own first slot: no row reads another's numbers."""
+    table = torch.nn.utils.rnn.pad_sequence([span.pages for span in spans], batch_first=True)
+    lengths = torch.tensor([span.length for span in spans], device=table.device)
+    places = torch.arange(max(span.length for span in spans), device=table.device)
+    valid = places < lengths[:, None]
+    slots = table[:, places // size] * size + places % size
+    return torch.where(valid, slots, table[:, :1] * size), valid
+
+
 class LayerCache:
-    """Keys and values of one layer, (B, capacity, K, D) each."""
+    """Keys and values of one layer, (pages, size, K, D) each."""
+
+    layout: Layout
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.rows = torch.arange(shape[0], device=device)[:, None]
 
-    def place(self, position_ids: Tensor, used: int) -> None:
-        """Where the next ``update`` writes: (B, T) positions, the largest of which is ``used`` - 1."""
-        self.position_ids, self.used = position_ids, used
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the step's keys and values; each token attends over its sequence up to itself.
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """``k``, ``v`` (B, T, K, D) of the new positions -> (B, used, K, D) of all."""
-        self.keys[self.rows, self.position_ids] = k
-        self.values[self.rows, self.position_ids] = v
-        return self.keys[:, : self.used], self.values[:, : self.used]
+        Args:
+            q: (1, N, H, D).
+            k: (1, N, K, D).
+            v: (1, N, K, D).
+
+        Returns:
+            (1, N, H, D).
+        """
+        self.keys.flatten(0, 1).index_copy_(0, self.layout.slots, k[0])
+        self.values.flatten(0, 1).index_copy_(0, self.layout.slots, v[0])
+        spans, parts = self.layout.spans, []
+        if self.layout.together is not None:
+            slots, valid = self.layout.together
+            spans = spans[len(slots) :]
+            parts.append(self._together(q[0, : len(slots)], slots, valid))
+        parts += [self._alone(q[0, span.begin : span.begin + span.count], span) for span in spans]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0])[None]
+
+    def _alone(self, q: Tensor, span: Span) -> Tensor:
+        """One sequence: ``q`` (count, H, D) -> (count, H, D)."""
+        k, v = (x.index_select(0, span.pages).flatten(0, 1)[: span.length].transpose(0, 1) for x in (self.keys, self.values))
+        if span.seen is None:
+            return scaled_dot_product_attention(q.view(1, len(k), -1, q.shape[-1]), k[None], v[None]).view(q.shape)
+        # A group of query heads reads the same keys: repeated as a view, not in memory.
+        grouped = q.unflatten(1, (len(k), -1)).permute(1, 2, 0, 3)  # (K, H / K, count, D)
+        k, v = (x[:, None].expand(-1, grouped.shape[1], -1, -1) for x in (k, v))
+        out = scaled_dot_product_attention(grouped, k, v, attn_mask=span.seen)
+        return out.permute(2, 0, 1, 3).flatten(1, 2)
+
+    def _together(self, q: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
+        """Single tokens of B sequences: ``q`` (B, H, D) -> (B, H, D)."""
+        k, v = (x.flatten(0, 1)[slots].transpose(1, 2) for x in (self.keys, self.values))  # (B, K, S, D)
+        grouped = q.unflatten(1, (k.shape[1], -1))  # (B, K, H / K, D)
+        return scaled_dot_product_attention(grouped, k, v, attn_mask=valid[:, None, None]).flatten(1, 2)
 
 
 class KVCache:
@@ -36,19 +151,26 @@ class KVCache:
 
     Args:
         config: the model's.
-        batch: rows.
-        capacity: positions of a row.
+        pages: how many.
+        page_size: positions of a page.
         dtype: of keys and values: the model's.
         device: where.
     """
 
-    def __init__(self, config: BumblebeeConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: BumblebeeConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
         assert config.head_dim is not None
-        shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
+        shape = (pages, page_size, config.num_key_value_heads, config.head_dim)
         self.layers = [LayerCache(shape, dtype, device) for _ in range(config.num_hidden_layers)]
+        self.page_size, self.device = page_size, device
 
-    def at(self, position_ids: Tensor, used: int) -> list[LayerCache]:
-        """The layer caches, ready for a forward pass over tokens at these positions; see ``LayerCache.place``."""
+    def at(self, layout: Layout) -> list[LayerCache]:
+        """The layer caches, ready for a forward pass over these tokens."""
         for layer in self.layers:
-            layer.place(position_ids, used)
+            layer.layout = layout
         return self.layers
+
+
+def bytes_per_position(config: BumblebeeConfig, dtype: torch.dtype) -> int:
+    """Memory of one position's keys and values in all layers."""
+    assert config.head_dim is not None
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize

@@ -1,6 +1,6 @@
 """Generator: continues texts with a model folder.
 
-Prompts are computed together, padded on the right, into a key-value cache; then every sequence grows by one token a step.
+``generate`` and ``stream`` each run an engine of their own, just large enough; ``engine`` gives one that stays.
 """
 
 from __future__ import annotations
@@ -8,21 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from bumblebee import distributed
-from bumblebee.checkpoint.adapter import holder
-from bumblebee.checkpoint.atomic import read_json
-from bumblebee.inference.cache import KVCache
-from bumblebee.inference.detokenizer import Detokenizer
+from bumblebee.inference.defaults import read_settings, sampling_of, stop_ids_of
+from bumblebee.inference.engine import GenerationEngine, GenerationOptions
+from bumblebee.inference.memory import PAGE_SIZE, pages_for
 from bumblebee.inference.params import SamplingParams
-from bumblebee.inference.sampler import SamplerState, sample
+from bumblebee.inference.request import FinishReason, Output, Request, Token
+from bumblebee.inference.sequence import check_prompt, pages_needed
 from bumblebee.model import Bumblebee
 from bumblebee.tokenizer import Tokenizer
 
-BATCH = 64  # prompts computed together
 Prompt = str | Sequence[int]  # a text, or the ids of one: a chat's, for instance, that its template has made
 
 
@@ -32,33 +30,25 @@ class Generation:
 
     Args:
         text: without the prompt and without special tokens.
-        token_ids: the new tokens; an end-of-text token that ended them is the last.
-        finish_reason: "stop" at an end-of-text token, "length" at max_new_tokens or the model's last position.
+        tokens: the new tokens, with log-probabilities where they were asked for; one that ended them is the last.
+        finish_reason: "stop" at an end-of-text token, a stop id or a stop string; "length" at max_new_tokens or the model's
+            last position.
     """
 
     text: str
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
+    tokens: list[Token]
+    finish_reason: FinishReason
 
+    @property
+    def token_ids(self) -> list[int]:
+        """The new tokens' ids."""
+        return [token.id for token in self.tokens]
 
-class _Sequence:
-    """One prompt and what has grown on it."""
-
-    def __init__(self, prompt: list[int], params: SamplingParams, stops: frozenset[int], last_position: int) -> None:
-        self.prompt, self.params, self.stops, self.last_position = prompt, params, stops, last_position
-        self.new: list[int] = []
-        self.finish_reason: Literal["stop", "length"] | None = None
-        self.state = SamplerState(prompt, params)
-
-    def grow(self, logits: torch.Tensor) -> int:
-        """Choose the next token from logits (V,)."""
-        token = sample(logits[None], [self.state])[0].id
-        self.new.append(token)
-        if token in self.stops and not self.params.ignore_eos:
-            self.finish_reason = "stop"
-        elif len(self.new) == self.params.max_new_tokens or len(self.prompt) + len(self.new) == self.last_position:
-            self.finish_reason = "length"
-        return token
+    def add(self, output: Output) -> None:
+        """What one more step brought."""
+        self.text += output.text
+        self.tokens += output.tokens
+        self.finish_reason = output.finish_reason or self.finish_reason
 
 
 class Generator:
@@ -68,13 +58,21 @@ class Generator:
         model: in evaluation mode, on its device.
         tokenizer: the model's.
         stop_ids: ids that end a text, beside the config's and the tokenizer's.
+        defaults: how to choose tokens where a call does not say; None takes the most likely ones.
     """
 
-    def __init__(self, model: Bumblebee, tokenizer: Tokenizer, stop_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        model: Bumblebee,
+        tokenizer: Tokenizer,
+        stop_ids: Sequence[int] = (),
+        defaults: SamplingParams | None = None,
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.stop_ids = frozenset([*stop_ids, *model.config.eos_token_ids, *eos])
+        self.defaults = defaults or SamplingParams(temperature=0.0)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 
@@ -95,9 +93,8 @@ class Generator:
         chosen = dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else getattr(torch, dtype)
         model = Bumblebee.from_pretrained(folder, dtype=chosen, device=distributed.pick_device(device))
         tokenizer = Tokenizer.from_pretrained(folder)
-        file = holder(folder, "generation_config.json") / "generation_config.json"
-        stops = read_json(file).get("eos_token_id") if file.is_file() else None
-        return cls(model, tokenizer, [stops] if isinstance(stops, int) else stops or [])
+        settings = read_settings(folder)
+        return cls(model, tokenizer, stop_ids_of(settings), sampling_of(settings))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A text's ids, after the begin-of-text token where the tokenizer puts one; ids as they are."""
@@ -117,73 +114,67 @@ class Generator:
         """The prompt's ids, if they can be continued.
 
         Raises:
-            ValueError: an empty prompt, or one that leaves no position for a new token.
+            ValueError: an empty prompt, one that leaves no position for a new token, or ids that the model does not have.
         """
-        ids, longest = self.encode(prompt), self.model.config.max_position_embeddings
-        if not ids:
-            raise ValueError("the prompt is empty: there is nothing to continue")
-        if len(ids) >= longest:
-            raise ValueError(f"the prompt has {len(ids)} tokens; the model takes {longest}, new ones included")
+        ids = self.encode(prompt)
+        check_prompt(ids, self.model.config)
         return ids
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Generation]:
+    def engine(self, options: GenerationOptions | None = None) -> GenerationEngine:
+        """An engine for many requests, which keeps its cache."""
+        return GenerationEngine(self.model, self.tokenizer, self.stop_ids, options)
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Generation]:
         """Continue each prompt; the results are in the prompts' order.
 
+        Args:
+            prompts: texts or ids.
+            params: of all prompts, or of each; None for ``defaults``.
+
         Raises:
-            ValueError: a prompt that cannot be continued.
+            ValueError: a prompt that cannot be continued; not as many params as prompts.
         """
-        params = params or SamplingParams()
-        sequences = [self._sequence(prompt, params) for prompt in prompts]
-        for first in range(0, len(sequences), BATCH):
-            for _ in self._steps(sequences[first : first + BATCH]):
-                pass
-        return [self._generation(sequence) for sequence in sequences]
+        requests = self._requests(prompts, params)
+        engine, found = self._engine_for(requests), {request.id: Generation("", [], "length") for request in requests}
+        while engine.busy:
+            for output in engine.step():
+                found[output.id].add(output)
+        return list(found.values())
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Continue one prompt, giving out text as soon as it is complete. Joined, the pieces are ``generate``'s text.
 
+        Whoever leaves the iterator early frees all that it holds.
+
         Raises:
             ValueError: a prompt that cannot be continued; at the first piece.
         """
-        sequence = self._sequence(prompt, params or SamplingParams())
-        detokenizer = Detokenizer(self.tokenizer)
-        for _ in self._steps([sequence]):
-            if piece := detokenizer.add(sequence.new[-1]):
-                yield piece
-        if rest := detokenizer.finish():
-            yield rest
+        engine = self._engine_for(self._requests([prompt], params))
+        while engine.busy:
+            yield from (output.text for output in engine.step() if output.text)
 
-    def _sequence(self, prompt: Prompt, params: SamplingParams) -> _Sequence:
-        ids = self.check(prompt, params)
-        return _Sequence(ids, params, self.stop_ids, self.model.config.max_position_embeddings)
+    def _requests(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Request]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or self.defaults] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"params has {len(params)} entries for {len(prompts)} prompts: give one for each, or one for all")
+        many = len(prompts) > 1
+        requests = []
+        for number, (prompt, chosen) in enumerate(zip(prompts, params, strict=True), start=1):
+            try:
+                requests.append(Request(str(number), self.check(prompt, chosen), chosen))
+            except ValueError as error:
+                raise ValueError(f"prompt {number} of {len(prompts)}: {error}" if many else str(error)) from None
+        return requests
 
-    def _generation(self, sequence: _Sequence) -> Generation:
-        detokenizer = Detokenizer(self.tokenizer)
-        text = "".join(map(detokenizer.add, sequence.new)) + detokenizer.finish()
-        assert sequence.finish_reason is not None
-        return Generation(text, sequence.new, sequence.finish_reason)
-
-    @torch.inference_mode()
-    def _steps(self, sequences: list[_Sequence]) -> Iterator[None]:
-        """Grow all sequences by a token at a time until each has finished."""
-        lengths = [len(sequence.prompt) for sequence in sequences]
-        room = max(min(s.last_position, len(s.prompt) + s.params.max_new_tokens) for s in sequences)
-        cache = KVCache(self.model.config, len(sequences), room, self.dtype, self.device)
-        longest = max(lengths)
-        padded = [sequence.prompt + [0] * (longest - len(sequence.prompt)) for sequence in sequences]
-        input_ids = torch.tensor(padded, device=self.device)
-        position_ids = torch.arange(longest, device=self.device).expand_as(input_ids)
-        logits_at = torch.tensor(lengths, device=self.device) - 1
-        while True:
-            used = int(position_ids.max()) + 1
-            logits = self.model(input_ids, position_ids, cache=cache.at(position_ids, used), logits_at=logits_at)
-            for row, sequence in enumerate(sequences):
-                if sequence.finish_reason is None:
-                    sequence.grow(logits[row, 0])
-            yield
-            if all(sequence.finish_reason for sequence in sequences):
-                return
-            # A finished row repeats its last token at its last place: nobody looks at what comes out.
-            input_ids = torch.tensor([[s.new[-1]] for s in sequences], device=self.device)
-            position_ids = torch.tensor([[len(s.prompt) + len(s.new) - 1] for s in sequences], device=self.device)
-            logits_at = torch.zeros(len(sequences), dtype=torch.int64, device=self.device)
+    def _engine_for(self, requests: list[Request]) -> GenerationEngine:
+        """An engine with these requests in it, and no larger a cache than they can fill."""
+        options, longest = GenerationOptions(), self.model.config.max_position_embeddings
+        needs = sorted((pages_needed(request, longest, PAGE_SIZE) for request in requests), reverse=True)
+        wanted = min(sum(needs[: options.max_running]), pages_for(self.model, options))
+        engine = self.engine(GenerationOptions(cache_tokens=PAGE_SIZE * max(wanted, *needs[:1], 1)))
+        for request in requests:
+            engine.submit(request)
+        return engine

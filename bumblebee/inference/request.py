@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it: plain data that other processes can be sent. No torch here."""
+"""What goes into the engine and what comes out: plain data that can be sent between processes. Torch is not imported."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import Literal
 
 from bumblebee.inference.params import SamplingParams
 
+FinishReason = Literal["stop", "length", "cancelled", "timeout"]
+
 
 @dataclass
 class Request:
-    """A prompt to continue.
+    """One prompt to be continued.
 
     Args:
-        id: chosen by whoever asks; no two running requests share one.
-        prompt: token ids, at least one.
+        id: the caller's name for it; no two requests in the engine have the same.
+        prompt: token ids.
         params: how to choose the new tokens.
-        deadline: when to give up, by ``time.monotonic()``; None for never.
+        deadline: when it ends at the latest, on the clock of ``time.monotonic()``; None for never.
     """
 
     id: str
@@ -27,12 +29,12 @@ class Request:
 
 @dataclass
 class Token:
-    """A chosen token.
+    """A new token.
 
     Args:
-        id: of the token.
-        logprob: its log probability, where the request asks for it; see ``sampler.py`` for which distribution.
-        top: (id, log probability) of the most likely tokens, the most likely first, as many as the request asks for.
+        id: its id.
+        logprob: its log probability, where the request wants it; see ``sampler.py`` for which distribution.
+        top: (id, logprob) of the most likely tokens, best first, as many as the request wants.
     """
 
     id: int
@@ -45,17 +47,18 @@ class Output:
     """What one step brought one request.
 
     Args:
-        id: of the request.
-        text: the text that is complete now and was not before; may be empty.
-        tokens: the new ones.
-        finish_reason: None while the request goes on.
-        prompt_tokens: tokens of the prompt.
-        cached_tokens: those of them that an earlier request had computed.
+        id: the request's.
+        text: what is complete now; joined, the texts of all outputs are the whole, without special tokens and stop strings.
+        tokens: new tokens; one that ended the text is the last of them.
+        finish_reason: None while it goes on; "stop" at an end-of-text token, a stop id or a stop string; "length" at
+            max_new_tokens or the model's last position; "cancelled"; "timeout" at the deadline.
+        prompt_tokens: length of the prompt.
+        cached_tokens: how many of them were not computed again, since an earlier request began in the same way.
     """
 
     id: str
     text: str
     tokens: list[Token]
-    finish_reason: Literal["stop", "length", "cancelled", "timeout"] | None
+    finish_reason: FinishReason | None
     prompt_tokens: int
     cached_tokens: int

@@ -15,10 +15,13 @@ from bumblebee.nn.rope import rotate
 
 
 class LayerCache(Protocol):
-    """What attention asks of a key-value cache: take new keys and values, give back all that are to be looked at."""
+    """What attention asks of a key-value cache: store the new keys and values, and attend over all that is stored."""
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """``k``, ``v``: (B, T, K, D) of the new positions -> (B, S, K, D) of all positions of the cache."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``q``: (B, T, H, D), ``k``, ``v``: (B, T, K, D) of the new positions -> (B, T, H, D).
+
+        Each query sees the positions of its own sequence up to itself, earlier ones from the cache among them.
+        """
         ...
 
 
@@ -54,13 +57,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=output_bias)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
-        """``x`` (B, T, hidden_size); ``rotary``: cosines and sines (B, T, 1, D/2). Returns (B, T, hidden_size)."""
+        """``x`` (B, T, hidden_size); ``rotary``: cosines and sines (B, T, 1, D/2). Returns (B, T, hidden_size).
+
+        With a cache it is the cache that attends, and ``mask`` is not looked at.
+        """
         q, k, v = (
             rearrange(project(x), "b t (h d) -> b t h d", d=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if cache is not None:
-            k, v = cache.update(k, v)
-        out = KERNELS[choose(self.kernel, q.dtype)](q, k, v, mask)
+        out = cache.attend(q, k, v) if cache is not None else KERNELS[choose(self.kernel, q.dtype)](q, k, v, mask)
         return self.o_proj(rearrange(out, "b t h d -> b t (h d)"))

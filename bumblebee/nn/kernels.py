@@ -19,16 +19,14 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 
 class AttentionMask:
-    """Which key each query sees: always causal, and one of three layouts. Built once a forward, shared by all layers.
+    """Which key each query sees: always causal, in packed windows within a document. Built once a forward, for all layers.
 
     Args:
         documents: packed windows: (B, T) number of the document each position belongs to; others are not seen.
-        query_positions: with a cache: (B, T) index of each query in the cache; later places are not seen.
     """
 
-    def __init__(self, documents: Tensor | None = None, query_positions: Tensor | None = None) -> None:
+    def __init__(self, documents: Tensor | None = None) -> None:
         self.documents = documents
-        self.query_positions = query_positions
         self._dense: dict[tuple[int, int], Tensor] = {}
 
     @classmethod
@@ -38,8 +36,8 @@ class AttentionMask:
 
     @property
     def only_causal(self) -> bool:
-        """One document per row and no cache: a kernel's own causal mode is enough."""
-        return self.documents is None and self.query_positions is None
+        """One document per row: a kernel's own causal mode is enough."""
+        return self.documents is None
 
     def dense(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """(B or 1, 1, T, S) booleans, true where the query sees the key."""
@@ -48,8 +46,6 @@ class AttentionMask:
         return self._dense[queries, keys]
 
     def _build(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        if self.query_positions is not None:
-            return torch.arange(keys, device=device) <= self.query_positions[:, None, :, None]
         causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]
         if self.documents is None:
             return causal
@@ -90,11 +86,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """The flash-attn package (arXiv 2307.08691): bf16 or fp16 on a GPU. Decoding from a cache goes through ``sdpa``."""
+    """The flash-attn package (arXiv 2307.08691): bf16 or fp16 on a GPU."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    if mask.query_positions is not None:
-        return sdpa(q, k, v, mask)
     if mask.documents is None:
         return flash_attn_func(q, k, v, causal=True)
     ends, longest = mask.cumulative_lengths

@@ -16,11 +16,10 @@ from bumblebee.verify.rounding import COMMON, WHOLE, WORST, distance, scale_erro
 B, S, H, K = 2, 201, 8, 2  # a length that no tile of a kernel divides
 WIDTHS = (64, 128)
 DOCUMENTS = ((70, 1, 130), (201,))  # lengths, in each row of packed windows
-PLACES = ((90, 91, 92), (198, 199, 200))  # in a cache, of each row's queries
 
 
 def measures(kernel: str, dtype: torch.dtype, device: torch.device) -> list[Measure]:
-    """The worst over plain causal windows, packed documents, and queries into a cache."""
+    """The worst over plain causal windows and packed documents."""
     found = [_one(kernel, dtype, width, mask, seen) for width in WIDTHS for mask, seen in _layouts(device)]
     bounds = {"worst vector": WORST, "scale": COMMON, "gradients": WHOLE}
     columns = zip(*found, strict=True)
@@ -49,12 +48,9 @@ def _layouts(device: torch.device) -> list[tuple[AttentionMask, Tensor]]:
     numbers, within = (
         torch.tensor([[pair[part] for pair in _places(row)] for row in DOCUMENTS], device=device) for part in (0, 1)
     )
-    cached = torch.tensor(PLACES, device=device)
     return [
         (AttentionMask(), earlier),
         (AttentionMask.packed(within), earlier & (numbers[:, :, None] == numbers[:, None, :])),
-        (AttentionMask(query_positions=cached), keys <= cached[:, :, None]),
-        (AttentionMask(query_positions=cached[:, -1:]), keys <= cached[:, -1:, None]),
     ]
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
-from bumblebee.inference import generator as module
+from bumblebee.inference import engine as module
+from bumblebee.inference import generator as generators
+from bumblebee.inference.options import GenerationOptions
 from bumblebee.inference.request import Token
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
@@ -52,8 +54,8 @@ def test_a_batch_of_ragged_prompts_equals_the_loop_without_cache(generator):
     assert [out.token_ids for out in outs] == [naive(generator, prompt, 12) for prompt in PROMPTS]
 
 
-def test_more_prompts_than_fit_a_batch_come_back_in_order(generator, monkeypatch):
-    monkeypatch.setattr(module, "BATCH", 2)
+def test_more_prompts_than_run_at_once_come_back_in_order(generator, monkeypatch):
+    monkeypatch.setattr(generators, "GenerationOptions", lambda **limits: GenerationOptions(max_running=2, **limits))
     outs = generator.generate(PROMPTS, GREEDY)
     assert [out.token_ids for out in outs] == [naive(generator, prompt, 12) for prompt in PROMPTS]
 

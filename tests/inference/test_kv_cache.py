@@ -1,4 +1,4 @@
-"""The key-value cache returns what was written, and a forward pass over it equals one over the whole text."""
+"""A forward pass over the paged cache equals one over the whole text, however the text is cut and wherever its pages lie."""
 
 from __future__ import annotations
 
@@ -8,76 +8,92 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee import Bumblebee
-from bumblebee.inference.cache import KVCache, LayerCache
+from bumblebee.inference.cache import KVCache, Layout, bytes_per_position
 
 CPU = torch.device("cpu")
-V, CAPACITY = 64, 12
+V, SIZE, PAGES = 64, 4, 12
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.15}
 
 
-@pytest.fixture(scope="module", params=["naive", "sdpa"])
+@pytest.fixture(scope="module", params=TOLERANCE, ids=str)
 def model(request, tiny) -> Bumblebee:
     torch.manual_seed(0)
-    return Bumblebee(tiny(vocab_size=V, initializer_range=0.2), attention=request.param).eval()
+    return Bumblebee(tiny(vocab_size=V, initializer_range=0.2)).eval().to(request.param)
 
 
-@settings(deadline=None)
-@given(st.lists(st.lists(st.integers(0, CAPACITY - 1), min_size=2, max_size=2), max_size=20))
-def test_a_layer_holds_the_last_that_was_written_to_each_place(writes):
-    """Two rows, which write one position at a time to places of their own."""
-    layer = LayerCache((2, CAPACITY, 1, 1), torch.float32, CPU)
-    kept = [[0.0] * CAPACITY for _ in range(2)]
-    for number, places in enumerate(writes, start=1):
-        used = max(places) + 1
-        layer.place(torch.tensor(places)[:, None], used)
-        keys, values = layer.update(torch.full((2, 1, 1, 1), float(number)), torch.full((2, 1, 1, 1), -float(number)))
-        for row, place in enumerate(places):
-            kept[row][place] = float(number)
-        assert keys[..., 0, 0].tolist() == [row[:used] for row in kept]
-        assert values[..., 0, 0].tolist() == [[-number for number in row[:used]] for row in kept]
+def cache_of(model: Bumblebee, filler: float = 0.0) -> KVCache:
+    cache = KVCache(model.config, PAGES, SIZE, model.lm_head.weight.dtype, CPU)
+    for layer in cache.layers:
+        layer.keys.fill_(filler)
+        layer.values.fill_(filler)
+    return cache
 
 
-def test_the_cache_has_the_shape_and_dtype_of_the_model(tiny):
-    cache = KVCache(tiny(head_dim=16), batch=3, capacity=5, dtype=torch.bfloat16, device=CPU)
-    assert len(cache.layers) == 2
-    assert {tuple(layer.keys.shape) for layer in cache.layers} == {(3, 5, 2, 16)}
-    assert {layer.values.dtype for layer in cache.layers} == {torch.bfloat16}
+@st.composite
+def cut_texts(draw) -> tuple[list[list[int]], list[list[int]]]:
+    """Up to three sequences: for each its pages, somewhere in the pool, and the lengths of its chunks."""
+    pages = draw(st.permutations(range(PAGES)))
+    chunks = draw(st.lists(st.lists(st.sampled_from([1, 1, 1, 2, 3, 5]), min_size=1, max_size=5), min_size=1, max_size=3))
+    chunks = [its[: next((n for n in range(len(its)) if sum(its[: n + 1]) > 4 * SIZE), len(its))] or [1] for its in chunks]
+    return [list(pages[4 * row : 4 * row + 4]) for row in range(len(chunks))], chunks
 
 
-def test_logits_over_a_cache_equal_those_of_one_pass_however_the_text_is_cut(model):
-    input_ids = torch.randint(V, (2, CAPACITY), generator=torch.Generator().manual_seed(0))
+@torch.inference_mode()
+def over_the_cache(model: Bumblebee, texts: list[list[int]], pages, chunks, together: bool) -> list[torch.Tensor]:
+    """The logits of each sequence, computed chunk by chunk: all first chunks in one step, then all second ones ..."""
+    cache, logits = cache_of(model, filler=7.0), [[] for _ in texts]
+    done = [0] * len(texts)
+    for step in range(max(map(len, chunks))):
+        rows = sorted((row for row in range(len(texts)) if step < len(chunks[row])), key=lambda row: chunks[row][step] > 1)
+        counts = [chunks[row][step] for row in rows]
+        ends = [done[row] + count for row, count in zip(rows, counts, strict=True)]
+        layers = cache.at(Layout.of([pages[row] for row in rows], ends, counts, SIZE, CPU, together))
+        ids = [index for row, end in zip(rows, ends, strict=True) for index in texts[row][done[row] : end]]
+        places = [place for row, end in zip(rows, ends, strict=True) for place in range(done[row], end)]
+        out = model(torch.tensor([ids]), torch.tensor([places]), cache=layers)[0].split(counts)
+        for row, end, part in zip(rows, ends, out, strict=True):
+            logits[row].append(part)
+            done[row] = end
+    return [torch.cat(parts) for parts in logits]
 
-    @settings(deadline=None, max_examples=25)
-    @given(st.sets(st.integers(1, CAPACITY - 1)))
-    @torch.inference_mode()
-    def check(cuts):
-        cache = KVCache(model.config, 2, CAPACITY, torch.float32, CPU)
-        logits = []
-        for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), CAPACITY], strict=True):
-            positions = torch.arange(start, end).expand(2, -1)
-            logits.append(model(input_ids[:, start:end], positions, cache=cache.at(positions, end)))
-        torch.testing.assert_close(torch.cat(logits, 1), model(input_ids), rtol=0, atol=1e-5)
+
+@pytest.mark.parametrize("together", [False, True], ids=["each alone", "single tokens together"])
+def test_logits_over_a_cache_equal_those_of_one_pass_however_the_texts_are_cut(model, together):
+    """What lay in the pages before, and other sequences in the same step, are not seen."""
+
+    @settings(max_examples=40)
+    @given(cut_texts(), st.integers(0, 99))
+    def check(cut, seed):
+        pages, chunks = cut
+        drawn = torch.Generator().manual_seed(seed)
+        texts = [torch.randint(V, (sum(its),), generator=drawn).tolist() for its in chunks]
+        for text, logits in zip(texts, over_the_cache(model, texts, pages, chunks, together), strict=True):
+            expected = model(torch.tensor([text]))[0]
+            torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE[logits.dtype])
 
     check()
 
 
-def test_rows_of_different_lengths_do_not_see_their_padding_or_each_other(model):
-    """Prompts of 3 and 7 tokens padded to 7, then three tokens more for each at its own place."""
-    text = torch.randint(V, (2, CAPACITY), generator=torch.Generator().manual_seed(1))
-    lengths = torch.tensor([3, 7])
-    padded = torch.where(torch.arange(7) < lengths[:, None], text[:, :7], 63)
-    cache, positions = KVCache(model.config, 2, CAPACITY, torch.float32, CPU), torch.arange(7).expand(2, 7)
-    with torch.inference_mode():
-        model(padded, positions, cache=cache.at(positions, 7))
-        for step in range(3):
-            places = (lengths + step)[:, None]
-            grown = model(text.gather(1, places), places, cache=cache.at(places, int(places.max()) + 1))
-            for row in range(2):
-                alone = model(text[row : row + 1, : int(places[row]) + 1])[0, -1]
-                torch.testing.assert_close(grown[row, 0], alone, rtol=0, atol=1e-5)
+def test_a_padded_row_reads_nothing_of_others_not_even_what_is_no_number(model):
+    """Another sequence's broken numbers stay in its pages, and in the rest of pages that have changed hands."""
+    cache = cache_of(model, filler=float("nan"))
+    long, short = list(range(9)), [5]
+    for pages, text in (([0, 1, 2], long), ([3], short)):
+        layers = cache.at(Layout.of([pages], [len(text) - 1 or 1], [len(text) - 1 or 1], SIZE, CPU, True))
+        part = text[:-1] or text
+        model(torch.tensor([part]), torch.arange(len(part))[None], cache=layers)
+    layers = cache.at(Layout.of([[0, 1, 2], [3]], [9, 2], [1, 1], SIZE, CPU, True))
+    out = model(torch.tensor([[8, 6]]), torch.tensor([[8, 1]]), cache=layers)[0]
+    tolerance = TOLERANCE[out.dtype]
+    torch.testing.assert_close(out[0], model(torch.tensor([long]))[0, -1], rtol=0, atol=tolerance)
+    torch.testing.assert_close(out[1], model(torch.tensor([[5, 6]]))[0, -1], rtol=0, atol=tolerance)
 
 
-def test_without_position_ids_a_prompt_begins_at_zero(model):
-    input_ids = torch.randint(V, (1, 5))
-    cache = KVCache(model.config, 1, 5, torch.float32, CPU)
-    layers = cache.at(torch.arange(5)[None], 5)
-    torch.testing.assert_close(model(input_ids, cache=layers), model(input_ids), rtol=0, atol=1e-5)
+def test_the_cache_has_the_shape_dtype_and_bytes_that_are_promised(tiny):
+    config = tiny(head_dim=16)
+    cache = KVCache(config, pages=3, page_size=5, dtype=torch.bfloat16, device=CPU)
+    assert len(cache.layers) == 2
+    assert {tuple(layer.keys.shape) for layer in cache.layers} == {(3, 5, 2, 16)}
+    assert {layer.values.dtype for layer in cache.layers} == {torch.bfloat16}
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == 3 * 5 * bytes_per_position(config, torch.bfloat16)

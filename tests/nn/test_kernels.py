@@ -1,7 +1,7 @@
 """Every attention kernel computes the formula, and the mask says what its docstring says.
 
 The formula is written once more here with Python loops, so that a mistake in the mask, which all kernels share, is seen.
-Shapes: B rows, T queries, S keys, H query heads, K key-value heads, D head width.
+Shapes: B rows, T queries and keys, H query heads, K key-value heads, D head width.
 """
 
 from __future__ import annotations
@@ -18,28 +18,21 @@ from hypothesis import strategies as st
 from bumblebee.nn.attention import Attention
 from bumblebee.nn.kernels import KERNELS, AttentionMask, choose, flash, naive, sdpa
 
-B, T, S, H, D = 2, 7, 11, 4, 8
+B, T, H, D = 2, 7, 4, 8
 PACKED = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]])  # the last two of row 0 are padding
-QUERIES = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 4, 5, 10]])  # places in a cache of S keys
 
-MASKS = {
-    "causal": (AttentionMask, T),
-    "packed": (lambda: AttentionMask.packed(PACKED), T),
-    "cached": (lambda: AttentionMask(query_positions=QUERIES), S),
-}
+MASKS = {"causal": AttentionMask, "packed": lambda: AttentionMask.packed(PACKED)}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def inputs(keys: int, groups: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def inputs(groups: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(groups)
-    shapes = [(B, T, H, D), (B, keys, H // groups, D), (B, keys, H // groups, D)]
+    shapes = [(B, T, H, D), (B, T, H // groups, D), (B, T, H // groups, D)]
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
 def sees(mask: AttentionMask, row: int, query: int, key: int) -> bool:
     """The rule of the mask, for one pair."""
-    if mask.query_positions is not None:
-        return key <= mask.query_positions[row, query]
     same = mask.documents is None or bool(mask.documents[row, query] == mask.documents[row, key])
     return key <= query and same
 
@@ -58,8 +51,8 @@ def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMa
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("layout", MASKS)
 def test_naive_equals_the_formula_written_with_loops(layout, groups):
-    make, keys = MASKS[layout]
-    q, k, v = inputs(keys, groups)
+    make = MASKS[layout]
+    q, k, v = inputs(groups)
     torch.testing.assert_close(naive(q, k, v, make()), by_hand(q, k, v, make()), rtol=0, atol=1e-5)
 
 
@@ -67,8 +60,8 @@ def test_naive_equals_the_formula_written_with_loops(layout, groups):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("layout", MASKS)
 def test_sdpa_equals_naive(layout, groups, dtype):
-    make, keys = MASKS[layout]
-    q, k, v = inputs(keys, groups, dtype)
+    make = MASKS[layout]
+    q, k, v = inputs(groups, dtype)
     out = sdpa(q, k, v, make())
     assert out.dtype == dtype
     torch.testing.assert_close(out, naive(q, k, v, make()), rtol=0, atol=TOLERANCE[dtype])
@@ -76,10 +69,10 @@ def test_sdpa_equals_naive(layout, groups, dtype):
 
 @pytest.mark.parametrize("layout", MASKS)
 def test_sdpa_gradients_equal_naive_gradients(layout):
-    make, keys = MASKS[layout]
+    make = MASKS[layout]
 
     def gradients(kernel):
-        leaves = [x.requires_grad_() for x in inputs(keys, 2)]
+        leaves = [x.requires_grad_() for x in inputs(2)]
         return torch.autograd.grad(kernel(*leaves, make()).square().sum(), leaves)
 
     torch.testing.assert_close(gradients(sdpa), gradients(naive), rtol=0, atol=1e-4)
@@ -88,7 +81,7 @@ def test_sdpa_gradients_equal_naive_gradients(layout):
 @pytest.mark.parametrize("kernel", ["naive", "sdpa"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_padding_rows_attend_to_themselves_and_give_no_nan(kernel, dtype):
-    q, k, v = inputs(T, 2, dtype)
+    q, k, v = inputs(2, dtype)
     out = KERNELS[kernel](q, k, v, AttentionMask.packed(torch.zeros(B, T, dtype=torch.int64)))
     torch.testing.assert_close(out, v.repeat_interleave(2, dim=2), rtol=0, atol=TOLERANCE[dtype])
 
@@ -145,8 +138,8 @@ def fake_flash(monkeypatch):
 
 @pytest.mark.parametrize("layout", MASKS)
 def test_flash_hands_its_package_the_same_attention(layout, fake_flash):
-    make, keys = MASKS[layout]
-    q, k, v = inputs(keys, 2)
+    make = MASKS[layout]
+    q, k, v = inputs(2)
     torch.testing.assert_close(flash(q, k, v, make()), naive(q, k, v, make()), rtol=0, atol=1e-5)
 
 
@@ -157,10 +150,10 @@ def test_flash_hands_its_package_the_same_attention(layout, fake_flash):
 def test_gpu_kernels_equal_naive(kernel, layout, groups):
     if kernel == "flash":
         pytest.importorskip("flash_attn")
-    make, keys = MASKS[layout]
-    q, k, v = (x.cuda() for x in inputs(keys, groups, torch.bfloat16))
+    make = MASKS[layout]
+    q, k, v = (x.cuda() for x in inputs(groups, torch.bfloat16))
     mask = make()
-    moved = AttentionMask(*(None if x is None else x.cuda() for x in (mask.documents, mask.query_positions)))
+    moved = AttentionMask(None if mask.documents is None else mask.documents.cuda())
     torch.testing.assert_close(KERNELS[kernel](q, k, v, moved), naive(q, k, v, moved), rtol=0, atol=2e-2)
 
 

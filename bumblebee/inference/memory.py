@@ -1,0 +1,32 @@
+"""How large is the key-value cache? As asked for, or by the memory there is."""
+
+from __future__ import annotations
+
+import torch
+
+from bumblebee.inference.cache import bytes_per_position
+from bumblebee.inference.options import GenerationOptions
+from bumblebee.model import Bumblebee
+
+PAGE_SIZE = 16  # positions of a page
+CUDA_SHARE = 0.8  # of the free memory
+LEAST = 4096  # positions on a CPU, if the model has so many and so many can be of use
+
+
+def pages_for(model: Bumblebee, options: GenerationOptions) -> int:
+    """Pages of an engine's cache.
+
+    Without ``cache_tokens``: on a GPU four fifths of the memory that is free. On a CPU as much memory as the weights take, and
+    at least 4096 positions. Never more than the longest sequences that can run at the same time would fill.
+    """
+    return -(-(options.cache_tokens or _positions(model, options)) // PAGE_SIZE)
+
+
+def _positions(model: Bumblebee, options: GenerationOptions) -> int:
+    weights = list(model.parameters())
+    most = model.config.max_position_embeddings * options.max_running
+    if weights[0].device.type == "cuda":
+        memory = int(CUDA_SHARE * torch.cuda.mem_get_info(weights[0].device)[0])
+    else:
+        memory = sum(weight.numel() * weight.element_size() for weight in weights)
+    return min(most, max(LEAST, memory // bytes_per_position(model.config, weights[0].dtype)))
