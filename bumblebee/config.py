@@ -10,7 +10,19 @@ import difflib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-ROPE_TYPES = ("default", "llama3")
+# rope_type -> the numbers it needs, and those it may have, as in Hugging Face's config.json
+ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
+    "yarn": (
+        {"factor", "original_max_position_embeddings"},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
+}
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
+NORMS = ("rmsnorm", "layernorm")
 
 
 @dataclass
@@ -20,18 +32,27 @@ class BumblebeeConfig:
     Args:
         vocab_size: rows of the embedding table; at least the tokenizer's size.
         hidden_size: width of the residual stream.
-        intermediate_size: width of the SwiGLU's inner layer.
+        intermediate_size: width of the feed-forward part's inner layer.
         num_hidden_layers: number of blocks.
         num_attention_heads: query heads.
         num_key_value_heads: key and value heads shared by groups of query heads (grouped-query attention, arXiv 2305.13245).
         head_dim: width of one head; None means hidden_size / num_attention_heads.
         max_position_embeddings: longest sequence in tokens the model is meant for.
         rope_theta: base of the rotary frequencies (arXiv 2104.09864).
-        rope_scaling: None, or a dict with "rope_type" and its numbers as in Hugging Face's config.json; "llama3" is known.
-        rms_norm_eps: added to the mean square inside RMSNorm (arXiv 1910.07467).
+        rope_scaling: None, or a dict with "rope_type" and its numbers as in Hugging Face's config.json: linear, dynamic, yarn
+            or llama3 (see ``bumblebee/nn/rope.py``).
+        partial_rotary_factor: the part of each head that is turned by its position; the rest has no position.
+        hidden_act: of the feed-forward part: silu, gelu, gelu_new or gelu_pytorch_tanh (by tanh), relu, relu2 (squared).
+        mlp_gated: the feed-forward part is ``down(act(gate(x)) * up(x))``, with silu a SwiGLU; else ``down(act(up(x)))``.
+        mlp_bias: biases in the feed-forward part.
+        norm: rmsnorm (arXiv 1910.07467) or layernorm (arXiv 1607.06450), everywhere in the model.
+        rms_norm_eps: added to the mean square, or to the variance, in norms.
+        post_norms: a further norm behind attention and feed-forward part, before each is added to the stream, as in GLM-4.
         tie_word_embeddings: the output head uses the embedding table.
         attention_bias: biases on the query, key and value projections, as in Qwen2.
         attention_output_bias: a bias on the attention's output projection too, as in a Llama with ``attention_bias``.
+        residual_dropout: share of what attention and feed-forward part add to the stream that is zeroed in training.
+        embedding_dropout: share of the embedded tokens that is zeroed in training.
         initializer_range: standard deviation of the normal distribution that weights are drawn from.
         bos_token_id: id that begins a text, or None.
         eos_token_id: id, or ids, that end a text.
@@ -53,10 +74,18 @@ class BumblebeeConfig:
     max_position_embeddings: int = 32768
     rope_theta: float = 1_000_000.0
     rope_scaling: dict[str, Any] | None = None
+    partial_rotary_factor: float = 1.0
+    hidden_act: str = "silu"
+    mlp_gated: bool = True
+    mlp_bias: bool = False
+    norm: str = "rmsnorm"
     rms_norm_eps: float = 1e-6
+    post_norms: bool = False
     tie_word_embeddings: bool = True
     attention_bias: bool = True
     attention_output_bias: bool = False
+    residual_dropout: float = 0.0
+    embedding_dropout: float = 0.0
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -76,8 +105,11 @@ class BumblebeeConfig:
                     " change one of them or set head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} must be even: rotary embeddings turn pairs of dimensions")
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise ValueError(f"partial_rotary_factor must be in (0, 1], got {self.partial_rotary_factor}")
+        if self.rotary_dim % 2 or self.rotary_dim < 2:
+            part = "" if self.partial_rotary_factor == 1 else f" times partial_rotary_factor {self.partial_rotary_factor}"
+            raise ValueError(f"head_dim {self.head_dim}{part} must be even: rotary embeddings turn pairs of dimensions")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of"
@@ -85,18 +117,35 @@ class BumblebeeConfig:
             )
         if self.attention_output_bias and not self.attention_bias:
             raise ValueError("attention_output_bias is set without attention_bias: no model family has that")
+        for name, known in {"hidden_act": ACTIVATIONS, "norm": NORMS}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; known are {', '.join(known)}")
+        for name in ("residual_dropout", "embedding_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.rope_scaling is not None:
             self._check_rope_scaling(self.rope_scaling)
+            self.rope_scaling = None if self.rope_scaling["rope_type"] == "default" else self.rope_scaling
 
     @staticmethod
     def _check_rope_scaling(scaling: dict[str, Any]) -> None:
         kind = scaling.get("rope_type")
         if kind not in ROPE_TYPES:
             raise ValueError(f"rope_scaling has rope_type {kind!r}; known are {', '.join(ROPE_TYPES)}")
-        if kind == "llama3":
-            needed = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-            if missing := sorted(needed - set(scaling)):
-                raise ValueError(f"rope_scaling of rope_type 'llama3' lacks {', '.join(missing)}")
+        needed, optional = ROPE_TYPES[kind]
+        if missing := sorted(needed - set(scaling)):
+            raise ValueError(f"rope_scaling of rope_type {kind!r} lacks {', '.join(missing)}")
+        if unknown := sorted(set(scaling) - needed - optional - {"rope_type"}):
+            raise ValueError(f"rope_scaling of rope_type {kind!r} has {', '.join(unknown)}, which is not supported")
+        for name in needed:
+            if not isinstance(scaling[name], int | float) or not scaling[name] > 0:
+                raise ValueError(f"rope_scaling: {name} must be a positive number, got {scaling[name]!r}")
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head are turned by its position."""
+        assert self.head_dim is not None
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -3,8 +3,8 @@
     tokens -> embedding -> [ x + attention(norm(x)) -> x + ffn(norm(x)) ] * layers -> norm -> head -> logits
 
 Choices: RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU, no dropout, embedding and head tied for
-small sizes. Modules and state-dict keys have Hugging Face's names, so a Qwen2 or Llama folder loads key for key.
-Research changes one part: override ``build_norm``, ``build_attention``, ``build_ffn`` or ``build_block`` in a subclass.
+small sizes. What else there is stands in ``bumblebee/config.py``. Modules and state-dict keys have Hugging Face's names.
+Research changes one part: override one of the ``build_`` methods in a subclass.
 Shapes: B rows, T positions, V vocabulary.
 """
 
@@ -19,35 +19,61 @@ from torch.utils.checkpoint import checkpoint
 
 from bumblebee.config import BumblebeeConfig
 from bumblebee.nn.attention import Attention, LayerCache
-from bumblebee.nn.ffn import SwiGLU
+from bumblebee.nn.ffn import GatedFFN, PlainFFN
 from bumblebee.nn.head import Head
 from bumblebee.nn.kernels import AttentionMask, choose
-from bumblebee.nn.norm import RMSNorm
-from bumblebee.nn.rope import RotaryEmbedding
+from bumblebee.nn.norm import NORMS
+from bumblebee.nn.rope import rotary_embedding
 
 
 class Block(nn.Module):
-    """One layer, made of parts that are handed to it."""
+    """One layer, made of parts that are handed to it.
 
-    def __init__(self, input_layernorm: nn.Module, self_attn: nn.Module, post_attention_layernorm: nn.Module, mlp: nn.Module):
+    Args:
+        input_layernorm: before attention.
+        self_attn: called as ``attention(x, rotary, mask, cache)``.
+        post_attention_layernorm: before the feed-forward part.
+        mlp: the feed-forward part.
+        post_self_attn_layernorm: behind attention; None for none.
+        post_mlp_layernorm: behind the feed-forward part; None for none.
+        dropout: on what is added to the stream, in training.
+    """
+
+    def __init__(
+        self,
+        input_layernorm: nn.Module,
+        self_attn: nn.Module,
+        post_attention_layernorm: nn.Module,
+        mlp: nn.Module,
+        post_self_attn_layernorm: nn.Module | None = None,
+        post_mlp_layernorm: nn.Module | None = None,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.input_layernorm = input_layernorm
         self.self_attn = self_attn
+        self.post_self_attn_layernorm = post_self_attn_layernorm or nn.Identity()
         self.post_attention_layernorm = post_attention_layernorm
         self.mlp = mlp
+        self.post_mlp_layernorm = post_mlp_layernorm or nn.Identity()
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
         """(B, T, hidden_size) -> (B, T, hidden_size)."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        x = x + self.dropout(self.post_self_attn_layernorm(attended))
+        return x + self.dropout(self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x))))
 
 
 class Decoder(nn.Module):
     """Everything below the head: embedding, blocks, last norm. Its name in a state dict is ``model``."""
 
-    def __init__(self, embed_tokens: nn.Module, layers: list[nn.Module], norm: nn.Module, rotary: nn.Module) -> None:
+    def __init__(
+        self, embed_tokens: nn.Module, layers: list[nn.Module], norm: nn.Module, rotary: nn.Module, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.embed_tokens = embed_tokens
+        self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.rotary = rotary
@@ -55,7 +81,7 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, mask: AttentionMask, cache: list[Any] | None = None) -> Tensor:
         """``input_ids``, ``position_ids``: (B, T) -> hidden states (B, T, hidden_size)."""
-        x = self.embed_tokens(input_ids)
+        x = self.dropout(self.embed_tokens(input_ids))
         rotary = self.rotary(position_ids)
         for index, layer in enumerate(self.layers):
             if self.checkpoint_every and index % self.checkpoint_every == 0 and cache is None and torch.is_grad_enabled():
@@ -85,7 +111,7 @@ class Bumblebee(nn.Module):
         self.config = config
         self.attention = attention
         self.model = self.build_decoder()
-        self.lm_head = Head(config.hidden_size, config.vocab_size)
+        self.lm_head = self.build_head()
         self.apply(self.init_weights)
         self.tie_weights()
 
@@ -93,7 +119,7 @@ class Bumblebee(nn.Module):
 
     def build_norm(self) -> nn.Module:
         """The normalisation before attention, before the feed-forward part and before the head."""
-        return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+        return NORMS[self.config.norm](self.config.hidden_size, eps=self.config.rms_norm_eps)
 
     def build_attention(self, layer: int) -> nn.Module:
         """The attention of a layer, called as ``attention(x, rotary, mask, cache)``."""
@@ -106,21 +132,37 @@ class Bumblebee(nn.Module):
 
     def build_ffn(self, layer: int) -> nn.Module:
         """The feed-forward part of a layer."""
-        return SwiGLU(self.config.hidden_size, self.config.intermediate_size)
+        c = self.config
+        return (GatedFFN if c.mlp_gated else PlainFFN)(c.hidden_size, c.intermediate_size, c.hidden_act, bias=c.mlp_bias)
 
     def build_block(self, layer: int) -> nn.Module:
         """A layer of the parts above."""
-        return Block(self.build_norm(), self.build_attention(layer), self.build_norm(), self.build_ffn(layer))
+        c = self.config
+        return Block(
+            self.build_norm(), self.build_attention(layer), self.build_norm(), self.build_ffn(layer),
+            post_self_attn_layernorm=self.build_norm() if c.post_norms else None,
+            post_mlp_layernorm=self.build_norm() if c.post_norms else None,
+            dropout=c.residual_dropout,
+        )  # fmt: skip
+
+    def build_rotary(self) -> nn.Module:
+        """Position ids -> what attention turns queries and keys by."""
+        c = self.config
+        return rotary_embedding(c.rotary_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings)
+
+    def build_head(self) -> nn.Module:
+        """Hidden states -> logits, or token losses where it is called with labels."""
+        return Head(self.config.hidden_size, self.config.vocab_size)
 
     def build_decoder(self) -> Decoder:
         """All layers with the embedding below and a norm above."""
         c = self.config
-        assert c.head_dim is not None
         return Decoder(
             embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
             layers=[self.build_block(layer) for layer in range(c.num_hidden_layers)],
             norm=self.build_norm(),
-            rotary=RotaryEmbedding(c.head_dim, c.rope_theta, c.rope_scaling),
+            rotary=self.build_rotary(),
+            dropout=c.embedding_dropout,
         )
 
     def init_weights(self, module: nn.Module) -> None:

@@ -27,6 +27,7 @@ class Family:
         read: config.json -> the fields that only this family has.
         write: the same fields back.
         defaults: what its config.json may leave out and Hugging Face fills in otherwise than for other families.
+        partial_rotary_factor: what its config.json means where it does not say; None where heads are always turned as a whole.
         rules: for a config, how its files' tensors differ from ours; see ``bumblebee/checkpoint/keys.py``.
         unused_keys: endings of weights that some files hold and no computation needs.
     """
@@ -36,6 +37,7 @@ class Family:
     read: Callable[[Json], Json]
     write: Callable[[BumblebeeConfig], Json]
     defaults: Json
+    partial_rotary_factor: float | None = None
     rules: Callable[[BumblebeeConfig], list[Rule]] = lambda config: []
     unused_keys: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
@@ -47,10 +49,8 @@ def _read_qwen2(raw: Json) -> Json:
 
 
 def _read_llama(raw: Json) -> Json:
-    if raw.get("mlp_bias"):
-        raise ValueError("config.json has mlp_bias true; biases in the feed-forward part are not supported")
     bias = bool(raw.get("attention_bias", False))
-    return {"attention_bias": bias, "attention_output_bias": bias}
+    return {"attention_bias": bias, "attention_output_bias": bias, "mlp_bias": bool(raw.get("mlp_bias", False))}
 
 
 OWN = "BumblebeeForCausalLM"  # transformers does not know it and says so
@@ -78,10 +78,10 @@ FAMILIES = {
             "LlamaForCausalLM",
             "llama",
             _read_llama,
-            lambda c: {"attention_bias": c.attention_bias, "mlp_bias": False},
+            lambda c: {"attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias},
             defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
         ),
-        Family(OWN, "bumblebee", _read_own, _write_own, defaults={}),  # the last: it has every model
+        Family(OWN, "bumblebee", _read_own, _write_own, defaults={}, partial_rotary_factor=1.0),  # the last: it has every model
     )
 }
 
@@ -93,12 +93,15 @@ _SHARED: Json = {
     "num_hidden_layers": None,
     "num_attention_heads": None,
     "max_position_embeddings": None,
+    "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
+    "residual_dropout": 0.0,  # this and the next are for training only: Hugging Face keeps them and does not look at them
+    "embedding_dropout": 0.0,
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -144,8 +147,6 @@ def read_config(raw: Json) -> BumblebeeConfig:
 def _read(family: Family, raw: Json) -> BumblebeeConfig:
     if missing := [name for name in _REQUIRED if raw.get(name) is None]:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json has hidden_act {raw['hidden_act']!r}; only 'silu' is supported")
     if raw.get("quantization_config"):
         raise ValueError("config.json has a quantization_config; quantised weights are not supported")
     shared: Json = {name: raw.get(name, default) for name, default in {**_SHARED, **family.defaults}.items()}
@@ -153,18 +154,24 @@ def _read(family: Family, raw: Json) -> BumblebeeConfig:
         "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
         "head_dim": raw.get("head_dim"),
     }
-    return BumblebeeConfig(**{**shared, **heads, **_read_rope(raw), **family.read(raw)})
+    return BumblebeeConfig(**{**shared, **heads, **_read_rope(family, raw), **family.read(raw)})
 
 
-def _read_rope(raw: Json) -> Json:
+def _read_rope(family: Family, raw: Json) -> Json:
     """Both layouts: ``rope_parameters`` with everything in it, or ``rope_theta`` with ``rope_scaling`` beside it."""
     settings = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     theta = settings.pop("rope_theta", None) or raw.get("rope_theta") or 10_000.0
     kind = settings.pop("type", None)
     settings.setdefault("rope_type", kind or "default")
-    if raw.get("partial_rotary_factor", settings.pop("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError("config.json has a partial_rotary_factor; rotary embeddings of a part of a head are not supported")
-    return {"rope_theta": theta, "rope_scaling": None if settings["rope_type"] == "default" else settings}
+    partial = settings.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor")
+    partial = partial or family.partial_rotary_factor or 1.0
+    if partial != 1.0 and family.partial_rotary_factor is None:
+        raise ValueError(f"config.json has partial_rotary_factor {partial}, which {family.architecture} does not have")
+    if settings["rope_type"] in ("llama3", "yarn"):
+        settings.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
+    if settings["rope_type"] == "default":
+        settings = {}
+    return {"rope_theta": theta, "rope_scaling": settings or None, "partial_rotary_factor": partial}
 
 
 def write_config(config: BumblebeeConfig, dtype: str) -> Json:
@@ -181,12 +188,12 @@ def _write(family: Family, config: BumblebeeConfig) -> Json:
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "hidden_act": "silu",
         **{name: getattr(config, name) for name in _SHARED},
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
         # The older layout of rope settings: newer readers take it too.
         "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling,
+        **({"partial_rotary_factor": config.partial_rotary_factor} if family.partial_rotary_factor else {}),
         **family.write(config),
     }

@@ -1,4 +1,4 @@
-"""Root mean square layer normalisation (arXiv 1910.07467)."""
+"""Normalisation: by the root mean square (arXiv 1910.07467), or torch's LayerNorm (arXiv 1607.06450)."""
 
 from __future__ import annotations
 
@@ -27,3 +27,6 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}

@@ -123,7 +123,7 @@ def test_a_damaged_config_is_named(single, content):
     ("changes", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "architectures ['GPT2LMHeadModel']"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "xielu"}, "hidden_act is 'xielu'"),
         ({"use_sliding_window": True}, "sliding window"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from bumblebee.nn.ffn import SwiGLU
-from bumblebee.nn.norm import RMSNorm
+from bumblebee import config
+from bumblebee.nn.ffn import ACTIVATIONS, GatedFFN, PlainFFN, SwiGLU
+from bumblebee.nn.norm import NORMS, RMSNorm
 
 
 def test_rms_norm_equals_its_formula():
@@ -33,3 +35,30 @@ def test_swiglu_equals_its_formula():
     ffn, x = SwiGLU(8, 12), torch.randn(2, 3, 8)
     gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
     torch.testing.assert_close(ffn(x), ((x @ gate.T) * torch.sigmoid(x @ gate.T) * (x @ up.T)) @ down.T)
+
+
+def test_a_config_knows_the_activations_and_norms_that_there_are():
+    assert (*ACTIVATIONS,) == config.ACTIVATIONS and (*NORMS,) == config.NORMS
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_each_activation_is_transformers(name):
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-6, 6, 1001)
+    torch.testing.assert_close(ACTIVATIONS[name](x), ACT2FN[name](x), rtol=0, atol=1e-6)
+
+
+def test_a_gated_ffn_equals_its_formula_with_another_activation_and_biases():
+    torch.manual_seed(0)
+    ffn, x = GatedFFN(8, 12, "relu2", bias=True), torch.randn(2, 3, 8)
+    gate, up = (layer.weight @ x[..., None] + layer.bias[:, None] for layer in (ffn.gate_proj, ffn.up_proj))
+    inner = (gate.clamp(min=0) ** 2 * up)[..., 0]
+    torch.testing.assert_close(ffn(x), inner @ ffn.down_proj.weight.T + ffn.down_proj.bias)
+
+
+def test_a_plain_ffn_equals_its_formula():
+    torch.manual_seed(0)
+    ffn, x = PlainFFN(8, 12, "relu", bias=True), torch.randn(2, 3, 8)
+    inner = (x @ ffn.up_proj.weight.T + ffn.up_proj.bias).clamp(min=0)
+    torch.testing.assert_close(ffn(x), inner @ ffn.down_proj.weight.T + ffn.down_proj.bias)

@@ -9,8 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bumblebee import Bumblebee
-from bumblebee.nn.rope import RotaryEmbedding, rotary_frequencies, rotate
+from bumblebee import Bumblebee, config
+from bumblebee.nn.rope import (
+    SCALINGS,
+    DynamicRotaryEmbedding,
+    RotaryEmbedding,
+    rotary_frequencies,
+    rotate,
+    rotate_interleaved,
+)  # fmt: skip
 
 D, THETA = 16, 10_000.0
 LLAMA3 = {
@@ -79,3 +86,34 @@ def test_angles_stay_fp32_after_the_model_becomes_bf16(tiny):
 
 def test_frequencies_are_no_part_of_the_state_dict(tiny):
     assert not [key for key in Bumblebee(tiny()).state_dict() if "rotary" in key]
+
+
+def test_a_config_knows_the_scalings_that_there_are():
+    assert config.ROPE_TYPES.keys() == {*SCALINGS, "dynamic"}
+
+
+@pytest.mark.parametrize("turn", [rotate, rotate_interleaved])
+def test_what_lies_behind_the_rotary_dimensions_is_kept(turn):
+    x = torch.randn(2, 5, 3, D)
+    cos, sin = RotaryEmbedding(6, THETA)(torch.arange(5).expand(2, 5))
+    turned = turn(x, cos, sin)
+    torch.testing.assert_close(turned[..., 6:], x[..., 6:], rtol=0, atol=0)
+    torch.testing.assert_close(turned[..., :6], turn(x[..., :6].contiguous(), cos, sin), rtol=0, atol=0)
+    assert (turned[:, 1:, :, :6] != x[:, 1:, :, :6]).any()
+
+
+def test_interleaved_pairs_are_neighbours():
+    """Neighbours put half a head apart, turned, and put back."""
+    x, order = torch.randn(2, 5, 3, D), torch.arange(D).view(-1, 2).T.flatten()
+    cos, sin = RotaryEmbedding(D, THETA)(torch.arange(5).expand(2, 5))
+    expected = rotate(x[..., order], cos, sin)[..., order.argsort()]
+    torch.testing.assert_close(rotate_interleaved(x, cos, sin), expected, rtol=0, atol=0)
+
+
+def test_dynamic_frequencies_depend_on_the_longest_text_of_this_batch_alone():
+    rope, plain = DynamicRotaryEmbedding(D, THETA, 2.0, 64), RotaryEmbedding(D, THETA)
+    short, long = torch.arange(64)[None], torch.arange(100)[None]
+    before = rope(short)
+    torch.testing.assert_close(before, plain(short), rtol=0, atol=1e-5)
+    assert (rope(long)[0][:, :64] - before[0]).abs().max() > 0.1
+    torch.testing.assert_close(rope(short), before, rtol=0, atol=0)
