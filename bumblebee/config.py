@@ -7,7 +7,7 @@ to a folder's config.json, which differs by model family, is in ``bumblebee/chec
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 # rope_type -> the numbers it needs, and those it may have, as in Hugging Face's config.json
@@ -59,6 +59,8 @@ class BumblebeeConfig:
         pad_token_id: id that fills a batch; never a target.
         architecture: the Hugging Face architecture that a folder was read as and is written as again, where others compute the
             same; None: the first that does.
+        model_class: class path of the subclass of Bumblebee that computes this; it notes that itself. None: Bumblebee.
+        extra: whatever such a subclass wants to keep beside, by names of its own.
 
     Raises:
         ValueError: sizes that do not fit together, named with their values.
@@ -91,6 +93,8 @@ class BumblebeeConfig:
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     architecture: str | None = None
+    model_class: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -163,7 +167,7 @@ class BumblebeeConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
-        known = [field.name for field in fields(cls)]
+        known = [each.name for each in fields(cls)]
         for key in changes:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)

@@ -10,6 +10,7 @@ Shapes: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bumblebee.config import BumblebeeConfig
+from bumblebee.model_class import class_for, path_of
 from bumblebee.nn.attention import Attention, LayerCache
 from bumblebee.nn.ffn import GatedFFN, PlainFFN
 from bumblebee.nn.head import Head
@@ -108,7 +110,8 @@ class Bumblebee(nn.Module):
     def __init__(self, config: BumblebeeConfig, attention: str = "auto") -> None:
         super().__init__()
         choose(attention, torch.bfloat16)  # refuses early; the true dtype is known only when the model runs, and checked then
-        self.config = config
+        # A subclass computes something else: its folders say so.
+        self.config = config if type(self) is Bumblebee else replace(config, model_class=path_of(type(self)))
         self.attention = attention
         self.model = self.build_decoder()
         self.lm_head = self.build_head()
@@ -232,6 +235,7 @@ class Bumblebee(nn.Module):
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         attention: str = "auto",
+        trust_remote_code: bool = False,
     ) -> Bumblebee:
         """Read a model folder of a supported Hugging Face architecture, or an adapter folder: merged with its base model.
 
@@ -240,15 +244,17 @@ class Bumblebee(nn.Module):
             dtype: of the weights; None keeps the file's.
             device: where they go.
             attention: as for the constructor.
+            trust_remote_code: a folder that was written by a subclass names it: import that class, which runs its code.
 
         Raises:
-            ValueError: no model folder, an unsupported architecture or setting, or weights that do not fit the model.
+            ValueError: no model folder, an unsupported architecture or setting, weights that do not fit the model, or a
+                subclass's folder where its class may not be imported.
         """
         from bumblebee.checkpoint.folder import load_config, load_weights, parameters_on_meta
 
         config = load_config(folder)
         with parameters_on_meta():
-            model = cls(config, attention=attention)
+            model = class_for(cls, folder, config, trust_remote_code)(config, attention=attention)
         load_weights(folder, model, dtype=dtype, device=torch.device(device))
         model.source = Path(folder)
         return model

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -154,10 +157,53 @@ def test_a_subclass_that_overrides_norm_and_ffn_works_and_trains(tiny, input_ids
     assert losses[-1] < 0.5
 
 
+class Scaled(Bumblebee):
+    """Keeps a number of its own in the config."""
+
+    def build_norm(self) -> nn.Module:
+        norm = super().build_norm()
+        nn.init.constant_(norm.weight, self.config.extra["scale"])
+        return norm
+
+
 def test_a_subclass_is_saved_and_loaded_as_what_it_is(tiny, input_ids, tmp_path):
     model = Research(tiny(vocab_size=V))
     model.save_pretrained(tmp_path / "m")
     again = Research.from_pretrained(tmp_path / "m")
     assert torch.equal(model(input_ids), again(input_ids))
-    with pytest.raises(ValueError, match="do not fit the model: .* left over: "):
+    raw = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert raw["model_class"] == f"{__name__}.Research"
+    assert raw["architectures"] == ["BumblebeeForCausalLM"], "no Hugging Face model computes this"
+
+
+def test_the_code_of_a_subclass_is_imported_only_where_that_is_asked_for(tiny, input_ids, tmp_path, monkeypatch):
+    model = Scaled(tiny(vocab_size=V, extra={"scale": 0.5}))
+    model.save_pretrained(tmp_path / "m")
+    monkeypatch.delitem(sys.modules, __name__)
+    with pytest.raises(ValueError, match=rf"holds a {__name__}.Scaled, whose code would have to be imported"):
         Bumblebee.from_pretrained(tmp_path / "m")
+    assert __name__ not in sys.modules
+    again = Bumblebee.from_pretrained(tmp_path / "m", trust_remote_code=True)
+    assert type(again).__name__ == "Scaled" and again.config == model.config and again.config.extra == {"scale": 0.5}
+    assert torch.equal(model(input_ids), again(input_ids))
+
+
+@pytest.mark.parametrize("path", ["no_such_module.Model", f"{__name__}.NoSuchModel", "Model"])
+def test_a_subclass_that_cannot_be_found_is_named(tiny, tmp_path, path):
+    Bumblebee(tiny()).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["BumblebeeForCausalLM"], "model_class": path}))
+    with pytest.raises(ValueError, match=f"holds a {path}, which cannot be imported here"):
+        Bumblebee.from_pretrained(tmp_path, trust_remote_code=True)
+
+
+def test_another_models_weights_are_where_a_subclass_begins(tiny, tmp_path):
+    Bumblebee(tiny(extra={})).save_pretrained(tmp_path)
+    model = Scaled.from_pretrained  # a folder of Bumblebee itself names no class
+    with pytest.raises(KeyError, match="scale"):
+        model(tmp_path)
+
+    class Same(Bumblebee):
+        pass
+
+    assert Same.from_pretrained(tmp_path).config.model_class.endswith("Same")
