@@ -1,0 +1,144 @@
+"""The worker process: a model, its engine, and a LitServe loop that turns messages into steps.
+
+LitServe starts the process, calls ``Worker.setup`` and then ``Loop.run``. Its own continuous-batching loop polls while nothing
+is to do, and cannot cancel; this one waits for the pipe, reads what has arrived before each step, and sends all outputs of a
+step in one message. So a cancelled request is gone before the next step, and an idle worker uses no processor time.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any
+
+import litserve
+from litserve.loops.base import LitLoop
+from starlette.requests import Request as HTTPRequest
+
+from bumblebee.inference.options import GenerationOptions
+from bumblebee.inference.request import Request
+from serve.keys import Keys
+from serve.messages import Cancel, Failed, Ready, Step
+from serve.options import ServeOptions
+
+if TYPE_CHECKING:
+    from bumblebee.inference.engine import GenerationEngine
+
+
+class Worker(litserve.LitAPI):
+    """What LitServe starts in a process of its own.
+
+    Args:
+        options: the server's.
+        keys: who may ask; looked at in the server's process.
+        spec: the routes; they stay in the server's process.
+    """
+
+    def __init__(self, options: ServeOptions, keys: Keys, spec: Any) -> None:
+        super().__init__(loop=Loop(), spec=spec)
+        self.options, self.keys = options, keys
+
+    def authorize(self, request: HTTPRequest) -> None:
+        """LitServe asks this before each of the spec's routes."""
+        self.keys.check(request.headers.get("authorization"))
+
+    def setup(self, device: str) -> None:
+        """Load the model. What goes wrong is told by the loop: LitServe would only log it."""
+        end_with_parent()
+        self.engine: GenerationEngine | None = None
+        self.greeting: Ready | Failed
+        try:
+            self.engine, self.greeting = self.load(device)
+        except (ValueError, OSError) as error:
+            self.greeting = Failed(str(error))
+        except Exception:
+            traceback.print_exc()
+            self.greeting = Failed(None)
+
+    def load(self, device: str) -> tuple[GenerationEngine, Ready]:
+        """The engine, and what the server's process has to know about it.
+
+        Raises:
+            ValueError: the folder, the device or the dtype cannot be used.
+        """
+        from bumblebee.inference.generator import Generator  # torch, in this process alone
+        from bumblebee.inference.memory import PAGE_SIZE
+
+        options = self.options
+        generator = Generator.from_pretrained(options.model, device=device, dtype=options.dtype)
+        limits = GenerationOptions(options.cache_tokens, options.max_running, options.step_tokens, options.prefix_reuse)
+        engine = generator.engine(limits)
+        cache_tokens = engine.stats().pages_total * PAGE_SIZE
+        return engine, Ready(
+            device=str(generator.device),
+            dtype=str(generator.dtype).removeprefix("torch."),
+            parameters=generator.model.num_parameters(),
+            vocab_size=generator.model.config.vocab_size,
+            cache_tokens=cache_tokens,
+            context_length=min(generator.model.config.max_position_embeddings, cache_tokens),
+            defaults=generator.defaults,
+            stats=engine.stats(),
+        )
+
+
+class Loop(LitLoop):
+    """Messages in, steps out, until the server's process says that it is over."""
+
+    def run(self, lit_api: Worker, device: str, worker_id: int, request_queue: Connection, *rest: Any) -> None:
+        """Called by LitServe when the model is loaded. ``request_queue`` is our pipe to the server's process."""
+        pipe = request_queue
+        pipe.send(lit_api.greeting)
+        engine = lit_api.engine
+        if engine is None:
+            raise SystemExit(1)
+        while True:
+            refused = [refusal for message in arrived(pipe, engine.busy) if (refusal := take(engine, message))]
+            outputs = engine.step()
+            if outputs or refused:
+                pipe.send(Step(outputs, refused, engine.stats()))
+
+
+def arrived(pipe: Connection, busy: bool) -> Iterator[Request | Cancel]:
+    """The messages that are there; where nothing else is to do, wait for one.
+
+    Raises:
+        SystemExit: there will be no more.
+    """
+    patience = 0 if busy else None
+    while pipe.poll(patience):
+        try:
+            message = pipe.recv()
+        except EOFError:
+            message = None
+        if message is None:
+            raise SystemExit(0)
+        yield message
+        patience = 0
+
+
+def take(engine: GenerationEngine, message: Request | Cancel) -> tuple[str, str] | None:
+    """Tell the engine; (id, why) of a request that it refuses."""
+    if isinstance(message, Cancel):
+        engine.cancel(message.id)
+        return None
+    try:
+        engine.submit(message)
+    except ValueError as error:
+        return message.id, str(error)
+    return None
+
+
+def end_with_parent() -> None:
+    """End this process when the server's ends in any way, killed ones included: no worker is left behind."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
