@@ -241,33 +241,20 @@ def generate(words: list[str]) -> None:
 def chat(words: list[str]) -> None:
     """Talk to a model in the terminal."""
     from bumblebee.arguments import Parser, Recipe
-    from serve.terminal.options import ChatOptions
+    from bumblebee.inference.sampling_options import add_sampling_options, given_sampling
+    from serve.terminal.options import NOT_SHOWN, ChatOptions
 
     parser = Parser(prog="bumblebee chat", description="Talk to a model in the terminal.")
     parser.add_argument("--config", action=Recipe, help="a recipe; several compose, later ones win")
     parser.add_class_arguments(ChatOptions, None)
-    add_sampling_options(parser)
+    add_sampling_options(parser, leave_out=NOT_SHOWN)
     cfg = parser.parse(words)
     with user_errors(parser, cfg):
-        from bumblebee.inference.params import SamplingParams
         from serve.terminal.chat import begin
 
         options = ChatOptions(**{name: cfg[name] for name in ChatOptions.__dataclass_fields__})
-        given = {name: cfg[name] for name in SamplingParams.__dataclass_fields__ if cfg[name] is not None}
-        SamplingParams(**given)
-        session = begin(options, given)
+        session = begin(options, given_sampling(cfg))
     raise SystemExit(not session.run() and not session.keyboard.interactive)
-
-
-def add_sampling_options(parser: Any) -> None:
-    from dataclasses import fields
-    from typing import get_type_hints
-
-    from bumblebee.inference.params import SamplingParams
-
-    hints = get_type_hints(SamplingParams)
-    for field in fields(SamplingParams):
-        parser.add_argument(f"--{field.name}", type=hints[field.name] | None, default=None, help="see SamplingParams")
 
 
 def answer(words: list[str]) -> None:

@@ -73,7 +73,7 @@ class Chat:
         except KeyboardInterrupt:
             if not self.keyboard.interactive:
                 raise
-            answer.finish_reason = "stopped"
+            answer.finish_reason = "stopped by Ctrl-C"
         except Refusal as refusal:
             refused = str(refusal)
         if answer.text:
@@ -100,7 +100,7 @@ class Chat:
             self.screen.note("no answer: the question is not kept; /retry asks it again")
         if self.keyboard.interactive and answer.text:
             said = (answer.speed(), ENDS.get(answer.finish_reason or "", answer.finish_reason))
-            self.screen.note("[" + " · ".join(part for part in said if part and part != "stop") + "]")
+            self.screen.note(" · ".join(part for part in said if part and part != "stop"))
 
 
 def begin(options: ChatOptions, sampling: dict[str, Any]) -> Chat:

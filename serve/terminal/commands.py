@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from bumblebee.inference.params import SamplingParams
 from bumblebee.recipes import hint
+from serve.terminal.options import NOT_SHOWN
 
 if TYPE_CHECKING:
     from serve.terminal.chat import Chat
 
-SETTINGS = tuple(field.name for field in fields(SamplingParams) if field.name != "logprobs")  # those are not shown here
+SETTINGS = tuple(field.name for field in fields(SamplingParams) if field.name not in NOT_SHOWN)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,21 @@
-"""LocalModel: a partner in this process. Ctrl-C is seen between two pieces, never inside one."""
+"""LocalModel: a partner in this process, a model folder in an engine.
+
+The engine lives as long as the chat: what it has computed for the earlier turns is found again, and only the new question is
+computed. Ctrl-C is seen between two steps of the engine, never inside one, so that its pages are given back in order.
+"""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from bumblebee.inference.generator import Generator
-from bumblebee.inference.params import SamplingParams
+from bumblebee.inference.options import GenerationOptions
+from bumblebee.inference.request import Request
 from serve.terminal.partner import Message, Piece, Pieces, Refusal
 
 
@@ -25,12 +32,15 @@ class LocalModel:
         self.generator, self.place = generator, place
         self.templated = bool(generator.tokenizer.settings.get("chat_template"))
         self.raw = not self.templated if raw is None else raw
+        self.engine = generator.engine(GenerationOptions(max_running=1))
+        self.room = min(generator.model.config.max_position_embeddings, self.engine.pages.total * self.engine.pages.size)
+        self._numbers = count()
 
     def describe(self) -> str:
         """The folder, the model's size and where it is computed."""
-        model, generator = self.generator.model, self.generator
-        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        room = f"{model.config.max_position_embeddings} tokens of context"
+        generator = self.generator
+        size = sum(parameter.numel() for parameter in generator.model.parameters()) / 1e6
+        room = f"room for {self.room} tokens"
         kind = (
             "" if not self.raw else "; raw: each input is continued" + ("" if self.templated else ", there is no chat template")
         )
@@ -38,28 +48,38 @@ class LocalModel:
 
     def reply(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Pieces:
         """See Partner."""
+        try:
+            request = self._request(messages, sampling)
+            self.engine.submit(request)
+        except ValueError as error:
+            raise Refusal(str(error)) from error
+        new_tokens = 0
         with interrupts_held_back() as interrupted:
             try:
-                prompt = self._ids(messages)
-                for text in self.generator.stream(prompt, SamplingParams(**sampling)):
-                    yield Piece(text)
-                    if interrupted():
-                        break
-            except ValueError as error:
-                raise Refusal(str(error)) from error
+                while self.engine.busy and not interrupted():
+                    for output in self.engine.step():
+                        new_tokens += len(output.tokens)
+                        yield Piece(output.text, new_tokens, output.finish_reason)
+            finally:
+                self.engine.cancel(request.id)
+                self.engine.step()  # ends what was cancelled, computes nothing
         if interrupted():
             raise KeyboardInterrupt
 
-    def _ids(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt, if the model can take it."""
-        if self.raw:
-            ids = self.generator.encode(messages[-1]["content"])
-        else:
-            ids = self.generator.tokenizer.chat_template.ids_of(messages, None, True)
-        if len(ids) >= (longest := self.generator.model.config.max_position_embeddings):
-            fits = f"{len(ids)} tokens, and the model takes {longest}, its answer's included"
+    def _request(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Request:
+        """The request for an answer, of as many tokens as there is room for."""
+        params = replace(self.generator.defaults, **sampling)
+        ids = self._ids(messages)
+        if len(ids) >= self.room:
+            fits = f"{len(ids)} tokens, and there is room for {self.room}, the answer's included"
             raise ValueError(f"what was said has {fits}: /reset begins a new conversation")
-        return ids
+        params = replace(params, max_new_tokens=min(params.max_new_tokens, self.room - len(ids)))
+        return Request(str(next(self._numbers)), ids, params)
+
+    def _ids(self, messages: Sequence[Message]) -> list[int]:
+        if self.raw:
+            return self.generator.encode(messages[-1]["content"])
+        return self.generator.tokenizer.chat_template.ids_of(messages, None, True)
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+NOT_SHOWN = ("logprobs",)  # options of sampling whose results a terminal has no place for
+
 
 @dataclass(frozen=True)
 class ChatOptions:
