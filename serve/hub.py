@@ -65,7 +65,7 @@ class Run:
         self.indices = {uuid.uuid4().hex: job.index for job in jobs}
         self._first: dict[str, float] = {}  # when a job's first token came
         self._new = dict.fromkeys(self.indices, 0)  # tokens of each
-        self._unfinished = set(self.indices)
+        self._unfinished = dict.fromkeys(self.indices)
         self._undelivered = len(jobs)
         self._arrived: asyncio.Queue[Output | Fault] = asyncio.Queue()
 
@@ -86,7 +86,7 @@ class Run:
         """Take what a step has brought."""
         self._measure(output)
         if output.finish_reason is not None:
-            self._unfinished.discard(output.id)
+            self._unfinished.pop(output.id, None)
             self.replica.runs.pop(output.id, None)
         if output.finish_reason == "timeout":
             seconds = time.monotonic() - self._begun

@@ -1,6 +1,6 @@
 """The parts of LitServe that serve/ stands on. They are inner ones: with another version, look here first.
 
-When this fails after an update of litserve: read the change, mend serve/server.py, serve/loop.py or serve/endpoints.py, then these.
+When this fails after an update of litserve: read the change, mend serve/server.py, loop.py or endpoints.py, then these tests.
 """
 
 from __future__ import annotations
