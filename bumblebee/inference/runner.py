@@ -25,6 +25,7 @@ class Runner:
         self.model = model
         weight = next(model.parameters())
         self.cache = KVCache(model.config, pages, page_size, weight.dtype, weight.device)
+        self.together = weight.device.type != "cpu"  # the single tokens of a step share one call of attention
 
     @torch.inference_mode()
     def run(self, chunks: Several[Chunk]) -> Tensor:
@@ -49,5 +50,5 @@ class Runner:
             [chunk.count for chunk in chunks],
             self.cache.page_size,
             self.cache.device,
-            together=self.cache.device.type != "cpu",
+            self.together,
         )

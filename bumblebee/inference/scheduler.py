@@ -2,7 +2,7 @@
 
 A request is admitted when all pages that it can ever need are there, so none ends midway for lack of memory. The first in the
 queue is never overtaken. Each step computes the next token of every growing sequence, and spends the rest of its tokens on
-prompts, the oldest first. No more sequences run than a step has tokens, so each of them gets on in every step.
+prompts, the oldest first. No more sequences run than a step has tokens, so some are always left for the oldest prompt.
 
 Prompts that begin alike are computed once: while an older sequence computes a page that a younger one needs next, the younger
 one waits, and takes the page over when it is there. Who is waited for always runs in the same step, so nobody waits for ever;

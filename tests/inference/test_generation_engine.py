@@ -1,0 +1,437 @@
+"""The engine's tokens are those of a loop without any cache, whatever else it computes; and it loses no page."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bumblebee import Bumblebee, SamplingParams, Tokenizer
+from bumblebee.inference.engine import GenerationEngine, GenerationOptions
+from bumblebee.inference.request import Output, Request
+
+V, LONGEST = 64, 96
+COMMON = [(7 * n) % V for n in range(40)]  # a prefix of two pages and a half
+
+
+def greedy(new: int = 12, **others) -> SamplingParams:
+    return SamplingParams(max_new_tokens=new, temperature=0.0, **others)
+
+
+def make_model(tiny) -> Bumblebee:
+    """Weights drawn wide, so that the most likely token leads by far more than rounding."""
+    torch.manual_seed(0)
+    return Bumblebee(tiny(vocab_size=V, initializer_range=0.3, max_position_embeddings=LONGEST)).eval()
+
+
+@pytest.fixture(scope="module")
+def model(tiny) -> Bumblebee:
+    return make_model(tiny)
+
+
+@pytest.fixture(scope="module")
+def naive(model):
+    """The most likely token of a full forward pass, again and again: (prompt, number) -> new tokens."""
+
+    @cache
+    @torch.no_grad()
+    def continued(prompt: tuple[int, ...], number: int) -> list[int]:
+        if number == 0:
+            return []
+        before = continued(prompt, number - 1)
+        return [*before, int(model(torch.tensor([[*prompt, *before]]))[0, -1].argmax())]
+
+    return lambda prompt, number: continued(tuple(prompt), number)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder) -> Tokenizer:
+    return Tokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture
+def engine_of(model, tokenizer):
+    """Makes engines; when the test is over, none of them has lost a page or kept a request."""
+    made: list[GenerationEngine] = []
+
+    def make(stop_ids=(), **options) -> GenerationEngine:
+        made.append(GenerationEngine(model, tokenizer, stop_ids, GenerationOptions(**options)))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        finish(engine)
+        check_pages(engine)
+        stats = engine.stats()
+        assert (stats.running, stats.waiting) == (0, 0) and stats.pages_free + stats.pages_cached == stats.pages_total
+
+
+def check_pages(engine: GenerationEngine) -> None:
+    pages = engine.pages
+    assert pages.free + pages.cached + pages.used == pages.total
+    held = {page for sequence in engine.scheduler.running for page in sequence.pages}
+    assert pages.used == len(held)
+
+
+def finish(engine: GenerationEngine, steps: int = 2000) -> dict[str, list[Output]]:
+    """Step until nothing is left; the outputs of each request."""
+    found: dict[str, list[Output]] = {}
+    for _ in range(steps):
+        if not engine.busy:
+            return found
+        for output in engine.step():
+            found.setdefault(output.id, []).append(output)
+        check_pages(engine)
+    raise AssertionError("it does not end")
+
+
+def ids(outputs: list[Output]) -> list[int]:
+    return [token.id for output in outputs for token in output.tokens]
+
+
+def run(engine: GenerationEngine, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
+    for number, prompt in enumerate(prompts):
+        engine.submit(Request(str(number), prompt, params))
+    found = finish(engine)
+    return [ids(found[str(number)]) for number in range(len(prompts))]
+
+
+PROMPTS = [[5], [1, 2, 3], COMMON, COMMON[:16], COMMON[:17], [*COMMON, 9], [60, 3] * 20]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+def test_alone(engine_of, naive, prompt):
+    (found,) = run(engine_of(), [prompt], greedy())
+    assert found == naive(prompt, 12)
+    assert len(set(found)) > 3, "not the same token again and again, which would prove little"
+
+
+@pytest.mark.parametrize("step_tokens", [1, 2, 7, 16, 17, 512])
+@pytest.mark.parametrize("prefix_reuse", [True, False])
+def test_together_with_prompts_in_chunks_of_any_size(engine_of, naive, step_tokens, prefix_reuse):
+    engine = engine_of(step_tokens=step_tokens, prefix_reuse=prefix_reuse)
+    assert run(engine, PROMPTS, greedy()) == [naive(prompt, 12) for prompt in PROMPTS]
+    assert (engine.stats().cached_tokens > 0) == prefix_reuse
+
+
+def test_single_tokens_in_one_call_as_on_a_gpu(engine_of, naive, monkeypatch):
+    engine = engine_of(step_tokens=20)
+    engine.runner.together = True
+    assert run(engine, PROMPTS, greedy()) == [naive(prompt, 12) for prompt in PROMPTS]
+
+
+def test_requests_that_join_and_leave_midway(engine_of, naive):
+    engine, found = engine_of(), {}
+    for number, prompt in enumerate(PROMPTS):
+        engine.submit(Request(str(number), prompt, greedy(3 + 2 * number)))
+        for _ in range(3):
+            for output in engine.step():
+                found.setdefault(output.id, []).append(output)
+    for name, outputs in finish(engine).items():
+        found.setdefault(name, []).extend(outputs)
+    for number, prompt in enumerate(PROMPTS):
+        assert ids(found[str(number)]) == naive(prompt, 3 + 2 * number)
+
+
+def test_a_known_prefix_is_not_computed_again(engine_of, naive):
+    engine = engine_of()
+    engine.submit(Request("first", COMMON, greedy()))
+    finish(engine)
+    before = engine.stats().steps
+    engine.submit(Request("second", [*COMMON, 1, 2], greedy()))
+    outputs = finish(engine)["second"]
+    assert outputs[-1].cached_tokens == 32 and outputs[-1].prompt_tokens == 42
+    assert ids(outputs) == naive([*COMMON, 1, 2], 12)
+    assert engine.stats().steps - before == 12
+
+
+def test_the_next_turn_of_a_chat_takes_over_the_answer_before(engine_of, naive):
+    engine = engine_of()
+    (answer,) = run(engine, [COMMON], greedy(30))
+    engine.submit(Request("next", [*COMMON, *answer, 8, 9], greedy()))
+    outputs = finish(engine)["next"]
+    assert outputs[0].cached_tokens == 64, "of 40 + 30 tokens four whole pages"
+    assert ids(outputs) == naive([*COMMON, *answer, 8, 9], 12)
+
+
+def test_a_cancelled_request_frees_its_pages_in_the_next_step_and_the_others_go_on(engine_of, naive):
+    engine = engine_of(prefix_reuse=False)
+    for name, prompt in (("a", COMMON), ("b", [*COMMON, 1]), ("c", [9, 8, 7])):
+        engine.submit(Request(name, prompt, greedy()))
+    seen = [output for _ in range(3) for output in engine.step()]
+    engine.cancel("a")
+    engine.cancel("nobody")
+    used = engine.pages.used
+    after = engine.step()
+    (last,) = [output for output in after if output.id == "a"]
+    assert last.finish_reason == "cancelled" and last.tokens == [] and engine.pages.used == used - 4
+    seen += after
+    engine.cancel("a")  # it is gone: nothing happens
+    seen += [output for outputs in finish(engine).values() for output in outputs]
+    for name, prompt in (("b", [*COMMON, 1]), ("c", [9, 8, 7])):
+        assert ids([output for output in seen if output.id == name]) == naive(prompt, 12)
+    assert sum(output.finish_reason is not None for output in seen) == 3
+
+
+def test_a_request_is_cancelled_while_another_waits_for_its_prefix(engine_of, naive):
+    engine = engine_of(step_tokens=5)
+    engine.submit(Request("first", COMMON, greedy()))
+    engine.submit(Request("second", [*COMMON, 1], greedy()))
+    for _ in range(5):
+        assert engine.step() == []
+    engine.cancel("first")
+    assert ids(finish(engine)["second"]) == naive([*COMMON, 1], 12)
+
+
+def test_a_waiting_request_can_be_cancelled(engine_of):
+    engine = engine_of(max_running=1)
+    engine.submit(Request("first", [1], greedy()))
+    engine.submit(Request("second", [2], greedy()))
+    engine.step()
+    engine.cancel("second")
+    found = finish(engine)
+    assert [output.finish_reason for output in found["second"]] == ["cancelled"] and len(ids(found["first"])) == 11
+
+
+def test_after_pages_were_taken_from_others(engine_of, naive):
+    """A cache of five pages, in which each prompt pushes out what the ones before have left."""
+    engine = engine_of(cache_tokens=80)
+    for round_ in range(3):
+        for number, prompt in enumerate([COMMON, [1] * 40, [*COMMON, 5], [2, 3] * 20]):
+            name = f"{round_} {number}"
+            engine.submit(Request(name, prompt, greedy()))
+            assert ids(finish(engine)[name]) == naive(prompt, 12)
+    assert engine.stats().cached_tokens > 0
+
+
+@pytest.fixture(scope="module")
+def half(tiny) -> Bumblebee:
+    return make_model(tiny).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_bf16_logits_are_those_of_one_pass_within_rounding(half, tokenizer, together, monkeypatch):
+    """bf16 is up to 0.5 away from fp32 here; two ways to add up in bf16 may differ by nearly as much."""
+    engine = GenerationEngine(half, tokenizer, (), GenerationOptions(step_tokens=11))
+    engine.runner.together = together
+    logits, run_ = {}, engine.runner.run
+
+    def kept(chunks):
+        out = run_(chunks)
+        rows = [chunk.sequence for chunk in chunks if chunk.is_last]
+        logits.update({(each.request.id, len(each.tokens)): row for each, row in zip(rows, out, strict=True)})
+        return out
+
+    monkeypatch.setattr(engine.runner, "run", kept)
+    found = run(engine, PROMPTS, greedy())
+    assert len(logits) == 12 * len(PROMPTS)
+    for (name, length), row in logits.items():
+        text = torch.tensor([[*PROMPTS[int(name)], *found[int(name)]][:length]])
+        torch.testing.assert_close(row, half(text)[0, -1], rtol=0, atol=0.3)
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_any_schedule(data, model, tokenizer, naive):
+    """Random prompts over a few tokens, options, moments of arrival and cancellations."""
+    options = GenerationOptions(
+        cache_tokens=data.draw(st.sampled_from([96, 160, 400])),
+        max_running=data.draw(st.integers(1, 5)),
+        step_tokens=data.draw(st.sampled_from([1, 3, 8, 20, 64])),
+        prefix_reuse=data.draw(st.booleans()),
+    )
+    engine = GenerationEngine(model, tokenizer, (), options)
+    prompt = st.builds(
+        lambda cut, rest: COMMON[:cut] + rest, st.sampled_from([0, 16, 33]), st.lists(st.integers(0, 2), max_size=6)
+    )
+    prompts = data.draw(st.lists(prompt.filter(bool), min_size=1, max_size=6))
+    lengths = [data.draw(st.integers(1, 12)) for _ in prompts]
+    engine.runner.together = data.draw(st.booleans())
+    found: dict[str, list[Output]] = {str(number): [] for number in range(len(prompts))}
+    cancelled = set()
+    for number, prompt in enumerate(prompts):
+        engine.submit(Request(str(number), prompt, greedy(lengths[number])))
+        for _ in range(data.draw(st.integers(0, 4))):
+            for output in engine.step():
+                found[output.id].append(output)
+            check_pages(engine)
+        if data.draw(st.integers(0, 4)) == 0:
+            cancelled.add(str(name := data.draw(st.integers(0, number))))
+            engine.cancel(str(name))
+    for name, outputs in finish(engine).items():
+        found[name] += outputs
+    for number, prompt in enumerate(prompts):
+        expected, outputs = naive(prompt, lengths[number]), found[str(number)]
+        assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
+        assert ids(outputs) == expected[: len(ids(outputs))]
+        assert outputs[-1].finish_reason == "length" and ids(outputs) == expected or str(number) in cancelled
+    assert engine.pages.free + engine.pages.cached == engine.pages.total
+
+
+def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(engine_of):
+    params = SamplingParams(max_new_tokens=20, seed=7, temperature=1.5)
+    alone = [run(engine_of(), [prompt], params)[0] for prompt in PROMPTS]
+    assert run(engine_of(), PROMPTS, params) == alone
+    assert run(engine_of(step_tokens=9, max_running=3), PROMPTS, params) == alone
+    assert run(engine_of(), [COMMON] * 3, params) == [alone[PROMPTS.index(COMMON)]] * 3
+    assert len({tuple(tokens) for tokens in run(engine_of(), [COMMON] * 3, SamplingParams(max_new_tokens=20))}) == 3
+
+
+def test_stop_ids_and_strings_end_a_text_before_themselves(engine_of, naive, tokenizer):
+    tokens = naive(COMMON, 12)
+    place = next(place for place in range(3, 12) if tokens[place] not in tokens[:place])
+    before = b"".join(tokenizer.token_bytes[token] for token in tokens[:place]).decode(errors="replace")
+    for engine, params in (
+        (engine_of(), greedy(stop_ids=[tokens[place]])),
+        (engine_of(), greedy(stop_ids=[tokens[place]], ignore_eos=True)),
+        (engine_of(stop_ids=[tokens[place]]), greedy()),
+    ):
+        engine.submit(Request("a", COMMON, params))
+        outputs = finish(engine)["a"]
+        assert ids(outputs) == tokens[: place + 1] and outputs[-1].finish_reason == "stop"
+        assert "".join(output.text for output in outputs) == before
+    engine = engine_of(stop_ids=[tokens[place]])
+    engine.submit(Request("a", COMMON, greedy(ignore_eos=True)))
+    assert ids(finish(engine)["a"]) == tokens
+    letter = next(character for character in before if character.isascii())
+    engine.submit(Request("a", COMMON, greedy(stop=[letter])))
+    outputs = finish(engine)["a"]
+    assert outputs[-1].finish_reason == "stop"
+    assert "".join(output.text for output in outputs) == before[: before.index(letter)]
+
+
+def test_a_deadline_ends_running_and_waiting_requests(engine_of, monkeypatch):
+    now = time.monotonic()
+    engine = engine_of(max_running=1)
+    for name, deadline in (("running", now + 50), ("waiting", now + 50), ("free", None), ("later", now + 500)):
+        engine.submit(Request(name, [1, 2], greedy(), deadline))
+    assert [output.id for output in engine.step()] == ["running"]
+    monkeypatch.setattr(time, "monotonic", lambda: now + 100)
+    found = finish(engine)
+    assert [output.finish_reason for output in found["running"]] == ["timeout"]
+    assert [output.finish_reason for output in found["waiting"]] == ["timeout"]
+    assert len(ids(found["free"])) == len(ids(found["later"])) == 12
+
+
+def test_the_order_of_first_tokens_is_the_order_of_submission(engine_of):
+    engine = engine_of(max_running=2, cache_tokens=96, step_tokens=8)
+    for number in range(8):
+        engine.submit(Request(str(number), [number] * (30 if number % 3 == 0 else 4), greedy(3)))
+    first: list[str] = []
+    while engine.busy:
+        first += [output.id for output in engine.step() if output.id not in first]
+    assert set(first) == set(map(str, range(8)))
+    assert all(abs(place - int(name)) <= 1 for place, name in enumerate(first)), "two run at a time"
+
+
+def test_logprobs_are_those_of_the_model(engine_of, model):
+    engine = engine_of()
+    engine.submit(Request("a", COMMON, greedy(4, logprobs=3)))
+    tokens = [token for output in finish(engine)["a"] for token in output.tokens]
+    text = [*COMMON, *(token.id for token in tokens)]
+    with torch.no_grad():
+        expected = model(torch.tensor([text]))[0].log_softmax(-1)
+    for place, token in enumerate(tokens, start=len(COMMON) - 1):
+        assert token.logprob == pytest.approx(float(expected[place, token.id]), abs=1e-4)
+        values, indices = expected[place].topk(3)
+        assert [index for index, _ in token.top] == indices.tolist()
+        assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], greedy(), "the prompt is empty: there is nothing to continue"),
+        ([1] * 96, greedy(), "the prompt has 96 tokens; the model takes 96, new ones included"),
+        ([1, 64], greedy(), "the prompt has the id 64; the model's ids go from 0 to 63"),
+        ([1, -1], greedy(), "the prompt has the id -1; the model's ids go from 0 to 63"),
+        ([1], greedy(stop_ids=[64]), "stop_ids names token 64; the model has the tokens 0 to 63"),
+        (
+            [1] * 40, greedy(50),
+            "the prompt's 40 tokens and 50 new ones need 96 positions of the key-value cache, which has 64:"
+            " set a smaller max_new_tokens or a larger cache_tokens",
+        ),
+    ],
+)  # fmt: skip
+def test_what_can_never_run_is_refused_with_the_numbers(engine_of, prompt, params, message):
+    engine = engine_of(cache_tokens=60)
+    with pytest.raises(ValueError) as caught:
+        engine.submit(Request("a", prompt, params))
+    assert str(caught.value) == message
+    assert not engine.busy and engine.step() == []
+
+
+def test_an_id_that_is_in_use_is_refused(engine_of):
+    engine = engine_of()
+    engine.submit(Request("a", [1], greedy(1)))
+    with pytest.raises(ValueError, match="a request with the id 'a' is there already"):
+        engine.submit(Request("a", [2], greedy(1)))
+    finish(engine)
+    engine.submit(Request("a", [2], greedy(1)))
+
+
+def test_a_broken_step_changes_nothing_and_can_be_computed_again(engine_of, naive, monkeypatch):
+    engine = engine_of(step_tokens=20)
+    for number, prompt in enumerate(PROMPTS):
+        engine.submit(Request(str(number), prompt, greedy()))
+    engine.submit(Request("late", [1], greedy()))
+    found: dict[str, list[Output]] = {}
+    forward, broken = engine.runner.model.forward, 0
+    while engine.busy:
+        monkeypatch.setattr(engine.runner.model, "forward", breaks_after_the_first_layer(engine.runner.model))
+        engine.cancel("late")
+        with pytest.raises(MemoryError):
+            engine.step()
+        broken += 1
+        monkeypatch.setattr(engine.runner.model, "forward", forward)
+        check_pages(engine)
+        for output in engine.step():
+            found.setdefault(output.id, []).append(output)
+    assert broken > 12
+    assert [output.finish_reason for output in found["late"]] == ["cancelled"], "told when a step succeeds"
+    assert [ids(found[str(number)]) for number in range(len(PROMPTS))] == [naive(prompt, 12) for prompt in PROMPTS]
+
+
+def breaks_after_the_first_layer(model: Bumblebee):
+    def forward(input_ids, position_ids, cache, logits_at):
+        noise = torch.randn(1, input_ids.shape[1], 4, 8)
+        cache[0].attend(noise, noise[:, :, :2], noise[:, :, :2])
+        raise MemoryError("no memory left")
+
+    return forward
+
+
+def test_a_reset_drops_everything(engine_of, naive):
+    engine = engine_of()
+    for number, prompt in enumerate(PROMPTS):
+        engine.submit(Request(str(number), prompt, greedy()))
+    engine.step()
+    engine.cancel("1")
+    engine.reset()
+    assert not engine.busy and engine.step() == []
+    assert engine.pages.free == engine.pages.total
+    assert run(engine, [COMMON], greedy()) == [naive(COMMON, 12)]
+
+
+def test_the_stats_tell_what_was_done(engine_of):
+    engine = engine_of(max_running=1, cache_tokens=100)
+    stats = engine.stats()
+    assert (stats.pages_total, stats.pages_free, stats.steps) == (7, 7, 0)
+    engine.submit(Request("a", COMMON, greedy(5)))
+    engine.submit(Request("b", COMMON, greedy(5)))
+    engine.step()
+    assert (engine.stats().running, engine.stats().waiting) == (1, 1)
+    finish(engine)
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.cached_tokens, stats.new_tokens, stats.steps) == (80, 32, 10, 10)
+    assert (stats.pages_free, stats.pages_cached) == (5, 2)
+
+
+@pytest.mark.parametrize("name", ["cache_tokens", "max_running", "step_tokens"])
+def test_a_limit_below_one_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        GenerationOptions(**{name: 0})

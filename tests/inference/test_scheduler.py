@@ -1,0 +1,153 @@
+"""Who is computed when: first come, first served, nobody starves, and prompts that begin alike are computed once."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bumblebee.inference.pages import Pages
+from bumblebee.inference.params import SamplingParams
+from bumblebee.inference.request import Request
+from bumblebee.inference.scheduler import Scheduler
+from bumblebee.inference.sequence import Sequence
+
+SIZE, LONGEST = 4, 64
+names = itertools.count()
+
+
+def sequence(prompt: list[int], new: int = 4) -> Sequence:
+    return Sequence(Request(str(next(names)), prompt, SamplingParams(max_new_tokens=new)), LONGEST, SIZE)
+
+
+def scheduler(*sequences: Sequence, pages: int = 64, running: int = 16, tokens: int = 8, reuse: bool = True) -> Scheduler:
+    made = Scheduler(Pages(pages, SIZE, reuse), running, tokens)
+    made.waiting.extend(sequences)
+    return made
+
+
+def step(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
+    """Compute what is planned: tokens of growing sequences are all 7; who is at its limit leaves."""
+    planned = [(chunk.sequence, chunk.count, chunk.is_last, chunk) for chunk in scheduler.plan()]
+    for sequence, _, is_last, chunk in planned:
+        scheduler.advance(chunk)
+        if is_last:
+            sequence.tokens.append(7)
+            if len(sequence.tokens) == sequence.limit:
+                scheduler.remove(sequence)
+    return [(sequence, count) for sequence, count, *_ in planned]
+
+
+def finished(sequence: Sequence) -> bool:
+    return len(sequence.tokens) == sequence.limit
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_the_next_tokens_of_others():
+    short, long = sequence([1, 2], new=9), sequence(list(range(20)))
+    queue = scheduler(short, long, tokens=8)
+    assert step(queue) == [(short, 2), (long, 6)]
+    assert step(queue) == [(short, 1), (long, 7)]
+    assert step(queue) == [(short, 1), (long, 7)]
+    assert step(queue) == [(short, 1), (long, 1)]
+
+
+def test_no_more_run_than_a_step_has_tokens():
+    sequences = [sequence([n, n]) for n in range(5)]
+    queue = scheduler(*sequences, tokens=2)
+    step(queue)
+    assert queue.running == sequences[:2] and list(queue.waiting) == sequences[2:]
+
+
+def test_the_first_of_the_queue_is_not_overtaken_by_one_that_would_fit():
+    running, large, small = sequence([0] * 8, new=9), sequence([1] * 20, new=8), sequence([2])
+    queue = scheduler(running, large, small, pages=9, tokens=32)  # they need 4, 7 and 1 pages
+    step(queue)
+    assert queue.running == [running] and list(queue.waiting) == [large, small]
+    while not finished(running):
+        step(queue)
+    step(queue)
+    assert queue.running == [large, small]
+
+
+def test_all_pages_are_reserved_at_admission():
+    first = sequence([0] * 8, new=9)
+    queue = scheduler(first, sequence([1] * 8, new=9), pages=7)
+    queue.plan()
+    assert len(first.pages) == first.pages_needed == 4
+    assert (queue.pages.used, queue.pages.free) == (4, 3) and len(queue.waiting) == 1
+
+
+def test_prompts_that_begin_alike_are_computed_once_when_they_come_together():
+    common = list(range(17))
+    sequences = [sequence([*common, n]) for n in range(20, 24)]
+    queue = scheduler(*sequences, tokens=8)
+    computed = {each: 0 for each in sequences}
+    for _ in range(20):
+        for each, count in step(queue):
+            computed[each] += count
+    assert all(map(finished, sequences))
+    assert [computed[each] for each in sequences] == [18 + 3, 2 + 3, 2 + 3, 2 + 3], "the last new token is not computed"
+    assert [each.cached_tokens for each in sequences] == [0, 16, 16, 16]
+
+
+def test_who_waits_for_a_cancelled_one_computes_the_prefix_itself():
+    common = list(range(30))
+    first, second = sequence(common), sequence([*common, 1])
+    queue = scheduler(first, second, tokens=8)
+    assert step(queue) == [(first, 8)]
+    assert step(queue) == [(first, 8)]
+    queue.remove(first)
+    assert step(queue) == [(second, 8)]
+    assert second.cached_tokens == 16 and second.computed == 24
+
+
+def test_without_reuse_nobody_waits_for_a_prefix():
+    first, second = sequence(list(range(20))), sequence(list(range(20)))
+    queue = scheduler(first, second, tokens=32, reuse=False)
+    assert step(queue) == [(first, 20), (second, 12)]
+
+
+def test_the_last_token_of_a_prompt_is_computed_even_if_all_of_it_is_known():
+    first, second = sequence([0] * 8), sequence([0] * 8)
+    queue = scheduler(first, tokens=32)
+    while not finished(first):
+        step(queue)
+    queue.waiting.append(second)
+    assert step(queue) == [(second, 4)], "its second page holds its last token"
+    assert second.cached_tokens == 4
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=24), st.integers(1, 6)), min_size=1, max_size=8),
+    st.integers(8, 20),
+    st.integers(1, 5),
+    st.integers(1, 9),
+    st.data(),
+)
+def test_in_every_history_all_are_admitted_in_their_order_and_end(reuse, wishes, pages, running, tokens, data):
+    """Also with cancellations. Each step gets on with the oldest and with all who grow by single tokens."""
+    sequences = [sequence(*wish) for wish in wishes]
+    queue = scheduler(*sequences, pages=pages, running=running, tokens=tokens, reuse=reuse)
+    cancelled: set[Sequence] = set()
+    for _ in range(sum(each.limit for each in sequences) + 1):
+        if data.draw(st.integers(0, 9)) == 0 and (there := [*queue.running, *queue.waiting]):
+            chosen = data.draw(st.sampled_from(there))
+            cancelled.add(chosen)
+            queue.remove(chosen)
+        oldest = queue.running[:1]
+        growing = [each for each in queue.running if each.remaining == 1]
+        before, queued = {each: each.computed for each in sequences}, list(queue.waiting)
+        planned = step(queue)
+        assert sum(count for _, count in planned) <= tokens
+        assert bool(planned) == any(each not in cancelled and before[each] < each.limit - 1 for each in sequences)
+        assert list(queue.waiting) == queued[len(queued) - len(queue.waiting) :], "admitted in their order"
+        running_now = [each for each, _ in planned]
+        assert all(each.computed > before[each] for each in running_now)
+        assert set(growing) <= set(running_now)
+        assert set(oldest) <= set(running_now)
+        assert queue.pages.free + queue.pages.cached + queue.pages.used == pages
+    assert all(finished(each) or each in cancelled for each in sequences)
+    assert queue.pages.free + queue.pages.cached == pages
