@@ -1,0 +1,96 @@
+/**
+ * One answer on its way: sends the request, writes the text into a message as it arrives, keeps time, and can be stopped.
+ * Dispatches "change" whenever there is something new to show.
+ */
+
+import { Failure } from "./failure.js";
+
+const ROUTES = { chat: "v1/chat/completions", completion: "v1/completions" };
+
+export class Answer extends EventTarget {
+  #abort = new AbortController();
+  #clock = { sent: 0, first: 0, last: 0, chunks: 0 };
+
+  /**
+   * @param {import("./connection.js").Connection} connection
+   * @param {import("./conversation.js").Message} message the answer's text is appended to its content
+   */
+  constructor(connection, message) {
+    super();
+    this.connection = connection;
+    this.message = message;
+  }
+
+  /** Leaving the request frees the server's slot. What has arrived is kept. */
+  stop() {
+    this.#abort.abort();
+  }
+
+  /**
+   * Ends when the answer does, well or not; how, is written in the message.
+   * @param {"chat"|"completion"} mode
+   * @param {object} body
+   */
+  async run(mode, body) {
+    const { message } = this;
+    delete message.finish;
+    try {
+      while (!(await this.#attempt(mode, body))) await this.connection.ready(this.#abort.signal);
+      message.finish ??= "stop";
+    } catch (error) {
+      this.#end(error);
+    }
+    this.dispatchEvent(new Event("change"));
+  }
+
+  /** @returns {Promise<boolean>} false when the server is not ready, so that it is worth waiting and asking again */
+  async #attempt(mode, body) {
+    delete this.message.error;
+    this.#clock = { sent: performance.now(), first: 0, last: 0, chunks: 0 };
+    try {
+      for await (const chunk of this.connection.client.stream(ROUTES[mode], body, this.#abort.signal)) this.#take(chunk);
+      return true;
+    } catch (error) {
+      if (error.kind !== "loading") throw error;
+      this.message.error = error.record();
+      this.dispatchEvent(new Event("change"));
+      return false;
+    }
+  }
+
+  #take({ model, choices: [choice] = [], usage }) {
+    const { message } = this;
+    if (model) message.model = model;
+    const text = choice?.delta?.content ?? choice?.text ?? "";
+    if (text) this.#count();
+    message.content += text;
+    if (choice?.finish_reason) message.finish = choice.finish_reason;
+    message.stats = this.#stats(usage);
+    this.dispatchEvent(new Event("change"));
+  }
+
+  #count() {
+    this.#clock.last = performance.now();
+    this.#clock.first ||= this.#clock.last;
+    this.#clock.chunks += 1;
+  }
+
+  /** Until the usage arrives with the last chunk, a chunk counts as a token. */
+  #stats(usage) {
+    const { sent, first, last, chunks } = this.#clock;
+    const tokens = usage?.completion_tokens ?? chunks;
+    const rate = tokens > 1 && last > first ? ((tokens - 1) * 1000) / (last - first) : undefined;
+    return { prompt: usage?.prompt_tokens, tokens, first: first ? (first - sent) / 1000 : undefined, rate };
+  }
+
+  #end(error) {
+    const { message } = this;
+    if (this.#abort.signal.aborted) {
+      delete message.error;
+      message.finish = "stopped";
+      return;
+    }
+    message.finish = "failed";
+    message.error = (error instanceof Failure ? error : new Failure("server", error.message)).record();
+  }
+}

@@ -1,0 +1,183 @@
+/** One message on the page: a question as it was typed, or an answer as Markdown, with its buttons, its figures and its errors. */
+
+import { copy, element, icon, iconButton } from "./dom.js";
+import { describe } from "./failure.js";
+import { MarkdownView } from "./markdown.js";
+import { announce } from "./notices.js";
+
+const THINKING = /^\s*<think>([\s\S]*?)(?:<\/think>\s*|$)/;  // what reasoning models write before their answer
+const ENDS = {
+  length: "Cut off: the answer reached the limit of tokens.",
+  stopped: "Stopped.",
+  timeout: "Cut off: the answer took longer than the server allows.",
+  cancelled: "The server ended this answer.",
+};
+
+/**
+ * What a reader can do with a message; `Chat` does it.
+ * @typedef {object} Actions
+ * @property {(id: string) => void} regenerate
+ * @property {(id: string, text: string) => void} resend
+ * @property {() => void} goOn
+ * @property {(kind: string) => void} help what the buttons of an error do: "key", "new", "completion"
+ */
+
+export class MessageView {
+  #spoken = 0;
+  #fault = "";
+
+  /**
+   * @param {import("./conversation.js").Message} message
+   * @param {Actions} actions
+   */
+  constructor(message, actions) {
+    this.message = message;
+    this.actions = actions;
+    const mine = message.role === "user";
+    const heading = element("h2", { className: "visually-hidden" }, mine ? "You" : "Bumblebee");
+    this.body = element("div", { className: mine ? "question" : "prose" });
+    this.ends = element("div", { className: "ends" });
+    this.tools = element("div", { className: "tools" });
+    this.root = element("article", { className: `message ${mine ? "of-user" : "of-model"}`, dataset: { id: message.id } },
+      heading, this.body, this.ends, this.tools);
+    if (mine) this.#showQuestion();
+    else this.#prepareAnswer();
+  }
+
+  /**
+   * Shows an answer as it is now.
+   * @param {{running: boolean, last: boolean}} state
+   */
+  update({ running, last }) {
+    this.root.classList.toggle("last", last);
+    if (this.message.role === "user") return;
+    const { message } = this;
+    const thoughts = THINKING.exec(message.content);
+    this.#showThoughts(thoughts, running);
+    const text = thoughts ? message.content.slice(thoughts[0].length) : message.content;
+    this.markdown.update(text, running);
+    this.root.classList.toggle("waiting", running && message.content === "" && !message.error);
+    this.root.setAttribute("aria-busy", String(running));
+    this.#showEnd(running, last);
+    this.#showFigures(running);
+    this.tools.hidden = running;
+    if (running || this.#spoken) this.#speak(running);
+  }
+
+  #showQuestion() {
+    const { message, actions } = this;
+    this.body.replaceChildren(message.content);
+    this.tools.replaceChildren(
+      copyButton("Copy the question", () => message.content),
+      iconButton("edit", "Edit and send again", () => this.#edit(actions)),
+    );
+  }
+
+  #edit(actions) {
+    const area = element("textarea", { value: this.message.content, rows: 1, aria: { label: "Edit the question" } });
+    const done = () => (this.#showQuestion(), this.tools.lastElementChild.focus());
+    const send = (event) => (event.preventDefault(), area.value.trim() && actions.resend(this.message.id, area.value));
+    const form = element("form", { className: "edit", onsubmit: send }, area,
+      element("button", { type: "button", onclick: done }, "Cancel"),
+      element("button", { type: "submit", className: "primary" }, "Send"));
+    area.onkeydown = (event) => {
+      if (event.key === "Escape") event.stopPropagation(), done();
+      else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+    };
+    this.body.replaceChildren(form);
+    this.tools.replaceChildren();
+    area.focus();
+  }
+
+  #prepareAnswer() {
+    const { message, actions } = this;
+    this.thoughts = element("details", { className: "thoughts", hidden: true }, element("summary", {}, "Thoughts"), element("div", {}));
+    const text = element("div", {});
+    this.body.append(this.thoughts, text);
+    this.markdown = new MarkdownView(text);
+    this.figures = element("span", { className: "figures" });
+    this.tools.append(
+      copyButton("Copy the answer", () => message.content.replace(THINKING, "")),
+      iconButton("again", "Answer again", () => actions.regenerate(message.id)),
+      this.figures,
+    );
+  }
+
+  #showThoughts(found, running) {
+    this.thoughts.hidden = !found?.[1].trim();
+    if (!found) return;
+    this.thoughts.firstChild.textContent = running && !found[0].includes("</think>") ? "Thinking…" : "Thoughts";
+    this.thoughts.lastChild.textContent = found[1].trim();
+  }
+
+  /** Why the answer ended, where it is not plain, and what can be done about it. */
+  #showEnd(running, last) {
+    const { message } = this;
+    const state = JSON.stringify([running, last, message.error, message.finish]);
+    if (state === this.#fault) return;
+    this.#fault = state;
+    this.root.classList.toggle("failed", Boolean(message.error));
+    if (message.error) return this.ends.replaceChildren(this.#faultBox(message.error, last, running));
+    const cut = message.finish ?? (running ? undefined : "lost");
+    const words = cut === "lost" ? describe({ kind: "lost", message: "" }).title : ENDS[cut];
+    this.ends.replaceChildren(...(words && !running ? [element("p", {}, words), ...(last ? this.#goOn() : [])] : []));
+  }
+
+  #faultBox(error, last, running) {
+    const { title, text, detail } = describe(error);
+    const box = element("div", { className: "fault", role: "alert" }, element("strong", {}, title));
+    if (detail) box.append(element("p", { className: "detail" }, detail));
+    if (text) box.append(element("p", {}, text));
+    if (last && !running) box.append(element("div", { className: "row" }, ...this.#remedies(error)));
+    return box;
+  }
+
+  #remedies({ kind, retryAfter }) {
+    const { actions, message } = this;
+    const help = (label, what) => element("button", { type: "button", onclick: () => actions.help(what) }, label);
+    const again = element("button", { type: "button", onclick: () => actions.regenerate(message.id) }, "Try again");
+    if (retryAfter) countDown(again, retryAfter);
+    const first = { key: [help("Enter the key", "key")], too_long: [help("New conversation", "new")], no_template: [help("Completion mode", "completion")] };
+    return [...(first[kind] ?? []), ...(message.content ? this.#goOn() : []), again];
+  }
+
+  #goOn() {
+    const { goOn } = this.actions;
+    return this.message.content ? [element("button", { type: "button", onclick: () => goOn() }, "Continue")] : [];
+  }
+
+  #showFigures(running) {
+    const { stats = {}, model } = this.message;
+    const figures = [
+      model,
+      stats.tokens && `${stats.tokens} tokens`,
+      stats.rate && `${stats.rate.toFixed(stats.rate < 100 ? 1 : 0)} tokens/s`,
+      stats.first && `first after ${stats.first.toFixed(2)} s`,
+    ];
+    this.figures.textContent = running ? "" : figures.filter(Boolean).join(" · ");
+  }
+
+  /** Whole blocks as they are finished: a screen reader that gets every token reads nothing to its end. */
+  #speak(running) {
+    const texts = this.markdown.finished(this.#spoken, running);
+    this.#spoken += texts.length;
+    texts.forEach(announce);
+  }
+}
+
+function copyButton(label, text) {
+  const button = iconButton("copy", label, async () => {
+    await copy(text());
+    button.replaceChildren(icon("check"));
+    announce("Copied");
+    setTimeout(() => button.replaceChildren(icon("copy")), 1500);
+  });
+  return button;
+}
+
+/** A button that can be pressed once the time is over. */
+function countDown(button, seconds) {
+  button.disabled = seconds > 0;
+  button.textContent = seconds > 0 ? `Try again in ${seconds} s` : "Try again";
+  if (seconds > 0) setTimeout(() => countDown(button, seconds - 1), 1000);
+}

@@ -1,0 +1,25 @@
+/** What the page says outside of the conversation: passing notes with an undo, and words for screen readers alone. */
+
+import { byId, element, icon } from "./dom.js";
+
+const SHOWN = 8000;  // milliseconds; longer while the pointer or the focus is on it
+
+/**
+ * @param {string} text
+ * @param {{label: string, run: () => void}} [action] a button, "Undo" for example
+ */
+export function notify(text, action) {
+  const note = element("div", { className: "note" }, element("span", {}, text));
+  if (action) note.append(element("button", { type: "button", onclick: () => (note.remove(), action.run()) }, action.label));
+  note.append(element("button", { type: "button", className: "quiet", aria: { label: "Dismiss" }, onclick: () => note.remove() }, icon("close")));
+  const leave = () => (note.matches(":hover, :focus-within") ? setTimeout(leave, SHOWN) : note.remove());
+  setTimeout(leave, SHOWN);
+  byId("notes").replaceChildren(note);
+}
+
+/** Text that a screen reader speaks and nobody sees. */
+export function announce(text) {
+  const line = element("p", {}, text);
+  byId("spoken").append(line);
+  setTimeout(() => line.remove(), 30_000);
+}
