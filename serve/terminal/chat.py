@@ -111,12 +111,10 @@ def begin(options: ChatOptions, sampling: dict[str, Any]) -> Chat:
     """
     screen, interactive = Screen(), sys.stdin.isatty() and sys.stdout.isatty()
     partner = partner_of(options)
-    if partner.raw and options.system_prompt is not None:
-        raise ValueError("system_prompt: a model that continues plain text has no place for it")
     if partner.raw and options.raw is None:
-        screen.note(
-            f"{options.model} has no chat template: each input is continued as it stands (--raw false would try ChatML)"
-        )
+        screen.note(f"{options.model} has no chat template: each input is continued as it stands (--raw false: ask in ChatML)")
+    if partner.raw and options.system_prompt is not None:
+        raise ValueError("system_prompt: there is no place for one where text is continued: say --system_prompt null")
     keyboard: Keyboard = Lines()
     if interactive:
         from serve.terminal.editor import Editor

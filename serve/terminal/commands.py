@@ -55,6 +55,8 @@ def _reset(chat: Chat, rest: str) -> None:
 
 
 def _system(chat: Chat, text: str) -> None:
+    if text and chat.partner.raw:
+        raise ValueError("/system: there is no place for a system prompt where text is continued")
     if text:
         chat.conversation.system = None if text in ('""', "''") else text
     system = chat.conversation.system

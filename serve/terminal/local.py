@@ -38,23 +38,16 @@ class LocalModel:
 
     def describe(self) -> str:
         """The folder, the model's size and where it is computed."""
-        generator = self.generator
-        size = sum(parameter.numel() for parameter in generator.model.parameters()) / 1e6
-        room = f"room for {self.room} tokens"
-        kind = (
-            "" if not self.raw else "; raw: each input is continued" + ("" if self.templated else ", there is no chat template")
-        )
-        return f"{self.place}: {size:.3g} M parameters, {room}, {generator.dtype} on {generator.device}{kind}"
+        size = sum(parameter.numel() for parameter in self.generator.model.parameters()) / 1e6
+        place = f"{str(self.generator.dtype).removeprefix('torch.')} on {self.generator.device}"
+        raw = "; raw: each input is continued" if self.raw else ""
+        return f"{self.place}: {size:.3g} M parameters, {place}, room for {self.room} tokens{raw}"
 
     def reply(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Pieces:
         """See Partner."""
-        try:
-            request = self._request(messages, sampling)
-            self.engine.submit(request)
-        except ValueError as error:
-            raise Refusal(str(error)) from error
-        new_tokens = 0
         with interrupts_held_back() as interrupted:
+            request = self._submit(messages, sampling)
+            new_tokens = 0
             try:
                 while self.engine.busy and not interrupted():
                     for output in self.engine.step():
@@ -65,6 +58,14 @@ class LocalModel:
                 self.engine.step()  # ends what was cancelled, computes nothing
         if interrupted():
             raise KeyboardInterrupt
+
+    def _submit(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Request:
+        try:
+            request = self._request(messages, sampling)
+            self.engine.submit(request)
+        except ValueError as error:
+            raise Refusal(str(error)) from error
+        return request
 
     def _request(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Request:
         """The request for an answer, of as many tokens as there is room for."""

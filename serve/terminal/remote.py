@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,7 +28,7 @@ class RemoteModel:
     """Talks to a server.
 
     Args:
-        url: where it is; without a path, OpenAI's ``/v1`` is meant.
+        url: where it is; where it has no path, ``/v1`` is meant.
         name: the model's name there.
         api_key: None where the server asks for none.
         raw: continue plain text.
@@ -46,36 +47,31 @@ class RemoteModel:
 
     def reply(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Pieces:
         """See Partner."""
-        try:
-            yield from self._pieces(messages, sampling)
-        except openai.APIStatusError as error:
-            raise Refusal(f"{error.status_code}: {told_by(error)}{_advice(error)}") from error
-        except openai.APITimeoutError as error:
-            raise Refusal(f"{self.url} takes too long to answer") from error
-        except openai.APIConnectionError as error:
-            why = error.__cause__ or error
-            raise Refusal(f"{self.url} cannot be reached ({why}): is the server running?") from error
-        except openai.APIError as error:  # in the midst of the answer
-            raise Refusal(f"the server ended the answer: {told_by(error)}") from error
-
-    def _pieces(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Pieces:
         finished = False
-        with self._ask(messages, sampling) as chunks:
+        with self._asked(messages, sampling) as chunks:
             for chunk in self._arriving(chunks):
                 yield (piece := self._piece(chunk))
                 finished = finished or piece.finish_reason is not None
         if not finished:
             raise Refusal(f"{self.url} stopped in the midst of the answer")
 
+    def _asked(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Any:
+        """The stream of chunks, or why there is none."""
+        try:
+            return self._ask(messages, sampling)
+        except openai.APIStatusError as error:
+            raise Refusal(f"{error.status_code}: {told_by(error)}{_advice(error)}") from error
+        except openai.APITimeoutError as error:
+            raise Refusal(f"{self.url} takes too long to answer") from error
+        except openai.APIError as error:
+            raise Refusal(f"{self.url} cannot be reached ({told_by(error)}): is the server running?") from error
+
     def _arriving(self, chunks: Iterator[Any]) -> Iterator[Any]:
-        """The chunks. What fails while they are read is the network's matter or the server's, by whatever name: the client
-        lets errors of the libraries below it through."""
+        """The chunks. What fails while they are read is the network's matter or the server's, whatever raises it."""
         try:
             yield from chunks
-        except openai.APIError:
-            raise
         except Exception as error:
-            raise Refusal(f"the connection to {self.url} broke: {error}") from error
+            raise Refusal(f"{self.url} broke the answer off: {told_by(error)}") from error
 
     def _ask(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Any:
         """The stream of chunks."""
@@ -94,15 +90,16 @@ class RemoteModel:
         return Piece(text, used and used.completion_tokens, choice.finish_reason if choice else None)
 
 
-def told_by(error: openai.APIError) -> str:
-    """The server's own words."""
-    body = error.body
-    message = body.get("message") if isinstance(body, dict) else None
-    return str(message or error.message)
+def told_by(error: Exception) -> str:
+    """The server's own words, or the system's."""
+    body = getattr(error, "body", None)
+    if isinstance(body, dict) and body.get("message"):
+        return str(body["message"])
+    return re.sub(r"^\[Errno -?\d+\] ", "", str(error.__cause__ or error))
 
 
 def _advice(error: openai.APIStatusError) -> str:
     wait = error.response.headers.get("retry-after")
-    later = f" in {wait} s" if wait and error.status_code in (429, 503) else ""
+    later = f", in {wait} s" if wait and error.status_code in (429, 503) else ""
     advice = WHAT_TO_DO.get(error.status_code)
     return f" ({advice}{later})" if advice else ""

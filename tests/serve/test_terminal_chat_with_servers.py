@@ -1,0 +1,179 @@
+"""The chat in a terminal with servers: what they stream, and the many ways in which they refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from bumblebee.cli import main
+from serve.terminal.partner import Piece
+from serve.terminal.remote import RemoteModel
+
+MESSAGES = [{"role": "user", "content": "Why?"}]
+
+
+class Stub:
+    """A server that says what it is told to say, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, dict[str, str], dict[str, Any]]] = []  # path, headers, body
+        self.replies: list[tuple[int, dict[str, str], bytes]] = []  # one for each request
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                stub.asked.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
+                status, headers, content = stub.replies.pop(0)
+                self.send_response(status)
+                for name, value in {"Content-Type": "application/json", **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def streams(self, *events: dict[str, Any] | str, length: int | None = None) -> None:
+        """Answer the next request with events, and say that they have more bytes than there are."""
+        lines = (event if isinstance(event, str) else json.dumps(event) for event in events)
+        content = "".join(f"data: {line}\n\n" for line in lines).encode()
+        more = {} if length is None else {"Content-Length": str(length)}
+        self.replies.append((200, {"Content-Type": "text/event-stream", **more}, content))
+
+    def refuses(self, status: int, message: str, **headers: str) -> None:
+        """Answer the next request with an error."""
+        self.replies.append((status, headers, json.dumps({"error": {"message": message, "type": "x"}}).encode()))
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    server = Stub()
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+@pytest.fixture
+def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str, int]]:
+    """A function that pipes inputs into ``bumblebee chat --url``: gives stdout, stderr and the exit code."""
+
+    def run(url: str, *words: str, inputs: str) -> tuple[str, str, int]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(inputs))
+        with pytest.raises(SystemExit) as ended:
+            main(["chat", "--url", url, *words])
+        printed = capsys.readouterr()
+        return printed.out, printed.err, int(ended.value.code or 0)
+
+    return run
+
+
+def chunk(text: str | None, finish_reason: str | None = None) -> dict[str, Any]:
+    return {"id": "a", "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": finish_reason}]}
+
+
+USAGE = {"id": "a", "choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}}
+WHOLE = (chunk("Be"), chunk("es."), chunk(None, "stop"), USAGE, "[DONE]")
+
+
+def test_answers_are_streamed_and_the_conversation_goes_along(stub: Stub, talk) -> None:
+    stub.streams(*WHOLE)
+    stub.streams(*WHOLE)
+    words = ("--system_prompt", "Be brief.", "--temperature", "0.5", "--top_k", "5", "--max_new_tokens", "9", "--api_key", "k")
+    assert talk(stub.url, *words, inputs="Who?\nWhy?") == ("Bees.\nBees.\n", "", 0)
+    path, headers, body = stub.asked[1]
+    assert path == "/v1/chat/completions" and headers["authorization"] == "Bearer k"
+    assert body == {
+        "model": "bumblebee", "stream": True, "stream_options": {"include_usage": True},
+        "temperature": 0.5, "top_k": 5, "max_tokens": 9,
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"},
+                     {"role": "assistant", "content": "Bees."}, {"role": "user", "content": "Why?"}],
+    }  # fmt: skip
+
+
+def test_raw_text_goes_to_the_completions(stub: Stub, talk) -> None:
+    stub.streams({"choices": [{"index": 0, "text": " fly.", "finish_reason": "stop"}]}, "[DONE]")
+    assert talk(f"{stub.url}/other/", "--raw", "true", inputs="The bees") == (" fly.\n", "", 0)
+    path, _, body = stub.asked[0]
+    assert path == "/other/completions" and body["prompt"] == "The bees" and "messages" not in body
+
+
+def test_tokens_are_the_servers_count(stub: Stub) -> None:
+    stub.streams(*WHOLE)
+    pieces = list(RemoteModel(stub.url, "bumblebee").reply(MESSAGES, {}))
+    assert pieces[:2] == [Piece("Be"), Piece("es.")] and pieces[-1].new_tokens == 2
+
+
+def test_a_refusal_is_one_line_that_says_what_to_do_and_the_chat_goes_on(stub: Stub, talk) -> None:
+    stub.refuses(401, "this key is not known")
+    stub.refuses(429, "too many requests wait", **{"Retry-After": "3"})
+    stub.refuses(503, "the model is being loaded")
+    stub.refuses(404, "there is no model 'x'")
+    stub.refuses(400, "temperature must be\n at most 2")
+    stub.replies.append((502, {"Content-Type": "text/html"}, b"<html>Bad Gateway</html>"))
+    stub.streams(*WHOLE)
+    out, err, code = talk(stub.url, inputs="Why?\n" + 6 * "/retry\n")
+    assert err.splitlines()[:5] == [
+        "bumblebee: 401: this key is not known (say --api_key KEY)",
+        "bumblebee: 429: too many requests wait (/retry asks again, in 3 s)",
+        "bumblebee: 503: the model is being loaded (/retry asks again)",
+        "bumblebee: 404: there is no model 'x' (see --url and --name)",
+        "bumblebee: 400: temperature must be at most 2",
+    ]
+    assert err.splitlines()[5].startswith("bumblebee: 502: ") and err.count("\n") == 6
+    assert (out, code) == ("Bees.\n", 1)
+    assert [len(body["messages"]) for _, _, body in stub.asked] == 7 * [1]
+
+
+def test_a_server_that_is_not_there_is_named(talk) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+    out, err, code = talk(f"http://127.0.0.1:{port}", inputs="Why?\n/retry")
+    line = f"bumblebee: http://127.0.0.1:{port} cannot be reached (Connection refused): is the server running?\n"
+    assert (out, err, code) == ("", 2 * line, 1)
+
+
+@pytest.mark.parametrize(
+    ("events", "length", "why"),
+    [
+        ((chunk("Be"), {"error": {"message": "its process has ended", "type": "x"}}), None, "its process has ended"),
+        ((chunk("Be"),), None, "stopped in the midst of the answer"),
+        ((chunk("Be"),), 5000, "broke the answer off: peer closed"),
+        ((chunk("Be"), "{no json"), None, "broke the answer off"),
+    ],
+)
+def test_an_answer_that_breaks_off_is_kept_as_far_as_it_came(stub: Stub, talk, events, length, why: str, tmp_path) -> None:
+    stub.streams(*events, length=length)
+    out, err, code = talk(stub.url, inputs=f"Why?\n/save {tmp_path}/a.json")
+    assert (out, code) == ("Be\n", 1)
+    assert why in err.splitlines()[0] and "Traceback" not in err
+    assert [one["content"] for one in json.loads((tmp_path / "a.json").read_text())["messages"]] == ["Why?", "Be"]
+
+
+def test_leaving_an_answer_closes_the_connection(stub: Stub) -> None:
+    stub.streams(*[chunk("Be")] * 1000)
+    pieces = RemoteModel(stub.url, "bumblebee").reply(MESSAGES, {})
+    assert next(pieces) == Piece("Be")
+    pieces.close()
+    with pytest.raises(StopIteration):
+        next(pieces)
+
+
+def test_an_answer_of_nothing_is_no_turn(stub: Stub, talk) -> None:
+    stub.streams(chunk(""), chunk(None, "stop"), "[DONE]")
+    stub.streams(*WHOLE)
+    out, err, _ = talk(stub.url, inputs="Who?\nWhy?")
+    assert out == "Bees.\n" and "/retry" in err
+    assert len(stub.asked[1][2]["messages"]) == 1
