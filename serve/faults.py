@@ -82,7 +82,7 @@ class Fault(Exception):
         """The first thing that is wrong with a body, as one sentence that names the field and what would be right."""
         first = error.errors(include_url=False)[0]
         kind, context = first["type"], first.get("ctx", {})
-        param = path([*first["loc"], *([context["field"]] if "field" in context else [])])
+        param = path([*first["loc"], *context.get("field", ())])
         right = RIGHT[kind].format(**context) if kind in RIGHT else first["msg"]
         got = f", not {shown(first['input'])}" if kind in RIGHT and kind != "missing" else ""
         return invalid(f"{param or 'the body'} {right}{got}", param, CODES.get(kind, "invalid_value"))

@@ -53,9 +53,10 @@ def parse(model: type[Body], raw: bytes) -> Body:
         raise Fault.from_validation(error) from None
 
 
-def _field(kind: str, name: str, message: str) -> PydanticCustomError:
-    # The text is a format string to pydantic.
-    return PydanticCustomError(kind, "{message}", {"field": name, "message": message})
+def _field(kind: str, field: str | tuple[str | int, ...], message: str) -> PydanticCustomError:
+    """What is wrong with something within the value that is checked."""
+    within = (field,) if isinstance(field, str) else field
+    return PydanticCustomError(kind, "{message}", {"field": within, "message": message})  # the text is a format string
 
 
 def _wrong(message: str) -> PydanticCustomError:
@@ -225,9 +226,27 @@ class Message(Strict):
         return self
 
     @property
-    def text(self) -> str | None:
+    def text(self) -> str:
         """The content, its parts joined."""
-        return None if self.content is None else "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or ())
+
+    def plain(self) -> dict[str, Any]:
+        """The message as chat templates know it; a developer's is the system's."""
+        other = self.model_dump(include={"name", "tool_calls", "tool_call_id"}, exclude_none=True)
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text, **other}
+
+
+def _answered(messages: list[Message]) -> list[Message]:
+    """Results of tools belong to calls before them."""
+    called: set[str] = set()
+    for index, message in enumerate(messages):
+        called.update(call.id for call in message.tool_calls or ())
+        if message.tool_call_id is not None and message.tool_call_id not in called:
+            raise _field("wrong", (index, "tool_call_id"), f"{message.tool_call_id!r} is of no call before it")
+    return messages
+
+
+Messages = Annotated[list[Message], Field(min_length=1), AfterValidator(_answered)]
 
 
 class Function(Strict):
@@ -316,7 +335,7 @@ class ChatRequest(Sampling):
         "web_search_options": "there is no search",
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT64 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -369,7 +388,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
 
     @model_validator(mode="after")

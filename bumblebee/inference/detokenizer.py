@@ -19,23 +19,25 @@ class Detokenizer:
     Args:
         tokenizer: of the tokens.
         stop: texts before which the text ends; none of them is empty.
+        spelled: special tokens that stand in the text as they are spelled.
 
     Attributes:
         stopped: whether a stop string was found: the text is complete.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), spelled: Sequence[int] = ()) -> None:
         self.stopped = False
         self._pieces = tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = tuple(stop)
+        self._spelled = {index: (tokenizer.backend.id_to_token(index) or "").encode() for index in spelled}
         self._held = ""
 
     def add(self, token_id: int) -> str:
         """The text that is complete with this token; may be empty."""
         # A model may have more rows than the tokenizer has ids: such a token has no text.
         piece = self._pieces[token_id] if token_id < len(self._pieces) else b""
-        return self._grow(self._decoder.decode(piece))
+        return self._grow(self._decoder.decode(self._spelled.get(token_id, piece)))
 
     def finish(self) -> str:
         """What is left when no more tokens come."""

@@ -36,7 +36,7 @@ class _Growing:
         request = sequence.request
         self.sequence = sequence
         self.sampler = SamplerState(request.prompt, request.params)
-        self.detokenizer = Detokenizer(tokenizer, request.params.stop)
+        self.detokenizer = Detokenizer(tokenizer, request.params.stop, request.params.spelled_ids)
 
 
 class GenerationEngine:

@@ -32,6 +32,7 @@ class SamplingParams:
         logit_bias: added to the logits of these token ids, such as {50: -100}.
         stop: texts that end the answer; it ends before them.
         stop_ids: token ids that end the answer, beside the model's own.
+        spelled_ids: special tokens that stand in the text as they are spelled; the others have no text.
         logprobs: tell the log probability of each new token, and of this number of the most likely ones; null tells none.
         seed: of the random choice; null chooses anew each time.
         ignore_eos: go on after the end-of-text token.
@@ -51,6 +52,7 @@ class SamplingParams:
     logit_bias: dict[int, float] = field(default_factory=dict)
     stop: list[str] = field(default_factory=list)
     stop_ids: list[int] = field(default_factory=list)
+    spelled_ids: list[int] = field(default_factory=list)
     logprobs: int | None = None
     seed: int | None = None
     ignore_eos: bool = False
@@ -69,7 +71,8 @@ class SamplingParams:
             ("frequency_penalty", _number(self.frequency_penalty, -2, 2), "between -2 and 2"),
             ("logit_bias", _biases(self.logit_bias), biases),
             ("stop", _list(self.stop) and len(self.stop) <= STOPS and all(map(_stop, self.stop)), texts),
-            ("stop_ids", _list(self.stop_ids) and all(_whole(i, 0) for i in self.stop_ids), "a list of token ids, 0 or more"),
+            ("stop_ids", _ids(self.stop_ids), "a list of token ids, 0 or more"),
+            ("spelled_ids", _ids(self.spelled_ids), "a list of token ids, 0 or more"),
             ("logprobs", self.logprobs is None or _whole(self.logprobs, 0, TOP_LOGPROBS), f"between 0 and {TOP_LOGPROBS}"),
             ("seed", self.seed is None or _whole(self.seed, *SEEDS), "a whole number of 64 bits"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
@@ -84,7 +87,7 @@ class SamplingParams:
         Raises:
             ValueError: it has not.
         """
-        for name in ("logit_bias", "stop_ids"):
+        for name in ("logit_bias", "stop_ids", "spelled_ids"):
             if wrong := [index for index in getattr(self, name) if index >= vocab_size]:
                 raise ValueError(f"{name} names token {wrong[0]}; the model has the tokens 0 to {vocab_size - 1}")
 
@@ -100,6 +103,10 @@ def _number(value: Any, least: float, most: float = INFINITY) -> bool:
 
 def _list(value: Any) -> bool:
     return isinstance(value, list | tuple)
+
+
+def _ids(value: Any) -> bool:
+    return _list(value) and all(_whole(index, 0) for index in value)
 
 
 def _stop(value: Any) -> bool:

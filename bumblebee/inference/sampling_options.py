@@ -30,7 +30,7 @@ def add_sampling_options(parser: Parser, group: str = "", leave_out: Collection[
     kinds = get_type_hints(SamplingParams)
     for field in fields(SamplingParams):
         if field.name not in leave_out:
-            name, text = f"--{group}.{field.name}" if group else f"--{field.name}", helps[field.name].rstrip(".")
+            name, text = f"--{group}.{field.name}" if group else f"--{field.name}", (helps[field.name] or "").rstrip(".")
             otherwise = "" if field.default in (None, MISSING) else "; null: as the model folder says"
             parser.add_argument(name, type=kinds[field.name] | None, default=None, help=text + otherwise)
 

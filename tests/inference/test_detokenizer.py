@@ -65,6 +65,13 @@ def test_special_tokens_have_no_text(tokenizer):
 # -- stop strings --------------------------------------------------------------------------------------------------------
 
 
+def test_special_tokens_that_are_to_be_spelled_are_text(tokenizer):
+    start, end = (tokenizer.id_of(token) for token in ("<|im_start|>", "<|im_end|>"))
+    detokenizer = Detokenizer(tokenizer, ["_start|>!"], [start])
+    ids = [start, *tokenizer.encode("a"), end, start, *tokenizer.encode("!")]
+    assert "".join(map(detokenizer.add, ids)) == "<|im_start|>a<|im" and detokenizer.stopped
+
+
 def cut(text: str, stop: list[str]) -> tuple[str, bool]:
     """A search of the whole text: the first moment at which a stop string is complete, and the longest one then."""
     for end in range(len(text) + 1):

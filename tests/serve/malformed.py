@@ -105,7 +105,7 @@ MALFORMED = [
     _message(
         "a result of another call",
         "messages[2].tool_call_id",
-        "no call",
+        "is of no call",
         USER,
         _call("{}"),
         {"role": "tool", "content": "2", "tool_call_id": "call_2"},
@@ -132,7 +132,8 @@ MALFORMED = [
     _chat("both names of a limit", "max_tokens", "one of them", max_tokens=4, max_completion_tokens=5),
     # Completions.
     _completion("no prompt", "prompt", "must be a string, a list", prompt=None),
-    _completion("an empty prompt", "prompt", "empty", prompt=[]),
+    _completion("an empty prompt", "prompt", "empty", prompt=""),
+    _completion("no prompts", "prompt", "must be a string, a list", prompt=[]),
     _completion("a mixed prompt", "prompt", "must be a string, a list", prompt=["a", 5]),
     _completion("a fraction among ids", "prompt", "must be a string, a list", prompt=[1, 2.5]),
     _completion("an id below zero", "prompt", "-1", prompt=[5, -1]),
