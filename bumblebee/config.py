@@ -23,6 +23,7 @@ ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {
 }
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
 NORMS = ("rmsnorm", "layernorm")
+BALANCES = ("sequence", "batch")
 
 
 @dataclass
@@ -54,6 +55,19 @@ class BumblebeeConfig:
         residual_dropout: share of what attention and feed-forward part add to the stream that is zeroed in training.
         embedding_dropout: share of the embedded tokens that is zeroed in training.
         initializer_range: standard deviation of the normal distribution that weights are drawn from.
+        num_experts: experts of a sparse layer, of which each token uses a few (mixture of experts); 0 or null for none.
+        num_experts_per_tok: experts that each token uses.
+        moe_intermediate_size: width of the inner layer of one expert; None means intermediate_size.
+        norm_topk_prob: the weights of a token's experts add up to one.
+        n_shared_experts: further experts that every token uses; 0 for none.
+        shared_expert_gate: each token scales the output of the shared experts, as in Qwen2-MoE.
+        decoder_sparse_step: every n-th layer is sparse, the first of them layer n - 1; all others have one SwiGLU.
+        mlp_only_layers: numbers of further layers that are not sparse; [0] for a dense first layer, as in DeepSeekMoE.
+        router_balance_loss: what the balance loss looks at, "sequence" or "batch" (see ``bumblebee/nn/balance.py``).
+        router_aux_loss_coef: weight of the balance loss of each layer; 0 for none.
+        router_z_loss_coef: weight of the router's z-loss of each layer; 0 for none.
+        router_bias_update_rate: balance by a bias in the choice of experts as well, which each optimizer step moves by this much;
+            0 keeps the bias as it is, None is without one.
         bos_token_id: id that begins a text, or None.
         eos_token_id: id, or ids, that end a text.
         pad_token_id: id that fills a batch; never a target.
@@ -89,6 +103,18 @@ class BumblebeeConfig:
     residual_dropout: float = 0.0
     embedding_dropout: float = 0.0
     initializer_range: float = 0.02
+    num_experts: int | None = 0
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    n_shared_experts: int = 0
+    shared_expert_gate: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] = field(default_factory=list)
+    router_balance_loss: str = "sequence"
+    router_aux_loss_coef: float = 0.001
+    router_z_loss_coef: float = 0.0
+    router_bias_update_rate: float | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -130,6 +156,9 @@ class BumblebeeConfig:
         if self.rope_scaling is not None:
             self._check_rope_scaling(self.rope_scaling)
             self.rope_scaling = None if self.rope_scaling["rope_type"] == "default" else self.rope_scaling
+        self.num_experts = self.num_experts or 0
+        if self.num_experts:
+            self._check_experts()
 
     @staticmethod
     def _check_rope_scaling(scaling: dict[str, Any]) -> None:
@@ -150,6 +179,35 @@ class BumblebeeConfig:
         """How many dimensions of a head are turned by its position."""
         assert self.head_dim is not None
         return int(self.head_dim * self.partial_rotary_factor)
+
+    def _check_experts(self) -> None:
+        """What a mixture of experts needs.
+
+        Raises:
+            ValueError: a number out of its range, or no sparse layer.
+        """
+        least = {"num_experts": 1, "decoder_sparse_step": 1, "n_shared_experts": 0, "router_aux_loss_coef": 0,
+                 "router_z_loss_coef": 0, "router_bias_update_rate": 0, "moe_intermediate_size": 1}  # fmt: skip
+        for name, bound in least.items():
+            if (value := getattr(self, name)) is not None and not value >= bound:
+                raise ValueError(f"{name} must be at least {bound}, got {value}")
+        if not 1 <= self.num_experts_per_tok <= (self.num_experts or 0):
+            raise ValueError(
+                f"num_experts_per_tok must be from 1 to num_experts, which is {self.num_experts}; got {self.num_experts_per_tok}"
+            )
+        if self.router_balance_loss not in BALANCES:
+            raise ValueError(f"router_balance_loss must be {' or '.join(BALANCES)}, got {self.router_balance_loss!r}")
+        if self.shared_expert_gate and not self.n_shared_experts:
+            raise ValueError("shared_expert_gate is set without n_shared_experts: there is nothing to scale")
+        if not any(map(self.is_sparse, range(self.num_hidden_layers))):
+            raise ValueError(
+                f"num_experts is {self.num_experts} and no layer is sparse: of {self.num_hidden_layers} layers decoder_sparse_step"
+                f" {self.decoder_sparse_step} and mlp_only_layers {self.mlp_only_layers} leave none"
+            )
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, is a mixture of experts. Qwen3-MoE's pattern."""
+        return bool(self.num_experts) and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -24,8 +24,10 @@ from bumblebee.nn.attention import Attention, LayerCache
 from bumblebee.nn.ffn import GatedFFN, PlainFFN
 from bumblebee.nn.head import Head
 from bumblebee.nn.kernels import AttentionMask, choose
+from bumblebee.nn.moe import Experts, MixtureOfExperts, Router, mixture
 from bumblebee.nn.norm import NORMS
 from bumblebee.nn.rope import rotary_embedding
+from bumblebee.nn.routing import RouterLosses
 
 
 class Block(nn.Module):
@@ -134,8 +136,14 @@ class Bumblebee(nn.Module):
         )  # fmt: skip
 
     def build_ffn(self, layer: int) -> nn.Module:
-        """The feed-forward part of a layer."""
+        """The feed-forward part of a layer, or a mixture of experts where the config says so."""
         c = self.config
+        if c.is_sparse(layer):
+            return mixture(
+                c.hidden_size, c.moe_intermediate_size or c.intermediate_size, c.num_experts or 0, c.num_experts_per_tok,
+                normalise=c.norm_topk_prob, bias=c.router_bias_update_rate is not None, activation=c.hidden_act,
+                n_shared_experts=c.n_shared_experts, shared_expert_gate=c.shared_expert_gate,
+            )  # fmt: skip
         return (GatedFFN if c.mlp_gated else PlainFFN)(c.hidden_size, c.intermediate_size, c.hidden_act, bias=c.mlp_bias)
 
     def build_block(self, layer: int) -> nn.Module:
@@ -170,8 +178,11 @@ class Bumblebee(nn.Module):
 
     def init_weights(self, module: nn.Module) -> None:
         """Normal weights with the config's standard deviation, zero biases. Norms begin at one."""
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding | Router):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, Experts):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -179,6 +190,15 @@ class Bumblebee(nn.Module):
         """Make the head use the embedding table where the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = cast(nn.Embedding, self.model.embed_tokens).weight
+
+    def auxiliary_losses(self) -> RouterLosses | None:
+        """What the model adds to any task's loss: the losses of its routers; None without any."""
+        c, layers = self.config, [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
+        if not layers:
+            return None
+        return RouterLosses(
+            layers, c.router_balance_loss, c.router_aux_loss_coef, c.router_z_loss_coef, c.router_bias_update_rate
+        )
 
     # -- forward -------------------------------------------------------------------------------------------------------
 

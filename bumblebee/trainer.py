@@ -180,7 +180,7 @@ class Trainer:
         if not any(counts.values()):
             return
         for turn, batch in enumerate(window):
-            sums = self.task.training_step(self.engine, self.to_device(batch))  # losses, and what is only logged
+            sums = self.task.all_losses(self.engine, self.to_device(batch))  # losses, and what is only logged
             total = self.task.total(sums, counts)
             # DeepSpeed averages gradients over ranks; the counts are already those of all ranks.
             self.engine.backward(total * self.plan.world_size)
@@ -188,6 +188,7 @@ class Trainer:
             for name, value in sums.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value.detach()  # stays on the device
         self.engine.step()
+        self.task.after_step()
         for name, count in counts.items():
             self._target_counts[name] = self._target_counts.get(name, 0) + count
         self.tokens += self.task.tokens(counts)
@@ -205,7 +206,7 @@ class Trainer:
         """For each loss term its targets over micro-batches and ranks."""
         totals: dict[str, int] = {}
         for batch in window:
-            for name, count in self.task.counts(batch).items():
+            for name, count in self.task.all_counts(batch).items():
                 totals[name] = totals.get(name, 0) + int(count)
         return self.reduce_sums(totals)
 
@@ -256,10 +257,11 @@ class Trainer:
         terms = {name: value / max(self._target_counts[units.get(name, name)], 1) for name, value in sums.items()}
         metrics: dict[str, float] = {"step": self.step, "epoch": round(self.plan.epoch(self.step), 6)}
         if terms:
-            metrics["loss"] = sum(self.task.weights[name] * value for name, value in terms.items() if name not in units)
+            # The task's own: what the model adds stands beside it.
+            metrics["loss"] = sum(weight * terms[name] for name, weight in self.task.weights.items() if name in terms)
             metrics.update((name, value) for name, value in terms.items() if name != "loss")
             metrics.update(grad_norm=self.engine.gradient_norm(), **self.engine.loss_scale())
-        metrics.update(lr=self.learning_rate, tokens=self.tokens, **self._extra_metrics)
+        metrics.update(lr=self.learning_rate, tokens=self.tokens, **self.task.metrics(), **self._extra_metrics)
         self._sums, self._target_counts, self._extra_metrics = {}, {}, {}
         return metrics
 

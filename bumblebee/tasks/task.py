@@ -4,6 +4,8 @@ The gradient of a step is  sum over terms of  weight * (sum of the term's losses
 taken over all micro-batches and ranks. So a task never averages: it returns sums and says how many targets there are, before
 the first backward. Means of means would weigh short samples more (huggingface/transformers#34191).
 
+A model may add terms of its own to any task's, which are counted and summed in the same way: ``auxiliary``.
+
 Beside its losses a step may return sums that are logged and not trained, such as rewards; ``units`` says what each of them is
 divided by.
 """
@@ -12,15 +14,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from bumblebee import distributed
 from bumblebee.datamodule import Batch, DataModule
+from bumblebee.nn import IGNORE
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from bumblebee.nn.routing import RouterLosses
     from bumblebee.trainer import Trainer
 
 
@@ -75,8 +81,8 @@ class Task(ABC):
         """
 
     def tokens(self, counts: dict[str, float]) -> int:
-        """How many target tokens there are in counts, for the log; by default each target is one."""
-        return int(sum(counts.values()))
+        """How many target tokens there are in counts, for the log; by default each target of the task's own terms is one."""
+        return int(sum(counts[name] for name in self.weights))
 
     @abstractmethod
     def training_step(self, model: Any, batch: Batch) -> dict[str, Tensor]:
@@ -92,6 +98,49 @@ class Task(ABC):
 
     def total(self, losses: dict[str, Tensor], counts: dict[str, float]) -> Tensor:
         """The weighted sum of ``loss / count``; a term without targets adds nothing, nor does what is only logged."""
+        weights = {**self.weights, **(self.auxiliary.weights if self.auxiliary else {})}
         trained = [name for name in losses if name not in self.units]
-        terms = [self.weights[name] * losses[name] / max(counts[name], 1) for name in trained]
+        terms = [weights[name] * losses[name] / max(counts[name], 1) for name in trained]
         return sum(terms[1:], start=terms[0])
+
+    # -- with what the model adds, for the trainer -----------------------------------------------------------------------
+
+    @cached_property
+    def auxiliary(self) -> RouterLosses | None:
+        """What the model adds to the loss, by its own word; None for most models."""
+        of_model: Any = getattr(self.model, "auxiliary_losses", None)
+        return of_model() if of_model else None
+
+    def all_counts(self, batch: Batch) -> dict[str, int | Tensor]:
+        """``counts``, and those of what the model adds."""
+        more = self.auxiliary.counts(counted_tokens(batch)) if self.auxiliary else {}
+        return {**self.counts(batch), **more}
+
+    def all_losses(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        """``training_step``, and what the model adds."""
+        if self.auxiliary is None:
+            return self.training_step(model, batch)
+        with self.auxiliary.recorded():
+            losses = self.training_step(model, batch)
+        return {**losses, **self.auxiliary.losses(counted_tokens(batch))}
+
+    def after_step(self) -> None:
+        """Called after each optimizer step. Collective."""
+        if self.auxiliary is not None:
+            self.auxiliary.after_step(distributed.all_reduce_sum)
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged beside means of sums, since the last call. Collective."""
+        return self.auxiliary.metrics(distributed.all_reduce_sum) if self.auxiliary is not None else {}
+
+
+def counted_tokens(batch: Batch) -> Tensor:
+    """Which positions of a batch are text that is trained on: (B, T) bool.
+
+    Not padding, each place of which is a document of its own without a target; and nothing of a row that has no target, which
+    stands for no sample.
+    """
+    wanted, begins = batch["labels"] != IGNORE, batch["position_ids"] == 0
+    alone = begins.clone()
+    alone[:, :-1] &= begins[:, 1:]
+    return ~(alone & ~wanted) & wanted.any(1, keepdim=True)

@@ -1,0 +1,200 @@
+"""Mixture of experts: a feed-forward part of which each token uses a few of many, chosen by a router.
+
+    p = softmax(W x)                                  in fp32 (arXiv 2101.03961, section 2.4)
+    S = the k experts with the largest p + b          b: the bias that keeps them evenly used, zero without it (arXiv 2408.15664)
+    y = sum over e in S of  g_e expert_e(x)  +  shared(x)         g_e = p_e, or p_e / sum over S of p
+
+Choices: tokens are sorted by expert and every expert computes all of its tokens at once. No expert has a capacity, so no token is
+dropped. All experts of a layer are one tensor for each projection, as in transformers: ZeRO-3 gathers all of them on every rank,
+whichever ones its tokens chose. What the routers' losses need is handed to a list while one is set, see ``routing.py``.
+Shapes: N tokens, E experts, k of them for each token, D hidden size, I intermediate size of an expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bumblebee.nn.ffn import SwiGLU
+from bumblebee.nn.grouped import grouped_linear
+
+
+class Routed(NamedTuple):
+    """Where tokens go.
+
+    Args:
+        logits: (N, E) fp32.
+        experts: (N, k) int64, of each token.
+        weights: (N, k) fp32, of their outputs.
+    """
+
+    logits: Tensor
+    experts: Tensor
+    weights: Tensor
+
+
+class Router(nn.Module):
+    """Chooses experts.
+
+    Args:
+        hidden_size: D.
+        num_experts: E.
+        top_k: k.
+        normalise: weights of a token's experts add up to one.
+        bias: add a bias to the probabilities for the choice alone. It has no gradient; ``Routing`` moves it.
+    """
+
+    e_score_correction_bias: Tensor | None  # DeepSeek-V3's name of it in transformers
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, normalise: bool = True, bias: bool = False) -> None:
+        super().__init__()
+        self.top_k, self.normalise = top_k, normalise
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts) if bias else None)
+
+    def forward(self, x: Tensor) -> Routed:
+        """``x``: (N, D)."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = nn.functional.linear(x.float(), self.weight.float())
+            scores = logits.softmax(-1)
+            choice = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
+            experts = choice.detach().topk(self.top_k, dim=-1).indices
+            weights = scores.gather(1, experts)
+            if self.normalise:
+                weights = weights / weights.sum(-1, keepdim=True)
+        return Routed(logits, experts, weights)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """A cast of the model leaves the bias in fp32: its steps are smaller than bf16 can tell apart."""
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if before is not None and self.e_score_correction_bias is not None:
+            self.e_score_correction_bias = before.to(self.e_score_correction_bias.device)
+        return self
+
+
+class Experts(nn.Module):
+    """E SwiGLUs (arXiv 2002.05202) without biases, in two tensors.
+
+    Args:
+        num_experts: E.
+        hidden_size: D.
+        intermediate_size: I.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            x: (N, D).
+            experts: (N, k) int64, all different for a token.
+            weights: (N, k).
+
+        Returns:
+            (N, D).
+        """
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+        order = experts.flatten().argsort(stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        counts = experts.flatten().bincount(minlength=len(gate_up))
+        rows = _Sorted.apply(x, order, place)
+        gate, up = grouped_linear(rows, gate_up, counts).chunk(2, dim=-1)
+        rows = grouped_linear(nn.functional.silu(gate) * up, down, counts)
+        each = _Unsorted.apply(rows, order, place).view(*experts.shape, -1)
+        return (each * weights[..., None].to(each.dtype)).sum(1)
+
+
+class MixtureOfExperts(nn.Module):
+    """The feed-forward part of a layer, with a router, its experts, and perhaps experts that all tokens share.
+
+    Args:
+        gate: the router.
+        experts: called as ``experts(x, experts, weights)``.
+        shared_experts: a feed-forward part for every token, or None.
+        shared_expert_gate: (N, D) -> (N, 1), whose sigmoid the shared part is multiplied with, or None.
+    """
+
+    def __init__(
+        self,
+        gate: nn.Module,
+        experts: nn.Module,
+        shared_experts: nn.Module | None = None,
+        shared_expert_gate: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate = gate
+        self.experts = experts
+        self.shared_experts = shared_experts
+        self.shared_expert_gate = shared_expert_gate
+        self.record: list[Routed] | None = None  # while it is a list, where tokens went is put there
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        tokens = x.flatten(0, -2)
+        routed = self.gate(tokens)
+        if self.record is not None:
+            self.record.append(routed)
+        out = self.experts(tokens, routed.experts, routed.weights)
+        if self.shared_experts is not None:
+            shared = self.shared_experts(tokens)
+            out = out + (shared if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid() * shared)
+        return out.view(x.shape)
+
+
+def mixture(
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    top_k: int,
+    normalise: bool = True,
+    bias: bool = False,
+    n_shared_experts: int = 0,
+    shared_expert_gate: bool = False,
+) -> MixtureOfExperts:
+    """The usual one; shared experts are one SwiGLU as wide as all of them together."""
+    shared = n_shared_experts > 0
+    return MixtureOfExperts(
+        Router(hidden_size, num_experts, top_k, normalise, bias),
+        Experts(num_experts, hidden_size, intermediate_size),
+        SwiGLU(hidden_size, n_shared_experts * intermediate_size) if shared else None,
+        nn.Linear(hidden_size, 1, bias=False) if shared and shared_expert_gate else None,
+    )
+
+
+class _Sorted(torch.autograd.Function):
+    """(N, D) -> (N k, D), tokens by expert. Its gradient is a lookup and a sum: torch's own adds row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.tokens = len(x)
+        return x.index_select(0, order // (len(order) // len(x)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return grads[0].index_select(0, place).view(ctx.tokens, -1, grads[0].shape[1]).sum(1), None, None
+
+
+class _Unsorted(torch.autograd.Function):
+    """(N k, D) by expert -> (N k, D) by token."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return rows.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return grads[0].index_select(0, order), None, None
