@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bumblebee import distributed
-from bumblebee.checkpoint.pieces import PieceReader, write_pieces
+from bumblebee.checkpoint.pieces import PieceReader, write_buffers, write_pieces
 from bumblebee.deepspeed_config import EngineOptions, deepspeed_config, on_nvme
 from bumblebee.zero import Span, pieces, restore, spans
 
@@ -199,6 +199,8 @@ class Engine:
         if rank == 0 or self.options.zero_stage > 0:  # at stage 0 every rank has everything
             count = ranks if self.options.zero_stage > 0 else 1
             write_pieces(folder, f"optimizer-{rank:05d}-of-{count:05d}", pieces(self._spans(), self._optimizer))
+        if rank == 0:
+            write_buffers(folder, self._buffers())
 
     def load(self, folder: Path) -> None:
         """Take back what ``save`` wrote, by whatever number of ranks at whatever stage. Collective.
@@ -213,6 +215,11 @@ class Engine:
             shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
             if wrong := sorted(set(shapes.items()) ^ set(reader.shapes.items())):
                 raise ValueError(f"{folder} holds another model: {wrong[0][0]} differs, and {len(wrong) - 1} more")
+            buffers = self._buffers()
+            if wrong := sorted(buffers.keys() ^ reader.buffers.keys()):
+                raise ValueError(f"{folder} holds another model: {wrong[0]} differs, and {len(wrong) - 1} more")
+            for name, buffer in buffers.items():
+                buffer.copy_(reader.buffers[name])
             restore(self._spans(), self._optimizer, reader)
             for name, parameter in named.items():
                 if self.options.zero_stage == 3:
@@ -221,6 +228,11 @@ class Engine:
                             parameter.copy_(reader.whole(name))
                 elif self.options.zero_stage > 0:
                     parameter.data.copy_(reader.whole(name))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """What model folders hold beside parameters: the same on all ranks."""
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return {key: tensor for key, tensor in self.model.state_dict().items() if key not in parameters}
 
     def _spans(self) -> list[Span]:
         return spans(self.model, self._optimizer, self.options.zero_stage, distributed.rank())

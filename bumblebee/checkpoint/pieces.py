@@ -3,7 +3,8 @@
 Each rank writes safetensors files with the pieces that it owns: flat runs of a parameter's elements. Where a piece lies in
 its parameter stands in the file's header, so the pieces can be put together again by any number of ranks, at any ZeRO stage,
 or one parameter at a time without any rank at all. Keys are KIND/PARAMETER: ``fp32/model.norm.weight``,
-``exp_avg/model.norm.weight`` and whatever else the optimizer keeps.
+``exp_avg/model.norm.weight`` and whatever else the optimizer keeps. Numbers of the model that no optimizer knows, its buffers,
+lie whole in a file of their own.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 WEIGHTS = "fp32"  # the kind under which the weights themselves are kept
+BUFFERS = "buffers.safetensors"
 FILE_BYTES = 2**30
 
 
@@ -81,6 +83,23 @@ def _write_file(file: Path, tensors: dict[str, Tensor], places: dict[str, Any]) 
         raise OSError(f"cannot write {file}: {error}") from error
 
 
+def write_buffers(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a model's buffers, where it has any.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if tensors:
+        _write_file(folder / BUFFERS, {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, {})
+
+
+def _read_buffers(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file) if file.is_file() else {}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
 class PieceReader:
     """All pieces of a checkpoint, read as they are asked for. A context manager: it keeps the files open.
 
@@ -96,6 +115,7 @@ class PieceReader:
         self._stack = ExitStack()
         self._where: dict[str, list[tuple[Any, int, int]]] = {}  # parameter -> (file, start, numel)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.buffers: dict[str, Tensor] = _read_buffers(folder / BUFFERS)
         files = sorted(folder.glob("optimizer-*.safetensors"))
         if not files:
             raise ValueError(f"{folder} holds no training state")
@@ -149,6 +169,7 @@ class PieceReader:
         return self.read(WEIGHTS, name, 0, math.prod(shape), dtype).reshape(shape)
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Every (parameter, weights), one at a time."""
+        """Every (parameter, weights), one at a time, and buffers as they are."""
         for name in self.shapes:
             yield name, self.whole(name, dtype)
+        yield from self.buffers.items()

@@ -6,7 +6,7 @@
 
 Choices: tokens are sorted by expert and every expert computes all of its tokens at once. No expert has a capacity, so no token is
 dropped. All experts of a layer are one tensor for each projection, as in transformers: ZeRO-3 gathers all of them on every rank,
-whichever ones its tokens chose. What the routers' losses need is handed to a list while one is set, see ``routing.py``.
+whichever ones its tokens chose. What the routers' losses need is put into a list while there is one, see ``routing.py``.
 Shapes: N tokens, E experts, k of them for each token, D hidden size, I intermediate size of an expert.
 """
 
@@ -136,13 +136,13 @@ class MixtureOfExperts(nn.Module):
         self.experts = experts
         self.shared_experts = shared_experts
         self.shared_expert_gate = shared_expert_gate
-        self.record: list[Routed] | None = None  # while it is a list, where tokens went is put there
+        self.record: list[Routed] | None = None  # while it is a list, where tokens go is put there
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         tokens = x.flatten(0, -2)
         routed = self.gate(tokens)
-        if self.record is not None:
+        if self.record is not None and torch.is_grad_enabled():
             self.record.append(routed)
         out = self.experts(tokens, routed.experts, routed.weights)
         if self.shared_experts is not None:
