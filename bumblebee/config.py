@@ -7,7 +7,7 @@ to a folder's config.json, which differs by model family, is in ``bumblebee/chec
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 # rope_type -> the numbers it needs, and those it may have, as in Hugging Face's config.json
@@ -24,6 +24,11 @@ ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
 NORMS = ("rmsnorm", "layernorm")
 BALANCES = ("sequence", "batch")
+EXPERT_FIELDS = (
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "n_shared_experts", "shared_expert_gate",
+    "decoder_sparse_step", "mlp_only_layers", "router_balance_loss", "router_aux_loss_coef", "router_z_loss_coef",
+    "router_bias_update_rate",
+)  # fmt: skip
 
 
 @dataclass
@@ -62,7 +67,7 @@ class BumblebeeConfig:
         n_shared_experts: further experts that every token uses; 0 for none.
         shared_expert_gate: each token scales the output of the shared experts, as in Qwen2-MoE.
         decoder_sparse_step: every n-th layer is sparse, the first of them layer n - 1; all others have one SwiGLU.
-        mlp_only_layers: numbers of further layers that are not sparse; [0] for a dense first layer, as in DeepSeekMoE.
+        mlp_only_layers: numbers of further layers, from 0, that are not sparse; [0] for a dense first layer, as in DeepSeekMoE.
         router_balance_loss: what the balance loss looks at, "sequence" or "batch" (see ``bumblebee/nn/balance.py``).
         router_aux_loss_coef: weight of the balance loss of each layer; 0 for none.
         router_z_loss_coef: weight of the router's z-loss of each layer; 0 for none.
@@ -110,7 +115,7 @@ class BumblebeeConfig:
     n_shared_experts: int = 0
     shared_expert_gate: bool = False
     decoder_sparse_step: int = 1
-    mlp_only_layers: list[int] = field(default_factory=list)
+    mlp_only_layers: list[int] | None = None
     router_balance_loss: str = "sequence"
     router_aux_loss_coef: float = 0.001
     router_z_loss_coef: float = 0.0
@@ -156,8 +161,12 @@ class BumblebeeConfig:
         if self.rope_scaling is not None:
             self._check_rope_scaling(self.rope_scaling)
             self.rope_scaling = None if self.rope_scaling["rope_type"] == "default" else self.rope_scaling
-        self.num_experts = self.num_experts or 0
-        if self.num_experts:
+        if not self.num_experts:  # then nothing of it counts, and two such configs are equal
+            for name in EXPERT_FIELDS:
+                setattr(self, name, getattr(BumblebeeConfig, name))
+        else:
+            self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
+            self.mlp_only_layers = sorted(self.mlp_only_layers or [])
             self._check_experts()
 
     @staticmethod
@@ -195,6 +204,8 @@ class BumblebeeConfig:
             raise ValueError(
                 f"num_experts_per_tok must be from 1 to num_experts, which is {self.num_experts}; got {self.num_experts_per_tok}"
             )
+        if self.mlp_bias or not self.mlp_gated:
+            raise ValueError("num_experts is set with mlp_bias or without mlp_gated: experts are gated and have no biases")
         if self.router_balance_loss not in BALANCES:
             raise ValueError(f"router_balance_loss must be {' or '.join(BALANCES)}, got {self.router_balance_loss!r}")
         if self.shared_expert_gate and not self.n_shared_experts:
@@ -207,7 +218,8 @@ class BumblebeeConfig:
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer, counted from 0, is a mixture of experts. Qwen3-MoE's pattern."""
-        return bool(self.num_experts) and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+        dense = self.mlp_only_layers or []
+        return bool(self.num_experts) and layer not in dense and (layer + 1) % self.decoder_sparse_step == 0
 
     @property
     def eos_token_ids(self) -> list[int]:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bumblebee.checkpoint.atomic import read_json, write_json
+from bumblebee.checkpoint.keys import cast
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "default"  # what PEFT calls an adapter in the model; it is left out of files
@@ -174,7 +175,7 @@ def summed(
         total = tensor
         for adapter in adapters:
             total = adapter.added_to(key, total)
-        yield key, total.to(dtype or tensor.dtype)
+        yield key, cast(key, total, dtype or tensor.dtype)
     for adapter in adapters:
         if adapter.unused:
             first = min(adapter.unused)

@@ -22,7 +22,7 @@ from bumblebee import distributed
 from bumblebee.checkpoint import adapter
 from bumblebee.checkpoint.atomic import read_json, write_json, written_aside
 from bumblebee.checkpoint.families import family_of, read_config, write_config
-from bumblebee.checkpoint.keys import as_stored, cut, places, shape_of
+from bumblebee.checkpoint.keys import as_stored, cast, cut, places, shape_of
 from bumblebee.checkpoint.parameters import TIED_KEY, Parameters
 from bumblebee.config import BumblebeeConfig
 
@@ -111,7 +111,7 @@ def read_tensors(
     """
     whole, *adapters = adapter.chain(folder, base)
     if not adapters:
-        yield from ((key, tensor.to(dtype or tensor.dtype)) for key, tensor in _stored(whole))
+        yield from ((key, cast(key, tensor, dtype)) for key, tensor in _stored(whole))
         return
     tied = load_config(whole).tie_word_embeddings  # a copy of the head that lies in the file is not in use
     stored = ((key, tensor) for key, tensor in _stored(whole) if not (tied and key == TIED_KEY))

@@ -84,6 +84,11 @@ def _places(rule: Rule, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[P
     return {name: [Place(key, index * math.prod(part), part)] for index, name in enumerate(rule.theirs)}
 
 
+def cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor in another dtype, None for its own; one whose steps are too small for half precision stays as it is."""
+    return tensor if dtype is None or key.endswith(".e_score_correction_bias") else tensor.to(dtype)
+
+
 def shape_of(parts: Sequence[Place]) -> tuple[int, ...]:
     """Of the file's tensor that these are the parts of."""
     first = parts[0].shape

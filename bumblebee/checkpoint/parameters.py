@@ -38,7 +38,7 @@ class Parameters:
     def put(self, place: Place, part: Tensor) -> None:
         """Put a tensor into its place: a whole parameter or buffer, or some rows of one."""
         old = self.ours[place.key]
-        dtype = self.dtype or part.dtype
+        dtype = (self.dtype or part.dtype) if isinstance(old, nn.Parameter) else old.dtype
         if hasattr(old, "ds_tensor"):
             _put_share(old.ds_tensor, place.start, part.to(dtype))
             return

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bumblebee.nn.ffn import SwiGLU
+from bumblebee.nn.ffn import ACTIVATIONS, GatedFFN
 from bumblebee.nn.grouped import grouped_linear
 
 
@@ -52,7 +52,8 @@ class Router(nn.Module):
         super().__init__()
         self.top_k, self.normalise = top_k, normalise
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts) if bias else None)
+        # ZeRO-3 makes all new tensors in half precision while a model is built.
+        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts).float() if bias else None)
 
     def forward(self, x: Tensor) -> Routed:
         """``x``: (N, D)."""
@@ -76,16 +77,18 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLUs (arXiv 2002.05202) without biases, in two tensors.
+    """E times ``down(act(gate(x)) * up(x))`` without biases, in two tensors.
 
     Args:
         num_experts: E.
         hidden_size: D.
         intermediate_size: I.
+        activation: one of ``ffn.ACTIVATIONS``.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, activation: str = "silu") -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
@@ -109,7 +112,7 @@ class Experts(nn.Module):
         counts = experts.flatten().bincount(minlength=len(gate_up))
         rows = _Sorted.apply(x, order, place)
         gate, up = grouped_linear(rows, gate_up, counts).chunk(2, dim=-1)
-        rows = grouped_linear(nn.functional.silu(gate) * up, down, counts)
+        rows = grouped_linear(self.activation(gate) * up, down, counts)
         each = _Unsorted.apply(rows, order, place).view(*experts.shape, -1)
         return (each * weights[..., None].to(each.dtype)).sum(1)
 
@@ -160,13 +163,14 @@ def mixture(
     bias: bool = False,
     n_shared_experts: int = 0,
     shared_expert_gate: bool = False,
+    activation: str = "silu",
 ) -> MixtureOfExperts:
-    """The usual one; shared experts are one SwiGLU as wide as all of them together."""
+    """The usual one; shared experts are one feed-forward part as wide as all of them together."""
     shared = n_shared_experts > 0
     return MixtureOfExperts(
         Router(hidden_size, num_experts, top_k, normalise, bias),
-        Experts(num_experts, hidden_size, intermediate_size),
-        SwiGLU(hidden_size, n_shared_experts * intermediate_size) if shared else None,
+        Experts(num_experts, hidden_size, intermediate_size, activation),
+        GatedFFN(hidden_size, n_shared_experts * intermediate_size, activation) if shared else None,
         nn.Linear(hidden_size, 1, bias=False) if shared and shared_expert_gate else None,
     )
 

@@ -15,7 +15,7 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config  # noqa: E402
 
 from bumblebee import Bumblebee  # noqa: E402
 from bumblebee.checkpoint.folder import load_config  # noqa: E402
@@ -42,6 +42,7 @@ PEERS = {
     "llama head_dim": LlamaConfig(**SHAPE, head_dim=12),
     "llama one kv head": LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}),
     "llama llama3 rope": LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=5, num_experts_per_tok=2),
 }
 LENGTH = 200  # beyond the 128 positions of the original Llama 3 rope above
 TOLERANCE = 2e-5  # in fp32; the largest difference seen is 8e-6, with logits of standard deviation 1

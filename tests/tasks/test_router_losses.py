@@ -73,7 +73,10 @@ def test_the_loss_of_a_step_is_the_published_sum_over_layers(balance):
     loss = losses.sum() / (batch["labels"] != IGNORE).sum()
     for routed in outputs:
         logits, experts = routed.logits.view(8, 16, 4), routed.experts.view(8, 16, 2)
-        means = {"sequence": sequence_balance(logits, experts, counted).sum() / 7, "batch": batch_balance(logits, experts, counted)}
+        means = {
+            "sequence": sequence_balance(logits, experts, counted).sum() / 7,
+            "batch": batch_balance(logits, experts, counted),
+        }
         loss = loss + 0.5 * means[balance] + 0.1 * z_loss(logits, counted).sum() / counted.sum()
     model.zero_grad()
     loss.backward()
