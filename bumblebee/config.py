@@ -7,7 +7,7 @@ to a folder's config.json, which differs by model family, is in ``bumblebee/chec
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 # rope_type -> the numbers it needs, and those it may have, as in Hugging Face's config.json
@@ -71,8 +71,8 @@ class BumblebeeConfig:
         router_balance_loss: what the balance loss looks at, "sequence" or "batch" (see ``bumblebee/nn/balance.py``).
         router_aux_loss_coef: weight of the balance loss of each layer; 0 for none.
         router_z_loss_coef: weight of the router's z-loss of each layer; 0 for none.
-        router_bias_update_rate: balance by a bias in the choice of experts as well, which each optimizer step moves by this much;
-            0 keeps the bias as it is, None is without one.
+        router_bias_update_rate: balance by a bias in the choice of experts as well, which each optimizer step moves by this
+            much; 0 keeps the bias as it is, None is without one.
         bos_token_id: id that begins a text, or None.
         eos_token_id: id, or ids, that end a text.
         pad_token_id: id that fills a batch; never a target.
@@ -202,7 +202,8 @@ class BumblebeeConfig:
                 raise ValueError(f"{name} must be at least {bound}, got {value}")
         if not 1 <= self.num_experts_per_tok <= (self.num_experts or 0):
             raise ValueError(
-                f"num_experts_per_tok must be from 1 to num_experts, which is {self.num_experts}; got {self.num_experts_per_tok}"
+                f"num_experts_per_tok must be at least 1 and at most num_experts, {self.num_experts};"
+                f" got {self.num_experts_per_tok}"
             )
         if self.mlp_bias or not self.mlp_gated:
             raise ValueError("num_experts is set with mlp_bias or without mlp_gated: experts are gated and have no biases")
@@ -212,8 +213,8 @@ class BumblebeeConfig:
             raise ValueError("shared_expert_gate is set without n_shared_experts: there is nothing to scale")
         if not any(map(self.is_sparse, range(self.num_hidden_layers))):
             raise ValueError(
-                f"num_experts is {self.num_experts} and no layer is sparse: of {self.num_hidden_layers} layers decoder_sparse_step"
-                f" {self.decoder_sparse_step} and mlp_only_layers {self.mlp_only_layers} leave none"
+                f"num_experts is {self.num_experts} and no layer is sparse: of {self.num_hidden_layers} layers"
+                f" decoder_sparse_step {self.decoder_sparse_step} and mlp_only_layers {self.mlp_only_layers} leave none"
             )
 
     def is_sparse(self, layer: int) -> bool:

@@ -213,11 +213,11 @@ class Engine:
         with PieceReader(folder) as reader:
             named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
-            if wrong := sorted(set(shapes.items()) ^ set(reader.shapes.items())):
-                raise ValueError(f"{folder} holds another model: {wrong[0][0]} differs, and {len(wrong) - 1} more")
             buffers = self._buffers()
-            if wrong := sorted(buffers.keys() ^ reader.buffers.keys()):
-                raise ValueError(f"{folder} holds another model: {wrong[0]} differs, and {len(wrong) - 1} more")
+            shapes.update((name, tuple(buffer.shape)) for name, buffer in buffers.items())
+            theirs = {**reader.shapes, **{name: tuple(buffer.shape) for name, buffer in reader.buffers.items()}}
+            if wrong := sorted(set(shapes.items()) ^ set(theirs.items())):
+                raise ValueError(f"{folder} holds another model: {wrong[0][0]} differs, and {len(wrong) - 1} more")
             for name, buffer in buffers.items():
                 buffer.copy_(reader.buffers[name])
             restore(self._spans(), self._optimizer, reader)

@@ -1,7 +1,7 @@
 """What keeps experts evenly used, and routers' logits small: losses of one layer.
 
-Shapes: B sequences, T positions, E experts, k of them for each token. ``counted`` (B, T) says which positions are tokens; padding
-has no part in anything. All numbers are fp32.
+Shapes: B sequences, T positions, E experts, k of them for each token. ``counted`` (B, T) says which positions are tokens:
+padding has no part in anything. All numbers are fp32.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Linear layers of several experts over rows that lie expert by expert: no loop over rows, none left out.
 
-On a GPU with half precision this is torch's grouped matrix product, one kernel for all experts. Elsewhere it is one plain product
-for each expert that has rows, written straight into the result; measured on a CPU that is no slower than a dense layer of the same
-work (``benchmarks/moe.py``), while torch's own fallback copies.
+In bf16 on an H100 or newer this is torch's grouped matrix product, one kernel for all experts. Elsewhere it is one plain
+product for each expert that has rows, written straight into the result: on a CPU about as fast as a dense layer of the same
+work, where torch's own fallback copies (``benchmarks/moe.py``).
 Shapes: R rows, E experts, D inputs, F outputs.
 """
 

@@ -1,12 +1,12 @@
 """Mixture of experts: a feed-forward part of which each token uses a few of many, chosen by a router.
 
     p = softmax(W x)                                  in fp32 (arXiv 2101.03961, section 2.4)
-    S = the k experts with the largest p + b          b: the bias that keeps them evenly used, zero without it (arXiv 2408.15664)
+    S = the k experts with the largest p + b          b: a bias that keeps them evenly used, or zero (arXiv 2408.15664)
     y = sum over e in S of  g_e expert_e(x)  +  shared(x)         g_e = p_e, or p_e / sum over S of p
 
-Choices: tokens are sorted by expert and every expert computes all of its tokens at once. No expert has a capacity, so no token is
-dropped. All experts of a layer are one tensor for each projection, as in transformers: ZeRO-3 gathers all of them on every rank,
-whichever ones its tokens chose. What the routers' losses need is put into a list while there is one, see ``routing.py``.
+Choices: tokens are sorted by expert and every expert computes all of its tokens at once. No expert has a capacity, so no token
+is dropped. All experts of a layer are one tensor for each projection, as in transformers: ZeRO-3 gathers all of them on every
+rank, whichever ones its tokens chose. What the routers' losses need is put into a list while there is one: ``routing.py``.
 Shapes: N tokens, E experts, k of them for each token, D hidden size, I intermediate size of an expert.
 """
 
@@ -103,7 +103,8 @@ class Experts(nn.Module):
         Returns:
             (N, D).
         """
-        gate_up, down = self.gate_up_proj, self.down_proj
+        gate_up: Tensor = self.gate_up_proj
+        down: Tensor = self.down_proj
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)

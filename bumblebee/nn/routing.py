@@ -2,12 +2,12 @@
 
     task's loss  +  sum over layers of  [ c_b * balance + c_z * mean over tokens of logsumexp(logits)^2 ]
 
-Terms are sums with counts, like a task's own, so that a step's gradient does not depend on how its rows are cut into micro-batches
-and ranks. The mean over sequences of the sequence-wise balance, and the mean over tokens of the z-loss, are such; the batch-wise
-balance is not: it is a product of means over a micro-batch, which weighs by its tokens.
+Terms are sums with counts, like a task's own, so that a step's gradient does not depend on how its rows are cut into
+micro-batches and ranks. The mean over sequences of the sequence-wise balance, and the mean over tokens of the z-loss, are such;
+the batch-wise balance is not: it is a product of means over a micro-batch, which weighs by its tokens.
 
-A forward pass is recorded inside ``recorded`` and where gradients are taken, nowhere else: not when a block is computed again in
-the backward pass, not in validation, not for a frozen reference.
+A forward pass is recorded inside ``recorded`` and where gradients are taken, nowhere else: not when a block is computed again
+in the backward pass, not in validation, not for a frozen reference.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ class RouterLosses:
     def metrics(self, reduce: Reduce) -> dict[str, float]:
         """Since the last call, over all steps, micro-batches and ranks; nothing where nothing was recorded. Collective.
 
-        ``router/load``: tokens of the busiest expert over those of the mean one, the mean of all layers; 1 is even, E / k is all
-        tokens at the same experts. ``router/load_worst``: the same of the worst layer. ``router/entropy``: of a token's
+        ``router/load``: tokens of the busiest expert over those of the mean one, the mean of all layers; 1 is even, E / k is
+        all tokens at the same experts. ``router/load_worst``: the same of the worst layer. ``router/entropy``: of a token's
         probabilities in nats, the mean of tokens and layers; log E is undecided.
         """
         if self._logged is None:

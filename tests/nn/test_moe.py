@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 
 from bumblebee.nn.moe import MixtureOfExperts, mixture
 
-D, I = 6, 5
+D, INNER = 6, 5
 
 
 def naive(moe: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
@@ -23,7 +23,7 @@ def naive(moe: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
         whole = scores[chosen].sum() if gate.normalise else 1.0
         row = torch.zeros_like(token)
         for expert in chosen:
-            first, second = (moe.experts.gate_up_proj[expert] @ token).split(I)
+            first, second = (moe.experts.gate_up_proj[expert] @ token).split(INNER)
             row = row + scores[expert] / whole * (moe.experts.down_proj[expert] @ (silu(first) * second))
         if moe.shared_experts is not None:
             shared = moe.shared_experts(token)
@@ -33,7 +33,7 @@ def naive(moe: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
 
 
 def build(seed: int = 0, **options) -> MixtureOfExperts:
-    moe = mixture(D, I, **options)
+    moe = mixture(D, INNER, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in moe.parameters():
@@ -118,5 +118,5 @@ def test_in_bf16_the_router_is_computed_in_fp32(how):
 
 
 def test_shared_experts_are_as_wide_as_all_of_them_together():
-    assert mixture(D, I, num_experts=2, top_k=1, n_shared_experts=3).shared_experts.up_proj.weight.shape == (3 * I, D)
-    assert mixture(D, I, num_experts=2, top_k=1).shared_experts is None
+    assert mixture(D, INNER, num_experts=2, top_k=1, n_shared_experts=3).shared_experts.up_proj.weight.shape == (3 * INNER, D)
+    assert mixture(D, INNER, num_experts=2, top_k=1).shared_experts is None

@@ -126,7 +126,8 @@ def test_bf16_logits_are_as_close_to_fp32_as_theirs(folder, theirs, input_ids):
     error_of_theirs = (logits(load_theirs(folder, torch.bfloat16), input_ids) - exact).square().mean().sqrt()
     error_of_ours = (logits(Bumblebee.from_pretrained(folder, dtype=torch.bfloat16), input_ids) - exact).square().mean().sqrt()
     assert 0 < error_of_ours < 1.2 * error_of_theirs
-    assert error_of_ours < 0.05 * exact.std()
+    # Rounding may send a token to another expert: then all of its logits change.
+    assert error_of_ours < (0.15 if load_config(folder).num_experts else 0.05) * exact.std()
 
 
 def test_packed_documents_are_computed_as_transformers_computes_each_alone(ours, theirs, input_ids):

@@ -1,4 +1,4 @@
-"""A mixture of experts on two real ranks, at all stages: what one process trains, routers' losses and bias balancing included."""
+"""A mixture of experts on two real ranks, at all stages, with routers' losses and bias: they train what one process trains."""
 
 from __future__ import annotations
 
