@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": "check that training is exact on this machine, and measure it",
     "generate": "let a model continue a text",
     "chat": "talk to a model in the terminal",
+    "serve": "answer OpenAI's clients, and people in a browser",
     "answer": "let a model answer the questions of a recipe's data",
     "plot": "compare runs in one picture",
     "tokenizer": "train a tokenizer on text files",
@@ -255,6 +256,24 @@ def chat(words: list[str]) -> None:
         options = ChatOptions(**{name: cfg[name] for name in ChatOptions.__dataclass_fields__})
         session = begin(options, given_sampling(cfg))
     raise SystemExit(not session.run() and not session.keyboard.interactive)
+
+
+def serve(words: list[str]) -> None:
+    """Answer OpenAI's clients, and people in a browser."""
+    from bumblebee.arguments import Parser, Recipe
+    from bumblebee.inference.sampling_options import add_sampling_options, given_sampling
+    from serve.options import ServeOptions
+
+    parser = Parser(prog="bumblebee serve", description="Answer OpenAI's clients, and people in a browser.")
+    parser.add_argument("--config", action=Recipe, help="a file with options; several compose, later ones win")
+    parser.add_class_arguments(ServeOptions, None, skip={"sampling"})
+    add_sampling_options(parser, leave_out=("logprobs", "seed", "spelled_ids"))
+    cfg = parser.parse(words)
+    with user_errors(parser, cfg):
+        from serve.server import Server
+
+        given = {name: cfg[name] for name in ServeOptions.__dataclass_fields__ if name in cfg}
+        Server(ServeOptions(**given, sampling=given_sampling(cfg))).run()
 
 
 def answer(words: list[str]) -> None:

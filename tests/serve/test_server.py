@@ -1,0 +1,216 @@
+"""The running server: what it answers, its limits, and that nobody who leaves, kills or overloads it does harm to others."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from malformed import MALFORMED, Malformed
+from serving import PATIENCE, Running, completion, serving
+
+LONG = {"max_tokens": 2000, "ignore_eos": True, "temperature": 1.0}
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """OpenAI's error object; nothing else may be in the answer."""
+    assert response.headers["content-type"] == "application/json"
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and error["type"]
+    return error
+
+
+# -- answers -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_and_a_whole_answer_have_the_same_text(server: Running):
+    fields = {"max_tokens": 24, "temperature": 1.0, "seed": 7, "n": 2}
+    whole = server.complete("The list is", **fields).json()
+    with server.stream("The list is", stream_options={"include_usage": True}, **fields) as chunks:
+        texts, usage = ["", ""], None
+        for chunk in chunks:
+            usage = chunk["usage"] or usage
+            for choice in chunk["choices"]:
+                texts[choice["index"]] += choice["text"]
+    assert texts == [choice["text"] for choice in whole["choices"]]
+    assert texts[0] != texts[1]
+    assert usage["completion_tokens"] == whole["usage"]["completion_tokens"] == 48
+
+
+def test_a_chat_is_answered(server: Running):
+    body = {"model": "bumblebee", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "ignore_eos": True}
+    answer = server.post("/v1/chat/completions", body).json()
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+    assert answer["usage"]["completion_tokens"] == 5
+
+
+def test_the_model_is_listed_by_its_name(server: Running):
+    card = server.http.get("/v1/models").json()["data"][0]
+    assert (card["id"], card["object"], card["max_model_len"]) == ("bumblebee", "model", 2048)
+    assert server.http.get("/v1/models/bumblebee").json() == card
+    missing = server.http.get("/v1/models/some/other")
+    assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
+
+
+def test_text_goes_to_ids_and_back(server: Running):
+    made = server.post("/tokenize", {"prompt": "Return a new list"}).json()
+    assert made["count"] == len(made["tokens"]) and made["max_model_len"] == 2048
+    assert server.post("/detokenize", {"tokens": made["tokens"]}).json() == {"prompt": "Return a new list"}
+    unknown = server.post("/detokenize", {"tokens": [0, 2**40]})
+    assert (unknown.status_code, error_of(unknown)["param"]) == (400, "tokens")
+
+
+def test_alive_and_ready_are_told_to_everybody(server: Running):
+    for path, said in (("/health", "ok"), ("/ready", "ready")):
+        answer = httpx.get(server.url + path)
+        assert (answer.status_code, answer.json()) == (200, {"status": said})
+    assert "bumblebee" in httpx.get(server.url + "/").text.lower()
+
+
+def test_metrics_count_requests_and_tokens(server: Running):
+    before = {name: server.metric(name) for name in ("bumblebee_new_tokens_total", "bumblebee_prompt_tokens_total")}
+    usage = server.complete("Count", max_tokens=6, ignore_eos=True).json()["usage"]
+    assert server.metric("bumblebee_new_tokens_total") == before["bumblebee_new_tokens_total"] + 6
+    assert server.metric("bumblebee_prompt_tokens_total") == before["bumblebee_prompt_tokens_total"] + usage["prompt_tokens"]
+    text = server.http.get("/metrics").text
+    assert 'bumblebee_http_requests_total{route="/v1/completions",status="200"}' in text
+    assert server.metric("bumblebee_first_token_seconds_count") >= 1
+    assert server.metric("bumblebee_pages_total") >= server.metric("bumblebee_pages_free") > 0
+    server.http.get("/invented/path")
+    assert "invented" not in server.http.get("/metrics").text
+
+
+# -- what is wrong with a request ------------------------------------------------------------------------------------------
+
+JSON = {"Content-Type": "application/json"}
+GOOD = b'{"model": "bumblebee", "prompt": "Hello", "max_tokens": 2}'
+WRONG = {  # name: (method, path, headers, body, status, word of the message)
+    "no content type": ("POST", "/v1/completions", {}, GOOD, 415, "application/json"),
+    "a form": ("POST", "/v1/completions", {"Content-Type": "application/x-www-form-urlencoded"}, GOOD, 415, "form"),
+    "compressed": ("POST", "/v1/completions", {**JSON, "Content-Encoding": "gzip"}, GOOD, 415, "gzip"),
+    "too large": ("POST", "/v1/completions", JSON, b" " * (5 * 2**20), 413, "4194304 bytes"),
+    "far too large": ("POST", "/v1/completions", {**JSON, "Content-Length": str(2**40)}, b"", 413, "4194304 bytes"),
+    "another method": ("GET", "/v1/completions", {}, b"", 405, "GET"),
+    "another method on a page": ("DELETE", "/v1/models", {}, b"", 405, "DELETE"),
+    "an unknown path": ("POST", "/v1/embeddings", JSON, GOOD, 404, "/v1/embeddings"),
+    "an unknown model": ("POST", "/v1/completions", JSON, GOOD.replace(b"bumblebee", b"gpt-4"), 404, "gpt-4"),
+    "a prompt that is too long": ("POST", "/v1/completions", JSON, GOOD.replace(b"Hello", b"a b " * 2000), 400, "2048"),
+    "more new tokens than there is room": ("POST", "/v1/completions", JSON, GOOD.replace(b"2}", b"4000}"), 400, "2048"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_request_is_refused_in_the_error_format_and_the_next_is_served(server: Running, name: str):
+    method, path, headers, body, status, word = WRONG[name]
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), PATIENCE) as connection:
+        lines = {"Host": "server", "Content-Length": str(len(body)), "Connection": "close", **headers}
+        head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{key}: {value}\r\n" for key, value in lines.items()) + "\r\n"
+        connection.sendall(head.encode() + body)
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, content = received.decode().partition("\r\n\r\n")
+    assert head.split()[1] == str(status), received
+    error = error_of(httpx.Response(status, headers={"content-type": "application/json"}, content=content))
+    assert word in error["message"]
+    assert server.complete(max_tokens=2).status_code == 200
+
+
+@pytest.mark.parametrize("wrong", MALFORMED, ids=[wrong.name for wrong in MALFORMED])
+def test_a_malformed_body_is_refused_by_the_running_server(server: Running, wrong: Malformed):
+    response = server.http.post(wrong.path, content=wrong.body, headers=JSON)
+    assert 400 <= response.status_code < 500
+    error = error_of(response)
+    assert error["param"] == wrong.param and wrong.says in error["message"]
+
+
+def test_after_all_malformed_bodies_a_good_one_is_served(server: Running):
+    for wrong in MALFORMED:
+        server.http.post(wrong.path, content=wrong.body, headers=JSON)
+    assert server.complete(max_tokens=2).status_code == 200
+    assert server.count("Traceback") == 0
+
+
+# -- who leaves ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_leaves_a_stream_frees_its_slot(server: Running):
+    with server.stream(**LONG) as chunks:
+        next(chunks)
+        assert server.metric("bumblebee_running") == 1
+    server.wait_for_metric("bumblebee_running", 0)
+    assert server.metric("bumblebee_pages_free") + server.metric("bumblebee_pages_cached") == server.metric(
+        "bumblebee_pages_total"
+    )
+
+
+def test_a_client_that_leaves_before_its_answer_frees_its_slot(server: Running):
+    before = server.metric("bumblebee_new_tokens_total")
+    with pytest.raises(httpx.ReadTimeout):
+        server.post("/v1/completions", completion(n=3, **LONG), timeout=0.3)
+    server.wait_for_metric("bumblebee_running", 0)
+    assert server.metric("bumblebee_new_tokens_total") < before + 3 * LONG["max_tokens"]
+    assert 'status="499"' in server.http.get("/metrics").text
+
+
+# -- limits ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def narrow(served_folder: Path) -> Iterator[Running]:
+    """A server that computes one request, lets two wait, and has one key."""
+    words = ["--max_running", "1", "--max_queue", "2", "--api_key", "key", "--name", "mine", "--max_payload", "1000"]
+    with serving(served_folder, *words) as running:
+        yield running
+
+
+def test_a_full_queue_refuses_and_takes_requests_again_when_there_is_room(narrow: Running):
+    body = completion(model="mine", stream=True, **LONG)
+    streams = [narrow.http.stream("POST", "/v1/completions", json=body) for _ in range(3)]
+    running = streams[0].__enter__()
+    waiting = [threading.Thread(target=streams[1].__enter__), threading.Thread(target=streams[2].__enter__)]
+    for thread in waiting:
+        thread.start()
+    narrow.wait_for_metric("bumblebee_waiting", 2)
+    refused = narrow.post("/v1/completions", completion(model="mine", max_tokens=1))
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert error_of(refused)["code"] == "queue_full"
+    running.close()
+    narrow.wait_for_metric("bumblebee_waiting", 1)
+    # Room for one: it waits its turn behind the others, and leaves.
+    with pytest.raises(httpx.ReadTimeout):
+        narrow.post("/v1/completions", completion(model="mine", **LONG), timeout=0.2)
+    for thread, stream in zip(waiting, streams[1:], strict=True):
+        thread.join(PATIENCE)
+        stream.__exit__(None, None, None)
+    narrow.wait_for_metric("bumblebee_running", 0)
+    assert narrow.post("/v1/completions", completion(model="mine", max_tokens=1)).status_code == 200
+
+
+def test_keys_guard_what_is_computed_and_told(narrow: Running):
+    wrong = {"Authorization": "Bearer other"}
+    for method, path in (("POST", "/v1/completions"), ("POST", "/tokenize"), ("GET", "/v1/models"), ("GET", "/metrics")):
+        refused = narrow.http.request(method, path, headers=wrong)
+        assert (refused.status_code, error_of(refused)["code"]) == (401, "invalid_api_key")
+    assert {httpx.get(narrow.url + path).status_code for path in ("/health", "/ready", "/")} == {200}
+    assert narrow.http.get("/v1/models").json()["data"][0]["id"] == "mine"
+
+
+def test_the_bound_of_a_body_is_an_option(narrow: Running):
+    assert narrow.post("/v1/completions", completion("a" * 1000, model="mine")).status_code == 413
+
+
+@pytest.mark.slow
+def test_a_request_that_takes_too_long_ends_with_an_error(served_folder: Path):
+    with serving(served_folder, "--request_timeout", "0.3") as running:
+        with running.stream(**LONG) as chunks:
+            last = list(chunks)[-1]
+        assert last["error"]["code"] == "timeout"
+        whole = running.complete(**LONG)
+        assert (whole.status_code, error_of(whole)["code"]) == (504, "timeout")
+        assert whole.headers["x-should-retry"] == "false"
+        assert running.complete(max_tokens=1).status_code == 200
