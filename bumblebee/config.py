@@ -29,6 +29,7 @@ EXPERT_FIELDS = (
     "decoder_sparse_step", "mlp_only_layers", "router_balance_loss", "router_aux_loss_coef", "router_z_loss_coef",
     "router_bias_update_rate",
 )  # fmt: skip
+LAYER_TYPES = FULL, SLIDING = ("full_attention", "sliding_attention")
 
 
 @dataclass
@@ -48,6 +49,10 @@ class BumblebeeConfig:
         rope_scaling: None, or a dict with "rope_type" and its numbers as in Hugging Face's config.json: linear, dynamic, yarn
             or llama3 (see ``bumblebee/nn/rope.py``).
         partial_rotary_factor: the part of each head that is turned by its position; the rest has no position.
+        rope_interleaved: what is turned are pairs of neighbours, as in GLM, instead of pairs half a head apart.
+        qk_norm: a norm on each query and key head before it is turned (arXiv 2302.05442), as in Qwen3.
+        sliding_window: how many positions a token sees, its own among them (arXiv 2004.05150), as in Mistral; None for all.
+        layer_types: for each layer "sliding_attention" or "full_attention"; None means the sliding window, if any, for all.
         hidden_act: of the feed-forward part: silu, gelu, gelu_new or gelu_pytorch_tanh (by tanh), relu, relu2 (squared).
         mlp_gated: the feed-forward part is ``down(act(gate(x)) * up(x))``, with silu a SwiGLU; else ``down(act(up(x)))``.
         mlp_bias: biases in the feed-forward part.
@@ -57,6 +62,7 @@ class BumblebeeConfig:
         tie_word_embeddings: the output head uses the embedding table.
         attention_bias: biases on the query, key and value projections, as in Qwen2.
         attention_output_bias: a bias on the attention's output projection too, as in a Llama with ``attention_bias``.
+        attention_dropout: share of attention weights that is zeroed in training.
         residual_dropout: share of what attention and feed-forward part add to the stream that is zeroed in training.
         embedding_dropout: share of the embedded tokens that is zeroed in training.
         initializer_range: standard deviation of the normal distribution that weights are drawn from.
@@ -96,6 +102,10 @@ class BumblebeeConfig:
     rope_theta: float = 1_000_000.0
     rope_scaling: dict[str, Any] | None = None
     partial_rotary_factor: float = 1.0
+    rope_interleaved: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
     hidden_act: str = "silu"
     mlp_gated: bool = True
     mlp_bias: bool = False
@@ -105,6 +115,7 @@ class BumblebeeConfig:
     tie_word_embeddings: bool = True
     attention_bias: bool = True
     attention_output_bias: bool = False
+    attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     embedding_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -155,9 +166,10 @@ class BumblebeeConfig:
         for name, known in {"hidden_act": ACTIVATIONS, "norm": NORMS}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; known are {', '.join(known)}")
-        for name in ("residual_dropout", "embedding_dropout"):
+        for name in ("attention_dropout", "residual_dropout", "embedding_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        self._check_windows()
         if self.rope_scaling is not None:
             self._check_rope_scaling(self.rope_scaling)
             self.rope_scaling = None if self.rope_scaling["rope_type"] == "default" else self.rope_scaling
@@ -168,6 +180,26 @@ class BumblebeeConfig:
             self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
             self.mlp_only_layers = sorted(self.mlp_only_layers or [])
             self._check_experts()
+
+    def _check_windows(self) -> None:
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
+        if self.layer_types is None:
+            return
+        if unknown := sorted(set(self.layer_types) - set(LAYER_TYPES)):
+            raise ValueError(f"layer_types has {', '.join(unknown)}; known are {', '.join(LAYER_TYPES)}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}")
+        if SLIDING in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types has sliding_attention and sliding_window is not set")
+        if SLIDING not in self.layer_types:
+            self.sliding_window = None
+        if len(set(self.layer_types)) == 1:  # one way to say it: configs are compared
+            self.layer_types = None
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions a token sees in a layer, its own among them; None for all."""
+        return self.sliding_window if self.layer_types is None or self.layer_types[layer] == SLIDING else None
 
     @staticmethod
     def _check_rope_scaling(scaling: dict[str, Any]) -> None:
@@ -207,6 +239,8 @@ class BumblebeeConfig:
             )
         if self.mlp_bias or not self.mlp_gated:
             raise ValueError("num_experts is set with mlp_bias or without mlp_gated: experts are gated and have no biases")
+        if self.hidden_act != "silu" or not self.mlp_gated or self.mlp_bias:
+            raise ValueError("num_experts is set: experts are SwiGLUs without biases, leave hidden_act, mlp_gated and mlp_bias")
         if self.router_balance_loss not in BALANCES:
             raise ValueError(f"router_balance_loss must be {' or '.join(BALANCES)}, got {self.router_balance_loss!r}")
         if self.shared_expert_gate and not self.n_shared_experts:

@@ -126,6 +126,11 @@ class Bumblebee(nn.Module):
         """The normalisation before attention, before the feed-forward part and before the head."""
         return NORMS[self.config.norm](self.config.hidden_size, eps=self.config.rms_norm_eps)
 
+    def build_head_norm(self) -> nn.Module | None:
+        """The normalisation of each query or key head; None for none."""
+        c = self.config
+        return NORMS[c.norm](c.head_dim, eps=c.rms_norm_eps) if c.qk_norm else None
+
     def build_attention(self, layer: int) -> nn.Module:
         """The attention of a layer, called as ``attention(x, rotary, mask, cache)``."""
         c = self.config
@@ -133,6 +138,8 @@ class Bumblebee(nn.Module):
         return Attention(
             c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
             bias=c.attention_bias, output_bias=c.attention_output_bias, kernel=self.attention,
+            q_norm=self.build_head_norm(), k_norm=self.build_head_norm(), interleaved=c.rope_interleaved,
+            window=c.window_of(layer), dropout=c.attention_dropout,
         )  # fmt: skip
 
     def build_ffn(self, layer: int) -> nn.Module:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from bumblebee.checkpoint.keys import Rule
-from bumblebee.config import BumblebeeConfig
+from bumblebee.config import FULL, SLIDING, BumblebeeConfig
 
 Json = dict[str, Any]
 
@@ -43,9 +43,29 @@ class Family:
 
 
 def _read_qwen2(raw: Json) -> Json:
-    if raw.get("use_sliding_window"):
-        raise ValueError("config.json has use_sliding_window true; a sliding window is not supported")
-    return {"attention_bias": True, "attention_output_bias": False}
+    return {"attention_bias": True, **_read_qwen_windows(raw)}
+
+
+def _read_qwen_windows(raw: Json) -> Json:
+    """Either ``layer_types``, or all layers from ``max_window_layers`` on have the window."""
+    if not raw.get("use_sliding_window") or raw.get("sliding_window", 4096) is None:
+        return {}
+    full, layers = raw.get("max_window_layers", 28), raw["num_hidden_layers"]
+    types = raw.get("layer_types") or [SLIDING if layer >= full else FULL for layer in range(layers)]
+    return {"sliding_window": raw.get("sliding_window", 4096), "layer_types": types}
+
+
+def _write_qwen_windows(config: BumblebeeConfig) -> Json:
+    if config.sliding_window is None:
+        return {"use_sliding_window": False}
+    types = config.layer_types or [SLIDING] * config.num_hidden_layers
+    window = {"sliding_window": config.sliding_window, "max_window_layers": types.index(SLIDING)}
+    return {"use_sliding_window": True, **window, "layer_types": types}
+
+
+def _read_qwen3(raw: Json) -> Json:
+    bias = bool(raw.get("attention_bias", False))
+    return {"qk_norm": True, "attention_bias": bias, "attention_output_bias": bias, **_read_qwen_windows(raw)}
 
 
 def _read_llama(raw: Json) -> Json:
@@ -102,6 +122,32 @@ def _expert_rules(config: BumblebeeConfig, part: str, names: tuple[str, str, str
 OWN = "BumblebeeForCausalLM"  # transformers does not know it and says so
 
 
+def _read_mistral(raw: Json) -> Json:
+    if len(set(raw.get("layer_types") or [])) > 1:
+        raise ValueError("config.json has layer_types that differ; in MistralForCausalLM all layers are alike")
+    return {"attention_bias": False, "sliding_window": raw.get("sliding_window", 4096)}
+
+
+def _read_glm(raw: Json) -> Json:
+    return {"rope_interleaved": True, "attention_bias": bool(raw.get("attention_bias", True))}
+
+
+def _read_glm4(raw: Json) -> Json:
+    return {"post_norms": True, **_read_glm(raw)}
+
+
+def _glm_rules(config: BumblebeeConfig) -> list[Rule]:
+    """Gate and up are one matrix in the file."""
+    layers = [f"model.layers.{layer}.mlp" for layer in range(config.num_hidden_layers)]
+    return [Rule.split(f"{mlp}.gate_up_proj.weight", [f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"]) for mlp in layers]
+
+
+_GLM_DEFAULTS: Json = {
+    "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 1.5625e-07,
+    "pad_token_id": 151329, "eos_token_id": [151329, 151336, 151338],
+}  # fmt: skip
+
+
 def _read_own(raw: Json) -> Json:
     return {field.name: raw[field.name] for field in fields(BumblebeeConfig) if field.name in raw}
 
@@ -117,8 +163,8 @@ FAMILIES = {
             "Qwen2ForCausalLM",
             "qwen2",
             _read_qwen2,
-            lambda c: {"use_sliding_window": False},
-            defaults={"max_position_embeddings": 32768},
+            _write_qwen_windows,
+            defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
         ),
         Family(
             "LlamaForCausalLM",
@@ -133,6 +179,7 @@ FAMILIES = {
             _read_mixtral,
             _write_mixtral,
             defaults={
+                "num_key_value_heads": 8,
                 "max_position_embeddings": 131072,
                 "rms_norm_eps": 1e-5,
                 "rope_theta": 1e6,
@@ -140,6 +187,38 @@ FAMILIES = {
                 "eos_token_id": 2,
             },
             rules=_mixtral_rules,
+        ),
+        Family(
+            "Qwen3ForCausalLM",
+            "qwen3",
+            _read_qwen3,
+            lambda c: {"attention_bias": c.attention_bias, **_write_qwen_windows(c)},
+            defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+        ),
+        Family(
+            "MistralForCausalLM",
+            "mistral",
+            _read_mistral,
+            lambda c: {"sliding_window": c.sliding_window},
+            defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "bos_token_id": 1, "eos_token_id": 2},
+        ),
+        Family(
+            "GlmForCausalLM",
+            "glm",
+            _read_glm,
+            lambda c: {"attention_bias": c.attention_bias},
+            defaults=_GLM_DEFAULTS,
+            partial_rotary_factor=0.5,
+            rules=_glm_rules,
+        ),
+        Family(
+            "Glm4ForCausalLM",
+            "glm4",
+            _read_glm4,
+            lambda c: {"attention_bias": c.attention_bias},
+            defaults=_GLM_DEFAULTS,
+            partial_rotary_factor=0.5,
+            rules=_glm_rules,
         ),
         Family(OWN, "bumblebee", _read_own, _write_own, defaults={}, partial_rotary_factor=1.0),  # the last: it has every model
     )
@@ -152,6 +231,8 @@ _SHARED: Json = {
     "intermediate_size": None,
     "num_hidden_layers": None,
     "num_attention_heads": None,
+    "num_key_value_heads": None,
+    "head_dim": None,
     "max_position_embeddings": None,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -160,6 +241,7 @@ _SHARED: Json = {
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
+    "attention_dropout": 0.0,
     "residual_dropout": 0.0,  # this and the next are for training only: Hugging Face keeps them and does not look at them
     "embedding_dropout": 0.0,
 }
@@ -210,11 +292,9 @@ def _read(family: Family, raw: Json) -> BumblebeeConfig:
     if raw.get("quantization_config"):
         raise ValueError("config.json has a quantization_config; quantised weights are not supported")
     shared: Json = {name: raw.get(name, default) for name, default in {**_SHARED, **family.defaults}.items()}
-    heads: Json = {
-        "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        "head_dim": raw.get("head_dim"),
-    }
-    return BumblebeeConfig(**{**shared, **heads, **_read_rope(family, raw), **family.read(raw)})
+    shared["num_key_value_heads"] = shared["num_key_value_heads"] or raw["num_attention_heads"]
+    shared["attention_dropout"] = shared["attention_dropout"] or 0.0  # may be null
+    return BumblebeeConfig(**{**shared, **_read_rope(family, raw), **family.read(raw)})
 
 
 def _read_rope(family: Family, raw: Json) -> Json:
@@ -249,8 +329,6 @@ def _write(family: Family, config: BumblebeeConfig) -> Json:
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **{name: getattr(config, name) for name in _SHARED},
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
         # The older layout of rope settings: newer readers take it too.
         "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling,

@@ -13,7 +13,7 @@ Shapes: N tokens of the step, S positions of a sequence, H query heads, K key-va
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ class Span:
         count: how many they are.
         length: positions of the sequence, these included: S.
         pages: (pages,) int64, which hold them.
-        seen: (count, S) booleans, which positions each token sees; None for a single token, which sees all.
+        seen: (count, S - start) booleans, which positions each token sees; None for a single token, which sees all.
+        start: the first position that is seen, counted from the first of the pages, as ``length`` is; 0 without a window.
     """
 
     begin: int
@@ -39,6 +40,15 @@ class Span:
     length: int
     pages: Tensor
     seen: Tensor | None
+    start: int = 0
+
+    def narrowed(self, window: int, size: int) -> Span:
+        """The same tokens where each sees the last ``window`` positions only; what none sees is not read."""
+        start = max(self.length - self.count - window + 1, 0)
+        skipped = start // size
+        length, start = self.length - skipped * size, start - skipped * size
+        seen = None if self.seen is None else self.seen[:, -(length - start) :].triu(length - start - self.count - window + 1)
+        return Span(self.begin, self.count, length, self.pages[skipped:], seen, start)
 
 
 @dataclass
@@ -50,11 +60,14 @@ class Layout:
         spans: one for each sequence; those of single tokens come first, in the order of the row.
         together: slots (B, S) of the B single tokens' sequences and booleans (B, S) that are false where a row is padded,
             if they are to share one call; None if each has its own.
+        size: positions of a page.
     """
 
     slots: Tensor
     spans: list[Span]
     together: tuple[Tensor, Tensor] | None
+    size: int
+    _narrowed: dict[int, Layout] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -77,8 +90,17 @@ class Layout:
             slots += [held[place // size] * size + place % size for place in range(length - count, length)]
             spans.append(Span(begin, count, length, torch.tensor(held, device=device), _seen(length, count, device)))
             begin += count
-        singles = [span for span in spans if span.count == 1] if together else []
-        return cls(torch.tensor(slots, device=device), spans, _padded(singles, size) if singles else None)
+        return cls(torch.tensor(slots, device=device), spans, _padded(spans, size) if together else None, size)
+
+    def narrowed(self, window: int | None) -> Layout:
+        """As ``Span.narrowed``, once for all layers with this window; None is the layout itself."""
+        if window is None:
+            return self
+        if window not in self._narrowed:
+            spans = [span.narrowed(window, self.size) for span in self.spans]
+            together = None if self.together is None else _padded(spans, self.size)
+            self._narrowed[window] = Layout(self.slots, spans, together, self.size)
+        return self._narrowed[window]
 
 
 def _seen(length: int, count: int, device: torch.device) -> Tensor | None:
@@ -88,14 +110,21 @@ def _seen(length: int, count: int, device: torch.device) -> Tensor | None:
     return torch.ones(count, length, dtype=torch.bool, device=device).tril(length - count)
 
 
-def _padded(spans: list[Span], size: int) -> tuple[Tensor, Tensor]:
-    """Slots (B, S) and which of them count. Padding repeats the sequence's own first slot: no row reads another's numbers."""
-    table = torch.nn.utils.rnn.pad_sequence([span.pages for span in spans], batch_first=True)
-    lengths = torch.tensor([span.length for span in spans], device=table.device)
-    places = torch.arange(max(span.length for span in spans), device=table.device)
-    valid = places < lengths[:, None]
-    slots = table[:, places // size] * size + places % size
-    return torch.where(valid, slots, table[:, :1] * size), valid
+def _padded(spans: list[Span], size: int) -> tuple[Tensor, Tensor] | None:
+    """Of the single tokens, slots (B, S) and which of them count; None if there are none.
+
+    Padding repeats the sequence's own first slot: no row reads another's numbers.
+    """
+    singles = [span for span in spans if span.count == 1]
+    if not singles:
+        return None
+    table = torch.nn.utils.rnn.pad_sequence([span.pages for span in singles], batch_first=True)
+    starts = torch.tensor([[span.start] for span in singles], device=table.device)
+    lengths = torch.tensor([[span.length] for span in singles], device=table.device)
+    places = starts + torch.arange(max(span.length - span.start for span in singles), device=table.device)
+    valid = places < lengths
+    places = torch.where(valid, places, starts)
+    return table.gather(1, places // size) * size + places % size, valid
 
 
 class LayerCache:
@@ -107,22 +136,24 @@ class LayerCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Store the step's keys and values; each token attends over its sequence up to itself.
 
         Args:
             q: (1, N, H, D).
             k: (1, N, K, D).
             v: (1, N, K, D).
+            window: how many positions a token sees, its own among them; None for all.
 
         Returns:
             (1, N, H, D).
         """
         self.keys.flatten(0, 1).index_copy_(0, self.layout.slots, k[0])
         self.values.flatten(0, 1).index_copy_(0, self.layout.slots, v[0])
-        spans, parts = self.layout.spans, []
-        if self.layout.together is not None:
-            slots, valid = self.layout.together
+        layout = self.layout.narrowed(window)
+        spans, parts = layout.spans, []
+        if layout.together is not None:
+            slots, valid = layout.together
             spans = spans[len(slots) :]
             parts.append(self._together(q[0, : len(slots)], slots, valid))
         parts += [self._alone(q[0, span.begin : span.begin + span.count], span) for span in spans]
@@ -130,7 +161,8 @@ class LayerCache:
 
     def _alone(self, q: Tensor, span: Span) -> Tensor:
         """One sequence: ``q`` (count, H, D) -> (count, H, D)."""
-        k, v = (x.index_select(0, span.pages).flatten(0, 1)[: span.length].transpose(0, 1) for x in (self.keys, self.values))
+        k, v = (x.index_select(0, span.pages).flatten(0, 1)[span.start : span.length] for x in (self.keys, self.values))
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
         if span.seen is None:
             return scaled_dot_product_attention(q.view(1, len(k), -1, q.shape[-1]), k[None], v[None]).view(q.shape)
         # A group of query heads reads the same keys: repeated as a view, not in memory.

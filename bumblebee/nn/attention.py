@@ -11,16 +11,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from bumblebee.nn.kernels import KERNELS, AttentionMask, choose
-from bumblebee.nn.rope import rotate
+from bumblebee.nn.rope import rotate, rotate_interleaved
 
 
 class LayerCache(Protocol):
     """What attention asks of a key-value cache: store the new keys and values, and attend over all that is stored."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """``q``: (B, T, H, D), ``k``, ``v``: (B, T, K, D) of the new positions -> (B, T, H, D).
 
-        Each query sees the positions of its own sequence up to itself, earlier ones from the cache among them.
+        Each query sees the positions of its own sequence up to itself, earlier ones from the cache among them; with a
+        ``window`` the last so many of them.
         """
         ...
 
@@ -36,6 +37,11 @@ class Attention(nn.Module):
         bias: biases on the query, key and value projections.
         output_bias: a bias on the output projection.
         kernel: ``auto``, ``flash``, ``sdpa`` or ``naive``. ``auto`` is settled at the first forward, when the dtype is known.
+        q_norm: on each query head before it is turned (arXiv 2302.05442); None for none.
+        k_norm: on each key head.
+        interleaved: rotary pairs are neighbours, see ``bumblebee/nn/rope.py``.
+        window: how many positions a query sees, its own among them; None for all.
+        dropout: share of attention weights that is zeroed in training.
     """
 
     def __init__(
@@ -47,17 +53,27 @@ class Attention(nn.Module):
         bias: bool = False,
         output_bias: bool = False,
         kernel: str = "auto",
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        interleaved: bool = False,
+        window: int | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.kernel = kernel
+        self.rotate = rotate_interleaved if interleaved else rotate
+        self.window = window
+        self.dropout = dropout
+        self.q_norm = q_norm or nn.Identity()
+        self.k_norm = k_norm or nn.Identity()
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=output_bias)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
-        """``x`` (B, T, hidden_size); ``rotary``: cosines and sines (B, T, 1, D/2). Returns (B, T, hidden_size).
+        """``x`` (B, T, hidden_size); ``rotary``: cosines and sines, (B, T, 1, D/2) or narrower. Returns (B, T, hidden_size).
 
         With a cache it is the cache that attends, and ``mask`` is not looked at.
         """
@@ -65,6 +81,10 @@ class Attention(nn.Module):
             rearrange(project(x), "b t (h d) -> b t h d", d=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        out = cache.attend(q, k, v) if cache is not None else KERNELS[choose(self.kernel, q.dtype)](q, k, v, mask)
+        q, k = self.rotate(self.q_norm(q), *rotary), self.rotate(self.k_norm(k), *rotary)
+        if cache is not None:
+            out = cache.attend(q, k, v, self.window)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            out = KERNELS[choose(self.kernel, q.dtype)](q, k, v, mask, self.window, dropout)
         return self.o_proj(rearrange(out, "b t h d -> b t (h d)"))

@@ -1,16 +1,18 @@
 """Attention kernels: one signature, several ways to compute it, and the mask they share.
 
-    kernel(q, k, v, mask) -> out        q: (B, T, H, D)   k, v: (B, S, K, D)   out: (B, T, H, D)
+    kernel(q, k, v, mask, window, dropout) -> out        q: (B, T, H, D)   k, v: (B, S, K, D)   out: (B, T, H, D)
 
-H query heads share K key-value heads in groups of H / K. ``naive`` is the formula, and what the others are tested against;
-``sdpa`` is torch's fused attention; ``flash`` is the flash-attn package, which never builds a (T, S) mask.
+H query heads share K key-value heads in groups of H / K. With a sliding window W (arXiv 2004.05150) a query sees the last W
+positions only, its own among them; None is without. ``dropout`` is the share of attention weights that is zeroed.
+``naive`` is the formula, and what the others are tested against; ``sdpa`` is torch's fused attention; ``flash`` is the
+flash-attn package, which never builds a (T, S) mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 from einops import rearrange, repeat
@@ -27,7 +29,7 @@ class AttentionMask:
 
     def __init__(self, documents: Tensor | None = None) -> None:
         self.documents = documents
-        self._dense: dict[tuple[int, int], Tensor] = {}
+        self._dense: dict[tuple[int, int, int | None], Tensor] = {}
 
     @classmethod
     def packed(cls, position_ids: Tensor) -> AttentionMask:
@@ -39,14 +41,16 @@ class AttentionMask:
         """One document per row: a kernel's own causal mode is enough."""
         return self.documents is None
 
-    def dense(self, queries: int, keys: int, device: torch.device) -> Tensor:
+    def dense(self, queries: int, keys: int, device: torch.device, window: int | None = None) -> Tensor:
         """(B or 1, 1, T, S) booleans, true where the query sees the key."""
-        if (queries, keys) not in self._dense:
-            self._dense[queries, keys] = self._build(queries, keys, device)
-        return self._dense[queries, keys]
+        if (queries, keys, window) not in self._dense:
+            self._dense[queries, keys, window] = self._build(queries, keys, device, window)
+        return self._dense[queries, keys, window]
 
-    def _build(self, queries: int, keys: int, device: torch.device) -> Tensor:
+    def _build(self, queries: int, keys: int, device: torch.device, window: int | None) -> Tensor:
         causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]
+        if window is not None:
+            causal = causal.triu(1 - window)
         if self.documents is None:
             return causal
         return causal & (self.documents[:, None, :, None] == self.documents[:, None, None, :])
@@ -60,40 +64,49 @@ class AttentionMask:
         return pad(lengths.cumsum(0), (1, 0)).to(torch.int32), int(lengths.max())
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
+class Kernel(Protocol):
+    """See the top of the file."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | None = None, dropout: float = 0.0
+    ) -> Tensor: ...
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+def naive(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | None = None, dropout: float = 0.0) -> Tensor:
     """softmax(q k / sqrt(D)) v with every score written out, the softmax in fp32 (arXiv 1706.03762)."""
     k, v = (repeat(x, "b s k d -> b s (k g) d", g=q.shape[2] // k.shape[2]) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, k).float() * q.shape[-1] ** -0.5
-    seen = mask.dense(q.shape[1], k.shape[1], q.device)
+    seen = mask.dense(q.shape[1], k.shape[1], q.device, window)
     weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1).to(v.dtype)
-    return torch.einsum("bhts,bshd->bthd", weights, v)
+    return torch.einsum("bhts,bshd->bthd", torch.dropout(weights, dropout, train=True), v)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | None = None, dropout: float = 0.0) -> Tensor:
     """torch's scaled_dot_product_attention, which picks its own fused kernel."""
-    seen = None if mask.only_causal else mask.dense(q.shape[1], k.shape[1], q.device)
+    window = None if window is not None and window >= k.shape[1] else window
+    seen = None if mask.only_causal and window is None else mask.dense(q.shape[1], k.shape[1], q.device, window)
     grouped = q.shape[2] != k.shape[2]
     if grouped and q.device.type != "cpu" and seen is not None:
         # On a GPU no fused kernel takes both a mask and shared heads: without this the slow formula would be picked.
         k, v = (repeat(x, "b s k d -> b s (k g) d", g=q.shape[2] // k.shape[2]) for x in (k, v))
         grouped = False
     q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q, k, v))
-    out = scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=grouped)
+    out = scaled_dot_product_attention(q, k, v, seen, dropout, is_causal=seen is None, enable_gqa=grouped)
     return rearrange(out, "b h t d -> b t h d")
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+def flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | None = None, dropout: float = 0.0) -> Tensor:
     """The flash-attn package (arXiv 2307.08691): bf16 or fp16 on a GPU."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
+    sides = (-1, -1) if window is None else (window - 1, 0)  # how many positions are seen before and behind; -1 for all
     if mask.documents is None:
-        return flash_attn_func(q, k, v, causal=True)
+        return flash_attn_func(q, k, v, causal=True, window_size=sides, dropout_p=dropout)
     ends, longest = mask.cumulative_lengths
     flat = (rearrange(x, "b t h d -> (b t) h d") for x in (q, k, v))
-    out = flash_attn_varlen_func(*flat, ends, ends, longest, longest, causal=True)
+    out = flash_attn_varlen_func(
+        *flat, ends, ends, longest, longest, causal=True, window_size=sides, dropout_p=dropout
+    )  # fmt: skip
     return rearrange(out, "(b t) h d -> b t h d", b=q.shape[0])
 
 

@@ -17,7 +17,7 @@ LLAMA3 = {
 }  # fmt: skip
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"], "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,
-    "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
 }  # fmt: skip
 LLAMA = {**QWEN2, "architectures": ["LlamaForCausalLM"]}
 
@@ -92,10 +92,10 @@ def test_rope_settings_left_out_or_default_mean_no_scaling(rope):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({**QWEN2, "architectures": ["MistralForCausalLM"]}, "architectures ['MistralForCausalLM'] in config.json: supported"),
+        ({**QWEN2, "architectures": ["PhiForCausalLM"]}, "architectures ['PhiForCausalLM'] in config.json: supported"),
         ({**QWEN2, "architectures": None}, "architectures [] in config.json: supported are Qwen2ForCausalLM, LlamaForCausalLM"),
         ({**QWEN2, "hidden_act": "xielu"}, "hidden_act is 'xielu'; known are silu, gelu"),
-        ({**QWEN2, "use_sliding_window": True}, "use_sliding_window true; a sliding window is not supported"),
+        ({**QWEN2, "use_sliding_window": True, "layer_types": ["chunked", "full_attention"]}, "layer_types has chunked; known"),
         ({**QWEN2, "quantization_config": {"bits": 4}}, "quantization_config; quantised weights are not supported"),
         ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({**LLAMA, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -115,7 +115,8 @@ def test_what_is_not_supported_is_refused_by_name(raw, message):
 
 @pytest.mark.parametrize("left_out", [{}, {"num_key_value_heads": None}], ids=str)
 def test_without_key_value_heads_every_query_head_has_its_own(left_out):
-    assert read_config({**LLAMA, **left_out}).num_key_value_heads == 4
+    raw = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+    assert read_config({**raw, **left_out}).num_key_value_heads == 4
 
 
 def test_every_family_is_found_by_its_architecture():

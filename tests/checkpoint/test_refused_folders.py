@@ -124,7 +124,7 @@ def test_a_damaged_config_is_named(single, content):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "architectures ['GPT2LMHeadModel']"),
         ({"hidden_act": "xielu"}, "hidden_act is 'xielu'"),
-        ({"use_sliding_window": True}, "sliding window"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
     ],

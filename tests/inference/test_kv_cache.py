@@ -15,10 +15,18 @@ V, SIZE, PAGES = 64, 4, 12
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.15}
 
 
-@pytest.fixture(scope="module", params=TOLERANCE, ids=str)
+WINDOWS = {
+    "all": {},
+    "window": {"sliding_window": 3},
+    "mixed": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+@pytest.fixture(scope="module", params=[(dtype, window) for window in WINDOWS for dtype in TOLERANCE], ids=str)
 def model(request, tiny) -> Bumblebee:
     torch.manual_seed(0)
-    return Bumblebee(tiny(vocab_size=V, initializer_range=0.2)).eval().to(request.param)
+    dtype, window = request.param
+    return Bumblebee(tiny(vocab_size=V, initializer_range=0.2, **WINDOWS[window])).eval().to(dtype)
 
 
 def cache_of(model: Bumblebee, filler: float = 0.0) -> KVCache:

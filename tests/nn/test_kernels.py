@@ -22,6 +22,7 @@ B, T, H, D = 2, 7, 4, 8
 PACKED = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]])  # the last two of row 0 are padding
 
 MASKS = {"causal": AttentionMask, "packed": lambda: AttentionMask.packed(PACKED)}
+WINDOWS = [None, 1, 3, 100]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -31,49 +32,52 @@ def inputs(groups: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def sees(mask: AttentionMask, row: int, query: int, key: int) -> bool:
+def sees(mask: AttentionMask, row: int, query: int, key: int, window: int | None) -> bool:
     """The rule of the mask, for one pair."""
     same = mask.documents is None or bool(mask.documents[row, query] == mask.documents[row, key])
-    return key <= query and same
+    return key <= query and same and (window is None or query - key < window)
 
 
-def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
+def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask, window: int | None) -> torch.Tensor:
     """Softmax of scores over the keys that are seen, one query and one head at a time."""
     out = torch.zeros_like(q)
     for b, t, h in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
         group = h // (q.shape[2] // k.shape[2])
-        seen = [s for s in range(k.shape[1]) if sees(mask, b, t, s)]
+        seen = [s for s in range(k.shape[1]) if sees(mask, b, t, s, window)]
         weights = torch.softmax(torch.stack([q[b, t, h] @ k[b, s, group] / math.sqrt(q.shape[3]) for s in seen]), 0)
         out[b, t, h] = sum(weight * v[b, s, group] for weight, s in zip(weights, seen, strict=True))
     return out
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("layout", MASKS)
-def test_naive_equals_the_formula_written_with_loops(layout, groups):
+def test_naive_equals_the_formula_written_with_loops(layout, groups, window):
     make = MASKS[layout]
     q, k, v = inputs(groups)
-    torch.testing.assert_close(naive(q, k, v, make()), by_hand(q, k, v, make()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(naive(q, k, v, make(), window), by_hand(q, k, v, make(), window), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("layout", MASKS)
-def test_sdpa_equals_naive(layout, groups, dtype):
+def test_sdpa_equals_naive(layout, groups, dtype, window):
     make = MASKS[layout]
     q, k, v = inputs(groups, dtype)
-    out = sdpa(q, k, v, make())
+    out = sdpa(q, k, v, make(), window)
     assert out.dtype == dtype
-    torch.testing.assert_close(out, naive(q, k, v, make()), rtol=0, atol=TOLERANCE[dtype])
+    torch.testing.assert_close(out, naive(q, k, v, make(), window), rtol=0, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("layout", MASKS)
-def test_sdpa_gradients_equal_naive_gradients(layout):
+def test_sdpa_gradients_equal_naive_gradients(layout, window):
     make = MASKS[layout]
 
     def gradients(kernel):
         leaves = [x.requires_grad_() for x in inputs(2)]
-        return torch.autograd.grad(kernel(*leaves, make()).square().sum(), leaves)
+        return torch.autograd.grad(kernel(*leaves, make(), window).square().sum(), leaves)
 
     torch.testing.assert_close(gradients(sdpa), gradients(naive), rtol=0, atol=1e-4)
 
@@ -118,43 +122,60 @@ def test_cumulative_lengths_are_those_of_the_documents_of_all_rows(rows):
     assert ends.diff().tolist() == lengths and ends[0] == 0 and longest == max(lengths)
 
 
-def fake_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, causal):
-    """What flash_attn_varlen_func promises: causal attention inside each stretch of the flattened batch."""
-    assert causal and q.dim() == 3 and starts_q is starts_k and longest_q == longest_k == int(starts_q.diff().max())
+def fake_flash_attn(q, k, v, causal, window_size, dropout_p):
+    """What flash_attn_func promises: position i sees those from i - left to i + right, all where it is -1."""
+    left, right = window_size
+    assert causal and right in (-1, 0) and dropout_p == 0
+    return naive(q, k, v, AttentionMask(), None if left < 0 else left + 1)
+
+
+def fake_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, **options):
+    """What flash_attn_varlen_func promises: the same inside each stretch of the flattened batch."""
+    assert q.dim() == 3 and starts_q is starts_k and longest_q == longest_k == int(starts_q.diff().max())
     stretches = zip(starts_q[:-1].tolist(), starts_q[1:].tolist(), strict=True)
-    return torch.cat([naive(q[None, a:b], k[None, a:b], v[None, a:b], AttentionMask())[0] for a, b in stretches])
+    return torch.cat([fake_flash_attn(q[None, a:b], k[None, a:b], v[None, a:b], **options)[0] for a, b in stretches])
 
 
 @pytest.fixture
 def fake_flash(monkeypatch):
     """A stand-in for the flash-attn package that follows its documentation, so that the wiring is tested without a GPU."""
-
-    def fake(q, k, v, causal):
-        assert causal
-        return naive(q, k, v, AttentionMask())
-
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=fake, flash_attn_varlen_func=fake_varlen))
+    package = SimpleNamespace(flash_attn_func=fake_flash_attn, flash_attn_varlen_func=fake_varlen)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("layout", MASKS)
-def test_flash_hands_its_package_the_same_attention(layout, fake_flash):
+def test_flash_hands_its_package_the_same_attention(layout, window, fake_flash):
     make = MASKS[layout]
     q, k, v = inputs(2)
-    torch.testing.assert_close(flash(q, k, v, make()), naive(q, k, v, make()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(flash(q, k, v, make(), window), naive(q, k, v, make(), window), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["naive", "sdpa"])
+def test_attention_weights_are_dropped_and_the_others_scaled(kernel):
+    """Over many draws the mean is what it is without dropout."""
+    q, k, v = inputs(2)
+    torch.manual_seed(0)
+    drawn = torch.stack([KERNELS[kernel](q, k, v, AttentionMask(), None, 0.3) for _ in range(2000)])
+    plain = KERNELS[kernel](q, k, v, AttentionMask())
+    assert (drawn[0] != plain).any()
+    torch.testing.assert_close(drawn[:, :, 0].eq(0).all(-1).float().mean(), torch.tensor(0.3), rtol=0, atol=0.02)
+    torch.testing.assert_close(drawn.mean(0), plain, rtol=0, atol=0.12)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("layout", MASKS)
 @pytest.mark.parametrize("kernel", ["sdpa", "flash"])
-def test_gpu_kernels_equal_naive(kernel, layout, groups):
+def test_gpu_kernels_equal_naive(kernel, layout, groups, window):
     if kernel == "flash":
         pytest.importorskip("flash_attn")
     make = MASKS[layout]
     q, k, v = (x.cuda() for x in inputs(groups, torch.bfloat16))
     mask = make()
     moved = AttentionMask(None if mask.documents is None else mask.documents.cuda())
-    torch.testing.assert_close(KERNELS[kernel](q, k, v, moved), naive(q, k, v, moved), rtol=0, atol=2e-2)
+    torch.testing.assert_close(KERNELS[kernel](q, k, v, moved, window), naive(q, k, v, moved, window), rtol=0, atol=2e-2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")

@@ -1,4 +1,4 @@
-"""Our models compute what transformers' Qwen2 and Llama compute: logits and gradients, over folders written by either side.
+"""Our models compute what transformers' of the same families compute: logits and gradients, over folders of either side.
 
 Tiny random models, nothing is downloaded. All weights are drawn wide, norms and biases too, so that no part is without effect.
 """
@@ -15,10 +15,22 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    Glm4Config,
+    GlmConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from bumblebee import Bumblebee  # noqa: E402
+from bumblebee.checkpoint.families import FAMILIES, family_of  # noqa: E402
 from bumblebee.checkpoint.folder import load_config  # noqa: E402
+from bumblebee.checkpoint.keys import as_stored  # noqa: E402
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -33,6 +45,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 128,
     "rope_theta": 10_000.0,
 }
+WINDOW = {"use_sliding_window": True, "sliding_window": 32}
+GLM = {**SHAPE, "head_dim": 16, "pad_token_id": None}  # the row of a padding token has no gradient there
 PEERS = {
     "qwen2 tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen2 untied": Qwen2Config(**SHAPE, tie_word_embeddings=False, rms_norm_eps=1e-3),
@@ -43,6 +57,19 @@ PEERS = {
     "llama one kv head": LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}),
     "llama llama3 rope": LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=5, num_experts_per_tok=2),
+    "llama biases and gelu": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, hidden_act="gelu"),
+    "qwen2 windows in the upper layers": Qwen2Config(**SHAPE, **WINDOW, max_window_layers=1),
+    "qwen2 windows": Qwen2Config(**SHAPE, **WINDOW, max_window_layers=0),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "qwen3 tied with bias and windows": Qwen3Config(
+        **SHAPE, head_dim=8, tie_word_embeddings=True, attention_bias=True, **WINDOW, max_window_layers=1
+    ),
+    "mistral": MistralConfig(**SHAPE, sliding_window=32),
+    "mistral without a window": MistralConfig(**SHAPE, sliding_window=None, head_dim=16),
+    "glm": GlmConfig(**GLM),
+    "glm tied without bias": GlmConfig(**GLM, tie_word_embeddings=True, attention_bias=False),
+    "glm4": Glm4Config(**GLM),
+    "glm4 another part": Glm4Config(**GLM, partial_rotary_factor=0.25),
 }
 LENGTH = 200  # beyond the 128 positions of the original Llama 3 rope above
 TOLERANCE = 2e-5  # in fp32; the largest difference seen is 8e-6, with logits of standard deviation 1
@@ -113,12 +140,15 @@ def test_gradients_of_the_summed_loss_are_theirs(ours, theirs, input_ids):
     ours(input_ids, labels=labels).sum().backward()
     torch.nn.functional.cross_entropy(theirs(input_ids).logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
     expected = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
+    found = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    found |= as_stored(family_of(ours.config).rules(ours.config), found.items())  # their modules are like ours, or like the file
+    for name in expected:
+        gradient = found[name]
         if name.endswith("k_proj.bias"):  # adds the same to all scores of a query: its true gradient is zero
             continue
         scale = expected[name].grad.abs().max()
         assert scale > 0.1, name
-        torch.testing.assert_close(parameter.grad / scale, expected[name].grad / scale, rtol=0, atol=1e-4, msg=name)
+        torch.testing.assert_close(gradient / scale, expected[name].grad / scale, rtol=0, atol=1e-4, msg=name)
 
 
 def test_bf16_logits_are_as_close_to_fp32_as_theirs(folder, theirs, input_ids):
@@ -170,23 +200,21 @@ def test_each_layout_of_rope_settings_gives_transformers_logits(scaled, input_id
     assert (logits(Bumblebee.from_pretrained(folder), input_ids) - scaled_logits).abs().max() > 0.1, "scaling does something"
 
 
-@pytest.mark.parametrize(("architecture", "model_type"), [("Qwen2ForCausalLM", "qwen2"), ("LlamaForCausalLM", "llama")])
+@pytest.mark.parametrize(
+    ("architecture", "model_type"), [(family.architecture, family.model_type) for family in FAMILIES.values()][:-1]
+)
 def test_what_a_config_leaves_out_is_what_transformers_fills_in(tmp_path, architecture, model_type):
-    sizes = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    )
-    raw = {"architectures": [architecture], "model_type": model_type, **{name: SHAPE[name] for name in sizes}}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
+    # Sizes that fit every number of heads that is filled in.
+    sizes = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 32}
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": model_type, **sizes}))
     ours, theirs = load_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
-    same = (*sizes, "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range",
-            "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
+    same = (*sizes, "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+            "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
     assert {name: getattr(ours, name) for name in same} == {name: getattr(theirs, name) for name in same}
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.partial_rotary_factor == theirs.rope_parameters.get("partial_rotary_factor", 1.0)
+    assert [ours.window_of(0)] * 2 == [getattr(theirs, "sliding_window", None), ours.window_of(1)]
 
 
 def test_our_config_json_says_to_transformers_what_it_says_to_us(folder, ours, tmp_path):
