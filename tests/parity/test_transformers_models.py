@@ -141,7 +141,8 @@ def test_gradients_of_the_summed_loss_are_theirs(ours, theirs, input_ids):
     torch.nn.functional.cross_entropy(theirs(input_ids).logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
     expected = dict(theirs.named_parameters())
     found = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    found |= as_stored(family_of(ours.config).rules(ours.config), found.items())  # their modules are like ours, or like the file
+    rules = family_of(ours.config).rules(ours.config)
+    found |= dict(as_stored(rules, found.items()))  # their modules have the names of ours or of the file
     for name in expected:
         gradient = found[name]
         if name.endswith("k_proj.bias"):  # adds the same to all scores of a query: its true gradient is zero
