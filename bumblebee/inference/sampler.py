@@ -101,7 +101,7 @@ def _from_all(logits: Tensor, states: list[SamplerState]) -> Tensor:
     probabilities = _tempered(logits, states).softmax(dim=-1)
     missing = -probabilities.shape[-1] % BLOCK
     blocks = torch.nn.functional.pad(probabilities, (0, missing)).unflatten(-1, (-1, BLOCK))
-    block, rest = _pick(blocks.sum(dim=-1, dtype=torch.float64), _uniforms(states, logits.device))
+    block, rest = _pick(blocks.sum(dim=-1).double(), _uniforms(states, logits.device))
     inside = blocks[torch.arange(len(blocks), device=logits.device), block]
     return block * BLOCK + _pick(inside.double(), rest)[0]
 

@@ -26,7 +26,7 @@ def add_sampling_options(parser: Parser, group: str = "", leave_out: Collection[
     """
     described = Parser()
     described.add_class_arguments(SamplingParams, None)
-    helps = {action.dest: action.help for action in described._actions}
+    helps = {action.dest: str(action.help) for action in described._actions}
     kinds = get_type_hints(SamplingParams)
     for field in fields(SamplingParams):
         if field.name not in leave_out:
