@@ -3,10 +3,10 @@
     python benchmarks/sampler.py        vocabularies of 8,192 and 151,936, fp32; about half a minute
 
 Milliseconds of one step, the median of several; both take turns. The probability of a token falls with its rank to the power
-of 1.8, so that the most likely 25 or so hold 95 %, about as those of a trained model; "untrained" are normal logits, of which two thirds of the
-vocabulary are needed. transformers' generate has one set of options for a batch, so all requests have the same; "all options"
-is repetition penalty 1.1 over 500 ids, temperature 0.8, top-k 50, top-p 0.95, min-p 0.05. Before anything is measured it is
-checked that both choose the same tokens about as often.
+of 1.8, so that the most likely 24 hold 95 %, about as those of a trained model; "untrained" are normal logits, of which three
+quarters of the vocabulary are needed. transformers' generate has one set of options for a batch, so all requests have the same;
+"all options" is repetition penalty 1.1 over 500 ids, temperature 0.8, top-k 50, top-p 0.95, min-p 0.05. Before anything is
+measured it is checked that both choose the same tokens about as often.
 """
 
 from __future__ import annotations

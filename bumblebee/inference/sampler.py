@@ -23,7 +23,7 @@ from bumblebee.inference.penalties import Penalties, penalise
 from bumblebee.inference.request import Token
 
 NEARLY_ZERO = 1e-6  # logits divided by less overflow fp32; the most likely token would be drawn anyway
-CANDIDATES = 256  # tokens looked at first where some are cut off
+CANDIDATES = (256, 4096)  # tokens looked at first, and then, where some are cut off; of a vocabulary that is much larger
 BLOCK = 64  # tokens whose probabilities are added before they are cumulated
 BELOW_ONE = 1 - 2**-53
 
@@ -112,26 +112,34 @@ def _from_some(logits: Tensor, states: list[SamplerState]) -> Tensor:
     total = (logits - logits.amax(dim=-1, keepdim=True)).exp().sum(dim=-1, keepdim=True)
     limits = torch.tensor([_limits(state.params, logits.shape[-1]) for state in states], dtype=torch.float64)
     limits = torch.cat([limits.to(logits.device), total], dim=1)
-    return _draw(logits, limits, _uniforms(states, logits.device), CANDIDATES)
+    numbers = [number for number in CANDIDATES if 8 * number <= logits.shape[-1]]
+    return _draw(logits, limits, _uniforms(states, logits.device), [*numbers, logits.shape[-1]])
 
 
 def _limits(params: SamplingParams, vocab_size: int) -> tuple[float, float, float]:
     return params.top_k if 0 < params.top_k < vocab_size else torch.inf, params.top_p, params.min_p
 
 
-def _draw(logits: Tensor, limits: Tensor, uniforms: Tensor, number: int) -> Tensor:
-    """Ids (m,), drawn from those of the ``number`` largest of logits (m, V) that are kept; see ``_kept`` for the limits."""
-    ordered, ids = _largest(logits, min(number, logits.shape[-1]))
+def _draw(logits: Tensor, limits: Tensor, uniforms: Tensor, numbers: list[int]) -> Tensor:
+    """Ids (m,), drawn from what is kept of logits (m, V).
+
+    Args:
+        logits: tempered.
+        limits: see ``_kept``.
+        uniforms: (m,) fp64, which decide.
+        numbers: how many of the largest logits are looked at first, and then, for rows whose cut is not among them; V is last.
+    """
+    ordered, ids = _largest(logits, numbers[0])
     weights = (ordered - ordered[:, :1]).double().exp()
     kept = _kept(weights, limits)
     last = ordered.gather(1, kept[:, None] - 1)
     # Of logits equal to the last one some may be missing here, and of what top-k keeps the sum may be unknown.
-    certain = (last[:, 0] > ordered[:, -1]) & ((limits[:, 0] <= number) | limits[:, 0].isinf())
+    certain = (last[:, 0] > ordered[:, -1]) & ((limits[:, 0] <= numbers[0]) | limits[:, 0].isinf())
     places = torch.arange(ordered.shape[1], device=logits.device)
     chosen = ids.gather(1, _pick(weights * (places < kept[:, None]), uniforms)[0][:, None])[:, 0]
-    if number < logits.shape[-1] and not certain.all():
+    if len(numbers) > 1 and not certain.all():
         again = ~certain
-        chosen[again] = _draw(logits[again], limits[again], uniforms[again], number * 16)
+        chosen[again] = _draw(logits[again], limits[again], uniforms[again], numbers[1:])
     return chosen
 
 
