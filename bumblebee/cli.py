@@ -20,7 +20,7 @@ COMMANDS = {
     "validate": "measure a trained model on a recipe's held-out data",
     "preview": "show what a recipe would do, without training",
     "verify": "check that training is exact on this machine, and measure it",
-    "generate": "let a model continue a text",
+    "generate": "let a model continue texts",
     "chat": "talk to a model in the terminal",
     "serve": "answer OpenAI's clients, and people in a browser",
     "answer": "let a model answer the questions of a recipe's data",
@@ -209,34 +209,54 @@ def save_recipe(parser: Any, cfg: Any) -> None:
 
 
 def generate(words: list[str]) -> None:
-    """Let a model continue a text."""
-    from bumblebee.arguments import Parser
-    from bumblebee.inference.params import SamplingParams
+    """Let a model continue texts."""
+    parser = generate_parser()
+    cfg = parser.parse(words)
+    with user_errors(parser, cfg):
+        from dataclasses import replace
 
-    parser = Parser(prog="bumblebee generate", description="Let a model continue a text.")
+        from bumblebee.inference.generator import Generator
+        from bumblebee.inference.prompts import PromptRecord
+        from bumblebee.inference.sampling_options import given_sampling
+        from bumblebee.inference.texts import Texts, check_files, open_output
+        from datamodules.prompts import read_prompts
+
+        given = given_sampling(cfg)
+        check_files(cfg.prompt, cfg.prompts, cfg.output, cfg.overwrite)
+        as_lines = cfg.prompt is None or cfg.output is not None or cfg.num_samples > 1
+        if "logprobs" in given and not as_lines:
+            raise ValueError("logprobs: they are written as JSON Lines: add --output FILE")
+        prompts = list(read_prompts(cfg.prompts)) if cfg.prompt is None else [PromptRecord.of(cfg.prompt)]
+        generator = Generator.from_pretrained(cfg.model, device=cfg.device, dtype=cfg.dtype)
+        texts = Texts(generator, prompts, replace(generator.defaults, **given), cfg.num_samples, cfg.chat, cfg.system)
+        file = sys.stdout.buffer if cfg.output is None else open_output(cfg.output, cfg.overwrite)
+    with run_errors():
+        if as_lines:
+            texts.write(file)
+        else:
+            texts.print("" if cfg.chat else cfg.prompt, cfg.stream)
+
+
+def generate_parser() -> Any:
+    """The parser of ``generate``."""
+    from bumblebee.arguments import Parser
+    from bumblebee.inference.sampling_options import add_sampling_options
+
+    parser = Parser(prog="bumblebee generate", description="Let a model continue texts.")
     parser.add_argument("--model", type=str, required=True, help="model folder")
-    parser.add_argument("--prompt", type=str, required=True, help="the text to continue, or with chat the question")
-    parser.add_argument("--chat", type=bool, default=False, help="ask: put the prompt into the tokenizer's chat template")
-    parser.add_argument("--system", type=str | None, default=None, help="with chat, the system prompt")
+    parser.add_argument("--prompt", type=str | None, default=None, help="the text to continue, or with chat the question")
+    help = 'a file of prompts instead: a .txt with one a line, or a .jsonl with {"prompt": ...} or {"messages": [...]}'
+    parser.add_argument("--prompts", type=str | None, default=None, help=help)
+    parser.add_argument("--output", type=str | None, default=None, help="JSON Lines file for the texts; null prints them")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace an output that is there")
+    parser.add_argument("--num_samples", type=int, default=1, help="texts for each prompt")
+    parser.add_argument("--chat", type=bool, default=False, help="ask: put prompts into the tokenizer's chat template")
+    parser.add_argument("--system", type=str | None, default=None, help="system prompt of chats that bring none")
     parser.add_argument("--stream", type=bool, default=True, help="print each piece as it comes")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", type=str, default="auto", help="auto (the file's), float32, bfloat16 or float16")
-    parser.add_class_arguments(SamplingParams, None)
-    cfg = parser.parse(words)
-    with user_errors(parser, cfg):
-        from bumblebee.inference.generator import Generator
-
-        params = SamplingParams(**{name: cfg[name] for name in SamplingParams.__dataclass_fields__})
-        generator = Generator.from_pretrained(cfg.model, device=cfg.device, dtype=cfg.dtype)
-        if cfg.system is not None and not cfg.chat:
-            raise ValueError("system: a system prompt needs --chat true")
-        prompt = generator.ask(cfg.prompt, cfg.system) if cfg.chat else cfg.prompt
-        generator.check(prompt, params)
-    pieces = generator.stream(prompt, params) if cfg.stream else [generator.generate([prompt], params)[0].text]
-    print("" if cfg.chat else cfg.prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    add_sampling_options(parser)
+    return parser
 
 
 def chat(words: list[str]) -> None:

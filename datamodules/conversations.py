@@ -72,6 +72,15 @@ def preference(record: Record) -> Preference:
     return _placed(_preference, record)
 
 
+def question(record: Record) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """The messages of a record that ends with a question, and its tools.
+
+    Raises:
+        RecordError: as for ``conversation``; also a last message of the assistant.
+    """
+    return _placed(lambda value: (_asked(value, _format(value)), tools_of(value.get("tools"))), record)
+
+
 def with_system(messages: Sequence[Message], prompt: str | None) -> list[Message]:
     """The messages, behind a system prompt if there is one and they bring none of their own."""
     if not prompt or messages[0]["role"] == "system":
@@ -100,14 +109,19 @@ def _conversation(value: dict[str, Any]) -> Conversation:
 
 def _preference(value: dict[str, Any]) -> Preference:
     form = _format(value)
+    prompt = _asked(value, form)
+    chosen, rejected = _answer(value, "chosen", form), _answer(value, "rejected", form)
+    if chosen == rejected:
+        raise ValueError("'chosen' and 'rejected' are equal: there is nothing to prefer")
+    return Preference(prompt, chosen, rejected, tools_of(value.get("tools")))
+
+
+def _asked(value: dict[str, Any], form: ChatFormat) -> list[Message]:
     turns = _ordered(form.turns(value), form)
     key, last = turns[-1]
     if last["role"] not in ("user", "tool"):
         raise ValueError(f"{key}: a prompt ends with {form.names['user']!r}, not with {form.names[last['role']]!r}")
-    chosen, rejected = _answer(value, "chosen", form), _answer(value, "rejected", form)
-    if chosen == rejected:
-        raise ValueError("'chosen' and 'rejected' are equal: there is nothing to prefer")
-    return Preference([message for _, message in turns], chosen, rejected, tools_of(value.get("tools")))
+    return [message for _, message in turns]
 
 
 def _format(value: dict[str, Any]) -> ChatFormat:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -106,9 +108,27 @@ class Generator:
         Raises:
             ValueError: the template cannot be rendered.
         """
-        before = [] if system is None else [{"role": "system", "content": system}]
-        messages = [*before, {"role": "user", "content": question}]
-        return self.tokenizer.chat_template.ids_of(messages, None, True)
+        return self.converse([{"role": "user", "content": question}], None, system)
+
+    def converse(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        system: str | None = None,
+    ) -> list[int]:
+        """A conversation as a prompt, up to where the answer begins.
+
+        Args:
+            messages: of the conversation so far.
+            tools: that the answer may call.
+            system: the system prompt, if the conversation brings none.
+
+        Raises:
+            ValueError: the template cannot be rendered.
+        """
+        brings_one = bool(messages) and messages[0].get("role") == "system"
+        before = [] if system is None or brings_one else [{"role": "system", "content": system}]
+        return self.tokenizer.chat_template.ids_of([*before, *messages], tools, True)
 
     def check(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The prompt's ids, if they can be continued.
@@ -118,6 +138,7 @@ class Generator:
         """
         ids = self.encode(prompt)
         check_prompt(ids, self.model.config)
+        params.check_ids(self.model.config.vocab_size)
         return ids
 
     def engine(self, options: GenerationOptions | None = None) -> GenerationEngine:
@@ -137,10 +158,9 @@ class Generator:
             ValueError: a prompt that cannot be continued; not as many params as prompts.
         """
         requests = self._requests(prompts, params)
-        engine, found = self._engine_for(requests), {request.id: Generation("", [], "length") for request in requests}
-        while engine.busy:
-            for output in engine.step():
-                found[output.id].add(output)
+        found = {request.id: Generation("", [], "length") for request in requests}
+        for output in self.outputs(requests):
+            found[output.id].add(output)
         return list(found.values())
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
@@ -151,9 +171,25 @@ class Generator:
         Raises:
             ValueError: a prompt that cannot be continued; at the first piece.
         """
-        engine = self._engine_for(self._requests([prompt], params))
+        yield from (output.text for output in self.outputs(self._requests([prompt], params)) if output.text)
+
+    def outputs(self, requests: Sequence[Request]) -> Iterator[Output]:
+        """Compute requests; what each step brings each of them.
+
+        However many they are, only some are in the engine at a time, since each takes memory there.
+
+        Raises:
+            ValueError: a request that can never run.
+        """
+        engine, waiting = self._engine_for(requests), iter(requests)
+        for request in islice(waiting, 2 * GenerationOptions.max_running):
+            engine.submit(request)
         while engine.busy:
-            yield from (output.text for output in engine.step() if output.text)
+            for output in engine.step():
+                yield output
+                if output.finish_reason is not None:
+                    for request in islice(waiting, 1):
+                        engine.submit(request)
 
     def _requests(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Request]:
         if params is None or isinstance(params, SamplingParams):
@@ -169,12 +205,9 @@ class Generator:
                 raise ValueError(f"prompt {number} of {len(prompts)}: {error}" if many else str(error)) from None
         return requests
 
-    def _engine_for(self, requests: list[Request]) -> GenerationEngine:
-        """An engine with these requests in it, and no larger a cache than they can fill."""
+    def _engine_for(self, requests: Sequence[Request]) -> GenerationEngine:
+        """An engine for these requests, with no larger a cache than they can fill."""
         options, longest = GenerationOptions(), self.model.config.max_position_embeddings
         needs = sorted((pages_needed(request, longest, PAGE_SIZE) for request in requests), reverse=True)
         wanted = min(sum(needs[: options.max_running]), pages_for(self.model, options))
-        engine = self.engine(GenerationOptions(cache_tokens=PAGE_SIZE * max(wanted, *needs[:1], 1)))
-        for request in requests:
-            engine.submit(request)
-        return engine
+        return self.engine(GenerationOptions(cache_tokens=PAGE_SIZE * max(wanted, *needs[:1], 1)))
