@@ -150,7 +150,7 @@ def test_a_single_prompt_is_printed_with_its_text(folder, capsys):
     ("record", "message"),
     [
         ("{", "not valid JSON"),
-        ("[1]", "an object"),
+        ("[1]", "a record must be a JSON object, {...}, not an array"),
         ('{"id": 5}', "one of 'prompt' and 'messages' is expected; the record's keys: 'id'"),
         ('{"prompt": "a", "messages": []}', "one of 'prompt' and 'messages' is expected"),
         ('{"prompt": ""}', "'prompt' is empty"),

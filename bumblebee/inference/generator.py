@@ -182,7 +182,7 @@ class Generator:
             ValueError: a request that can never run.
         """
         engine, waiting = self._engine_for(requests), iter(requests)
-        for request in islice(waiting, 2 * GenerationOptions.max_running):
+        for request in islice(waiting, 2 * engine.scheduler.max_running):
             engine.submit(request)
         while engine.busy:
             for output in engine.step():
