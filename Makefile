@@ -44,8 +44,10 @@ quickstart: .venv  ## train a small model on Python's own documentation in three
 	@echo; echo "preferences on pairs that it has not seen, before and after DPO:"
 	@sed -n 's/.*validation at \(step [0-9]*\).*\(rewards.accuracies [0-9.]*\).*\(logps.accuracies [0-9.]*\).*/  \1: \2 (rewarded more), \3 (more probable)/p' \
 	  $(QUICK)/dpo/log.txt
-	@echo; echo "curves: $(QUICK)/{pretrain,sft,dpo}/loss.png; ask the model yourself:"
-	@echo "  $(BIN)/bumblebee generate --model $(QUICK)/chat --chat true --temperature 0 --prompt 'What is \`str.casefold\` for?'"
+	@echo; echo "curves: $(QUICK)/{pretrain,sft,dpo}/loss.png"
+	@echo "Ask it yourself, in a browser at http://127.0.0.1:8000 or here; it has learned single questions, so begin anew for each:"
+	@echo "  $(BIN)/bumblebee serve --model $(QUICK)/chat"
+	@echo "  $(BIN)/bumblebee chat --model $(QUICK)/chat --enable_history false"
 
 # Idle OpenMP threads must sleep: spinning, they take the cores from each other when several processes share them.
 test: .venv  ## the tests that take seconds

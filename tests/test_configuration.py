@@ -36,7 +36,7 @@ def test_every_command_and_every_shipped_class_is_on_it(name: str) -> None:
 
 
 def recipe_of(option: str) -> str:
-    """The recipe that has the part that an option of docs/from_others.md speaks of; nothing for ``generate``."""
+    """The recipe that has the part that an option of docs/from_others.md speaks of; nothing where no recipe has it."""
     if option.startswith(("--task.model.config", "--task.model.attention", "--task.model ")):
         return "recipes/pretrain.yaml"
     if option.startswith("--task.") and not option.startswith(("--task.model", "--task.transforms")):
@@ -66,8 +66,9 @@ def test_a_recipe_takes_what_is_said_to_those_who_come_from_others(recipe: str, 
     assert not done.value.code
 
 
-def test_generate_takes_what_is_said_to_those_who_come_from_others() -> None:
+def test_generate_chat_and_serve_take_what_is_said_to_those_who_come_from_others() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))
-    known = {action.dest for action in made["options"](made["parser_of"]("generate"))}
+    parsers = [made["parser_of"](command) for command in ("generate", "chat", "serve")]
+    known = {action.dest for parser in parsers for action in made["options"](parser)}
     named = {option.split()[0].removeprefix("--") for option in options_for_others()[""]}
-    assert {"model", "temperature"} <= named <= known
+    assert {"model", "temperature", "system_prompt", "enable_history", "host"} <= named <= known

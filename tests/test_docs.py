@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from bumblebee.cli import main
 
@@ -57,7 +65,7 @@ def test_every_make_target_that_is_named_exists() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"no target {target!r} in the Makefile"
 
 
-TUTORIAL = "tokenizer preview fit generate fit fit answer fit fit fit merge answer generate"
+TUTORIAL = "tokenizer preview fit generate fit fit answer fit fit fit merge answer generate chat serve"
 
 
 @pytest.mark.slow
@@ -68,12 +76,79 @@ TUTORIAL = "tokenizer preview fit generate fit fit answer fit fit fit merge answ
 def test_the_commands_run_as_written(document: str, expected: str, tmp_path: Path) -> None:
     """One after the other, in a folder that has nothing but the recipes."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    run = [c for c in commands(ROOT / document) if c.startswith("bumblebee ")]
+    run = [c for c in commands(ROOT / document) if c.startswith("bumblebee ") and "runs/quickstart" not in c]
     assert [shlex.split(c)[1] for c in run] == expected.split()
     for command in run:
-        words = [sys.executable, "-m", "bumblebee", *shlex.split(command)[1:]]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        if command.startswith("bumblebee serve"):
+            with served(command, tmp_path):
+                pass
+        else:
+            as_typed(command, tmp_path, timeout=600)
+
+
+def as_typed(command: str, folder: Path, **options: Any) -> str:
+    """Run a command in a shell, with nobody at the keyboard; what it prints."""
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=typing(folder),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        **options,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def typing(folder: Path) -> dict[str, str]:
+    """The environment of a shell that knows ``bumblebee``."""
+    program = folder / "bin" / "bumblebee"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m bumblebee "$@"\n')
+    program.chmod(0o755)
+    path = os.pathsep.join([str(program.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+@contextmanager
+def served(command: str, folder: Path) -> Iterator[int]:
+    """Inside, a command's server answers, at a port of its own that is given; then it ends as Ctrl-C would end it."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+    words = [sys.executable, "-m", "bumblebee", *shlex.split(command)[1:], "--port", str(port)]
+    server = subprocess.Popen(words, cwd=folder, env=typing(folder), stdout=subprocess.PIPE, text=True)
+    try:
+        assert any(line.startswith("ready: ") for line in server.stdout)
+        yield port
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.slow
+def test_the_commands_of_serving_run_as_written(tokenizer_folder: Path, tiny: Callable, tmp_path: Path) -> None:
+    """The first one serves, in the place of a trained model a random one; then the others, and what is asked in Python."""
+    from bumblebee import Bumblebee
+
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    folder = tmp_path / "runs" / "quickstart" / "chat"
+    shutil.copytree(tokenizer_folder, folder)
+    torch.manual_seed(0)
+    Bumblebee(tiny(max_position_embeddings=4096, initializer_range=0.3)).save_pretrained(folder)
+    document = ROOT / "docs" / "serving.md"
+    first, *others = commands(document)
+    assert first.startswith("bumblebee serve") and len(others) >= 5
+    assert {c for c in commands(ROOT / "README.md") if "runs/quickstart" in c} <= {first, *others}
+    with served(first, tmp_path) as port:
+        for command in others:
+            printed = as_typed(command.replace("8000", str(port)), tmp_path, timeout=120)
+            assert not command.startswith("curl") or json.loads(printed)["choices"]
+        (program,) = re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+        (tmp_path / "ask.py").write_text(program.replace("8000", str(port)))
+        assert as_typed("python ask.py", tmp_path, timeout=60)
 
 
 @pytest.mark.slow
