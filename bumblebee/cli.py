@@ -263,12 +263,12 @@ def chat(words: list[str]) -> None:
     """Talk to a model in the terminal."""
     from bumblebee.arguments import Parser, Recipe
     from bumblebee.inference.sampling_options import add_sampling_options, given_sampling
-    from serve.terminal.options import NOT_SHOWN, ChatOptions
+    from serve.terminal.options import NOT_OFFERED, ChatOptions
 
     parser = Parser(prog="bumblebee chat", description="Talk to a model in the terminal.")
     parser.add_argument("--config", action=Recipe, help="a recipe; several compose, later ones win")
     parser.add_class_arguments(ChatOptions, None)
-    add_sampling_options(parser, leave_out=NOT_SHOWN)
+    add_sampling_options(parser, leave_out=NOT_OFFERED)
     cfg = parser.parse(words)
     with user_errors(parser, cfg):
         from serve.terminal.chat import begin

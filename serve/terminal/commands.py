@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from bumblebee.inference.params import SamplingParams
 from bumblebee.recipes import hint
-from serve.terminal.options import NOT_SHOWN
+from serve.terminal.options import NOT_OFFERED
 
 if TYPE_CHECKING:
     from serve.terminal.chat import Chat
 
-SETTINGS = tuple(field.name for field in fields(SamplingParams) if field.name not in NOT_SHOWN)
+SETTINGS = tuple(field.name for field in fields(SamplingParams) if field.name not in NOT_OFFERED)
 
 
 @dataclass(frozen=True)

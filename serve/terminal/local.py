@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -69,18 +70,30 @@ class LocalModel:
 
     def _request(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Request:
         """The request for an answer, of as many tokens as there is room for."""
-        params = replace(self.generator.defaults, **sampling)
         ids = self._ids(messages)
-        if len(ids) >= self.room:
+        left = self.room - len(ids)
+        if left < 1:
             fits = f"{len(ids)} tokens, and there is room for {self.room}, the answer's included"
             raise ValueError(f"what was said has {fits}: /reset begins a new conversation")
-        params = replace(params, max_new_tokens=min(params.max_new_tokens, self.room - len(ids)))
-        return Request(str(next(self._numbers)), ids, params)
+        params = replace(self.generator.defaults, **sampling)
+        if self.raw:  # a text has no end that the model would know
+            return Request(str(next(self._numbers)), ids, replace(params, max_new_tokens=min(params.max_new_tokens, left)))
+        most = min(sampling.get("max_new_tokens", left), left)
+        ends = [*params.stop_ids, *([] if params.ignore_eos else self._end_of_turn)]
+        return Request(str(next(self._numbers)), ids, replace(params, max_new_tokens=most, stop_ids=ends))
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         if self.raw:
             return self.generator.encode(messages[-1]["content"])
         return self.generator.tokenizer.chat_template.ids_of(messages, None, True)
+
+    @cached_property
+    def _end_of_turn(self) -> list[int]:
+        """Where the template ends an answer, which the folder of a base model may not name."""
+        try:
+            return [self.generator.tokenizer.chat_template.end_of_turn_id]
+        except ValueError:  # then it is the model's end-of-text token alone
+            return []
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NOT_SHOWN = ("logprobs",)  # options of sampling whose results a terminal has no place for
+NOT_OFFERED = ("logprobs", "spelled_ids")  # options of sampling whose results a terminal has no place for
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,9 @@ def answer(generator: Generator, *contents: str, system: str | None = None) -> s
     """What the model says to a conversation: questions and answers by turns."""
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents)]
-    return generator.generate([generator.tokenizer.chat_template.ids_of(messages, None, True)], PARAMS)[0].text
+    template = generator.tokenizer.chat_template
+    params = replace(PARAMS, stop_ids=[template.end_of_turn_id])
+    return generator.generate([template.ids_of(messages, None, True)], params)[0].text
 
 
 # -- pipes ---------------------------------------------------------------------------------------------------------------
@@ -102,9 +105,11 @@ def test_retry_asks_the_last_question_again_in_its_place(folder, generator, talk
 
 
 def test_settings_change_the_next_answer(folder, generator, talk) -> None:
-    out, err, _ = talk("--model", folder, *GREEDY, inputs="Why?\n/reset\n/set max_new_tokens 3\nWhy?\n/set temperature\n")
-    whole, short = out.split("\n", 1)[0], out.rstrip("\n")
-    assert len(short) < 2 * len(whole) and err.endswith("max_new_tokens 3\ntemperature 0.0\n")
+    out, err, _ = talk("--model", folder, *GREEDY, inputs="Why?\n/reset\n/set max_new_tokens 1\nWhy?\n/set temperature\n")
+    whole = answer(generator, "Why?")
+    short = out.removeprefix(f"{whole}\n").removesuffix("\n")
+    assert whole.startswith(short) and 0 < len(short) < len(whole)
+    assert err == "a new conversation\nmax_new_tokens 1\ntemperature 0.0\n"
 
 
 MISTAKES = {

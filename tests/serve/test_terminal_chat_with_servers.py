@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pseudo_terminal import PseudoTerminal
+from serving import Running, serving
 
 from bumblebee.cli import main
 from serve.terminal.partner import Piece
@@ -73,7 +77,7 @@ def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run(url: str, *words: str, inputs: str) -> tuple[str, str, int]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(inputs))
         with pytest.raises(SystemExit) as ended:
-            main(["chat", "--url", url, *words])
+            main(["chat", *(["--url", url] if url else []), *words])
         printed = capsys.readouterr()
         return printed.out, printed.err, int(ended.value.code or 0)
 
@@ -177,3 +181,48 @@ def test_an_answer_of_nothing_is_no_turn(stub: Stub, talk) -> None:
     out, err, _ = talk(stub.url, inputs="Who?\nWhy?")
     assert out == "Bees.\n" and "/retry" in err
     assert len(stub.asked[1][2]["messages"]) == 1
+
+
+# -- our own server ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_our_server_answers_as_the_folder_does(server: Running, served_folder: Path, talk) -> None:
+    words = ("--temperature", "0", "--max_new_tokens", "12", "--system_prompt", "Be brief.")
+    inputs = "Who flies?\nWhy?\n/set min_p 0.1\n/retry"
+    there = talk(server.url, *words, inputs=inputs)
+    here = talk("", *words, "--model", str(served_folder), inputs=inputs)
+    assert there == here and there[0].count("\n") >= 3 and there[2] == 0
+
+
+@pytest.mark.slow
+def test_our_servers_refusals_are_one_line_each(server: Running, talk) -> None:
+    inputs = f"{'honey ' * 3000}\n/set temperature 3\nWhy?\n/set temperature 0\n/set max_new_tokens 3\nWhy?"
+    out, err, code = talk(server.url, inputs=inputs)
+    lines = [line for line in err.splitlines() if line.startswith("bumblebee: ")]
+    assert code == 1 and out.endswith("\n") and len(lines) == 2
+    assert re.match("bumblebee: 400: This model's maximum context length is 2048 tokens", lines[0])
+    assert re.match("bumblebee: 400: temperature", lines[1])
+    assert talk(server.url, "--name", "other", inputs="Why?")[1].startswith("bumblebee: 404: ")
+
+
+@pytest.mark.slow
+def test_a_key_is_asked_for_and_ctrl_c_ends_the_work_at_the_server(served_folder: Path, talk, tmp_path: Path) -> None:
+    with serving(served_folder, "--api_key", "secret") as running:
+        _, err, _ = talk(running.url, inputs="Why?")
+        assert re.fullmatch(r"bumblebee: 401: .* \(say --api_key KEY\)\n", err)
+        running.http.headers["Authorization"] = "Bearer secret"
+        words = ("--url", running.url, "--api_key", "secret", "--ignore_eos", "true", "--max_new_tokens", "2000")
+        chat = PseudoTerminal("chat", *words, state=tmp_path)
+        try:
+            chat.expect(">")
+            chat.type("Why?", "enter")
+            running.wait_for_metric("bumblebee_running", 1)
+            chat.type("ctrl-c")
+            chat.expect("stopped by Ctrl-C")
+            running.wait_for_metric("bumblebee_running", 0)
+            assert running.metric("bumblebee_new_tokens_total") < 1900
+            chat.type("ctrl-d")
+            assert chat.end() == 0
+        finally:
+            chat.close()
