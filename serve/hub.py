@@ -56,10 +56,11 @@ class Run:
     Args:
         replica: where they run.
         jobs: at least one.
+        timeout: seconds that they have. It is measured here and not in the worker: it holds also for one that hangs.
         metrics: of the server.
     """
 
-    def __init__(self, replica: Replica, jobs: Sequence[Job], metrics: Metrics) -> None:
+    def __init__(self, replica: Replica, jobs: Sequence[Job], timeout: float, metrics: Metrics) -> None:
         self.replica, self._metrics = replica, metrics
         self._begun = time.monotonic()
         self.indices = {uuid.uuid4().hex: job.index for job in jobs}
@@ -68,6 +69,8 @@ class Run:
         self._unfinished = dict.fromkeys(self.indices)
         self._undelivered = len(jobs)
         self._arrived: asyncio.Queue[Output | Fault] = asyncio.Queue()
+        late = Fault(504, f"this has taken {timeout:g} s, and may not take longer", code="timeout", headers=NEVER)
+        self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, late)
 
     def __aiter__(self) -> Run:
         return self
@@ -88,12 +91,7 @@ class Run:
         if output.finish_reason is not None:
             self._unfinished.pop(output.id, None)
             self.replica.runs.pop(output.id, None)
-        if output.finish_reason == "timeout":
-            seconds = time.monotonic() - self._begun
-            said = f"the time of this request is over: it has taken {seconds:.0f} s"
-            self.fail(Fault(504, said, type="timeout", code="timeout", headers=NEVER))
-        else:
-            self._arrived.put_nowait(output)
+        self._arrived.put_nowait(output)
 
     def fail(self, fault: Fault) -> None:
         """End with an error what waits for the next output."""
@@ -101,6 +99,7 @@ class Run:
 
     def close(self) -> None:
         """Nobody waits any more: what has not ended is cancelled."""
+        self._timer.cancel()
         for id in self._unfinished:
             if self.replica.runs.pop(id, None):  # else the worker has ended before
                 self.replica.channel.send(Cancel(id))
@@ -149,11 +148,10 @@ class Hub:
             Fault: as ``admit``.
         """
         replica = self.admit(len(jobs))
-        run = Run(replica, jobs, self.metrics)
-        deadline = time.monotonic() + self.options.request_timeout
+        run = Run(replica, jobs, self.options.request_timeout, self.metrics)
         for id, job in zip(run.indices, jobs, strict=True):
             replica.runs[id] = run
-            replica.channel.send(Request(id, job.prompt, job.params, deadline))
+            replica.channel.send(Request(id, job.prompt, job.params))
         return run
 
     def admit(self, jobs: int = 1) -> Replica:

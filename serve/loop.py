@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 import traceback
-from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
@@ -90,34 +90,34 @@ class Loop(LitLoop):
 
     def run(self, lit_api: Worker, device: str, worker_id: int, request_queue: Connection, *rest: Any) -> None:
         """Called by LitServe when the model is loaded. ``request_queue`` is our pipe to the server's process."""
-        pipe = request_queue
-        pipe.send(lit_api.greeting)
-        engine = lit_api.engine
-        if engine is None:
-            raise SystemExit(1)
-        while True:
-            refused = [refusal for message in arrived(pipe, engine.busy) if (refusal := take(engine, message))]
-            outputs = engine.step()
-            if outputs or refused:
-                pipe.send(Step(outputs, refused, engine.stats()))
+        request_queue.send(lit_api.greeting)
+        if lit_api.engine is not None:
+            work(lit_api.engine, request_queue)
+        sys.stdout.flush()
+        os._exit(0)  # at once: tidying up an interpreter with torch takes a second, and LitServe would call this again
 
 
-def arrived(pipe: Connection, busy: bool) -> Iterator[Request | Cancel]:
-    """The messages that are there; where nothing else is to do, wait for one.
+def work(engine: GenerationEngine, pipe: Connection) -> None:
+    """Compute what comes through a pipe until it closes."""
+    while (messages := arrived(pipe, engine.busy)) is not None:
+        refused = [refusal for message in messages if (refusal := take(engine, message))]
+        outputs = engine.step()
+        if outputs or refused:
+            pipe.send(Step(outputs, refused, engine.stats()))
 
-    Raises:
-        SystemExit: there will be no more.
-    """
-    patience = 0 if busy else None
-    while pipe.poll(patience):
-        try:
+
+def arrived(pipe: Connection, busy: bool) -> list[Request | Cancel] | None:
+    """The messages that are there; where nothing else is to do, wait for one. None when there will be no more."""
+    messages: list[Request | Cancel] = []
+    try:
+        while pipe.poll(0 if busy or messages else None):
             message = pipe.recv()
-        except EOFError:
-            message = None
-        if message is None:
-            raise SystemExit(0)
-        yield message
-        patience = 0
+            if message is None:
+                return None
+            messages.append(message)
+    except EOFError:
+        return None
+    return messages
 
 
 def take(engine: GenerationEngine, message: Request | Cancel) -> tuple[str, str] | None:

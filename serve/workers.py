@@ -7,6 +7,7 @@ replaced, with growing pauses while that does not help.
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -60,8 +61,8 @@ class Workers:
         await asyncio.gather(*(asyncio.to_thread(self._stop, replica) for replica in self.hub.replicas))
 
     def kill(self) -> None:
-        """End them at once."""
-        for process in self._processes.values():
+        """End them at once, also one that is being started."""
+        for process in multiprocessing.active_children():
             process.kill()
 
     async def _start(self, index: int) -> None:

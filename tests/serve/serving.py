@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,9 @@ def serving(folder: Path | str, *words: str, ready: bool = True) -> Iterator[Run
     finally:
         if process.poll() is None:
             started = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             process.kill()
             process.wait()
         for child in psutil.wait_procs(started, timeout=10)[1]:

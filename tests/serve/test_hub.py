@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -136,17 +135,13 @@ def refused_prompt(hub: Hub, id: str) -> None:
     step(hub, hub.replicas[0], refused=[(id, "the prompt has 500 tokens")])
 
 
-def time_over(hub: Hub, id: str) -> None:
-    step(hub, hub.replicas[0], output(id, "", "timeout"))
-
-
 def aborted(hub: Hub, id: str) -> None:
     hub.abort()
 
 
 @pytest.mark.parametrize(
     ("happens", "status", "code"),
-    [(refused_prompt, 400, "context_length_exceeded"), (time_over, 504, "timeout"), (aborted, 503, "draining")],
+    [(refused_prompt, 400, "context_length_exceeded"), (aborted, 503, "draining")],
 )
 async def test_a_run_that_cannot_go_on_ends_with_a_fault(happens: Callable[[Hub, str], None], status: int, code: str):
     hub = hub_of()
@@ -158,13 +153,13 @@ async def test_a_run_that_cannot_go_on_ends_with_a_fault(happens: Callable[[Hub,
     assert hub.idle
 
 
-async def test_a_request_carries_its_deadline_on_the_clock_that_all_processes_share():
-    hub = hub_of(request_timeout=5.0)
-    before = time.monotonic()
-    hub.run(jobs())
-    message = hub.replicas[0].channel[0]
-    assert isinstance(message, Request)
-    assert before + 5 <= message.deadline <= before + 6
+async def test_a_run_that_takes_too_long_ends_also_where_the_worker_says_nothing():
+    hub = hub_of(request_timeout=0.05)
+    run = hub.run(jobs())
+    fault = await fault_of(run)
+    run.close()
+    assert (fault.status, fault.code) == (504, "timeout")
+    assert [type(message) for message in hub.replicas[0].channel] == [Request, Cancel]
 
 
 async def test_nobody_is_admitted_while_the_model_loads_or_the_server_is_stopped():

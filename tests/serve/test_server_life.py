@@ -123,7 +123,7 @@ def test_flags_win_over_the_recipe_and_requests_over_both(served_folder: Path, t
 def test_a_signal_lets_running_answers_finish_refuses_new_ones_and_ends_with_0(served_folder: Path, number: int):
     with serving(served_folder) as running:
         children = running.children
-        with running.stream(**LONG) as chunks:
+        with running.stream(**{**LONG, "max_tokens": 700}) as chunks:
             next(chunks)
             send_to_all(running, number)
             wait_for(lambda: running.http.get("/ready").status_code == 503, "draining")
@@ -168,6 +168,17 @@ def test_stopped_while_it_loads_it_ends_with_0_and_leaves_nothing(served_folder:
         running.process.terminate()
         assert running.end() == 0
         assert gone(children)
+
+
+def test_a_worker_that_is_killed_while_the_server_stops_is_not_left_behind(served_folder: Path):
+    with serving(served_folder) as running:
+        for worker in running.workers:
+            worker.kill()
+        running.line("bumblebee: the model's process")
+        running.process.terminate()
+        wait_for(lambda: running.process.poll() is not None, "its end", running.told, 20)
+        assert running.end() == 0
+        assert "Traceback" not in running.told()
 
 
 # -- what it survives ----------------------------------------------------------------------------------------------------------
