@@ -296,9 +296,19 @@ def _size(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
     }
 
 
-# The shapes of Qwen2.5 (arXiv 2412.15115, table 1), and one for trying things out (about 5 M parameters).
+# The shapes of Qwen2.5 (arXiv 2412.15115, table 1), and two for trying things out: one of about 5 M parameters, and one of
+# 13 M, of which each token meets 5 M.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": _size(256, 704, 5, 4, 2, True, 4096) | {"max_position_embeddings": 1024, "rope_theta": 10_000.0},
+    "tiny-moe": _size(256, 704, 5, 4, 2, True, 4096)
+    | {
+        "max_position_embeddings": 1024,
+        "rope_theta": 10_000.0,
+        "num_experts": 8,
+        "moe_intermediate_size": 352,
+        "router_aux_loss_coef": 0.01,
+        "router_z_loss_coef": 0.001,
+    },
     "0.5b": _size(896, 4864, 24, 14, 2, True, 151936),
     "1.5b": _size(1536, 8960, 28, 12, 2, True, 151936),
     "3b": _size(2048, 11008, 36, 16, 2, True, 151936),

@@ -78,6 +78,12 @@ def per_token(model: nn.Module) -> float:
     return total
 
 
+def active_parameters(model: nn.Module) -> int:
+    """Parameters that one token meets: of routed experts only those that it goes to. Without any, all."""
+    share = _share_of_experts(getattr(model, "config", None))
+    return round(sum(size_of(p) * (share if ".experts." in name else 1.0) for name, p in model.named_parameters()))
+
+
 def per_pair(model: nn.Module) -> float:
     """Operations of attention for each token and position of its sequence; 0 where the model's config does not say."""
     config: Any = getattr(model, "config", None)

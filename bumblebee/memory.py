@@ -21,6 +21,7 @@ from torch import nn
 
 from bumblebee.flops import size_of
 from bumblebee.nn.cross_entropy import ROWS
+from bumblebee.nn.moe import Experts
 
 # Bytes for each trained weight beyond what stays: (during the backward pass, during the optimizer's step), by stage. Found by
 # measuring with AdamW on a CPU, models of 25 and 60 M against each other. Of several ranks each has its share of the second.
@@ -41,7 +42,7 @@ class ModelSize:
         parameters: of the whole model.
         trained: of these.
         largest_block: parameters that ZeRO-3 needs in one place at a time.
-        matrices: parameters of linear layers; autocast keeps a copy of them.
+        matrices: parameters of linear layers and experts; autocast keeps a copy of them.
         dropped_out: numbers of each token that adapters drop some of, over all layers.
         config: with Hugging Face's names; None for a model whose activations are not known.
         checkpoint_every: of ``Decoder``.
@@ -62,12 +63,13 @@ class ModelSize:
         decoder: Any = getattr(model, "model", None)
         config: Any = getattr(model, "config", None)
         blocks = [sum(map(size_of, layer.parameters())) for layer in getattr(decoder, "layers", ())]
-        linear = {id(m.weight): size_of(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+        matrices = {id(p): size_of(p) for m in model.modules() if isinstance(m, nn.Linear | Experts)
+                    for name, p in m.named_parameters(recurse=False) if name != "bias"}  # fmt: skip
         return cls(
             sum(map(size_of, parameters)),
             sum(size_of(p) for p in parameters if p.requires_grad),
             max([*blocks, *map(size_of, parameters)]),
-            sum(linear.values()),
+            sum(matrices.values()),
             sum(map(_dropped_out, model.modules())),
             config if getattr(config, "num_hidden_layers", None) and getattr(config, "intermediate_size", None) else None,
             getattr(decoder, "checkpoint_every", 0),
@@ -212,7 +214,17 @@ def _of_a_layer(c: Any, setup: Setup, batch: MicroBatch) -> float:
         attention += s * 2 * (queries - keys) if setup.device == "cuda" else 0  # heads repeated, see kernels.sdpa
     elif batch.kernel == "naive":
         attention += (4 + s) * c.num_attention_heads * batch.length + s * 2 * (queries - keys)
-    return norms + attention + s * 4 * c.intermediate_size
+    return norms + attention + s * _of_a_feed_forward_part(c)
+
+
+def _of_a_feed_forward_part(c: Any) -> float:
+    """Numbers for each token, the mean of all layers: four inner ones, and each expert's input and output."""
+    sparse = sum(map(c.is_sparse, range(c.num_hidden_layers))) / c.num_hidden_layers if getattr(c, "is_sparse", None) else 0
+    if not sparse:
+        return 4 * c.intermediate_size
+    inner = 4 * c.moe_intermediate_size
+    of_experts = c.num_experts_per_tok * (inner + 2 * c.hidden_size) + c.n_shared_experts * inner
+    return sparse * of_experts + (1 - sparse) * 4 * c.intermediate_size
 
 
 def _of_the_head(c: Any, setup: Setup, batch: MicroBatch) -> float:

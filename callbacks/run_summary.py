@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import bumblebee
 from bumblebee.callback import Callback
 from bumblebee.checkpoint.atomic import write_json
-from bumblebee.flops import size_of
+from bumblebee.flops import active_parameters, size_of
 from bumblebee.text import number, short
 from callbacks.text import progress
 
@@ -85,6 +85,7 @@ def _model(trainer: Trainer) -> Section:
         "class": type(model).__name__,
         "parameters": sum(size_of(p) for p in model.parameters()),
         "trainable_parameters": sum(size_of(p) for p in model.parameters() if p.requires_grad),
+        "active_parameters": active_parameters(model),
         **{name: value for name, value in shape.items() if value is not None},
         "attention": _attention(trainer),
     }
@@ -166,7 +167,8 @@ def block(summary: dict[str, Section]) -> str:
 def _model_line(model: Section) -> str:
     count, trained = model["parameters"], model["trainable_parameters"]
     share = "all trained" if trained == count else f"{short(trained)} ({trained / count:.2%}) trained"
-    parts = [f"{model['class']}, {short(count)} parameters, {share}"]
+    active = f" ({short(model['active_parameters'])} active)" if model["active_parameters"] < count else ""
+    parts = [f"{model['class']}, {short(count)} parameters{active}, {share}"]
     parts += [f"{name.replace('_', ' ')} {number(model[name])}" for name in _SHAPE if name in model]
     if model["attention"]:
         parts.append(f"attention {model['attention']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from bumblebee.flops import active_parameters
 from bumblebee.preview.chart import sparkline
 from bumblebee.preview.parameters import parts
 from bumblebee.preview.preview import Preview, amount
@@ -75,6 +76,8 @@ def _parameters(preview: Preview) -> list[str]:
     rows = [*found.items(), ("total", (count, trained))]
     table = [f"  {name:<{NAME}} {short(all_):>9} {short(own):>11}" for name, (all_, own) in rows]
     table[-1] += f"  ({trained / count:.2%})"
+    if (active := active_parameters(preview.task.model)) < count:
+        table.append(_line("active", f"{short(active):>9}  for each token"))
     return [f"{'parameters':<{NAME + 2}} {'all':>9} {'trained':>11}", *table]
 
 
