@@ -2,9 +2,9 @@
 
     python benchmarks/moe.py [bf16]     hidden size 512, experts 704 wide, 2048 tokens, forward and backward; half a minute
 
-The dense layer multiplies as many weights for each token, so what is above its time is the price of routing: the router, sorting,
-and smaller matrix products. Before anything is measured, outputs and gradients of ours and transformers' are compared. All take
-turns, so that a busy machine slows them alike; ratios are medians of the turns' own.
+The dense layer multiplies as many weights for each token, so what is above its time is the price of routing: the router,
+sorting, and smaller matrix products. Before anything is measured, outputs and gradients of ours and transformers' are compared.
+All take turns, so that a busy machine slows them alike; ratios are medians of the turns' own.
 """
 
 from __future__ import annotations

@@ -22,9 +22,12 @@ def test_greedy_generation_of_several_prompts_equals_the_loop_without_cache(tiny
             buffer.normal_(std=0.3)
     generator = Generator(model, Tokenizer.from_pretrained(tokenizer_folder))
     outs = generator.generate(PROMPTS, SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True))
+    seen: set[int] = set()
     for prompt, out in zip(PROMPTS, outs, strict=True):
         ids = generator.encode(prompt)
         with torch.no_grad():
             for _ in range(12):
                 ids = [*ids, int(model(torch.tensor([ids]))[0, -1].argmax())]
-        assert out.token_ids == ids[-12:] and len(set(ids[-12:])) > 3
+        assert out.token_ids == ids[-12:]
+        seen.update(out.token_ids)
+    assert len(seen) > 6, "not the same token again and again, which would prove little"
