@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from bumblebee.checkpoint import mixtures
 from bumblebee.checkpoint.keys import Rule
 from bumblebee.config import FULL, SLIDING, BumblebeeConfig
 
@@ -73,52 +74,6 @@ def _read_llama(raw: Json) -> Json:
     return {"attention_bias": bias, "attention_output_bias": bias, "mlp_bias": bool(raw.get("mlp_bias", False))}
 
 
-# What Hugging Face's mixtures of experts cannot say and do not compute with: kept in config.json for training alone.
-_ROUTERS: Json = {"router_aux_loss_coef": 0.001, "router_z_loss_coef": 0.0, "router_balance_loss": "sequence"}
-
-
-def _read_mixtral(raw: Json) -> Json:
-    for name in ("sliding_window", "router_jitter_noise"):
-        if raw.get(name):
-            raise ValueError(f"config.json has {name} {raw[name]}, which is not supported")
-    return {
-        "attention_bias": False,
-        "num_experts": raw.get("num_local_experts", 8),
-        "num_experts_per_tok": raw.get("num_experts_per_tok", 2),
-        **{name: raw.get(name, default) for name, default in _ROUTERS.items()},
-    }
-
-
-def _write_mixtral(config: BumblebeeConfig) -> Json:
-    return {
-        "num_local_experts": config.num_experts,
-        "num_experts_per_tok": config.num_experts_per_tok,
-        "sliding_window": None,
-        **{name: getattr(config, name) for name in _ROUTERS},
-    }
-
-
-def _mixtral_rules(config: BumblebeeConfig) -> list[Rule]:
-    renamed = [
-        Rule.rename(f"model.layers.{layer}.block_sparse_moe.gate.weight", f"model.layers.{layer}.mlp.gate.weight")
-        for layer in range(config.num_hidden_layers)
-    ]
-    return renamed + _expert_rules(config, "block_sparse_moe", ("w1", "w3", "w2"))
-
-
-def _expert_rules(config: BumblebeeConfig, part: str, names: tuple[str, str, str]) -> list[Rule]:
-    """Experts that lie one by one in the files; ``names`` of their gate, up and down projections, ``part`` of a block."""
-    rules = []
-    gate, up, down = names
-    for layer in filter(config.is_sparse, range(config.num_hidden_layers)):
-        theirs = [f"model.layers.{layer}.{part}.experts.{expert}" for expert in range(config.num_experts or 0)]
-        ours = f"model.layers.{layer}.mlp.experts"
-        pairs = [f"{expert}.{name}.weight" for expert in theirs for name in (gate, up)]
-        rules += [Rule.stack(pairs, f"{ours}.gate_up_proj")]
-        rules += [Rule.stack([f"{expert}.{down}.weight" for expert in theirs], f"{ours}.down_proj")]
-    return rules
-
-
 OWN = "BumblebeeForCausalLM"  # transformers does not know it and says so
 
 
@@ -174,21 +129,6 @@ FAMILIES = {
             defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
         ),
         Family(
-            "MixtralForCausalLM",
-            "mixtral",
-            _read_mixtral,
-            _write_mixtral,
-            defaults={
-                "num_key_value_heads": 8,
-                "max_position_embeddings": 131072,
-                "rms_norm_eps": 1e-5,
-                "rope_theta": 1e6,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-            },
-            rules=_mixtral_rules,
-        ),
-        Family(
             "Qwen3ForCausalLM",
             "qwen3",
             _read_qwen3,
@@ -219,6 +159,37 @@ FAMILIES = {
             defaults=_GLM_DEFAULTS,
             partial_rotary_factor=0.5,
             rules=_glm_rules,
+        ),
+        Family(
+            "MixtralForCausalLM",
+            "mixtral",
+            mixtures.read_mixtral,
+            mixtures.write_mixtral,
+            defaults={
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 131072,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 1e6,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            },
+            rules=mixtures.mixtral_rules,
+        ),
+        Family(
+            "Qwen3MoeForCausalLM",
+            "qwen3_moe",
+            mixtures.read_qwen3_moe,
+            mixtures.write_qwen3_moe,
+            defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768},
+            rules=mixtures.qwen_moe_rules,
+        ),
+        Family(
+            "Qwen2MoeForCausalLM",
+            "qwen2_moe",
+            mixtures.read_qwen2_moe,
+            mixtures.write_qwen2_moe,
+            defaults={"num_key_value_heads": 16, "max_position_embeddings": 32768},
+            rules=mixtures.qwen_moe_rules,
         ),
         Family(OWN, "bumblebee", _read_own, _write_own, defaults={}, partial_rotary_factor=1.0),  # the last: it has every model
     )

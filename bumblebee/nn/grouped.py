@@ -26,16 +26,17 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Returns:
         (R, F) in the dtype of ``x``.
     """
-    if has_grouped_kernel(x):
+    if has_grouped_kernel(x, weight):
         return torch.nn.functional.grouped_mm(x, weight.mT, offs=counts.cumsum(0).to(torch.int32))
     return _GroupedLinear.apply(x, weight, counts)
 
 
-def has_grouped_kernel(x: Tensor) -> bool:
-    """Whether torch has one kernel for all experts here: bf16 on a GPU of compute capability 9.0 (H100) or above."""
+def has_grouped_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch has one kernel for all experts here: on a GPU of compute capability 9.0 (H100) or above, in bf16, for rows
+    of whole 16 bytes."""
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not hasattr(torch.nn.functional, "grouped_mm"):
         return False
-    return torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return torch.cuda.get_device_capability(x.device) >= (9, 0) and not any(size % 8 for size in weight.shape[1:])
 
 
 class _GroupedLinear(torch.autograd.Function):
