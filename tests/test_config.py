@@ -39,8 +39,8 @@ def test_a_preset_has_the_published_number_of_parameters(name):
     assert parameters_by_hand(BumblebeeConfig.preset(name)) == PUBLISHED[name]
 
 
-def test_every_preset_but_tiny_is_a_published_one():
-    assert set(PRESETS) == {*PUBLISHED, "tiny"}
+def test_every_preset_but_the_tiny_ones_is_a_published_one():
+    assert set(PRESETS) == {*PUBLISHED, "tiny", "tiny-moe"}
 
 
 def test_a_preset_takes_changes_and_stays_as_it_was():
@@ -49,7 +49,7 @@ def test_a_preset_takes_changes_and_stays_as_it_was():
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown preset '0\.6b'; known are tiny, 0\.5b, .*72b"):
+    with pytest.raises(ValueError, match=r"unknown preset '0\.6b'; known are tiny, tiny-moe, 0\.5b, .*72b"):
         BumblebeeConfig.preset("0.6b")
 
 
@@ -113,3 +113,42 @@ def test_a_dict_of_its_fields_gives_the_same_config_again(heads, head_dim, scali
         num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=head_dim, rope_scaling=scaling, eos_token_id=eos
     )
     assert BumblebeeConfig(**config.to_dict()) == config
+
+
+# -- mixtures of experts -------------------------------------------------------------------------------------------------
+
+MIXTURE = {"num_experts": 4, "num_hidden_layers": 6}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sparse"),
+    [({}, [0, 1, 2, 3, 4, 5]), ({"decoder_sparse_step": 2}, [1, 3, 5]), ({"mlp_only_layers": [0]}, [1, 2, 3, 4, 5]),
+     ({"decoder_sparse_step": 3, "mlp_only_layers": [2]}, [5])],
+)  # fmt: skip
+def test_which_layers_are_sparse_is_a_pattern(changes, sparse):
+    config = BumblebeeConfig.preset("tiny", **MIXTURE, **changes)
+    assert [layer for layer in range(6) if config.is_sparse(layer)] == sparse
+
+
+@pytest.mark.parametrize("none", [0, None])
+def test_without_experts_their_options_say_nothing(none):
+    assert BumblebeeConfig.preset("tiny-moe", num_experts=none, decoder_sparse_step=7) == BumblebeeConfig.preset("tiny")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok must be at least 1 and at most num_experts, 4; got 5"),
+        ({"num_experts": -1}, "num_experts must be at least 1, got -1"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be at least 1, got 0"),
+        ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef must be at least 0, got -0.1"),
+        ({"router_bias_update_rate": float("nan")}, "router_bias_update_rate must be at least 0, got nan"),
+        ({"router_balance_loss": "device"}, "router_balance_loss must be sequence or batch, got 'device'"),
+        ({"shared_expert_gate": True}, "shared_expert_gate is set without n_shared_experts"),
+        ({"decoder_sparse_step": 7}, "no layer is sparse"),
+        ({"mlp_gated": False}, "experts are gated and have no biases"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused_by_name(changes, words):
+    with pytest.raises(ValueError, match=words):
+        BumblebeeConfig.preset("tiny", **{**MIXTURE, **changes})
