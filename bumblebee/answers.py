@@ -12,10 +12,10 @@ from tqdm import tqdm
 from bumblebee.datamodule import DataModule
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.params import SamplingParams
+from bumblebee.inference.request import Request
 from bumblebee.nn import IGNORE
 
 ROLES = ("system", "user", "assistant")  # what is left of a turn's mark in many templates, without its special token
-BATCH = 64  # questions of similar length answered together
 
 
 @dataclass(frozen=True)
@@ -78,26 +78,21 @@ def answered(generator: Generator, asked: Iterable[Question], limit: int | None 
         asked: questions.
         limit: how many of them; None for all.
     """
-    chosen = list(islice(asked, limit))
-    order = sorted(range(len(chosen)), key=lambda number: (len(chosen[number].prompt), number))
-    found: dict[int, Answered] = {}
+    chosen, decode = list(islice(asked, limit)), generator.tokenizer.decode
+    given = [""] * len(chosen)
     with tqdm(total=len(chosen), desc="answering", unit=" questions", disable=None, leave=False) as bar:
-        for first in range(0, len(order), BATCH):
-            numbers = order[first : first + BATCH]
-            found.update(zip(numbers, _batch(generator, [chosen[number] for number in numbers]), strict=True))
-            bar.update(len(numbers))
-    return [found[number] for number in range(len(chosen))]
-
-
-def _batch(generator: Generator, batch: list[Question]) -> list[Answered]:
-    longest = max(len(question.answer) for question in batch)
-    params = SamplingParams(temperature=0.0, max_new_tokens=longest + 1)  # what goes on too long is wrong
-    given = generator.generate([question.prompt for question in batch], params)
-    decode = generator.tokenizer.decode
+        for output in generator.outputs([_request(number, question) for number, question in enumerate(chosen)]):
+            given[int(output.id)] += output.text
+            bar.update(output.finish_reason is not None)
     return [
-        Answered(_without_roles(decode(question.prompt)), decode(question.answer), generation.text)
-        for question, generation in zip(batch, given, strict=True)
+        Answered(_without_roles(decode(question.prompt)), decode(question.answer), text)
+        for question, text in zip(chosen, given, strict=True)
     ]
+
+
+def _request(number: int, question: Question) -> Request:
+    """What goes on for longer than the answer in the data is wrong, whatever it would say."""
+    return Request(str(number), question.prompt, SamplingParams(temperature=0.0, max_new_tokens=len(question.answer) + 1))
 
 
 def _without_roles(text: str) -> str:
