@@ -227,7 +227,7 @@ def generate(words: list[str]) -> None:
         if "logprobs" in given and not as_lines:
             raise ValueError("logprobs: they are written as JSON Lines: add --output FILE")
         prompts = list(read_prompts(cfg.prompts)) if cfg.prompt is None else [PromptRecord.of(cfg.prompt)]
-        generator = Generator.from_pretrained(cfg.model, device=cfg.device, dtype=cfg.dtype)
+        generator = Generator.from_pretrained(cfg.model, cfg.device, cfg.dtype, cfg.device_map)
         texts = Texts(generator, prompts, replace(generator.defaults, **given), cfg.num_samples, cfg.chat, cfg.system)
         file = sys.stdout.buffer if cfg.output is None else open_output(cfg.output, cfg.overwrite)
     with run_errors():
@@ -255,6 +255,8 @@ def generate_parser() -> Any:
     parser.add_argument("--stream", type=bool, default=True, help="print each piece as it comes")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", type=str, default="auto", help="auto (the file's), float32, bfloat16 or float16")
+    map_help = "auto spreads the layers of a model too large for one GPU over all; null puts it on one device"
+    parser.add_argument("--device_map", type=Literal["auto"] | None, default=None, help=map_help)
     add_sampling_options(parser)
     return parser
 

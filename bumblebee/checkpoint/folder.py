@@ -23,7 +23,7 @@ from bumblebee.checkpoint import adapter
 from bumblebee.checkpoint.atomic import read_json, write_json, written_aside
 from bumblebee.checkpoint.families import family_of, read_config, write_config
 from bumblebee.checkpoint.keys import as_stored, cast, cut, places, shape_of
-from bumblebee.checkpoint.parameters import TIED_KEY, Parameters
+from bumblebee.checkpoint.parameters import TIED_KEY, Device, Parameters
 from bumblebee.config import BumblebeeConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -128,14 +128,14 @@ def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
 
 
-def load_weights(folder: str | Path, model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
+def load_weights(folder: str | Path, model: nn.Module, dtype: torch.dtype | None, device: Device) -> None:
     """Put a folder's weights into a model, strictly: each key of one must be in the other.
 
     Args:
         folder: the model folder.
         model: may be on the meta device; its parameters are replaced.
         dtype: to cast to; None keeps the file's.
-        device: where the parameters go.
+        device: where the parameters go; a function tells it of each key of the model.
 
     Raises:
         ValueError: keys left over or missing, or a shape that differs; the message names them.

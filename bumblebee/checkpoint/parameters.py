@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from bumblebee import distributed
 from bumblebee.checkpoint.keys import Place
 
+Device = torch.device | Callable[[str], torch.device]
 TIED_KEY = "lm_head.weight"
 
 
@@ -19,11 +21,12 @@ class Parameters:
     Args:
         model: may be on the meta device; its parameters are replaced.
         dtype: to cast to; None keeps that of what is put.
-        device: where the parameters go.
+        device: where the parameters go; a function tells it of each key.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
-        self.model, self.dtype, self.device = model, dtype, device
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, device: Device) -> None:
+        self.model, self.dtype = model, dtype
+        self.device_of = device if callable(device) else lambda key: device
         self.ours: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self.tied = TIED_KEY in self.ours and self.ours[TIED_KEY] is self.ours["model.embed_tokens.weight"]
         if self.tied:
@@ -43,11 +46,11 @@ class Parameters:
             _put_share(old.ds_tensor, place.start, part.to(dtype))
             return
         if part.numel() == old.numel():
-            self._replace(place.key, part.reshape(old.shape).to(device=self.device, dtype=dtype))
+            self._replace(place.key, part.reshape(old.shape).to(device=self.device_of(place.key), dtype=dtype))
             return
         if place.key not in self._begun:
             self._begun.add(place.key)
-            self._replace(place.key, torch.empty(old.shape, dtype=dtype, device=self.device))
+            self._replace(place.key, torch.empty(old.shape, dtype=dtype, device=self.device_of(place.key)))
         self.ours[place.key].detach().flatten()[place.start :][: part.numel()].copy_(part.flatten())
 
     def _replace(self, key: str, tensor: Tensor) -> None:
@@ -62,9 +65,9 @@ class Parameters:
         if self.tied:
             tie: Any = self.model.tie_weights
             tie()
-        for module in self.model.modules():
+        for place, module in self.model.named_modules():
             for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(self.device)
+                module._buffers[name] = None if buffer is None else buffer.to(self.device_of(f"{place}.{name}"))
 
 
 def _put_share(share: Tensor, start: int, part: Tensor) -> None:

@@ -13,7 +13,7 @@ Shapes: N tokens of the step, S positions of a sequence, H query heads, K key-va
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -92,6 +92,14 @@ class Layout:
             begin += count
         return cls(torch.tensor(slots, device=device), spans, _padded(spans, size) if together else None, size)
 
+    def to(self, device: torch.device) -> Layout:
+        """The same for layers on another device."""
+        if device == self.slots.device:
+            return self
+        spans = [replace(span, pages=span.pages.to(device), seen=_moved(span.seen, device)) for span in self.spans]
+        together = None if self.together is None else (self.together[0].to(device), self.together[1].to(device))
+        return Layout(self.slots.to(device), spans, together, self.size)
+
     def narrowed(self, window: int | None) -> Layout:
         """As ``Span.narrowed``, once for all layers with this window; None is the layout itself."""
         if window is None:
@@ -101,6 +109,10 @@ class Layout:
             together = None if self.together is None else _padded(spans, self.size)
             self._narrowed[window] = Layout(self.slots, spans, together, self.size)
         return self._narrowed[window]
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 def _seen(length: int, count: int, device: torch.device) -> Tensor | None:
@@ -186,19 +198,22 @@ class KVCache:
         pages: how many.
         page_size: positions of a page.
         dtype: of keys and values: the model's.
-        device: where.
+        devices: of each layer.
     """
 
-    def __init__(self, config: BumblebeeConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: BumblebeeConfig, pages: int, page_size: int, dtype: torch.dtype, devices: Several[torch.device]
+    ) -> None:
         assert config.head_dim is not None
         shape = (pages, page_size, config.num_key_value_heads, config.head_dim)
-        self.layers = [LayerCache(shape, dtype, device) for _ in range(config.num_hidden_layers)]
-        self.page_size, self.device = page_size, device
+        self.layers = [LayerCache(shape, dtype, device) for device in devices]
+        self.page_size, self.device = page_size, devices[0]
 
     def at(self, layout: Layout) -> list[LayerCache]:
         """The layer caches, ready for a forward pass over these tokens."""
+        layouts = {device: layout.to(device) for device in {layer.keys.device for layer in self.layers}}
         for layer in self.layers:
-            layer.layout = layout
+            layer.layout = layouts[layer.keys.device]
         return self.layers
 
 

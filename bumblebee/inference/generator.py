@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from bumblebee.inference.defaults import read_settings, sampling_of, stop_ids_of
 from bumblebee.inference.engine import GenerationEngine, GenerationOptions
 from bumblebee.inference.memory import PAGE_SIZE, pages_for
 from bumblebee.inference.params import SamplingParams
+from bumblebee.inference.placement import devices_for, spread
 from bumblebee.inference.request import FinishReason, Output, Request, Token
 from bumblebee.inference.sequence import check_prompt, pages_needed
 from bumblebee.model import Bumblebee
@@ -79,21 +80,31 @@ class Generator:
         self.device, self.dtype = weight.device, weight.dtype
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto") -> Generator:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        device_map: Literal["auto"] | None = None,
+    ) -> Generator:
         """Read a model folder with its tokenizer.
 
         Args:
             folder: the model folder.
             device: auto, cpu, cuda or cuda:N.
             dtype: auto for the file's, or float32, bfloat16, float16.
+            device_map: auto spreads the layers over the GPUs there are, if one of them is too small.
 
         Raises:
-            ValueError: no model or tokenizer there, or an unknown device or dtype.
+            ValueError: no model or tokenizer there, an unknown device or dtype, or a model too large for all devices.
         """
         if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"unknown dtype {dtype!r}; write auto, float32, bfloat16 or float16")
         chosen = dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else getattr(torch, dtype)
-        model = Bumblebee.from_pretrained(folder, dtype=chosen, device=distributed.pick_device(device))
+        if device_map is None:
+            model = Bumblebee.from_pretrained(folder, dtype=chosen, device=distributed.pick_device(device))
+        else:
+            model = spread(folder, *devices_for(device_map, device), chosen)
         tokenizer = Tokenizer.from_pretrained(folder)
         settings = read_settings(folder)
         return cls(model, tokenizer, stop_ids_of(settings), sampling_of(settings))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
+from torch import nn
 
 from bumblebee.inference.cache import bytes_per_position
 from bumblebee.inference.options import GenerationOptions
+from bumblebee.inference.placement import layer_devices
 from bumblebee.model import Bumblebee
 
 PAGE_SIZE = 16  # positions of a page
@@ -25,8 +29,14 @@ def pages_for(model: Bumblebee, options: GenerationOptions) -> int:
 def _positions(model: Bumblebee, options: GenerationOptions) -> int:
     weights = list(model.parameters())
     most = model.config.max_position_embeddings * options.max_running
-    if weights[0].device.type == "cuda":
-        memory = int(CUDA_SHARE * torch.cuda.mem_get_info(weights[0].device)[0])
-    else:
-        memory = sum(weight.numel() * weight.element_size() for weight in weights)
-    return min(most, max(LEAST, memory // bytes_per_position(model.config, weights[0].dtype)))
+    one_layer = bytes_per_position(model.config, weights[0].dtype) // model.config.num_hidden_layers
+    layers = Counter(layer_devices(model))
+    room = min(_memory(device, weights) // (one_layer * number) for device, number in layers.items())
+    return min(most, max(LEAST, room))
+
+
+def _memory(device: torch.device, weights: list[nn.Parameter]) -> int:
+    """Bytes for the cache on a device."""
+    if device.type == "cuda":
+        return int(CUDA_SHARE * torch.cuda.mem_get_info(device)[0])
+    return sum(weight.numel() * weight.element_size() for weight in weights if weight.device == device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bumblebee.inference.cache import KVCache, Layout
+from bumblebee.inference.placement import layer_devices
 from bumblebee.inference.sequence import Chunk
 from bumblebee.model import Bumblebee
 
@@ -24,7 +25,7 @@ class Runner:
     def __init__(self, model: Bumblebee, pages: int, page_size: int) -> None:
         self.model = model
         weight = next(model.parameters())
-        self.cache = KVCache(model.config, pages, page_size, weight.dtype, weight.device)
+        self.cache = KVCache(model.config, pages, page_size, weight.dtype, layer_devices(model))
         self.together = weight.device.type != "cpu"  # the single tokens of a step share one call of attention
 
     @torch.inference_mode()

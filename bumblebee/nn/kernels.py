@@ -29,12 +29,19 @@ class AttentionMask:
 
     def __init__(self, documents: Tensor | None = None) -> None:
         self.documents = documents
+        self._copies: dict[torch.device, AttentionMask] = {}  # for other devices
         self._dense: dict[tuple[int, int, int | None], Tensor] = {}
 
     @classmethod
     def packed(cls, position_ids: Tensor) -> AttentionMask:
         """``position_ids`` (B, T): a document begins wherever the position is 0."""
         return cls(documents=(position_ids == 0).cumsum(dim=1))
+
+    def to(self, device: torch.device) -> AttentionMask:
+        """The same for layers on another device."""
+        if device not in self._copies:
+            self._copies[device] = AttentionMask(None if self.documents is None else self.documents.to(device))
+        return self._copies[device]
 
     @property
     def only_causal(self) -> bool:

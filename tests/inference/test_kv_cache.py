@@ -30,7 +30,7 @@ def model(request, tiny) -> Bumblebee:
 
 
 def cache_of(model: Bumblebee, filler: float = 0.0) -> KVCache:
-    cache = KVCache(model.config, PAGES, SIZE, model.lm_head.weight.dtype, CPU)
+    cache = KVCache(model.config, PAGES, SIZE, model.lm_head.weight.dtype, [CPU] * model.config.num_hidden_layers)
     for layer in cache.layers:
         layer.keys.fill_(filler)
         layer.values.fill_(filler)
@@ -99,7 +99,7 @@ def test_a_padded_row_reads_nothing_of_others_not_even_what_is_no_number(model):
 
 def test_the_cache_has_the_shape_dtype_and_bytes_that_are_promised(tiny):
     config = tiny(head_dim=16)
-    cache = KVCache(config, pages=3, page_size=5, dtype=torch.bfloat16, device=CPU)
+    cache = KVCache(config, pages=3, page_size=5, dtype=torch.bfloat16, devices=[CPU] * config.num_hidden_layers)
     assert len(cache.layers) == 2
     assert {tuple(layer.keys.shape) for layer in cache.layers} == {(3, 5, 2, 16)}
     assert {layer.values.dtype for layer in cache.layers} == {torch.bfloat16}
