@@ -27,6 +27,9 @@ Rewrite = Callable[[Sequence[Message]], list[Message]]
 # Where one call stands in a text: its begin and end, and what is between name and arguments (None: both are in an object).
 Place = tuple[int, int, str | None]
 
+Marks = tuple[str, str, str, str | None]  # opening, joint, closing, between
+
+SAID = "bumblebee_said"  # text before calls
 # The calls that are rendered to see how a template writes calls. Mistral's template wants ids of nine characters.
 PROBES = {name: {f"{name}_key": f"{name}_value"} for name in ("bumblebee_first", "bumblebee_second")}
 
@@ -58,11 +61,13 @@ class CallFormat:
         Raises:
             ValueError: there is no chat template.
         """
+        ends = _ends(tokenizer)
         special = {token.content: id for id, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
         for rewrite in (list, with_metadata):
             for number in (2, 1):  # some templates refuse more than one
-                answer = _before(_probe(tokenizer.chat_template, rewrite, number), _ends(tokenizer))
-                if (marks := _marks(answer, number)) is not None:
+                alone, said = (_before(_probe(tokenizer.chat_template, rewrite, number, text), ends) for text in ("", SAID))
+                if (marks := _marks(alone, number)) is not None:
+                    marks = _without_preface(marks, _marks(said.rpartition(SAID)[2], number))
                     spelled = tuple(id for token, id in special.items() if any(token in mark for mark in marks if mark))
                     return cls(*marks, spelled, rewrite)
         return None
@@ -92,8 +97,8 @@ def named(content: Any) -> tuple[str, dict[str, Any]] | None:
     return (content["name"], arguments) if isinstance(arguments, dict) else None
 
 
-def _probe(template: ChatTemplate, rewrite: Rewrite, number: int) -> str:
-    """What the template writes for an assistant's turn of so many calls; empty if it refuses it."""
+def _probe(template: ChatTemplate, rewrite: Rewrite, number: int, said: str) -> str:
+    """What the template writes for an assistant's turn of a text and so many calls; empty if it refuses it."""
     functions = list(PROBES.items())[:number]
     calls = [
         {"id": f"bumblebe{at}", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
@@ -106,7 +111,7 @@ def _probe(template: ChatTemplate, rewrite: Rewrite, number: int) -> str:
     question = {"role": "user", "content": "?"}
     try:
         prompt = template.render(rewrite([question]), tools, True)
-        whole = template.render(rewrite([question, {"role": "assistant", "content": "", "tool_calls": calls}]), tools)
+        whole = template.render(rewrite([question, {"role": "assistant", "content": said, "tool_calls": calls}]), tools)
     except ValueError:
         return ""
     return whole[len(os.path.commonprefix([prompt, whole])) :]
@@ -127,8 +132,15 @@ def _before(text: str, ends: Sequence[str]) -> str:
     return text[: min([len(text), *(at for end in ends if (at := text.find(end)) >= 0)])]
 
 
-def _marks(answer: str, number: int) -> tuple[str, str, str, str | None] | None:
-    """(opening, joint, closing, between) of an answer with the first calls; None if they are not in it."""
+def _without_preface(marks: Marks, behind_text: Marks | None) -> Marks:
+    """The marks without what the template puts before every answer, calls or not: empty reasoning, for instance."""
+    if behind_text and marks[0].endswith(behind_text[0]):
+        return (behind_text[0], *marks[1:])
+    return marks
+
+
+def _marks(answer: str, number: int) -> Marks | None:
+    """The marks of an answer with the first calls; None if they are not in it."""
     places: list[Place] = []
     for name, arguments in list(PROBES.items())[:number]:
         place = _object(answer, name, arguments) or _head(answer, name, arguments)

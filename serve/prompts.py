@@ -5,7 +5,7 @@ Choices made:
   for a text, as in OpenAI's reference, unless the server has a default of its own.
 - Sample k of a seeded request has a seed made of both, sample 0 the seed itself: asking for more samples changes none.
 - tool_choice "none" leaves the tools out of the prompt: the model cannot call what it does not know.
-- A chat ends also at its template's end of turn, which the folder of a base model may not name.
+- A chat ends also at its template's end of turn, which the folder of a base model may not name; ignore_eos ignores it too.
 - A text of some megabytes takes a second to encode: call this in a thread.
 """
 
@@ -14,22 +14,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
 
-from bumblebee.chat_template import ChatTemplate
 from bumblebee.inference.params import SamplingParams
 from bumblebee.tokenizer import Tokenizer
 from serve.call_format import CallFormat
+from serve.chats import Chats
 from serve.faults import invalid, shown
-from serve.schemas import MOST_CHOICES, ChatRequest, CompletionRequest, Message, Sampling, TokenizeRequest, Tool
+from serve.schemas import MOST_CHOICES, ChatRequest, CompletionRequest, Sampling, TokenizeRequest
 
 COMPLETION_TOKENS = 16  # max_tokens of a completion that names none
 SMALLEST_TOP_P = 1e-9  # keeps the most likely token alone, as OpenAI's 0 does
 # Fields that a body and SamplingParams both have.
 SAME = (
     "temperature", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "stop",
-    "ignore_eos",
+    "seed", "ignore_eos",
 )  # fmt: skip
 
 
@@ -73,7 +71,7 @@ class Prompts:
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.defaults = defaults or SamplingParams()
-        self.system_prompt = system_prompt
+        self.chats = Chats(tokenizer, system_prompt)
         self.max_new_tokens = max_new_tokens
 
     def chat(self, body: ChatRequest) -> list[Job]:
@@ -83,10 +81,11 @@ class Prompts:
             Fault: 400; the model cannot chat or cannot call tools, its template refuses the messages, the context is too
                 short, an id is unknown.
         """
-        ids = self._chat_ids(body.messages, body.callable_tools)
+        ids = self.chats.ids(body.messages, body.callable_tools)
         params = self._params(body, None if not body.logprobs else body.top_logprobs or 0)
         spelled = self.calls.spelled if self.calls and body.callable_tools else ()
-        params = replace(params, stop_ids=[*params.stop_ids, *self._end_of_turn], spelled_ids=[*params.spelled_ids, *spelled])
+        ends = () if params.ignore_eos else self.chats.end_of_turn
+        params = replace(params, stop_ids=[*params.stop_ids, *ends], spelled_ids=[*params.spelled_ids, *spelled])
         return self._jobs([ids], params, body, body.max_completion_tokens or body.max_tokens, None)
 
     def completion(self, body: CompletionRequest) -> list[Job]:
@@ -107,7 +106,7 @@ class Prompts:
             Fault: 400; the model cannot chat, or its template refuses the messages.
         """
         if body.messages is not None:
-            return self._chat_ids(body.messages, body.tools or [])
+            return self.chats.ids(body.messages, body.tools or [])
         assert body.prompt is not None
         return self.tokenizer.prefix_ids + self.tokenizer.encode(body.prompt)
 
@@ -115,56 +114,10 @@ class Prompts:
         """The text of a prompt."""
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
-    @cached_property
+    @property
     def calls(self) -> CallFormat | None:
         """How this model writes calls of tools; None if it does not, or in no way that is known here."""
-        try:
-            return CallFormat.of(self.tokenizer)
-        except ValueError:
-            return None
-
-    def _chat_ids(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
-        template = self._template
-        if tools and self.calls is None:
-            raise invalid("the model's chat template has no calls of tools that this server could read", "tools")
-        plain = [message.plain() for message in messages]
-        if self.system_prompt is not None and plain[0]["role"] != "system":
-            plain = [{"role": "system", "content": self.system_prompt}, *plain]
-        described = [tool.model_dump(exclude_none=True) for tool in tools] or None
-        try:
-            ids = self._rendered(template, plain, described)
-        except ValueError as error:
-            raise invalid(str(error).removeprefix(f"{template.place}: "), "messages") from None
-        return ids
-
-    def _rendered(
-        self, template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
-    ) -> list[int]:
-        """Ids of the conversation; what the template would leave out of it is refused."""
-        called = any(message.get("tool_calls") for message in messages)
-        if called and self.calls is None:
-            raise ValueError("the model's chat template has no calls of tools")
-        written = self.calls.rewrite(messages) if self.calls else messages
-        ids = template.ids_of(written, tools, True)
-        names = [{key: value for key, value in message.items() if key != "name"} for message in written]
-        if names != written and template.ids_of(names, tools, True) == ids:
-            raise ValueError("the model's chat template has no names of those who write: leave name out")
-        return ids
-
-    @cached_property
-    def _end_of_turn(self) -> list[int]:
-        try:
-            return [self.tokenizer.chat_template.end_of_turn_id]
-        except ValueError:  # then it is the model's end-of-text token alone
-            return []
-
-    @property
-    def _template(self) -> ChatTemplate:
-        try:
-            return self.tokenizer.chat_template
-        except ValueError:
-            said = "the model has no chat template, so it cannot chat; POST /v1/completions continues texts"
-            raise invalid(said, "messages", "no_chat_template") from None
+        return self.chats.calls
 
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -185,12 +138,7 @@ class Prompts:
         given = {name: getattr(body, name) for name in SAME if getattr(body, name) is not None}
         if body.top_p is not None:
             given["top_p"] = max(body.top_p, SMALLEST_TOP_P)
-        if body.seed is not None:
-            given["seed"] = body.seed
-        try:
-            return replace(self.defaults, **given, logprobs=logprobs)
-        except ValueError as error:
-            raise invalid(str(error)) from None
+        return replace(self.defaults, **given, logprobs=logprobs)
 
     def _jobs(
         self, prompts: list[list[int]], params: SamplingParams, body: Sampling, wanted: int | None, usual: int | None

@@ -28,10 +28,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from bumblebee.inference.params import BIASES, STOP_LENGTH, STOPS
 from serve.faults import Fault, invalid
 
 INT64 = 2**63
-MOST_CHOICES, MOST_STOPS, MOST_TOOLS, MOST_BIASES = 128, 16, 128, 1024
+MOST_CHOICES, MOST_TOOLS = 128, 128
 FUNCTION_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -149,7 +150,7 @@ def _auto_or_none(value: Any) -> Any:
 
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
-StopText = Annotated[str, Field(min_length=1, max_length=256)]
+StopText = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
 Prompts = Annotated[list[str | list[int]], PlainValidator(_as_prompts)]
 
 
@@ -295,11 +296,11 @@ class Sampling(Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: Annotated[
-        Annotated[dict[int, Bias], Field(max_length=MOST_BIASES)] | None,
+        Annotated[dict[int, Bias], Field(max_length=BIASES)] | None,
         BeforeValidator(_as_biases),
     ] = None
     stop: Annotated[
-        Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None,
+        Annotated[list[StopText], Field(max_length=STOPS)] | None,
         BeforeValidator(_as_list),
     ] = None
     seed: Annotated[int, Field(ge=-INT64, le=INT64 - 1)] | None = None

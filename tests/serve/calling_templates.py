@@ -93,9 +93,28 @@ DEEPSEEK = (
 """
 )
 
+# Reasoning in the answers behind the last question, empty where there was none.
+THINKING = """
+{%- set ns = namespace(last=0) %}
+{%- for message in messages %}{% if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- if tools %}<|im_start|>system{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>{% endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {{- '<think>\n\n</think>\n\n' if message.role == 'assistant' and loop.index0 > ns.last }}
+    {{- message.content }}
+    {%- for call in message.tool_calls %}
+        {{- '\n' if message.content or not loop.first }}
+        {{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson }}
+        {{- '}\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{{- '<|im_start|>assistant\n' if add_generation_prompt }}
+"""
+
 TEMPLATES = {
     "chatml": CHATML, "qwen": chat_folders.QWEN, "llama": LLAMA, "mistral": MISTRAL, "heads": HEADS, "glm": GLM,
-    "deepseek": DEEPSEEK,
+    "deepseek": DEEPSEEK, "thinking": THINKING,
 }  # fmt: skip
 ONE_CALL = ("llama", "glm")  # in an answer, at most
 NO_TEXT = ("llama", "glm")  # beside a call

@@ -76,7 +76,7 @@ def test_the_servers_system_prompt_is_for_chats_without_their_own(tokenizer):
 
 def test_a_chat_stops_at_the_templates_end_of_turn_and_a_completion_does_not(prompts, tokenizer):
     assert chat(prompts)[0].params.stop_ids == [tokenizer.id_of("<|im_end|>")]
-    assert completion(prompts)[0].params.stop_ids == []
+    assert completion(prompts)[0].params.stop_ids == chat(prompts, ignore_eos=True)[0].params.stop_ids == []
 
 
 def test_the_request_wins_over_the_servers_defaults(tokenizer):
@@ -186,6 +186,19 @@ def test_a_name_that_the_template_leaves_out_is_refused(prompts, tmp_path):
     tokenizer = Tokenizer.from_pretrained(chat_folders.write(tmp_path, chat_folders.byte_level(), template))
     named = [{"role": "user", "content": "Hello", "name": "ada"}]
     assert tokenizer.decode(chat(Prompts(tokenizer, 256, 400), messages=named)[0].prompt) == "ada: Hello"
+
+
+def test_the_name_in_a_tools_result_may_be_left_out(tokenizer):
+    call = {"id": "c1", "type": "function", "function": {"name": "fly", "arguments": "{}"}}
+    turns = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c1", "content": "2", "name": "fly"}]
+    assert chat(Prompts(tokenizer, 1024, 400), messages=[*CHAT["messages"], *turns])
+
+
+def test_calls_that_the_template_leaves_out_are_refused(tmp_path):
+    tokenizer = Tokenizer.from_pretrained(chat_folders.write(tmp_path, chat_folders.byte_level(), chat_folders.LLAMA))
+    call = {"id": "c1", "type": "function", "function": {"name": "fly", "arguments": "{}"}}
+    with pytest.raises(Fault, match="leaves out calls of tools \\('fly'\\)"):
+        chat(Prompts(tokenizer, 256, 400), messages=[*CHAT["messages"], {"role": "assistant", "tool_calls": [call]}])
 
 
 def test_texts_and_chats_are_tokenized_as_the_model_gets_them(prompts, tokenizer):

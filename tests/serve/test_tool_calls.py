@@ -75,7 +75,7 @@ def test_what_the_template_writes_is_read_back_token_by_token(tokenizers, format
     pieces = [detokenizer.add(index) for index in ids] + [detokenizer.finish()]
     found, made = parsed(format, pieces)
     assert made == called
-    assert found.strip() == said
+    assert found.removeprefix("<think>\n\n</think>").strip() == said
 
 
 ANSWERS = [
