@@ -46,7 +46,7 @@ export function isEmpty({ messages, text }) {
 
 /** The reader's name for it, or its first line. */
 export function titleOf({ name, messages, text, mode }) {
-  const line = (messages[0]?.content ?? text).trim().split("\n", 1)[0];
+  const line = (messages[0]?.content ?? text).trim().split("\n", 1)[0].trimEnd();
   const short = line.length > TITLE_LENGTH ? `${line.slice(0, TITLE_LENGTH - 1).trimEnd()}…` : line;
   return name || short || (mode === "chat" ? "New chat" : "New text");
 }

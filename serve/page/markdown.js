@@ -1,7 +1,8 @@
 /**
  * Markdown that a model wrote, to elements that are safe to show.
  *
- * marked makes HTML, highlight.js colours code, and DOMPurify keeps of the result the elements and attributes listed here.
+ * marked makes HTML, in which a model's own tags are text but for the simplest; highlight.js colours code; and DOMPurify keeps of
+ * the result the elements and attributes listed here.
  * What is left cannot run, cannot load (pictures from elsewhere become links: fetching one would tell its server what was
  * asked), cannot pose as a part of the page (no class, id or style of its own) and can link only to the web and to mail.
  *
@@ -27,6 +28,8 @@ const ALLOWED = {
   ALLOW_ARIA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
 };
+const PLAIN_TAGS = new Set(["br", "hr", "b", "i", "u", "s", "em", "strong", "sub", "sup", "kbd", "mark", "small", "details", "summary"]);
+const TAG = /<\/?([a-z]+)\s*\/?>|[<>]/gi;  // without attributes
 const OWN_CLASS = /^(?:hljs[\w-]*|language-[\w+#.-]+)$/;
 const DRAWN_PICTURE = /^data:image\/(?:png|jpeg|gif|webp);/i;
 
@@ -39,6 +42,7 @@ marked.use({
       const level = Math.min(6, depth + 2);
       return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>`;
     },
+    html: ({ text }) => plainTags(text),
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
   },
 });
@@ -48,6 +52,12 @@ DOMPurify.addHook("uponSanitizeAttribute", (node, data) => {
   data.attrValue = data.attrValue.split(/\s+/).filter((name) => OWN_CLASS.test(name)).join(" ");
   data.keepAttr = data.attrValue !== "";
 });
+
+/** HTML among Markdown: the simplest tags count, all else is shown as it was written. */
+function plainTags(text) {
+  const shown = { "<": "&lt;", ">": "&gt;" };
+  return text.replace(TAG, (tag, name) => (PLAIN_TAGS.has(name?.toLowerCase()) ? tag : tag.replace(/[<>]/g, (sign) => shown[sign])));
+}
 
 /** @returns {string} a name that highlight.js knows, or "plaintext" */
 function language(info) {
@@ -83,8 +93,8 @@ function linkTo(picture) {
 }
 
 /** The elements of one block of Markdown, with their buttons. */
-function blockOf(token) {
-  const block = element("div", { className: "block" }, harmless(marked.parser([token])));
+function blockOf(html) {
+  const block = element("div", { className: "block" }, harmless(html));
   for (const pre of block.querySelectorAll("pre")) frame(pre);
   for (const table of block.querySelectorAll("table")) {
     const scroller = element("div", { className: "table" });
@@ -122,7 +132,8 @@ function scrollable(node, label) {
 /** Text that grows, shown as Markdown in an element. */
 export class MarkdownView {
   #text = "";
-  #blocks = [];  // {raw, start, node}: the blocks shown, and where each begins in the text
+  #growing = true;
+  #blocks = [];  // {html, start, node}: the blocks shown, and where each begins in the text
 
   /** @param {HTMLElement} root */
   constructor(root) {
@@ -136,8 +147,10 @@ export class MarkdownView {
    */
   update(text, growing) {
     const clean = text.replace(/\r\n?/g, "\n");
+    if (clean === this.#text && growing === this.#growing) return;
     const keep = growing && clean.startsWith(this.#text) ? Math.max(0, this.#blocks.length - 2) : 0;
     this.#text = clean;
+    this.#growing = growing;
     const start = this.#blocks[keep]?.start ?? 0;
     this.#show(keep, parse(clean.slice(start), start));
   }
@@ -150,7 +163,7 @@ export class MarkdownView {
   #show(keep, found) {
     found.forEach((block, index) => {
       const old = this.#blocks[keep + index];
-      block.node = old?.raw === block.raw ? old.node : blockOf(block.token);
+      block.node = old?.html === block.html ? old.node : blockOf(block.html);
       if (!old) this.root.append(block.node);
       else if (old.node !== block.node) old.node.replaceWith(block.node);
     });
@@ -162,7 +175,7 @@ export class MarkdownView {
 function parse(text, start) {
   const found = [];
   for (const token of marked.lexer(text)) {
-    if (token.type !== "space" && token.type !== "def") found.push({ token, raw: token.raw, start });
+    if (token.type !== "space" && token.type !== "def") found.push({ html: marked.parser([token]), start });
     start += token.raw.length;
   }
   return found;

@@ -24,6 +24,7 @@ const ENDS = {
 
 export class MessageView {
   #spoken = 0;
+  #live = false;  // whether the answer has been seen coming, and so is spoken
   #fault = "";
 
   /**
@@ -60,8 +61,9 @@ export class MessageView {
     this.root.setAttribute("aria-busy", String(running));
     this.#showEnd(running, last);
     this.#showFigures(running);
-    this.tools.hidden = running;
-    if (running || this.#spoken) this.#speak(running);
+    this.tools.hidden = running || message.content === "";
+    this.#live ||= running;
+    if (this.#live) this.#speak(running);
   }
 
   #showQuestion() {
@@ -91,9 +93,9 @@ export class MessageView {
 
   #prepareAnswer() {
     const { message, actions } = this;
-    this.thoughts = element("details", { className: "thoughts", hidden: true }, element("summary", {}, "Thoughts"), element("div", {}));
+    this.thoughts = element("details", { className: "thoughts" }, element("summary", {}), element("div", {}));
     const text = element("div", {});
-    this.body.append(this.thoughts, text);
+    this.body.append(text);
     this.markdown = new MarkdownView(text);
     this.figures = element("span", { className: "figures" });
     this.tools.append(
@@ -104,8 +106,8 @@ export class MessageView {
   }
 
   #showThoughts(found, running) {
-    this.thoughts.hidden = !found?.[1].trim();
-    if (!found) return;
+    if (!found?.[1].trim()) return this.thoughts.remove();
+    if (!this.thoughts.isConnected) this.body.prepend(this.thoughts);
     this.thoughts.firstChild.textContent = running && !found[0].includes("</think>") ? "Thinking…" : "Thoughts";
     this.thoughts.lastChild.textContent = found[1].trim();
   }

@@ -89,7 +89,10 @@ export class Sidebar {
     if (id === this.current) open.setAttribute("aria-current", "true");
     const item = element("li", { className: "item", dataset: { id } }, open);
     if (this.running.has(id)) item.append(element("span", { className: "dot", role: "img", aria: { label: "answering" } }));
-    open.onkeydown = ({ key }) => (key === "F2" ? this.#rename(item, title) : key === "Delete" && this.actions.remove(id));
+    open.addEventListener("keydown", ({ key }) => {
+      if (key === "F2") this.#rename(item, title);
+      else if (key === "Delete") this.actions.remove(id);
+    });
     item.append(
       iconButton("edit", `Rename “${title}”`, () => this.#rename(item, title), { className: "quiet rename", ...part("rename") }),
       iconButton("trash", `Delete “${title}”`, () => this.actions.remove(id), { className: "quiet delete", ...part("delete") }),

@@ -107,6 +107,7 @@ class ScriptedServer:
         try:
             for index, piece in enumerate(pieces):
                 if index == reply.drop:
+                    await asyncio.sleep(0.2)  # what was said before is on its way
                     raise ConnectionResetError("as the test asked")
                 await asyncio.sleep(reply.pause)
                 yield event(choice(chat, piece))
