@@ -263,6 +263,7 @@ class Bumblebee(nn.Module):
         device: str | torch.device = "cpu",
         attention: str = "auto",
         trust_remote_code: bool = False,
+        allow_pickle: bool = False,
     ) -> Bumblebee:
         """Read a model folder of a supported Hugging Face architecture, or an adapter folder: merged with its base model.
 
@@ -272,6 +273,7 @@ class Bumblebee(nn.Module):
             device: where they go.
             attention: as for the constructor.
             trust_remote_code: a folder that was written by a subclass names it: import that class, which runs its code.
+            allow_pickle: read pytorch_model.bin where there are no safetensors: tensors alone, no code of theirs is run.
 
         Raises:
             ValueError: no model folder, an unsupported architecture or setting, weights that do not fit the model, or a
@@ -282,7 +284,7 @@ class Bumblebee(nn.Module):
         config = load_config(folder)
         with parameters_on_meta():
             model = class_for(cls, folder, config, trust_remote_code)(config, attention=attention)
-        load_weights(folder, model, dtype=dtype, device=torch.device(device))
+        load_weights(folder, model, dtype=dtype, device=torch.device(device), allow_pickle=allow_pickle)
         model.source = Path(folder)
         return model
 

@@ -476,6 +476,8 @@ class Trainer:
         from bumblebee.checkpoint.folder import files_of
 
         files = files_of(self.task.model)
+        # The training state knows what is trained alone: what else a folder holds has to be written now.
+        weights = weights or any(files.holds(n) and not p.requires_grad for n, p in self.engine.model.named_parameters())
         tensors = self.engine.full_tensors(files.holds) if weights else iter(())
         try:
             if self.is_main:

@@ -6,6 +6,7 @@ they are, so folders do not depend on transforms.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,45 @@ class ActivationCheckpointing:
 
     def __call__(self, model: nn.Module) -> None:
         _decoder(model, type(self).__name__).checkpoint_every = self.every
+
+
+class Freeze:
+    """Leave parameters as they are: they get no gradient, and the optimizer does not see them.
+
+    Args:
+        patterns: regular expressions, searched for in the names of parameters: ``embed_tokens``, or ``layers.[0-3].`` for the
+            first four layers.
+        train: expressions for what is trained all the same, so that ``patterns: [.], train: [norm]`` trains norms only.
+
+    Raises:
+        ValueError: an expression that is none.
+    """
+
+    def __init__(self, patterns: list[str], train: list[str] | None = None) -> None:
+        self.patterns, self.train = patterns, train or []
+        for pattern in (*self.patterns, *self.train):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"task.transforms: Freeze {pattern!r} is no regular expression: {error}") from error
+
+    def __call__(self, model: nn.Module) -> None:
+        """Freeze, in place.
+
+        Raises:
+            ValueError: an expression that matches no parameter, or nothing left to train.
+        """
+        parameters = dict(model.named_parameters())
+        for pattern in (*self.patterns, *self.train):
+            if not any(re.search(pattern, name) for name in parameters):
+                raise ValueError(
+                    f"task.transforms: Freeze {pattern!r} matches no parameter; they are named like {min(parameters)}"
+                )
+        for name, parameter in parameters.items():
+            if any(re.search(p, name) for p in self.patterns) and not any(re.search(p, name) for p in self.train):
+                parameter.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in parameters.values()):
+            raise ValueError(f"task.transforms: Freeze {self.patterns} leaves nothing to train")
 
 
 class Compile:

@@ -13,7 +13,7 @@ import torch
 from bumblebee.lora import LoRA
 from bumblebee.model import Bumblebee
 from bumblebee.tasks.language_modeling import LanguageModeling
-from bumblebee.transforms import ActivationCheckpointing, Compile
+from bumblebee.transforms import ActivationCheckpointing, Compile, Freeze
 
 
 def loss_and_gradients(model: Bumblebee) -> tuple[float, dict[str, torch.Tensor]]:
@@ -70,6 +70,57 @@ def test_compile_changes_no_gradient_and_renames_nothing(tiny: Callable[..., Any
     assert other_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_is_off_outside_of_training(tiny: Callable[..., Any]) -> None:
+    dropping = {"attention_dropout": 0.3, "residual_dropout": 0.2, "embedding_dropout": 0.1}
+    plain, model = same_model(tiny).eval(), same_model(tiny, **dropping)
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert not torch.equal(model.train()(ids), model(ids)), "other numbers are dropped each time"
+        torch.testing.assert_close(model.eval()(ids), plain(ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["attention_dropout", "residual_dropout", "embedding_dropout"])
+def test_each_dropout_changes_the_loss_in_training(tiny: Callable[..., Any], name: str) -> None:
+    torch.manual_seed(1)
+    plain, _ = loss_and_gradients(same_model(tiny).train())
+    dropping, _ = loss_and_gradients(same_model(tiny, **{name: 0.3}).train())
+    assert dropping != plain
+
+
+def test_activation_checkpointing_drops_the_same_again(tiny: Callable[..., Any]) -> None:
+    results = []
+    for transforms in ([], [ActivationCheckpointing()]):
+        model = same_model(tiny, attention_dropout=0.3, residual_dropout=0.2, embedding_dropout=0.1).train()
+        LanguageModeling(model, transforms=transforms)
+        torch.manual_seed(1)
+        results.append(loss_and_gradients(model))
+    assert results[0][0] == results[1][0]
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=0, atol=0)
+
+
+def test_freeze_leaves_just_what_matches_without_a_gradient(tiny: Callable[..., Any]) -> None:
+    model = same_model(tiny)
+    LanguageModeling(model, transforms=[Freeze(["embed_tokens", "layers.[01]."], train=["layernorm"])])
+    _, gradients = loss_and_gradients(model)
+    names = [name for name, _ in model.named_parameters()]
+    frozen = [n for n in names if "embed" in n or (".0." in n or ".1." in n) and "layernorm" not in n]
+    assert frozen and sorted(gradients) == sorted(set(names) - set(frozen))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["["], r"Freeze '\[' is no regular expression"),
+        (["k_porj"], "Freeze 'k_porj' matches no parameter; they are named like"),
+        (["."], r"Freeze \['.'\] leaves nothing to train"),
+    ],
+)
+def test_freeze_refuses_what_cannot_be_meant(tiny: Callable[..., Any], patterns: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Freeze(patterns)(same_model(tiny))
 
 
 def test_transforms_refuse_what_they_cannot_do() -> None:

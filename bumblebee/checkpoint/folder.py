@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,9 +24,9 @@ from bumblebee.checkpoint.atomic import read_json, write_json, written_aside
 from bumblebee.checkpoint.families import family_of, read_config, write_config
 from bumblebee.checkpoint.keys import as_stored, cast, cut, places, shape_of
 from bumblebee.checkpoint.parameters import TIED_KEY, Device, Parameters
+from bumblebee.checkpoint.weights import INDEX, SINGLE, stored_tensors, weight_files
 from bumblebee.config import BumblebeeConfig
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _shapes_only = False  # see ``shapes_only``
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -70,32 +70,8 @@ def _from_config_json(folder: str | Path, read: Any) -> Any:
         raise ValueError(f"{file}: {error}") from error
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a model folder, in the index's order.
-
-    Raises:
-        ValueError: there are none, or one that the index names is missing.
-    """
-    folder = Path(folder)
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{folder / INDEX} has no weight_map")
-        names = list(dict.fromkeys(weight_map.values()))
-    elif (folder / SINGLE).is_file():
-        names = [SINGLE]
-    else:
-        pickled = next(iter(sorted(folder.glob("*.bin"))), None)
-        hint = f"; {pickled.name} is a pickle file, which can run code: convert it to safetensors" if pickled else ""
-        raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}{hint}")
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / INDEX} names {name}, which is not there: the folder is incomplete")
-    return [folder / name for name in names]
-
-
 def read_tensors(
-    folder: str | Path, dtype: torch.dtype | None = None, base: str | Path | None = None
+    folder: str | Path, dtype: torch.dtype | None = None, base: str | Path | None = None, allow_pickle: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Every (key, tensor) of a model folder, on the CPU, one at a time; of an adapter folder merged with its base model.
 
@@ -105,30 +81,23 @@ def read_tensors(
         folder: a model or adapter folder.
         dtype: to cast to; None keeps the file's, in an adapter folder the base model's.
         base: what an adapter stands on, instead of the folder that it names.
+        allow_pickle: read a model's pickle files where it has no others.
 
     Raises:
         ValueError: a file that is damaged, or an adapter that is none of its base model.
     """
     whole, *adapters = adapter.chain(folder, base)
     if not adapters:
-        yield from ((key, cast(key, tensor, dtype)) for key, tensor in _stored(whole))
+        yield from ((key, cast(key, tensor, dtype)) for key, tensor in stored_tensors(whole, allow_pickle))
         return
     tied = load_config(whole).tie_word_embeddings  # a copy of the head that lies in the file is not in use
-    stored = ((key, tensor) for key, tensor in _stored(whole) if not (tied and key == TIED_KEY))
+    stored = ((key, tensor) for key, tensor in stored_tensors(whole, allow_pickle) if not (tied and key == TIED_KEY))
     yield from adapter.summed(stored, adapters, dtype)
 
 
-def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for key in shard.keys():  # noqa: SIM118  (a safe_open is no mapping)
-                    yield key, shard.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
-
-
-def load_weights(folder: str | Path, model: nn.Module, dtype: torch.dtype | None, device: Device) -> None:
+def load_weights(
+    folder: str | Path, model: nn.Module, dtype: torch.dtype | None, device: Device, allow_pickle: bool = False
+) -> None:
     """Put a folder's weights into a model, strictly: each key of one must be in the other.
 
     Args:
@@ -136,18 +105,19 @@ def load_weights(folder: str | Path, model: nn.Module, dtype: torch.dtype | None
         model: may be on the meta device; its parameters are replaced.
         dtype: to cast to; None keeps the file's.
         device: where the parameters go; a function tells it of each key of the model.
+        allow_pickle: as for ``read_tensors``.
 
     Raises:
         ValueError: keys left over or missing, or a shape that differs; the message names them.
     """
     whole = adapter.chain(folder)[0]
     if _shapes_only:
-        weight_files(whole)  # that they are there
+        weight_files(whole, allow_pickle)  # that they are there
         return
     config = load_config(whole)
     family, parameters = family_of(config), Parameters(model, dtype, device)
     missing, left_over = places(family.rules(config), parameters.shapes), []
-    for key, tensor in read_tensors(folder, dtype):
+    for key, tensor in read_tensors(folder, dtype, allow_pickle=allow_pickle):
         if parts := missing.pop(key, None):
             _check_shape(folder, key, tensor, shape_of(parts))
             for place, part in zip(parts, cut(tensor, parts), strict=True):

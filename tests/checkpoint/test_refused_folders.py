@@ -84,6 +84,42 @@ def test_pickled_weights_are_refused_with_the_word_pickle(single):
     assert "pytorch_model.bin is a pickle file, which can run code" in refusal(single)
 
 
+class Code:
+    """What a pickle file runs when it is read."""
+
+    def __reduce__(self) -> tuple:
+        return print, ("run!",)
+
+
+def test_pickled_weights_are_read_where_that_is_allowed(single):
+    weights = load_file(single / SINGLE)
+    (single / SINGLE).unlink()
+    for legacy in (False, True):
+        torch.save(weights, single / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+        model = Bumblebee.from_pretrained(single, allow_pickle=True)
+        torch.testing.assert_close(model.state_dict()[NORM], weights[NORM], rtol=0, atol=0)
+
+
+def test_shards_of_pickled_weights_are_read_where_that_is_allowed(single):
+    weights = load_file(single / SINGLE)
+    (single / SINGLE).unlink()
+    files = {key: f"pytorch_model-{number % 2 + 1:05d}-of-00002.bin" for number, key in enumerate(weights)}
+    for file in set(files.values()):
+        torch.save({key: weights[key] for key in weights if files[key] == file}, single / file)
+    (single / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    assert "is a pickle file" in refusal(single)
+    assert Bumblebee.from_pretrained(single, allow_pickle=True).num_parameters() > 0
+
+
+@pytest.mark.parametrize("content", [{"x": Code()}, Code(), [1]], ids=["a value", "all", "no dict"])
+def test_code_in_a_pickle_file_is_never_run(single, content, capsys):
+    (single / SINGLE).unlink()
+    torch.save(content, single / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin (is damaged or holds more than tensors|holds no state dict)"):
+        Bumblebee.from_pretrained(single, allow_pickle=True)
+    assert "run!" not in capsys.readouterr().out
+
+
 def test_a_folder_without_weights_is_refused(single):
     (single / SINGLE).unlink()
     assert refusal(single) == f"{single} has no {SINGLE} and no {INDEX}"

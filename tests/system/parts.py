@@ -32,6 +32,7 @@ from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tokenizer import Tokenizer
 from bumblebee.trainer import Trainer
+from bumblebee.transforms import Freeze
 from datamodules import SFT
 
 VOCABULARY, LENGTH = 64, 16
@@ -110,6 +111,13 @@ class Noisy(LanguageModeling):
     def training_step(self, model: Any, batch: Batch) -> dict[str, torch.Tensor]:
         noise = float(torch.rand(()) + random.random())
         return {name: loss * (0.5 + noise) for name, loss in super().training_step(model, batch).items()}
+
+
+class PartlyFrozen(LanguageModeling):
+    """Everything but the norms is frozen, or what ``patterns`` say."""
+
+    def __init__(self, model: Bumblebee, patterns: tuple[str, ...] = ("proj", "embed")) -> None:
+        super().__init__(model, [Freeze(list(patterns))])
 
 
 class AdaptedDPO(DPO):
