@@ -4,8 +4,8 @@ A step is one flat row of tokens of several sequences, each sequence's next ones
 (where to write, which pages to read, what a query must not see) is worked out once a step, in a ``Layout``.
 
 A single new token attends with the query heads that share a key-value head as if they were several queries of that head: no
-mask, and keys and values are read once. On a CPU each sequence has its own call, over exactly the positions that it has. On a
-GPU, where a call costs more than its work, all single tokens share one, padded to the longest.
+mask, and keys and values are read once. All single tokens share one call, padded to the longest, since a call costs more than
+its work. Where lengths differ so much that a CPU would mostly read padding, each sequence has its own.
 
 Shapes: N tokens of the step, S positions of a sequence, H query heads, K key-value heads, D head width.
 """
@@ -72,7 +72,7 @@ class Layout:
     @classmethod
     def of(
         cls, pages: Several[Several[int]], lengths: Several[int], counts: Several[int], size: int, device: torch.device,
-        together: bool,
+        padding: float,
     ) -> Layout:  # fmt: skip
         """The layout of some sequences, single tokens first.
 
@@ -82,7 +82,7 @@ class Layout:
             counts: new positions of each.
             size: positions of a page.
             device: of the cache.
-            together: whether single tokens share one call.
+            padding: single tokens share one call if it reads at most so many times the positions that they have.
         """
         spans, slots, begin = [], [], 0
         for its_pages, length, count in zip(pages, lengths, counts, strict=True):
@@ -90,6 +90,8 @@ class Layout:
             slots += [held[place // size] * size + place % size for place in range(length - count, length)]
             spans.append(Span(begin, count, length, torch.tensor(held, device=device), _seen(length, count, device)))
             begin += count
+        lengths = [span.length for span in spans if span.count == 1]
+        together = bool(lengths) and max(lengths) * len(lengths) <= padding * sum(lengths)
         return cls(torch.tensor(slots, device=device), spans, _padded(spans, size) if together else None, size)
 
     def to(self, device: torch.device) -> Layout:
@@ -122,14 +124,12 @@ def _seen(length: int, count: int, device: torch.device) -> Tensor | None:
     return torch.ones(count, length, dtype=torch.bool, device=device).tril(length - count)
 
 
-def _padded(spans: list[Span], size: int) -> tuple[Tensor, Tensor] | None:
-    """Of the single tokens, slots (B, S) and which of them count; None if there are none.
+def _padded(spans: list[Span], size: int) -> tuple[Tensor, Tensor]:
+    """Of the single tokens, of which there are some, slots (B, S) and which of them count.
 
     Padding repeats the sequence's own first slot: no row reads another's numbers.
     """
     singles = [span for span in spans if span.count == 1]
-    if not singles:
-        return None
     table = torch.nn.utils.rnn.pad_sequence([span.pages for span in singles], batch_first=True)
     starts = torch.tensor([[span.start] for span in singles], device=table.device)
     lengths = torch.tensor([[span.length] for span in singles], device=table.device)
@@ -185,7 +185,9 @@ class LayerCache:
 
     def _together(self, q: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
         """Single tokens of B sequences: ``q`` (B, H, D) -> (B, H, D)."""
-        k, v = (x.flatten(0, 1)[slots].transpose(1, 2) for x in (self.keys, self.values))  # (B, K, S, D)
+        # index_select takes a sixth of the time that indexing with a tensor takes on a CPU.
+        k, v = (x.flatten(0, 1).index_select(0, slots.flatten()).unflatten(0, slots.shape) for x in (self.keys, self.values))
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, S, D)
         grouped = q.unflatten(1, (k.shape[1], -1))  # (B, K, H / K, D)
         return scaled_dot_product_attention(grouped, k, v, attn_mask=valid[:, None, None]).flatten(1, 2)
 

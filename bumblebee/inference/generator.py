@@ -17,6 +17,7 @@ from bumblebee import distributed
 from bumblebee.inference.defaults import read_settings, sampling_of, stop_ids_of
 from bumblebee.inference.engine import GenerationEngine, GenerationOptions
 from bumblebee.inference.memory import PAGE_SIZE, pages_for
+from bumblebee.inference.packing import pack
 from bumblebee.inference.params import SamplingParams
 from bumblebee.inference.placement import devices_for, spread
 from bumblebee.inference.request import FinishReason, Output, Request, Token
@@ -87,7 +88,7 @@ class Generator:
         dtype: str | torch.dtype = "auto",
         device_map: Literal["auto"] | None = None,
     ) -> Generator:
-        """Read a model folder with its tokenizer.
+        """Read a model folder with its tokenizer. On a CPU the weights are packed: the model generates, it does not train.
 
         Args:
             folder: the model folder.
@@ -103,6 +104,7 @@ class Generator:
         chosen = dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else getattr(torch, dtype)
         if device_map is None:
             model = Bumblebee.from_pretrained(folder, dtype=chosen, device=distributed.pick_device(device))
+            pack(model)
         else:
             model = spread(folder, *devices_for(device_map, device), chosen)
         tokenizer = Tokenizer.from_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Several
 
 import torch
@@ -11,6 +12,8 @@ from bumblebee.inference.cache import KVCache, Layout
 from bumblebee.inference.placement import layer_devices
 from bumblebee.inference.sequence import Chunk
 from bumblebee.model import Bumblebee
+
+PADDING = 2.0  # positions that a CPU may read for each that is there, so that single tokens share a call
 
 
 class Runner:
@@ -26,7 +29,7 @@ class Runner:
         self.model = model
         weight = next(model.parameters())
         self.cache = KVCache(model.config, pages, page_size, weight.dtype, layer_devices(model))
-        self.together = weight.device.type != "cpu"  # the single tokens of a step share one call of attention
+        self.padding = PADDING if weight.device.type == "cpu" else math.inf  # see Layout.of
 
     @torch.inference_mode()
     def run(self, chunks: Several[Chunk]) -> Tensor:
@@ -51,5 +54,5 @@ class Runner:
             [chunk.count for chunk in chunks],
             self.cache.page_size,
             self.cache.device,
-            self.together,
+            self.padding,
         )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from bumblebee.nn.kernels import KERNELS, AttentionMask, choose
@@ -77,14 +76,11 @@ class Attention(nn.Module):
 
         With a cache it is the cache that attends, and ``mask`` is not looked at.
         """
-        q, k, v = (
-            rearrange(project(x), "b t (h d) -> b t h d", d=self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.rotate(self.q_norm(q), *rotary), self.rotate(self.k_norm(k), *rotary)
         if cache is not None:
             out = cache.attend(q, k, v, self.window)
         else:
             dropout = self.dropout if self.training else 0.0
             out = KERNELS[choose(self.kernel, q.dtype)](q, k, v, mask, self.window, dropout)
-        return self.o_proj(rearrange(out, "b t h d -> b t (h d)"))
+        return self.o_proj(out.flatten(-2))

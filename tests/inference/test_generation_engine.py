@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import cache
 
@@ -15,6 +16,7 @@ from bumblebee.inference.engine import GenerationEngine, GenerationOptions
 from bumblebee.inference.request import Output, Request
 
 V, LONGEST = 64, 96
+PADDINGS = [0.0, 1.3, math.inf]  # each single token has its own call of attention; those alike share one; all share one
 COMMON = [(7 * n) % V for n in range(40)]  # a prefix of two pages and a half
 
 
@@ -118,9 +120,10 @@ def test_together_with_prompts_in_chunks_of_any_size(engine_of, naive, step_toke
     assert (engine.stats().cached_tokens > 0) == prefix_reuse
 
 
-def test_single_tokens_in_one_call_as_on_a_gpu(engine_of, naive, monkeypatch):
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_single_tokens_in_one_call_or_each_in_its_own(engine_of, naive, padding):
     engine = engine_of(step_tokens=20)
-    engine.runner.together = True
+    engine.runner.padding = padding
     assert run(engine, PROMPTS, greedy()) == [naive(prompt, 12) for prompt in PROMPTS]
 
 
@@ -213,11 +216,11 @@ def half(tiny) -> Bumblebee:
     return make_model(tiny).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_bf16_logits_are_those_of_one_pass_within_rounding(half, tokenizer, together, monkeypatch):
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_bf16_logits_are_those_of_one_pass_within_rounding(half, tokenizer, padding, monkeypatch):
     """bf16 is up to 0.5 away from fp32 here; two ways to add up in bf16 may differ by nearly as much."""
     engine = GenerationEngine(half, tokenizer, (), GenerationOptions(step_tokens=11))
-    engine.runner.together = together
+    engine.runner.padding = padding
     logits, run_ = {}, engine.runner.run
 
     def kept(chunks):
@@ -250,7 +253,7 @@ def test_any_schedule(data, model, tokenizer, naive):
     )
     prompts = data.draw(st.lists(prompt.filter(bool), min_size=1, max_size=6))
     lengths = [data.draw(st.integers(1, 12)) for _ in prompts]
-    engine.runner.together = data.draw(st.booleans())
+    engine.runner.padding = data.draw(st.sampled_from(PADDINGS))
     found: dict[str, list[Output]] = {str(number): [] for number in range(len(prompts))}
     cancelled = set()
     for number, prompt in enumerate(prompts):

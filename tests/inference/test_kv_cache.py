@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,7 +49,7 @@ def cut_texts(draw) -> tuple[list[list[int]], list[list[int]]]:
 
 
 @torch.inference_mode()
-def over_the_cache(model: Bumblebee, texts: list[list[int]], pages, chunks, together: bool) -> list[torch.Tensor]:
+def over_the_cache(model: Bumblebee, texts: list[list[int]], pages, chunks, padding: float) -> list[torch.Tensor]:
     """The logits of each sequence, computed chunk by chunk: all first chunks in one step, then all second ones ..."""
     cache, logits = cache_of(model, filler=7.0), [[] for _ in texts]
     done = [0] * len(texts)
@@ -55,7 +57,7 @@ def over_the_cache(model: Bumblebee, texts: list[list[int]], pages, chunks, toge
         rows = sorted((row for row in range(len(texts)) if step < len(chunks[row])), key=lambda row: chunks[row][step] > 1)
         counts = [chunks[row][step] for row in rows]
         ends = [done[row] + count for row, count in zip(rows, counts, strict=True)]
-        layers = cache.at(Layout.of([pages[row] for row in rows], ends, counts, SIZE, CPU, together))
+        layers = cache.at(Layout.of([pages[row] for row in rows], ends, counts, SIZE, CPU, padding))
         ids = [index for row, end in zip(rows, ends, strict=True) for index in texts[row][done[row] : end]]
         places = [place for row, end in zip(rows, ends, strict=True) for place in range(done[row], end)]
         out = model(torch.tensor([ids]), torch.tensor([places]), cache=layers)[0].split(counts)
@@ -65,8 +67,8 @@ def over_the_cache(model: Bumblebee, texts: list[list[int]], pages, chunks, toge
     return [torch.cat(parts) for parts in logits]
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["each alone", "single tokens together"])
-def test_logits_over_a_cache_equal_those_of_one_pass_however_the_texts_are_cut(model, together):
+@pytest.mark.parametrize("padding", [0, 1.5, math.inf], ids=["each alone", "together where alike", "together"])
+def test_logits_over_a_cache_equal_those_of_one_pass_however_the_texts_are_cut(model, padding):
     """What lay in the pages before, and other sequences in the same step, are not seen."""
 
     @settings(max_examples=40)
@@ -75,7 +77,7 @@ def test_logits_over_a_cache_equal_those_of_one_pass_however_the_texts_are_cut(m
         pages, chunks = cut
         drawn = torch.Generator().manual_seed(seed)
         texts = [torch.randint(V, (sum(its),), generator=drawn).tolist() for its in chunks]
-        for text, logits in zip(texts, over_the_cache(model, texts, pages, chunks, together), strict=True):
+        for text, logits in zip(texts, over_the_cache(model, texts, pages, chunks, padding), strict=True):
             expected = model(torch.tensor([text]))[0]
             torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE[logits.dtype])
 
@@ -87,10 +89,10 @@ def test_a_padded_row_reads_nothing_of_others_not_even_what_is_no_number(model):
     cache = cache_of(model, filler=float("nan"))
     long, short = list(range(9)), [5]
     for pages, text in (([0, 1, 2], long), ([3], short)):
-        layers = cache.at(Layout.of([pages], [len(text) - 1 or 1], [len(text) - 1 or 1], SIZE, CPU, True))
+        layers = cache.at(Layout.of([pages], [len(text) - 1 or 1], [len(text) - 1 or 1], SIZE, CPU, math.inf))
         part = text[:-1] or text
         model(torch.tensor([part]), torch.arange(len(part))[None], cache=layers)
-    layers = cache.at(Layout.of([[0, 1, 2], [3]], [9, 2], [1, 1], SIZE, CPU, True))
+    layers = cache.at(Layout.of([[0, 1, 2], [3]], [9, 2], [1, 1], SIZE, CPU, math.inf))
     out = model(torch.tensor([[8, 6]]), torch.tensor([[8, 1]]), cache=layers)[0]
     tolerance = TOLERANCE[out.dtype]
     torch.testing.assert_close(out[0], model(torch.tensor([long]))[0, -1], rtol=0, atol=tolerance)
