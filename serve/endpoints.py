@@ -10,6 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,10 +19,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from bumblebee.inference.request import Output
 from bumblebee.tokenizer import Tokenizer
 from serve import body as bodies
 from serve.faults import Fault, invalid
-from serve.hub import Hub, Run
+from serve.hub import Hub, Run, loading
 from serve.messages import Ready
 from serve.options import ServeOptions
 from serve.prompts import Job, Prompts
@@ -78,14 +80,16 @@ class Endpoints(LitSpec):
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         body = await self._body(request, ChatRequest)
-        prompts = self._loaded()
+        self.hub.admit()  # before anything is computed for a request that is refused
+        prompts = self._prompts()
         jobs = await asyncio.to_thread(prompts.chat, body)
         return await self._answer(request, body, jobs, ChatReply(body, self.options.name, self.tokenizer, prompts.calls))
 
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions."""
         body = await self._body(request, CompletionRequest)
-        prompts = self._loaded()
+        self.hub.admit()
+        prompts = self._prompts()
         jobs = await asyncio.to_thread(prompts.completion, body)
         echoes = [prompts.echo(prompt) for prompt in body.prompt] if body.echo else None
         return await self._answer(request, body, jobs, CompletionReply(body, self.options.name, self.tokenizer, echoes))
@@ -94,14 +98,10 @@ class Endpoints(LitSpec):
         self, request: Request, body: ChatRequest | CompletionRequest, jobs: Sequence[Job], reply: Reply
     ) -> Response:
         run = self.hub.run(jobs)
-        try:
-            if body.stream:
-                first = await unless_left(request, anext(run))  # an error before it has a status of its own
-                return EventStream(events(run, reply, *first), run)
+        if body.stream:
+            return await streamed(request, run, reply)
+        with closing(run):
             await unless_left(request, fed(reply, run))
-        except BaseException:
-            run.close()
-            raise
         return JSONResponse(reply.whole())
 
     # -- around them ---------------------------------------------------------------------------------------------------
@@ -109,14 +109,15 @@ class Endpoints(LitSpec):
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize: the ids of a prompt."""
         body = await self._body(request, TokenizeRequest)
-        prompts = self._loaded()
+        prompts = self._prompts()
         ids = await asyncio.to_thread(prompts.tokenize, body)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": prompts.context_length})
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize: the text of ids."""
         body = await self._body(request, DetokenizeRequest)
-        if unknown := [id for id in body.tokens if id >= self._loaded().vocab_size]:
+        prompts = self._prompts()
+        if unknown := [id for id in body.tokens if id >= prompts.vocab_size]:
             raise invalid(f"{unknown[0]} is no token id of this model", "tokens")
         return JSONResponse({"prompt": await asyncio.to_thread(self.tokenizer.decode, body.tokens)})
 
@@ -154,9 +155,9 @@ class Endpoints(LitSpec):
             given.get("max_new_tokens"),
         )
 
-    def _loaded(self) -> Prompts:
-        self.hub.admit()  # before anything is computed for a request that is refused
-        assert self.prompts is not None
+    def _prompts(self) -> Prompts:
+        if self.prompts is None:
+            raise loading()
         return self.prompts
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
@@ -201,7 +202,17 @@ class EventStream(StreamingResponse):
             self._run.close()
 
 
-async def events(run: Run, reply: Reply, index: int, first: Any) -> AsyncIterator[str]:
+async def streamed(request: Request, run: Run, reply: Reply) -> EventStream:
+    """The stream of a reply. It begins with the first output: an error before that has a status of its own."""
+    try:
+        index, first = await unless_left(request, anext(run))
+    except BaseException:
+        run.close()
+        raise
+    return EventStream(events(run, reply, index, first), run)
+
+
+async def events(run: Run, reply: Reply, index: int, first: Output) -> AsyncIterator[str]:
     """A reply's chunks as events. An error in the middle is the last of them: the status has been sent."""
     yield written([*reply.begin(), *reply.add(index, first)])
     try:

@@ -164,10 +164,10 @@ class Hub:
             Fault: 503 while there is no model or the server is being stopped; 429 where too many wait already.
         """
         if self.draining:
-            raise Fault(503, "the server is being stopped", code="draining", headers=SOON)
+            raise draining()
         ready = [replica for replica in self.replicas if replica.ready]
         if not ready:
-            raise Fault(503, "the model is being loaded", code="loading", headers=SOON)
+            raise loading()
         room = len(ready) * self.options.max_running + self.options.max_queue - sum(len(each.runs) for each in ready)
         if jobs > room:
             raise Fault(429, "too many requests wait already: try again later", code="queue_full", headers=SOON)
@@ -191,10 +191,20 @@ class Hub:
     def abort(self) -> None:
         """End everything that runs, with an error."""
         for replica in self.replicas:
-            self._end(replica, Fault(503, "the server is being stopped", code="draining", headers=SOON))
+            self._end(replica, draining())
 
     def _end(self, replica: Replica, fault: Fault) -> None:
         runs = set(replica.runs.values())
         replica.runs.clear()
         for run in runs:
             run.fail(fault)
+
+
+def loading() -> Fault:
+    """There is no model yet."""
+    return Fault(503, "the model is being loaded", code="loading", headers=SOON)
+
+
+def draining() -> Fault:
+    """There will be none any more."""
+    return Fault(503, "the server is being stopped", code="draining", headers=SOON)

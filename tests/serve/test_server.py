@@ -62,6 +62,7 @@ def test_text_goes_to_ids_and_back(server: Running):
     made = server.post("/tokenize", {"prompt": "Return a new list"}).json()
     assert made["count"] == len(made["tokens"]) and made["max_model_len"] == 2048
     assert server.post("/detokenize", {"tokens": made["tokens"]}).json() == {"prompt": "Return a new list"}
+    assert server.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
     unknown = server.post("/detokenize", {"tokens": [0, 2**40]})
     assert (unknown.status_code, error_of(unknown)["param"]) == (400, "tokens")
 
@@ -179,6 +180,7 @@ def test_a_full_queue_refuses_and_takes_requests_again_when_there_is_room(narrow
     refused = narrow.post("/v1/completions", completion(model="mine", max_tokens=1))
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
     assert error_of(refused)["code"] == "queue_full"
+    assert narrow.post("/tokenize", {"prompt": "a"}).status_code == 200, "that needs no worker"
     running.close()
     narrow.wait_for_metric("bumblebee_waiting", 1)
     # Room for one: it waits its turn behind the others, and leaves.
