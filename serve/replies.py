@@ -32,17 +32,18 @@ class Names:
     """What tokens are called in logprobs."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._bytes, self._special, self._backend = tokenizer.token_bytes, tokenizer.special_ids, tokenizer.backend
+        self._tokenizer = tokenizer
 
     def bytes_of(self, index: int) -> bytes | None:
         """The bytes of its text; None for a special token and for an id without a token."""
-        return None if index in self._special or index >= len(self._bytes) else self._bytes[index]
+        table = self._tokenizer.token_bytes
+        return None if index in self._tokenizer.special_ids or index >= len(table) else table[index]
 
     def of(self, index: int) -> str:
         """Its text, or its spelling."""
         text = self.bytes_of(index)
         if text is None:
-            return self._backend.id_to_token(index) or f"token_id:{index}"
+            return self._tokenizer.backend.id_to_token(index) or f"token_id:{index}"
         try:
             return text.decode()
         except UnicodeDecodeError:
@@ -228,9 +229,8 @@ class CompletionReply(Reply):
     def whole(self) -> Json:
         """The object, when every choice has finished."""
         logprobs = self._logprobs or repeat(None)
-        return self._whole(
-            [self._piece(index, "".join(texts), own) for index, texts, own in zip(count(), self._texts, logprobs)]
-        )
+        pieces = zip(count(), self._texts, logprobs)
+        return self._whole([self._piece(index, "".join(texts), own) for index, texts, own in pieces])
 
     def _piece(self, index: int, text: str, logprobs: Json | None = None) -> Json:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self.reasons[index]}

@@ -5,37 +5,27 @@ Choices made:
 - What OpenAI knows and this server does not do is refused by name (``unsupported``), and so are unknown names. A null is an
   absent field. Fields that only label a request (``user``) are accepted: without them the answer would be the same.
 - Beside OpenAI's there are top_k, min_p, repetition_penalty and ignore_eos, which other servers have too.
-- Unions are made one type before they are checked (``stop`` is a list, a content a list of parts), so that an error names
-  the client's field and not a branch of ours.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, ValidationError, model_validator
 
 from bumblebee.inference.params import BIASES, STOP_LENGTH, STOPS
-from serve.faults import Fault, invalid
+from serve.faults import Fault, invalid, shown
+from serve.strict import Strict, as_biases, as_list, as_parts, as_prompts, finite, json_object, only, wrong, wrong_field
 
 INT64 = 2**63
 MOST_CHOICES, MOST_TOOLS = 128, 128
 FUNCTION_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 Body = TypeVar("Body", bound=BaseModel)
+Bias = Annotated[float, Field(ge=-100, le=100)]
+StopText = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
+PromptList = Annotated[list[str | list[int]], PlainValidator(as_prompts)]
 
 
 def parse(model: type[Body], raw: bytes) -> Body:
@@ -54,128 +44,6 @@ def parse(model: type[Body], raw: bytes) -> Body:
         raise Fault.from_validation(error) from None
 
 
-def _field(kind: str, field: str | tuple[str | int, ...], message: str) -> PydanticCustomError:
-    """What is wrong with something within the value that is checked."""
-    within = (field,) if isinstance(field, str) else field
-    return PydanticCustomError(kind, "{message}", {"field": within, "message": message})  # the text is a format string
-
-
-def _wrong(message: str) -> PydanticCustomError:
-    return PydanticCustomError("wrong", "{message}", {"message": message})
-
-
-def _as_list(value: Any) -> Any:
-    """A string is a list of one."""
-    if value is None or isinstance(value, list):
-        return value
-    if isinstance(value, str):
-        return [value]
-    raise _wrong("must be a string or a list of strings")
-
-
-def _as_parts(value: Any) -> Any:
-    """A text is a list of one part."""
-    if value is None or isinstance(value, list):
-        return value
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    raise _wrong("must be a string or a list of text parts")
-
-
-def _as_biases(value: Any) -> Any:
-    """JSON's keys are strings: "42" is id 42."""
-    if not isinstance(value, dict):
-        return value
-    for key in value:
-        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
-            raise _field("wrong", str(key), "is no token id")
-    return {int(key): bias for key, bias in value.items()}
-
-
-def _as_prompts(value: Any) -> list[str | list[int]]:
-    """OpenAI's four forms: a text, texts, ids, lists of ids."""
-    prompts = [value] if isinstance(value, str) or _is_ids(value) else value
-    if not (isinstance(prompts, list) and prompts and (all(map(_is_text, prompts)) or all(map(_is_ids, prompts)))):
-        raise _wrong("must be a string, a list of strings, a list of token ids or a list of such lists")
-    return prompts
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
-
-
-def _only(right: Any, why: str) -> AfterValidator:
-    """Of the values that OpenAI knows, the one that asks for nothing we do not do."""
-
-    def check(value: Any) -> Any:
-        if value not in (None, right):
-            raise PydanticCustomError("unsupported", "{why}", {"why": f"must be {json.dumps(right)}: {why}"})
-        return value
-
-    return AfterValidator(check)
-
-
-def _json_object(text: str) -> str:
-    try:
-        content = pydantic_core.from_json(text, allow_inf_nan=False)
-    except ValueError as error:
-        raise _wrong(f"must be the JSON text of an object: {error}") from None
-    if not isinstance(content, dict):
-        raise _wrong("must be the JSON text of an object")
-    return text
-
-
-def _finite(value: Any) -> Any:
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        raise _wrong("has a number that is too large") from None
-    return value
-
-
-def _text_only(value: Any) -> Any:
-    if isinstance(value, dict) and value.get("type") in ("json_object", "json_schema"):
-        raise PydanticCustomError("unsupported", 'must be {"type": "text"}: answers are not held to a format')
-    return value
-
-
-def _auto_or_none(value: Any) -> Any:
-    if value == "required" or isinstance(value, dict):
-        raise PydanticCustomError("unsupported", "must be 'auto' or 'none': a model cannot be made to call a tool")
-    return value
-
-
-Bias = Annotated[float, Field(ge=-100, le=100)]
-StopText = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
-Prompts = Annotated[list[str | list[int]], PlainValidator(_as_prompts)]
-
-
-class Strict(BaseModel):
-    """An object without unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    # Fields of OpenAI that mean something we do not do -> why; a null there means nothing.
-    unsupported: ClassVar[dict[str, str]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, content: Any) -> Any:
-        if not isinstance(content, dict):
-            return content
-        content = {name: value for name, value in content.items() if value is not None or name not in cls.unsupported}
-        for name in content:
-            if name in cls.unsupported:
-                raise _field("unsupported", name, f"is not supported: {cls.unsupported[name]}")
-            if name not in cls.model_fields:
-                close = difflib.get_close_matches(name, cls.model_fields, 1)
-                raise _field("unknown", name, "is no field of this request" + (f"; did you mean {close[0]}?" if close else ""))
-        return content
-
-
 class TextPart(Strict):
     """A piece of a message's text."""
 
@@ -185,11 +53,14 @@ class TextPart(Strict):
     text: str
 
 
+Parts = Annotated[list[TextPart], Field(min_length=1)]
+
+
 class FunctionCall(Strict):
     """What a call calls; the arguments are the JSON text of an object."""
 
     name: Annotated[str, Field(min_length=1)]
-    arguments: Annotated[str, AfterValidator(_json_object)]
+    arguments: Annotated[str, AfterValidator(json_object)]
 
 
 class ToolCall(Strict):
@@ -210,7 +81,7 @@ class Message(Strict):
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[list[TextPart] | None, BeforeValidator(_as_parts)] = None
+    content: Annotated[Parts | None, BeforeValidator(as_parts)] = None
     name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MOST_TOOLS)] | None = None
     tool_call_id: str | None = None
@@ -218,12 +89,12 @@ class Message(Strict):
     @model_validator(mode="after")
     def _complete(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise _field("wrong", "content", "must be a string or a list of text parts")
+            raise wrong_field("wrong", "content", "must be a string or a list of text parts")
         if self.tool_calls and self.role != "assistant":
-            raise _field("wrong", "tool_calls", "belong to messages of the assistant")
+            raise wrong_field("wrong", "tool_calls", "belong to messages of the assistant")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             belongs = "is missing" if self.role == "tool" else "belongs to messages of a tool"
-            raise _field("wrong", "tool_call_id", belongs)
+            raise wrong_field("wrong", "tool_call_id", belongs)
         return self
 
     @property
@@ -243,7 +114,7 @@ def _answered(messages: list[Message]) -> list[Message]:
     for index, message in enumerate(messages):
         called.update(call.id for call in message.tool_calls or ())
         if message.tool_call_id is not None and message.tool_call_id not in called:
-            raise _field("wrong", (index, "tool_call_id"), f"{message.tool_call_id!r} is of no call before it")
+            raise wrong_field("wrong", (index, "tool_call_id"), f"{shown(message.tool_call_id)} is of no call before it")
     return messages
 
 
@@ -255,8 +126,8 @@ class Function(Strict):
 
     name: Annotated[str, Field(pattern=FUNCTION_NAME)]
     description: str | None = None
-    parameters: Annotated[dict[str, Any] | None, AfterValidator(_finite)] = None
-    strict: Annotated[bool | None, _only(False, "arguments are not held to the schema")] = None
+    parameters: Annotated[dict[str, Any] | None, AfterValidator(finite)] = None
+    strict: Annotated[bool | None, only(False, "arguments are not held to the schema")] = None
 
 
 class Tool(Strict):
@@ -280,6 +151,18 @@ class TextFormat(Strict):
     type: Literal["text"]
 
 
+def _text_only(value: Any) -> Any:
+    if isinstance(value, dict) and value.get("type") in ("json_object", "json_schema"):
+        raise wrong('must be {"type": "text"}: answers are not held to a format', "unsupported")
+    return value
+
+
+def _auto_or_none(value: Any) -> Any:
+    if value == "required" or isinstance(value, dict):
+        raise wrong("must be 'auto' or 'none': a model cannot be made to call a tool", "unsupported")
+    return value
+
+
 class Sampling(Strict):
     """What both endpoints know."""
 
@@ -297,11 +180,11 @@ class Sampling(Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: Annotated[
         Annotated[dict[int, Bias], Field(max_length=BIASES)] | None,
-        BeforeValidator(_as_biases),
+        BeforeValidator(as_biases),
     ] = None
     stop: Annotated[
         Annotated[list[StopText], Field(max_length=STOPS)] | None,
-        BeforeValidator(_as_list),
+        BeforeValidator(as_list),
     ] = None
     seed: Annotated[int, Field(ge=-INT64, le=INT64 - 1)] | None = None
     ignore_eos: bool | None = None
@@ -310,7 +193,7 @@ class Sampling(Strict):
     @model_validator(mode="after")
     def _streams(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
-            raise _field("wrong", "stream_options", "is only for requests with stream: true")
+            raise wrong_field("wrong", "stream_options", "is only for requests with stream: true")
         return self
 
     @property
@@ -342,10 +225,10 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Annotated[Literal["auto", "none"] | None, BeforeValidator(_auto_or_none)] = None
-    parallel_tool_calls: Annotated[bool | None, _only(True, "a model makes as many calls as it likes")] = None
+    parallel_tool_calls: Annotated[bool | None, only(True, "a model makes as many calls as it likes")] = None
     response_format: Annotated[TextFormat | None, BeforeValidator(_text_only)] = None
     modalities: list[Literal["text"]] | None = None
-    store: Annotated[bool | None, _only(False, "answers are not stored")] = None
+    store: Annotated[bool | None, only(False, "answers are not stored")] = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -353,12 +236,12 @@ class ChatRequest(Sampling):
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise _field("wrong", "top_logprobs", "is only for requests with logprobs: true")
+            raise wrong_field("wrong", "top_logprobs", "is only for requests with logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise _field("wrong", "max_tokens", "is the old name of max_completion_tokens: give one of them")
+            raise wrong_field("wrong", "max_tokens", "is the old name of max_completion_tokens: give one of them")
         names = [tool.function.name for tool in self.tools or ()]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise _field("wrong", "tools", f"has two functions named {min(twice)!r}")
+            raise wrong_field("wrong", "tools", f"has two functions named {min(twice)!r}")
         return self
 
     @property
@@ -372,15 +255,15 @@ class CompletionRequest(Sampling):
 
     unsupported = {"suffix": "models continue texts, they do not fill gaps"}
 
-    prompt: Prompts
-    best_of: Annotated[int | None, _only(1, "ask for n answers and choose yourself")] = None
+    prompt: PromptList
+    best_of: Annotated[int | None, only(1, "ask for n answers and choose yourself")] = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @model_validator(mode="after")
     def _can_echo(self) -> CompletionRequest:
         if self.echo and self.logprobs is not None:
-            raise _field("unsupported", "echo", "is not supported together with logprobs: prompts get none")
+            raise wrong_field("unsupported", "echo", "is not supported together with logprobs: prompts get none")
         return self
 
 
@@ -395,9 +278,9 @@ class TokenizeRequest(Strict):
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise _wrong("must have either a prompt or messages")
+            raise wrong("must have either a prompt or messages")
         if self.tools and self.messages is None:
-            raise _field("wrong", "tools", "belong to messages")
+            raise wrong_field("wrong", "tools", "belong to messages")
         return self
 
 
