@@ -154,7 +154,7 @@ class ChatReply(Reply):
             self._texts[index].append(part)
             return {"content": part}
         call = {
-            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "id": uuid.uuid4().hex[:9],  # it comes back in the next request, and Mistral's template wants nine characters
             "type": "function",
             "function": {"name": part.name, "arguments": part.arguments},
         }

@@ -31,7 +31,7 @@ LLAMA = (
 """
 )
 
-# A list of objects behind a special token.
+# A list of objects behind a special token; ids of nine characters, which stand in the objects too.
 MISTRAL = """
 {{- bos_token }}
 {%- if tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
@@ -41,7 +41,8 @@ MISTRAL = """
     {%- elif message.tool_calls %}
         {{- message.content + '[TOOL_CALLS] [' }}
         {%- for call in message.tool_calls %}
-            {{- call.function | tojson | replace('}', '}', 1) }}{{- ', ' if not loop.last }}
+            {%- if call.id | length != 9 %}{{- raise_exception('ids have nine characters') }}{% endif %}
+            {{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' }}{{- ', ' if not loop.last }}
         {%- endfor %}
         {{- ']' + eos_token }}
     {%- elif message.role == 'tool' %}
@@ -57,7 +58,7 @@ HEADS = (
     MISTRAL.replace("'[TOOL_CALLS] ['", "''")
     .replace("']' + eos_token", "eos_token")
     .replace(
-        "{{- call.function | tojson | replace('}', '}', 1) }}{{- ', ' if not loop.last }}",
+        """{{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' }}{{- ', ' if not loop.last }}""",
         "{{- '[TOOL_CALLS]' + call.function.name + '[ARGS]' + call.function.arguments | tojson }}",
     )
 )
