@@ -15,12 +15,13 @@ CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 600.0  # between two pieces: a busy server lets requests wait
 OTHER_NAMES = {"max_new_tokens": "max_tokens"}  # ours -> OpenAI's, where they differ
 BEYOND_OPENAI = ("top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_ids")  # the client does not know these
-WHAT_TO_DO = {
+WHAT_TO_DO: dict[int | str, str] = {  # by the error's code, or its status
     401: "say --api_key KEY",
     403: "say another --api_key KEY",
     404: "see --url and --name",
     429: "/retry asks again",
     503: "/retry asks again",
+    "context_length_exceeded": "/reset begins a new conversation",
 }
 
 
@@ -101,5 +102,5 @@ def told_by(error: Exception) -> str:
 def _advice(error: openai.APIStatusError) -> str:
     wait = error.response.headers.get("retry-after")
     later = f", in {wait} s" if wait and error.status_code in (429, 503) else ""
-    advice = WHAT_TO_DO.get(error.status_code)
+    advice = WHAT_TO_DO.get(error.code or "") or WHAT_TO_DO.get(error.status_code)
     return f" ({advice}{later})" if advice else ""

@@ -263,8 +263,8 @@ def test_a_person_talks_stops_an_answer_and_leaves(terminal, generator, tmp_path
     assert "/help" in chat.text and "room for 4096 tokens" in chat.text
     chat.type("ctrl-c")
     chat.expect("/quit or Ctrl-D leaves")
-    chat.type("Who", "alt-enter", "flies?", "enter")
-    chat.expect("flies?")
+    chat.type("Who", "alt-enter", "flies\\", "enter", "here?", "enter")
+    chat.expect("here?")
     chat.more(0.4)  # the answer streams
     before = len(chat.raw)
     chat.more(0.4)
@@ -277,8 +277,8 @@ def test_a_person_talks_stops_an_answer_and_leaves(terminal, generator, tmp_path
     chat.expect("saved: ")
     messages = json.loads((tmp_path / "a.json").read_text())["messages"]
     partial, second = messages[1]["content"], messages[3]["content"]
-    assert messages[0]["content"] == "Who\nflies?" and len(partial) > 50
-    assert second == answer(generator, "Who\nflies?", partial, "Why?")
+    assert messages[0]["content"] == "Who\nflies\nhere?" and len(partial) > 50
+    assert second == answer(generator, "Who\nflies\nhere?", partial, "Why?")
     chat.type("ctrl-d")
     assert chat.end() == 0
     assert "Traceback" not in chat.text

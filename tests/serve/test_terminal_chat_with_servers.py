@@ -201,7 +201,9 @@ def test_our_servers_refusals_are_one_line_each(server: Running, talk) -> None:
     out, err, code = talk(server.url, inputs=inputs)
     lines = [line for line in err.splitlines() if line.startswith("bumblebee: ")]
     assert code == 1 and out.endswith("\n") and len(lines) == 2
-    assert re.match("bumblebee: 400: This model's maximum context length is 2048 tokens", lines[0])
+    assert re.match(
+        "bumblebee: 400: This model's maximum context length is 2048 tokens.*/reset begins a new conversation", lines[0]
+    )
     assert re.match("bumblebee: 400: temperature", lines[1])
     assert talk(server.url, "--name", "other", inputs="Why?")[1].startswith("bumblebee: 404: ")
 
