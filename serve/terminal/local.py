@@ -10,13 +10,13 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from itertools import count
 from typing import Any
 
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.options import GenerationOptions
 from bumblebee.inference.request import Request
+from serve.chats import Chats
 from serve.terminal.partner import Message, Piece, Pieces, Refusal
 
 
@@ -35,6 +35,7 @@ class LocalModel:
         self.raw = not self.templated if raw is None else raw
         self.engine = generator.engine(GenerationOptions(max_running=1))
         self.room = min(generator.model.config.max_position_embeddings, self.engine.pages.total * self.engine.pages.size)
+        self.chats = Chats(generator.tokenizer)
         self._numbers = count()
 
     def describe(self) -> str:
@@ -79,21 +80,13 @@ class LocalModel:
         if self.raw:  # a text has no end that the model would know
             return Request(str(next(self._numbers)), ids, replace(params, max_new_tokens=min(params.max_new_tokens, left)))
         most = min(sampling.get("max_new_tokens", left), left)
-        ends = [*params.stop_ids, *([] if params.ignore_eos else self._end_of_turn)]
+        ends = [*params.stop_ids, *([] if params.ignore_eos else self.chats.end_of_turn)]
         return Request(str(next(self._numbers)), ids, replace(params, max_new_tokens=most, stop_ids=ends))
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         if self.raw:
             return self.generator.encode(messages[-1]["content"])
         return self.generator.tokenizer.chat_template.ids_of(messages, None, True)
-
-    @cached_property
-    def _end_of_turn(self) -> list[int]:
-        """Where the template ends an answer, which the folder of a base model may not name."""
-        try:
-            return [self.generator.tokenizer.chat_template.end_of_turn_id]
-        except ValueError:  # then it is the model's end-of-text token alone
-            return []
 
 
 @contextmanager

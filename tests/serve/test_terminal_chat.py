@@ -263,6 +263,7 @@ def test_a_person_talks_stops_an_answer_and_leaves(terminal, generator, tmp_path
     assert "/help" in chat.text and "room for 4096 tokens" in chat.text
     chat.type("ctrl-c")
     chat.expect("/quit or Ctrl-D leaves")
+    chat.expect(">")
     chat.type("Who", "alt-enter", "flies\\", "enter", "here?", "enter")
     chat.expect("here?")
     chat.more(0.4)  # the answer streams
@@ -271,10 +272,13 @@ def test_a_person_talks_stops_an_answer_and_leaves(terminal, generator, tmp_path
     assert len(chat.raw) > before
     chat.type("ctrl-c")
     chat.expect("stopped by Ctrl-C")
+    chat.expect(">")
     chat.type("/set max_new_tokens 12", "enter", "Why?", "enter")
     chat.expect("tokens/s")
+    chat.expect(">")
     chat.type(f"/save {tmp_path}/a.json", "enter")
     chat.expect("saved: ")
+    chat.expect(">")
     messages = json.loads((tmp_path / "a.json").read_text())["messages"]
     partial, second = messages[1]["content"], messages[3]["content"]
     assert messages[0]["content"] == "Who\nflies\nhere?" and len(partial) > 50
@@ -288,13 +292,15 @@ def test_a_person_talks_stops_an_answer_and_leaves(terminal, generator, tmp_path
 def test_inputs_are_found_again_another_day(terminal, tmp_path) -> None:
     chat = terminal(*GREEDY)
     chat.type("/set seed 4711", "enter")
-    chat.expect("seed 4711")
+    chat.expect("seed 4711\n")
+    chat.expect(">")
     chat.type("/quit", "enter")
     assert chat.end() == 0
     assert (tmp_path / "state" / "bumblebee" / "chat_history").stat().st_mode & 0o077 == 0
     chat = terminal(*GREEDY)
     chat.type("up", "up", "ctrl-c", "up", "up", "enter")
     chat.expect("seed 4711\n")
+    chat.expect(">")
     chat.type("/qu", "tab", "enter")
     assert chat.end() == 0
 
@@ -305,6 +311,7 @@ def test_colours_are_left_out_where_the_user_says_so(terminal) -> None:
         chat = terminal(*GREEDY, **environment)
         chat.type("Why?", "enter")
         chat.expect("tokens/s")
+        chat.expect(">")
         chat.type("ctrl-d")
         assert chat.end() == 0
         assert ("\x1b[2m" in chat.raw) == dim

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from pseudo_terminal import PseudoTerminal
-from serving import Running, serving
+from serving import Running, serving, wait_for
 
 from bumblebee.cli import main
 from serve.terminal.partner import Piece
@@ -219,9 +219,11 @@ def test_a_key_is_asked_for_and_ctrl_c_ends_the_work_at_the_server(served_folder
         try:
             chat.expect(">")
             chat.type("Why?", "enter")
-            running.wait_for_metric("bumblebee_running", 1)
+            wait_for(lambda: running.metric("bumblebee_new_tokens_total") > 50, "an answer")
+            chat.more(0.1)
             chat.type("ctrl-c")
             chat.expect("stopped by Ctrl-C")
+            chat.expect(">")
             running.wait_for_metric("bumblebee_running", 0)
             assert running.metric("bumblebee_new_tokens_total") < 1900
             chat.type("ctrl-d")
