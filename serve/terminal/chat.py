@@ -133,5 +133,5 @@ def partner_of(options: ChatOptions) -> Partner:
     from serve.terminal.local import LocalModel
 
     assert options.model is not None
-    generator = Generator.from_pretrained(options.model, options.device, options.dtype)
+    generator = Generator.from_pretrained(options.model, options.device, options.dtype, options.device_map)
     return LocalModel(generator, options.model, options.raw)

@@ -40,7 +40,7 @@ class LocalModel:
 
     def describe(self) -> str:
         """The folder, the model's size and where it is computed."""
-        size = sum(parameter.numel() for parameter in self.generator.model.parameters()) / 1e6
+        size = self.generator.model.num_parameters() / 1e6
         place = f"{str(self.generator.dtype).removeprefix('torch.')} on {self.generator.device}"
         raw = "; raw: each input is continued" if self.raw else ""
         return f"{self.place}: {size:.3g} M parameters, {place}, room for {self.room} tokens{raw}"

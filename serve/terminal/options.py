@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 NOT_OFFERED = ("logprobs", "spelled_ids")  # options of sampling whose results a terminal has no place for
 
@@ -17,6 +18,7 @@ class ChatOptions:
         api_key: the key that the server asks for.
         name: the model's name at the server.
         device: auto, cpu, cuda or cuda:N; of a model folder.
+        device_map: auto spreads the layers of a model too large for one GPU over all; null puts it on one device.
         dtype: auto (the file's), float32, bfloat16 or float16; of a model folder.
         system_prompt: what the model is told before the conversation.
         enable_history: answer with the conversation in mind; false: each question alone.
@@ -31,6 +33,7 @@ class ChatOptions:
     api_key: str | None = None
     name: str = "bumblebee"
     device: str = "auto"
+    device_map: Literal["auto"] | None = None
     dtype: str = "auto"
     system_prompt: str | None = None
     enable_history: bool = True

@@ -70,7 +70,7 @@ def test_help_takes_less_than_a_second_and_imports_no_torch():
     assert seconds < 1
 
 
-@pytest.mark.parametrize("command", ["fit", "preview", "generate"])
+@pytest.mark.parametrize("command", ["fit", "preview", "generate", "chat", "serve"])
 def test_the_help_of_a_command_imports_no_torch(command):
     packages, _ = imported(command, "--help")
     assert "jsonargparse" in packages
