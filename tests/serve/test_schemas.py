@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from malformed import CHAT, COMPLETION
@@ -88,3 +90,10 @@ def test_a_fault_is_an_error_of_openai():
     assert fault.body() == {
         "error": {"message": "The queue is full.", "type": "rate_limit_error", "param": None, "code": "queue_full"}
     }
+
+
+@pytest.mark.parametrize("body", [ChatRequest, CompletionRequest])
+def test_the_page_about_the_protocol_names_every_field(body):
+    page = (Path(__file__).parents[2] / "docs" / "openai.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`([a-z_]+)", page))
+    assert {*body.model_fields, *body.unsupported} <= names
