@@ -30,6 +30,9 @@ from serve.prompts import Job, Prompts
 from serve.replies import ChatReply, CompletionReply
 from serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 
+# Defaults that the model's card tells, so that a client can show what a request without them gets.
+SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
 Reply = ChatReply | CompletionReply
 Result = TypeVar("Result")
 Body = TypeVar("Body", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -172,8 +175,11 @@ class Endpoints(LitSpec):
             raise Fault(404, said, param="model", code="model_not_found")
 
     def _card(self) -> dict[str, Any]:
-        length = {"max_model_len": self.prompts.context_length} if self.prompts else {}
-        return {"id": self.options.name, "object": "model", "created": self.created, "owned_by": "bumblebee", **length}
+        card = {"id": self.options.name, "object": "model", "created": self.created, "owned_by": "bumblebee"}
+        if self.prompts:
+            defaults = {name: getattr(self.prompts.defaults, name) for name in SHOWN}
+            card |= {"max_model_len": self.prompts.context_length, "defaults": defaults}
+        return card
 
 
 # -- streams -------------------------------------------------------------------------------------------------------------

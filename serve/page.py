@@ -12,8 +12,9 @@ browser: Markdown becomes HTML that DOMPurify strips to a list of harmless eleme
 lets the browser run, load and ask nothing but this server's own files and routes; and nothing is ever inline, so an
 injected script has no way to run. The policy is CSP level 3 (https://www.w3.org/TR/CSP3/) with Trusted Types.
 
-What the page asks of the server: ``GET v1/models`` (of each model ``id`` and, where given, ``max_model_len``: the context
-in tokens), ``POST v1/chat/completions`` and ``POST v1/completions`` (streams with usage), ``GET ready``.
+What the page asks of the server: ``GET ready``; ``GET v1/models``, of each model ``id`` and, where given, ``max_model_len``
+(the context in tokens) and ``defaults`` (the sampling of a request that asks for none); and streams with usage from
+``POST v1/chat/completions`` and ``POST v1/completions``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ const PAUSE = 2000;  // milliseconds between two questions whether the server is
 const WAITED_ON = ["loading", "offline"];
 
 export class Connection extends EventTarget {
-  /** @type {{id: string, max_model_len?: number}[]} */
+  /** @type {{id: string, max_model_len?: number, defaults?: Record<string, number>}[]} */
   models = [];
   state = "connecting";
   #round = 0;
@@ -42,8 +42,9 @@ export class Connection extends EventTarget {
 
   async #look() {
     try {
+      const ready = await this.client.ready();  // first: a model that is ready tells more of itself
       this.models = await this.client.models();
-      return (await this.client.ready()) ? "ready" : "loading";
+      return ready ? "ready" : "loading";
     } catch (failure) {
       return failure.kind ?? "server";
     }

@@ -6,7 +6,7 @@
 /** @typedef {"key"|"busy"|"loading"|"offline"|"lost"|"too_long"|"no_template"|"refused"|"server"} Kind */
 
 const KINDS = { 401: "key", 403: "key", 413: "too_long", 429: "busy", 502: "offline", 503: "loading" };
-const CODES = { context_length_exceeded: "too_long", chat_template_missing: "no_template" };
+const CODES = { context_length_exceeded: "too_long", no_chat_template: "no_template" };
 
 const WORDS = {
   key: ["The server asks for an API key", "Enter the key that its operator gave you. It is kept in this browser."],

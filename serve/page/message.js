@@ -9,8 +9,6 @@ const THINKING = /^\s*<think>([\s\S]*?)(?:<\/think>\s*|$)/;  // what reasoning m
 const ENDS = {
   length: "Cut off: the answer reached the limit of tokens.",
   stopped: "Stopped.",
-  timeout: "Cut off: the answer took longer than the server allows.",
-  cancelled: "The server ended this answer.",
 };
 
 /**

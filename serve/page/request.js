@@ -1,5 +1,6 @@
 /** The bodies of requests, from conversations and settings. Pure functions. */
 
+const TEXT_TOKENS = 128;  // OpenAI's own default for texts is 16, of which nobody has much
 const STREAMED = { stream: true, stream_options: { include_usage: true } };
 
 /**
@@ -19,5 +20,5 @@ export function chatRequest(messages, settings, model) {
  * @param {string} model
  */
 export function completionRequest(prompt, settings, model) {
-  return { model, prompt, ...settings.sampling(), ...STREAMED };
+  return { model, prompt, max_tokens: TEXT_TOKENS, ...settings.sampling(), ...STREAMED };
 }

@@ -32,7 +32,11 @@ export class SettingsDialog {
     const { models } = this.chat.connection;
     this.form.elements.model.replaceChildren(...models.map(({ id }) => element("option", { value: id }, id)));
     byId("model-row").hidden = models.length < 2;
-    for (const control of this.form.elements) if (control.name) this.#set(control);
+    const { defaults = {} } = this.chat.model;
+    for (const control of this.form.elements) {
+      if (control.name) this.#set(control);
+      if (control.name in defaults) control.placeholder = defaults[control.name];
+    }
   }
 
   #set(control) {

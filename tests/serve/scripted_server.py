@@ -80,7 +80,8 @@ class ScriptedServer:
     async def _models(self, request: Request) -> Response:
         if refused := self._refused(request):
             return refused
-        return JSONResponse({"object": "list", "data": [{"id": "bumblebee", "object": "model", "max_model_len": CONTEXT}]})
+        card = {"id": "bumblebee", "object": "model", "max_model_len": CONTEXT, "defaults": {"temperature": 0.7}}
+        return JSONResponse({"object": "list", "data": [card]})
 
     async def _ready(self, request: Request) -> Response:
         return JSONResponse({}, 200) if self.ready else error(Reply(status=503, message="the model is being loaded"))

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from parrot import parrot
 from scripted_server import CONTEXT, Reply, ScriptedServer, running
+from serving import Running, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 expect = playwright.expect
@@ -47,7 +49,7 @@ def scripted() -> Iterator[ScriptedServer]:
 
 
 @pytest.fixture
-def server(scripted: ScriptedServer) -> ScriptedServer:
+def script(scripted: ScriptedServer) -> ScriptedServer:
     scripted.reset()
     return scripted
 
@@ -91,11 +93,12 @@ class Chat:
 
 
 @pytest.fixture
-def open_page(browser: Any, server: ScriptedServer) -> Iterator[Callable[..., Chat]]:
+def open_page(browser: Any, script: ScriptedServer) -> Iterator[Callable[..., Chat]]:
     """Opens the page in a profile of its own; `allowed` are console errors that the test provokes."""
     contexts, problems = [], []
 
-    def opened(allowed: str = r"$.", **options: Any) -> Chat:
+    def opened(allowed: str = r"$.", url: str = "", keyed: bool = False, **options: Any) -> Chat:
+        url = url or script.url
         context = browser.new_context(**{"viewport": {"width": 1100, "height": 760}, **options})
         context.set_default_timeout(10_000)
         contexts.append(context)
@@ -105,12 +108,12 @@ def open_page(browser: Any, server: ScriptedServer) -> Iterator[Callable[..., Ch
             if not re.search(f"{NO_ERROR_OF_OURS}|{allowed}", text):
                 problems.append(text)
 
-        page.on("request", lambda request: request.url.startswith((server.url, "blob:")) or note(f"asked {request.url}"))
+        page.on("request", lambda request: request.url.startswith((url, "blob:")) or note(f"asked {request.url}"))
         page.on("pageerror", lambda error: note(f"error {error}"))
         page.on("dialog", lambda dialog: (note(f"dialog {dialog.message}"), dialog.dismiss()))
         page.on("console", lambda line: line.type != "error" or note(line.text))
-        page.goto(server.url)
-        expect(page.locator("#model")).to_have_text("" if server.key else "bumblebee")
+        page.goto(url)
+        expect(page.locator("#model")).to_have_text("" if keyed else "bumblebee")
         return Chat(page)
 
     yield opened
@@ -127,8 +130,8 @@ def chat(open_page: Callable[..., Chat]) -> Chat:
 # --- answers ---
 
 
-def test_an_answer_is_shown_as_markdown_with_its_figures(chat: Chat, server: ScriptedServer) -> None:
-    server.replies.append(Reply("# Title\n\nSome **bold** text\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n- [x] done", pause=0.01))
+def test_an_answer_is_shown_as_markdown_with_its_figures(chat: Chat, script: ScriptedServer) -> None:
+    script.replies.append(Reply("# Title\n\nSome **bold** text\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n- [x] done", pause=0.01))
     chat.ask("Show me")
     chat.answered("Some bold text")
     expect(chat.answers.locator("strong")).to_have_text("bold")
@@ -138,11 +141,11 @@ def test_an_answer_is_shown_as_markdown_with_its_figures(chat: Chat, server: Scr
     expect(chat.page.locator(".figures")).to_have_text(
         re.compile(r"bumblebee · \d+ tokens · [\d.]+ tokens/s · first after [\d.]+ s")
     )
-    assert server.bodies[0]["messages"] == [{"role": "user", "content": "Show me"}]
+    assert script.bodies[0]["messages"] == [{"role": "user", "content": "Show me"}]
 
 
-def test_text_is_shown_while_it_comes(chat: Chat, server: ScriptedServer) -> None:
-    server.replies.append(Reply("first **second** " + "word " * 200, pause=0.05))
+def test_text_is_shown_while_it_comes(chat: Chat, script: ScriptedServer) -> None:
+    script.replies.append(Reply("first **second** " + "word " * 200, pause=0.05))
     chat.ask("Slowly")
     expect(chat.answers.locator("strong")).to_have_text("second")
     expect(chat.page.locator("#stop")).to_be_visible()
@@ -170,8 +173,8 @@ open
 [l]: https://example.org/"""
 
 
-def test_growing_text_ends_as_it_would_in_one_piece(chat: Chat, server: ScriptedServer) -> None:
-    server.replies += [Reply(VARIED, pause=0.02), Reply(VARIED)]
+def test_growing_text_ends_as_it_would_in_one_piece(chat: Chat, script: ScriptedServer) -> None:
+    script.replies += [Reply(VARIED, pause=0.02), Reply(VARIED)]
     chat.ask("In pieces")
     chat.answered("quote")
     chat.ask("At once")
@@ -181,9 +184,9 @@ def test_growing_text_ends_as_it_would_in_one_piece(chat: Chat, server: Scripted
     assert pieces.locator("a").get_attribute("href") == "https://example.org/"
 
 
-def test_code_is_coloured_and_copied(chat: Chat, server: ScriptedServer) -> None:
+def test_code_is_coloured_and_copied(chat: Chat, script: ScriptedServer) -> None:
     chat.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    server.replies.append(Reply("```python\ndef f():\n    return '<b>'\n```"))
+    script.replies.append(Reply("```python\ndef f():\n    return '<b>'\n```"))
     chat.ask("Code")
     chat.answered("def f()")
     expect(chat.answers.locator(".hljs-keyword").first).to_have_text("def")
@@ -191,9 +194,9 @@ def test_code_is_coloured_and_copied(chat: Chat, server: ScriptedServer) -> None
     assert chat.page.evaluate("navigator.clipboard.readText()") == "def f():\n    return '<b>'"
 
 
-def test_an_answer_is_copied_as_it_was_written(chat: Chat, server: ScriptedServer) -> None:
+def test_an_answer_is_copied_as_it_was_written(chat: Chat, script: ScriptedServer) -> None:
     chat.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    server.replies.append(Reply("Some **bold** text"))
+    script.replies.append(Reply("Some **bold** text"))
     chat.ask("Text")
     chat.answered("bold")
     chat.button("Copy the answer").click()
@@ -201,43 +204,43 @@ def test_an_answer_is_copied_as_it_was_written(chat: Chat, server: ScriptedServe
     assert chat.page.evaluate("navigator.clipboard.readText()") == "Some **bold** text"
 
 
-def test_stop_leaves_the_request_and_keeps_the_text(chat: Chat, server: ScriptedServer) -> None:
-    server.replies.append(Reply("one two three " + "more " * 500, pause=0.05))
+def test_stop_leaves_the_request_and_keeps_the_text(chat: Chat, script: ScriptedServer) -> None:
+    script.replies.append(Reply("one two three " + "more " * 500, pause=0.05))
     chat.ask("Long")
     expect(chat.answers).to_contain_text("three")
     chat.button("Stop the answer").click()
     expect(chat.end).to_contain_text("Stopped.")
     expect(chat.answers).to_contain_text("one two three")
     expect(chat.question).to_be_focused()
-    eventually(lambda: server.left == 1)
+    eventually(lambda: script.left == 1)
 
 
-def test_answering_again_replaces_the_answer_and_can_be_undone(chat: Chat, server: ScriptedServer) -> None:
-    server.replies += [Reply("The first"), Reply("The second")]
+def test_answering_again_replaces_the_answer_and_can_be_undone(chat: Chat, script: ScriptedServer) -> None:
+    script.replies += [Reply("The first"), Reply("The second")]
     chat.ask("Which?")
     chat.answered("The first")
     chat.button("Answer again").click()
     chat.answered("The second")
-    assert server.bodies[0]["messages"] == server.bodies[1]["messages"]
+    assert script.bodies[0]["messages"] == script.bodies[1]["messages"]
     chat.button("Undo").click()
     chat.answered("The first")
 
 
-def test_an_edited_question_is_answered_anew(chat: Chat, server: ScriptedServer) -> None:
+def test_an_edited_question_is_answered_anew(chat: Chat, script: ScriptedServer) -> None:
     for word in ("one", "two"):
         chat.ask(f"Question {word}")
-        chat.answered("Fine", len(server.bodies) or 1)
-    server.replies.append(Reply("Changed."))
+        chat.answered("Fine", len(script.bodies) or 1)
+    script.replies.append(Reply("Changed."))
     chat.questions.first.hover()
     chat.button("Edit and send again").first.click()
     chat.page.get_by_label("Edit the question").fill("Question three")
     chat.page.get_by_label("Edit the question").press("Enter")
     chat.answered("Changed.")
     expect(chat.questions).to_have_text(["Question three"])
-    assert [message["content"] for message in server.bodies[-1]["messages"]] == ["Question three"]
+    assert [message["content"] for message in script.bodies[-1]["messages"]] == ["Question three"]
 
 
-def test_editing_can_be_given_up(chat: Chat, server: ScriptedServer) -> None:
+def test_editing_can_be_given_up(chat: Chat, script: ScriptedServer) -> None:
     chat.ask("Question")
     chat.answered("Fine")
     chat.button("Edit and send again").focus()
@@ -245,22 +248,22 @@ def test_editing_can_be_given_up(chat: Chat, server: ScriptedServer) -> None:
     chat.page.get_by_label("Edit the question").fill("Another")
     chat.page.keyboard.press("Escape")
     expect(chat.questions).to_have_text("Question")
-    assert len(server.bodies) == 1
+    assert len(script.bodies) == 1
 
 
-def test_an_answer_cut_at_the_limit_says_so_and_goes_on(chat: Chat, server: ScriptedServer) -> None:
-    server.replies += [Reply("It begins", finish="length"), Reply("and ends.")]
+def test_an_answer_cut_at_the_limit_says_so_and_goes_on(chat: Chat, script: ScriptedServer) -> None:
+    script.replies += [Reply("It begins", finish="length"), Reply("and ends.")]
     chat.ask("Tell me")
     expect(chat.end).to_contain_text("reached the limit of tokens")
     chat.button("Continue").click()
     chat.answered("and ends.", 2)
-    roles = [message["role"] for message in server.bodies[1]["messages"]]
+    roles = [message["role"] for message in script.bodies[1]["messages"]]
     assert roles == ["user", "assistant", "user"]
     expect(chat.button("Continue")).to_have_count(0)
 
 
-def test_thoughts_are_folded_away(chat: Chat, server: ScriptedServer) -> None:
-    server.replies.append(Reply("<think>hm hm</think>\n\nForty-two."))
+def test_thoughts_are_folded_away(chat: Chat, script: ScriptedServer) -> None:
+    script.replies.append(Reply("<think>hm hm</think>\n\nForty-two."))
     chat.ask("Think")
     chat.answered("Forty-two.")
     expect(chat.page.get_by_text("hm hm")).to_be_hidden()
@@ -268,16 +271,16 @@ def test_thoughts_are_folded_away(chat: Chat, server: ScriptedServer) -> None:
     expect(chat.page.get_by_text("hm hm")).to_be_visible()
 
 
-def test_the_meter_tells_the_tokens_of_the_context(chat: Chat, server: ScriptedServer) -> None:
-    server.replies += [Reply("a b c", prompt_tokens=1000), Reply("a b c", prompt_tokens=CONTEXT - 100)]
+def test_the_meter_tells_the_tokens_of_the_context(chat: Chat, script: ScriptedServer) -> None:
+    script.replies += [Reply("a b c", prompt_tokens=1000), Reply("a b c", prompt_tokens=CONTEXT - 100)]
     chat.ask("One")
     expect(chat.page.locator("#meter")).to_have_text(re.compile(r"1,003 of 4,096 tokens"))
     chat.ask("Two")
     expect(chat.page.locator("#meter")).to_have_class("nearly-full")
 
 
-def test_the_view_follows_the_text_only_from_its_end(chat: Chat, server: ScriptedServer) -> None:
-    server.replies.append(Reply("line\n\n" * 60 + "then " + "more\n\n word " * 60, pause=0.02))
+def test_the_view_follows_the_text_only_from_its_end(chat: Chat, script: ScriptedServer) -> None:
+    script.replies.append(Reply("line\n\n" * 60 + "then " + "more\n\n word " * 60, pause=0.02))
     chat.ask("Long")
     eventually(lambda: chat.check("atEnd"))
     chat.page.locator("#scroller").evaluate("e => e.scrollTop = 0")
@@ -288,11 +291,11 @@ def test_the_view_follows_the_text_only_from_its_end(chat: Chat, server: Scripte
     eventually(lambda: chat.check("atEnd"))
 
 
-def test_while_an_answer_comes_the_others_are_left_alone(chat: Chat, server: ScriptedServer) -> None:
+def test_while_an_answer_comes_the_others_are_left_alone(chat: Chat, script: ScriptedServer) -> None:
     """Elements of finished messages, and of finished blocks, stay the very same."""
     chat.ask("One")
     chat.answered("Fine")
-    server.replies.append(Reply("first\n\nsecond\n\nthird\n\n" + "word " * 60, pause=0.02))
+    script.replies.append(Reply("first\n\nsecond\n\nthird\n\n" + "word " * 60, pause=0.02))
     chat.ask("Two")
     expect(chat.answers.last).to_contain_text("word word")
     chat.check("mark")
@@ -324,8 +327,8 @@ ATTACKS = """Hello <img src=x onerror=alert(1)> <script>alert(2)</script> [click
 """
 
 
-def test_what_a_model_writes_cannot_run_or_load_anything(chat: Chat, server: ScriptedServer) -> None:
-    server.replies.append(Reply(ATTACKS, pause=0.005))
+def test_what_a_model_writes_cannot_run_or_load_anything(chat: Chat, script: ScriptedServer) -> None:
+    script.replies.append(Reply(ATTACKS, pause=0.005))
     chat.ask("Attack <img src=x onerror=alert(0)>")
     chat.answered("ten")
     chat.page.wait_for_timeout(200)
@@ -336,7 +339,7 @@ def test_what_a_model_writes_cannot_run_or_load_anything(chat: Chat, server: Scr
     expect(chat.page.locator(".prose .fault")).to_have_count(0)
 
 
-def test_the_sanitiser_alone_would_do(open_page: Callable[..., Chat], server: ScriptedServer) -> None:
+def test_the_sanitiser_alone_would_do(open_page: Callable[..., Chat], script: ScriptedServer) -> None:
     """The same as HTML, not as Markdown, where tags with attributes are text already."""
     chat = open_page(allowed="violates")  # the parser itself refuses these
     chat.check("putHarmless", ATTACKS)
@@ -346,7 +349,7 @@ def test_the_sanitiser_alone_would_do(open_page: Callable[..., Chat], server: Sc
     assert links == [["https://example.org", "_blank", "noopener noreferrer nofollow"]]
 
 
-def test_the_policy_is_in_force(open_page: Callable[..., Chat], server: ScriptedServer) -> None:
+def test_the_policy_is_in_force(open_page: Callable[..., Chat], script: ScriptedServer) -> None:
     """The second wall: what would come past the sanitiser could not run either."""
     chat = open_page(allowed="Content Security Policy|requires 'Trusted|^asked https://evil.example/x.png$")
     result = chat.check("attempts")
@@ -358,7 +361,7 @@ def test_the_policy_is_in_force(open_page: Callable[..., Chat], server: Scripted
 # --- conversations ---
 
 
-def test_conversations_survive_a_reload(chat: Chat, server: ScriptedServer) -> None:
+def test_conversations_survive_a_reload(chat: Chat, script: ScriptedServer) -> None:
     chat.ask("Do you remember?")
     chat.answered("Fine, thank you.")
     chat.page.reload()
@@ -367,8 +370,8 @@ def test_conversations_survive_a_reload(chat: Chat, server: ScriptedServer) -> N
     expect(chat.items).to_have_count(1)
 
 
-def test_an_answer_cut_off_by_closing_the_page_keeps_its_text(chat: Chat, server: ScriptedServer) -> None:
-    server.replies.append(Reply("one two three " + "more " * 500, pause=0.05))
+def test_an_answer_cut_off_by_closing_the_page_keeps_its_text(chat: Chat, script: ScriptedServer) -> None:
+    script.replies.append(Reply("one two three " + "more " * 500, pause=0.05))
     chat.ask("Long")
     expect(chat.answers).to_contain_text("three")
     chat.page.reload()
@@ -377,7 +380,7 @@ def test_an_answer_cut_off_by_closing_the_page_keeps_its_text(chat: Chat, server
     expect(chat.button("Continue")).to_be_visible()
 
 
-def test_conversations_are_renamed_found_and_deleted(chat: Chat, server: ScriptedServer) -> None:
+def test_conversations_are_renamed_found_and_deleted(chat: Chat, script: ScriptedServer) -> None:
     for index, text in enumerate(("About lists", "About tuples")):
         chat.ask(text)
         chat.answered("Fine")
@@ -400,7 +403,7 @@ def test_conversations_are_renamed_found_and_deleted(chat: Chat, server: Scripte
     expect(chat.items).to_have_count(2)
 
 
-def test_exports_can_be_imported_again(chat: Chat, server: ScriptedServer, tmp_path: Path) -> None:
+def test_exports_can_be_imported_again(chat: Chat, script: ScriptedServer, tmp_path: Path) -> None:
     chat.ask("Export me")
     chat.answered("Fine")
     saved = {kind: export(chat, f"Export as {kind}", tmp_path) for kind in ("Markdown", "JSON")}
@@ -413,15 +416,15 @@ def test_exports_can_be_imported_again(chat: Chat, server: ScriptedServer, tmp_p
     expect(chat.items).to_have_text(["Export me", "Export me"])
 
 
-def test_a_file_that_is_none_of_ours_is_refused(chat: Chat, server: ScriptedServer) -> None:
+def test_a_file_that_is_none_of_ours_is_refused(chat: Chat, script: ScriptedServer) -> None:
     chat.page.keyboard.press("Control+,")
     chat.page.locator("#import-file").set_input_files({"name": "x.json", "mimeType": "application/json", "buffer": b"{oops"})
     expect(chat.page.locator("#import-error")).to_have_text("This file is not JSON.")
     expect(chat.items).to_have_count(0)
 
 
-def test_an_answer_goes_on_while_another_conversation_is_read(chat: Chat, server: ScriptedServer) -> None:
-    server.replies.append(Reply("word " * 40 + "end", pause=0.03))
+def test_an_answer_goes_on_while_another_conversation_is_read(chat: Chat, script: ScriptedServer) -> None:
+    script.replies.append(Reply("word " * 40 + "end", pause=0.03))
     chat.ask("In the background")
     expect(chat.answers).to_contain_text("word")
     chat.button("New conversation").click()
@@ -433,7 +436,7 @@ def test_an_answer_goes_on_while_another_conversation_is_read(chat: Chat, server
     chat.answered("end")
 
 
-def test_a_full_storage_is_told(chat: Chat, server: ScriptedServer) -> None:
+def test_a_full_storage_is_told(chat: Chat, script: ScriptedServer) -> None:
     chat.check("fill")
     chat.ask("Is there room?")
     expect(chat.page.locator("#notes")).to_contain_text("storage is full")
@@ -443,7 +446,7 @@ def test_a_full_storage_is_told(chat: Chat, server: ScriptedServer) -> None:
 # --- settings ---
 
 
-def test_settings_reach_the_request_and_nothing_else_does(chat: Chat, server: ScriptedServer) -> None:
+def test_settings_reach_the_request_and_nothing_else_does(chat: Chat, script: ScriptedServer) -> None:
     chat.ask("Before")
     chat.answered("Fine")
     numbers: dict[str, Any] = {
@@ -454,18 +457,24 @@ def test_settings_reach_the_request_and_nothing_else_does(chat: Chat, server: Sc
     chat.page.reload()
     chat.ask("After")
     chat.answered("Fine", 2)
-    before, after = server.bodies
+    before, after = script.bodies
     always = {"model": "bumblebee", "stream": True, "stream_options": {"include_usage": True}}
     assert {name: value for name, value in before.items() if name != "messages"} == always
     assert {name: value for name, value in after.items() if name != "messages"} == always | numbers
     assert after["messages"][0] == {"role": "system", "content": "Be short."}
 
 
-def test_a_number_out_of_its_range_is_not_taken(chat: Chat, server: ScriptedServer) -> None:
+def test_what_the_server_takes_by_itself_is_shown(chat: Chat, script: ScriptedServer) -> None:
+    chat.page.keyboard.press("Control+,")
+    expect(chat.page.get_by_label("Temperature")).to_have_attribute("placeholder", "0.7")
+    expect(chat.page.get_by_label("Top k")).to_have_attribute("placeholder", "server's")
+
+
+def test_a_number_out_of_its_range_is_not_taken(chat: Chat, script: ScriptedServer) -> None:
     chat.setting(temperature="9")
     chat.ask("Question")
     chat.answered("Fine")
-    assert "temperature" not in server.bodies[0]
+    assert "temperature" not in script.bodies[0]
 
 
 @pytest.mark.parametrize("system", ["light", "dark"])
@@ -483,8 +492,8 @@ def test_the_theme_is_the_systems_or_the_readers(open_page: Callable[..., Chat],
 # --- the completion mode ---
 
 
-def test_a_text_is_continued_and_taken_back(chat: Chat, server: ScriptedServer) -> None:
-    server.replies += [Reply(" upon a time", finish="length"), Reply(" there was")]
+def test_a_text_is_continued_and_taken_back(chat: Chat, script: ScriptedServer) -> None:
+    script.replies += [Reply(" upon a time", finish="length"), Reply(" there was")]
     chat.page.get_by_role("radio", name="Completion").check()
     text = chat.page.get_by_label("Text that the model continues")
     text.fill("Once")
@@ -495,8 +504,8 @@ def test_a_text_is_continued_and_taken_back(chat: Chat, server: ScriptedServer) 
     expect(text).to_have_value("Once upon a time there was")
     chat.button("Take back").click()
     expect(text).to_have_value("Once upon a time")
-    assert server.paths == ["/v1/completions"] * 2
-    assert [body["prompt"] for body in server.bodies] == ["Once", "Once upon a time"]
+    assert script.paths == ["/v1/completions"] * 2
+    assert [body["prompt"] for body in script.bodies] == ["Once", "Once upon a time"]
     chat.page.reload()
     expect(text).to_have_value("Once upon a time")
 
@@ -504,9 +513,9 @@ def test_a_text_is_continued_and_taken_back(chat: Chat, server: ScriptedServer) 
 # --- what goes wrong ---
 
 
-def test_without_a_key_the_page_asks_for_it(open_page: Callable[..., Chat], server: ScriptedServer) -> None:
-    server.key = "secret"
-    chat = open_page()
+def test_without_a_key_the_page_asks_for_it(open_page: Callable[..., Chat], script: ScriptedServer) -> None:
+    script.key = "secret"
+    chat = open_page(keyed=True)
     expect(chat.page.locator("#banner")).to_contain_text("asks for an API key")
     chat.ask("May I?")
     expect(chat.fault).to_contain_text("The server asks for an API key")
@@ -519,8 +528,8 @@ def test_without_a_key_the_page_asks_for_it(open_page: Callable[..., Chat], serv
     chat.answered("Fine")
 
 
-def test_a_busy_server_is_asked_again_after_its_time(chat: Chat, server: ScriptedServer) -> None:
-    server.replies.append(Reply(status=429, message="queue full", headers={"Retry-After": "1"}))
+def test_a_busy_server_is_asked_again_after_its_time(chat: Chat, script: ScriptedServer) -> None:
+    script.replies.append(Reply(status=429, message="queue full", headers={"Retry-After": "1"}))
     chat.ask("Now?")
     expect(chat.fault).to_contain_text("The server is busy")
     expect(chat.fault.get_by_role("button")).to_be_disabled()
@@ -529,28 +538,28 @@ def test_a_busy_server_is_asked_again_after_its_time(chat: Chat, server: Scripte
     chat.answered("Fine")
 
 
-def test_a_server_that_loads_is_waited_for(open_page: Callable[..., Chat], server: ScriptedServer) -> None:
-    server.ready = False
+def test_a_server_that_loads_is_waited_for(open_page: Callable[..., Chat], script: ScriptedServer) -> None:
+    script.ready = False
     chat = open_page()
     expect(chat.page.locator("#banner")).to_contain_text("The model is not ready")
     chat.ask("Are you there?")
     expect(chat.fault).to_contain_text("the question is sent as soon as")
-    assert server.bodies == []
-    server.ready = True
+    assert script.bodies == []
+    script.ready = True
     chat.answered("Fine")
     expect(chat.page.locator("#banner")).to_be_hidden()
     expect(chat.fault).to_have_count(0)
 
 
-def test_waiting_can_be_stopped(chat: Chat, server: ScriptedServer) -> None:
-    server.ready = False
+def test_waiting_can_be_stopped(chat: Chat, script: ScriptedServer) -> None:
+    script.ready = False
     chat.ask("Are you there?")
     expect(chat.fault).to_be_visible()
     chat.question.press("Escape")
     expect(chat.end).to_contain_text("Stopped.")
 
 
-def test_an_unreachable_server_is_told_of_and_noticed_when_back(chat: Chat, server: ScriptedServer) -> None:
+def test_an_unreachable_server_is_told_of_and_noticed_when_back(chat: Chat, script: ScriptedServer) -> None:
     chat.page.context.set_offline(True)
     chat.ask("Hello?")
     expect(chat.fault).to_contain_text("The server cannot be reached")
@@ -561,8 +570,8 @@ def test_an_unreachable_server_is_told_of_and_noticed_when_back(chat: Chat, serv
     chat.answered("Fine")
 
 
-def test_a_connection_lost_midway_keeps_the_text(chat: Chat, server: ScriptedServer) -> None:
-    server.replies.append(Reply("one two three four", pause=0.05, drop=2))
+def test_a_connection_lost_midway_keeps_the_text(chat: Chat, script: ScriptedServer) -> None:
+    script.replies.append(Reply("one two three four", pause=0.05, drop=2))
     chat.ask("Count")
     expect(chat.fault).to_contain_text("The connection was lost")
     expect(chat.answers).to_have_text("one two")
@@ -572,16 +581,16 @@ def test_a_connection_lost_midway_keeps_the_text(chat: Chat, server: ScriptedSer
     chat.answered("Fine")
 
 
-def test_an_error_in_the_stream_is_shown(chat: Chat, server: ScriptedServer) -> None:
-    server.replies.append(Reply("one two", fault="the worker has died"))
+def test_an_error_in_the_stream_is_shown(chat: Chat, script: ScriptedServer) -> None:
+    script.replies.append(Reply("one two", fault="the worker has died"))
     chat.ask("Count")
     expect(chat.fault).to_contain_text("the worker has died")
     expect(chat.answers).to_have_text("one two")
 
 
-def test_a_conversation_too_long_says_the_numbers_and_offers_a_new_one(chat: Chat, server: ScriptedServer) -> None:
+def test_a_conversation_too_long_says_the_numbers_and_offers_a_new_one(chat: Chat, script: ScriptedServer) -> None:
     message = "the model reads 4096 tokens; these are 5000"
-    server.replies.append(Reply(status=400, message=message, code="context_length_exceeded"))
+    script.replies.append(Reply(status=400, message=message, code="context_length_exceeded"))
     chat.ask("Long " * 10)
     expect(chat.fault).to_contain_text("too long for the model")
     expect(chat.fault).to_contain_text(message)
@@ -589,8 +598,8 @@ def test_a_conversation_too_long_says_the_numbers_and_offers_a_new_one(chat: Cha
     expect(chat.questions).to_have_count(0)
 
 
-def test_markup_in_an_error_is_text(chat: Chat, server: ScriptedServer) -> None:
-    server.replies.append(Reply(status=400, message="<img src=x onerror=alert(1)>"))
+def test_markup_in_an_error_is_text(chat: Chat, script: ScriptedServer) -> None:
+    script.replies.append(Reply(status=400, message="<img src=x onerror=alert(1)>"))
     chat.ask("Question")
     expect(chat.fault).to_contain_text("<img src=x")
     expect(chat.fault.locator("img")).to_have_count(0)
@@ -599,7 +608,7 @@ def test_markup_in_an_error_is_text(chat: Chat, server: ScriptedServer) -> None:
 # --- by keyboard, on a phone, for everybody ---
 
 
-def test_everything_can_be_done_by_keyboard(chat: Chat, server: ScriptedServer) -> None:
+def test_everything_can_be_done_by_keyboard(chat: Chat, script: ScriptedServer) -> None:
     keys = chat.page.keyboard
     expect(chat.question).to_be_focused()
     keys.type("first")
@@ -607,7 +616,7 @@ def test_everything_can_be_done_by_keyboard(chat: Chat, server: ScriptedServer) 
     keys.type("second")
     keys.press("Enter")
     chat.answered("Fine")
-    assert server.bodies[0]["messages"][0]["content"] == "first\nsecond"
+    assert script.bodies[0]["messages"][0]["content"] == "first\nsecond"
     keys.press("Control+/")
     expect(chat.page.get_by_role("dialog", name="Keyboard shortcuts")).to_be_visible()
     keys.press("Escape")
@@ -630,7 +639,7 @@ def test_everything_can_be_done_by_keyboard(chat: Chat, server: ScriptedServer) 
     expect(chat.items).to_have_count(0)
 
 
-def test_the_focus_is_seen_wherever_it_is(chat: Chat, server: ScriptedServer) -> None:
+def test_the_focus_is_seen_wherever_it_is(chat: Chat, script: ScriptedServer) -> None:
     chat.ask("Question")
     chat.answered("Fine")
     chat.page.locator(".skip").focus()
@@ -682,10 +691,10 @@ class A(int):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_text_stands_out_from_its_ground(open_page: Callable[..., Chat], server: ScriptedServer, theme: str) -> None:
+def test_text_stands_out_from_its_ground(open_page: Callable[..., Chat], script: ScriptedServer, theme: str) -> None:
     """WCAG 2.2, 1.4.3: at least 4.5 to 1, measured on the colours that are shown."""
     chat = open_page(color_scheme=theme, reduced_motion="reduce")
-    server.replies += [Reply(COLOURS), Reply(status=500, message="oops")]
+    script.replies += [Reply(COLOURS), Reply(status=500, message="oops")]
     chat.ask("Colours")
     chat.answered("quote")
     chat.ask("An error")
@@ -695,9 +704,9 @@ def test_text_stands_out_from_its_ground(open_page: Callable[..., Chat], server:
     assert chat.check("faint") == []
 
 
-def test_on_a_phone_the_list_is_a_drawer(open_page: Callable[..., Chat], server: ScriptedServer) -> None:
+def test_on_a_phone_the_list_is_a_drawer(open_page: Callable[..., Chat], script: ScriptedServer) -> None:
     chat = open_page(**PHONE)
-    server.replies.append(
+    script.replies.append(
         Reply(
             "| a | b | c | d | e | f |\n|-|-|-|-|-|-|\n| 1 | 2 | 3 | 4 | 5 | 6 |\n\n```\n" + "x" * 300 + "\n```\n\n" + "y" * 300
         )
@@ -718,22 +727,22 @@ def test_on_a_phone_the_list_is_a_drawer(open_page: Callable[..., Chat], server:
     expect(chat.button("Conversations")).to_be_focused()
 
 
-def test_screen_readers_hear_the_answer_in_whole_blocks(chat: Chat, server: ScriptedServer) -> None:
-    server.replies.append(Reply("The first paragraph.\n\nThe second one.\n\nThe third.", pause=0.03))
+def test_screen_readers_hear_the_answer_in_whole_blocks(chat: Chat, script: ScriptedServer) -> None:
+    script.replies.append(Reply("The first paragraph.\n\nThe second one.\n\nThe third.", pause=0.03))
     chat.check("hear")
     chat.ask("Speak")
     chat.answered("The third.")
     assert chat.page.evaluate("window.heard") == ["The first paragraph.", "The second one.", "The third."]
 
 
-def test_who_wants_no_motion_gets_none(open_page: Callable[..., Chat], server: ScriptedServer) -> None:
+def test_who_wants_no_motion_gets_none(open_page: Callable[..., Chat], script: ScriptedServer) -> None:
     chat = open_page(reduced_motion="reduce")
     assert chat.check("moving") == 0
 
 
-def test_a_long_conversation_stays_quick(chat: Chat, server: ScriptedServer) -> None:
+def test_a_long_conversation_stays_quick(chat: Chat, script: ScriptedServer) -> None:
     """200 messages are open, and the next answer takes no longer a frame than the first one did."""
-    server.replies.append(Reply("One **word** after another.\n\n" * 30 + "end", pause=0.002))
+    script.replies.append(Reply("One **word** after another.\n\n" * 30 + "end", pause=0.002))
     chat.ask("Short conversation")
     chat.answered("end")
     messages = [{"role": role, "content": "Some **text**.\n\n" * 10} for _ in range(100) for role in ("user", "assistant")]
@@ -741,10 +750,65 @@ def test_a_long_conversation_stays_quick(chat: Chat, server: ScriptedServer) -> 
     chat.page.locator("#import-file").set_input_files(file)
     expect(chat.questions).to_have_count(100)
     chat.check("watch")
-    server.replies.append(Reply("One **word** after another.\n\n" * 30 + "end", pause=0.002))
+    script.replies.append(Reply("One **word** after another.\n\n" * 30 + "end", pause=0.002))
     chat.ask("Long conversation")
     chat.answered("end", 101)
     assert chat.page.evaluate("window.longest") < 500
+
+
+# --- with the real server ---
+
+
+@pytest.fixture(scope="module")
+def parroting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server whose model answers everything with ATTACKS, and which asks for a key."""
+    with serving(parrot(tmp_path_factory.mktemp("parrot"), ATTACKS), "--api_key", "secret") as running_server:
+        yield running_server
+
+
+def test_a_real_answer_can_do_no_harm_either(open_page: Callable[..., Chat], parroting: Running) -> None:
+    chat = open_page(url=parroting.url, keyed=True)
+    chat.page.locator("#banner").get_by_role("button", name="Enter the key").click()
+    chat.page.keyboard.type("secret")
+    chat.page.keyboard.press("Enter")
+    expect(chat.page.locator("#model")).to_have_text("bumblebee")
+    chat.setting(temperature="0")
+    chat.ask("Attack")
+    chat.answered("ten")
+    assert chat.check("harm", "#thread") == []
+    expect(chat.page.locator("#meter")).to_have_text(re.compile(r"[\d,]+ of 4,096 tokens"))
+    expect(chat.page.locator(".figures")).to_have_text(re.compile(r"tokens/s · first after"))
+
+
+def test_stopping_frees_the_real_servers_slot(open_page: Callable[..., Chat], server: Running) -> None:
+    chat = open_page(url=server.url)
+    chat.ask("Write and write")
+    server.wait_for_metric("bumblebee_running", 1)
+    chat.question.press("Escape")
+    server.wait_for_metric("bumblebee_running", 0)
+    expect(chat.end).to_contain_text("Stopped.")
+
+
+def test_the_real_server_tells_how_long_a_conversation_may_be(open_page: Callable[..., Chat], server: Running) -> None:
+    chat = open_page(url=server.url)
+    chat.ask("Too long. " * 1000)
+    expect(chat.fault).to_contain_text("This model's maximum context length is 2048 tokens")
+
+
+def test_settings_and_completions_are_what_the_real_server_takes(open_page: Callable[..., Chat], server: Running) -> None:
+    chat = open_page(url=server.url)
+    chat.setting(
+        temperature="0.5", top_p="0.9", top_k="5", min_p="0.01", max_tokens="8", seed="3",
+        repetition_penalty="1.2", presence_penalty="0.1", frequency_penalty="0.1", system="Be short.",
+    )  # fmt: skip
+    chat.ask("Hello")
+    expect(chat.page.locator(".figures")).to_contain_text("tokens")
+    expect(chat.fault).to_have_count(0)
+    chat.page.get_by_role("radio", name="Completion").check()
+    chat.page.get_by_label("Text that the model continues").fill("Once")
+    chat.button("Continue the text").click()
+    expect(chat.page.locator("#text-end .figures")).to_contain_text("tokens")
+    expect(chat.fault).to_have_count(0)
 
 
 def export(chat: Chat, label: str, folder: Path) -> Path:
