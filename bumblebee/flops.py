@@ -84,14 +84,19 @@ def active_parameters(model: nn.Module) -> int:
     return round(sum(size_of(p) * (share if ".experts." in name else 1.0) for name, p in model.named_parameters()))
 
 
-def per_pair(model: nn.Module) -> float:
-    """Operations of attention for each token and position of its sequence; 0 where the model's config does not say."""
+def of_attention(model: nn.Module, length: int) -> float:
+    """Operations of attention for one token of a sequence of ``length``; 0 where the model's config does not say.
+
+    In a layer with a sliding window no more positions count than it has.
+    """
     config: Any = getattr(model, "config", None)
     layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
     if not layers or not heads:
         return 0.0
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 12.0 * layers * heads * width
+    window_of = getattr(config, "window_of", lambda layer: None)
+    seen = sum(min(window_of(layer) or length, length) for layer in range(layers))
+    return 12.0 * heads * width * seen
 
 
 def size_of(parameter: Any) -> int:

@@ -207,21 +207,28 @@ def _of_a_layer(c: Any, setup: Setup, batch: MicroBatch) -> float:
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     queries, keys = c.num_attention_heads * head, c.num_key_value_heads * head
     outputs = 2 * r if s == r else 5 * s  # under autocast each of the five projections behind a norm makes a copy of its own
-    norms = c.hidden_size * (2 * (4 + r) + outputs)
+    norm = (4 if getattr(c, "norm", "rmsnorm") == "rmsnorm" else 0) + r
+    norms = c.hidden_size * ((4 if getattr(c, "post_norms", False) else 2) * norm + outputs)
+    if getattr(c, "qk_norm", False):
+        norms += (queries + keys) * norm
+    mask = 1 if setup.device == "cuda" else s  # of each number that may be dropped
+    dropped = 2 * c.hidden_size * mask if getattr(c, "residual_dropout", 0.0) else 0
     attention = s * (2 * queries + 2 * keys) + 4 * c.num_attention_heads
     if batch.kernel == "sdpa":
         attention += s * batch.length  # the mask, as numbers
         attention += s * 2 * (queries - keys) if setup.device == "cuda" else 0  # heads repeated, see kernels.sdpa
     elif batch.kernel == "naive":
         attention += (4 + s) * c.num_attention_heads * batch.length + s * 2 * (queries - keys)
-    return norms + attention + s * _of_a_feed_forward_part(c)
+    if getattr(c, "attention_dropout", 0.0) and setup.device == "cpu":
+        attention += 16 * c.num_attention_heads * batch.length  # torch's fused kernel for a CPU does not drop
+    return norms + attention + dropped + s * _of_a_feed_forward_part(c)
 
 
 def _of_a_feed_forward_part(c: Any) -> float:
-    """Numbers for each token, the mean of all layers: four inner ones, and each expert's input and output."""
+    """Numbers for each token, the mean of all layers: four inner ones, two without a gate; each expert's input and output."""
     sparse = sum(map(c.is_sparse, range(c.num_hidden_layers))) / c.num_hidden_layers if getattr(c, "is_sparse", None) else 0
     if not sparse:
-        return 4 * c.intermediate_size
+        return (4 if getattr(c, "mlp_gated", True) else 2) * c.intermediate_size
     inner = 4 * c.moe_intermediate_size
     of_experts = c.num_experts_per_tok * (inner + 2 * c.hidden_size) + c.n_shared_experts * inner
     return sparse * of_experts + (1 - sparse) * 4 * c.intermediate_size

@@ -55,7 +55,7 @@ class Throughput(Callback):
         """Find out what can be reached, and count from now on what goes through the model."""
         self._clear()
         self._peak = self.peak_tflops or _known_peak(trainer)
-        self._per_token, self._per_pair = flops.per_token(trainer.task.model), flops.per_pair(trainer.task.model)
+        self._per_token = flops.per_token(trainer.task.model)
         self._handle = trainer.engine.model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def on_step_start(self, trainer: Trainer) -> None:
@@ -105,7 +105,7 @@ class Throughput(Callback):
 
         ids = kwargs.get("input_ids", args[0] if args else None)
         if torch.is_tensor(ids) and torch.is_grad_enabled():
-            self._operations += ids.numel() * (self._per_token + self._per_pair * ids.shape[-1])
+            self._operations += ids.numel() * (self._per_token + flops.of_attention(module, ids.shape[-1]))
 
     def _collect(self, trainer: Trainer) -> dict[str, float]:
         """The figures since the last time, with the work of all ranks. Collective."""

@@ -87,9 +87,11 @@ def test_a_model_of_unknown_shape_has_no_activations_that_could_be_told():
     assert activations(ModelSize.of(torch.nn.Linear(3, 3)), Setup("fp32", 0), BATCH) == 0
 
 
-def kept_by_autograd(layers: int, dtype: torch.dtype, autocast: bool, rows: int, length: int, kernel: str) -> int:
+def kept_by_autograd(
+    layers: int, dtype: torch.dtype, autocast: bool, rows: int, length: int, kernel: str, **changes: Any
+) -> int:
     """Bytes that the forward pass of a small model leaves for the backward pass, copies of weights left out."""
-    config = BumblebeeConfig.preset("tiny", num_hidden_layers=layers, vocab_size=64)
+    config = BumblebeeConfig.preset("tiny", num_hidden_layers=layers, vocab_size=64, **changes)
     model = Bumblebee(config, attention=kernel).to(dtype)
     weights = {parameter.numel() for parameter in model.parameters() if parameter.dim() == 2}
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -120,6 +122,24 @@ def test_a_layers_activations_are_what_autograd_keeps(precision, stage, kernel):
     one, two = (kept_by_autograd(layers, dtype, autocast, rows, length, kernel) for layers in (1, 2))
     computed = _of_a_layer(BumblebeeConfig.preset("tiny"), setup, MicroBatch(rows, length, rows * length, kernel))
     assert (two - one) / (rows * length) == pytest.approx(computed, rel=0.03 if kernel == "sdpa" else 0.2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qk_norm": True}, {"post_norms": True}, {"norm": "layernorm"}, {"mlp_gated": False}, {"residual_dropout": 0.1},
+        {"attention_dropout": 0.1}, {"sliding_window": 20}, {"partial_rotary_factor": 0.5, "rope_interleaved": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_of_the_model_keep_what_is_computed_too(precision, changes):
+    setup, rows, length = Setup(precision, 1), 3, 70
+    dtype = torch.bfloat16 if setup.half else torch.float32
+    one, two = (kept_by_autograd(layers, dtype, False, rows, length, "sdpa", **changes) for layers in (1, 2))
+    config = BumblebeeConfig.preset("tiny", **changes)
+    computed = _of_a_layer(config, setup, MicroBatch(rows, length, rows * length, "sdpa"))
+    assert (two - one) / (rows * length) == pytest.approx(computed, rel=0.05)
 
 
 def test_activations_grow_with_layers_and_tokens_alone(seven):

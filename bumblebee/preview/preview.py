@@ -151,7 +151,7 @@ class Preview:
         """Floating-point operations of one rank in a micro-batch like the largest one."""
         rows, length = self.batch["input_ids"].shape
         model = self.task.model
-        each = flops.per_token(model) + flops.per_pair(model) * length
+        each = flops.per_token(model) + flops.of_attention(model, length)
         looked_at = 4 / 3 if self.beside or getattr(self.task, "reference", None) == "adapters_off" else 1.0
         return rows * length * each * looked_at
 

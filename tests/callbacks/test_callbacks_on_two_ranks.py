@@ -47,7 +47,7 @@ def test_throughput_is_that_of_both(run):
     model = Generator.from_pretrained(run / "run").model
     from bumblebee import flops
 
-    assert each == pytest.approx(flops.per_token(model) + 16 * flops.per_pair(model))
+    assert each == pytest.approx(flops.per_token(model) + flops.of_attention(model, 16))
 
 
 def test_what_rank_0_writes_is_what_the_whole_model_writes(run, read_lines):

@@ -51,8 +51,11 @@ def test_adapters_count_six_and_the_weights_beside_them_four(tiny, tmp_path):
 
 
 def test_attention_is_twelve_times_layers_width_and_sequence():
-    assert flops.per_pair(meta()) == 12 * 24 * 896
-    assert flops.per_pair(torch.nn.Linear(2, 2)) == 0  # whose shape is not known
+    assert flops.of_attention(meta(), 100) == 12 * 24 * 896 * 100
+    windows = {"sliding_window": 30, "layer_types": ["sliding_attention"] * 20 + ["full_attention"] * 4}
+    assert flops.of_attention(meta(**windows), 100) == 12 * 896 * (20 * 30 + 4 * 100)
+    assert flops.of_attention(meta(**windows), 20) == flops.of_attention(meta(), 20)
+    assert flops.of_attention(torch.nn.Linear(2, 2), 100) == 0  # whose shape is not known
 
 
 def test_the_count_is_what_torch_counts_for_matrix_products(tiny):
@@ -65,7 +68,7 @@ def test_the_count_is_what_torch_counts_for_matrix_products(tiny):
         logits = model(ids)
         logits.sum().backward()
     norms = sum(p.numel() for name, p in model.named_parameters() if p.dim() < 2)  # no matrix product: elementwise
-    ours = ids.numel() * (flops.per_token(model) - 6 * norms + flops.per_pair(model) * 64)
+    ours = ids.numel() * (flops.per_token(model) - 6 * norms + flops.of_attention(model, 64))
     assert counter.get_total_flops() == pytest.approx(ours, rel=1e-6)
 
 
@@ -122,7 +125,7 @@ def test_figures_are_in_every_second_line_of_metrics(run, read_lines):
 
 def test_figures_agree_with_each_other(run, read_lines):
     model = run.trainer.task.model
-    each = flops.per_token(model) + 8 * flops.per_pair(model)  # rows of eight tokens, all of them targets
+    each = flops.per_token(model) + flops.of_attention(model, 8)  # rows of eight tokens, all of them targets
     for line in read_lines(run.folder / "metrics.jsonl"):
         if "tflops" in line:
             assert line["tflops"] * 1e12 == pytest.approx(each * line["tokens_per_second"])
@@ -156,7 +159,7 @@ def test_rows_without_targets_are_work_but_no_tokens(fit, tmp_path, monkeypatch)
     ratios: list[float] = []
     run = fit(tmp_path / "run", {"half": Half(), "throughput": callback}, max_steps=2)
     model = run.trainer.task.model
-    assert ratios == [pytest.approx(2 * (flops.per_token(model) + 8 * flops.per_pair(model)))]
+    assert ratios == [pytest.approx(2 * (flops.per_token(model) + flops.of_attention(model, 8)))]
 
 
 def test_parameters_are_counted_whole_under_zero_3(fit, run, tmp_path):
