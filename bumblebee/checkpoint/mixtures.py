@@ -65,7 +65,7 @@ def read_qwen2_moe(raw: Json) -> Json:
     """As Qwen3-MoE, with one shared expert, which we count in experts."""
     if raw.get("use_sliding_window"):
         raise ValueError("config.json has use_sliding_window true, which is not supported in Qwen2MoeForCausalLM")
-    width, shared = raw.get("moe_intermediate_size", 1408), raw.get("shared_expert_intermediate_size", 5632)
+    width, shared = raw.get("moe_intermediate_size") or 1408, raw.get("shared_expert_intermediate_size", 5632)
     if shared % width:
         raise ValueError(
             f"config.json has shared_expert_intermediate_size {shared}, which is no multiple of moe_intermediate_size {width}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee import BumblebeeConfig
-from bumblebee.checkpoint.families import FAMILIES, family_of, read_config, write_config
+from bumblebee.checkpoint.families import FAMILIES, OWN, family_of, read_config, write_config
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -21,17 +22,33 @@ QWEN2 = {
 }  # fmt: skip
 LLAMA = {**QWEN2, "architectures": ["LlamaForCausalLM"]}
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0, "truncate": False}
 IDS = st.none() | st.integers(0, 99)
+SHARES = st.sampled_from([0.0, 0.1])
 CONFIGS = st.builds(
     BumblebeeConfig,
     vocab_size=st.integers(1, 1000),
     hidden_size=st.sampled_from([32, 48]),
     num_attention_heads=st.sampled_from([2, 4]),
     num_key_value_heads=st.sampled_from([1, 2]),
-    head_dim=st.sampled_from([None, 6, 16]),
+    head_dim=st.sampled_from([None, 12, 16]),
     max_position_embeddings=st.integers(1, 10**6),
     rope_theta=st.floats(1.0, 1e7),
-    rope_scaling=st.sampled_from([None, LLAMA3]),
+    rope_scaling=st.sampled_from([None, LLAMA3, YARN, {"rope_type": "dynamic", "factor": 2.0}]),
+    partial_rotary_factor=st.sampled_from([1.0, 0.5]),
+    rope_interleaved=st.booleans(),
+    qk_norm=st.booleans(),
+    num_hidden_layers=st.just(2),
+    sliding_window=st.just(7),
+    layer_types=st.none() | st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=2, max_size=2),
+    hidden_act=st.sampled_from(["silu", "relu2"]),
+    mlp_gated=st.booleans(),
+    mlp_bias=st.booleans(),
+    norm=st.sampled_from(["rmsnorm", "layernorm"]),
+    post_norms=st.booleans(),
+    attention_dropout=SHARES,
+    residual_dropout=SHARES,
+    embedding_dropout=SHARES,
     rms_norm_eps=st.floats(1e-9, 1e-3),
     tie_word_embeddings=st.booleans(),
     attention_bias=st.just(True),
@@ -48,6 +65,46 @@ CONFIGS = st.builds(
 def test_a_config_comes_back_from_its_config_json(config):
     raw = json.loads(json.dumps(write_config(config, "float32")))
     assert read_config(raw) == config
+
+
+GLM = {"rope_interleaved": True, "partial_rotary_factor": 0.5}
+NEVER: dict[str, Any] = {"attention_bias": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({**NEVER, "qk_norm": True}, "Qwen3ForCausalLM"),
+        ({**NEVER, "qk_norm": True, "sliding_window": 8}, "Qwen3ForCausalLM"),
+        ({"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}, "Qwen2ForCausalLM"),
+        ({**NEVER, "sliding_window": 8}, "MistralForCausalLM"),
+        ({**NEVER, "sliding_window": 8, "architecture": "LlamaForCausalLM"}, "MistralForCausalLM"),
+        (NEVER, "LlamaForCausalLM"),
+        ({**NEVER, "architecture": "MistralForCausalLM"}, "MistralForCausalLM"),
+        ({**NEVER, "hidden_act": "gelu", "mlp_bias": True}, "LlamaForCausalLM"),
+        (GLM, "GlmForCausalLM"),
+        ({**GLM, **NEVER, "post_norms": True}, "Glm4ForCausalLM"),
+        ({**GLM, "partial_rotary_factor": 1.0}, "GlmForCausalLM"),
+        ({"attention_dropout": 0.1, "residual_dropout": 0.1}, "Qwen2ForCausalLM"),
+        ({"post_norms": True}, OWN),
+        ({"qk_norm": True, "post_norms": True}, OWN),
+        ({"norm": "layernorm"}, OWN),
+        ({"mlp_gated": False}, OWN),
+        ({**NEVER, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}, OWN),
+        ({**GLM, "sliding_window": 8}, OWN),
+    ],
+    ids=str,
+)
+def test_a_model_is_written_as_the_family_that_computes_it_or_as_our_own(tiny, changes, name):
+    config = tiny(**changes)
+    raw = write_config(config, "float32")
+    assert raw["architectures"] == [name]
+    assert read_config(raw) == config or config.architecture == "LlamaForCausalLM"
+
+
+def test_a_folder_is_written_again_as_the_architecture_that_it_was_read_as():
+    raw = {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    assert write_config(read_config(raw), "float32")["architectures"] == ["MistralForCausalLM"]
 
 
 @pytest.mark.parametrize(

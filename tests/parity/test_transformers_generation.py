@@ -10,7 +10,16 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Glm4Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+)
 
 from bumblebee import Generator, SamplingParams, Tokenizer  # noqa: E402
 
@@ -64,3 +73,41 @@ def test_every_id_of_a_list_in_generation_config_stops_both(theirs, tokenizer, t
         generator = Generator.from_pretrained(tmp_path / "list", device="cpu")
         (out,) = generator.generate([PROMPTS[0]], SamplingParams(max_new_tokens=LENGTH, temperature=0.0))
         assert out.token_ids == stopped and out.finish_reason == "stop"
+
+
+SHAPE = {
+    "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "bos_token_id": None,
+    "eos_token_id": 399, "pad_token_id": 0,
+}  # fmt: skip
+FAMILIES = {
+    "mistral": MistralConfig(**SHAPE, sliding_window=5),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16, use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    "glm4": Glm4Config(**SHAPE, head_dim=16),
+    "yarn": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+    "dynamic": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_generates_what_transformers_generates(name, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[name], dtype=torch.float32).eval()
+    generator = Generator.from_pretrained(save(model, tokenizer, tmp_path, [399, tokenizer.eos_token_id]), device="cpu")
+    outs = generator.generate(PROMPTS, SamplingParams(max_new_tokens=LENGTH, temperature=0.0))
+    assert [out.token_ids for out in outs] == [continued(model, tokenizer.encode(prompt)) for prompt in PROMPTS]
+    assert max(len(out.token_ids) for out in outs) == LENGTH
+
+
+def test_generation_ends_before_dynamic_frequencies_would_change(tokenizer, tmp_path):
+    """Keys of the cache were turned by those of the model's own length."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES["dynamic"], dtype=torch.float32).eval()
+    generator = Generator.from_pretrained(save(model, tokenizer, tmp_path, [399]), device="cpu")
+    params = SamplingParams(max_new_tokens=1000, temperature=0.0, ignore_eos=True)
+    ids = tokenizer.encode(PROMPTS[0])
+    (out,) = generator.generate([PROMPTS[0]], params)
+    assert len(ids) + len(out.token_ids) == 64 and out.finish_reason == "length"
+    with torch.no_grad():
+        logits = generator.model(torch.tensor([ids + out.token_ids]))[0]
+    assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == out.token_ids

@@ -182,6 +182,16 @@ def test_packed_documents_are_computed_as_transformers_computes_each_alone(ours,
     torch.testing.assert_close(packed, alone, rtol=0, atol=TOLERANCE)
 
 
+def test_transformers_refuses_by_name_what_no_family_of_its_own_computes(tiny, tmp_path):
+    model = Bumblebee(tiny(norm="layernorm", mlp_gated=False, hidden_act="relu2", post_norms=True))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="bumblebee"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    again = Bumblebee.from_pretrained(tmp_path)
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(logits(again, ids), logits(model, ids), rtol=0, atol=0)
+
+
 OLD = {"rope_theta": LLAMA3["rope_theta"]}
 SCALING = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
 LAYOUTS = {
