@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bumblebee import distributed
 from bumblebee.checkpoint.adapter import (
+    EXPERTS,
     NAME,
     WEIGHTS,
     Adapter,
@@ -34,6 +35,7 @@ from bumblebee.checkpoint.folder import ModelFiles, read_tensors, write_generati
 from bumblebee.config import BumblebeeConfig
 from bumblebee.model import Bumblebee
 from bumblebee.nn.head import Head
+from bumblebee.nn.moe import Experts
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -52,6 +54,8 @@ class LoRA:
             [q_proj, v_proj]; or a regular expression for whole names.
         dora: also learn the length of each row of W + s B A (DoRA, arXiv 2402.09353).
         rslora: s is alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
+        experts: also train updates of the experts of mixtures, each its own; without dropout and dora. A forward pass then
+            makes a whole copy of a layer's experts.
 
     Raises:
         ValueError: a number out of its range.
@@ -65,6 +69,7 @@ class LoRA:
         targets: str | list[str] = "all-linear",
         dora: bool = False,
         rslora: bool = False,
+        experts: bool = False,
     ) -> None:
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
@@ -72,9 +77,15 @@ class LoRA:
             raise ValueError(f"alpha must be at least 1, got {alpha}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if experts and (dropout or dora):
+            raise ValueError(
+                f"experts: their updates are added to whole weights, for which there is no dropout and no dora;"
+                f" got dropout {dropout:g} and dora {str(dora).lower()}"
+            )
         if not targets:
             raise ValueError("targets must be all-linear, a list of names or a regular expression, got nothing")
-        self.rank, self.alpha, self.dropout, self.targets, self.dora, self.rslora = rank, alpha, dropout, targets, dora, rslora
+        self.rank, self.alpha, self.dropout, self.targets = rank, alpha, dropout, targets
+        self.dora, self.rslora, self.experts = dora, rslora, experts
 
     def __call__(self, model: nn.Module) -> None:
         """Put adapters into the model, in place.
@@ -90,6 +101,8 @@ class LoRA:
                 "task.transforms: LoRA needs a model that was read from a folder, since adapters alone are saved and name it:"
                 " set task.model to bumblebee.Bumblebee.from_pretrained with a folder"
             )
+        if self.experts and not any(isinstance(module, Experts) for module in model.modules()):
+            raise ValueError("experts: the model is no mixture of experts")
         self._inject(model, base)
 
     def _inject(self, model: Any, base: Path) -> None:
@@ -98,6 +111,7 @@ class LoRA:
 
             config = LoraConfig(
                 r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=_matched(model, self.targets),
+                target_parameters=list(EXPERTS) if self.experts else None,
                 use_dora=self.dora, use_rslora=self.rslora, task_type=TaskType.CAUSAL_LM,
                 base_model_name_or_path=str(base.resolve()),  # absolute: it holds wherever a command is started
             )  # fmt: skip
@@ -163,8 +177,11 @@ def inject(model: nn.Module, config: Any) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter_key(name))
     for layer in _layers(model):
+        # In a tuple, or it would be taken for a part of its own.
         for dora in getattr(layer, "lora_magnitude_vector", {}).values():
-            dora.reads = (layer.get_base_layer(),)  # in a tuple, or it would be taken for a part of its own
+            dora.reads = (layer.get_base_layer(),)
+        if isinstance(base := layer.get_base_layer(), Experts):
+            layer.reads = (base, *layer.lora_A.values(), *layer.lora_B.values())
 
 
 @contextmanager

@@ -154,6 +154,24 @@ def test_activation_checkpointing_changes_no_gradient_of_an_adapter(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU; none is installed")
+def test_compile_changes_no_gradient_of_a_mixture_and_its_routers_are_recorded(tiny: Callable[..., Any]) -> None:
+    ids = torch.arange(60).reshape(2, 30)
+    batch = {"input_ids": ids, "labels": ids + 1, "position_ids": torch.arange(30).expand(2, -1)}
+    found = []
+    for transforms in ([], [Compile()], [Compile(), ActivationCheckpointing()]):
+        model = same_model(tiny, num_experts=4, moe_intermediate_size=16, mlp_only_layers=[0], router_z_loss_coef=0.1)
+        task = LanguageModeling(model, transforms=transforms)
+        counts = {name: float(count) for name, count in task.all_counts(batch).items()}
+        task.total(task.all_losses(model, batch), counts).backward()
+        found.append(({name: p.grad for name, p in model.named_parameters()}, task.metrics()))
+    for gradients, metrics in found[1:]:
+        assert metrics == pytest.approx(found[0][1], rel=1e-5)
+        for name, gradient in found[0][0].items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU; none is installed")
 @pytest.mark.parametrize("lora_first", [True, False])
 def test_compile_changes_no_gradient_of_an_adapter(tiny: Callable[..., Any], tmp_path: Path, lora_first: bool) -> None:
     same_model(tiny).save_pretrained(tmp_path)

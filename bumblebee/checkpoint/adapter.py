@@ -2,13 +2,15 @@
 
 A folder holds adapter_config.json, which names the base model, and adapter_model.safetensors. The base may be an adapter folder
 itself. Sums are taken in fp32, one matrix at a time as it is read: nothing that loads a model has to know of adapters.
+Experts of a mixture have updates of a tensor of them all, each its own rows of A and columns of B.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bumblebee.checkpoint.atomic import read_json, write_json
-from bumblebee.checkpoint.keys import cast
+from bumblebee.checkpoint.keys import Place, Rule, cast, places
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")  # parameters that have updates where experts are adapted
 NAME = "default"  # what PEFT calls an adapter in the model; it is left out of files
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 # Settings that change no number of the sum; every other one must be unset, so that none is ignored.
@@ -28,7 +31,7 @@ _NO_MATTER = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
     "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+    "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 # Starts of A and B that leave the base's weights as they are; others (PiSSA, OLoRA ...) take something off them.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -95,6 +98,24 @@ def holder(folder: str | Path, name: str) -> Path:
 # -- sums ----------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Stacks:
+    """Where the tensors of a base model's files are in the tensors of all experts of a layer.
+
+    Args:
+        parts: key in the file -> its place in ours; experts only.
+        shapes: of ours, by key: (experts, outputs, inputs).
+    """
+
+    parts: Mapping[str, Place]
+    shapes: Mapping[str, tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, rules: Iterable[Rule], shapes: Mapping[str, tuple[int, int, int]]) -> Stacks:
+        """From the rules of the base model's family."""
+        return cls({key: found[0] for key, found in places(rules, shapes).items()}, shapes)
+
+
 class Adapter:
     """The low-rank updates of a folder.
 
@@ -109,6 +130,8 @@ class Adapter:
         self.folder = folder
         self.settings = read_json(folder / CONFIG)
         _check(folder / CONFIG, self.settings)
+        named = self.settings.get("target_parameters") or ()
+        self._experts = [key for key in EXPERTS if any(f".{key}".endswith(f".{name}") for name in named)]
         self._keys: dict[str, dict[str, str]] = {}  # module -> part -> key in the file
         self._file = _open(folder)
         for key in self._file.keys():  # noqa: SIM118  (a safe_open is no mapping)
@@ -147,6 +170,33 @@ class Adapter:
             total *= (self._part(module, "lora_magnitude_vector") / torch.linalg.norm(total, dim=1))[:, None]
         return total
 
+    def added_to_experts(self, stacks: Stacks, place: Place, weight: Tensor) -> Tensor:
+        """As ``added_to``, for some experts' weights, or some rows of one's.
+
+        PEFT keeps A as (experts r, inputs) and B as (outputs, r experts), and wraps a layer once for each parameter.
+
+        Raises:
+            ValueError: an update of another shape.
+        """
+        count, outputs, inputs = stacks.shapes[place.key]
+        layer, _, name = place.key.rpartition(".")
+        wrapped = [target.rpartition(".")[2] for target in self._experts]
+        module = layer + ".base_layer" * (len(wrapped) - 1 - wrapped.index(name)) if name in wrapped else ""
+        if module not in self._keys:
+            return weight
+        self.unused.discard(module)
+        a, b = self._part(module, "lora_A.weight"), self._part(module, "lora_B.weight")
+        if a.shape[1] != inputs or b.shape[0] != outputs or len(a) != b.shape[1] or len(a) % count:
+            raise ValueError(
+                f"{self.folder / WEIGHTS}: {module} has shapes {list(b.shape)} and {list(a.shape)},"
+                f" the base model has {count} experts of {[outputs, inputs]}: it is of another size"
+            )
+        a, b = a.view(count, -1, inputs), b.view(outputs, -1, count)
+        rows, first = weight.numel() // inputs, place.start // inputs  # counted through all experts
+        met = range(first // outputs, -(-(first + rows) // outputs))
+        update = torch.cat([b[:, :, expert] @ a[expert] for expert in met])[first - met.start * outputs :][:rows]
+        return weight.float() + self._scale(place.key, a.shape[1]) * update.view(weight.shape)
+
     def _part(self, module: str, part: str) -> Tensor:
         return self._file.get_tensor(self._keys[module][part]).float()
 
@@ -158,7 +208,7 @@ class Adapter:
 
 
 def summed(
-    tensors: Iterable[tuple[str, Tensor]], folders: list[Path], dtype: torch.dtype | None
+    tensors: Iterable[tuple[str, Tensor]], folders: list[Path], dtype: torch.dtype | None, stacks: Stacks
 ) -> Iterator[tuple[str, Tensor]]:
     """Every (key, tensor) of a model with the updates of adapters on it, cast once.
 
@@ -166,6 +216,7 @@ def summed(
         tensors: of the whole model.
         folders: the adapters, in the order in which they were trained.
         dtype: to cast to; None for each tensor's own.
+        stacks: where experts of the whole model are.
 
     Raises:
         ValueError: adapters of another model.
@@ -174,7 +225,8 @@ def summed(
     for key, tensor in tensors:
         total = tensor
         for adapter in adapters:
-            total = adapter.added_to(key, total)
+            place = stacks.parts.get(key)
+            total = adapter.added_to(key, total) if place is None else adapter.added_to_experts(stacks, place, total)
         yield key, cast(key, total, dtype or tensor.dtype)
     for adapter in adapters:
         if adapter.unused:
@@ -206,6 +258,9 @@ def _check(file: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{file} has lora_alpha {settings.get('lora_alpha')!r}; expected a number")
     if settings.get("init_lora_weights") not in _STARTS:
         raise ValueError(f"{file} has init_lora_weights {settings['init_lora_weights']!r}, which changes the base's weights")
+    for name in settings.get("target_parameters") or ():
+        if not any(f".{key}".endswith(f".{name}") for key in EXPERTS):
+            raise ValueError(f"{file} has target_parameters {name!r}; supported are {', '.join(EXPERTS)}")
     for name, value in settings.items():
         if name not in _NO_MATTER and name != "init_lora_weights" and value not in (None, False, "none", [], {}):
             raise ValueError(f"{file} has {name} {value!r}, which is not supported")

@@ -23,6 +23,7 @@ from bumblebee.checkpoint import adapter
 from bumblebee.checkpoint.atomic import read_json, write_json, written_aside
 from bumblebee.checkpoint.families import family_of, read_config, write_config
 from bumblebee.checkpoint.keys import as_stored, cast, cut, places, shape_of
+from bumblebee.checkpoint.mixtures import expert_shapes
 from bumblebee.checkpoint.parameters import TIED_KEY, Device, Parameters
 from bumblebee.checkpoint.weights import INDEX, SINGLE, stored_tensors, weight_files
 from bumblebee.config import BumblebeeConfig
@@ -90,9 +91,11 @@ def read_tensors(
     if not adapters:
         yield from ((key, cast(key, tensor, dtype)) for key, tensor in stored_tensors(whole, allow_pickle))
         return
-    tied = load_config(whole).tie_word_embeddings  # a copy of the head that lies in the file is not in use
+    config = load_config(whole)
+    tied = config.tie_word_embeddings  # a copy of the head that lies in the file is not in use
     stored = ((key, tensor) for key, tensor in stored_tensors(whole, allow_pickle) if not (tied and key == TIED_KEY))
-    yield from adapter.summed(stored, adapters, dtype)
+    stacks = adapter.Stacks.of(family_of(config).rules(config), expert_shapes(config))
+    yield from adapter.summed(stored, adapters, dtype, stacks)
 
 
 def load_weights(

@@ -98,6 +98,13 @@ def qwen_moe_rules(config: BumblebeeConfig) -> list[Rule]:
     return rules
 
 
+def expert_shapes(config: BumblebeeConfig) -> dict[str, tuple[int, int, int]]:
+    """Our tensors that hold all experts of a layer, by their keys: (experts, outputs, inputs)."""
+    count, inner, width = config.num_experts or 0, config.moe_intermediate_size or 0, config.hidden_size
+    shapes = {"gate_up_proj": (count, 2 * inner, width), "down_proj": (count, width, inner)}
+    return {f"{layer}.mlp.experts.{name}": shape for layer in _sparse_layers(config) for name, shape in shapes.items()}
+
+
 def _read(raw: Json, defaults: Json) -> Json:
     return {name: raw.get(name, default) for name, default in defaults.items()}
 

@@ -31,12 +31,20 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def adapting(alone):
+    """LoRA on the experts of the model that was trained alone."""
+    lora = {"rank": 2, "alpha": 4, "dropout": 0.0, "experts": True}
+    return {"base": str(alone[0]), "lora": lora, "max_steps": 4, "data": RUN["data"]}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, adapting):
     root = tmp_path_factory.mktemp("ranks")
     stop = {**EACH, "stop": ("StopAfter", {"step": 3, "rank": 1})}
     jobs = {
         **{f"stage-{stage}": {"zero_stage": stage, **RUN} for stage in (0, 1, 2, 3)},
         **{f"lonely-{stage}": {"zero_stage": stage, **LONELY} for stage in (1, 3)},
+        **{f"adapters-{stage}": {"zero_stage": stage, **adapting} for stage in (1, 3)},
         "bf16": {"zero_stage": 3, "precision": "bf16", "building": True, **RUN},
         **{f"whole-{stage}": {"zero_stage": stage, "callbacks": EACH, **RUN} for stage in (1, 3)},
         **{f"until-{stage}": {"zero_stage": stage, "callbacks": stop, "folder": f"pieces-{stage}", **RUN} for stage in (1, 3)},
@@ -59,6 +67,14 @@ def test_two_ranks_train_like_one_process(stage, runs, alone):
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4, msg=lambda text, n=name: f"{n} {text}")
     biases = [tensor for name, tensor in found.items() if name.endswith("e_score_correction_bias")]
     assert len(biases) == 2 and 0.01 <= max(bias.abs().max() for bias in biases) <= 0.061
+
+
+def test_updates_of_experts_are_trained_like_in_one_process(runs, adapting, tmp_path):
+    wanted = train(tmp_path, zero_stage=0, micro_batch_size=8, accumulate=1, **adapting)
+    for stage in (1, 3):
+        for line, expected in zip(runs[1][f"adapters-{stage}"]["metrics"], wanted, strict=True):
+            assert line == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert runs[1]["adapters-3"]["metrics"][-1]["loss"] < runs[1]["adapters-3"]["metrics"][0]["loss"]
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -1,0 +1,131 @@
+"""LoRA on the experts of a mixture: each has its own update, folders are those of PEFT, and sums are what it computes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from system.parts import small_model, train
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from peft import PeftModel  # noqa: E402
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig  # noqa: E402
+
+from bumblebee import Bumblebee  # noqa: E402
+from bumblebee.checkpoint.merge import merge  # noqa: E402
+from bumblebee.lora import LoRA, attach  # noqa: E402
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_experts_per_tok": 2,
+}  # fmt: skip
+PEERS = {
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=5),
+    "qwen3 moe": Qwen3MoeConfig(**SHAPE, num_experts=5, moe_intermediate_size=24, norm_topk_prob=True),
+}
+MOE: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 24, "mlp_only_layers": [0], "n_shared_experts": 1}
+IDS = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
+OPTIONS = {"rank": 4, "alpha": 8, "dropout": 0.0, "experts": True}
+
+
+@pytest.fixture(scope="module", params=[*PEERS, "own"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders with experts one by one, and one with all of a layer in one tensor."""
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+    torch.manual_seed(0)
+    if request.param == "own":
+        small_model(**MOE, initializer_range=0.2).save_pretrained(folder)
+    else:
+        model = AutoModelForCausalLM.from_config(PEERS[request.param], dtype=torch.float32)
+        for parameter in (p for p in model.parameters() if p.ndim > 1):
+            torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """A folder of adapters that have an effect, and the logits of the model that has them."""
+    model, folder = Bumblebee.from_pretrained(base), tmp_path_factory.mktemp("adapter")
+    before = model(IDS)
+    LoRA(**OPTIONS, targets=["q_proj"])(model)
+    torch.testing.assert_close(model(IDS), before)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        logits = model(IDS)
+    assert (logits - before).abs().max() > 0.5
+    return folder, logits
+
+
+def test_only_adapters_are_saved_and_each_expert_has_its_own(base, adapted):
+    shapes = {key: tuple(tensor.shape) for key, tensor in load_file(adapted[0] / "adapter_model.safetensors").items()}
+    config = Bumblebee.from_pretrained(base).config
+    layer, count, inner = "base_model.model.model.layers.1.mlp.experts.", config.num_experts, config.moe_intermediate_size
+    assert {key.removeprefix(layer): shape for key, shape in shapes.items() if key.startswith(layer)} == {
+        "base_layer.lora_A.weight": (4 * count, 32), "base_layer.lora_B.weight": (2 * inner, 4 * count),
+        "lora_A.weight": (4 * count, inner), "lora_B.weight": (32, 4 * count),
+    }  # fmt: skip
+
+
+def test_the_folder_read_as_one_model_computes_the_sum(adapted):
+    folder, logits = adapted
+    torch.testing.assert_close(Bumblebee.from_pretrained(folder)(IDS), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_merged_folder_computes_the_sum_and_unmerged_updates_do(base, adapted, tmp_path):
+    folder, logits = adapted
+    merge(folder, tmp_path / "merged")
+    torch.testing.assert_close(Bumblebee.from_pretrained(tmp_path / "merged")(IDS), logits, rtol=1e-4, atol=1e-4)
+    beside = Bumblebee.from_pretrained(base)
+    attach(beside, folder)
+    torch.testing.assert_close(beside(IDS), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_peft_puts_the_updates_onto_transformers_model(base, adapted):
+    if "own" in base.name:
+        pytest.skip("transformers does not know the architecture")
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(theirs, adapted[0]).eval()(IDS).logits
+    torch.testing.assert_close(found, adapted[1], rtol=1e-4, atol=1e-4)
+
+
+def test_training_moves_the_updates_of_experts_alike_at_stages_1_and_3(tmp_path):
+    small_model(**MOE).save_pretrained(tmp_path / "base")
+    runs = [
+        train(tmp_path / str(stage), base=str(tmp_path / "base"), lora=OPTIONS, max_steps=4, zero_stage=stage)
+        for stage in (1, 3)
+    ]
+    for one, other in zip(*runs, strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+    tensors = load_file(tmp_path / "3" / "adapter_model.safetensors")
+    assert all(tensor.any() for tensor in tensors.values()) and any("experts.base_layer.lora_B" in key for key in tensors)
+
+
+def test_dpo_compares_with_the_model_without_its_updates(tmp_path):
+    small_model(**MOE).save_pretrained(tmp_path / "base")
+    lines = train(
+        tmp_path / "run", base=str(tmp_path / "base"), lora=OPTIONS, task=("DPO", {}), data=("Pairs", {}), max_steps=3
+    )
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and lines[-1]["loss"] != lines[0]["loss"]
+
+
+def test_what_cannot_be_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="experts: .* no dropout and no dora; got dropout 0.1 and dora false"):
+        LoRA(experts=True)
+    with pytest.raises(ValueError, match="got dropout 0 and dora true"):
+        LoRA(experts=True, dropout=0.0, dora=True)
+    small_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="experts: the model is no mixture of experts"):
+        LoRA(**OPTIONS)(Bumblebee.from_pretrained(tmp_path))
+    model = small_model(**MOE)
+    model.source = Path("base")
+    with pytest.raises(ValueError, match="targets: 'experts' matches .*mlp.experts, which cannot have an adapter"):
+        LoRA(targets=["experts"])(model)
