@@ -100,7 +100,7 @@ class Parser(ArgumentParser):
 # -- the words on the command line ---------------------------------------------------------------------------------------
 
 _LISTS = ("--data.files", "--data.validation_files", "--files", "--metrics", "--device")
-_ALWAYS_LISTS = ("stop", "stop_ids")  # also where one value is given, and in any group
+_ALWAYS_LISTS = ("stop", "stop_ids", "spelled_ids")  # also where one value is given, and in any group
 
 
 def fold(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -20,7 +20,7 @@ class ServeOptions:
         api_key: who sends one of these as a bearer key may ask; null lets everybody.
         without_key: let everybody ask also where other machines reach the server.
         device: auto, cpu, cuda or cuda:N; a list gives each its own copy of the model, requests go to the least busy.
-        device_map: auto spreads the layers of one model over all GPUs; null puts it on one device.
+        device_map: auto spreads the layers of a model too large for one GPU over all; null puts it on one device.
         dtype: auto (the file's), float32, bfloat16 or float16.
         system_prompt: what conversations begin with that bring no system prompt of their own.
         sampling: defaults of requests by the names of SamplingParams; they win over the folder's generation_config.json.
@@ -71,8 +71,8 @@ class ServeOptions:
             ("request_timeout", self.request_timeout > 0, "more than 0"),
             ("drain_timeout", self.drain_timeout >= 0, "0 or more"),
         ]
-        if self.device_map is not None:
-            raise ValueError(f"device_map: {self.device_map} is not supported yet; leave it out")
+        if self.device_map is not None and self.device not in ("auto", "cuda"):
+            raise ValueError(f"device_map: {self.device_map} takes all GPUs, device says {self.device}: leave one of them out")
         SamplingParams(**self.sampling)  # that their values can be
         for name, holds, rule in rules:
             if not holds:

@@ -32,6 +32,7 @@ def given(*words: str, group: str = "", leave_out: tuple[str, ...] = ()) -> dict
         (['--stop=["--", "a"]'], {"stop": ["--", "a"]}),
         (["--stop_ids", "5"], {"stop_ids": [5]}),
         (["--stop_ids", "5", "6"], {"stop_ids": [5, 6]}),
+        (["--spelled_ids", "5"], {"spelled_ids": [5]}),
         (["--logit_bias", "{50: -100, 7: 0.5}"], {"logit_bias": {50: -100.0, 7: 0.5}}),
         (["--logit_bias", '{"50": -100}'], {"logit_bias": {50: -100.0}}),
     ],

@@ -98,7 +98,7 @@ def test_no_folder_no_model_and_no_tokenizer_are_one_line_each(served_folder: Pa
         (["--temperature", "-1"], "temperature must be 0 or more"),
         (["--max_queue", "-1"], "max_queue must be 0 or more"),
         (["--cache_tokens", "0"], "cache_tokens must be at least 1"),
-        (["--device_map", "auto"], "device_map"),
+        (["--device_map", "auto", "--device", "cpu"], "device_map: auto takes all GPUs, device says cpu"),
     ],
 )
 def test_an_option_that_cannot_be_is_one_line(served_folder: Path, words: list[str], said: str):
