@@ -1,8 +1,8 @@
 """From a checked body to what the engine computes: prompts as ids, and how to sample.
 
 Choices made:
-- What a request leaves open the server's defaults decide; max_tokens left open is the rest of the context in a chat, and 16
-  for a text, as in OpenAI's reference, unless the server has a default of its own.
+- What a request leaves open the server's defaults decide. max_tokens left open is 16 for a text, as in OpenAI's reference, and
+  in a chat the rest of the context up to a bound: the cache is reserved for all of it, and others want some too.
 - Sample k of a seeded request has a seed made of both, sample 0 the seed itself: asking for more samples changes none.
 - tool_choice "none" leaves the tools out of the prompt: the model cannot call what it does not know.
 - A chat ends also at its template's end of turn, which the folder of a base model may not name; ignore_eos ignores it too.
@@ -22,7 +22,8 @@ from serve.chats import Chats
 from serve.faults import invalid, shown
 from serve.schemas import MOST_CHOICES, ChatRequest, CompletionRequest, Sampling, TokenizeRequest
 
-COMPLETION_TOKENS = 16  # max_tokens of a completion that names none
+# max_tokens of requests that name none, unless the server has a default of its own.
+CHAT_TOKENS, COMPLETION_TOKENS = 2048, 16
 SMALLEST_TOP_P = 1e-9  # keeps the most likely token alone, as OpenAI's 0 does
 # Fields that a body and SamplingParams both have.
 SAME = (
@@ -86,7 +87,7 @@ class Prompts:
         spelled = self.calls.spelled if self.calls and body.callable_tools else ()
         ends = () if params.ignore_eos else self.chats.end_of_turn
         params = replace(params, stop_ids=[*params.stop_ids, *ends], spelled_ids=[*params.spelled_ids, *spelled])
-        return self._jobs([ids], params, body, body.max_completion_tokens or body.max_tokens, None)
+        return self._jobs([ids], params, body, body.max_completion_tokens or body.max_tokens, CHAT_TOKENS)
 
     def completion(self, body: CompletionRequest) -> list[Job]:
         """The n continuations of each prompt, prompt by prompt.
@@ -141,12 +142,12 @@ class Prompts:
         return replace(self.defaults, **given, logprobs=logprobs)
 
     def _jobs(
-        self, prompts: list[list[int]], params: SamplingParams, body: Sampling, wanted: int | None, usual: int | None
+        self, prompts: list[list[int]], params: SamplingParams, body: Sampling, wanted: int | None, usual: int
     ) -> list[Job]:
         jobs: list[Job] = []
         for prompt in prompts:
             room = self._room(len(prompt), wanted, body)
-            new = wanted or min(room, self.max_new_tokens or usual or room)
+            new = wanted or min(room, self.max_new_tokens or usual)
             for sample in range(body.n or 1):
                 own = replace(params, max_new_tokens=new, seed=seed_of(params.seed, sample))
                 jobs.append(Job(prompt, own, len(jobs)))

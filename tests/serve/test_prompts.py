@@ -86,7 +86,8 @@ def test_the_request_wins_over_the_servers_defaults(tokenizer):
     assert 0 < params.top_p < 1e-6
 
 
-def test_open_lengths_are_the_rest_of_the_context_or_the_servers_default(prompts, tokenizer):
+def test_open_lengths_are_the_rest_of_the_context_up_to_a_bound(prompts, tokenizer):
+    assert chat(Prompts(tokenizer, 10_000, 400))[0].params.max_new_tokens == 2048
     asked = chat(prompts)[0]
     assert asked.params.max_new_tokens == 256 - len(asked.prompt)
     assert completion(prompts)[0].params.max_new_tokens == 16
