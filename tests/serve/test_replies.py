@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from calling_templates import MARKS, tokenizer_of
 from malformed import CHAT, COMPLETION
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -173,6 +174,24 @@ def test_a_stream_brings_the_text_and_then_each_call(caller):
     assert [call.index for call in calls] == [0, 1]
     assert [call.id for call in calls] == [call["id"] for call in whole["choices"][0]["message"]["tool_calls"]]
     assert choices[-1].finish_reason == "tool_calls"
+
+
+WRITTEN = {
+    "mistral": '[TOOL_CALLS] [{"name": "fly", "arguments": {"to": "花"}, "id": "123456789"}]',
+    "heads": '[TOOL_CALLS]fly[ARGS]{"to": "花"}',
+    "llama": '{"name": "fly", "parameters": {"to": "花"}}',
+    "deepseek": '[CALLS][CALL]function[SEP]fly\n```json\n{"to": "花"}\n```[/CALL][/CALLS]',
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_calls_are_found_also_between_special_tokens(tmp_path, name):
+    model = parrot(tmp_path / "model", WRITTEN[name], tokenizer_of(name, tmp_path / "tokenizer"))
+    answers = [replied(Generator.from_pretrained(model), "chat", **asked)[0] for asked in ({"tools": TOOLS}, {})]
+    called, said = (chat(answer).choices[0] for answer in answers)
+    assert (called.finish_reason, called.message.content) == ("tool_calls", None)
+    assert [json.loads(call.function.arguments) for call in called.message.tool_calls] == [{"to": "花"}]
+    assert said.message.tool_calls is None and not any(mark in said.message.content for mark in MARKS)
 
 
 @pytest.mark.parametrize("asked", [{}, {"tools": TOOLS, "tool_choice": "none"}])
