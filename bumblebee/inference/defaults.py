@@ -39,4 +39,7 @@ def sampling_of(settings: dict[str, Any]) -> SamplingParams:
     names = TAKEN + TAKEN_WHERE_SAMPLED if settings.get("do_sample") else TAKEN
     found = {name: settings[name] for name in names if settings.get(name) is not None}
     start = {"top_k": TOP_K} if settings.get("do_sample") else {"temperature": 0.0}
-    return SamplingParams(**(start | found))
+    try:
+        return SamplingParams(**(start | found))
+    except ValueError as error:
+        raise ValueError(f"generation_config.json: {error}") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -210,3 +212,85 @@ def test_a_question_is_put_into_the_chat_template(generator, tokenizer):
         messages, add_generation_prompt=True
     )
     assert generator.ask("Who?") == tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], None, True)
+
+
+def test_each_prompt_can_have_params_of_its_own(generator):
+    params = [SamplingParams(max_new_tokens=number, temperature=0.0, ignore_eos=True) for number in (3, 1, 5)]
+    outs = generator.generate(PROMPTS[:3], params)
+    assert [out.token_ids for out in outs] == [
+        naive(generator, prompt, n) for prompt, n in zip(PROMPTS, (3, 1, 5), strict=False)
+    ]
+    with pytest.raises(ValueError, match="params has 3 entries for 2 prompts: give one for each, or one for all"):
+        generator.generate(PROMPTS[:2], params)
+
+
+def test_of_several_prompts_the_one_that_cannot_be_continued_is_named(generator):
+    with pytest.raises(ValueError, match="^prompt 2 of 3: the prompt is empty"):
+        generator.generate(["a", "", "b"], GREEDY)
+    with pytest.raises(ValueError, match="^prompt 3 of 3: the prompt has the id 400; the model's ids go from 0 to 399"):
+        generator.generate(["a", "b", [400]], GREEDY)
+
+
+def test_log_probabilities_come_with_the_tokens(generator):
+    (out,) = generator.generate(["The bee"], SamplingParams(max_new_tokens=3, temperature=0.0, logprobs=2))
+    for token in out.tokens:
+        assert token.top[0] == (token.id, token.logprob) and len(token.top) == 2 and token.logprob < 0
+
+
+def test_a_small_batch_takes_a_small_cache(generator, monkeypatch):
+    """26 characters at most and 12 new tokens: not the thousands of positions of an engine that stays."""
+    made = []
+    original = generator.engine
+    monkeypatch.setattr(generator, "engine", lambda options=None: made.append(original(options)) or made[-1])
+    generator.generate(PROMPTS, GREEDY)
+    assert made[0].pages.total == sum(-(-(len(generator.encode(prompt)) + 11) // 16) for prompt in PROMPTS)
+    assert original().pages.total == 4096 // 16
+
+
+def test_a_stream_that_is_left_early_frees_all_it_holds(generator, monkeypatch):
+    made = []
+    original = generator.engine
+
+    def engine(options):
+        new = original(options)
+        made.append(weakref.ref(new))
+        return new
+
+    monkeypatch.setattr(generator, "engine", engine)
+    stream = generator.stream("The bee", SamplingParams(max_new_tokens=100, temperature=0.0, ignore_eos=True))
+    next(stream)
+    assert made[0]() is not None
+    stream.close()
+    gc.collect()
+    assert made[0]() is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (None, SamplingParams(temperature=0.0)),
+        ({}, SamplingParams(temperature=0.0)),
+        ({"temperature": 0.7, "top_k": 20}, SamplingParams(temperature=0.0)),
+        ({"do_sample": False, "repetition_penalty": 1.1}, SamplingParams(temperature=0.0, repetition_penalty=1.1)),
+        ({"do_sample": True}, SamplingParams(top_k=50)),
+        ({"do_sample": True, "top_k": None, "top_p": 0.8}, SamplingParams(top_k=50, top_p=0.8)),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_k": 0, "min_p": 0.1, "max_new_tokens": 9},
+            SamplingParams(max_new_tokens=9, temperature=0.7, min_p=0.1),
+        ),
+    ],
+)
+def test_defaults_are_what_transformers_would_do_with_the_folder(tiny, tokenizer, tmp_path, settings, expected):
+    Bumblebee(tiny()).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.unlink(missing_ok=True)
+    if settings is not None:
+        file.write_text(json.dumps(settings))
+    generator = Generator.from_pretrained(tmp_path, device="cpu")
+    assert generator.defaults == expected
+    if expected.temperature == 0:
+        assert generator.generate(["x"]) == generator.generate(["x"], expected)
+    file.write_text('{"do_sample": true, "top_p": 2}')
+    with pytest.raises(ValueError, match="generation_config.json: top_p must be more than 0 and at most 1, got 2"):
+        Generator.from_pretrained(tmp_path, device="cpu")
