@@ -215,11 +215,10 @@ def test_a_question_is_put_into_the_chat_template(generator, tokenizer):
 
 
 def test_each_prompt_can_have_params_of_its_own(generator):
-    params = [SamplingParams(max_new_tokens=number, temperature=0.0, ignore_eos=True) for number in (3, 1, 5)]
-    outs = generator.generate(PROMPTS[:3], params)
-    assert [out.token_ids for out in outs] == [
-        naive(generator, prompt, n) for prompt, n in zip(PROMPTS, (3, 1, 5), strict=False)
-    ]
+    numbers = dict(zip(PROMPTS[:3], (3, 1, 5), strict=True))
+    params = [SamplingParams(max_new_tokens=number, temperature=0.0, ignore_eos=True) for number in numbers.values()]
+    outs = generator.generate(list(numbers), params)
+    assert [out.token_ids for out in outs] == [naive(generator, *each) for each in numbers.items()]
     with pytest.raises(ValueError, match="params has 3 entries for 2 prompts: give one for each, or one for all"):
         generator.generate(PROMPTS[:2], params)
 
