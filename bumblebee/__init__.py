@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bumblebee.callback import Callback
     from bumblebee.config import BumblebeeConfig
     from bumblebee.datamodule import DataModule
+    from bumblebee.hugging_face import HuggingFaceModel
     from bumblebee.inference.generator import Generator
     from bumblebee.inference.params import SamplingParams
     from bumblebee.model import Bumblebee
@@ -30,6 +31,7 @@ _HOME = {
     "DPO": "bumblebee.tasks.dpo",
     "DataModule": "bumblebee.datamodule",
     "Generator": "bumblebee.inference.generator",
+    "HuggingFaceModel": "bumblebee.hugging_face",
     "LanguageModeling": "bumblebee.tasks.language_modeling",
     "SamplingParams": "bumblebee.inference.params",
     "Task": "bumblebee.tasks.task",
@@ -44,6 +46,7 @@ __all__ = [
     "DPO",
     "DataModule",
     "Generator",
+    "HuggingFaceModel",
     "LanguageModeling",
     "SamplingParams",
     "Task",

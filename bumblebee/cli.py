@@ -99,7 +99,8 @@ def validate(words: list[str]) -> None:
     parser.add_argument("--model", type=str | None, default=None, help="model folder; by default the recipe's output_dir")
     cfg = parser.parse(words)
     folder = cfg.pop("model") or cfg.output_dir
-    source = Namespace(class_path="bumblebee.Bumblebee.from_pretrained", init_args=Namespace(folder=folder))
+    kind = cfg.task.init_args.model.class_path.removesuffix(".from_pretrained")  # that of the recipe
+    source = Namespace(class_path=f"{kind}.from_pretrained", init_args=Namespace(folder=folder))
     trained, cfg.task.init_args.model = cfg.task.init_args.model, source
     if cfg.task.init_args.get("reference") in ("auto", "copy", "adapters_off") and "folder" in trained.get("init_args", {}):
         cfg.task.init_args.reference = trained.init_args.folder  # what the run has compared with
@@ -227,7 +228,7 @@ def generate(words: list[str]) -> None:
         if "logprobs" in given and not as_lines:
             raise ValueError("logprobs: they are written as JSON Lines: add --output FILE")
         prompts = list(read_prompts(cfg.prompts)) if cfg.prompt is None else [PromptRecord.of(cfg.prompt)]
-        generator = Generator.from_pretrained(cfg.model, cfg.device, cfg.dtype, cfg.device_map)
+        generator = Generator.from_pretrained(cfg.model, cfg.device, cfg.dtype, cfg.device_map, cfg.trust_remote_code)
         texts = Texts(generator, prompts, replace(generator.defaults, **given), cfg.num_samples, cfg.chat, cfg.system)
         file = sys.stdout.buffer if cfg.output is None else open_output(cfg.output, cfg.overwrite)
     with run_errors():
@@ -257,6 +258,7 @@ def generate_parser() -> Any:
     parser.add_argument("--dtype", type=str, default="auto", help="auto (the file's), float32, bfloat16 or float16")
     map_help = "auto spreads the layers of a model too large for one GPU over all; null puts it on one device"
     parser.add_argument("--device_map", type=Literal["auto"] | None, default=None, help=map_help)
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help="run code that the model's folder names or holds")
     add_sampling_options(parser)
     return parser
 
@@ -305,8 +307,9 @@ def answer(words: list[str]) -> None:
     parser.add_argument("--split", type=Literal["train", "validation"], default="train", help="of the recipe's data")
     parser.add_argument("--limit", type=int | None, default=None, help="questions asked; null for all")
     parser.add_argument("--show", type=int, default=10, help="questions shown")
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help="run code that the model's folder names or holds")
     cfg = parser.parse(words)
-    folder, split, limit, show = (cfg.pop(name) for name in ("model", "split", "limit", "show"))
+    folder, split, limit, show, trust = (cfg.pop(name) for name in ("model", "split", "limit", "show", "trust_remote_code"))
     with user_errors(parser, cfg):
         from jsonargparse import Namespace
 
@@ -318,7 +321,7 @@ def answer(words: list[str]) -> None:
         samples = getattr(data, split)
         if not samples:
             raise ValueError("the recipe's data has no validation samples: set data.validation_ratio or data.validation_files")
-        generator = Generator.from_pretrained(folder or cfg.output_dir, device=cfg.trainer.device)
+        generator = Generator.from_pretrained(folder or cfg.output_dir, cfg.trainer.device, trust_remote_code=trust)
         found = answered(generator, questions(data, samples), limit)
     for each in found[:: max(1, len(found) // max(show, 1))][:show]:
         verdict = "" if each.right else f"\n   (in the data: {each.expected})"

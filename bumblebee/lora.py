@@ -33,7 +33,7 @@ from bumblebee.checkpoint.adapter import (
 from bumblebee.checkpoint.families import family_of
 from bumblebee.checkpoint.folder import ModelFiles, read_tensors, write_generation_config
 from bumblebee.config import BumblebeeConfig
-from bumblebee.model import Bumblebee
+from bumblebee.models import load_model
 from bumblebee.nn.head import Head
 from bumblebee.nn.moe import Experts
 
@@ -193,11 +193,10 @@ def _ready_for_shards() -> Iterator[None]:
     from bumblebee.engine import built_whole
 
     with built_whole():
-        from transformers.integrations import HfDeepSpeedConfig  # in here: some imports do not bear how shards are built
+        from bumblebee.hugging_face import weights_gathered  # in here: some imports do not bear how shards are built
 
-        alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # has PEFT gather the weights that it looks at, for DoRA
-        yield
-        del alive
+        with weights_gathered():  # when PEFT looks at them, for DoRA
+            yield
 
 
 @torch.no_grad()
@@ -298,7 +297,7 @@ def differences(merged: str | Path, adapter: str | Path, base: str | Path | None
 
 @torch.inference_mode()
 def _difference(merged: str | Path, adapter: str | Path, base: str | Path | None, dtype: torch.dtype) -> tuple[float, float]:
-    beside = Bumblebee.from_pretrained(chain(adapter, base)[-2], dtype=dtype)
+    beside = load_model(chain(adapter, base)[-2], dtype)
     count = beside.config.vocab_size
     ids = torch.randint(
         0, count, (1, min(32, beside.config.max_position_embeddings)), generator=torch.Generator().manual_seed(0)
@@ -306,7 +305,7 @@ def _difference(merged: str | Path, adapter: str | Path, base: str | Path | None
     attach(beside, Path(adapter))
     wanted = beside.eval()(ids).float()
     del beside  # one model at a time
-    found = Bumblebee.from_pretrained(merged, dtype=dtype).eval()(ids).float()
+    found = load_model(merged, dtype).eval()(ids).float()
     return float((found - wanted).abs().max()), float(wanted.abs().max())
 
 

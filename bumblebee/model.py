@@ -288,6 +288,15 @@ class Bumblebee(nn.Module):
         model.source = Path(folder)
         return model
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Its layers, in order."""
+        return list(self.model.layers)
+
+    def checkpoint_activations(self, every: int) -> None:
+        """Compute every n-th block again in the backward pass (arXiv 1604.06174)."""
+        self.model.checkpoint_every = every
+
     def num_parameters(self) -> int:
         """Parameters, a tied embedding counted once."""
         return sum(parameter.numel() for parameter in self.parameters())

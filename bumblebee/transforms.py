@@ -11,8 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from bumblebee.model import Decoder
-
 
 class ActivationCheckpointing:
     """Compute blocks again in the backward pass instead of keeping what they computed (arXiv 1604.06174).
@@ -30,7 +28,7 @@ class ActivationCheckpointing:
         self.every = every
 
     def __call__(self, model: nn.Module) -> None:
-        _decoder(model, type(self).__name__).checkpoint_every = self.every
+        _language_model(model, type(self).__name__).checkpoint_activations(self.every)
 
 
 class Freeze:
@@ -86,12 +84,11 @@ class Compile:
         self.mode = mode
 
     def __call__(self, model: nn.Module) -> None:
-        for layer in _decoder(model, type(self).__name__).layers:
-            layer.compile(mode=self.mode)  # in place: unlike torch.compile(layer), this renames no parameter
+        for block in _language_model(model, type(self).__name__).blocks:
+            block.compile(mode=self.mode)  # in place: unlike torch.compile(block), this renames no parameter
 
 
-def _decoder(model: Any, name: str) -> Decoder:
-    decoder = getattr(model, "model", None)
-    if not isinstance(decoder, Decoder):
-        raise ValueError(f"task.transforms: {name} works on Bumblebee models, got {type(model).__name__}")
-    return decoder
+def _language_model(model: Any, name: str) -> Any:
+    if not hasattr(model, "blocks"):
+        raise ValueError(f"task.transforms: {name} works on Bumblebee and HuggingFaceModel, got {type(model).__name__}")
+    return model

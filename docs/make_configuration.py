@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import callbacks
 import datamodules
-from bumblebee import DPO, Bumblebee, LanguageModeling, cli, optim, transforms
+from bumblebee import DPO, Bumblebee, HuggingFaceModel, LanguageModeling, cli, optim, transforms
 from bumblebee.arguments import Parser
 from bumblebee.lora import LoRA
 
@@ -152,6 +152,7 @@ def classes() -> Iterator[str]:
     yield from ("", "## `task.model`")
     yield from part("bumblebee.Bumblebee", Bumblebee)
     yield from part("bumblebee.Bumblebee.from_pretrained", Bumblebee, "from_pretrained")
+    yield from part("bumblebee.HuggingFaceModel.from_pretrained", HuggingFaceModel, "from_pretrained")
     yield from ("", "## `task.transforms`: a list of these")
     for transform in (LoRA, *of_module(transforms)):
         yield from part(f"{transform.__module__}.{transform.__name__}", transform)

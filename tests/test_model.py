@@ -126,7 +126,7 @@ def test_a_preset_is_built_on_the_meta_device_with_the_published_number_of_param
 def test_tiny_has_about_five_million_parameters_and_all_presets_are_tested():
     with torch.device("meta"):
         assert 4.5e6 < Bumblebee(BumblebeeConfig.preset("tiny")).num_parameters() < 5.5e6
-    assert len(PRESETS) == 8
+    assert len(PRESETS) == 9
 
 
 class Research(Bumblebee):

@@ -128,7 +128,7 @@ def test_transforms_refuse_what_they_cannot_do() -> None:
         ActivationCheckpointing(0)
     with pytest.raises(ValueError, match="mode must be one of"):
         Compile("fast")
-    with pytest.raises(ValueError, match="works on Bumblebee models, got Linear"):
+    with pytest.raises(ValueError, match="works on Bumblebee and HuggingFaceModel, got Linear"):
         ActivationCheckpointing()(torch.nn.Linear(2, 2))
 
 

@@ -14,12 +14,10 @@ import torch
 
 from bumblebee.checkpoint import adapter
 from bumblebee.checkpoint.atomic import read_json, written_aside
-from bumblebee.checkpoint.families import family_of
-from bumblebee.checkpoint.folder import in_file_layout, is_model_folder, load_config, write_model
+from bumblebee.checkpoint.folder import ModelFiles, files_in, is_model_folder
 from bumblebee.checkpoint.keys import places
 from bumblebee.checkpoint.pieces import PieceReader
-from bumblebee.checkpoint.weights import stored_tensors
-from bumblebee.config import BumblebeeConfig
+from bumblebee.checkpoint.weights import stored_keys
 from bumblebee.run_folder import read_trainer_state
 
 _KEPT = ("tokenizer.json", "tokenizer_config.json")
@@ -46,21 +44,21 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str = "auto",
 
 
 def _write_model(checkpoint: Path, output: Path, dtype: str, max_shard_size: str) -> None:
-    config = load_config(checkpoint)
+    files = files_in(checkpoint)
     if dtype == "auto":
         dtype = read_json(checkpoint / "config.json")["torch_dtype"]
     with PieceReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
-        _check_whole(checkpoint, config, reader)
-        write_model(aside, config, in_file_layout(config, reader.weights(DTYPES[dtype])), max_shard_size)
+        _check_whole(checkpoint, files, reader)
+        files.write(aside, reader.weights(DTYPES[dtype]), max_shard_size)
         copy_files(_KEPT, checkpoint, aside)
 
 
-def _check_whole(checkpoint: Path, config: BumblebeeConfig, reader: PieceReader) -> None:
+def _check_whole(checkpoint: Path, files: ModelFiles, reader: PieceReader) -> None:
     """Refuse a training state that lacks what a model beside it has: frozen parameters."""
     if not is_model_folder(checkpoint):
         return
     ours = {**reader.shapes, **{name: buffer.shape for name, buffer in reader.buffers.items()}}
-    lacking = {key for key, _ in stored_tensors(checkpoint)} - places(family_of(config).rules(config), ours).keys()
+    lacking = stored_keys(checkpoint) - places(files.rules(), ours).keys()
     if lacking:
         raise ValueError(
             f"{checkpoint} was trained with {len(lacking)} tensors frozen, such as {min(lacking)}, which it lacks:"

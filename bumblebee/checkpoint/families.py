@@ -233,6 +233,11 @@ def _has(family: Family, config: BumblebeeConfig) -> bool:
         return False
 
 
+def is_supported(raw: Json) -> bool:
+    """Whether a config.json names an architecture of ours."""
+    return any(name in FAMILIES for name in raw.get("architectures") or ())
+
+
 def family_named(raw: Json) -> Family:
     """The family that a config.json names.
 
@@ -243,7 +248,10 @@ def family_named(raw: Json) -> Family:
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
-    raise ValueError(f"architectures {names} in config.json: supported are {', '.join(FAMILIES)}")
+    raise ValueError(
+        f"architectures {names} in config.json: Bumblebee computes {', '.join(FAMILIES)}; others run as"
+        " bumblebee.HuggingFaceModel.from_pretrained"
+    )
 
 
 def read_config(raw: Json) -> BumblebeeConfig:

@@ -8,7 +8,7 @@ model and what was learned on it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from bumblebee import distributed
 from bumblebee.checkpoint import adapter
 from bumblebee.checkpoint.atomic import read_json, write_json, written_aside
-from bumblebee.checkpoint.families import family_of, read_config, write_config
-from bumblebee.checkpoint.keys import as_stored, cast, cut, places, shape_of
+from bumblebee.checkpoint.families import family_of, is_supported, read_config, write_config
+from bumblebee.checkpoint.keys import Rule, as_stored, cast, cut, places, shape_of
 from bumblebee.checkpoint.mixtures import expert_shapes
-from bumblebee.checkpoint.parameters import TIED_KEY, Device, Parameters
+from bumblebee.checkpoint.parameters import Device, Parameters
 from bumblebee.checkpoint.weights import INDEX, SINGLE, stored_tensors, weight_files
 from bumblebee.config import BumblebeeConfig
 
+TIED_KEY = "lm_head.weight"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _shapes_only = False  # see ``shapes_only``
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -50,6 +52,23 @@ def load_config(folder: str | Path) -> BumblebeeConfig:
         ValueError: no folder or no config.json there, or one that is not supported; the message names the file.
     """
     return _from_config_json(adapter.chain(folder)[0], read_config)
+
+
+def is_ours(folder: str | Path) -> bool:
+    """Whether a whole model's architecture is one that Bumblebee computes.
+
+    Raises:
+        ValueError: no folder, or no config.json there.
+    """
+    return is_supported(_from_config_json(folder, dict))
+
+
+def is_tied(folder: Path) -> bool:
+    """Whether the head of a whole model is its embedding table."""
+    raw = read_json(folder / "config.json")
+    if is_supported(raw):
+        return load_config(folder).tie_word_embeddings
+    return bool(raw.get("tie_word_embeddings", True))  # as transformers takes it
 
 
 def _from_a_hub(name: str) -> str:
@@ -91,11 +110,18 @@ def read_tensors(
     if not adapters:
         yield from ((key, cast(key, tensor, dtype)) for key, tensor in stored_tensors(whole, allow_pickle))
         return
-    config = load_config(whole)
-    tied = config.tie_word_embeddings  # a copy of the head that lies in the file is not in use
+    tied = is_tied(whole)  # a copy of the head that lies in the file is not in use
     stored = ((key, tensor) for key, tensor in stored_tensors(whole, allow_pickle) if not (tied and key == TIED_KEY))
-    stacks = adapter.Stacks.of(family_of(config).rules(config), expert_shapes(config))
+    stacks = _stacks(whole)
     yield from adapter.summed(stored, adapters, dtype, stacks)
+
+
+def _stacks(whole: Path) -> adapter.Stacks:
+    """What adapters have to know of tensors that hold several of the file's."""
+    if not is_ours(whole):
+        return adapter.Stacks.of([], {})
+    config = load_config(whole)
+    return adapter.Stacks.of(family_of(config).rules(config), expert_shapes(config))
 
 
 def load_weights(
@@ -113,19 +139,44 @@ def load_weights(
     Raises:
         ValueError: keys left over or missing, or a shape that differs; the message names them.
     """
-    whole = adapter.chain(folder)[0]
+    config = load_config(folder)
+    family = family_of(config)
+    put_weights(
+        folder, model, dtype, device, family.rules(config), lambda key: key.endswith(family.unused_keys), allow_pickle
+    )  # fmt: skip
+
+
+def put_weights(
+    folder: str | Path,
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    device: Device,
+    rules: Iterable[Rule] = (),
+    unused: Callable[[str], bool] = lambda key: False,
+    allow_pickle: bool = False,
+) -> None:
+    """``load_weights`` with given rules.
+
+    Args:
+        folder: the model folder.
+        model: as for ``load_weights``.
+        dtype: as there.
+        device: as there.
+        rules: how the file's tensors differ from the model's.
+        unused: whether a key of the file is one that no computation needs.
+        allow_pickle: as there.
+    """
     if _shapes_only:
-        weight_files(whole, allow_pickle)  # that they are there
+        weight_files(adapter.chain(folder)[0], allow_pickle)  # that they are there
         return
-    config = load_config(whole)
-    family, parameters = family_of(config), Parameters(model, dtype, device)
-    missing, left_over = places(family.rules(config), parameters.shapes), []
+    parameters = Parameters(model, dtype, device)
+    missing, left_over = places(rules, parameters.shapes), []
     for key, tensor in read_tensors(folder, dtype, allow_pickle=allow_pickle):
         if parts := missing.pop(key, None):
             _check_shape(folder, key, tensor, shape_of(parts))
             for place, part in zip(parts, cut(tensor, parts), strict=True):
                 parameters.put(place, part)
-        elif not (parameters.tied and key == TIED_KEY) and not key.endswith(family.unused_keys):
+        elif key not in parameters.tied and not unused(key):
             left_over.append(key)
     if missing or left_over:
         named = [("missing", sorted(missing)), ("left over", left_over)]
@@ -190,7 +241,15 @@ class ModelFiles:
 
     def write(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: str = "5GB") -> set[str]:
         """Write everything into an existing folder; returns the weight files' names."""
-        return write_model(folder, self.config, in_file_layout(self.config, tensors), max_shard_size)
+        return self.write_stored(folder, as_stored(self.rules(), tensors), max_shard_size)
+
+    def rules(self) -> list[Rule]:
+        """How the files' tensors differ from the model's."""
+        return family_of(self.config).rules(self.config)
+
+    def write_stored(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: str = "5GB") -> set[str]:
+        """``write`` of tensors as the files hold them."""
+        return write_model(folder, self.config, tensors, max_shard_size)
 
     def write_configs(self, folder: Path, dtype: str) -> None:
         """Write everything but the weights."""
@@ -209,6 +268,56 @@ class ModelFiles:
         Raises:
             ValueError: what it was trained on is another model.
         """
+
+
+class ForeignFiles(ModelFiles):
+    """The folders of a model that we do not build ourselves: its config.json is kept, its tensors are named as in the model.
+
+    Args:
+        config: what is known of the shape.
+        raw: the content of config.json.
+        renamed: rules about tensors that have other names in the files.
+        tied: keys of tensors that are saved under another key.
+    """
+
+    def __init__(
+        self, config: BumblebeeConfig, raw: dict[str, Any], renamed: Iterable[Rule] = (), tied: Collection[str] = ()
+    ) -> None:
+        super().__init__(config)
+        self.raw, self.renamed, self.tied = raw, list(renamed), tied
+
+    def holds(self, name: str) -> bool:
+        """Each tensor once."""
+        return name not in self.tied
+
+    def rules(self) -> list[Rule]:
+        """Other names."""
+        return self.renamed
+
+    def write_stored(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: str = "5GB") -> set[str]:
+        """The weights and both configs."""
+        names, dtype = write_weights(folder, (pair for pair in tensors if self.holds(pair[0])), max_shard_size)
+        self.write_configs(folder, dtype)
+        return names
+
+    def write_configs(self, folder: Path, dtype: str) -> None:
+        """config.json with the special ids as they are now, and generation_config.json."""
+        ids = {name: getattr(self.config, name) for name in SPECIAL_IDS}
+        write_json(folder / "config.json", self.raw | ids | {"torch_dtype": dtype, "dtype": dtype})
+        write_generation_config(folder, self.config)
+
+
+def files_in(folder: str | Path) -> ModelFiles:
+    """What a whole model's folder consists of, to write another of the same model.
+
+    Raises:
+        ValueError: as ``load_config``.
+    """
+    raw = _from_config_json(folder, dict)
+    if is_supported(raw):
+        return ModelFiles(load_config(folder))
+    ids = {name: raw.get(name) for name in SPECIAL_IDS}
+    return ForeignFiles(BumblebeeConfig(**ids), raw)
 
 
 def files_of(model: Any) -> ModelFiles:
@@ -230,7 +339,7 @@ def save_model(
     """
     folder = Path(folder)
     with written_aside(folder) as aside:
-        names = files.write(aside, tensors.items() if isinstance(tensors, Mapping) else tensors, max_shard_size)
+        names = files.write(aside, _pairs(tensors), max_shard_size)
     drop_other_weights(folder, names)
 
 
@@ -239,11 +348,6 @@ def drop_other_weights(folder: Path, names: set[str]) -> None:
     for file in folder.iterdir():
         if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name) and file.name not in names:
             file.unlink()
-
-
-def in_file_layout(config: BumblebeeConfig, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Our (key, tensor) pairs -> those that a folder of the model holds."""
-    return as_stored(family_of(config).rules(config), tensors)
 
 
 def write_model(
@@ -260,14 +364,23 @@ def write_model(
         tensors: (key, tensor) pairs as the file holds them, taken one by one, so that they may be gathered meanwhile.
         max_shard_size: like "5GB" or "500MB"; a larger tensor gets a file of its own.
     """
+    kept = (pair for pair in _pairs(tensors) if not (pair[0] == TIED_KEY and config.tie_word_embeddings))
+    names, dtype = write_weights(folder, kept, max_shard_size)
+    write_configs(folder, config, dtype)
+    return names
+
+
+def _pairs(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    return tensors.items() if isinstance(tensors, Mapping) else tensors
+
+
+def write_weights(folder: Path, pairs: Iterable[tuple[str, Tensor]], max_shard_size: str) -> tuple[set[str], str]:
+    """Write safetensors files into an existing folder, see ``write_model``; (their names, the first tensor's dtype)."""
     limit = parse_size(max_shard_size)
-    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     shards: list[dict[str, str]] = []  # for each file: key -> dtype
     shard: dict[str, Tensor] = {}
     total = size = 0
     for key, tensor in pairs:
-        if key == TIED_KEY and config.tie_word_embeddings:
-            continue
         assert tensor.numel(), f"{key} is empty: it was not gathered"
         if shard and size + tensor.nbytes > limit:
             shards.append(_write_shard(folder, len(shards), shard))
@@ -276,9 +389,7 @@ def write_model(
         size += tensor.nbytes
         total += tensor.nbytes
     shards.append(_write_shard(folder, len(shards), shard))
-    names = _name_shards(folder, shards, total)
-    write_configs(folder, config, next(iter(shards[0].values())))
-    return names
+    return _name_shards(folder, shards, total), next(iter(shards[0].values()))
 
 
 def write_configs(folder: Path, config: BumblebeeConfig, dtype: str) -> None:
@@ -289,7 +400,7 @@ def write_configs(folder: Path, config: BumblebeeConfig, dtype: str) -> None:
 
 def write_generation_config(folder: Path, config: BumblebeeConfig) -> None:
     """Write generation_config.json: the ids that generation begins and ends with."""
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: getattr(config, name) for name in SPECIAL_IDS}
     write_json(folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from bumblebee.checkpoint.adapter import CONFIG, chain, is_adapter_folder
 from bumblebee.checkpoint.atomic import written_aside
 from bumblebee.checkpoint.consolidate import DTYPES, check_dtype, copy_files
-from bumblebee.checkpoint.folder import drop_other_weights, is_model_folder, load_config, read_tensors, write_model
+from bumblebee.checkpoint.folder import drop_other_weights, files_in, is_model_folder, read_tensors
 
 _TOKENIZER = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
@@ -47,12 +47,12 @@ def merge(
         raise ValueError(f"adapter: {adapter} is no adapter folder: {CONFIG} is not there, or a whole model is beside it")
     folders = chain(adapter, base)
     _check_output(output, folders, overwrite)
-    config = load_config(folders[0])
+    files = files_in(folders[0])
     tensors = tqdm(
         read_tensors(adapter, DTYPES.get(dtype), base), desc="merging", unit=" tensors", disable=not sys.stderr.isatty()
     )
     with written_aside(output) as aside:
-        names = write_model(aside, config, tensors, max_shard_size)
+        names = files.write_stored(aside, tensors, max_shard_size)
         copy_files(_TOKENIZER, _last_with("tokenizer.json", folders), aside)
         copy_files(["generation_config.json"], _last_with("generation_config.json", folders), aside)
     drop_other_weights(output, names)

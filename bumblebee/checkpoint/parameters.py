@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,12 @@ from bumblebee import distributed
 from bumblebee.checkpoint.keys import Place
 
 Device = torch.device | Callable[[str], torch.device]
-TIED_KEY = "lm_head.weight"
+
+
+def tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Keys of tensors that are there before, as a tied head is -> the key that comes first."""
+    first = {id(tensor): key for key, tensor in reversed(list(tensors.items()))}
+    return {key: first[id(tensor)] for key, tensor in tensors.items() if first[id(tensor)] != key}
 
 
 class Parameters:
@@ -28,9 +32,9 @@ class Parameters:
         self.model, self.dtype = model, dtype
         self.device_of = device if callable(device) else lambda key: device
         self.ours: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        self.tied = TIED_KEY in self.ours and self.ours[TIED_KEY] is self.ours["model.embed_tokens.weight"]
-        if self.tied:
-            del self.ours[TIED_KEY]
+        self.tied = tied(self.ours)
+        for key in self.tied:
+            del self.ours[key]
         self._begun: set[str] = set()  # keys that some part has made room for
 
     @property
@@ -61,10 +65,10 @@ class Parameters:
         setattr(module, name, self.ours[key])
 
     def finish(self) -> None:
-        """After all: tie the head again, and move the buffers that are in no file."""
-        if self.tied:
-            tie: Any = self.model.tie_weights
-            tie()
+        """After all: tie what was tied again, and move the buffers that are in no file."""
+        for key, first in self.tied.items():
+            module_name, _, name = key.rpartition(".")
+            setattr(self.model.get_submodule(module_name), name, self.ours[first])
         for place, module in self.model.named_modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device_of(f"{place}.{name}"))

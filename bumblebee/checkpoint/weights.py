@@ -48,6 +48,15 @@ def _named_in(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def stored_keys(folder: str | Path) -> set[str]:
+    """Names of the tensors in a folder's safetensors files."""
+    found: set[str] = set()
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as shard:
+            found.update(shard.keys())
+    return found
+
+
 def stored_tensors(folder: str | Path, allow_pickle: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Every (key, tensor) of a folder's files, on the CPU. They are read from the disk when they are looked at.
 

@@ -23,7 +23,7 @@ from bumblebee.inference.runner import Runner
 from bumblebee.inference.sampler import SamplerState, sample
 from bumblebee.inference.scheduler import Scheduler
 from bumblebee.inference.sequence import Sequence, check_prompt
-from bumblebee.model import Bumblebee
+from bumblebee.models import LanguageModel
 from bumblebee.tokenizer import Tokenizer
 
 __all__ = ["EngineStats", "GenerationEngine", "GenerationOptions"]
@@ -54,7 +54,7 @@ class GenerationEngine:
 
     def __init__(
         self,
-        model: Bumblebee,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         stop_ids: Collection[int] = (),
         options: GenerationOptions | None = None,

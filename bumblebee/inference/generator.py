@@ -22,7 +22,7 @@ from bumblebee.inference.params import SamplingParams
 from bumblebee.inference.placement import devices_for, spread
 from bumblebee.inference.request import FinishReason, Output, Request, Token
 from bumblebee.inference.sequence import check_prompt, pages_needed
-from bumblebee.model import Bumblebee
+from bumblebee.models import LanguageModel, load_model
 from bumblebee.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]  # a text, or the ids of one: a chat's, for instance, that its template has made
@@ -67,7 +67,7 @@ class Generator:
 
     def __init__(
         self,
-        model: Bumblebee,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         stop_ids: Sequence[int] = (),
         defaults: SamplingParams | None = None,
@@ -87,6 +87,7 @@ class Generator:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         device_map: Literal["auto"] | None = None,
+        trust_remote_code: bool = False,
     ) -> Generator:
         """Read a model folder with its tokenizer. On a CPU the weights are packed: the model generates, it does not train.
 
@@ -95,6 +96,7 @@ class Generator:
             device: auto, cpu, cuda or cuda:N.
             dtype: auto for the file's, or float32, bfloat16, float16.
             device_map: auto spreads the layers over the GPUs there are, if one of them is too small.
+            trust_remote_code: run code that the folder names or holds.
 
         Raises:
             ValueError: no model or tokenizer there, an unknown device or dtype, or a model too large for all devices.
@@ -103,10 +105,10 @@ class Generator:
             raise ValueError(f"unknown dtype {dtype!r}; write auto, float32, bfloat16 or float16")
         chosen = dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else getattr(torch, dtype)
         if device_map is None:
-            model = Bumblebee.from_pretrained(folder, dtype=chosen, device=distributed.pick_device(device))
+            model = load_model(folder, chosen, distributed.pick_device(device), trust_remote_code)
             pack(model)
         else:
-            model = spread(folder, *devices_for(device_map, device), chosen)
+            model = spread(folder, *devices_for(device_map, device), chosen, trust_remote_code)
         tokenizer = Tokenizer.from_pretrained(folder)
         settings = read_settings(folder)
         return cls(model, tokenizer, stop_ids_of(settings), sampling_of(settings))

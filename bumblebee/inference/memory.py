@@ -10,14 +10,14 @@ from torch import nn
 from bumblebee.inference.cache import bytes_per_position
 from bumblebee.inference.options import GenerationOptions
 from bumblebee.inference.placement import layer_devices
-from bumblebee.model import Bumblebee
+from bumblebee.models import LanguageModel
 
 PAGE_SIZE = 16  # positions of a page
 CUDA_SHARE = 0.8  # of the free memory
 LEAST = 4096  # positions on a CPU, if the model has so many and so many can be of use
 
 
-def pages_for(model: Bumblebee, options: GenerationOptions) -> int:
+def pages_for(model: LanguageModel, options: GenerationOptions) -> int:
     """Pages of an engine's cache.
 
     Without ``cache_tokens``: on a GPU four fifths of the memory that is free. On a CPU as much memory as the weights take, and
@@ -26,7 +26,7 @@ def pages_for(model: Bumblebee, options: GenerationOptions) -> int:
     return -(-(options.cache_tokens or _positions(model, options)) // PAGE_SIZE)
 
 
-def _positions(model: Bumblebee, options: GenerationOptions) -> int:
+def _positions(model: LanguageModel, options: GenerationOptions) -> int:
     weights = list(model.parameters())
     most = model.config.max_position_embeddings * options.max_running
     one_layer = bytes_per_position(model.config, weights[0].dtype) // model.config.num_hidden_layers

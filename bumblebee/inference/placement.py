@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from bumblebee.checkpoint.adapter import chain
-from bumblebee.checkpoint.folder import load_config, load_weights, parameters_on_meta, weight_files
+from bumblebee.checkpoint.folder import is_ours, load_config, load_weights, parameters_on_meta, weight_files
 from bumblebee.model import Bumblebee
 from bumblebee.model_class import class_for
+from bumblebee.models import LanguageModel
 from bumblebee.nn.kernels import AttentionMask
 
 SHARE = 0.8  # of a device's free memory for weights; the rest is for the cache and what is being computed
@@ -52,11 +53,10 @@ class Placement:
                 return self.embedding
 
 
-def layer_devices(model: Bumblebee) -> list[torch.device]:
+def layer_devices(model: LanguageModel) -> list[torch.device]:
     """Device of each layer's weights."""
-    layers: Any = model.model.layers
     first = next(model.parameters())
-    return [next(layer.parameters(), first).device for layer in layers]
+    return [next(block.parameters(), first).device for block in model.blocks]
 
 
 def devices_for(device_map: str, device: str) -> tuple[list[torch.device], list[int]]:
@@ -76,7 +76,11 @@ def devices_for(device_map: str, device: str) -> tuple[list[torch.device], list[
 
 
 def spread(
-    folder: str | Path, devices: Sequence[torch.device], memory: Sequence[int], dtype: torch.dtype | None = None
+    folder: str | Path,
+    devices: Sequence[torch.device],
+    memory: Sequence[int],
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> Bumblebee:
     """Read a model folder onto several devices.
 
@@ -85,13 +89,16 @@ def spread(
         devices: in the order in which they are to be used.
         memory: free bytes of each.
         dtype: of the weights; None keeps the file's.
+        trust_remote_code: import the class that the folder names.
 
     Raises:
-        ValueError: no model folder, or a model too large for all of them.
+        ValueError: no model folder, a model that Bumblebee does not compute itself, or one too large for all of them.
     """
+    if not is_ours(chain(folder)[0]):
+        raise ValueError(f"device_map: only models that Bumblebee computes itself can be spread, and {folder} holds another")
     config = load_config(folder)
     with parameters_on_meta():
-        model = class_for(Bumblebee, folder, config, trust_remote_code=False)(config)
+        model = class_for(Bumblebee, folder, config, trust_remote_code)(config)
     sizes = part_sizes(model, _bytes_per_parameter(folder, model) if dtype is None else dtype.itemsize)
     numbers = plan(sizes, [int(SHARE * each) for each in memory])
     places = [devices[number] for number in numbers]

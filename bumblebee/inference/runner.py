@@ -11,7 +11,7 @@ from torch import Tensor
 from bumblebee.inference.cache import KVCache, Layout
 from bumblebee.inference.placement import layer_devices
 from bumblebee.inference.sequence import Chunk
-from bumblebee.model import Bumblebee
+from bumblebee.models import LanguageModel
 
 PADDING = 2.0  # positions that a CPU may read for each that is there, so that single tokens share a call
 
@@ -25,7 +25,7 @@ class Runner:
         page_size: positions of a page.
     """
 
-    def __init__(self, model: Bumblebee, pages: int, page_size: int) -> None:
+    def __init__(self, model: LanguageModel, pages: int, page_size: int) -> None:
         self.model = model
         weight = next(model.parameters())
         self.cache = KVCache(model.config, pages, page_size, weight.dtype, layer_devices(model))

@@ -24,6 +24,13 @@ class Head(nn.Linear):
         super().__init__(hidden_size, vocab_size, bias=False)
         self.weighing = Weighing()
 
+    @classmethod
+    def adopt(cls, layer: nn.Module) -> None:
+        """Make a linear layer of another model, which stays where it is, a head. One with biases is left as it is."""
+        if type(layer) is nn.Linear and layer.bias is None:
+            layer.__class__ = cls
+            layer.weighing = Weighing()
+
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits, or token losses where labels are given.
 

@@ -27,6 +27,7 @@ from bumblebee.config import BumblebeeConfig
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.lora import LoRA
 from bumblebee.model import Bumblebee
+from bumblebee.models import load_model
 from bumblebee.nn import IGNORE
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.language_modeling import LanguageModeling
@@ -273,7 +274,7 @@ def train(folder: str | Path, **job: Any) -> list[dict[str, float]]:
     trainer = Trainer(**{**SMALL, **job})
     torch.manual_seed(fit["seed"])
     with trainer.building() if building else nullcontext():
-        model = Bumblebee.from_pretrained(base) if base else small_model(**parts["model"])
+        model = load_model(base) if base else small_model(**parts["model"])
         task = globals()[kind](model, **task_options)
     data = globals()[data_kind](**data_options)
     trainer.fit(task, data, optimizer, schedule, {"recorder": recorder, **others}, **fit)
