@@ -52,6 +52,8 @@ class Chat:
             except EOFError:
                 break
             except KeyboardInterrupt:
+                if not self.keyboard.interactive:
+                    raise
                 self.screen.note("/quit or Ctrl-D leaves")
                 continue
             if text.startswith("/"):

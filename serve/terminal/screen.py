@@ -20,7 +20,11 @@ class Screen:
 
     def piece(self, text: str) -> None:
         """Some of an answer. To a file or a pipe it goes as it is."""
-        print(_CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text) if self.terminal else text, end="", flush=True)
+        try:
+            print(_CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text) if self.terminal else text, end="", flush=True)
+        except BrokenPipeError:  # whoever read has seen enough, as ``head`` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
 
     def note(self, text: str) -> None:
         """What the program says, not the model."""

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from pseudo_terminal import PseudoTerminal
+from system.processes import start_command
 
 from bumblebee import Generator, SamplingParams
 from bumblebee.cli import main
@@ -191,6 +193,28 @@ def test_a_stopped_answer_gives_its_pages_back_and_is_not_computed_again(generat
         pass
     stats = model.engine.stats()
     assert stats.cached_tokens > 300 and stats.pages_free + stats.pages_cached == stats.pages_total
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_ends_the_chat_in_silence(folder: Path) -> None:
+    chat = start_command("chat", "--model", str(folder), *GREEDY, stdin=subprocess.PIPE)
+    chat.stdin.write("Who flies?\n" * 50)
+    chat.stdin.flush()
+    assert chat.stdout.readline()
+    chat.stdout.close()
+    assert chat.wait(60) == 1
+    assert chat.stderr.read() == ""
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_chat_that_reads_from_a_pipe(folder: Path) -> None:
+    chat = start_command("chat", "--model", str(folder), *GREEDY, stdin=subprocess.PIPE)
+    chat.stdin.write("Who flies?\n")
+    chat.stdin.flush()
+    assert chat.stdout.readline()
+    chat.send_signal(signal.SIGINT)
+    assert chat.wait(60) == 130
+    assert "Traceback" not in chat.stderr.read()
 
 
 # -- files of conversations, completion ----------------------------------------------------------------------------------
