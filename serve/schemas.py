@@ -59,7 +59,7 @@ Parts = Annotated[list[TextPart], Field(min_length=1)]
 class FunctionCall(Strict):
     """What a call calls; the arguments are the JSON text of an object."""
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(pattern=FUNCTION_NAME)]
     arguments: Annotated[str, AfterValidator(json_object)]
 
 

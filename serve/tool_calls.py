@@ -94,28 +94,32 @@ class CallParser:
 
     def _say(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
-        self._scan, self._written = None, True
+        self._written = True
         return text
 
     def _take(self, call: Call, end: int) -> Call:
-        self._held, self._scan = self._held[end:], None
+        self._held = self._held[end:]
         self._behind_call = self._called = True
         return call
 
     def _read(self, at: int) -> tuple[Call, int] | None:
         """The call that stands at a place, and its end; None if there is none. Raises Unfinished."""
-        name, begin = (None, past_blanks(self._held, at)) if self.format.between is None else self._head(at)
+        found = (None, at) if self.format.between is None else self._head(at)
+        if found is None:
+            return None
+        name, begin = found[0], past_blanks(self._held, found[1])
         if begin == len(self._held):
             raise Unfinished
         if self._held[begin] != "{":
             return None
         self._scan = self._scan or ObjectScan(begin)
         end = self._scan.end(self._held)
+        self._scan = None
         call = _call(self._held[begin:end], name)
         return (call, end) if call and call.name in self.names else None
 
-    def _head(self, at: int) -> tuple[str, int]:
-        """The name that stands at a place, and where its arguments begin. Raises Unfinished."""
+    def _head(self, at: int) -> tuple[str, int] | None:
+        """The name that stands at a place, and the end of what parts it from its arguments. Raises Unfinished."""
         unfinished = False
         for name in self.names:
             try:
@@ -123,12 +127,12 @@ class CallParser:
             except Unfinished:
                 unfinished = True
                 continue
-            begin = at if end is None else past_blanks(self._held, end)
-            if end is not None and self._held[begin : begin + 1] in ("{", ""):
-                return name, begin
+            # One name may be the beginning of another.
+            if end is not None and self._held[past_blanks(self._held, end) :][:1] in ("{", ""):
+                return name, end
         if unfinished:
             raise Unfinished
-        return "", at
+        return None
 
 
 class ObjectScan:

@@ -87,6 +87,7 @@ ANSWERS = [
     '{"name": "fly", "parameters": {}}',
     "fly\n{} fly",
     "fly_home now",
+    '<tool_call>{"name": "fly"}</tool_call><tool_call>{"name": "no"}</tool_call><tool_call>{"name": "fly"}</tool_call>',
 ]
 
 
@@ -123,6 +124,16 @@ def test_what_is_no_call_stays_text(formats, answer):
 def test_a_call_behind_what_was_none_is_found(formats):
     answer = '<tool_call>oh</tool_call> <tool_call>{"name": "fly", "arguments": {}}</tool_call>'
     assert parsed(formats["chatml"], answer) == ("<tool_call>oh</tool_call>", [("fly", {})])
+
+
+def test_a_call_of_an_unknown_tool_between_two_calls_is_text(formats):
+    made = '<tool_call>{"name": "fly", "arguments": {"a": "}"}}</tool_call>'
+    none = made.replace("fly", "crawl")
+    assert parsed(formats["chatml"], [made + none + made]) == (none, [("fly", {"a": "}"})] * 2)
+
+
+def test_an_answer_in_json_is_given_out_as_it_comes_where_calls_begin_with_names(formats):
+    assert CallParser(formats["glm"], NAMES).feed('{"a": ') == ['{"a":']
 
 
 def test_text_is_given_out_as_it_comes_and_a_call_when_it_is_complete(formats):
