@@ -74,7 +74,7 @@ class Worker(litserve.LitAPI):
         engine = generator.engine(limits)
         cache_tokens = engine.stats().pages_total * PAGE_SIZE
         return engine, Ready(
-            device=str(generator.device),
+            device=", ".join(dict.fromkeys(str(weight.device) for weight in generator.model.parameters())),
             dtype=str(generator.dtype).removeprefix("torch."),
             parameters=generator.model.num_parameters(),
             vocab_size=generator.model.config.vocab_size,

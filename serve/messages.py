@@ -25,7 +25,7 @@ class Ready:
     """The model is loaded.
 
     Args:
-        device: where it is.
+        device: where it is; several, where its layers are spread.
         dtype: of its weights.
         parameters: how many it has.
         vocab_size: token ids that it knows.

@@ -43,7 +43,7 @@ from serve.options import ServeOptions
 from serve.workers import Workers
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
-KEEP_ALIVE = 65  # seconds that an idle connection stays open: longer than most clients keep theirs
+KEEP_ALIVE = 15  # seconds that an idle connection stays open: longer than most clients keep theirs
 GRACE = 5  # seconds that the last bytes of an answer have to leave
 
 

@@ -116,6 +116,30 @@ def test_flags_win_over_the_recipe_and_requests_over_both(served_folder: Path, t
         assert running.post("/v1/completions", {**body, "max_tokens": 5}).json()["usage"]["completion_tokens"] == 5
 
 
+def test_an_adapter_folder_is_served_as_the_sum_with_its_base(served_folder: Path, tmp_path: Path):
+    import torch
+
+    from bumblebee import Bumblebee, Generator, SamplingParams
+    from bumblebee.lora import LoRA
+
+    model = Bumblebee.from_pretrained(served_folder)
+    LoRA(rank=4, alpha=8, dropout=0.0)(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    params = SamplingParams(max_new_tokens=24, temperature=0.0, ignore_eos=True)
+    base, adapted = (
+        Generator.from_pretrained(folder, device="cpu").generate(["The list"], params)[0].text
+        for folder in (served_folder, tmp_path / "adapter")
+    )
+    assert base != adapted
+    with serving(tmp_path / "adapter", "--device_map", "auto", "--device", "auto") as running:
+        answer = running.complete("The list", max_tokens=24, temperature=0.0, ignore_eos=True).json()
+    assert answer["choices"][0]["text"] == adapted
+
+
 # -- it ends -----------------------------------------------------------------------------------------------------------------
 
 
