@@ -100,6 +100,7 @@ function focusInput() {
 }
 
 function begin() {
+  writer.save();
   chat.start();
   if (sidebar.over) sidebar.toggle(false);
   focusInput();
@@ -171,6 +172,7 @@ addEventListener("online", () => connection.connect());
 addEventListener("pagehide", () => chat.keep());
 addEventListener("storage", ({ key }) => {
   if (!key) return;
+  settings.reload();
   store.reload(key);
   if (!chat.running && store.get(chat.conversation.id)) chat.open(chat.conversation.id);
   else drawList();

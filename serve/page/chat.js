@@ -100,9 +100,9 @@ export class Chat extends EventTarget {
   }
 
   /** The text of a completion, as the reader has changed it. */
-  write(text) {
-    this.conversation.text = text;
-    this.#save(this.conversation);
+  write(conversation, text) {
+    conversation.text = text;
+    this.#save(conversation);
   }
 
   stop(id = this.conversation.id) {

@@ -18,6 +18,8 @@
  * @property {number} updated
  * @property {Message[]} messages
  * @property {string} text of a completion: what was written, and what the model wrote on
+ * @property {string} [before] the text before the model wrote on the last time
+ * @property {Message} [answer] what it wrote on then, with its end and its figures
  */
 
 const FORMAT = "bumblebee-conversations";

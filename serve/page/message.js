@@ -23,7 +23,7 @@ const ENDS = {
 export class MessageView {
   #spoken = 0;
   #live = false;  // whether the answer has been seen coming, and so is spoken
-  #fault = "";
+  #ended = "";
 
   /**
    * @param {import("./conversation.js").Message} message
@@ -114,16 +114,16 @@ export class MessageView {
   #showEnd(running, last) {
     const { message } = this;
     const state = JSON.stringify([running, last, message.error, message.finish]);
-    if (state === this.#fault) return;
-    this.#fault = state;
+    if (state === this.#ended) return;
+    this.#ended = state;
     this.root.classList.toggle("failed", Boolean(message.error));
-    if (message.error) return this.ends.replaceChildren(this.#faultBox(message.error, last, running));
+    if (message.error) return this.ends.replaceChildren(this.#endedBox(message.error, last, running));
     const cut = message.finish ?? (running ? undefined : "lost");
     const words = cut === "lost" ? describe({ kind: "lost", message: "" }).title : ENDS[cut];
     this.ends.replaceChildren(...(words && !running ? [element("p", {}, words), ...(last ? this.#goOn() : [])] : []));
   }
 
-  #faultBox(error, last, running) {
+  #endedBox(error, last, running) {
     const { title, text, detail } = describe(error);
     const box = element("div", { className: "fault", role: "alert" }, element("strong", {}, title));
     if (detail) box.append(element("p", { className: "detail" }, detail));

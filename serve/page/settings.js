@@ -38,8 +38,7 @@ export class Settings extends EventTarget {
   }
 
   set key(value) {
-    if (value) this.storage.setItem(KEY_PLACE, value);
-    else this.storage.removeItem(KEY_PLACE);
+    this.#keep(KEY_PLACE, value);
   }
 
   /** The fields of a request that are set: numbers, under the names they have there. */
@@ -56,12 +55,23 @@ export class Settings extends EventTarget {
       if (text === "") delete this.values[name];
       else this.values[name] = NUMBERS.includes(name) ? Number(text) : text;
     }
+    this.#keep(PLACE, JSON.stringify(this.values));
+    this.dispatchEvent(new Event("change"));
+  }
+
+  /** Takes over what another tab has set. */
+  reload() {
+    this.values = read(this.storage);
+    this.dispatchEvent(new Event("change"));
+  }
+
+  #keep(place, text) {
     try {
-      this.storage.setItem(PLACE, JSON.stringify(this.values));
+      if (text) this.storage.setItem(place, text);
+      else this.storage.removeItem(place);
     } catch {
       this.dispatchEvent(new Event("full"));
     }
-    this.dispatchEvent(new Event("change"));
   }
 }
 

@@ -37,13 +37,11 @@ export class Store extends EventTarget {
     } catch {
       this.dispatchEvent(new Event("full"));
     }
-    this.dispatchEvent(new Event("change"));
   }
 
   remove(id) {
     this.#conversations.delete(id);
     this.storage.removeItem(PREFIX + id);
-    this.dispatchEvent(new Event("change"));
   }
 
   /** Takes over what another tab wrote under this key; a value that cannot be read is left alone. */
@@ -54,10 +52,7 @@ export class Store extends EventTarget {
     try {
       if (text === null) this.#conversations.delete(id);
       else this.#conversations.set(id, JSON.parse(text));
-    } catch {
-      return;
-    }
-    this.dispatchEvent(new Event("change"));
+    } catch { /* left alone */ }
   }
 }
 

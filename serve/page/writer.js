@@ -3,11 +3,11 @@
 import { byId, throttled } from "./dom.js";
 import { MessageView } from "./message.js";
 
-const SAVE_AFTER = 400;  // milliseconds without a key
+const SAVE_AFTER = 400;  // milliseconds after the first unsaved key
 
 export class Writer {
   #view = null;
-  #timer = 0;
+  #unsaved = null;  // the conversation whose text has changed in the box and not yet in the store
   #conversation = null;
 
   /**
@@ -30,6 +30,7 @@ export class Writer {
     const { chat, area } = this;
     const { conversation, running } = chat;
     this.form.hidden = conversation.mode !== "completion";
+    this.save();
     if (this.form.hidden) return;
     if (conversation !== this.#conversation || area.value !== conversation.text) this.#write(conversation, running);
     area.readOnly = running;
@@ -39,10 +40,16 @@ export class Writer {
     this.#showEnd(conversation.answer, running);
   }
 
+  /** Writes down what is only in the box so far. */
+  save() {
+    const conversation = this.#unsaved;
+    this.#unsaved = null;
+    if (conversation) this.chat.write(conversation, this.area.value);
+  }
+
   #write(conversation, running) {
     const { area } = this;
     const atEnd = area.scrollHeight - area.scrollTop - area.clientHeight < 48;
-    clearTimeout(this.#timer);
     this.#conversation = conversation;
     area.value = conversation.text;
     if (running && atEnd) area.scrollTop = area.scrollHeight;
@@ -58,8 +65,8 @@ export class Writer {
   }
 
   #saveSoon() {
-    clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => this.chat.write(this.area.value), SAVE_AFTER);
+    if (!this.#unsaved) setTimeout(() => this.save(), SAVE_AFTER);
+    this.#unsaved = this.chat.conversation;
   }
 
   #key(event) {
@@ -70,8 +77,7 @@ export class Writer {
 
   #complete() {
     if (this.chat.running) return;
-    clearTimeout(this.#timer);
-    this.chat.write(this.area.value);
+    this.save();
     this.chat.complete();
   }
 }

@@ -97,11 +97,12 @@ def open_page(browser: Any, script: ScriptedServer) -> Iterator[Callable[..., Ch
     """Opens the page in a profile of its own; `allowed` are console errors that the test provokes."""
     contexts, problems = [], []
 
-    def opened(allowed: str = r"$.", url: str = "", keyed: bool = False, **options: Any) -> Chat:
+    def opened(allowed: str = r"$.", url: str = "", keyed: bool = False, init: str = "", **options: Any) -> Chat:
         url = url or script.url
         context = browser.new_context(**{"viewport": {"width": 1100, "height": 760}, **options})
         context.set_default_timeout(10_000)
         contexts.append(context)
+        context.add_init_script(init)
         page = context.new_page()
 
         def note(text: str) -> None:
@@ -202,6 +203,16 @@ def test_an_answer_is_copied_as_it_was_written(chat: Chat, script: ScriptedServe
     chat.button("Copy the answer").click()
     expect(chat.page.locator("#spoken")).to_contain_text("Copied")
     assert chat.page.evaluate("navigator.clipboard.readText()") == "Some **bold** text"
+
+
+def test_copying_works_over_plain_http_too(open_page: Callable[..., Chat], script: ScriptedServer) -> None:
+    """Where the browser gives the page no clipboard: not on this machine, and no TLS."""
+    chat = open_page(init="Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    chat.ask("Text")
+    chat.answered("Fine, thank you.")
+    chat.button("Copy the answer").click()
+    chat.question.press("Control+v")
+    expect(chat.question).to_have_value("Fine, thank you.")
 
 
 def test_stop_leaves_the_request_and_keeps_the_text(chat: Chat, script: ScriptedServer) -> None:
@@ -508,6 +519,19 @@ def test_a_text_is_continued_and_taken_back(chat: Chat, script: ScriptedServer) 
     assert [body["prompt"] for body in script.bodies] == ["Once", "Once upon a time"]
     chat.page.reload()
     expect(text).to_have_value("Once upon a time")
+
+
+def test_a_text_is_kept_when_another_is_opened_right_after_the_last_key(chat: Chat, script: ScriptedServer) -> None:
+    chat.page.get_by_role("radio", name="Completion").check()
+    text = chat.page.get_by_label("Text that the model continues")
+    text.fill("The first")
+    chat.page.keyboard.press("Control+Shift+O")
+    expect(chat.items).to_have_text(["The first"])
+    expect(text).to_have_value("")
+    text.fill("The second")
+    chat.items.first.click()
+    expect(text).to_have_value("The first")
+    expect(chat.items).to_have_count(2)
 
 
 # --- what goes wrong ---
