@@ -125,7 +125,7 @@ export class MessageView {
 
   #endedBox(error, last, running) {
     const { title, text, detail } = describe(error);
-    const box = element("div", { className: "fault", role: "alert" }, element("strong", {}, title));
+    const box = element("div", { className: "fault", role: "alert", dataset: { kind: error.kind } }, element("strong", {}, title));
     if (detail) box.append(element("p", { className: "detail" }, detail));
     if (text) box.append(element("p", {}, text));
     if (last && !running) box.append(element("div", { className: "row" }, ...this.#remedies(error)));
