@@ -1,45 +1,87 @@
-"""Weights in the layout that the CPU's matrix products want.
+"""Weights in the layout that the CPU's matrix products want, and one product where several have the same input.
 
 oneDNN can read a weight as it lies in a model folder, but then it reads it slowly, or copies it into its own order at every
 call. Packed once, a product with up to 16 rows, which is what growing texts consist of, takes a third to nine tenths of the
-time (docs/lab-log.md). One weight is packed after the other and the plain one is let go of, so no second model is held; only a
-head that shares the embedding's table gets a copy of it. The operators are torch's own, which torch.compile uses when it
-freezes a model; they have no public name.
+time. Queries, keys and values are one product, and so are the two that a gated feed-forward part begins with: with few rows a
+call costs about as much as its work (figures: docs/lab-log.md). The layers keep their names, and in a state dict their weights.
+
+One weight is packed after the other and the plain one is let go of, so no second model is held; only a head that shares the
+embedding's table gets a copy of it. The operators are torch's own, which torch.compile uses when it freezes a model; they have
+no public name.
 """
 
 from __future__ import annotations
 
 import platform
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from bumblebee.nn.attention import Attention
+from bumblebee.nn.ffn import GatedFFN
 from bumblebee.nn.head import Head
+
+TOGETHER: dict[type[nn.Module], tuple[str, ...]] = {  # layers that are called with the same input
+    Attention: ("q_proj", "k_proj", "v_proj"),
+    GatedFFN: ("gate_proj", "up_proj"),
+}
+
+
+class Product(nn.Module):
+    """One matrix product for some linear layers. The first of them that is called with an input computes it for all.
+
+    Args:
+        layers: linear layers of the same input width, all with a bias or none.
+        shared: the weight is another module's too: this one is no parameter of the model, which is counted once.
+    """
+
+    def __init__(self, layers: list[nn.Linear], shared: bool = False) -> None:
+        super().__init__()
+        self.widths = [layer.out_features for layer in layers]
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat([layer.weight.detach() for layer in layers]))
+        self.weight = packed if shared else nn.Parameter(packed, requires_grad=False)
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}  # of this input, until each was asked for
+
+    def forward(self, x: Tensor, number: int) -> Tensor:
+        """The output of one of the layers: (..., in_features) -> (..., its out_features)."""
+        if x is not self._input or number not in self._outputs:
+            out = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            self._input, self._outputs = x, dict(enumerate(out.split(self.widths, dim=-1)))
+        wanted = self._outputs.pop(number)
+        if not self._outputs:
+            self._input = None
+        return wanted
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Its layers save themselves."""
 
 
 class PackedLinear(nn.Module):
     """A linear layer that only computes: its weight cannot be trained. In a state dict it is a plain one.
 
     Args:
-        linear: the layer whose weight is packed.
-        shared: its weight is another module's too: this one is no parameter of the model, which is counted once.
+        product: of the layer and its like.
+        number: which of the product's layers it is.
     """
 
-    def __init__(self, linear: nn.Linear, shared: bool) -> None:
+    def __init__(self, product: Product, number: int) -> None:
         super().__init__()
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.weight = packed if shared else nn.Parameter(packed, requires_grad=False)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.product, self.number = product, number
 
     def forward(self, x: Tensor, labels: None = None) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         assert labels is None, "a packed head gives logits, no losses"
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return self.product(x, self.number)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.weight.detach().to_dense()
+        product = self.product
+        destination[prefix + "weight"] = product.weight.detach().to_dense().split(product.widths)[self.number].clone()
+        if product.bias is not None:
+            destination[prefix + "bias"] = product.bias.detach().split(product.widths)[self.number].clone()
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -54,10 +96,23 @@ def pack(model: nn.Module) -> None:
     """Pack the weights of all plain linear layers on the CPU, in place; those that it cannot be done for stay as they are."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in list(model.modules()):
+        for kind, names in TOGETHER.items():
+            if isinstance(module, kind):
+                _pack_together(module, names)
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Head) and _fits(child.weight):
-                setattr(module, name, PackedLinear(child, shared=id(child.weight) in tables))
+            if _fits(child):
+                setattr(module, name, PackedLinear(Product([child], shared=id(child.weight) in tables), 0))
 
 
-def _fits(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and can_pack(weight.dtype)
+def _pack_together(module: nn.Module, names: tuple[str, ...]) -> None:
+    layers = [layer for name in names if _fits(layer := getattr(module, name, None))]
+    if len(layers) == len(names) and len({(layer.bias is None, layer.weight.dtype) for layer in layers}) == 1:
+        product = Product(layers)
+        for number, name in enumerate(names):
+            setattr(module, name, PackedLinear(product, number))
+
+
+def _fits(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether it is a plain linear layer that can be packed."""
+    plain = isinstance(layer, nn.Linear) and type(layer) in (nn.Linear, Head)
+    return plain and layer.weight.device.type == "cpu" and can_pack(layer.weight.dtype)

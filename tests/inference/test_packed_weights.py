@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bumblebee import Bumblebee
-from bumblebee.inference.packing import PackedLinear, can_pack, pack
+from bumblebee.inference.packing import PackedLinear, Product, can_pack, pack
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.06}
 
@@ -31,6 +31,7 @@ def test_a_packed_model_gives_the_same_logits(tiny, dtype, tied):
                 pack(model)
             torch.testing.assert_close(model(ids), expected, rtol=0, atol=TOLERANCE[dtype])
     assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 2 * 7 + 1
+    assert sum(isinstance(module, Product) for module in model.modules()) == 2 * 4 + 1
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -55,3 +56,23 @@ def test_layers_of_other_kinds_stay_as_they_are():
     model = nn.Sequential(Own(4, 4), nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.float64))
     pack(model)
     assert [type(module) for module in model] == [Own, PackedLinear, nn.Linear]
+
+
+def test_layers_that_share_a_product_give_each_input_its_own_outputs():
+    """In any order, also for an input that was changed in place, or that only some of them were asked for."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 4), nn.Linear(8, 6)]
+    product = Product(layers)
+    first, second = (PackedLinear(product, number) for number in (0, 1))
+    x, y = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        for packed, plain, given in (
+            (first, layers[0], x), (first, layers[0], y), (second, layers[1], y), (second, layers[1], x), (first, layers[0], x),
+        ):  # fmt: skip
+            torch.testing.assert_close(packed(given), plain(given), rtol=0, atol=1e-5)
+        first(x)
+        second(x)
+        x += 1
+        torch.testing.assert_close(first(x), layers[0](x), rtol=0, atol=1e-5)
+        second(x)
+    assert product._input is None and not product._outputs, "nothing is held when all have been asked"
