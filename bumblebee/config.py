@@ -265,7 +265,7 @@ class BumblebeeConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> BumblebeeConfig:
-        """A published size (``0.5b`` ... ``72b``) or ``tiny``, with some fields changed.
+        """A published size (``0.5b`` ... ``72b``), ``tiny`` or ``tiny-moe``, with some fields changed.
 
         Raises:
             ValueError: an unknown size or field; the message names the nearest.
@@ -296,8 +296,9 @@ def _size(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
     }
 
 
-# The shapes of Qwen2.5 (arXiv 2412.15115, table 1), and two for trying things out: one of about 5 M parameters, and one of
-# 13 M, of which each token meets 5 M.
+# The shapes of Qwen2.5 (arXiv 2412.15115, table 1), that of Qwen3-30B-A3B (arXiv 2505.09388, table 2), a mixture of which each
+# token meets 3.3 B parameters, and two for trying things out: one of about 5 M parameters, and one of 13 M, of which each token
+# meets 5 M.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": _size(256, 704, 5, 4, 2, True, 4096) | {"max_position_embeddings": 1024, "rope_theta": 10_000.0},
     "tiny-moe": _size(256, 704, 5, 4, 2, True, 4096)
@@ -314,6 +315,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "3b": _size(2048, 11008, 36, 16, 2, True, 151936),
     "7b": _size(3584, 18944, 28, 28, 4, False, 152064),
     "14b": _size(5120, 13824, 48, 40, 8, False, 152064),
+    "30b-a3b": _size(2048, 6144, 48, 32, 4, False, 151936)
+    | {
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "qk_norm": True,
+        "attention_bias": False,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
     "32b": _size(5120, 27648, 64, 40, 8, False, 152064),
     "72b": _size(8192, 29568, 80, 64, 8, False, 152064),
 }

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from bumblebee import BumblebeeConfig
 from bumblebee.config import PRESETS
 
-# Parameters of the published Qwen2.5 weights; `parameters_by_hand` below computes the same from the shapes.
+# Parameters of the published Qwen2.5 weights and of Qwen3-30B-A3B; `parameters_by_hand` computes the same from the shapes.
 PUBLISHED = {
     "0.5b": 494_032_768,
     "1.5b": 1_543_714_304,
     "3b": 3_085_938_688,
     "7b": 7_615_616_512,
     "14b": 14_770_033_664,
+    "30b-a3b": 30_532_122_624,
     "32b": 32_763_876_352,
     "72b": 72_706_203_648,
 }
@@ -26,10 +27,12 @@ LLAMA3 = {
 
 
 def parameters_by_hand(c: BumblebeeConfig) -> int:
-    """The sum over a Qwen2's weights."""
+    """The sum over the weights of a Qwen2, or of a Qwen3-MoE."""
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    attention = c.hidden_size * (2 * queries + 2 * keys) + queries + 2 * keys
-    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    attention = c.hidden_size * (2 * queries + 2 * keys) + (queries + 2 * keys if c.attention_bias else 0)
+    attention += 2 * c.head_dim if c.qk_norm else 0
+    experts = c.hidden_size * (c.num_experts + c.num_experts * 3 * (c.moe_intermediate_size or 0))
+    layer = attention + (experts or 3 * c.hidden_size * c.intermediate_size) + 2 * c.hidden_size
     tables = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
     return tables + c.num_hidden_layers * layer + c.hidden_size
 

@@ -113,7 +113,7 @@ def test_state_dict_keys_are_those_of_hugging_face(tiny):
     ("name", "parameters"),
     [
         ("0.5b", 494_032_768), ("1.5b", 1_543_714_304), ("3b", 3_085_938_688), ("7b", 7_615_616_512),
-        ("14b", 14_770_033_664), ("32b", 32_763_876_352), ("72b", 72_706_203_648),
+        ("14b", 14_770_033_664), ("30b-a3b", 30_532_122_624), ("32b", 32_763_876_352), ("72b", 72_706_203_648),
     ],
 )  # fmt: skip
 def test_a_preset_is_built_on_the_meta_device_with_the_published_number_of_parameters(name, parameters):
@@ -126,7 +126,7 @@ def test_a_preset_is_built_on_the_meta_device_with_the_published_number_of_param
 def test_tiny_has_about_five_million_parameters_and_all_presets_are_tested():
     with torch.device("meta"):
         assert 4.5e6 < Bumblebee(BumblebeeConfig.preset("tiny")).num_parameters() < 5.5e6
-    assert len(PRESETS) == 9
+    assert len(PRESETS) == 10
 
 
 class Research(Bumblebee):

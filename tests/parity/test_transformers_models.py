@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from transformers import (  # noqa: E402
     Qwen3MoeConfig,
 )
 
-from bumblebee import Bumblebee  # noqa: E402
-from bumblebee.checkpoint.families import FAMILIES, family_of  # noqa: E402
+from bumblebee import Bumblebee, BumblebeeConfig  # noqa: E402
+from bumblebee.checkpoint.families import FAMILIES, family_of, read_config  # noqa: E402
 from bumblebee.checkpoint.folder import load_config  # noqa: E402
 from bumblebee.checkpoint.keys import as_stored  # noqa: E402
+from bumblebee.flops import active_parameters  # noqa: E402
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -247,3 +249,18 @@ def test_our_config_json_says_to_transformers_what_it_says_to_us(folder, ours, t
         before.pop(key, None)
         after.pop(key, None)
     assert before == {key: after[key] for key in before}
+
+
+def test_the_preset_of_a_mixture_is_what_the_published_config_says():
+    """Qwen3-30B-A3B, without weights."""
+    published = Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+        norm_topk_prob=True, max_position_embeddings=40960, rope_theta=1e6, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        theirs, ours = AutoModelForCausalLM.from_config(published), Bumblebee(BumblebeeConfig.preset("30b-a3b"))
+    assert ours.num_parameters() == sum(parameter.numel() for parameter in theirs.parameters())
+    assert active_parameters(ours) == pytest.approx(3.3e9, rel=0.02)
+    read = read_config({**published.to_dict(), "architectures": ["Qwen3MoeForCausalLM"]})
+    assert replace(read, architecture=None) == ours.config
