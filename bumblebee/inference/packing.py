@@ -114,5 +114,6 @@ def _pack_together(module: nn.Module, names: tuple[str, ...]) -> None:
 
 def _fits(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Whether it is a plain linear layer that can be packed."""
-    plain = isinstance(layer, nn.Linear) and type(layer) in (nn.Linear, Head)
-    return plain and layer.weight.device.type == "cpu" and can_pack(layer.weight.dtype)
+    if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, Head):
+        return False
+    return layer.weight.device.type == "cpu" and can_pack(layer.weight.dtype)
