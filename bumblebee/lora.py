@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from bumblebee.checkpoint.adapter import (
     write_adapter_config,
     write_adapter_weights,
 )
-from bumblebee.checkpoint.families import family_of
-from bumblebee.checkpoint.folder import ModelFiles, read_tensors, write_generation_config
+from bumblebee.checkpoint.folder import ForeignFiles, ModelFiles, files_of, read_tensors, write_generation_config
+from bumblebee.checkpoint.fused_adapters import fused_modules, fused_settings, separate, separate_settings
+from bumblebee.checkpoint.keys import Rule
 from bumblebee.config import BumblebeeConfig
 from bumblebee.models import load_model
 from bumblebee.nn.head import Head
@@ -117,7 +118,8 @@ class LoRA:
             )  # fmt: skip
             inject(model, config)
             _initialise(model)
-        model.files = AdapterFiles(model.config, config)
+        adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+        model.files = AdapterFiles(model.config, config, _rules(model), adapted)
 
 
 def _matched(model: nn.Module, targets: str | list[str]) -> str | list[str]:
@@ -126,7 +128,7 @@ def _matched(model: nn.Module, targets: str | list[str]) -> str | list[str]:
     Raises:
         ValueError: one that matches nothing, or something else than a linear layer of a block.
     """
-    converted = _converted(model)
+    adapted: set[str] = set()
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not isinstance(module, Head)}
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in sorted(linear)))
     if targets == "all-linear":
@@ -140,21 +142,23 @@ def _matched(model: nn.Module, targets: str | list[str]) -> str | list[str]:
             raise ValueError(
                 f"targets: {target!r} matches {other[0]}, which cannot have an adapter; there are {', '.join(ends)}"
             )
-        if fused := sorted(found & converted.keys()):
-            raise ValueError(
-                f"targets: {target!r} matches {fused[0]}, which {converted[fused[0]]} keeps with others in one tensor:"
-                " adapters are not supported there; name others, such as [q_proj, k_proj, v_proj, o_proj]"
-            )
+        adapted |= found
+    _check_fused(model, adapted)
     return targets
 
 
-def _converted(model: Any) -> dict[str, str]:
-    """Modules whose weights lie otherwise in files: PEFT's keys would name what no other reader has. -> the architecture."""
-    if not isinstance(getattr(model, "config", None), BumblebeeConfig):
-        return {}
-    family = family_of(model.config)
-    rules = family.rules(model.config)
-    return {key.rpartition(".")[0]: family.architecture for rule in rules for key in rule.ours}
+def _check_fused(model: nn.Module, adapted: set[str]) -> None:
+    """Layers that the family's files keep in one tensor have updates together."""
+    for theirs, ours in fused_modules(_rules(model)).items():
+        if 0 < len(adapted & set(ours)) < len(ours):
+            named = ", ".join(name.rpartition(".")[2] for name in ours)
+            raise ValueError(f"targets: {theirs} in the model's files is {named} in one: name all of them or none")
+
+
+def _rules(model: Any) -> list[Rule]:
+    """How the modules that PEFT knows, those of transformers, differ from the model's: as its files do, if it is ours."""
+    files = files_of(model)
+    return [] if isinstance(files, ForeignFiles) else files.rules()
 
 
 def _fits(name: str, target: str, whole: bool) -> bool:
@@ -221,11 +225,17 @@ class AdapterFiles(ModelFiles):
     Args:
         config: the model's.
         adapter: PEFT's LoraConfig.
+        rules: how PEFT's modules differ from the model's.
+        adapted: names of the modules that have updates.
     """
 
-    def __init__(self, config: BumblebeeConfig, adapter: Any) -> None:
+    def __init__(self, config: BumblebeeConfig, adapter: Any, rules: Sequence[Rule] = (), adapted: Sequence[str] = ()) -> None:
         super().__init__(config)
-        self.adapter = adapter
+        self.adapter, self.adapted, self._rules = adapter, adapted, list(rules)
+
+    def rules(self) -> list[Rule]:
+        """As for the whole model."""
+        return self._rules
 
     def holds(self, name: str) -> bool:
         """Only what belongs to an adapter."""
@@ -233,13 +243,14 @@ class AdapterFiles(ModelFiles):
 
     def write(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: str = "5GB") -> set[str]:
         """adapter_model.safetensors, adapter_config.json, generation_config.json."""
-        write_adapter_weights(folder, ((name, tensor) for name, tensor in tensors if self.holds(name)))
+        write_adapter_weights(folder, ((name, tensor) for name, tensor in tensors if self.holds(name)), self.rules())
         self.write_configs(folder, "")
         return {WEIGHTS}
 
     def write_configs(self, folder: Path, dtype: str) -> None:
         """adapter_config.json and generation_config.json."""
         settings = {**self.adapter.to_dict(), "inference_mode": True}
+        settings = fused_settings(settings, fused_modules(self.rules()), self.adapted)
         sorted_sets = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
         write_adapter_config(folder, sorted_sets)
         write_generation_config(folder, self.config)
@@ -269,11 +280,18 @@ def attach(model: nn.Module, folder: Path) -> None:
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    Adapter(folder)  # refuses what is not supported
+    adapter = Adapter(folder)  # refuses what is not supported
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
+    weights, modules, scales = load_file(folder / WEIGHTS), fused_modules(_rules(model)), adapter.scales()
+    if modules.keys() & scales.keys():
+        rows = {name: module.out_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        weights = separate(weights, modules, rows)
+        scales |= {part: scales[theirs] for theirs, ours in modules.items() if theirs in scales for part in ours}
+        for name, value in separate_settings(weights, scales, config.use_rslora).items():
+            setattr(config, name, value)
     inject(model, config)
-    result: Any = set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=NAME)
+    result: Any = set_peft_model_state_dict(model, weights, adapter_name=NAME)
     if result.unexpected_keys:
         raise ValueError(f"{folder / WEIGHTS} holds {result.unexpected_keys[0]}, which fits nothing in the base model")
 

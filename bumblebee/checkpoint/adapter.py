@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bumblebee.checkpoint.atomic import read_json, write_json
+from bumblebee.checkpoint.fused_adapters import fuse, fused_modules
 from bumblebee.checkpoint.keys import Place, Rule, cast, places
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -200,6 +201,10 @@ class Adapter:
     def _part(self, module: str, part: str) -> Tensor:
         return self._file.get_tensor(self._keys[module][part]).float()
 
+    def scales(self) -> dict[str, float]:
+        """What the update of each linear layer is multiplied with."""
+        return {module: self._scale(module, len(self._part(module, "lora_A.weight"))) for module in self._keys}
+
     def _scale(self, module: str, rank: int) -> float:
         patterns = self.settings.get("alpha_pattern") or {}
         own = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
@@ -274,12 +279,13 @@ def is_adapter_key(name: str) -> bool:
     return ".lora_" in name
 
 
-def write_adapter_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_adapter_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], rules: Iterable[Rule] = ()) -> None:
     """Write adapter_model.safetensors with PEFT's keys.
 
     Args:
         folder: an existing one.
         tensors: (a parameter's name, whole tensor) pairs.
+        rules: of the base model's family, see ``fused_adapters.py``.
 
     Raises:
         OSError: it cannot be written.
@@ -289,7 +295,7 @@ def write_adapter_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -
         assert tensor.numel(), f"{name} is empty: it was not gathered"
         found[file_key(name)] = tensor.detach().cpu().contiguous()
     try:
-        save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(fuse(found, fused_modules(rules)), folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:  # how the library reports a full disk
         raise OSError(f"cannot write weights to {folder}: {error}") from error
 

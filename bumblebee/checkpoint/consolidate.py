@@ -69,8 +69,9 @@ def _check_whole(checkpoint: Path, files: ModelFiles, reader: PieceReader) -> No
 def _write_adapter(checkpoint: Path, output: Path, dtype: str, max_shard_size: str) -> None:
     if dtype == "auto":
         dtype = read_trainer_state(checkpoint)["dtype"]
+    rules = files_in(adapter.chain(checkpoint)[0]).rules()
     with PieceReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
-        adapter.write_adapter_weights(aside, reader.weights(DTYPES[dtype]))
+        adapter.write_adapter_weights(aside, reader.weights(DTYPES[dtype]), rules)
         copy_files((*_KEPT, adapter.CONFIG, "generation_config.json"), checkpoint, aside)
 
 

@@ -66,6 +66,17 @@ def test_the_first_loss_is_ln_2_and_no_pair_has_a_reward(kind, stage, precompute
     assert abs(first["rewards/margins"]) <= 10 * tolerance
 
 
+@pytest.mark.parametrize("kind", ["DPO", "AdaptedDPO"])
+def test_a_reference_never_drops_what_the_policy_drops(kind, tmp_path):
+    """Log-probabilities computed once, before any training, are those that are computed live."""
+    dropping = {"model": {"attention_dropout": 0.2, "residual_dropout": 0.2, "embedding_dropout": 0.2}}
+    live, before = (
+        run(tmp_path / str(once), kind, {"precompute_reference": once}, **dropping, zero_stage=0) for once in (False, True)
+    )
+    assert same(live, before)
+    assert live[0]["loss"] != pytest.approx(math.log(2), abs=1e-4), "the policy does drop"
+
+
 def test_another_model_is_the_reference_where_its_folder_is_named(other_model, tmp_path):
     job = {"micro_batch_size": 11, "accumulate": 1, "max_steps": 1}
     line = run(tmp_path / "run", options={"reference": str(other_model)}, **job)[0]
