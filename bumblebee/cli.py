@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     """The program."""
     # Idle OpenMP threads must sleep: spinning, they take the cores from each other. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "" not in sys.path:  # a class of a file in the current folder is found, as with python -m; last, to hide nothing
+        sys.path.append("")
     words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE.format(commands="\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items())), end="")

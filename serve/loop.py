@@ -69,7 +69,9 @@ class Worker(litserve.LitAPI):
         from bumblebee.inference.memory import PAGE_SIZE
 
         options = self.options
-        generator = Generator.from_pretrained(options.model, device, options.dtype, options.device_map)
+        generator = Generator.from_pretrained(
+            options.model, device, options.dtype, options.device_map, options.trust_remote_code
+        )
         limits = GenerationOptions(options.cache_tokens, options.max_running, options.step_tokens, options.prefix_reuse)
         engine = generator.engine(limits)
         cache_tokens = engine.stats().pages_total * PAGE_SIZE

@@ -22,6 +22,7 @@ class ServeOptions:
         device: auto, cpu, cuda or cuda:N; a list gives each its own copy of the model, requests go to the least busy.
         device_map: auto spreads the layers of a model too large for one GPU over all; null puts it on one device.
         dtype: auto (the file's), float32, bfloat16 or float16.
+        trust_remote_code: run code that the model's folder names or holds.
         system_prompt: what conversations begin with that bring no system prompt of their own.
         sampling: defaults of requests by the names of SamplingParams; they win over the folder's generation_config.json.
         max_running: requests of a device that are computed at the same time; others wait.
@@ -48,6 +49,7 @@ class ServeOptions:
     device: str | list[str] = "auto"
     device_map: Literal["auto"] | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
     system_prompt: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     max_running: int = 64

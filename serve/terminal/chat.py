@@ -135,5 +135,7 @@ def partner_of(options: ChatOptions) -> Partner:
     from serve.terminal.local import LocalModel
 
     assert options.model is not None
-    generator = Generator.from_pretrained(options.model, options.device, options.dtype, options.device_map)
+    generator = Generator.from_pretrained(
+        options.model, options.device, options.dtype, options.device_map, options.trust_remote_code
+    )
     return LocalModel(generator, options.model, options.raw)

@@ -20,6 +20,7 @@ class ChatOptions:
         device: auto, cpu, cuda or cuda:N; of a model folder.
         device_map: auto spreads the layers of a model too large for one GPU over all; null puts it on one device.
         dtype: auto (the file's), float32, bfloat16 or float16; of a model folder.
+        trust_remote_code: run code that the model folder names or holds.
         system_prompt: what the model is told before the conversation.
         enable_history: answer with the conversation in mind; false: each question alone.
         raw: continue each input as plain text, without a chat template; null: where the model folder has none.
@@ -35,6 +36,7 @@ class ChatOptions:
     device: str = "auto"
     device_map: Literal["auto"] | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
     system_prompt: str | None = None
     enable_history: bool = True
     raw: bool | None = None

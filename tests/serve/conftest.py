@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,3 +37,24 @@ def server(served_folder: Path) -> Iterator[Running]:
     """A server that everybody may ask. Each process of pytest-xdist has its own."""
     with serving(served_folder) as running:
         yield running
+
+
+SHIFTED = """
+from bumblebee import Bumblebee
+
+class Shifted(Bumblebee):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs).roll(7, dims=-1)
+"""
+
+
+@pytest.fixture(scope="session")
+def shifted_place(served_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a module, shifted.py, and a model folder, ``model``, that names its class, which says other tokens."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "shifted.py").write_text(SHIFTED)
+    shutil.copytree(served_folder, place / "model")
+    file = place / "model" / "config.json"
+    own = {"architectures": ["BumblebeeForCausalLM"], "model_type": "bumblebee", "model_class": "shifted.Shifted"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    return place

@@ -109,16 +109,17 @@ def wait_for(holds: Callable[[], bool], what: str, told: Callable[[], str] = str
 
 
 @contextmanager
-def serving(folder: Path | str, *words: str, ready: bool = True) -> Iterator[Running]:
+def serving(folder: Path | str, *words: str, ready: bool = True, **options: Any) -> Iterator[Running]:
     """``bumblebee serve`` on a free port; it is gone afterwards, and so is whatever it has started.
 
     Args:
         folder: the model's.
         words: further options.
         ready: wait until it answers.
+        options: of the process, such as the folder it is started in.
     """
     words = ("--model", str(folder), "--port", "0", "--device", "cpu", *words)
-    process = start(["-m", "bumblebee", "serve", *words], stderr=subprocess.STDOUT)
+    process = start(["-m", "bumblebee", "serve", *words], stderr=subprocess.STDOUT, **options)
     started: list[psutil.Process] = []
     try:
         running = Running(process)

@@ -62,9 +62,9 @@ def test_its_lines_tell_what_it_serves_and_where(served_folder: Path):
         assert len(running.lines) == 2, "no line for each request"
 
 
-def refused(*words: str) -> str:
+def refused(*words: str, **options: Any) -> str:
     """The one line that a server which cannot start says."""
-    done = run_command("serve", *words)
+    done = run_command("serve", *words, **options)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
     return done.stderr
@@ -103,6 +103,14 @@ def test_no_folder_no_model_and_no_tokenizer_are_one_line_each(served_folder: Pa
 )
 def test_an_option_that_cannot_be_is_one_line(served_folder: Path, words: list[str], said: str):
     assert said in refused("--model", str(served_folder), "--port", "0", *words)
+
+
+def test_a_class_of_ones_own_is_run_only_where_that_is_asked_for(shifted_place: Path, server: Running):
+    said = refused("--model", "model", "--port", "0", cwd=shifted_place)
+    assert "model holds a shifted.Shifted, whose code would have to be imported" in said
+    with serving("model", "--trust_remote_code", cwd=shifted_place) as running:
+        own, plain = (each.complete(max_tokens=8, temperature=0.0).json()["choices"][0]["text"] for each in (running, server))
+    assert own != plain
 
 
 def test_flags_win_over_the_recipe_and_requests_over_both(served_folder: Path, tmp_path: Path):

@@ -217,6 +217,15 @@ def test_ctrl_c_ends_a_chat_that_reads_from_a_pipe(folder: Path) -> None:
     assert "Traceback" not in chat.stderr.read()
 
 
+def test_a_class_of_ones_own_is_run_only_where_that_is_asked_for(shifted_place, served_folder, talk, monkeypatch) -> None:
+    monkeypatch.chdir(shifted_place)
+    out, err, code = talk("--model", "model", *GREEDY, inputs="Who flies?\n")
+    assert (out, code) == ("", 2) and err.count("\n") == 1
+    assert "model holds a shifted.Shifted, whose code would have to be imported" in err
+    own, _, code = talk("--model", "model", *GREEDY, "--trust_remote_code", inputs="Who flies?\n")
+    assert code == 0 and own != talk("--model", served_folder, *GREEDY, inputs="Who flies?\n")[0]
+
+
 # -- files of conversations, completion ----------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from system.parts import weight_bytes, weights
-from system.processes import finish, run_command, start_command
+from system.processes import finish, run_command, start, start_command
 from system.recipes import RECIPE, SAMPLES
 
 import bumblebee
@@ -339,3 +340,15 @@ def test_two_runs_that_start_together_share_one_token_cache(recipe, tmp_path):
 
 def test_python_m_takes_the_local_rank_that_a_launcher_puts_before_the_command():
     assert succeeded(run_command("--local_rank=1", "--version")).stdout == f"{bumblebee.__version__}\n"
+
+
+@pytest.mark.slow
+def test_the_installed_program_finds_a_class_in_the_current_folder(recipe, tmp_path):
+    program = Path(sys.executable).with_name("bumblebee")
+    if not program.exists():
+        pytest.skip("bumblebee is not installed as a program")
+    (tmp_path / "mine.py").write_text("from bumblebee import Callback\n\n\nclass Mine(Callback):\n    pass\n")
+    (tmp_path / "yaml.py").write_text("raise SystemExit('a file here hides an installed module')\n")
+    command = ["fit", "--config", recipe, "--callbacks.mine", "mine.Mine", "--print_config"]
+    done = finish(start([str(program), *command], cwd=tmp_path))
+    assert yaml.safe_load(succeeded(done).stdout)["callbacks"]["mine"]["class_path"] == "mine.Mine"
