@@ -81,7 +81,8 @@ def answered(generator: Generator, asked: Iterable[Question], limit: int | None 
     chosen, decode = list(islice(asked, limit)), generator.tokenizer.decode
     given = [""] * len(chosen)
     with tqdm(total=len(chosen), desc="answering", unit=" questions", disable=None, leave=False) as bar:
-        for output in generator.outputs([_request(number, question) for number, question in enumerate(chosen)]):
+        ends = generator.tokenizer.end_of_turn_ids
+        for output in generator.outputs([_request(number, question, ends) for number, question in enumerate(chosen)]):
             given[int(output.id)] += output.text
             bar.update(output.finish_reason is not None)
     return [
@@ -90,9 +91,10 @@ def answered(generator: Generator, asked: Iterable[Question], limit: int | None 
     ]
 
 
-def _request(number: int, question: Question) -> Request:
+def _request(number: int, question: Question, ends: list[int]) -> Request:
     """What goes on for longer than the answer in the data is wrong, whatever it would say."""
-    return Request(str(number), question.prompt, SamplingParams(temperature=0.0, max_new_tokens=len(question.answer) + 1))
+    params = SamplingParams(temperature=0.0, max_new_tokens=len(question.answer) + 1, stop_ids=ends)
+    return Request(str(number), question.prompt, params)
 
 
 def _without_roles(text: str) -> str:

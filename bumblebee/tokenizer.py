@@ -180,6 +180,14 @@ class Tokenizer:
         """
         return ChatTemplate(self)
 
+    @cached_property
+    def end_of_turn_ids(self) -> list[int]:
+        """What ends an answer in the chat template: one id, or none where no special token does, or there is no template."""
+        try:
+            return [self.chat_template.end_of_turn_id]
+        except ValueError:  # then it is the end-of-text token alone
+            return []
+
     def apply_chat_template(
         self,
         messages: Sequence[dict[str, Any]],

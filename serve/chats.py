@@ -57,14 +57,6 @@ class Chats:
         except ValueError:
             return None
 
-    @cached_property
-    def end_of_turn(self) -> list[int]:
-        """The special token that ends an answer, if the template has one."""
-        try:
-            return [self.tokenizer.chat_template.end_of_turn_id]
-        except ValueError:  # then it is the model's end-of-text token alone
-            return []
-
     def _begun(self, messages: list[Plain]) -> list[Plain]:
         if self.system_prompt is None or messages[0]["role"] == "system":
             return messages

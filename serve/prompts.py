@@ -85,7 +85,7 @@ class Prompts:
         ids = self.chats.ids(body.messages, body.callable_tools)
         params = self._params(body, None if not body.logprobs else body.top_logprobs or 0)
         spelled = self.calls.spelled if self.calls and body.callable_tools else ()
-        ends = () if params.ignore_eos else self.chats.end_of_turn
+        ends = () if params.ignore_eos else self.chats.tokenizer.end_of_turn_ids
         params = replace(params, stop_ids=[*params.stop_ids, *ends], spelled_ids=[*params.spelled_ids, *spelled])
         return self._jobs([ids], params, body, body.max_completion_tokens or body.max_tokens, CHAT_TOKENS)
 

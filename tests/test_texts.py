@@ -15,6 +15,8 @@ import torch
 
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
 from bumblebee.cli import main
+from bumblebee.inference.prompts import PromptRecord
+from bumblebee.inference.texts import Texts
 from datamodules.prompts import read_prompts
 
 PROMPTS = ["The bee", "A", "In the garden there are many flowers", "Ünïcödé 🐝", "x y"]
@@ -221,3 +223,16 @@ def test_a_killed_run_leaves_complete_lines_of_the_first_prompts(folder, tmp_pat
     assert output.read_bytes().endswith(b"\n")
     found = lines(output)
     assert [line["id"] for line in found] == list(range(len(found))) and 0 < len(found) < 5000
+
+
+def test_a_chat_ends_with_its_turn_also_where_the_folder_does_not_say_so(folder):
+    """A base model's folder names the end of a text alone; its tokenizer's template ends turns with another token."""
+    generator = Generator.from_pretrained(folder)
+    [end] = generator.tokenizer.end_of_turn_ids
+    assert end not in generator.stop_ids
+    chat = Texts(generator, [PromptRecord.of("a")], SamplingParams(), chat=True)
+    plain = Texts(generator, [PromptRecord.of("a")], SamplingParams())
+    assert chat.requests[0].params.stop_ids == [end] and plain.requests[0].params.stop_ids == []
+    forced = SamplingParams(logit_bias={end: 100.0}, max_new_tokens=5)
+    [text] = [output for output in generator.outputs(Texts(generator, [PromptRecord.of("a")], forced, chat=True).requests)]
+    assert (len(text.tokens), text.finish_reason) == (1, "stop")

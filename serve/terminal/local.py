@@ -80,7 +80,7 @@ class LocalModel:
         if self.raw:  # a text has no end that the model would know
             return Request(str(next(self._numbers)), ids, replace(params, max_new_tokens=min(params.max_new_tokens, left)))
         most = min(sampling.get("max_new_tokens", left), left)
-        ends = [*params.stop_ids, *([] if params.ignore_eos else self.chats.end_of_turn)]
+        ends = [*params.stop_ids, *([] if params.ignore_eos else self.chats.tokenizer.end_of_turn_ids)]
         return Request(str(next(self._numbers)), ids, replace(params, max_new_tokens=most, stop_ids=ends))
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
