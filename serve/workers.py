@@ -103,7 +103,11 @@ class Workers:
         self._failures[index] += 1
         _say(f"{how}: another one is started" + (f" in {pause} s" if pause else ""))
         await asyncio.sleep(pause)
-        await self._start(index)
+        try:
+            await self._start(index)
+        except OSError as error:  # no memory, no process to be had: the old one's replica is still the device's
+            _say(f"no process could be started: {error}")
+            await self._replace(replica)
 
     def _stop(self, replica: Replica) -> None:
         process = self._processes[replica.index]
