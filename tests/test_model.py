@@ -12,7 +12,7 @@ from torch import nn
 from bumblebee import Bumblebee, BumblebeeConfig
 from bumblebee.config import PRESETS
 from bumblebee.nn import IGNORE
-from bumblebee.nn.ffn import SwiGLU
+from bumblebee.nn.ffn import GatedFFN
 
 B, T, V = 2, 9, 64
 
@@ -144,7 +144,7 @@ class Research(Bumblebee):
 def test_a_subclass_that_overrides_norm_and_ffn_works_and_trains(tiny, input_ids):
     torch.manual_seed(0)
     model = Research(tiny(vocab_size=V))
-    assert isinstance(model.model.layers[0].mlp, SwiGLU) and isinstance(model.model.layers[1].mlp, nn.Sequential)
+    assert isinstance(model.model.layers[0].mlp, GatedFFN) and isinstance(model.model.layers[1].mlp, nn.Sequential)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(30):

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from bumblebee.checkpoint import mixtures
+from bumblebee.checkpoint import dense, mixtures
 from bumblebee.checkpoint.keys import Rule
-from bumblebee.config import FULL, SLIDING, BumblebeeConfig
+from bumblebee.config import BumblebeeConfig
 
 Json = dict[str, Any]
 
@@ -43,64 +43,7 @@ class Family:
     unused_keys: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
 
-def _read_qwen2(raw: Json) -> Json:
-    return {"attention_bias": True, **_read_qwen_windows(raw)}
-
-
-def _read_qwen_windows(raw: Json) -> Json:
-    """Either ``layer_types``, or all layers from ``max_window_layers`` on have the window."""
-    if not raw.get("use_sliding_window") or raw.get("sliding_window", 4096) is None:
-        return {}
-    full, layers = raw.get("max_window_layers", 28), raw["num_hidden_layers"]
-    types = raw.get("layer_types") or [SLIDING if layer >= full else FULL for layer in range(layers)]
-    return {"sliding_window": raw.get("sliding_window", 4096), "layer_types": types}
-
-
-def _write_qwen_windows(config: BumblebeeConfig) -> Json:
-    if config.sliding_window is None:
-        return {"use_sliding_window": False}
-    types = config.layer_types or [SLIDING] * config.num_hidden_layers
-    window = {"sliding_window": config.sliding_window, "max_window_layers": types.index(SLIDING)}
-    return {"use_sliding_window": True, **window, "layer_types": types}
-
-
-def _read_qwen3(raw: Json) -> Json:
-    bias = bool(raw.get("attention_bias", False))
-    return {"qk_norm": True, "attention_bias": bias, "attention_output_bias": bias, **_read_qwen_windows(raw)}
-
-
-def _read_llama(raw: Json) -> Json:
-    bias = bool(raw.get("attention_bias", False))
-    return {"attention_bias": bias, "attention_output_bias": bias, "mlp_bias": bool(raw.get("mlp_bias", False))}
-
-
 OWN = "BumblebeeForCausalLM"  # transformers does not know it and says so
-
-
-def _read_mistral(raw: Json) -> Json:
-    if len(set(raw.get("layer_types") or [])) > 1:
-        raise ValueError("config.json has layer_types that differ; in MistralForCausalLM all layers are alike")
-    return {"attention_bias": False, "sliding_window": raw.get("sliding_window", 4096)}
-
-
-def _read_glm(raw: Json) -> Json:
-    return {"rope_interleaved": True, "attention_bias": bool(raw.get("attention_bias", True))}
-
-
-def _read_glm4(raw: Json) -> Json:
-    return {"post_norms": True, **_read_glm(raw)}
-
-
-def _glm_rules(config: BumblebeeConfig) -> list[Rule]:
-    """Gate and up are one matrix in the file."""
-    layers = [f"model.layers.{layer}.mlp" for layer in range(config.num_hidden_layers)]
-    return [Rule.split(f"{mlp}.gate_up_proj.weight", [f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"]) for mlp in layers]
-
-
-_GLM_DEFAULTS: Json = {
-    "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 1.5625e-07,
-    "pad_token_id": 151329, "eos_token_id": [151329, 151336, 151338],
-}  # fmt: skip
 
 
 def _read_own(raw: Json) -> Json:
@@ -117,48 +60,48 @@ FAMILIES = {
         Family(
             "Qwen2ForCausalLM",
             "qwen2",
-            _read_qwen2,
-            _write_qwen_windows,
+            dense.read_qwen2,
+            dense.write_qwen_windows,
             defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
         ),
         Family(
             "LlamaForCausalLM",
             "llama",
-            _read_llama,
+            dense.read_llama,
             lambda c: {"attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias},
             defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
         ),
         Family(
             "Qwen3ForCausalLM",
             "qwen3",
-            _read_qwen3,
-            lambda c: {"attention_bias": c.attention_bias, **_write_qwen_windows(c)},
+            dense.read_qwen3,
+            lambda c: {"attention_bias": c.attention_bias, **dense.write_qwen_windows(c)},
             defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
         ),
         Family(
             "MistralForCausalLM",
             "mistral",
-            _read_mistral,
+            dense.read_mistral,
             lambda c: {"sliding_window": c.sliding_window},
             defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "bos_token_id": 1, "eos_token_id": 2},
         ),
         Family(
             "GlmForCausalLM",
             "glm",
-            _read_glm,
+            dense.read_glm,
             lambda c: {"attention_bias": c.attention_bias},
-            defaults=_GLM_DEFAULTS,
+            defaults=dense.GLM_DEFAULTS,
             partial_rotary_factor=0.5,
-            rules=_glm_rules,
+            rules=dense.glm_rules,
         ),
         Family(
             "Glm4ForCausalLM",
             "glm4",
-            _read_glm4,
+            dense.read_glm4,
             lambda c: {"attention_bias": c.attention_bias},
-            defaults=_GLM_DEFAULTS,
+            defaults=dense.GLM_DEFAULTS,
             partial_rotary_factor=0.5,
-            rules=_glm_rules,
+            rules=dense.glm_rules,
         ),
         Family(
             "MixtralForCausalLM",

@@ -40,9 +40,6 @@ class GatedFFN(nn.Module):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
-SwiGLU = GatedFFN  # with silu, which is its default
-
-
 class PlainFFN(nn.Module):
     """``down(act(up(x)))`` (arXiv 1706.03762).
 

@@ -15,12 +15,13 @@ from bumblebee.verify.rounding import COMMON, WHOLE, WORST, distance, scale_erro
 
 B, S, H, K = 2, 201, 8, 2  # a length that no tile of a kernel divides
 WIDTHS = (64, 128)
+WINDOW = 50
 DOCUMENTS = ((70, 1, 130), (201,))  # lengths, in each row of packed windows
 
 
 def measures(kernel: str, dtype: torch.dtype, device: torch.device) -> list[Measure]:
-    """The worst over plain causal windows and packed documents."""
-    found = [_one(kernel, dtype, width, mask, seen) for width in WIDTHS for mask, seen in _layouts(device)]
+    """The worst over plain causal rows, packed documents, and both with a sliding window."""
+    found = [_one(kernel, dtype, width, mask, window, seen) for width in WIDTHS for mask, window, seen in _layouts(device)]
     bounds = {"worst vector": WORST, "scale": COMMON, "gradients": WHOLE}
     columns = zip(*found, strict=True)
     return [Measure(name, max(column), bounds[name] * unit(dtype)) for name, column in zip(bounds, columns, strict=True)]
@@ -41,16 +42,19 @@ def formula(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return torch.einsum("bhts,bshd->bthd", weights, v)
 
 
-def _layouts(device: torch.device) -> list[tuple[AttentionMask, Tensor]]:
-    """Masks as the model makes them, with the (B, T, S) booleans that they must mean."""
+def _layouts(device: torch.device) -> list[tuple[AttentionMask, int | None, Tensor]]:
+    """Masks and windows as the model makes them, with the (B, T, S) booleans that they must mean."""
     keys = torch.arange(S, device=device)
     earlier = (keys <= keys[:, None]).expand(B, S, S)
     numbers, within = (
         torch.tensor([[pair[part] for pair in _places(row)] for row in DOCUMENTS], device=device) for part in (0, 1)
     )
+    documents, near = earlier & (numbers[:, :, None] == numbers[:, None, :]), keys > keys[:, None] - WINDOW
     return [
-        (AttentionMask(), earlier),
-        (AttentionMask.packed(within), earlier & (numbers[:, :, None] == numbers[:, None, :])),
+        (AttentionMask(), None, earlier),
+        (AttentionMask.packed(within), None, documents),
+        (AttentionMask(), WINDOW, earlier & near),
+        (AttentionMask.packed(within), WINDOW, documents & near),
     ]
 
 
@@ -59,12 +63,14 @@ def _places(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(number, place) for number, length in enumerate(lengths) for place in range(length)]
 
 
-def _one(kernel: str, dtype: torch.dtype, width: int, mask: AttentionMask, seen: Tensor) -> tuple[float, float, float]:
+def _one(
+    kernel: str, dtype: torch.dtype, width: int, mask: AttentionMask, window: int | None, seen: Tensor
+) -> tuple[float, float, float]:
     generator = torch.Generator().manual_seed(width)
     shapes = [(B, seen.shape[1], H, width), (B, S, K, width), (B, S, K, width), (B, seen.shape[1], H, width)]
     *inputs, slope = (torch.randn(shape, generator=generator).to(seen.device, dtype) for shape in shapes)
     q, k, v = leaves = [x.requires_grad_() for x in inputs]
-    out = KERNELS[kernel](q, k, v, mask)
+    out = KERNELS[kernel](q, k, v, mask, window)
     q, k, v = exact = [x.detach().double().requires_grad_() for x in inputs]
     wanted = formula(q, k, v, seen)
     gradients = zip(torch.autograd.grad(out, leaves, slope), torch.autograd.grad(wanted, exact, slope.double()), strict=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bumblebee import config
-from bumblebee.nn.ffn import ACTIVATIONS, GatedFFN, PlainFFN, SwiGLU
+from bumblebee.nn.ffn import ACTIVATIONS, GatedFFN, PlainFFN
 from bumblebee.nn.norm import NORMS, RMSNorm
 
 
@@ -32,7 +32,7 @@ def test_rms_norm_of_a_huge_bf16_input_is_finite():
 
 def test_swiglu_equals_its_formula():
     torch.manual_seed(0)
-    ffn, x = SwiGLU(8, 12), torch.randn(2, 3, 8)
+    ffn, x = GatedFFN(8, 12), torch.randn(2, 3, 8)
     gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
     torch.testing.assert_close(ffn(x), ((x @ gate.T) * torch.sigmoid(x @ gate.T) * (x @ up.T)) @ down.T)
 
