@@ -17,6 +17,7 @@ from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig  # noqa: E402
 
 from bumblebee import Bumblebee  # noqa: E402
+from bumblebee.checkpoint.consolidate import consolidate  # noqa: E402
 from bumblebee.checkpoint.merge import merge  # noqa: E402
 from bumblebee.lora import LoRA, attach  # noqa: E402
 
@@ -107,6 +108,30 @@ def test_training_moves_the_updates_of_experts_alike_at_stages_1_and_3(tmp_path)
         assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
     tensors = load_file(tmp_path / "3" / "adapter_model.safetensors")
     assert all(tensor.any() for tensor in tensors.values()) and any("experts.base_layer.lora_B" in key for key in tensors)
+
+
+def test_a_checkpoint_of_updates_alone_is_consolidated_to_the_same_adapters(tmp_path):
+    small_model(**MOE, router_bias_update_rate=0.01).save_pretrained(tmp_path / "base")
+    each = {"checkpoint": ("Checkpoint", {"every": 2})}
+    train(tmp_path / "run", base=str(tmp_path / "base"), lora=OPTIONS, max_steps=2, callbacks=each, zero_stage=1)
+    consolidate(tmp_path / "run" / "checkpoint-2", tmp_path / "whole")
+    found, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "run"))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_experts_that_lie_one_by_one_are_trained_and_saved_one_by_one(tmp_path, stage):
+    config = MixtralConfig(**SHAPE, num_local_experts=5)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    each = {"checkpoint": ("Checkpoint", {"every": 2, "model": False})}
+    train(tmp_path / "run", base=str(tmp_path / "base"), max_steps=2, callbacks=each, zero_stage=stage)
+    consolidate(tmp_path / "run" / "checkpoint-2", tmp_path / "whole")
+    before, after, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "run", "whole"))
+    assert before.keys() == after.keys() == whole.keys() and "model.layers.1.block_sparse_moe.experts.4.w2.weight" in after
+    assert all(torch.equal(whole[key], after[key]) for key in after)
+    differences = {key: (after[key] - before[key]).abs().max() for key in after}
+    assert all(0 < difference < 0.05 for difference in differences.values()), "two steps of 1e-2 from what was read"
 
 
 def test_dpo_compares_with_the_model_without_its_updates(tmp_path):

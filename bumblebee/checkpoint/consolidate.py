@@ -71,7 +71,8 @@ def _write_adapter(checkpoint: Path, output: Path, dtype: str, max_shard_size: s
         dtype = read_trainer_state(checkpoint)["dtype"]
     rules = files_in(adapter.chain(checkpoint)[0]).rules()
     with PieceReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
-        adapter.write_adapter_weights(aside, reader.weights(DTYPES[dtype]), rules)
+        tensors = (pair for pair in reader.weights(DTYPES[dtype]) if adapter.is_adapter_key(pair[0]))  # no buffer of the base
+        adapter.write_adapter_weights(aside, tensors, rules)
         copy_files((*_KEPT, adapter.CONFIG, "generation_config.json"), checkpoint, aside)
 
 

@@ -30,6 +30,25 @@ RUNS: dict[str, dict[str, Any]] = {
     "bf16 at stage 1": {"data": PRETRAIN, "precision": "bf16", "zero_stage": 1},
     "LoRA": {"data": SFT, "precision": "bf16", "zero_stage": 2, "transforms": [LORA]},
     "packed conversations": {"data": SFT, "precision": "bf16", "zero_stage": 2},
+    "mixture of experts": {
+        "data": PRETRAIN,
+        "precision": "fp32",
+        "zero_stage": 1,
+        "model": {
+            "class_path": "bumblebee.Bumblebee",
+            "init_args": {
+                "config": {
+                    **SHAPE,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "num_experts": 8,
+                    "moe_intermediate_size": 512,
+                    "n_shared_experts": 1,
+                    "mlp_only_layers": [0],
+                }
+            },
+        },
+    },
     "DPO": {"data": PAIRS, "precision": "fp32", "zero_stage": 1, "task": "bumblebee.DPO"},
 }
 
@@ -46,7 +65,7 @@ def base(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def write_recipe(path: Path, base: Path, run: dict[str, Any]) -> str:
-    model = {"class_path": "bumblebee.Bumblebee.from_pretrained", "init_args": {"folder": str(base)}}
+    model = run.get("model", {"class_path": "bumblebee.Bumblebee.from_pretrained", "init_args": {"folder": str(base)}})
     data = {**run["data"], "init_args": {**run["data"]["init_args"], "tokenizer": str(base)}}
     task = {
         "class_path": run.get("task", "bumblebee.LanguageModeling"),
