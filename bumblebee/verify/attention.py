@@ -1,6 +1,8 @@
-"""The attention kernel that the model would use, against the formula written out once more in fp64, its masks included.
+"""The attention kernel that the model would use, against the formula written out once more in fp64, its masks included; and the
+generator's attention over its paged cache.
 
-Three measures: the worst output vector, the scale of all outputs, and the gradients. Bounds: see ``rounding``.
+Four measures: the worst output vector, the scale of all outputs, the gradients, and the worst output vector over the cache.
+Bounds: see ``rounding``.
 Shapes: B rows, T queries, S keys, H query heads, K key-value heads, D head width.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bumblebee.inference.cache import LayerCache, Layout
 from bumblebee.nn.kernels import KERNELS, AttentionMask
 from bumblebee.verify.finding import Measure
 from bumblebee.verify.rounding import COMMON, WHOLE, WORST, distance, scale_error, unit
@@ -16,14 +19,17 @@ from bumblebee.verify.rounding import COMMON, WHOLE, WORST, distance, scale_erro
 B, S, H, K = 2, 201, 8, 2  # a length that no tile of a kernel divides
 WIDTHS = (64, 128)
 WINDOW = 50
+PAGE = 16  # positions of a page of the cache
+PAGES = -(-S // PAGE)
 DOCUMENTS = ((70, 1, 130), (201,))  # lengths, in each row of packed windows
 
 
 def measures(kernel: str, dtype: torch.dtype, device: torch.device) -> list[Measure]:
-    """The worst over plain causal rows, packed documents, and both with a sliding window."""
+    """The worst over plain causal rows, packed documents, and both with a sliding window; and over a cache."""
     found = [_one(kernel, dtype, width, mask, window, seen) for width in WIDTHS for mask, window, seen in _layouts(device)]
-    bounds = {"worst vector": WORST, "scale": COMMON, "gradients": WHOLE}
-    columns = zip(*found, strict=True)
+    cached = [_cached(dtype, width, padding, device) for width in WIDTHS for padding in (0.0, float("inf"))]
+    bounds = {"worst vector": WORST, "scale": COMMON, "gradients": WHOLE, "cached": WORST}
+    columns = [*zip(*found, strict=True), cached]
     return [Measure(name, max(column), bounds[name] * unit(dtype)) for name, column in zip(bounds, columns, strict=True)]
 
 
@@ -76,3 +82,26 @@ def _one(
     gradients = zip(torch.autograd.grad(out, leaves, slope), torch.autograd.grad(wanted, exact, slope.double()), strict=True)
     off = ((out.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
     return off, scale_error(out, wanted), max(distance(*pair) for pair in gradients)
+
+
+def _cached(dtype: torch.dtype, width: int, padding: float, device: torch.device) -> float:
+    """The worst vector of two sequences that grow in a cache: most of each at once, then token by token.
+
+    Args:
+        dtype: of queries, keys and values.
+        width: D.
+        padding: whether single tokens share a call: see ``Layout.of``.
+        device: of the cache.
+    """
+    generator = torch.Generator().manual_seed(width)
+    q, k, v = (torch.randn((B, S, heads, width), generator=generator).to(device, dtype) for heads in (H, K, K))
+    cache = LayerCache((B * PAGES, PAGE, K, width), dtype, device)
+    pages = [list(range(row * PAGES, (row + 1) * PAGES))[::-1] for row in range(B)]  # in no order that means anything
+    found = []
+    for begin, end in [(0, S - 3), *((place, place + 1) for place in range(S - 3, S))]:
+        cache.layout = Layout.of(pages, [end] * B, [end - begin] * B, PAGE, device, padding)
+        queries, keys, values = (x[:, begin:end].flatten(0, 1)[None] for x in (q, k, v))
+        found.append(cache.attend(queries, keys, values)[0].unflatten(0, (B, -1)))
+    places = torch.arange(S, device=device)
+    wanted = formula(q.double(), k.double(), v.double(), (places <= places[:, None]).expand(B, S, S))
+    return ((torch.cat(found, dim=1).double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from bumblebee import distributed, engine, loader, trainer, training_state
+from bumblebee.inference import cache
 from bumblebee.nn import cross_entropy, kernels
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.task import Task
@@ -38,12 +39,23 @@ def attention_sees_the_next_token(patch: Patch) -> None:
     """In packed windows only."""
     right = kernels.AttentionMask._build
 
-    def wrong(self, queries, keys, device):
-        seen = right(self, queries, keys, device)
+    def wrong(self, queries, keys, device, window):
+        seen = right(self, queries, keys, device, window)
         following = torch.eye(keys + 1, dtype=torch.bool)[1 : queries + 1, :keys]
         return seen if self.documents is None else seen | following
 
     patch.setattr(kernels.AttentionMask, "_build", wrong)
+
+
+def cache_forgets_a_page(patch: Patch) -> None:
+    """Where growing texts share a call."""
+    right = cache._padded
+
+    def wrong(spans, size):
+        slots, valid = right(spans, size)
+        return slots, valid & (torch.arange(valid.shape[1]) // size != 1)
+
+    patch.setattr(cache, "_padded", wrong)
 
 
 def gradient_of_the_loss_too_large(patch: Patch) -> None:
