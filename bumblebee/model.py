@@ -4,7 +4,7 @@
 
 Choices: RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU, no dropout, embedding and head tied for
 small sizes. What else there is stands in ``bumblebee/config.py``. Modules and state-dict keys have Hugging Face's names.
-Research changes one part: override one of the ``build_`` methods in a subclass.
+Research changes one part: override one of the ``build_`` methods in a subclass (docs/research.md).
 Shapes: B rows, T positions, V vocabulary.
 """
 
@@ -62,7 +62,9 @@ class Block(nn.Module):
         self.post_mlp_layernorm = post_mlp_layernorm or nn.Identity()
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: AttentionMask, cache: LayerCache | None = None
+    ) -> Tensor:
         """(B, T, hidden_size) -> (B, T, hidden_size)."""
         attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache)
         x = x + self.dropout(self.post_self_attn_layernorm(attended))
@@ -70,13 +72,29 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below the head: embedding, blocks, last norm. Its name in a state dict is ``model``."""
+    """Everything below the head: embedding, blocks, last norm. Its name in a state dict is ``model``.
+
+    Args:
+        embed_tokens: token ids (B, T) -> (B, T, hidden_size).
+        layers: the blocks.
+        norm: behind the last of them.
+        rotary: position ids (B, T) -> what attention turns queries and keys by; None to turn nothing.
+        positions: position ids (B, T) -> (B, T, hidden_size), added to the embedded tokens; None for nothing.
+        dropout: on what goes into the first block, in training.
+    """
 
     def __init__(
-        self, embed_tokens: nn.Module, layers: list[nn.Module], norm: nn.Module, rotary: nn.Module, dropout: float = 0.0
+        self,
+        embed_tokens: nn.Module,
+        layers: list[nn.Module],
+        norm: nn.Module,
+        rotary: nn.Module | None,
+        positions: nn.Module | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.embed_tokens = embed_tokens
+        self.positions = positions
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(layers)
         self.norm = norm
@@ -85,8 +103,9 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, mask: AttentionMask, cache: list[Any] | None = None) -> Tensor:
         """``input_ids``, ``position_ids``: (B, T) -> hidden states (B, T, hidden_size)."""
-        x = self.dropout(self.embed_tokens(input_ids))
-        rotary = self.rotary(position_ids)
+        x = self.embed_tokens(input_ids)
+        x = self.dropout(x if self.positions is None else x + self.positions(position_ids))
+        rotary = None if self.rotary is None else self.rotary(position_ids)
         for index, layer in enumerate(self.layers):
             if self.checkpoint_every and index % self.checkpoint_every == 0 and cache is None and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotary, mask, use_reentrant=False)
@@ -163,10 +182,14 @@ class Bumblebee(nn.Module):
             dropout=c.residual_dropout,
         )  # fmt: skip
 
-    def build_rotary(self) -> nn.Module:
-        """Position ids -> what attention turns queries and keys by."""
+    def build_rotary(self) -> nn.Module | None:
+        """Position ids (B, T) -> what attention turns queries and keys by: cosines and sines. None turns nothing."""
         c = self.config
         return rotary_embedding(c.rotary_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings)
+
+    def build_positions(self) -> nn.Module | None:
+        """Position ids (B, T) -> (B, T, hidden_size), added to the embedded tokens. None, as here, adds nothing."""
+        return None
 
     def build_head(self) -> nn.Module:
         """Hidden states -> logits, or token losses where it is called with labels."""
@@ -180,6 +203,7 @@ class Bumblebee(nn.Module):
             layers=[self.build_block(layer) for layer in range(c.num_hidden_layers)],
             norm=self.build_norm(),
             rotary=self.build_rotary(),
+            positions=self.build_positions(),
             dropout=c.embedding_dropout,
         )
 

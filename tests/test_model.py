@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 from torch import nn
 
-from bumblebee import Bumblebee, BumblebeeConfig
+from bumblebee import Bumblebee, BumblebeeConfig, Generator, SamplingParams
 from bumblebee.config import PRESETS
+from bumblebee.model import Block
 from bumblebee.nn import IGNORE
-from bumblebee.nn.ffn import GatedFFN
+from bumblebee.nn.ffn import GatedFFN, PlainFFN
+from bumblebee.nn.head import Head
 
 B, T, V = 2, 9, 64
 
@@ -155,6 +158,95 @@ def test_a_subclass_that_overrides_norm_and_ffn_works_and_trains(tiny, input_ids
         losses.append(loss.item())
     assert losses[0] == pytest.approx(4.16, abs=0.3), "ln 64: nothing is known before training"
     assert losses[-1] < 0.5
+
+
+class OtherNorm(Bumblebee):
+    def build_norm(self) -> nn.Module:
+        return nn.LayerNorm(self.config.hidden_size)
+
+
+class OtherHeadNorm(Bumblebee):
+    def build_head_norm(self) -> nn.Module:
+        return nn.LayerNorm(self.config.head_dim)
+
+
+class OtherAttention(Bumblebee):
+    def build_attention(self, layer: int) -> nn.Module:
+        attention = super().build_attention(layer)
+        attention.window = 3
+        return attention
+
+
+class OtherFFN(Bumblebee):
+    def build_ffn(self, layer: int) -> nn.Module:
+        return PlainFFN(self.config.hidden_size, 48, "relu2")
+
+
+class Parallel(Block):
+    """Attention and feed-forward part side by side."""
+
+    def forward(self, x, rotary, mask, cache=None):
+        y = self.input_layernorm(x)
+        return x + self.self_attn(y, rotary, mask, cache) + self.mlp(y)
+
+
+class OtherBlock(Bumblebee):
+    def build_block(self, layer: int) -> nn.Module:
+        return Parallel(self.build_norm(), self.build_attention(layer), nn.Identity(), self.build_ffn(layer))
+
+
+class Capped(Head):
+    """Logits between -5 and 5."""
+
+    def forward(self, hidden, labels=None):
+        logits = 5 * torch.tanh(super().forward(hidden) / 5)
+        return logits if labels is None else nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+
+
+class OtherHead(Bumblebee):
+    def build_head(self) -> nn.Module:
+        return Capped(self.config.hidden_size, self.config.vocab_size)
+
+
+class NoPositions(Bumblebee):
+    def build_rotary(self) -> None:
+        return None
+
+
+class LearnedPositions(NoPositions):
+    def build_positions(self) -> nn.Module:
+        return nn.Embedding(self.config.max_position_embeddings, self.config.hidden_size)
+
+
+PARTS = [OtherNorm, OtherHeadNorm, OtherAttention, OtherFFN, OtherBlock, OtherHead, NoPositions, LearnedPositions]
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_each_part_is_replaced_alone_and_the_model_trains_loads_and_generates(kind, tiny, tokenizer_folder, tmp_path):
+    torch.manual_seed(0)
+    model = kind(tiny(initializer_range=0.3))
+    ids = torch.randint(0, 400, (2, 12))
+    model.train()(ids[:, :-1], labels=ids[:, 1:]).mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    model.eval().save_pretrained(tmp_path)
+    shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    generator = Generator.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(generator.model) is kind
+    text = ids[0].tolist()
+    found = generator.generate([text], SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True))[0].token_ids
+    for _ in range(6):  # without a cache
+        text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+    assert found == text[12:]
+
+
+def test_without_positions_the_order_of_earlier_tokens_does_not_matter(tiny, input_ids):
+    swapped = input_ids.clone()
+    swapped[:, :2] = input_ids[:, [1, 0]]
+    config = tiny(vocab_size=V, num_hidden_layers=1, initializer_range=0.3)
+    for kind, same in ((NoPositions, True), (LearnedPositions, False), (Bumblebee, False)):
+        model = kind(config).eval()
+        one, other = model(input_ids)[:, -1], model(swapped)[:, -1]
+        assert torch.allclose(one, other, atol=1e-5) == same
 
 
 class Scaled(Bumblebee):

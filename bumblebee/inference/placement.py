@@ -33,7 +33,7 @@ class Placement:
     """Where the parts of a model are.
 
     Args:
-        embedding: device of the embedding table, the rotary tables and what goes in.
+        embedding: device of the embedding table, the positions and what goes in.
         layers: device of each layer.
         head: device of the head and what comes out.
     """
@@ -114,7 +114,8 @@ def spread(
 def part_sizes(model: Bumblebee, bytes_per_parameter: float) -> list[int]:
     """Bytes of the embedding, of each layer, and of the norm and head; a tied head takes none."""
     decoder, seen = model.model, set[nn.Parameter]()
-    parts: list[list[Any]] = [[decoder.embed_tokens, decoder.rotary], *([layer] for layer in decoder.layers)]
+    below = [part for part in (decoder.embed_tokens, decoder.positions, decoder.rotary) if part is not None]
+    parts: list[list[Any]] = [below, *([layer] for layer in decoder.layers)]
     sizes = []
     for part in [*parts, [decoder.norm, model.lm_head]]:
         weights = {weight for module in part for weight in module.parameters()} - seen

@@ -71,13 +71,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=output_bias)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: AttentionMask, cache: LayerCache | None = None
+    ) -> Tensor:
         """``x`` (B, T, hidden_size); ``rotary``: cosines and sines, (B, T, 1, D/2) or narrower. Returns (B, T, hidden_size).
+
+        Without ``rotary`` nothing is turned: tokens know only what comes before them, not where it is.
 
         With a cache it is the cache that attends, and ``mask`` is not looked at.
         """
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.rotate(self.q_norm(q), *rotary), self.rotate(self.k_norm(k), *rotary)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = self.rotate(q, *rotary), self.rotate(k, *rotary)
         if cache is not None:
             out = cache.attend(q, k, v, self.window)
         else:
