@@ -49,12 +49,14 @@ quickstart: .venv  ## train a small model on Python's own documentation in three
 	@echo "  $(BIN)/bumblebee serve --model $(QUICK)/chat"
 	@echo "  $(BIN)/bumblebee chat --model $(QUICK)/chat --enable_history false"
 
+# A process for each core; the tests of a file stay together, since they share what takes long to make. ARGS="-n 0" has one.
+SHARED := -n auto --dist loadfile
 # Idle OpenMP threads must sleep: spinning, they take the cores from each other when several processes share them.
 test: .venv  ## the tests that take seconds
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -m "not slow" $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -m "not slow" $(SHARED) $(ARGS)
 
 test-slow: .venv  ## the tests that train, start processes or run whole commands
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -m slow --timeout 1800 $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -m slow --timeout 1800 $(SHARED) $(ARGS)
 
 golden: .venv  ## write the golden losses anew, after a change that is meant to change them
 	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/golden.py
