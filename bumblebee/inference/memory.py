@@ -14,14 +14,14 @@ from bumblebee.models import LanguageModel
 
 PAGE_SIZE = 16  # positions of a page
 CUDA_SHARE = 0.8  # of the free memory
-LEAST = 4096  # positions on a CPU, if the model has so many and so many can be of use
+LEAST = 2**29  # bytes on a CPU, if so much can be of use; what is never written to takes no memory
 
 
 def pages_for(model: LanguageModel, options: GenerationOptions) -> int:
     """Pages of an engine's cache.
 
     Without ``cache_tokens``: on a GPU four fifths of the memory that is free. On a CPU as much memory as the weights take, and
-    at least 4096 positions. Never more than the longest sequences that can run at the same time would fill.
+    at least half a GB. Never more than the longest sequences that can run at the same time would fill.
     """
     return -(-(options.cache_tokens or _positions(model, options)) // PAGE_SIZE)
 
@@ -32,11 +32,11 @@ def _positions(model: LanguageModel, options: GenerationOptions) -> int:
     one_layer = bytes_per_position(model.config, weights[0].dtype) // model.config.num_hidden_layers
     layers = Counter(layer_devices(model))
     room = min(_memory(device, weights) // (one_layer * number) for device, number in layers.items())
-    return min(most, max(LEAST, room))
+    return min(most, max(room, PAGE_SIZE))
 
 
 def _memory(device: torch.device, weights: list[nn.Parameter]) -> int:
     """Bytes for the cache on a device."""
     if device.type == "cuda":
         return int(CUDA_SHARE * torch.cuda.mem_get_info(device)[0])
-    return sum(weight.numel() * weight.element_size() for weight in weights if weight.device == device)
+    return max(LEAST, sum(weight.numel() * weight.element_size() for weight in weights if weight.device == device))

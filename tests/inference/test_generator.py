@@ -12,6 +12,7 @@ import torch
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
 from bumblebee.inference import engine as module
 from bumblebee.inference import generator as generators
+from bumblebee.inference.cache import bytes_per_position
 from bumblebee.inference.options import GenerationOptions
 from bumblebee.inference.request import Token
 
@@ -243,7 +244,28 @@ def test_a_small_batch_takes_a_small_cache(generator, monkeypatch):
     monkeypatch.setattr(generator, "engine", lambda options=None: made.append(original(options)) or made[-1])
     generator.generate(PROMPTS, GREEDY)
     assert made[0].pages.total == sum(-(-(len(generator.encode(prompt)) + 11) // 16) for prompt in PROMPTS)
-    assert original().pages.total == 4096 // 16
+    config = generator.model.config
+    assert original().pages.total == config.max_position_embeddings * 64 // 16  # of all that can run at the same time
+    big = GenerationOptions(max_running=10**6)
+    assert original(big).pages.total == 2**29 // (bytes_per_position(config, generator.dtype) * 16)
+
+
+def test_what_was_in_the_caches_memory_before_is_never_read(generator, monkeypatch):
+    """Prompts of several lengths, alone and padded, long after the memory was another's."""
+    engines = []
+    original = generator.engine
+
+    def full_of_nan(options=None):
+        engines.append(original(options))
+        for layer in engines[-1].runner.cache.layers:
+            layer.keys.fill_(float("nan"))
+            layer.values.fill_(float("nan"))
+        return engines[-1]
+
+    plain = generator.generate(PROMPTS, GREEDY)
+    monkeypatch.setattr(generator, "engine", full_of_nan)
+    assert [out.token_ids for out in generator.generate(PROMPTS, GREEDY)] == [out.token_ids for out in plain]
+    assert engines
 
 
 def test_a_stream_that_is_left_early_frees_all_it_holds(generator, monkeypatch):
