@@ -1,0 +1,41 @@
+"""A model of transformers on two ranks: every stage learns what one process learns, and continues to the byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from system.parts import VOCABULARY, train, weight_bytes, weights
+from system.processes import run_jobs
+
+STAGES = range(4)
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_learns_and_resume_to_the_byte_at_every_stage(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1,
+        attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+
+    def job(folder: str, ranks: int, stage: int, **changes: Any) -> dict[str, Any]:
+        save = {"checkpoint": ("Checkpoint", {"every": 3, "keep": None})}
+        # A larger eps than usual: Adam blows up the rounding of tiny gradients.
+        adam = ("AdamW", {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4})
+        common = {"folder": str(tmp_path / folder), "base": str(tmp_path / "base"), "callbacks": save, "optimizer": adam}
+        return {**common, "zero_stage": stage, "micro_batch_size": 1, "accumulate": 4 // ranks, **changes}
+
+    jobs = [job(f"{stage}", 2, stage) for stage in STAGES]
+    jobs += [job(f"again-{stage}", 2, stage, resume=str(tmp_path / f"{stage}" / "checkpoint-3")) for stage in STAGES]
+    assert not [result for result in run_jobs(jobs, 2, tmp_path) if "error" in result]
+    train(**job("one", 1, 0))
+    for stage in STAGES:
+        assert weight_bytes(tmp_path / f"again-{stage}") == weight_bytes(tmp_path / f"{stage}"), stage
+        for name, tensor in weights(tmp_path / "one").items():
+            torch.testing.assert_close(weights(tmp_path / f"{stage}")[name], tensor, rtol=0, atol=1e-5, msg=f"{stage} {name}")
