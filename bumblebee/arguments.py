@@ -19,7 +19,8 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from bumblebee.explanations import explain, hints_of
-from bumblebee.recipes import hint, names_of_callbacks, plain, problem_of_recipe, where
+from bumblebee.recipes import names_of_callbacks, plain, problem_of_recipe, where
+from bumblebee.text import hint
 
 
 class UserError(SystemExit):

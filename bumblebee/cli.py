@@ -30,6 +30,7 @@ COMMANDS = {
     "merge": "make a model folder from a LoRA adapter and its base model",
 }
 PREVIEW_OPTIONS = ("samples", "ranks", "measure", "gpu", "overwrite")  # beside a recipe's
+NO_VALIDATION = "the recipe's data has no validation samples: set data.validation_ratio or data.validation_files"
 USAGE = """usage: bumblebee COMMAND [options]
 
 {commands}
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if words[0] not in COMMANDS:
         from bumblebee.arguments import fail
-        from bumblebee.recipes import hint
+        from bumblebee.text import hint
 
         fail(f"unknown command {words[0]!r}{hint(words[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
     run: Callable[[list[str]], None] = globals()[words[0]]
@@ -116,7 +117,7 @@ def validate(words: list[str]) -> None:
         parts.task.setup(parts.data)
         parts.task.begin_validation(device)
         if not parts.data.validation:
-            raise ValueError("the recipe's data has no validation samples: set data.validation_ratio or data.validation_files")
+            raise ValueError(NO_VALIDATION)
     model = parts.task.model.to(device).eval()
     batches = loader.validation_batches(parts.data, cfg.trainer.micro_batch_size, 0, 1)
     on_device = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in batches)
@@ -322,7 +323,7 @@ def answer(words: list[str]) -> None:
         data.setup(cfg.seed)
         samples = getattr(data, split)
         if not samples:
-            raise ValueError("the recipe's data has no validation samples: set data.validation_ratio or data.validation_files")
+            raise ValueError(NO_VALIDATION)
         generator = Generator.from_pretrained(folder or cfg.output_dir, cfg.trainer.device, trust_remote_code=trust)
         found = answered(generator, questions(data, samples), limit)
     for each in found[:: max(1, len(found) // max(show, 1))][:show]:

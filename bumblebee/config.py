@@ -6,9 +6,10 @@ to a folder's config.json, which differs by model family, is in ``bumblebee/chec
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from bumblebee.text import hint
 
 # rope_type -> the numbers it needs, and those it may have, as in Hugging Face's config.json
 ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {
@@ -275,8 +276,7 @@ class BumblebeeConfig:
         known = [each.name for each in fields(cls)]
         for key in changes:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                raise ValueError(f"unknown field {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+                raise ValueError(f"unknown field {key!r}{hint(key, known)}")
         return cls(**{**PRESETS[name], **changes})
 
     def to_dict(self) -> dict[str, Any]:

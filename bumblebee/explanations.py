@@ -15,7 +15,8 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any, get_type_hints
 
-from bumblebee.recipes import callbacks_in, did_you_mean, hint, pairs, plain, recipes, recipes_beside, where
+from bumblebee.recipes import callbacks_in, pairs, plain, recipes, recipes_beside, where
+from bumblebee.text import did_you_mean, hint
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _UNKNOWN = re.compile(

@@ -5,27 +5,18 @@ A key is named as its user writes it, ``optimizer.lr``; in the file ``init_args`
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+
+from bumblebee.text import hint
 
 
 def plain(key: str) -> str:
     """The key as a user writes it: without ``init_args``."""
     return re.sub(r"(^|\.)(init_args|dict_kwargs)(?=\.|$)", "", key).lstrip(".")
-
-
-def hint(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)", or nothing."""
-    return did_you_mean(difflib.get_close_matches(name, list(known), n=2))
-
-
-def did_you_mean(near: list[str]) -> str:
-    """``hint`` for names that have been chosen already."""
-    return f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""
 
 
 def where(key: str, words: list[str]) -> str:

@@ -1,6 +1,9 @@
-"""How numbers and times are written for people."""
+"""How numbers, times and suggestions are written for people."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 def number(value: float) -> str:
@@ -31,3 +34,13 @@ def span(seconds: float) -> str:
         if seconds < most * size:
             return f"{seconds / size:.{2 if unit == 's' else 3}g} {unit}"
     return f"{seconds / 86400:,.0f} days"
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)", or nothing."""
+    return did_you_mean(difflib.get_close_matches(name, list(known), n=2))
+
+
+def did_you_mean(near: list[str]) -> str:
+    """``hint`` for names that have been chosen already."""
+    return f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""

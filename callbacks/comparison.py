@@ -10,8 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bumblebee.recipes import hint
-from bumblebee.text import duration, number
+from bumblebee.text import duration, hint, number
 from callbacks.curves import Curve, draw_runs, formats, save, smoothed
 
 FILE = "metrics.jsonl"

@@ -15,11 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 
+from bumblebee.text import hint
 from datamodules import formats
 
 Files = str | list[str | dict[str, Any]]
@@ -116,7 +116,7 @@ def _entry(item: str | dict[str, Any], corpus_options: Sequence[str]) -> Entry:
     allowed = ["path", "weight", *(corpus_options if path == formats.CORPUS else ())]
     for key in item:
         if key not in allowed:
-            near = "".join(f" (did you mean {name!r}?)" for name in get_close_matches(str(key), allowed, n=1))
+            near = hint(str(key), allowed)
             raise ValueError(f"files: unknown key {key!r} in the entry of {path!r}{near}; it may have {', '.join(allowed)}")
     weight = item.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bumblebee import distributed
+from bumblebee.cache_folder import cache_folder
 from bumblebee.datamodule import DataModule
 from bumblebee.tokenizer import Tokenizer
 from datamodules import formats, python_docs
@@ -75,7 +76,7 @@ class TokenData(DataModule):
         self.files, self.validation_files = files, validation_files
         self.max_length, self.validation_ratio = max_length, validation_ratio
         self.deduplicate, self.on_bad_record = deduplicate, on_bad_record
-        self.cache_dir = Path(cache_dir or os.environ.get("BUMBLEBEE_CACHE") or Path.home() / ".cache" / "bumblebee")
+        self.cache_dir = cache_folder(cache_dir)
         self.tokenizer_folder = tokenizer
 
     @abstractmethod

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bumblebee import distributed
+from bumblebee.cache_folder import cache_folder
 from bumblebee.checkpoint.adapter import chain
 from bumblebee.checkpoint.atomic import flush
 from bumblebee.datamodule import Batch
@@ -79,11 +80,6 @@ def precomputed(
     else:
         columns = load_file(file)
     return Precomputed({name: column.to(trainer.device) for name, column in columns.items()})
-
-
-def cache_folder(cache_dir: str | Path | None) -> Path:
-    """The folder for what is kept between runs."""
-    return Path(cache_dir or os.environ.get("BUMBLEBEE_CACHE") or Path.home() / ".cache" / "bumblebee")
 
 
 # -- computing -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from bumblebee.inference.params import SamplingParams
-from bumblebee.recipes import hint
+from bumblebee.text import hint
 from serve.terminal.options import NOT_OFFERED
 
 if TYPE_CHECKING:
