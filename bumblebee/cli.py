@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     """The program."""
     # Idle OpenMP threads must sleep: spinning, they take the cores from each other. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if "" not in sys.path:  # a class of a file in the current folder is found, as with python -m; last, to hide nothing
-        sys.path.append("")
+    find_classes_here()
     words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE.format(commands="\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items())), end="")
@@ -65,6 +64,13 @@ def main(argv: list[str] | None = None) -> None:
         run(words[1:])
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
+
+
+def find_classes_here() -> None:
+    """Let a recipe name classes in files of the current folder, as with ``python -m``; last, so that they hide nothing."""
+    with suppress(FileNotFoundError):  # the folder has been deleted
+        here = os.getcwd()  # in full: while a recipe is read, its folder is the current one
+        sys.path.extend({here} - set(sys.path))
 
 
 # -- fit and validate ----------------------------------------------------------------------------------------------------
@@ -384,6 +390,7 @@ def merge(words: list[str]) -> None:
     parser.add_argument("--max_shard_size", type=str, default="5GB", help="largest file")
     parser.add_argument("--overwrite", type=bool, default=False, help="replace a model that is there")
     parser.add_argument("--check", type=bool, default=True, help="compare logits with base and adapter; loads whole models")
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help="run code that folders name, to compare logits")
     cfg = parser.parse(words)
     with user_errors(parser, cfg):
         from bumblebee.checkpoint.merge import merge as write
@@ -391,9 +398,11 @@ def merge(words: list[str]) -> None:
         write(cfg.adapter, cfg.output, cfg.base, cfg.dtype, cfg.max_shard_size, cfg.overwrite)
     print(f"model folder: {cfg.output}", flush=True)
     if cfg.check:
-        from bumblebee.lora import differences
+        with user_errors(parser, cfg):
+            from bumblebee.lora import differences
 
-        for dtype, (difference, largest) in differences(cfg.output, cfg.adapter, cfg.base).items():
+            found = differences(cfg.output, cfg.adapter, cfg.base, cfg.trust_remote_code)
+        for dtype, (difference, largest) in found.items():
             print(f"computed in {dtype}: a logit differs by {difference:.3g} at most; the largest is {largest:.3g}", flush=True)
 
 

@@ -296,34 +296,41 @@ def attach(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"{folder / WEIGHTS} holds {result.unexpected_keys[0]}, which fits nothing in the base model")
 
 
-def differences(merged: str | Path, adapter: str | Path, base: str | Path | None = None) -> dict[str, tuple[float, float]]:
+def differences(
+    merged: str | Path, adapter: str | Path, base: str | Path | None = None, trust_remote_code: bool = False
+) -> dict[str, tuple[float, float]]:
     """How far a merged folder's logits are from those of the base model with the adapter beside its weights.
 
     Args:
         merged: the model folder.
         adapter: the adapter folder that went into it.
         base: what the adapter stands on, instead of the folder that it names.
+        trust_remote_code: run code that the folders name or hold.
 
     Returns:
         For fp32 and for the folder's own dtype, by name: the largest difference and the largest logit, over a few token ids.
     """
     own = next(iter(read_tensors(merged)))[1].dtype
+    below = chain(adapter, base)[-2]
     return {
-        str(dtype).removeprefix("torch."): _difference(merged, adapter, base, dtype) for dtype in {torch.float32: 0, own: 0}
+        str(dtype).removeprefix("torch."): _difference(merged, Path(adapter), below, dtype, trust_remote_code)
+        for dtype in {torch.float32: 0, own: 0}
     }
 
 
 @torch.inference_mode()
-def _difference(merged: str | Path, adapter: str | Path, base: str | Path | None, dtype: torch.dtype) -> tuple[float, float]:
-    beside = load_model(chain(adapter, base)[-2], dtype)
+def _difference(
+    merged: str | Path, adapter: Path, base: Path, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[float, float]:
+    beside = load_model(base, dtype, trust_remote_code=trust_remote_code)
     count = beside.config.vocab_size
     ids = torch.randint(
         0, count, (1, min(32, beside.config.max_position_embeddings)), generator=torch.Generator().manual_seed(0)
     )
-    attach(beside, Path(adapter))
+    attach(beside, adapter)
     wanted = beside.eval()(ids).float()
     del beside  # one model at a time
-    found = load_model(merged, dtype).eval()(ids).float()
+    found = load_model(merged, dtype, trust_remote_code=trust_remote_code).eval()(ids).float()
     return float((found - wanted).abs().max()), float(wanted.abs().max())
 
 

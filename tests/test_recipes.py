@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 
-from bumblebee.cli import main
+from bumblebee.cli import main, recipe_parser
 from bumblebee.config import PRESETS, BumblebeeConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "models")
 OVERLAYS = [path for path in RECIPES if path.parent.name in ("memory", "speed")]  # go behind another recipe
 MODELS = sorted((ROOT / "recipes" / "models").glob("*.yaml"))
+
+
+def model_of(recipe: Path) -> dict[str, Any]:
+    """What a recipe says about its model, in itself or in the file that it names; nothing where it has no task."""
+    model = (yaml.safe_load(recipe.read_text()).get("task") or {}).get("init_args", {}).get("model") or {}
+    return yaml.safe_load((recipe.parent / model).read_text()) if isinstance(model, str) else model
+
+
+BUILDERS = [path for path in RECIPES if model_of(path).get("class_path") == "bumblebee.Bumblebee"]
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +81,21 @@ def test_a_size_is_one_option(size: str, capsys: pytest.CaptureFixture[str]) -> 
     once = resolved(["fit", "--config", "recipes/pretrain.yaml", "--task.model", f"recipes/models/{size}.yaml"], capsys)
     config = yaml.safe_load(once)["task"]["init_args"]["model"]["init_args"]["config"]
     assert config["hidden_size"] == PRESETS[size]["hidden_size"]
+
+
+def test_recipes_that_build_their_model_are_found() -> None:
+    assert {"pretrain.yaml", "quickstart/pretrain.yaml"} <= {str(path.relative_to(ROOT / "recipes")) for path in BUILDERS}
+
+
+@pytest.mark.parametrize("recipe", BUILDERS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_each_number_of_a_model_that_a_recipe_builds_is_a_flag(recipe: Path) -> None:
+    shape = {
+        "num_hidden_layers": 6, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 96,
+        "rope_theta": 5e4, "tie_word_embeddings": False, "qk_norm": True,
+    }  # fmt: skip
+    flags = [word for name, value in shape.items() for word in (f"--task.model.config.{name}", str(value).lower())]
+    parser = recipe_parser("fit", "")
+    cfg = parser.parse(["--config", str(recipe), *flags, "--output_dir", "runs/a"])
+    model = parser.instantiate(Namespace(task=cfg.task)).task.model
+    assert {name: getattr(model.config, name) for name in shape} == shape and cfg.output_dir == "runs/a"
+    assert len(model.model.layers) == 6 and model.model.layers[0].mlp.up_proj.weight.shape == (96, 64)
