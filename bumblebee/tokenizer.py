@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from bumblebee.chat_template import ChatTemplate, content_of, default_for
 from bumblebee.checkpoint.atomic import read_json, write_json
 from bumblebee.templating.chatml import CHATML
+from bumblebee.templating.encoder import ids_of
 from bumblebee.templating.files import template_files
 from bumblebee.templating.guard import sound
 
@@ -126,7 +127,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no special token is added, and none is recognised in it. Lone surrogates become U+FFFD."""
-        return self.backend.encode(sound(text), add_special_tokens=False).ids
+        return ids_of(self.backend, sound(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of many texts, on all cores."""

@@ -73,11 +73,14 @@ class Chats:
 
 def _require_all(template: ChatTemplate, written: list[Plain], plain: list[Plain], tools: Any) -> None:
     """That names and calls are in the prompt."""
-    calls = [call["function"]["name"] for message in plain for call in message.get("tool_calls", ())]
-    if calls and (missing := [name for name in calls if name not in template.render(written, tools, True)]):
-        raise ValueError(f"the model's chat template leaves out calls of tools ({missing[0]!r})")
+    calls = dict.fromkeys(call["function"]["name"] for message in plain for call in message.get("tool_calls", ()))
     nameless = [message if message["role"] == "tool" else _without_name(message) for message in written]
-    if nameless != written and template.render(nameless, tools, True) == template.render(written, tools, True):
+    if not calls and nameless == written:
+        return
+    text = template.render(written, tools, True)
+    if missing := [name for name in calls if name not in text]:
+        raise ValueError(f"the model's chat template leaves out calls of tools ({missing[0]!r})")
+    if nameless != written and template.render(nameless, tools, True) == text:
         raise ValueError("the model's chat template has no names of those who write: leave name out")
 
 

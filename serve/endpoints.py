@@ -32,6 +32,7 @@ from serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Tok
 
 # Defaults that the model's card tells, so that a client can show what a request without them gets.
 SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+LARGE = 64 * 2**10  # bytes of a body that takes some milliseconds to check
 
 Reply = ChatReply | CompletionReply
 Result = TypeVar("Result")
@@ -164,7 +165,9 @@ class Endpoints(LitSpec):
         return self.prompts
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
-        body = parse(kind, await bodies.read(request, self.options.max_payload))
+        raw = await bodies.read(request, self.options.max_payload)
+        # Checking the largest ones takes a second: running streams go on meanwhile.
+        body = await asyncio.to_thread(parse, kind, raw) if len(raw) > LARGE else parse(kind, raw)
         if body.model is not None:
             self._require_known(body.model)
         return body

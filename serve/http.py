@@ -12,7 +12,11 @@ from types import FrameType
 
 import uvicorn
 
+from serve.console import say
 from serve.hub import Hub
+
+STUCK = 120  # seconds after which a connection ends that takes no bytes of its answer
+BACKLOG = 2048  # connections that wait to be taken, as uvicorn's own default
 
 
 class HTTP(uvicorn.Server):
@@ -37,13 +41,12 @@ class HTTP(uvicorn.Server):
         """Called with each signal."""
         if sig in self._seen:  # another number is a launcher that passes Ctrl-C on as SIGTERM
             self._kill()
-            sys.stdout.flush()
             os._exit(128 + sig)
         if not self._seen:
             seconds = self._hub.options.drain_timeout
             self._hub.draining, self._until = True, time.monotonic() + seconds
             if not self._hub.idle:
-                print(f"stopping: running answers have {seconds:g} s; once more stops at once", file=sys.stderr, flush=True)
+                say(f"stopping: running answers have {seconds:g} s; once more stops at once", sys.stderr)
         self._seen.add(sig)
 
     async def on_tick(self, counter: int) -> bool:
@@ -56,7 +59,9 @@ class HTTP(uvicorn.Server):
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket bound to an address; it refuses connections until the server listens.
+    """A socket that listens at an address: connections wait until the server takes them.
+
+    It listens at once. Two sockets that are only bound can have the same address, and two servers would begin to load.
 
     Raises:
         ValueError: the port is in use, or there is no such address on this machine.
@@ -68,8 +73,13 @@ def listening(host: str, port: int) -> socket.socket:
     family, kind, protocol, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)  # localhost: 127.0.0.1
     bound = socket.socket(family, kind, protocol)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # A client that has gone without a word, or reads nothing, is not kept for ever. Connections inherit these options.
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STUCK * 1000)
     try:
         bound.bind(address)
+        bound.listen(BACKLOG)
     except OSError as error:
         bound.close()
         raise ValueError(_why(error, host, port)) from None

@@ -50,6 +50,7 @@ class Worker(litserve.LitAPI):
 
     def authorize(self, request: HTTPRequest) -> None:
         """LitServe asks this before each of the spec's routes."""
+        self.keys.check_host(request.headers.get("host"))
         self.keys.check(request.headers.get("authorization"))
 
     def setup(self, device: str) -> None:

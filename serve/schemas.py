@@ -19,7 +19,7 @@ from serve.faults import Fault, invalid, shown
 from serve.strict import Strict, as_biases, as_list, as_parts, as_prompts, finite, json_object, only, wrong, wrong_field
 
 INT64 = 2**63
-MOST_CHOICES, MOST_TOOLS = 128, 128
+MOST_CHOICES, MOST_TOOLS, MOST_MESSAGES = 128, 128, 2048
 FUNCTION_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -118,7 +118,7 @@ def _answered(messages: list[Message]) -> list[Message]:
     return messages
 
 
-Messages = Annotated[list[Message], Field(min_length=1), AfterValidator(_answered)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES), AfterValidator(_answered)]
 
 
 class Function(Strict):

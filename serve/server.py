@@ -22,7 +22,7 @@ import multiprocessing.resource_tracker
 import signal
 import threading
 from collections.abc import AsyncIterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection as Pipe
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -32,6 +32,8 @@ from litserve import LitServer
 
 from bumblebee.tokenizer import Tokenizer
 from serve import errors, page
+from serve.connection import Connection
+from serve.console import say
 from serve.endpoints import Endpoints
 from serve.http import HTTP, listening
 from serve.hub import Hub
@@ -99,10 +101,11 @@ class Server(LitServer):
             log_level=level,
             access_log=level in ("debug", "info"),
             server_header=False,
+            http=Connection,
             timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=GRACE,
         )
-        print(f"loading {self.options.model} ({', '.join(self.devices)}), {self.url}", flush=True)
+        say(f"loading {self.options.model} ({', '.join(self.devices)}), {self.url}")
         self.http = HTTP(config, self.hub, self.workers.kill)
         try:
             self.http.run(sockets=[self.socket])
@@ -121,10 +124,9 @@ class Server(LitServer):
     def loaded(self, ready: Ready) -> None:
         """A worker has loaded the model."""
         self.endpoints.loaded(ready)
-        print(
+        say(
             f"ready: {self.url} serves {self.options.model} as {self.options.name!r} on {ready.device}: {ready.parameters:,}"
-            f" parameters in {ready.dtype}, {ready.cache_tokens:,} positions of cache, {ready.context_length:,} for a request",
-            flush=True,
+            f" parameters in {ready.dtype}, {ready.cache_tokens:,} positions of cache, {ready.context_length:,} for a request"
         )
 
     def give_up(self, error: BaseException) -> None:
@@ -132,7 +134,7 @@ class Server(LitServer):
         self.error = self.error or error
         self.http.should_exit = True
 
-    def launch(self, index: int, pipe: Connection) -> BaseProcess:
+    def launch(self, index: int, pipe: Pipe) -> BaseProcess:
         """Start the worker of a device. Signals are for this process alone: a terminal sends Ctrl-C to all."""
         multiprocessing.resource_tracker.ensure_running()  # starting it later would let the signals through again
         with self._launching:

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from serve.channel import Channel
+from serve.console import say
 from serve.hub import Hub, Replica
 from serve.messages import Failed, Ready, Step
 
@@ -129,4 +130,4 @@ def _cause(exitcode: int | None) -> str:
 
 
 def _say(message: str) -> None:
-    print(f"bumblebee: {message}", file=sys.stderr, flush=True)
+    say(f"bumblebee: {message}", sys.stderr)

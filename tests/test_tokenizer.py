@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -28,6 +30,21 @@ def test_decoding_gives_back_every_text(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
     check()
+
+
+def test_a_long_text_holds_up_no_other_thread(tokenizer):
+    text = "an éternal 🐝 " * 40_000
+    with ThreadPoolExecutor(1) as threads:
+        begun = time.perf_counter()
+        encoding = threads.submit(tokenizer.encode, text)
+        longest = 0.0
+        while not encoding.done():
+            before = time.perf_counter()
+            time.sleep(0.001)
+            longest = max(longest, time.perf_counter() - before)
+        took = time.perf_counter() - begun
+    assert longest < took / 2, f"{longest:.3f} s of {took:.3f} s"
+    assert encoding.result() == tokenizer.backend.encode(text, add_special_tokens=False).ids
 
 
 def test_token_bytes_join_to_the_text_in_utf8(tokenizer):

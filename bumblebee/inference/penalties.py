@@ -14,6 +14,8 @@ from torch import Tensor
 
 from bumblebee.inference.params import SamplingParams
 
+LARGEST = 1e30  # what a repetition penalty near zero may make of a logit: it stays finite, also over a small temperature
+
 
 class Penalties:
     """What the penalties of one request look at: each id once, with how often it was generated.
@@ -79,7 +81,7 @@ def _subtract(logits: Tensor, rows: list[int], requests: list[Penalties]) -> Non
     counts = torch.cat([request.counts for request in requests]).to(logits.device)
     at = _entries(rows, [request.ids for request in requests], logits.device)
     values = logits[at]
-    values = torch.where(values > 0, values / repetition, values * repetition)
+    values = torch.where(values > 0, values / repetition, values * repetition).clamp(-LARGEST, LARGEST)
     logits[at] = values - counts * frequency - (counts > 0) * presence
 
 

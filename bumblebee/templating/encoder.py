@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import tokenizers
@@ -18,6 +19,7 @@ from bumblebee.templating.guard import alternatives, mend, sound
 
 # Unicode's White_Space, which the library strips; Python's str.strip takes away four more.
 BLANKS = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+LONG = 10_000  # characters of a text that takes some milliseconds
 
 
 class Encoder:
@@ -35,9 +37,9 @@ class Encoder:
         self._eats_behind = {token.content for token in added.values() if token.special and token.rstrip}
         self._eats_before = {token.content for token in added.values() if token.special and token.lstrip}
         # Sentencepiece's tokenizers put a blank before a text. Where a text goes on, they must not.
-        self._encode_at_start = _encoding(backend)
-        self._encode_after_special = _encoding(_rewritten(backend, _not_first))
-        self._encode_after_text = _encoding(_rewritten(backend, _no_prefix))
+        self._encode_at_start = partial(ids_of, backend)
+        self._encode_after_special = partial(ids_of, _rewritten(backend, _not_first))
+        self._encode_after_text = partial(ids_of, _rewritten(backend, _no_prefix))
 
     def encode(self, segments: list[tuple[str, bool]], breaker: str = "") -> tuple[list[int], list[bool]]:
         """Ids and flags of segments of one text, each segment tokenised by itself.
@@ -70,8 +72,11 @@ class Encoder:
         return [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece]
 
 
-def _encoding(backend: tokenizers.Tokenizer) -> Callable[[str], list[int]]:
-    return lambda text: backend.encode(text, add_special_tokens=False).ids
+def ids_of(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    """Ids of a text. While a long one is encoded other threads go on: ``backend.encode`` would hold them up for seconds."""
+    if len(text) < LONG:
+        return backend.encode(text, add_special_tokens=False).ids
+    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 # A part of the backend in its JSON form, to what it has to be; None removes it.

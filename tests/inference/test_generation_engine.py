@@ -434,6 +434,13 @@ def test_the_stats_tell_what_was_done(engine_of):
     assert (stats.pages_free, stats.pages_cached) == (5, 2)
 
 
+def test_a_cache_larger_than_the_memory_is_refused_before_anything_is_reserved(engine_of):
+    with pytest.raises(
+        ValueError, match=r"^cache_tokens: 1,000,000,000,000,000 positions take .* GiB on cpu, which has .*: at most"
+    ):
+        engine_of(cache_tokens=10**15)
+
+
 @pytest.mark.parametrize("name", ["cache_tokens", "max_running", "step_tokens"])
 def test_a_limit_below_one_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):

@@ -277,6 +277,16 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits_
     assert penalise(torch.tensor([logits]), [request])[0].tolist() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-44, 1e-38, 1e-30])
+@pytest.mark.parametrize("temperature", [1e-6, 1.0, 2.0])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"logit_bias": {0: 100.0}}])
+def test_a_repetition_penalty_next_to_zero_still_chooses_a_token(penalty, temperature, options):
+    chosen = draws(
+        torch.tensor([1.0, 3.0, -2.0, 0.0]), 20, (0, 2), repetition_penalty=penalty, temperature=temperature, **options
+    )
+    assert set(chosen) == {0}, "its logit, divided by next to nothing, is by far the largest"
+
+
 def test_presence_and_frequency_count_generated_tokens_only():
     request = Penalties([0, 1], SamplingParams(presence_penalty=0.5, frequency_penalty=0.25))
     for token in (1, 2, 2, 2):

@@ -95,6 +95,7 @@ MALFORMED = [
     _chat("a penalty of zero", "repetition_penalty", "more than 0", repetition_penalty=0),
     # Messages.
     _message("no messages", "messages", "at least 1 entries"),
+    _message("more messages than OpenAI takes", "messages", "at most 2048 entries", *[USER] * 2049),
     _message("a message that is none", "messages[0]", "an object", 5),
     _message("no role", "messages[0].role", "is missing", {"content": "Hello"}),
     _message("an unknown role", "messages[1].role", "'tool', not \"robot\"", USER, {"role": "robot", "content": "Hello"}),

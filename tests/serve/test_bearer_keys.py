@@ -49,6 +49,24 @@ def test_where_others_reach_it_a_key_is_needed_unless_told_so(host: str):
     keys(host=host, api_key="first").check("Bearer first")
 
 
+@pytest.mark.parametrize(
+    "host", [None, "localhost:8000", "LOCALHOST", "127.0.0.1:8000", "[::1]:8000", "a.localhost", "10.0.0.7:80"]
+)
+def test_without_a_key_this_machine_is_asked_by_its_own_names_and_addresses(host: str | None):
+    keys().check_host(host)
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.com", "evil.com:8000", "127.0.0.1.evil.com", "localhost.evil.com", "[", "a@b", "localhost."]
+)
+def test_without_a_key_a_name_that_another_site_may_let_lead_here_is_refused(host: str):
+    with pytest.raises(Fault, match="--api_key KEY or --without_key") as refused:
+        keys().check_host(host)
+    assert refused.value.status == 403
+    keys(without_key=True).check_host(host)
+    keys(api_key="first").check_host(host)
+
+
 @pytest.mark.parametrize("key", ["", "  ", ["first", ""]])
 def test_an_empty_key_is_no_key(key: Any):
     with pytest.raises(ValueError, match="api_key is empty"):

@@ -9,6 +9,7 @@ import pytest
 from calling_templates import tokenizer_of
 from malformed import CHAT, COMPLETION, MALFORMED
 
+from bumblebee.chat_template import ChatTemplate
 from bumblebee.inference.params import SamplingParams
 from bumblebee.tokenizer import Tokenizer
 from serve.faults import Fault
@@ -200,6 +201,20 @@ def test_calls_that_the_template_leaves_out_are_refused(tmp_path):
     call = {"id": "c1", "type": "function", "function": {"name": "fly", "arguments": "{}"}}
     with pytest.raises(Fault, match="leaves out calls of tools \\('fly'\\)"):
         chat(Prompts(tokenizer, 256, 400), messages=[*CHAT["messages"], {"role": "assistant", "tool_calls": [call]}])
+
+
+def test_a_conversation_of_many_calls_is_rendered_no_more_often_than_one_of_few(tokenizer, monkeypatch):
+    rendered = []
+    monkeypatch.setattr(ChatTemplate, "render", lambda *args, render=ChatTemplate.render: rendered.append(0) or render(*args))
+    call = {"id": "c1", "type": "function", "function": {"name": "fly", "arguments": "{}"}}
+
+    def renderings(calls):
+        rendered.clear()
+        messages = [*CHAT["messages"], {"role": "assistant", "tool_calls": [call] * calls}]
+        chat(Prompts(tokenizer, 8192, 400), messages=messages)
+        return len(rendered)
+
+    assert renderings(100) == renderings(2)
 
 
 def test_texts_and_chats_are_tokenized_as_the_model_gets_them(prompts, tokenizer):

@@ -94,6 +94,7 @@ GOOD = b'{"model": "bumblebee", "prompt": "Hello", "max_tokens": 2}'
 WRONG = {  # name: (method, path, headers, body, status, word of the message)
     "no content type": ("POST", "/v1/completions", {}, GOOD, 415, "application/json"),
     "a form": ("POST", "/v1/completions", {"Content-Type": "application/x-www-form-urlencoded"}, GOOD, 415, "form"),
+    "a foreign page": ("POST", "/v1/completions", {**JSON, "Host": "foreign.example:8000"}, GOOD, 403, "--api_key"),
     "compressed": ("POST", "/v1/completions", {**JSON, "Content-Encoding": "gzip"}, GOOD, 415, "gzip"),
     "too large": ("POST", "/v1/completions", JSON, b" " * (5 * 2**20), 413, "4194304 bytes"),
     "far too large": ("POST", "/v1/completions", {**JSON, "Content-Length": str(2**40)}, b"", 413, "4194304 bytes"),
@@ -110,7 +111,7 @@ WRONG = {  # name: (method, path, headers, body, status, word of the message)
 def test_a_wrong_request_is_refused_in_the_error_format_and_the_next_is_served(server: Running, name: str):
     method, path, headers, body, status, word = WRONG[name]
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), PATIENCE) as connection:
-        lines = {"Host": "server", "Content-Length": str(len(body)), "Connection": "close", **headers}
+        lines = {"Host": "localhost", "Content-Length": str(len(body)), "Connection": "close", **headers}
         head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{key}: {value}\r\n" for key, value in lines.items()) + "\r\n"
         connection.sendall(head.encode() + body)
         received = b"".join(iter(lambda: connection.recv(65536), b""))
