@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ from serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Tok
 
 # Defaults that the model's card tells, so that a client can show what a request without them gets.
 SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-LARGE = 64 * 2**10  # bytes of a body that takes some milliseconds to check
+LARGE = 64 * 2**10  # bytes of a body that takes some milliseconds to read
 
 Reply = ChatReply | CompletionReply
 Result = TypeVar("Result")
@@ -54,6 +55,7 @@ class Endpoints(LitSpec):
         self.options, self.tokenizer, self.hub = options, tokenizer, hub
         self.prompts: Prompts | None = None
         self.created = int(time.time())
+        self._large = ThreadPoolExecutor(1, "large-bodies")  # one may take a second, and half a gigabyte
 
     # -- what LitServe calls -------------------------------------------------------------------------------------------
 
@@ -86,7 +88,7 @@ class Endpoints(LitSpec):
         body = await self._body(request, ChatRequest)
         self.hub.admit()  # before anything is computed for a request that is refused
         prompts = self._prompts()
-        jobs = await asyncio.to_thread(prompts.chat, body)
+        jobs = await self._in_thread(request, prompts.chat, body)
         return await self._answer(request, body, jobs, ChatReply(body, self.options.name, self.tokenizer, prompts.calls))
 
     async def completion(self, request: Request) -> Response:
@@ -94,7 +96,7 @@ class Endpoints(LitSpec):
         body = await self._body(request, CompletionRequest)
         self.hub.admit()
         prompts = self._prompts()
-        jobs = await asyncio.to_thread(prompts.completion, body)
+        jobs = await self._in_thread(request, prompts.completion, body)
         echoes = [prompts.echo(prompt) for prompt in body.prompt] if body.echo else None
         return await self._answer(request, body, jobs, CompletionReply(body, self.options.name, self.tokenizer, echoes))
 
@@ -114,7 +116,7 @@ class Endpoints(LitSpec):
         """POST /tokenize: the ids of a prompt."""
         body = await self._body(request, TokenizeRequest)
         prompts = self._prompts()
-        ids = await asyncio.to_thread(prompts.tokenize, body)
+        ids = await self._in_thread(request, prompts.tokenize, body)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": prompts.context_length})
 
     async def detokenize(self, request: Request) -> Response:
@@ -123,7 +125,7 @@ class Endpoints(LitSpec):
         prompts = self._prompts()
         if unknown := [id for id in body.tokens if id >= prompts.vocab_size]:
             raise invalid(f"{unknown[0]} is no token id of this model", "tokens")
-        return JSONResponse({"prompt": await asyncio.to_thread(self.tokenizer.decode, body.tokens)})
+        return JSONResponse({"prompt": await self._in_thread(request, self.tokenizer.decode, body.tokens)})
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models: there is one."""
@@ -166,11 +168,21 @@ class Endpoints(LitSpec):
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
         raw = await bodies.read(request, self.options.max_payload)
-        # Checking the largest ones takes a second: running streams go on meanwhile.
-        body = await asyncio.to_thread(parse, kind, raw) if len(raw) > LARGE else parse(kind, raw)
+        request.state.large = len(raw) > LARGE
+        body = await self._in_thread(request, parse, kind, raw) if request.state.large else parse(kind, raw)
         if body.model is not None:
             self._require_known(body.model)
         return body
+
+    async def _in_thread(self, request: Request, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What a function gives. Running streams go on meanwhile, and so do small requests: the large ones take turns.
+
+        Raises:
+            ClientDisconnect: the client of a large one has left.
+        """
+        if not request.state.large:
+            return await asyncio.to_thread(function, *arguments)
+        return await unless_left(request, asyncio.get_running_loop().run_in_executor(self._large, function, *arguments))
 
     def _require_known(self, model: str) -> None:
         if model != self.options.name:
@@ -245,7 +257,7 @@ async def fed(reply: Reply, run: Run) -> None:
         reply.add(index, output)
 
 
-async def unless_left(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def unless_left(request: Request, work: Awaitable[Result]) -> Result:
     """What ``work`` gives, if the client waits for it.
 
     Raises:

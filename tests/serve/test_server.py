@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +219,15 @@ def test_a_request_that_takes_too_long_ends_with_an_error(served_folder: Path):
         assert (whole.status_code, error_of(whole)["code"]) == (504, "timeout")
         assert whole.headers["x-should-retry"] == "false"
         assert running.complete(max_tokens=1).status_code == 200
+
+
+@pytest.mark.slow
+def test_large_bodies_take_turns_and_small_requests_pass_them(server: Running):
+    large = completion("a b c " * 400_000)  # half a second each, to be told that it is too long
+    with ThreadPoolExecutor(12) as threads:
+        asked = [threads.submit(server.post, "/v1/completions", large) for _ in range(12)]
+        time.sleep(0.5)
+        assert server.complete(max_tokens=1).status_code == 200
+        waiting = [answer for answer in asked if not answer.done()]
+        assert len(waiting) > 1, "it did not wait for all of them"
+        assert {answer.result().status_code for answer in asked} == {400}
