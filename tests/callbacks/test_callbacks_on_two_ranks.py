@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from system.processes import finish, start
 
-from bumblebee import Generator, SamplingParams
+from bumblebee import Bumblebee, Generator, SamplingParams, flops
 from bumblebee.run_folder import checkpoints
 
 pytestmark = pytest.mark.slow
@@ -44,8 +44,7 @@ def test_throughput_is_that_of_both(run):
         if "tflops" in line:
             each = line["tflops"] * 2e12 / line["tokens_per_second"]  # both devices' operations for a token
             break
-    model = Generator.from_pretrained(run / "run").model
-    from bumblebee import flops
+    model = Bumblebee.from_pretrained(run / "run")
 
     assert each == pytest.approx(flops.per_token(model) + flops.of_attention(model, 16))
 
