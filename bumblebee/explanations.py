@@ -21,13 +21,14 @@ from bumblebee.text import did_you_mean, hint
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _UNKNOWN = re.compile(
     r"(?:Group '(?P<group>[^']+)' does not accept option|Option) '(?P<option>[^']+)'"
-    r"|[Uu]nrecognized arguments?: (?:--)?(?P<word>[^\s=]+)"
+    r"|[Uu]nrecognized arguments?: (?:--(?P<word>[^\s=]+)|(?P<value>\S+))"
 )
 _CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
 _WRONG_KIND = re.compile(
     r"path ?'?([\w.]*)'? does not correspond to a subclass of (\w+)|'([\w.]+)' to be a subclass of <class '(\w+)'>"
 )
 _NOT_OPTIONS = ("params", "args", "kwargs")  # what an optimizer is given by the trainer, and what has no names
+_NOT_LISTED = ("help", "print_config", "print_shtab")  # each command's, and of no use where another option was meant
 _PLAIN_TYPES = {
     "<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'str'>": "text", "<class 'NoneType'>": "null",
     "<class 'bool'>": "true or false", "<class 'dict'>": "options under it", "<class 'list'>": "a list",
@@ -50,6 +51,8 @@ def explain(message: str, words: list[str], names: Iterable[str] = ()) -> str:
     """
     keys, said = _last_key(message)
     if unknown := _UNKNOWN.search(said):
+        if value := unknown["value"]:
+            return f"{value!r} belongs to no option: {_option_for(value, set(names))}"
         return _explain_unknown(unknown, keys, message, words, list(names))
     key = _complete(keys, said, words)
     if missing := re.search(r"the following arguments are required: (.*)", said):
@@ -149,6 +152,14 @@ def _explain_unknown(unknown: re.Match[str], keys: list[str], message: str, word
     return f"{where(key, words)}unknown option {key!r}{_nearest(key, [f'{parent}.{name}' for name in known])}"
 
 
+def _option_for(value: str, names: set[str]) -> str:
+    """How to write a value that stands alone on the command line."""
+    for option, meant in (("model", Path(value).is_dir()), ("config", value.endswith((".yaml", ".yml")))):
+        if meant and option in names:
+            return f"write --{option} {value}"
+    return "write --NAME VALUE, and quotes around a value with spaces; --help lists the options"
+
+
 def _nearest(key: str, known: list[str]) -> str:
     """The names beside a key that are most like it; where none is, all of them. Of a group that is none, the groups."""
     parent, _, name = key.rpartition(".")
@@ -157,7 +168,7 @@ def _nearest(key: str, known: list[str]) -> str:
         parent, name, beside = "", key.split(".")[0], list(dict.fromkeys(other.split(".")[0] for other in known))
     near = difflib.get_close_matches(name, beside, n=2, cutoff=0.7)
     full = [f"{parent}.{other}" if parent else other for other in near]
-    return did_you_mean(full) or f"; there are {', '.join(beside)}"
+    return did_you_mean(full) or f"; there are {', '.join(name for name in beside if name not in _NOT_LISTED)}"
 
 
 def _parameters(class_path: str, group: str | None = None) -> list[str]:
