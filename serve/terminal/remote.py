@@ -39,6 +39,8 @@ class RemoteModel:
         self.url, self.name, self.raw = url, name, raw
         base = url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"
         timeout = openai.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
+        # The client insists on a key. Where there is none it must not send one, so that the server says that one is missing.
+        self.headers = {} if api_key else {"Authorization": openai.Omit()}
         # No silent retries: who waits at a terminal wants to know why, at once.
         self.client = openai.OpenAI(base_url=base, api_key=api_key or "none", timeout=timeout, max_retries=0)
 
@@ -78,7 +80,8 @@ class RemoteModel:
         """The stream of chunks."""
         options = {OTHER_NAMES.get(name, name): value for name, value in sampling.items() if name not in BEYOND_OPENAI}
         more = {name: value for name, value in sampling.items() if name in BEYOND_OPENAI}
-        shared = {"model": self.name, "stream": True, "stream_options": {"include_usage": True}, "extra_body": more}
+        shared = {"model": self.name, "stream": True, "stream_options": {"include_usage": True}}
+        shared |= {"extra_body": more, "extra_headers": self.headers}
         create: Any = self.client.completions.create if self.raw else self.client.chat.completions.create
         asked = {"prompt": messages[-1]["content"]} if self.raw else {"messages": list(messages)}
         return create(**asked, **shared, **options)

@@ -114,6 +114,13 @@ def test_raw_text_goes_to_the_completions(stub: Stub, talk) -> None:
     assert path == "/other/completions" and body["prompt"] == "The bees" and "messages" not in body
 
 
+def test_without_a_key_none_is_sent(stub: Stub, talk) -> None:
+    for words in ((), ("--api_key", "secret")):
+        stub.streams(*WHOLE)
+        talk(stub.url, *words, inputs="Why?")
+    assert [headers.get("authorization") for _, headers, _ in stub.asked] == [None, "Bearer secret"]
+
+
 def test_tokens_are_the_servers_count(stub: Stub) -> None:
     stub.streams(*WHOLE)
     pieces = list(RemoteModel(stub.url, "bumblebee").reply(MESSAGES, {}))
