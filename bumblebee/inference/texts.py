@@ -66,7 +66,7 @@ class Texts:
             for seed in seeds:
                 self.requests.append(Request(str(len(self.requests)), ids, replace(params, seed=seed, stop_ids=stop_ids)))
         if not self.records:
-            raise ValueError("there are no prompts")
+            raise ValueError("prompts: the file has none")
 
     def write(self, file: BinaryIO) -> None:
         """Compute all answers and write them, in the prompts' order, each as soon as those before it are there."""
@@ -122,10 +122,12 @@ def check_files(prompt: str | None, prompts: str | None, output: str | None, ove
     """Refuse what cannot be done, before anything is read.
 
     Raises:
-        ValueError: no prompt, or two kinds of them; an output that is there, a folder or the file of prompts.
+        ValueError: no prompt, two kinds of them, or a folder; an output that is there, a folder or the file of prompts.
     """
     if (prompt is None) == (prompts is None):
         raise ValueError("prompt: give either --prompt TEXT or --prompts FILE")
+    if prompts is not None and Path(prompts).is_dir():
+        raise ValueError(f"prompts: {prompts} is a folder; name a file in it")
     if output is None:
         return
     path = Path(output)
