@@ -211,7 +211,7 @@ def test_the_bound_of_a_body_is_an_option(narrow: Running):
 
 @pytest.mark.slow
 def test_a_request_that_takes_too_long_ends_with_an_error(served_folder: Path):
-    with serving(served_folder, "--request_timeout", "0.3") as running:
+    with serving(served_folder, "--request_timeout", "1.5") as running:
         with running.stream(**LONG) as chunks:
             last = list(chunks)[-1]
         assert last["error"]["code"] == "timeout"
