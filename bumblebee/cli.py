@@ -233,9 +233,7 @@ def generate(words: list[str]) -> None:
 
         given = given_sampling(cfg)
         check_files(cfg.prompt, cfg.prompts, cfg.output, cfg.overwrite)
-        as_lines = cfg.prompt is None or cfg.output is not None or cfg.num_samples > 1
-        if "logprobs" in given and not as_lines:
-            raise ValueError("logprobs: they are written as JSON Lines: add --output FILE")
+        as_lines = cfg.prompt is None or cfg.output is not None or cfg.num_samples > 1 or "logprobs" in given
         prompts = list(read_prompts(cfg.prompts)) if cfg.prompt is None else [PromptRecord.of(cfg.prompt)]
         generator = Generator.from_pretrained(cfg.model, cfg.device, cfg.dtype, cfg.device_map, cfg.trust_remote_code)
         texts = Texts(generator, prompts, replace(generator.defaults, **given), cfg.num_samples, cfg.chat, cfg.system)

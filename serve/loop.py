@@ -20,7 +20,6 @@ import litserve
 from litserve.loops.base import LitLoop
 from starlette.requests import Request as HTTPRequest
 
-from bumblebee.inference.options import GenerationOptions
 from bumblebee.inference.request import Request
 from serve.keys import Keys
 from serve.messages import Cancel, Failed, Ready, Step
@@ -80,8 +79,7 @@ class Worker(litserve.LitAPI):
         generator = Generator.from_pretrained(
             options.model, device, options.dtype, options.device_map, options.trust_remote_code
         )
-        limits = GenerationOptions(options.cache_tokens, options.max_running, options.step_tokens, options.prefix_reuse)
-        engine = generator.engine(limits)
+        engine = generator.engine(options.limits)
         cache_tokens = engine.stats().pages_total * PAGE_SIZE
         return engine, Ready(
             device=", ".join(dict.fromkeys(str(weight.device) for weight in generator.model.parameters())),

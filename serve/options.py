@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bumblebee.inference.options import GenerationOptions
 from bumblebee.inference.params import SamplingParams
 
 
@@ -48,7 +49,7 @@ class ServeOptions:
     without_key: bool = False
     device: str | list[str] = "auto"
     device_map: Literal["auto"] | None = None
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
     system_prompt: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -75,10 +76,16 @@ class ServeOptions:
         ]
         if self.device_map is not None and self.device not in ("auto", "cuda"):
             raise ValueError(f"device_map: {self.device_map} takes all GPUs, device says {self.device}: leave one of them out")
-        SamplingParams(**self.sampling)  # that their values can be
+        SamplingParams(**self.sampling)  # that their values can be, and those of the engine
+        _ = self.limits
         for name, holds, rule in rules:
             if not holds:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+
+    @property
+    def limits(self) -> GenerationOptions:
+        """Of each worker's engine."""
+        return GenerationOptions(self.cache_tokens, self.max_running, self.step_tokens, self.prefix_reuse)
 
     @property
     def devices(self) -> list[str]:

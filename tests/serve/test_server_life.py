@@ -92,12 +92,13 @@ def test_no_folder_no_model_and_no_tokenizer_are_one_line_each(served_folder: Pa
     ("words", "said"),
     [
         (["--device", "gpu"], "unknown device 'gpu'"),
-        (["--dtype", "int4"], "unknown dtype 'int4'"),
         (["--host", "0.0.0.0"], "give an --api_key KEY"),
         (["--host", "nowhere.invalid", "--without_key"], "is no address of this machine"),
         (["--temperature", "-1"], "temperature must be 0 or more"),
         (["--max_queue", "-1"], "max_queue must be 0 or more"),
         (["--cache_tokens", "0"], "cache_tokens must be at least 1"),
+        (["--max_running", "0"], "max_running must be at least 1"),
+        (["--dtype", "int4"], "dtype: expected auto, float32, bfloat16 or float16, got int4"),
         (["--device_map", "auto", "--device", "cpu"], "device_map: auto takes all GPUs, device says cpu"),
     ],
 )
