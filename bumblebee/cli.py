@@ -117,7 +117,7 @@ def validate(words: list[str]) -> None:
         from bumblebee import distributed, loader
         from bumblebee.evaluation import validation_sums
 
-        parts = build(parser, cfg)
+        parts = build(parser, cfg, building=nullcontext)  # whole, whatever the stage: no engine gathers its parts
         device = distributed.pick_device(cfg.trainer.device)
         parts.data.setup(cfg.seed)
         parts.task.setup(parts.data)

@@ -19,6 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from bumblebee import distributed
 from bumblebee.checkpoint.pieces import PieceReader, write_buffers, write_pieces
 from bumblebee.deepspeed_config import EngineOptions, deepspeed_config, on_nvme
+from bumblebee.flops import size_of
 from bumblebee.zero import Span, pieces, restore, spans
 
 
@@ -59,7 +61,7 @@ class Engine:
         deepspeed = import_deepspeed(device)
         self.options = options
         self.device = device
-        self.group_sizes = [sum(p.numel() for p in group["params"]) for group in groups]  # DeepSpeed flattens or shards them
+        self.group_sizes = [sum(size_of(p) for p in group["params"]) for group in groups]  # DeepSpeed flattens or shards them
         # Weights from a folder come in the file's dtype. For bf16 on stages 1 to 3 DeepSpeed casts, and keeps fp32 beside.
         model.to(device=device, dtype=torch.float32 if options.weights_dtype == torch.float32 else None)
         config = _config(options)
@@ -306,6 +308,7 @@ def _copy_shards(copy: nn.Module, original: nn.Module, building: Any) -> None:
 @contextmanager
 def built_in_shards(device: torch.device, options: EngineOptions) -> Iterator[None]:
     """Modules made inside are cut over the ranks at once, parameter by parameter: no rank ever holds a whole model."""
+    import_module("torch._dynamo")  # it compares functions of torch that are replaced below, so it cannot be imported later
     deepspeed = import_deepspeed(device)
     with _no_compiler_needed(deepspeed), _operators_compiled(), redirect_stdout(io.StringIO()):
         building = deepspeed.zero.Init(config_dict_or_path=_config(options))

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from bumblebee import distributed
 from bumblebee.checkpoint.adapter import chain
 from bumblebee.checkpoint.folder import ForeignFiles, parameters_on_meta, put_weights
 from bumblebee.checkpoint.keys import Rule
@@ -219,11 +220,26 @@ def _build(folder: Path, trust_remote_code: bool) -> Any:
     with _quiet(logging):
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            return AutoModelForCausalLM.from_config(config, attn_implementation=NAME, trust_remote_code=trust_remote_code)
+            with _left_as_they_are():
+                model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, trust_remote_code=trust_remote_code)
+            model.tie_weights()
+            return model
         except KeyError as error:
             raise ValueError(f"{config.architectures} is not supported: its attention cannot be replaced by ours") from error
         except (ValueError, ImportError, OSError) as error:
             raise ValueError(f"{folder}: transformers cannot make a causal language model of this: {error}") from error
+
+
+@contextmanager
+def _left_as_they_are() -> Iterator[None]:
+    """Weights cut over ranks (ZeRO-3) cannot be initialised: some models write to a row. All come from the files anyway."""
+    if not distributed.building_in_shards:
+        yield
+        return
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        yield
 
 
 @contextmanager

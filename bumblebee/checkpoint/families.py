@@ -192,8 +192,8 @@ def family_named(raw: Json) -> Family:
         if name in FAMILIES:
             return FAMILIES[name]
     raise ValueError(
-        f"architectures {names} in config.json: Bumblebee computes {', '.join(FAMILIES)}; others run as"
-        " bumblebee.HuggingFaceModel.from_pretrained"
+        f"architectures {names}: Bumblebee computes {', '.join(FAMILIES)}; others run with"
+        " --task.model.class_path bumblebee.HuggingFaceModel.from_pretrained"
     )
 
 

@@ -149,10 +149,10 @@ def test_rope_settings_left_out_or_default_mean_no_scaling(rope):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({**QWEN2, "architectures": ["PhiForCausalLM"]}, "architectures ['PhiForCausalLM'] in config.json: Bumblebee"),
+        ({**QWEN2, "architectures": ["PhiForCausalLM"]}, "architectures ['PhiForCausalLM']: Bumblebee"),
         (
             {**QWEN2, "architectures": None},
-            "architectures [] in config.json: Bumblebee computes Qwen2ForCausalLM",
+            "architectures []: Bumblebee computes Qwen2ForCausalLM",
         ),
         ({**QWEN2, "hidden_act": "xielu"}, "hidden_act is 'xielu'; known are silu, gelu"),
         ({**QWEN2, "use_sliding_window": True, "layer_types": ["chunked", "full_attention"]}, "layer_types has chunked; known"),

@@ -36,7 +36,7 @@ def test_a_recipe_trains_and_validate_finds_what_the_run_found(recipe, stage, wo
     assert "reference the model" in done.stdout
     lines = [json.loads(line) for line in (workplace / folder / "metrics.jsonl").read_text().splitlines()]
     logged = next(line for line in lines if "validation_loss" in line)
-    checked = run_command("validate", *words, cwd=workplace)
+    checked = run_command("validate", "--config", f"{folder}/recipe.yaml", cwd=workplace)
     assert checked.returncode == 0, checked.stderr[-3000:]
     found = dict(re.findall(r"^(validation_\S+) (\S+)$", checked.stdout, flags=re.MULTILINE))
     for name in ("validation_loss", "validation_rewards/margins", "validation_logps/chosen"):

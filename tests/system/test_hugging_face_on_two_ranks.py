@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from system.parts import VOCABULARY, train, weight_bytes, weights
-from system.processes import run_jobs
+from system.processes import run_command, run_jobs
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 STAGES = range(4)
 
 
@@ -39,3 +42,24 @@ def test_two_ranks_learn_what_one_learns_and_resume_to_the_byte_at_every_stage(t
         assert weight_bytes(tmp_path / f"again-{stage}") == weight_bytes(tmp_path / f"{stage}"), stage
         for name, tensor in weights(tmp_path / "one").items():
             torch.testing.assert_close(weights(tmp_path / f"{stage}")[name], tensor, rtol=0, atol=1e-5, msg=f"{stage} {name}")
+
+
+def test_a_model_with_a_padding_row_trains_at_stage_3_by_a_command_and_is_validated(tokenizer_folder, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.Olmo2Config(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    transformers.Olmo2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    shutil.copytree(RECIPES, tmp_path / "recipes")
+    words = ["--config", "recipes/continue_pretrain.yaml", "--output_dir", "out", "--trainer.max_steps", "1"]
+    words += ["--task.model", "bumblebee.HuggingFaceModel.from_pretrained", "--task.model.folder", "base"]
+    words += ["--data.tokenizer", str(tokenizer_folder), "--data.max_length", "64", "--trainer.zero_stage", "3"]
+    done = run_command("fit", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    measured = next(line["validation_loss"] for line in lines if "validation_loss" in line)
+    done = run_command("validate", "--config", "out/recipe.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout.split()[1]) == pytest.approx(measured, rel=1e-4)
