@@ -33,7 +33,7 @@ from bumblebee.model import Bumblebee
 from bumblebee.tasks.preferences import discounted_sums, lengths, response_log_probabilities, sums, trained_pairs
 from bumblebee.tasks.reference import Frozen, Policy, Reference
 from bumblebee.tasks.task import Task
-from bumblebee.tasks.tokens import adopt_tokenizer
+from bumblebee.tasks.tokens import adopt_tokenizer, check_length
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
@@ -101,6 +101,7 @@ class DPO(Task):
 
     def setup(self, data: DataModule) -> None:
         """Check that the data are pairs that fit the model, and copy the model while it is untouched."""
+        check_length(self.model, data)
         if data.tokenizer is not None:
             adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
         for samples in filter(None, (data.train, data.validation)):

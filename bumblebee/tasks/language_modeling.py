@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.nn import IGNORE
 from bumblebee.tasks.task import Task
-from bumblebee.tasks.tokens import adopt_tokenizer
+from bumblebee.tasks.tokens import adopt_tokenizer, check_length
 
 
 class LanguageModeling(Task):
@@ -34,6 +34,7 @@ class LanguageModeling(Task):
 
     def setup(self, data: DataModule) -> None:
         """Check that the tokenizer fits the model, take over its special ids, and note the bytes of each token."""
+        check_length(self.model, data)
         if data.tokenizer is None:
             return
         adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)

@@ -1,4 +1,4 @@
-"""What a model takes over from the tokenizer of its data."""
+"""What a model takes over from its data's tokenizer, and whether it has room for the data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from bumblebee.datamodule import DataModule
 from bumblebee.tokenizer import Tokenizer
 
 
@@ -36,6 +37,22 @@ def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer, stop_ids: Sequence[i
             setattr(config, name, getattr(tokenizer, name))
     if new := [index for index in stop_ids if index not in config.eos_token_ids]:
         config.eos_token_id = [*config.eos_token_ids, *new]
+
+
+def check_length(model: nn.Module, data: DataModule) -> None:
+    """Refuse texts for which a model has no positions. Positions that are turned, not looked up, have no end.
+
+    Raises:
+        ValueError: data.max_length is longer than the table of positions.
+    """
+    longest, config = getattr(data, "max_length", None), getattr(model, "config", None)
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if longest is None or config is None or len(tables) < 2 or longest <= config.max_position_embeddings:
+        return
+    raise ValueError(
+        f"data.max_length is {longest}, and the model has a table of {config.max_position_embeddings} positions:"
+        f" take --data.max_length {config.max_position_embeddings}"
+    )
 
 
 def _check_folder(folder: Path | None, tokenizer: Tokenizer) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from bumblebee.model import Bumblebee
-from bumblebee.tasks.tokens import adopt_tokenizer
+from bumblebee.tasks.tokens import adopt_tokenizer, check_length
 from bumblebee.tokenizer import Tokenizer
 
 
@@ -41,3 +43,17 @@ def test_ids_that_end_an_answer_are_added_once(tiny, tokenizer_folder):
     for _ in range(2):
         adopt_tokenizer(model, tokenizer, [7])
     assert model.config.eos_token_id == [tokenizer.eos_token_id, 7]
+
+
+def test_texts_longer_than_a_table_of_positions_are_refused_and_turned_positions_have_no_end(tiny):
+    class Learned(Bumblebee):
+        def build_positions(self):
+            return torch.nn.Embedding(self.config.max_position_embeddings, self.config.hidden_size)
+
+    data = SimpleNamespace(max_length=257)
+    check_length(Bumblebee(tiny()), data)
+    learned = Learned(tiny())
+    with pytest.raises(ValueError, match="data.max_length is 257, and the model has a table of 256 positions"):
+        check_length(learned, data)
+    check_length(learned, SimpleNamespace(max_length=256))
+    check_length(learned, SimpleNamespace())
