@@ -64,6 +64,10 @@ def main(argv: list[str] | None = None) -> None:
         run(words[1:])
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
+    except BrokenPipeError:  # whoever read has seen enough, as ``head`` does; what is still to be flushed goes nowhere
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def find_classes_here() -> None:

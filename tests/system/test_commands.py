@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -196,6 +197,17 @@ def intact(folder: Path, step: int) -> None:
     assert [checkpoint.step for checkpoint in checkpoints(folder)] == [step]
     assert not list(folder.glob("**/*partial*"))
     assert all(len(tensor) for tensor in weights(folder / f"checkpoint-{step}").values())
+
+
+def test_a_reader_that_leaves_ends_the_process_without_a_traceback(recipe, tmp_path):
+    spoken = ["--callbacks.summary", "callbacks.RunSummary", "--callbacks.log", "callbacks.ProgressBar"]
+    run = ["fit", "--config", recipe, "--output_dir", str(tmp_path / "run"), *spoken]
+    fit = shlex.join([sys.executable, "-m", "bumblebee", *run])
+    words = ["bash", "-c", f"{fit} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(bumblebee.__file__).parents[1])}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, env=environment)
+    assert len(done.stdout.splitlines()) == 1
+    assert done.returncode == 128 + signal.SIGPIPE, "a traceback would end it with 1"
 
 
 def test_a_disk_that_fills_up_during_a_checkpoint_is_one_line_and_leaves_the_earlier_one(recipe, trained, tmp_path):
