@@ -293,7 +293,7 @@ def terminal(folder: Path, tmp_path: Path) -> Iterator[Callable[..., PseudoTermi
 @pytest.mark.slow
 def test_a_person_talks_stops_an_answer_and_leaves(terminal, generator, tmp_path) -> None:
     chat = terminal("--temperature", "0", "--max_new_tokens", "4000", "--ignore_eos", "true")
-    assert "/help" in chat.text and "room for 4096 tokens" in chat.text
+    assert "/help" in chat.text and "room for 16384 tokens" in chat.text
     chat.type("ctrl-c")
     chat.expect("/quit or Ctrl-D leaves")
     chat.expect(">")
