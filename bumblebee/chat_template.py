@@ -244,6 +244,13 @@ def _named(setting: Any) -> dict[str, str]:
     return named
 
 
+def with_system(messages: Sequence[Message], prompt: str | None) -> list[Message]:
+    """The messages, behind a system prompt if there is one and they bring none of their own."""
+    if prompt is None or (messages and messages[0].get("role") == "system"):
+        return list(messages)
+    return [{"role": "system", "content": prompt}, *messages]
+
+
 def default_for(tokenizer: Tokenizer) -> str | None:
     """ChatML, if the tokenizer has its special tokens."""
     return CHATML if all(tokenizer.id_of(token) in tokenizer.special_ids for token in TOKENS) else None

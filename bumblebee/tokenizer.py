@@ -129,6 +129,10 @@ class Tokenizer:
         """Ids of a text; no special token is added, and none is recognised in it. Lone surrogates become U+FFFD."""
         return ids_of(self.backend, sound(text))
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """Ids of a text that a model is to continue: behind the begin-of-text token, where the folder puts one."""
+        return self.prefix_ids + self.encode(text)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of many texts, on all cores."""
         encodings = self.backend.encode_batch_fast([sound(text) for text in texts], add_special_tokens=False)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from bumblebee import chat_template
 from datamodules.chat_formats import FORMATS, ChatFormat, Message, Turn
 from datamodules.formats import Record, RecordError
 from datamodules.tool_calls import tools_of
@@ -82,10 +83,8 @@ def question(record: Record) -> tuple[list[Message], list[dict[str, Any]] | None
 
 
 def with_system(messages: Sequence[Message], prompt: str | None) -> list[Message]:
-    """The messages, behind a system prompt if there is one and they bring none of their own."""
-    if not prompt or messages[0]["role"] == "system":
-        return list(messages)
-    return [{"role": "system", "content": prompt}, *messages]
+    """The messages, behind a system prompt if there is one and they bring none of their own. In data an empty one is none."""
+    return chat_template.with_system(messages, prompt or None)
 
 
 def _placed(read: Callable[[dict[str, Any]], Found], record: Record) -> Found:

@@ -119,11 +119,7 @@ def _probe(template: ChatTemplate, rewrite: Rewrite, number: int, said: str) -> 
 
 def _ends(tokenizer: Tokenizer) -> list[str]:
     """Spellings of what ends a turn."""
-    ids = {tokenizer.eos_token_id}
-    try:
-        ids.add(tokenizer.chat_template.end_of_turn_id)
-    except ValueError:
-        pass
+    ids = {tokenizer.eos_token_id, *tokenizer.end_of_turn_ids}
     return [spelling for id in ids if id is not None and (spelling := tokenizer.backend.id_to_token(id))]
 
 

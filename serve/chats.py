@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from bumblebee.chat_template import ChatTemplate
+from bumblebee.chat_template import ChatTemplate, with_system
 from bumblebee.tokenizer import Tokenizer
 from serve.call_format import CallFormat
 from serve.faults import invalid
@@ -41,7 +41,7 @@ class Chats:
         if tools and self.calls is None:
             raise invalid("the model's chat template has no calls of tools that this server could read", "tools")
         described = [tool.model_dump(exclude_none=True) for tool in tools] or None
-        plain = self._begun([message.plain() for message in messages])
+        plain = with_system([message.plain() for message in messages], self.system_prompt)
         written = self.calls.rewrite(plain) if self.calls else plain
         try:
             _require_all(template, written, plain, described)
@@ -56,11 +56,6 @@ class Chats:
             return CallFormat.of(self.tokenizer)
         except ValueError:
             return None
-
-    def _begun(self, messages: list[Plain]) -> list[Plain]:
-        if self.system_prompt is None or messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": self.system_prompt}, *messages]
 
     @property
     def _template(self) -> ChatTemplate:

@@ -85,8 +85,8 @@ class Prompts:
         ids = self.chats.ids(body.messages, body.callable_tools)
         params = self._params(body, None if not body.logprobs else body.top_logprobs or 0)
         spelled = self.calls.spelled if self.calls and body.callable_tools else ()
-        ends = () if params.ignore_eos else self.chats.tokenizer.end_of_turn_ids
-        params = replace(params, stop_ids=[*params.stop_ids, *ends], spelled_ids=[*params.spelled_ids, *spelled])
+        params = params.ending_with(self.tokenizer.end_of_turn_ids)
+        params = replace(params, spelled_ids=[*params.spelled_ids, *spelled])
         return self._jobs([ids], params, body, body.max_completion_tokens or body.max_tokens, CHAT_TOKENS)
 
     def completion(self, body: CompletionRequest) -> list[Job]:
@@ -109,7 +109,7 @@ class Prompts:
         if body.messages is not None:
             return self.chats.ids(body.messages, body.tools or [])
         assert body.prompt is not None
-        return self.tokenizer.prefix_ids + self.tokenizer.encode(body.prompt)
+        return self.tokenizer.prompt_ids(body.prompt)
 
     def echo(self, prompt: str | list[int]) -> str:
         """The text of a prompt."""
@@ -122,7 +122,7 @@ class Prompts:
 
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            ids = self.tokenizer.prefix_ids + self.tokenizer.encode(prompt)
+            ids = self.tokenizer.prompt_ids(prompt)
             if not ids:
                 raise invalid("prompt is empty: there is nothing to continue", "prompt")
             return ids

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from bumblebee import distributed
+from bumblebee.chat_template import with_system
 from bumblebee.inference.defaults import read_settings, sampling_of, stop_ids_of
 from bumblebee.inference.engine import GenerationEngine, GenerationOptions
 from bumblebee.inference.memory import PAGE_SIZE, pages_for
@@ -115,7 +116,7 @@ class Generator:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A text's ids, after the begin-of-text token where the tokenizer puts one; ids as they are."""
-        return self.tokenizer.prefix_ids + self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self.tokenizer.prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
 
     def ask(self, question: str, system: str | None = None) -> list[int]:
         """A question as a prompt: the ids that the tokenizer's chat template makes of it, up to where the answer begins.
@@ -141,9 +142,7 @@ class Generator:
         Raises:
             ValueError: the template cannot be rendered.
         """
-        brings_one = bool(messages) and messages[0].get("role") == "system"
-        before = [] if system is None or brings_one else [{"role": "system", "content": system}]
-        return self.tokenizer.chat_template.ids_of([*before, *messages], tools, True)
+        return self.tokenizer.chat_template.ids_of(with_system(messages, system), tools, True)
 
     def check(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The prompt's ids, if they can be continued.

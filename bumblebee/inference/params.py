@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -80,6 +80,10 @@ class SamplingParams:
         for name, holds, rule in rules:
             if not holds:
                 raise ValueError(f"{name} must be {rule}, got {_shown(getattr(self, name))}")
+
+    def ending_with(self, ids: Sequence[int]) -> SamplingParams:
+        """The same for an answer that these ids end as well, such as a chat's end of turn; ``ignore_eos`` ignores them too."""
+        return self if self.ignore_eos else replace(self, stop_ids=[*self.stop_ids, *ids])
 
     def check_ids(self, vocab_size: int) -> None:
         """Whether a model of so many tokens has those that are named here.

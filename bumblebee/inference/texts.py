@@ -60,11 +60,11 @@ class Texts:
         self.requests: list[Request] = []
         for prompt in prompts:
             ids = _ids(generator, prompt, params, chat, system)
-            is_chat = (chat or not isinstance(prompt.content, str)) and not params.ignore_eos
-            stop_ids = [*params.stop_ids, *(generator.tokenizer.end_of_turn_ids if is_chat else [])]
+            is_chat = chat or not isinstance(prompt.content, str)
+            chosen = params.ending_with(generator.tokenizer.end_of_turn_ids) if is_chat else params
             self.records.append(prompt.record)
             for seed in seeds:
-                self.requests.append(Request(str(len(self.requests)), ids, replace(params, seed=seed, stop_ids=stop_ids)))
+                self.requests.append(Request(str(len(self.requests)), ids, replace(chosen, seed=seed)))
         if not self.records:
             raise ValueError("prompts: the file has none")
 

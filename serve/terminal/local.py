@@ -16,7 +16,6 @@ from typing import Any
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.options import GenerationOptions
 from bumblebee.inference.request import Request
-from serve.chats import Chats
 from serve.terminal.partner import Message, Piece, Pieces, Refusal
 
 
@@ -35,7 +34,6 @@ class LocalModel:
         self.raw = not self.templated if raw is None else raw
         self.engine = generator.engine(GenerationOptions(max_running=1))
         self.room = min(generator.model.config.max_position_embeddings, self.engine.pages.total * self.engine.pages.size)
-        self.chats = Chats(generator.tokenizer)
         self._numbers = count()
 
     def describe(self) -> str:
@@ -80,13 +78,13 @@ class LocalModel:
         if self.raw:  # a text has no end that the model would know
             return Request(str(next(self._numbers)), ids, replace(params, max_new_tokens=min(params.max_new_tokens, left)))
         most = min(sampling.get("max_new_tokens", left), left)
-        ends = [*params.stop_ids, *([] if params.ignore_eos else self.chats.tokenizer.end_of_turn_ids)]
-        return Request(str(next(self._numbers)), ids, replace(params, max_new_tokens=most, stop_ids=ends))
+        params = params.ending_with(self.generator.tokenizer.end_of_turn_ids)
+        return Request(str(next(self._numbers)), ids, replace(params, max_new_tokens=most))
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         if self.raw:
             return self.generator.encode(messages[-1]["content"])
-        return self.generator.tokenizer.chat_template.ids_of(messages, None, True)
+        return self.generator.converse(messages)
 
 
 @contextmanager
