@@ -240,7 +240,7 @@ class BumblebeeConfig:
             )
         if self.mlp_bias or not self.mlp_gated:
             raise ValueError("num_experts is set with mlp_bias or without mlp_gated: experts are gated and have no biases")
-        if self.hidden_act != "silu" or not self.mlp_gated or self.mlp_bias:
+        if self.hidden_act != "silu":
             raise ValueError("num_experts is set: experts are SwiGLUs without biases, leave hidden_act, mlp_gated and mlp_bias")
         if self.router_balance_loss not in BALANCES:
             raise ValueError(f"router_balance_loss must be {' or '.join(BALANCES)}, got {self.router_balance_loss!r}")

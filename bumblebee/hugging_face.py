@@ -32,11 +32,13 @@ from bumblebee.checkpoint.keys import Rule
 from bumblebee.checkpoint.parameters import tied
 from bumblebee.checkpoint.weights import stored_keys
 from bumblebee.config import BumblebeeConfig
+from bumblebee.language_model import LanguageModel
 from bumblebee.nn import IGNORE
 from bumblebee.nn.head import Head
 from bumblebee.nn.kernels import KERNELS, AttentionMask, choose
 
 NAME = "bumblebee"  # of our attention function, among those of transformers
+_NOT_COMPUTED = ("softcap", "s_aux", "position_bias", "head_mask")  # what attention may be asked for and ours does not have
 _LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers whose only memory of earlier tokens is keys and values
 
 
@@ -67,10 +69,7 @@ def _attend(
     return kernel(q, k, v, bumblebee_pass.mask, sliding_window, dropout), None
 
 
-_NOT_COMPUTED = ("softcap", "s_aux", "position_bias", "head_mask")
-
-
-class HuggingFaceModel(nn.Module):
+class HuggingFaceModel(LanguageModel):
     """A causal language model of transformers; made by ``from_pretrained``.
 
     Args:
@@ -80,8 +79,6 @@ class HuggingFaceModel(nn.Module):
     Raises:
         ValueError: a model that cannot be trained or generate here; the message says why.
     """
-
-    source: Path | None = None  # the folder that the weights came from
 
     def __init__(self, model: Any, attention: str = "auto") -> None:
         super().__init__()
@@ -128,17 +125,6 @@ class HuggingFaceModel(nn.Module):
         model.source = Path(folder)
         return model
 
-    def save_pretrained(self, folder: str | Path, max_shard_size: str = "5GB") -> None:
-        """Write a model folder in the layout of transformers; with LoRA an adapter folder.
-
-        Raises:
-            ValueError: a size that cannot be read.
-            OSError: the folder cannot be written; an earlier complete folder stays as it was.
-        """
-        from bumblebee.checkpoint.folder import save_model
-
-        save_model(folder, self.files, self.state_dict(), max_shard_size)
-
     def forward(
         self,
         input_ids: Tensor,
@@ -149,13 +135,12 @@ class HuggingFaceModel(nn.Module):
     ) -> Tensor:
         """As ``Bumblebee.forward``: logits, or token losses where labels are given."""
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-            mask = AttentionMask()
+            position_ids, mask = _arranged(input_ids), AttentionMask()
         else:
             mask = AttentionMask() if cache is not None else AttentionMask.packed(position_ids)
         if self.plain_head is None:
-            self.plain_head = self._head_is_plain(input_ids[:1, :4], attention=self.attention)
-        told = {"position_ids": position_ids, "use_cache": False, "bumblebee_pass": _Pass(mask, cache, self.attention)}
+            self.plain_head = self._head_is_plain(input_ids[:1, :4])
+        told = self._told(position_ids, mask, cache)
         head = self.theirs[0].get_output_embeddings()
         if not self.plain_head or (labels is not None and not isinstance(head, Head)):
             return self._from_logits(self.theirs[0](input_ids, **told).logits, labels, logits_at)
@@ -163,6 +148,10 @@ class HuggingFaceModel(nn.Module):
         if logits_at is not None:
             hidden = hidden.flatten(0, 1)[logits_at]
         return head(hidden) if labels is None else head(hidden, labels)
+
+    def _told(self, position_ids: Tensor, mask: AttentionMask, cache: list[Any] | None) -> dict[str, Any]:
+        """What transformers' model is called with beside the ids."""
+        return {"position_ids": position_ids, "use_cache": False, "bumblebee_pass": _Pass(mask, cache, self.attention)}
 
     @staticmethod
     def _from_logits(logits: Tensor, labels: Tensor | None, logits_at: Tensor | None) -> Tensor:
@@ -172,13 +161,12 @@ class HuggingFaceModel(nn.Module):
         return logits if logits_at is None else logits.flatten(0, 1)[logits_at]
 
     @torch.no_grad()
-    def _head_is_plain(self, input_ids: Tensor, attention: str) -> bool:
+    def _head_is_plain(self, input_ids: Tensor) -> bool:
         """Whether logits are the head's product with the last hidden states, and nothing else."""
         model, training = self.theirs[0], self.training
         head = model.get_output_embeddings()
         self.eval()
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        told = {"position_ids": positions, "use_cache": False, "bumblebee_pass": _Pass(AttentionMask(), None, attention)}
+        told = self._told(_arranged(input_ids), AttentionMask(), None)
         wanted = model(input_ids, **told).logits.float()
         found = head(model.base_model(input_ids, **told).last_hidden_state).float()
         self.train(training)
@@ -201,9 +189,10 @@ class HuggingFaceModel(nn.Module):
         lists = [list(part) for part in self.theirs[0].base_model.modules() if isinstance(part, nn.ModuleList)]
         return max(lists, key=len)
 
-    def num_parameters(self) -> int:
-        """Parameters, a tied embedding counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+
+def _arranged(input_ids: Tensor) -> Tensor:
+    """Positions 0 ... T-1 of each row."""
+    return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
 
 
 def _build(folder: Path, trust_remote_code: bool) -> Any:
@@ -224,10 +213,11 @@ def _build(folder: Path, trust_remote_code: bool) -> Any:
                 model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, trust_remote_code=trust_remote_code)
             model.tie_weights()
             return model
-        except KeyError as error:
-            raise ValueError(f"{config.architectures} is not supported: its attention cannot be replaced by ours") from error
-        except (ValueError, ImportError, OSError) as error:
-            raise ValueError(f"{folder}: transformers cannot make a causal language model of this: {error}") from error
+        except (ValueError, KeyError, ImportError, OSError) as error:
+            # such a model looks attention up in a table of its own
+            unnamed = isinstance(error, KeyError) and error.args == (NAME,)
+            why = "its attention cannot be replaced by ours" if unnamed else error
+            raise ValueError(f"{folder}: transformers cannot make a causal language model of this: {why}") from error
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bumblebee.config import BumblebeeConfig
+from bumblebee.language_model import LanguageModel
 from bumblebee.model_class import class_for, path_of
 from bumblebee.nn.attention import Attention, LayerCache
 from bumblebee.nn.ffn import GatedFFN, PlainFFN
@@ -114,7 +115,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class Bumblebee(nn.Module):
+class Bumblebee(LanguageModel):
     """The language model.
 
     Args:
@@ -124,9 +125,6 @@ class Bumblebee(nn.Module):
     Raises:
         ValueError: an attention that cannot run here.
     """
-
-    source: Path | None = None  # the folder that the weights came from
-    files: Any = None  # what folders of this model consist of, where it is not the whole model
 
     def __init__(self, config: BumblebeeConfig, attention: str = "auto") -> None:
         super().__init__()
@@ -268,17 +266,6 @@ class Bumblebee(nn.Module):
 
     # -- folders -------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path, max_shard_size: str = "5GB") -> None:
-        """Write a model folder: config.json and safetensors shards of at most ``max_shard_size``; with LoRA an adapter folder.
-
-        Raises:
-            ValueError: a size that cannot be read.
-            OSError: the folder cannot be written; an earlier complete folder stays as it was.
-        """
-        from bumblebee.checkpoint.folder import files_of, save_model
-
-        save_model(folder, files_of(self), self.state_dict(), max_shard_size)
-
     @classmethod
     def from_pretrained(
         cls,
@@ -320,7 +307,3 @@ class Bumblebee(nn.Module):
     def checkpoint_activations(self, every: int) -> None:
         """Compute every n-th block again in the backward pass (arXiv 1604.06174)."""
         self.model.checkpoint_every = every
-
-    def num_parameters(self) -> int:
-        """Parameters, a tied embedding counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())

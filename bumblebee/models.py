@@ -9,9 +9,8 @@ import torch
 from bumblebee.checkpoint.adapter import chain
 from bumblebee.checkpoint.folder import is_ours
 from bumblebee.hugging_face import HuggingFaceModel
+from bumblebee.language_model import LanguageModel
 from bumblebee.model import Bumblebee
-
-LanguageModel = Bumblebee | HuggingFaceModel
 
 
 def load_model(

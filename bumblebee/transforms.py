@@ -7,9 +7,10 @@ they are, so folders do not depend on transforms.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import nn
+
+from bumblebee.language_model import LanguageModel
 
 
 class ActivationCheckpointing:
@@ -88,7 +89,7 @@ class Compile:
             block.compile(mode=self.mode)  # in place: unlike torch.compile(block), this renames no parameter
 
 
-def _language_model(model: Any, name: str) -> Any:
-    if not hasattr(model, "blocks"):
+def _language_model(model: nn.Module, name: str) -> LanguageModel:
+    if not isinstance(model, LanguageModel):
         raise ValueError(f"task.transforms: {name} works on Bumblebee and HuggingFaceModel, got {type(model).__name__}")
     return model

@@ -54,14 +54,10 @@ class Run:
 
     def column(self, metric: str, along: str) -> tuple[list[float], list[float]]:
         """Places and finite values of a metric."""
-        found = [(self._place(line, along), line[metric]) for line in self.lines if _finite(line.get(metric))]
-        return [place for place, _ in found], [value for _, value in found]
-
-    def _place(self, line: dict[str, Any], along: str) -> float:
-        return line[along] if along in line else self._places(along)[line["step"]]  # a validation does not count tokens
-
-    def _places(self, along: str) -> dict[int, float]:
-        return {line["step"]: line[along] for line in self.lines if along in line}
+        of_steps = {line["step"]: line[along] for line in self.lines if along in line}  # a validation does not count tokens
+        found = [line for line in self.lines if _finite(line.get(metric))]
+        places = [line[along] if along in line else of_steps[line["step"]] for line in found]
+        return places, [line[metric] for line in found]
 
 
 def _object(line: str) -> dict[str, Any] | None:

@@ -100,15 +100,21 @@ class Workers:
         if not self._was_ready:
             self._give_up(SystemExit(f"bumblebee: {how}, while it loaded the model"))
             return
+        while not await self._started_again(index, how):
+            how = "no process could be started"
+
+    async def _started_again(self, index: int, how: str) -> bool:
+        """Start another one after a pause that grows with each failure. ``how``: what has happened."""
         pause = min(2 ** self._failures[index] - 1, LONGEST_PAUSE)
         self._failures[index] += 1
         _say(f"{how}: another one is started" + (f" in {pause} s" if pause else ""))
         await asyncio.sleep(pause)
         try:
             await self._start(index)
-        except OSError as error:  # no memory, no process to be had: the old one's replica is still the device's
+        except OSError as error:  # no memory, no process to be had
             _say(f"no process could be started: {error}")
-            await self._replace(replica)
+            return False
+        return True
 
     def _stop(self, replica: Replica) -> None:
         process = self._processes[replica.index]

@@ -23,7 +23,7 @@ from bumblebee.inference.runner import Runner
 from bumblebee.inference.sampler import SamplerState, sample
 from bumblebee.inference.scheduler import Scheduler
 from bumblebee.inference.sequence import Sequence, check_prompt
-from bumblebee.models import LanguageModel
+from bumblebee.language_model import LanguageModel
 from bumblebee.tokenizer import Tokenizer
 
 __all__ = ["EngineStats", "GenerationEngine", "GenerationOptions"]

@@ -23,7 +23,8 @@ from bumblebee.inference.params import SamplingParams
 from bumblebee.inference.placement import devices_for, spread
 from bumblebee.inference.request import FinishReason, Output, Request, Token
 from bumblebee.inference.sequence import check_prompt, pages_needed
-from bumblebee.models import LanguageModel, load_model
+from bumblebee.language_model import LanguageModel
+from bumblebee.models import load_model
 from bumblebee.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]  # a text, or the ids of one: a chat's, for instance, that its template has made

@@ -11,7 +11,7 @@ from torch import nn
 from bumblebee.inference.cache import bytes_per_position
 from bumblebee.inference.options import GenerationOptions
 from bumblebee.inference.placement import layer_devices
-from bumblebee.models import LanguageModel
+from bumblebee.language_model import LanguageModel
 
 PAGE_SIZE = 16  # positions of a page
 CUDA_SHARE = 0.8  # of the free memory

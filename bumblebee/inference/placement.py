@@ -19,9 +19,9 @@ from torch import nn
 
 from bumblebee.checkpoint.adapter import chain
 from bumblebee.checkpoint.folder import is_ours, load_config, load_weights, parameters_on_meta, weight_files
+from bumblebee.language_model import LanguageModel
 from bumblebee.model import Bumblebee
 from bumblebee.model_class import class_for
-from bumblebee.models import LanguageModel
 from bumblebee.nn.kernels import AttentionMask
 
 SHARE = 0.8  # of a device's free memory for weights; the rest is for the cache and what is being computed

@@ -11,7 +11,7 @@ from torch import Tensor
 from bumblebee.inference.cache import KVCache, Layout
 from bumblebee.inference.placement import layer_devices
 from bumblebee.inference.sequence import Chunk
-from bumblebee.models import LanguageModel
+from bumblebee.language_model import LanguageModel
 
 PADDING = 2.0  # positions that a CPU may read for each that is there, so that single tokens share a call
 
