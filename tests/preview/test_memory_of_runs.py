@@ -87,14 +87,15 @@ def total_of(report: str) -> float:
 
 
 @pytest.mark.slow
-def test_what_would_be_computed_before_training_is_not_when_measured(base: Path, tmp_path: Path, cache_dir: Path) -> None:
+def test_what_would_be_computed_before_training_is_not_when_measured(base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", base, RUNS["DPO"])
     words = ("--samples", "1", "--measure", "always", "--task.precompute_reference", "true")
-    shown = run_command("preview", "--config", recipe, *words)
+    cache = tmp_path / "cache"
+    shown = run_command("preview", "--config", recipe, *words, env={"BUMBLEBEE_CACHE": str(cache)})
     assert shown.returncode == 0, shown.stderr[-3000:]
     assert "(measured: a few steps" in shown.stdout
     assert "rejected:" in shown.stdout
-    assert not (cache_dir / "reference").exists()
+    assert [path.name for path in cache.iterdir()] == ["tokens"]
 
 
 @pytest.mark.slow
