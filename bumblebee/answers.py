@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 from tqdm import tqdm
@@ -20,10 +20,10 @@ ROLES = ("system", "user", "assistant")  # what is left of a turn's mark in many
 
 @dataclass(frozen=True)
 class Question:
-    """Where a conversation's first answer begins.
+    """Where an answer begins.
 
     Args:
-        prompt: ids of everything before the answer.
+        prompt: ids of everything before the answer; in a conversation, earlier answers as the data give them.
         answer: ids of the answer in the data, the end of the turn included.
     """
 
@@ -52,7 +52,7 @@ class Answered:
 
 
 def questions(data: DataModule, samples: Sequence[Any]) -> Iterator[Question]:
-    """The first question of each conversation in some samples, in their order."""
+    """The questions of all conversations in some samples, in their order."""
     for index in range(len(samples)):
         batch = data.collate([samples[index]])
         for row in zip(*(batch[name].tolist() for name in ("input_ids", "labels", "position_ids")), strict=True):
@@ -60,14 +60,13 @@ def questions(data: DataModule, samples: Sequence[Any]) -> Iterator[Question]:
 
 
 def _in_row(input_ids: list[int], labels: list[int], position_ids: list[int]) -> Iterator[Question]:
-    """A piece of a row begins wherever the position is 0; one without targets is padding."""
+    """A piece of a row begins wherever the position is 0; its runs of targets are answers, and padding has none."""
     begins = [place for place, position in enumerate(position_ids) if position == 0]
     for begin, end in zip(begins, [*begins[1:], len(labels)], strict=True):
-        targets = [place for place in range(begin, end) if labels[place] != IGNORE]
-        if targets:
-            first = targets[0]
-            last = next((place for place in range(first, end) if labels[place] == IGNORE), end)
-            yield Question(input_ids[begin : first + 1], labels[first:last])
+        for trained, places in groupby(range(begin, end), lambda place: labels[place] != IGNORE):
+            if trained:
+                first, *rest = places
+                yield Question(input_ids[begin : first + 1], labels[first : first + 1 + len(rest)])
 
 
 def answered(generator: Generator, asked: Iterable[Question], limit: int | None = None) -> list[Answered]:

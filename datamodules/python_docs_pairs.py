@@ -1,6 +1,7 @@
 """Questions about Python with their answers from its documentation: ``python_docs`` for chats instead of plain text.
 
-    conversations   a question about a function or class -> the first sentence of its documentation, or all of it
+    conversations   a question about a function or class -> the first sentence of its documentation, or all of it; or several
+                    such questions, one after the other
     preferences     the same question, its right answer preferred to that of another one, of about the same length
 
 What is asked about is whatever has a first sentence that can stand alone. Everything follows from the interpreter's own
@@ -52,21 +53,31 @@ BEGINS_WELL = re.compile(r"[A-Z][a-z']*,? ")  # a word, not a call or a name
 NO_PROSE = re.compile(r">>>|->|--|==|\.\.|::|[|{}<>\\^~]|:\w+:|__\w+__\(|\w+\(.*\(|\s[*#]\s")
 
 
-def conversations(answer: Answer = "first_sentence", phrasings: int = 1, things: int | None = None) -> Iterator[dict[str, Any]]:
+def conversations(
+    answer: Answer = "first_sentence", phrasings: int = 1, things: int | None = None, turns: int = 1
+) -> Iterator[dict[str, Any]]:
     """Records in OpenAI's format.
 
     Args:
         answer: the first sentence, or the whole text.
         phrasings: how many questions are asked about each thing, differently worded.
         things: how many functions and classes are asked about, chosen by a hash of their names; None for all.
+        turns: how many questions a conversation has (the last one may have fewer). Where they are more than one, they come in
+            the order of a hash, so that neighbours have nothing to do with each other.
 
     Raises:
-        ValueError: an unknown answer, or a number of phrasings or things that there are not.
+        ValueError: an unknown answer, or a number of phrasings, things or turns that there are not.
     """
-    check(answer, phrasings, things)
-    for number, (entry, sentence) in enumerate(askable(things)):
-        for question in questions(entry, number, phrasings):
-            yield {"messages": [_user(question), _assistant(_answered(entry, sentence, answer))]}
+    check(answer, phrasings, things, turns)
+    asked = [
+        (_user(question), _assistant(_answered(entry, sentence, answer)))
+        for number, (entry, sentence) in enumerate(askable(things))
+        for question in questions(entry, number, phrasings)
+    ]
+    if turns > 1:
+        asked.sort(key=lambda pair: _digest(pair[0]["content"]))
+    for begin in range(0, len(asked), turns):
+        yield {"messages": [message for pair in asked[begin : begin + turns] for message in pair]}
 
 
 def preferences(answer: Answer = "first_sentence", phrasings: int = 1, things: int | None = None) -> Iterator[dict[str, Any]]:
@@ -81,7 +92,7 @@ def preferences(answer: Answer = "first_sentence", phrasings: int = 1, things: i
             yield {"messages": [_user(question)], "chosen": chosen, "rejected": rejected}
 
 
-def check(answer: Any, phrasings: Any, things: Any = None) -> None:
+def check(answer: Any, phrasings: Any, things: Any = None, turns: Any = 1) -> None:
     """Refuse options that mean nothing.
 
     Raises:
@@ -93,6 +104,8 @@ def check(answer: Any, phrasings: Any, things: Any = None) -> None:
         raise ValueError(f"files: the phrasings of 'python_docs' must be a number from 1 to {PHRASINGS}, got {phrasings!r}")
     if things is not None and (isinstance(things, bool) or not isinstance(things, int) or things < 2):
         raise ValueError(f"files: the things of 'python_docs' must be 2 or more, got {things!r}; leave them out for all")
+    if isinstance(turns, bool) or not isinstance(turns, int) or turns < 1:
+        raise ValueError(f"files: the turns of 'python_docs' must be a number from 1, got {turns!r}")
 
 
 def askable(things: int | None = None) -> list[tuple[Entry, str]]:

@@ -41,17 +41,17 @@ def data_of(files, tokenizer_folder, **options) -> SFT:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_each_conversation_is_asked_its_first_question(packing, files, tokenizer_folder):
+def test_each_question_is_asked_behind_what_was_said_before(packing, files, tokenizer_folder):
     data = data_of(files, tokenizer_folder, packing=packing)
     asked = list(questions(data, data.train))
     tokenizer = data.tokenizer
     texts = {tokenizer.decode(q.prompt, skip_special_tokens=False): tokenizer.decode(q.answer) for q in asked}
-    expected = {**PAIRS, "Hello": "Hello!"}
+    begun = [{"role": "user", "content": "Hello"}]
+    goes_on = [*begun, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Bye"}]
+    expected = [([{"role": "user", "content": question}], answer) for question, answer in PAIRS.items()]
+    expected += [(begun, "Hello!"), (goes_on, "Bye!")]
     render = tokenizer.apply_chat_template
-    assert texts == {
-        render([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False): answer
-        for question, answer in expected.items()
-    }
+    assert texts == {render(messages, add_generation_prompt=True, tokenize=False): answer for messages, answer in expected}
     assert all(question.answer[-1] == tokenizer.chat_template.end_of_turn_id for question in asked)
 
 
@@ -70,8 +70,8 @@ def test_a_model_that_knows_the_answers_gives_them_and_another_does_not(taught, 
     data = data_of(files, tokenizer_folder)
     asked = list(questions(data, data.train))
     found = answered(Generator.from_pretrained(taught, device="cpu"), asked)
-    assert all(each.right for each in found) and len(found) == 4
-    assert {each.question: each.given for each in found} == {**PAIRS, "Hello": "Hello!"}
+    assert all(each.right for each in found) and len(found) == 5
+    assert {each.question: each.given for each in found} == {**PAIRS, "Hello": "Hello!", "Hello\nHello!\nBye": "Bye!"}
     torch.manual_seed(1)
     stranger = Generator(Bumblebee(tiny()), Tokenizer.from_pretrained(tokenizer_folder))
     assert not any(each.right for each in answered(stranger, asked))
@@ -104,7 +104,7 @@ optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 1.0e-3}}}}
     main(["answer", "--config", str(recipe), "--show", "2"])
     out = capsys.readouterr().out
     assert out.count("-> ") == 2
-    assert "answered as in the data: 4 of 4 questions (100.0%)" in out
+    assert "answered as in the data: 5 of 5 questions (100.0%)" in out
     with pytest.raises(SystemExit) as done:
         main(["answer", "--config", str(recipe), "--split", "validation"])
     assert done.value.code == 2

@@ -60,6 +60,25 @@ def test_the_answer_is_the_first_sentence_or_the_whole_text():
         assert text.startswith(first.removesuffix("."))
 
 
+@pytest.mark.parametrize(("phrasings", "turns"), [(1, 4), (2, 3)])
+def test_conversations_of_several_turns_ask_the_same_questions_about_things_far_apart(phrasings, turns):
+    single = {
+        record["messages"][0]["content"]: record["messages"][1] for record in conversations(phrasings=phrasings, things=50)
+    }
+    records = list(conversations(phrasings=phrasings, things=50, turns=turns))
+    assert [len(record["messages"]) for record in records[:-1]] == [2 * turns] * (len(single) // turns)
+    said = [message for record in records for message in record["messages"]]
+    asked = {question["content"]: answer for question, answer in zip(said[::2], said[1::2], strict=True)}
+    assert asked == single and list(asked) != list(single) and len(said) == 2 * len(single)
+    assert records == list(conversations(phrasings=phrasings, things=50, turns=turns))
+
+
+@pytest.mark.parametrize("turns", [0, True, 2.0, "4"])
+def test_a_number_of_turns_that_cannot_be_is_refused(turns):
+    with pytest.raises(ValueError, match="turns of 'python_docs' must be a number from 1"):
+        list(conversations(turns=turns))
+
+
 @pytest.mark.parametrize("answer", ["first_sentence", "whole"])
 def test_the_rejected_answer_is_anothers_of_similar_length(answer):
     pairs = list(preferences(answer))
