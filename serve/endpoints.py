@@ -191,6 +191,8 @@ class Endpoints(LitSpec):
 
     def _card(self) -> dict[str, Any]:
         card = {"id": self.options.name, "object": "model", "created": self.created, "owned_by": "bumblebee"}
+        if self.options.examples is not None:
+            card["examples"] = self.options.examples
         if self.prompts:
             defaults = {name: getattr(self.prompts.defaults, name) for name in SHOWN}
             card |= {"max_model_len": self.prompts.context_length, "defaults": defaults}

@@ -25,6 +25,7 @@ class ServeOptions:
         dtype: auto (the file's), float32, bfloat16 or float16.
         trust_remote_code: run code that the model's folder names or holds.
         system_prompt: what conversations begin with that bring no system prompt of their own.
+        examples: questions that the chat page offers to begin with; null for some that suit any model, [] for none.
         sampling: defaults of requests by the names of SamplingParams; they win over the folder's generation_config.json.
         max_running: requests of a device that are computed at the same time; others wait.
         max_queue: requests that wait at most; further ones are refused (429).
@@ -52,6 +53,7 @@ class ServeOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
     system_prompt: str | None = None
+    examples: list[str] | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     max_running: int = 64
     max_queue: int = 256
@@ -67,6 +69,7 @@ class ServeOptions:
     def __post_init__(self) -> None:
         rules = [
             ("name", bool(self.name.strip()), "a name"),
+            ("examples", all(each.strip() for each in self.examples or []), "questions"),
             ("port", 0 <= self.port < 2**16, "between 0 and 65535"),
             ("max_queue", self.max_queue >= 0, "0 or more"),
             ("max_payload", self.max_payload >= 1, "at least 1"),

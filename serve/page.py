@@ -13,7 +13,8 @@ lets the browser run, load and ask nothing but this server's own files and route
 injected script has no way to run. The policy is CSP level 3 (https://www.w3.org/TR/CSP3/) with Trusted Types.
 
 What the page asks of the server: ``GET ready``; ``GET v1/models``, of each model ``id`` and, where given, ``max_model_len``
-(the context in tokens) and ``defaults`` (the sampling of a request that asks for none); and streams with usage from
+(the context in tokens), ``defaults`` (the sampling of a request that asks for none) and ``examples`` (questions to begin
+with); and streams with usage from
 ``POST v1/chat/completions`` and ``POST v1/completions``.
 """
 

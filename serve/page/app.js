@@ -7,6 +7,7 @@ import { Composer } from "./composer.js";
 import { Connection } from "./connection.js";
 import { isEmpty, titleOf, toJson, toMarkdown } from "./conversation.js";
 import { byId, copy, download } from "./dom.js";
+import { showExamples } from "./examples.js";
 import { listen } from "./keyboard.js";
 import { showMeter } from "./meter.js";
 import { notify } from "./notices.js";
@@ -149,7 +150,6 @@ const buttons = {
 for (const [id, run] of Object.entries(buttons)) byId(id).addEventListener("click", run);
 for (const button of document.querySelectorAll("#menu-of-this button")) button.addEventListener("click", () => byId("menu-of-this").hidePopover());
 for (const button of document.querySelectorAll("dialog .close")) button.addEventListener("click", () => button.closest("dialog").close());
-for (const button of document.querySelectorAll("#examples button")) button.addEventListener("click", () => composer.put(button.textContent));
 for (const radio of document.getElementsByName("mode")) radio.addEventListener("change", () => chat.start(radio.value));
 byId("rename-form").addEventListener("submit", rename);
 
@@ -165,7 +165,11 @@ listen({
 
 chat.addEventListener("change", draw);
 chat.addEventListener("progress", progress);
-connection.addEventListener("change", () => (showBanner(connection, helpers.key), drawFigures()));
+connection.addEventListener("change", () => {
+  showBanner(connection, helpers.key);
+  showExamples(chat.model, (text) => composer.put(text));
+  drawFigures();
+});
 settings.addEventListener("change", () => (showTheme(settings.theme), drawFigures()));
 for (const source of [store, settings]) source.addEventListener("full", () => notify(FULL));
 addEventListener("online", () => connection.connect());

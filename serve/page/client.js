@@ -16,7 +16,7 @@ export class Client {
     this.key = key;
   }
 
-  /** @returns {Promise<{id: string, max_model_len?: number, defaults?: Record<string, number>}[]>} */
+  /** @returns {Promise<{id: string, max_model_len?: number, defaults?: Record<string, number>, examples?: string[]}[]>} */
   async models() {
     const response = await this.#fetch("v1/models");
     return (await response.json()).data;

@@ -8,7 +8,7 @@ const PAUSE = 2000;  // milliseconds between two questions whether the server is
 const WAITED_ON = ["loading", "offline"];
 
 export class Connection extends EventTarget {
-  /** @type {{id: string, max_model_len?: number, defaults?: Record<string, number>}[]} */
+  /** @type {{id: string, max_model_len?: number, defaults?: Record<string, number>, examples?: string[]}[]} */
   models = [];
   state = "connecting";
   #round = 0;

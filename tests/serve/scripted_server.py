@@ -69,6 +69,7 @@ class ScriptedServer:
         self.paths: list[str] = []
         self.key = ""  # asked for, where set
         self.ready = True
+        self.examples: list[str] | None = None
         self.left = 0  # answers that the client did not wait for
 
     def app(self) -> Starlette:
@@ -81,6 +82,8 @@ class ScriptedServer:
         if refused := self._refused(request):
             return refused
         card = {"id": "bumblebee", "object": "model", "max_model_len": CONTEXT, "defaults": {"temperature": 0.7}}
+        if self.examples is not None:
+            card["examples"] = self.examples
         return JSONResponse({"object": "list", "data": [card]})
 
     async def _ready(self, request: Request) -> Response:

@@ -128,6 +128,30 @@ def chat(open_page: Callable[..., Chat]) -> Chat:
     return open_page()
 
 
+# --- examples ---
+
+
+def test_an_example_can_be_changed_before_it_is_sent(chat: Chat, script: ScriptedServer) -> None:
+    examples = chat.page.locator("#examples button")
+    expect(examples).to_have_count(3)
+    text = examples.nth(1).inner_text()
+    examples.nth(1).click()
+    expect(chat.question).to_have_value(text)
+    chat.question.press_sequentially(" Please.")
+    chat.question.press("Enter")
+    chat.answered("Fine, thank you.")
+    assert script.bodies[0]["messages"][0]["content"] == f"{text} Please."
+    expect(examples.first).to_be_hidden()
+
+
+@pytest.mark.parametrize("offered", [[], ["What does `copy.copy` do?", "<b>Bold</b>"]])
+def test_a_servers_own_examples_stand_for_the_general_ones(
+    offered: list[str], open_page: Callable[..., Chat], script: ScriptedServer
+) -> None:
+    script.examples = offered
+    expect(open_page().page.locator("#examples button")).to_have_text(offered)
+
+
 # --- answers ---
 
 

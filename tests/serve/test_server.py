@@ -55,6 +55,7 @@ def test_a_chat_is_answered(server: Running):
 def test_the_model_is_listed_by_its_name(server: Running):
     card = server.http.get("/v1/models").json()["data"][0]
     assert (card["id"], card["object"], card["max_model_len"]) == ("bumblebee", "model", 2048)
+    assert "examples" not in card
     assert server.http.get("/v1/models/bumblebee").json() == card
     missing = server.http.get("/v1/models/some/other")
     assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
@@ -168,6 +169,7 @@ def test_a_client_that_leaves_before_its_answer_frees_its_slot(server: Running):
 def narrow(served_folder: Path) -> Iterator[Running]:
     """A server that computes one request, lets two wait, and has one key."""
     words = ["--max_running", "1", "--max_queue", "2", "--api_key", "key", "--name", "mine", "--max_payload", "1000"]
+    words += ["--examples", "[How are you?, Who are you?]"]
     with serving(served_folder, *words) as running:
         yield running
 
@@ -202,7 +204,8 @@ def test_keys_guard_what_is_computed_and_told(narrow: Running):
         refused = narrow.http.request(method, path, headers=wrong)
         assert (refused.status_code, error_of(refused)["code"]) == (401, "invalid_api_key")
     assert {httpx.get(narrow.url + path).status_code for path in ("/health", "/ready", "/")} == {200}
-    assert narrow.http.get("/v1/models").json()["data"][0]["id"] == "mine"
+    card = narrow.http.get("/v1/models").json()["data"][0]
+    assert (card["id"], card["examples"]) == ("mine", ["How are you?", "Who are you?"])
 
 
 def test_the_bound_of_a_body_is_an_option(narrow: Running):

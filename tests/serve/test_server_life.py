@@ -96,6 +96,8 @@ def test_no_folder_no_model_and_no_tokenizer_are_one_line_each(served_folder: Pa
         (["--host", "nowhere.invalid", "--without_key"], "is no address of this machine"),
         (["--temperature", "-1"], "temperature must be 0 or more"),
         (["--max_queue", "-1"], "max_queue must be 0 or more"),
+        (["--examples", "[' ']"], "examples must be questions, got [' ']"),
+        (["--examples", "5"], "examples"),
         (["--cache_tokens", "0"], "cache_tokens must be at least 1"),
         (["--max_running", "0"], "max_running must be at least 1"),
         (["--dtype", "int4"], "dtype: expected auto, float32, bfloat16 or float16, got int4"),
