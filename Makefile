@@ -40,14 +40,14 @@ quickstart: .venv  ## train a small model on Python's own documentation in three
 	@echo; echo "what the pretrained model writes:"; echo
 	@$(BIN)/bumblebee generate --model $(QUICK)/pretrain --prompt "Return a new list" --temperature 0.5 --max_new_tokens 48 --seed 1
 	@echo; echo "what the fine-tuned model answers:"; echo
-	@$(BIN)/bumblebee answer --config recipes/quickstart/sft.yaml --model $(QUICK)/chat
+	@$(BIN)/bumblebee answer --config recipes/quickstart/sft.yaml --model $(QUICK)/chat --limit 600
 	@echo; echo "preferences on pairs that it has not seen, before and after DPO:"
 	@sed -n 's/.*validation at \(step [0-9]*\).*\(rewards.accuracies [0-9.]*\).*\(logps.accuracies [0-9.]*\).*/  \1: \2 (rewarded more), \3 (more probable)/p' \
 	  $(QUICK)/dpo/log.txt
 	@echo; echo "curves: $(QUICK)/{pretrain,sft,dpo}/loss.png"
-	@echo "Ask it yourself, in a browser at http://127.0.0.1:8000 or here; it has learned single questions, so begin anew for each:"
-	@echo "  $(BIN)/bumblebee serve --model $(QUICK)/chat"
-	@echo "  $(BIN)/bumblebee chat --model $(QUICK)/chat --enable_history false"
+	@echo "Ask it yourself, in a browser at http://127.0.0.1:8000, or here:"
+	@echo "  $(BIN)/bumblebee serve --config recipes/quickstart/serve.yaml"
+	@echo "  $(BIN)/bumblebee chat --model $(QUICK)/chat"
 
 # A process for each core; the tests of a file stay together, since they share what takes long to make. ARGS="-n 0" has one.
 SHARED := -n auto --dist loadfile

@@ -25,10 +25,14 @@ class Question:
     Args:
         prompt: ids of everything before the answer; in a conversation, earlier answers as the data give them.
         answer: ids of the answer in the data, the end of the turn included.
+        turn: which question of its conversation it is, from 1.
+        asked: how many ids of the prompt come behind the answer before.
     """
 
     prompt: list[int]
     answer: list[int]
+    turn: int
+    asked: int
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,13 @@ class Answered:
 
     Args:
         question: its text, special tokens left out.
+        turn: which question of its conversation it is, from 1.
         expected: text of the answer in the data.
         given: text of the model's answer.
     """
 
     question: str
+    turn: int
     expected: str
     given: str
 
@@ -63,10 +69,13 @@ def _in_row(input_ids: list[int], labels: list[int], position_ids: list[int]) ->
     """A piece of a row begins wherever the position is 0; its runs of targets are answers, and padding has none."""
     begins = [place for place, position in enumerate(position_ids) if position == 0]
     for begin, end in zip(begins, [*begins[1:], len(labels)], strict=True):
-        for trained, places in groupby(range(begin, end), lambda place: labels[place] != IGNORE):
-            if trained:
-                first, *rest = places
-                yield Question(input_ids[begin : first + 1], labels[first : first + 1 + len(rest)])
+        runs = groupby(range(begin, end), lambda place: labels[place] != IGNORE)
+        answers = [list(places) for trained, places in runs if trained]
+        said = begin  # where what is not yet answered begins
+        for turn, (first, *rest) in enumerate(answers, start=1):
+            last = first + len(rest)
+            yield Question(input_ids[begin : first + 1], labels[first : last + 1], turn, first + 1 - said)
+            said = last + 1
 
 
 def answered(generator: Generator, asked: Iterable[Question], limit: int | None = None) -> list[Answered]:
@@ -85,7 +94,7 @@ def answered(generator: Generator, asked: Iterable[Question], limit: int | None 
             given[int(output.id)] += output.text
             bar.update(output.finish_reason is not None)
     return [
-        Answered(_without_roles(decode(question.prompt)), decode(question.answer), text)
+        Answered(_without_roles(decode(question.prompt[-question.asked :])), question.turn, decode(question.answer), text)
         for question, text in zip(chosen, given, strict=True)
     ]
 

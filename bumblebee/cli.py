@@ -336,7 +336,8 @@ def answer(words: list[str]) -> None:
         found = answered(generator, questions(data, samples), limit)
     for each in found[:: max(1, len(found) // max(show, 1))][:show]:
         verdict = "" if each.right else f"\n   (in the data: {each.expected})"
-        print(f"{each.question.strip()}\n-> {each.given.strip()}{verdict}\n")
+        behind = f"(question {each.turn}) " if each.turn > 1 else ""
+        print(f"{behind}{each.question.strip()}\n-> {each.given.strip()}{verdict}\n")
     right = sum(each.right for each in found)
     print(f"answered as in the data: {right} of {len(found)} questions ({right / len(found):.1%})")
 

@@ -41,10 +41,16 @@ def pull(read: Callable[..., bytes], *size: int) -> bytes:
 
 
 def bad_bytes(error: UnicodeDecodeError) -> str:
+    """What is wrong with bytes that are no UTF-8."""
     return f"not valid UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})"
 
 
 def decode_line(data: bytes) -> Any:
+    """The value of one line of JSON Lines.
+
+    Raises:
+        ValueError: it is not UTF-8, not JSON, or nested too deeply.
+    """
     try:
         text = data.decode()
         return sound(json.loads(text), text)

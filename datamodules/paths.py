@@ -33,6 +33,7 @@ def expand(files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> 
 
 
 def identity(path: str) -> str:
+    """What two names of the same file have in common."""
     return path if path == CORPUS else os.path.realpath(path)
 
 

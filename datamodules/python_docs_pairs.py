@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from itertools import cycle, islice
 from typing import Any, Literal
 
 from datamodules import python_docs
@@ -23,6 +24,7 @@ from datamodules.python_docs import Entry
 FORMAT = 1  # raise it whenever the same documentation would give other pairs: caches are keyed by it
 
 Answer = Literal["first_sentence", "whole"]
+Asked = tuple[dict[str, str], dict[str, str]]  # a question and its answer, each a message
 
 MIN_WORDS, MAX_CHARACTERS = 4, 300  # of a first sentence
 QUESTIONS = {
@@ -54,7 +56,7 @@ NO_PROSE = re.compile(r">>>|->|--|==|\.\.|::|[|{}<>\\^~]|:\w+:|__\w+__\(|\w+\(.*
 
 
 def conversations(
-    answer: Answer = "first_sentence", phrasings: int = 1, things: int | None = None, turns: int = 1
+    answer: Answer = "first_sentence", phrasings: int = 1, things: int | None = None, turns: int = 1, times: int = 1
 ) -> Iterator[dict[str, Any]]:
     """Records in OpenAI's format.
 
@@ -62,22 +64,28 @@ def conversations(
         answer: the first sentence, or the whole text.
         phrasings: how many questions are asked about each thing, differently worded.
         things: how many functions and classes are asked about, chosen by a hash of their names; None for all.
-        turns: how many questions a conversation has (the last one may have fewer). Where they are more than one, they come in
-            the order of a hash, so that neighbours have nothing to do with each other.
+        turns: the most questions that a conversation has: the first has one, the next two, and behind that of so many it
+            begins with one again. Which questions meet is a matter of chance, their order that of a hash.
+        times: how often each question is asked, where there are several turns among other questions each time.
 
     Raises:
-        ValueError: an unknown answer, or a number of phrasings, things or turns that there are not.
+        ValueError: an unknown answer, or a number of phrasings, things, turns or times that there are not.
     """
-    check(answer, phrasings, things, turns)
+    check(answer, phrasings, things, turns, times)
     asked = [
         (_user(question), _assistant(_answered(entry, sentence, answer)))
         for number, (entry, sentence) in enumerate(askable(things))
         for question in questions(entry, number, phrasings)
     ]
-    if turns > 1:
-        asked.sort(key=lambda pair: _digest(pair[0]["content"]))
-    for begin in range(0, len(asked), turns):
-        yield {"messages": [message for pair in asked[begin : begin + turns] for message in pair]}
+    sizes = cycle(range(1, turns + 1))
+    for time in range(times):
+        left = iter(asked if turns == 1 else _shuffled(asked, time))
+        while pairs := list(islice(left, next(sizes))):
+            yield {"messages": [message for pair in pairs for message in pair]}
+
+
+def _shuffled(asked: list[Asked], time: int) -> list[Asked]:
+    return sorted(asked, key=lambda pair: _digest(f"{time} {pair[0]['content']}"))
 
 
 def preferences(answer: Answer = "first_sentence", phrasings: int = 1, things: int | None = None) -> Iterator[dict[str, Any]]:
@@ -92,7 +100,7 @@ def preferences(answer: Answer = "first_sentence", phrasings: int = 1, things: i
             yield {"messages": [_user(question)], "chosen": chosen, "rejected": rejected}
 
 
-def check(answer: Any, phrasings: Any, things: Any = None, turns: Any = 1) -> None:
+def check(answer: Any, phrasings: Any, things: Any = None, turns: Any = 1, times: Any = 1) -> None:
     """Refuse options that mean nothing.
 
     Raises:
@@ -104,8 +112,9 @@ def check(answer: Any, phrasings: Any, things: Any = None, turns: Any = 1) -> No
         raise ValueError(f"files: the phrasings of 'python_docs' must be a number from 1 to {PHRASINGS}, got {phrasings!r}")
     if things is not None and (isinstance(things, bool) or not isinstance(things, int) or things < 2):
         raise ValueError(f"files: the things of 'python_docs' must be 2 or more, got {things!r}; leave them out for all")
-    if isinstance(turns, bool) or not isinstance(turns, int) or turns < 1:
-        raise ValueError(f"files: the turns of 'python_docs' must be a number from 1, got {turns!r}")
+    for name, count in {"turns": turns, "times": times}.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"files: the {name} of 'python_docs' must be a number from 1, got {count!r}")
 
 
 def askable(things: int | None = None) -> list[tuple[Entry, str]]:

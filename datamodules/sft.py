@@ -30,8 +30,8 @@ class SFT(TokenData):
         files: a path or glob of .json, .jsonl and .parquet files, or a list of them and of {path, weight} entries, where
             weight is how often each conversation comes in an epoch (a part of 1: that share of them). The word python_docs
             stands for questions about the running Python; its entry may have answer: first_sentence or whole, phrasings, the
-            number of questions about each thing, things, of which how many are asked about, and turns, the number of
-            questions in a conversation.
+            number of questions about each thing, things, of which how many are asked about, turns, the most questions in a
+            conversation, and times, how often each question is asked, among others each time.
         tokenizer: folder with tokenizer.json, and perhaps a chat template; without one it is ChatML.
         max_length: tokens in a window or row.
         train_on: "all" turns of the assistant, or only the "last" of each conversation.
@@ -49,7 +49,7 @@ class SFT(TokenData):
         ValueError: a number out of its range, or a folder without tokenizer.
     """
 
-    corpus_options = ("answer", "phrasings", "things", "turns")
+    corpus_options = ("answer", "phrasings", "things", "turns", "times")
     records_are = "conversations"
 
     def __init__(
@@ -85,10 +85,10 @@ class SFT(TokenData):
         return ConversationEncoder(self.tokenizer_folder, self.tokenizer, self.system, self.train_on)
 
     def corpus(
-        self, answer: Any = "first_sentence", phrasings: Any = 1, things: Any = None, turns: Any = 1
+        self, answer: Any = "first_sentence", phrasings: Any = 1, things: Any = None, turns: Any = 1, times: Any = 1
     ) -> Iterator[Record]:
         """Questions about Python."""
-        return formats.numbered(python_docs_pairs.conversations(answer, phrasings, things, turns))
+        return formats.numbered(python_docs_pairs.conversations(answer, phrasings, things, turns, times))
 
     def reading(self) -> list[Any]:
         """See the base class."""

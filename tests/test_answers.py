@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from bumblebee.answers import Question, answered, questions
+from bumblebee.answers import answered, questions
 from bumblebee.cli import main
 from bumblebee.inference.generator import Generator
 from bumblebee.model import Bumblebee
@@ -71,7 +72,8 @@ def test_a_model_that_knows_the_answers_gives_them_and_another_does_not(taught, 
     asked = list(questions(data, data.train))
     found = answered(Generator.from_pretrained(taught, device="cpu"), asked)
     assert all(each.right for each in found) and len(found) == 5
-    assert {each.question: each.given for each in found} == {**PAIRS, "Hello": "Hello!", "Hello\nHello!\nBye": "Bye!"}
+    assert {each.question: each.given for each in found} == {**PAIRS, "Hello": "Hello!", "Bye": "Bye!"}
+    assert [each.turn for each in found if each.question == "Bye"] == [2]
     torch.manual_seed(1)
     stranger = Generator(Bumblebee(tiny()), Tokenizer.from_pretrained(tokenizer_folder))
     assert not any(each.right for each in answered(stranger, asked))
@@ -81,7 +83,7 @@ def test_a_model_that_knows_the_answers_gives_them_and_another_does_not(taught, 
 def test_an_answer_that_goes_on_too_long_is_wrong(taught, files, tokenizer_folder):
     data = data_of(files, tokenizer_folder)
     [first, *_] = questions(data, data.train)
-    cut = Question(first.prompt, first.answer[:-2])
+    cut = replace(first, answer=first.answer[:-2])
     [found] = answered(Generator.from_pretrained(taught, device="cpu"), [cut])
     assert not found.right
 

@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 
 from bumblebee.cli import main, recipe_parser
 from bumblebee.config import PRESETS, BumblebeeConfig
+from datamodules.python_docs_pairs import askable
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "models")
@@ -64,6 +65,13 @@ def test_recipe_begins_with_what_it_does_and_how_to_launch_it(recipe: Path) -> N
 def test_files_in_a_recipe_are_there(recipe: Path) -> None:
     for path in re.findall(r"recipes/samples/[\w./]+", recipe.read_text()):
         assert (ROOT / path).is_file()
+
+
+def test_the_quickstart_offers_to_ask_what_it_has_taught() -> None:
+    serve, sft = (yaml.safe_load((ROOT / "recipes" / "quickstart" / name).read_text()) for name in ("serve.yaml", "sft.yaml"))
+    taught = {entry.name for files in sft["data"]["init_args"]["files"] for entry, _ in askable(files["things"])}
+    offered = {re.findall("`(.+)`", question)[0] for question in serve["examples"]}
+    assert offered <= taught and len(offered) >= 3
 
 
 def test_every_published_size_has_a_recipe() -> None:

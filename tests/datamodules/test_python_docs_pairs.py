@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from datamodules import python_docs
@@ -60,23 +62,29 @@ def test_the_answer_is_the_first_sentence_or_the_whole_text():
         assert text.startswith(first.removesuffix("."))
 
 
-@pytest.mark.parametrize(("phrasings", "turns"), [(1, 4), (2, 3)])
-def test_conversations_of_several_turns_ask_the_same_questions_about_things_far_apart(phrasings, turns):
-    single = {
+@pytest.mark.parametrize(("phrasings", "turns", "times"), [(1, 4, 1), (2, 3, 5)])
+def test_each_question_comes_so_often_among_others_each_time(phrasings, turns, times):
+    alone = {
         record["messages"][0]["content"]: record["messages"][1] for record in conversations(phrasings=phrasings, things=50)
     }
-    records = list(conversations(phrasings=phrasings, things=50, turns=turns))
-    assert [len(record["messages"]) for record in records[:-1]] == [2 * turns] * (len(single) // turns)
+    records = list(conversations(phrasings=phrasings, things=50, turns=turns, times=times))
+    assert [len(record["messages"]) // 2 for record in records[:turns]] == list(range(1, turns + 1))
     said = [message for record in records for message in record["messages"]]
-    asked = {question["content"]: answer for question, answer in zip(said[::2], said[1::2], strict=True)}
-    assert asked == single and list(asked) != list(single) and len(said) == 2 * len(single)
-    assert records == list(conversations(phrasings=phrasings, things=50, turns=turns))
+    pairs = list(zip(said[::2], said[1::2], strict=True))
+    assert all(alone[question["content"]] == answer for question, answer in pairs)
+    assert Counter(question["content"] for question, _ in pairs) == dict.fromkeys(alone, times)
+    neighbours = {question: set() for question in alone}
+    for before, behind in zip(said[:-2:2], said[2::2], strict=True):
+        neighbours[behind["content"]].add(before["content"])
+    assert times == 1 or sum(len(each) > times / 2 for each in neighbours.values()) > len(alone) * 0.9
+    assert records == list(conversations(phrasings=phrasings, things=50, turns=turns, times=times))
 
 
-@pytest.mark.parametrize("turns", [0, True, 2.0, "4"])
-def test_a_number_of_turns_that_cannot_be_is_refused(turns):
-    with pytest.raises(ValueError, match="turns of 'python_docs' must be a number from 1"):
-        list(conversations(turns=turns))
+@pytest.mark.parametrize("name", ["turns", "times"])
+@pytest.mark.parametrize("number", [0, True, 2.0, "4"])
+def test_a_number_of_turns_or_times_that_cannot_be_is_refused(name, number):
+    with pytest.raises(ValueError, match=f"the {name} of 'python_docs' must be a number from 1"):
+        list(conversations(**{name: number}))
 
 
 @pytest.mark.parametrize("answer", ["first_sentence", "whole"])
