@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
-from serve.terminal import commands
+from serve.terminal import commands, interrupts
 from serve.terminal.answer import Answer
 from serve.terminal.conversation import Conversation
 from serve.terminal.keyboard import Keyboard, Lines
@@ -48,19 +48,20 @@ class Chat:
         answered = True
         while not self.over:
             try:
-                text = self.keyboard.read()
+                answered = self._take(self.keyboard.read()) and answered
             except EOFError:
                 break
             except KeyboardInterrupt:
                 if not self.keyboard.interactive:
                     raise
                 self.screen.note("/quit or Ctrl-D leaves")
-                continue
-            if text.startswith("/"):
-                answered = commands.run(self, text) and answered
-            elif text.strip():
-                answered = self.ask(text) and answered
         return answered
+
+    def _take(self, text: str) -> bool:
+        """Do what an input says. Returns whether it could be done."""
+        if text.startswith("/"):
+            return commands.run(self, text)
+        return not text.strip() or self.ask(text)
 
     def ask(self, question: str) -> bool:
         """Ask, and print the answer. An answer that was stopped is kept as far as it has come; a question without any is not.
@@ -70,8 +71,11 @@ class Chat:
         """
         answer, refused = Answer(), None
         try:
-            with closing(self.partner.reply(self.conversation.asked(question), self.sampling)) as pieces:
-                self._print(pieces, answer)
+            with (
+                interrupts.noted() as interrupted,
+                closing(self.partner.reply(self.conversation.asked(question), self.sampling)) as pieces,
+            ):
+                self._print(pieces, answer, interrupted)
         except KeyboardInterrupt:
             if not self.keyboard.interactive:
                 raise
@@ -84,10 +88,17 @@ class Chat:
         self._comment(answer, refused)
         return refused is None
 
-    def _print(self, pieces: Iterable[Piece], answer: Answer) -> None:
+    def _print(self, pieces: Iterable[Piece], answer: Answer, interrupted: Callable[[], bool]) -> None:
+        """Print the pieces as they come.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the pieces so far are all there will be.
+        """
         for piece in pieces:
             answer.add(piece)
             self.screen.piece(piece.text)
+            if interrupted():
+                raise KeyboardInterrupt
 
     def _keep(self, question: str, answer: Answer) -> None:
         self.unanswered = None if answer.text else question

@@ -1,14 +1,12 @@
 """LocalModel: a partner in this process, a model folder in an engine.
 
 The engine lives as long as the chat: what it has computed for the earlier turns is found again, and only the new question is
-computed. Ctrl-C is seen between two steps of the engine, never inside one, so that its pages are given back in order.
+computed.
 """
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -44,20 +42,19 @@ class LocalModel:
         return f"{self.place}: {size:.3g} M parameters, {place}, room for {self.room} tokens{raw}"
 
     def reply(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Pieces:
-        """See Partner."""
-        with interrupts_held_back() as interrupted:
-            request = self._submit(messages, sampling)
-            new_tokens = 0
-            try:
-                while self.engine.busy and not interrupted():
-                    for output in self.engine.step():
-                        new_tokens += len(output.tokens)
-                        yield Piece(output.text, new_tokens, output.finish_reason)
-            finally:
-                self.engine.cancel(request.id)
-                self.engine.step()  # ends what was cancelled, computes nothing
-        if interrupted():
-            raise KeyboardInterrupt
+        """See Partner. A step that brings nothing, of a long question, is an empty piece."""
+        request = self._submit(messages, sampling)
+        new_tokens = 0
+        try:
+            while self.engine.busy:
+                for output in (outputs := self.engine.step()):
+                    new_tokens += len(output.tokens)
+                    yield Piece(output.text, new_tokens, output.finish_reason)
+                if not outputs:
+                    yield Piece("")
+        finally:
+            self.engine.cancel(request.id)
+            self.engine.step()  # ends what was cancelled, computes nothing
 
     def _submit(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Request:
         try:
@@ -85,14 +82,3 @@ class LocalModel:
         if self.raw:
             return self.generator.encode(messages[-1]["content"])
         return self.generator.converse(messages)
-
-
-@contextmanager
-def interrupts_held_back() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C raises nothing; the function that is given tells whether it has been pressed."""
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)

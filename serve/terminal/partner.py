@@ -43,12 +43,14 @@ class Partner(Protocol):
     def reply(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Pieces:
         """The answer to a conversation, piece by piece. Closing the iterator ends the work for it.
 
+        Called where Ctrl-C is only noted (``interrupts.noted``), and looked for behind each piece.
+
         Args:
             messages: the last is the user's.
             sampling: fields of SamplingParams; what is not in it is the model's default.
 
         Raises:
             Refusal: no answer, or no more of it.
-            KeyboardInterrupt: Ctrl-C; the pieces so far are all there will be.
+            KeyboardInterrupt: Ctrl-C while there was something to wait for.
         """
         ...

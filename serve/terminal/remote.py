@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import openai
 
+from serve.terminal import interrupts
 from serve.terminal.partner import Message, Piece, Pieces, Refusal
 
 CONNECT_SECONDS = 10.0
@@ -61,7 +62,8 @@ class RemoteModel:
     def _asked(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Any:
         """The stream of chunks, or why there is none."""
         try:
-            return self._ask(messages, sampling)
+            with interrupts.raised():
+                return self._ask(messages, sampling)
         except openai.APIStatusError as error:
             raise Refusal(f"{error.status_code}: {told_by(error)}{_advice(error)}") from error
         except openai.APITimeoutError as error:
@@ -72,9 +74,14 @@ class RemoteModel:
     def _arriving(self, chunks: Iterator[Any]) -> Iterator[Any]:
         """The chunks. What fails while they are read is the network's matter or the server's, whatever raises it."""
         try:
-            yield from chunks
+            while (chunk := self._next(chunks)) is not None:
+                yield chunk
         except Exception as error:
             raise Refusal(f"{self.url} broke the answer off: {told_by(error)}") from error
+
+    def _next(self, chunks: Iterator[Any]) -> Any:
+        with interrupts.raised():
+            return next(chunks, None)
 
     def _ask(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Any:
         """The stream of chunks."""

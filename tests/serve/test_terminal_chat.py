@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -19,10 +20,15 @@ from system.processes import start_command
 
 from bumblebee import Generator, SamplingParams
 from bumblebee.cli import main
+from serve.terminal import interrupts
+from serve.terminal.chat import Chat
 from serve.terminal.commands import COMMANDS, OF_FILES, changed
 from serve.terminal.conversation import Conversation
 from serve.terminal.editor import CommandCompleter, Document
+from serve.terminal.keyboard import Lines
 from serve.terminal.local import LocalModel
+from serve.terminal.partner import Piece
+from serve.terminal.screen import Screen
 
 GREEDY = ("--temperature", "0", "--max_new_tokens", "12")
 PARAMS = SamplingParams(temperature=0, max_new_tokens=12)
@@ -68,6 +74,28 @@ def answer(generator: Generator, *contents: str, system: str | None = None) -> s
     template = generator.tokenizer.chat_template
     params = replace(PARAMS, stop_ids=[template.end_of_turn_id])
     return generator.generate([template.ids_of(messages, None, True)], params)[0].text
+
+
+class InterruptedScreen(Screen):
+    """Remembers; Ctrl-C is pressed while a piece is written."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.pieces, self.notes = at, [], []
+
+    def piece(self, text: str) -> None:
+        self.pieces.append(text)
+        if len(self.pieces) == self.at:
+            signal.raise_signal(signal.SIGINT)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Typing(Lines):
+    """A keyboard whose person can be told something."""
+
+    interactive = True
 
 
 # -- pipes ---------------------------------------------------------------------------------------------------------------
@@ -179,13 +207,12 @@ def test_wrong_options_are_one_line(words: str, talk) -> None:
 
 def test_a_stopped_answer_gives_its_pages_back_and_is_not_computed_again(generator: Generator) -> None:
     model = LocalModel(generator, "here")
+    screen = InterruptedScreen(at=6)
+    chat = Chat(model, Conversation(), {"max_new_tokens": 1000, "ignore_eos": True}, Typing(), screen)
+    assert chat.ask("honey " * 100)
+    assert screen.notes[-1].startswith("6 tokens") and screen.notes[-1].endswith("stopped by Ctrl-C")
+    assert chat.conversation.turns == [("honey " * 100, "".join(screen.pieces).rstrip("\n"))]
     messages = [{"role": "user", "content": "honey " * 100}]
-    pieces = model.reply(messages, {"max_new_tokens": 1000, "ignore_eos": True})
-    with pytest.raises(KeyboardInterrupt):
-        for piece in pieces:
-            if piece.new_tokens == 6:
-                signal.raise_signal(signal.SIGINT)
-            assert piece.new_tokens != 7
     stats = model.engine.stats()
     assert not model.engine.busy
     assert stats.pages_free + stats.pages_cached == stats.pages_total
@@ -193,6 +220,29 @@ def test_a_stopped_answer_gives_its_pages_back_and_is_not_computed_again(generat
         pass
     stats = model.engine.stats()
     assert stats.cached_tokens > 300 and stats.pages_free + stats.pages_cached == stats.pages_total
+
+
+def test_a_press_that_nobody_raised_ends_the_answer_behind_its_piece() -> None:
+    """As one does that falls into a destructor: Python tells of it and goes on."""
+    written: list[int] = []
+
+    class Swallowing:
+        raw = False
+
+        def reply(self, messages, sampling):
+            for number in range(100):
+                with interrupts.raised(), contextlib.suppress(KeyboardInterrupt):
+                    if number == 3:
+                        signal.raise_signal(signal.SIGINT)
+                written.append(number)
+                yield Piece(f"{number} ", number)
+
+    screen = InterruptedScreen(at=-1)
+    chat = Chat(Swallowing(), Conversation(), {}, Typing(), screen)
+    assert chat.ask("Who flies?") and written == [0, 1, 2, 3]
+    assert chat.conversation.turns == [("Who flies?", "0 1 2 3 ")] and "stopped by Ctrl-C" in screen.notes[-1]
+    with pytest.raises(KeyboardInterrupt):  # all is as before
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.slow
