@@ -82,7 +82,7 @@ class Layout:
             counts: new positions of each.
             size: positions of a page.
             device: of the cache.
-            padding: single tokens share one call if it reads at most so many times the positions that they have.
+            padding: several single tokens share one call if it reads at most so many times the positions that they have.
         """
         spans, slots, begin = [], [], 0
         for its_pages, length, count in zip(pages, lengths, counts, strict=True):
@@ -91,7 +91,7 @@ class Layout:
             spans.append(Span(begin, count, length, torch.tensor(held, device=device), _seen(length, count, device)))
             begin += count
         lengths = [span.length for span in spans if span.count == 1]
-        together = bool(lengths) and max(lengths) * len(lengths) <= padding * sum(lengths)
+        together = len(lengths) > 1 and max(lengths) * len(lengths) <= padding * sum(lengths)
         return cls(torch.tensor(slots, device=device), spans, _padded(spans, size) if together else None, size)
 
     def to(self, device: torch.device) -> Layout:

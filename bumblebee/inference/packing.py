@@ -13,6 +13,7 @@ no public name.
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
@@ -26,6 +27,14 @@ TOGETHER: dict[type[nn.Module], tuple[str, ...]] = {  # layers that are called w
     Attention: ("q_proj", "k_proj", "v_proj"),
     GatedFFN: ("gate_proj", "up_proj"),
 }
+
+
+@dataclass(slots=True)
+class _Computed:
+    """What a product has computed, until each layer has asked for its part. Not the module's own: setting those takes long."""
+
+    input: Tensor | None = None
+    outputs: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Product(nn.Module):
@@ -43,18 +52,22 @@ class Product(nn.Module):
         self.weight = packed if shared else nn.Parameter(packed, requires_grad=False)
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-        self._input: Tensor | None = None
-        self._outputs: dict[int, Tensor] = {}  # of this input, until each was asked for
+        self._computed = _Computed()
 
-    def forward(self, x: Tensor, number: int) -> Tensor:
+    def of(self, x: Tensor, number: int) -> Tensor:
         """The output of one of the layers: (..., in_features) -> (..., its out_features)."""
-        if x is not self._input or number not in self._outputs:
-            out = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-            self._input, self._outputs = x, dict(enumerate(out.split(self.widths, dim=-1)))
-        wanted = self._outputs.pop(number)
-        if not self._outputs:
-            self._input = None
+        if len(self.widths) == 1:
+            return self._of_all(x)
+        computed = self._computed
+        if x is not computed.input or number not in computed.outputs:
+            computed.input, computed.outputs = x, dict(enumerate(self._of_all(x).split(self.widths, dim=-1)))
+        wanted = computed.outputs.pop(number)
+        if not computed.outputs:
+            computed.input = None
         return wanted
+
+    def _of_all(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Its layers save themselves."""
@@ -75,7 +88,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor, labels: None = None) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         assert labels is None, "a packed head gives logits, no losses"
-        return self.product(x, self.number)
+        return self.product.of(x, self.number)  # not called as a module: with few rows even that would count
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         product = self.product

@@ -75,4 +75,4 @@ def test_layers_that_share_a_product_give_each_input_its_own_outputs():
         x += 1
         torch.testing.assert_close(first(x), layers[0](x), rtol=0, atol=1e-5)
         second(x)
-    assert product._input is None and not product._outputs, "nothing is held when all have been asked"
+    assert product._computed.input is None and not product._computed.outputs, "nothing is held when all have been asked"
