@@ -1,4 +1,4 @@
-"""Signals: how a run is asked to stop from outside."""
+"""Signals: what the system tells a program from outside, such as that a run is to stop."""
 
 from __future__ import annotations
 
@@ -7,8 +7,26 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from bumblebee.distributed import is_main
+
+
+@contextmanager
+def handled_by(handle: Callable[[int, Any], object], *numbers: int) -> Iterator[None]:
+    """Inside, signals call ``handle`` with their number and the frame; afterwards whoever had them before has them again.
+
+    Handlers can only be set in the main thread: in others nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -28,12 +46,5 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
         seen.add(number)
         stop()
 
-    if threading.current_thread() is not threading.main_thread():  # handlers can only be set there
+    with handled_by(handle, signal.SIGINT, signal.SIGTERM):
         yield
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

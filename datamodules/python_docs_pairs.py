@@ -108,13 +108,17 @@ def check(answer: Any, phrasings: Any, things: Any = None, turns: Any = 1, times
     """
     if answer not in ("first_sentence", "whole"):
         raise ValueError(f"files: the answer of 'python_docs' must be first_sentence or whole, got {answer!r}")
-    if isinstance(phrasings, bool) or not isinstance(phrasings, int) or not 1 <= phrasings <= PHRASINGS:
+    if not _whole(phrasings, 1) or phrasings > PHRASINGS:
         raise ValueError(f"files: the phrasings of 'python_docs' must be a number from 1 to {PHRASINGS}, got {phrasings!r}")
-    if things is not None and (isinstance(things, bool) or not isinstance(things, int) or things < 2):
+    if things is not None and not _whole(things, 2):
         raise ValueError(f"files: the things of 'python_docs' must be 2 or more, got {things!r}; leave them out for all")
     for name, count in {"turns": turns, "times": times}.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not _whole(count, 1):
             raise ValueError(f"files: the {name} of 'python_docs' must be a number from 1, got {count!r}")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def askable(things: int | None = None) -> list[tuple[Entry, str]]:

@@ -14,8 +14,7 @@ injected script has no way to run. The policy is CSP level 3 (https://www.w3.org
 
 What the page asks of the server: ``GET ready``; ``GET v1/models``, of each model ``id`` and, where given, ``max_model_len``
 (the context in tokens), ``defaults`` (the sampling of a request that asks for none) and ``examples`` (questions to begin
-with); and streams with usage from
-``POST v1/chat/completions`` and ``POST v1/completions``.
+with); and streams with usage from ``POST v1/chat/completions`` and ``POST v1/completions``.
 """
 
 from __future__ import annotations

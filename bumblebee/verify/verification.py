@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from bumblebee import distributed
+from bumblebee.signals import handled_by
 from bumblebee.verify.check import Check, all_checks
 from bumblebee.verify.finding import Finding
 from bumblebee.verify.options import VerifyOptions
@@ -172,15 +172,9 @@ def _told(error: Exception) -> str:
 @contextmanager
 def _terminated_by_exception() -> Iterator[None]:
     """SIGTERM unwinds like Ctrl-C, so that the folder is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def handle(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
+    with handled_by(handle, signal.SIGTERM):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -10,16 +10,15 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from bumblebee.signals import handled_by
+
 
 @contextmanager
 def noted() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C raises nothing; the function that is given tells whether it has been pressed."""
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
+    with handled_by(lambda number, frame: pressed.append(number), signal.SIGINT):
         yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -32,8 +31,5 @@ def raised() -> Iterator[None]:
             before(number, None)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, note_and_raise)
-    try:
+    with handled_by(note_and_raise, signal.SIGINT):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
