@@ -59,7 +59,7 @@ test-slow: .venv  ## the tests that train, start processes or run whole commands
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -m slow --timeout 1800 $(SHARED) $(ARGS)
 
 golden: .venv  ## write the golden losses anew, after a change that is meant to change them
-	OMP_NUM_THREADS=1 $(BIN)/python tests/golden/golden.py
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/golden/golden.py
 
 docs: .venv  ## write docs/configuration.md and the table in docs/gpu.md anew, after a change of options or sizes
 	$(BIN)/python docs/make_configuration.py

@@ -21,8 +21,8 @@ def make_checkpoint(folder: Path) -> int:
     import torch
 
     from bumblebee import Bumblebee, BumblebeeConfig
-    from bumblebee.checkpoint.folder import write_configs
-    from bumblebee.checkpoint.pieces import Piece, write_pieces
+    from bumblebee.checkpoint.hf_folder import write_configs
+    from bumblebee.checkpoint.sharded_state import Piece, write_pieces
 
     config = BumblebeeConfig.preset("0.5b", num_hidden_layers=18)
     with torch.device("meta"):

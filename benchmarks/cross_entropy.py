@@ -20,7 +20,7 @@ TARGETS, HIDDEN, VOCABULARY, ROUNDS = 4 * 1024, 896, 151_936, 3
 def losses(variant: str):
     import torch
 
-    from bumblebee.nn.cross_entropy import linear_cross_entropy
+    from bumblebee.nn.linear_cross_entropy import linear_cross_entropy
 
     def naive(hidden, weight, labels):
         return torch.nn.functional.cross_entropy((hidden @ weight.T).float(), labels, reduction="none")

@@ -53,8 +53,8 @@ def bare_steps(steps: int):
     """A generator: each turn is one step of a bare loop, and gives its loss."""
     import torch
 
-    from bumblebee.loader import epoch_order
     from bumblebee.optim import parameter_groups
+    from bumblebee.training.loader import epoch_order
 
     model, rows = build(), data(steps * BATCH)
     rows.setup(0)

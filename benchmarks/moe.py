@@ -24,7 +24,7 @@ def parts(dtype: str) -> dict:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    from bumblebee.nn.ffn import GatedFFN
+    from bumblebee.nn.mlp import GatedFFN
     from bumblebee.nn.moe import mixture
 
     torch.manual_seed(0)

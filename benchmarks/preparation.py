@@ -23,8 +23,8 @@ from typing import Any
 
 from common import header, median, table
 
-from bumblebee.tokenizer import Tokenizer
-from datamodules import SFT, python_docs, python_docs_pairs, workers
+from bumblebee.tokenizer.tokenizer import Tokenizer
+from datamodules import SFT, python_docs, python_docs_pairs, worker_pool
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
@@ -112,9 +112,9 @@ def main() -> None:
         for turn in range(options.turns):
             seconds, data = ours(file, tokenizer, folder / f"ours-{turn}")
             runs[kinds[0]].append(seconds)
-            enough, workers.ENOUGH = workers.ENOUGH, sys.maxsize
+            enough, worker_pool.ENOUGH = worker_pool.ENOUGH, sys.maxsize
             runs[kinds[1]].append(ours(file, tokenizer, folder / f"single-{turn}")[0])
-            workers.ENOUGH = enough
+            worker_pool.ENOUGH = enough
             seconds, peer = theirs(file, tokenizer, folder / f"theirs-{turn}", options.processes)
             runs[kinds[2]].append(seconds)
             if not turn:

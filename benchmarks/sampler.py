@@ -39,8 +39,8 @@ def logits_of(vocabulary: int, trained: bool):
 
 def ours(logits, prompts, options):
     """A function that takes one step."""
-    from bumblebee.inference.params import SamplingParams
     from bumblebee.inference.sampler import SamplerState, sample
+    from bumblebee.inference.sampling_params import SamplingParams
 
     states = [SamplerState(prompt, SamplingParams(seed=row, **options)) for row, prompt in enumerate(prompts.tolist())]
     return lambda: [token.id for token in sample(logits, states)]

@@ -69,7 +69,7 @@ def make_folder(folder: Path) -> None:
     import torch
 
     from bumblebee import Bumblebee, BumblebeeConfig, Tokenizer
-    from datamodules import formats
+    from datamodules import record_files
 
     torch.manual_seed(0)
     shape = {
@@ -78,7 +78,7 @@ def make_folder(folder: Path) -> None:
     }  # fmt: skip
     config = BumblebeeConfig(**shape, initializer_range=0.1)  # so that texts vary
     Bumblebee(config).save_pretrained(folder)
-    texts = (formats.text_of(record) for file in formats.expand("python_docs") for record in formats.read(file))
+    texts = (record_files.text_of(record) for file in record_files.expand("python_docs") for record in record_files.read(file))
     tokenizer = Tokenizer.train(texts, VOCABULARY)
     assert tokenizer.eos_token_id == END
     tokenizer.save_pretrained(folder)

@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from bumblebee.callback import Callback
     from bumblebee.config import BumblebeeConfig
     from bumblebee.datamodule import DataModule
-    from bumblebee.hugging_face import HuggingFaceModel
     from bumblebee.inference.generator import Generator
-    from bumblebee.inference.params import SamplingParams
+    from bumblebee.inference.sampling_params import SamplingParams
     from bumblebee.model import Bumblebee
+    from bumblebee.models.huggingface import HuggingFaceModel
     from bumblebee.tasks.dpo import DPO
     from bumblebee.tasks.language_modeling import LanguageModeling
     from bumblebee.tasks.task import Task
-    from bumblebee.tokenizer import Tokenizer
+    from bumblebee.tokenizer.tokenizer import Tokenizer
     from bumblebee.trainer import Trainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Bumblebee": "bumblebee.model",
@@ -31,11 +31,11 @@ _HOME = {
     "DPO": "bumblebee.tasks.dpo",
     "DataModule": "bumblebee.datamodule",
     "Generator": "bumblebee.inference.generator",
-    "HuggingFaceModel": "bumblebee.hugging_face",
+    "HuggingFaceModel": "bumblebee.models.huggingface",
     "LanguageModeling": "bumblebee.tasks.language_modeling",
-    "SamplingParams": "bumblebee.inference.params",
+    "SamplingParams": "bumblebee.inference.sampling_params",
     "Task": "bumblebee.tasks.task",
-    "Tokenizer": "bumblebee.tokenizer",
+    "Tokenizer": "bumblebee.tokenizer.tokenizer",
     "Trainer": "bumblebee.trainer",
 }
 

@@ -1,6 +1,6 @@
 """``python -m bumblebee``, for launchers that start a module."""
 
-from bumblebee.cli import main
+from bumblebee.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,8 @@
 """DataModule: where batches come from.
 
 A DataModule prepares its samples once (``setup``), then answers ``train[i]`` and ``collate``. Which samples make up which
-micro-batch of which rank is not its business: that follows from (seed, epoch, step) alone, in ``bumblebee/plan.py`` and
-``bumblebee/loader.py``, so that any run can be continued at any micro-batch.
+micro-batch of which rank is not its business: that follows from (seed, epoch, step) alone, in ``bumblebee/training``, and
+``bumblebee/training/loader.py``, so that any run can be continued at any micro-batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from bumblebee.tokenizer import Tokenizer
+    from bumblebee.tokenizer.tokenizer import Tokenizer
 
 Batch = dict[str, "Tensor"]
 

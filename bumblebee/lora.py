@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685) through PEFT: small matrices beside frozen weights. The only file that imports peft.
 
 Listed under ``task.transforms`` in a recipe. The run then saves adapter folders, in PEFT's layout: what was learned, and the
-path of the model that it was learned on. Reading and merging them needs no peft: ``bumblebee/checkpoint/adapter.py``.
+path of the model that it was learned on. Reading and merging them needs no peft: ``bumblebee/checkpoint/adapters.py``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bumblebee import distributed
-from bumblebee.checkpoint.adapter import (
+from bumblebee.checkpoint.adapters import (
     EXPERTS,
     NAME,
     WEIGHTS,
@@ -30,12 +29,13 @@ from bumblebee.checkpoint.adapter import (
     write_adapter_config,
     write_adapter_weights,
 )
-from bumblebee.checkpoint.folder import ForeignFiles, ModelFiles, files_of, read_tensors, write_generation_config
 from bumblebee.checkpoint.fused_adapters import fused_modules, fused_settings, separate, separate_settings
-from bumblebee.checkpoint.keys import Rule
+from bumblebee.checkpoint.hf_folder import ForeignFiles, ModelFiles, files_of, read_tensors, write_generation_config
+from bumblebee.checkpoint.weight_mapping import Rule
 from bumblebee.config import BumblebeeConfig
-from bumblebee.models import load_model
-from bumblebee.nn.head import Head
+from bumblebee.distributed import process_group
+from bumblebee.models.loading import load_model
+from bumblebee.nn.lm_head import Head
 from bumblebee.nn.moe import Experts
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -191,13 +191,13 @@ def inject(model: nn.Module, config: Any) -> None:
 @contextmanager
 def _ready_for_shards() -> Iterator[None]:
     """Adapters are small: they are made whole also where the model is built in shards, and cut when training begins."""
-    if not distributed.building_in_shards:
+    if not process_group.building_in_shards:
         yield
         return
-    from bumblebee.engine import built_whole
+    from bumblebee.distributed.deepspeed.training_engine import built_whole
 
     with built_whole():
-        from bumblebee.hugging_face import weights_gathered  # in here: some imports do not bear how shards are built
+        from bumblebee.models.huggingface import weights_gathered  # in here: some imports do not bear how shards are built
 
         with weights_gathered():  # when PEFT looks at them, for DoRA
             yield
@@ -216,7 +216,7 @@ def _initialise(model: nn.Module) -> None:
             bound = 1 / math.sqrt(parameter.shape[1])
             start = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator).to(parameter.device)
         # PEFT has cast it to the weight's dtype. The engine casts as it needs, but nothing of a model that is built in shards.
-        parameter.data = start.to(parameter.dtype) if distributed.building_in_shards else start
+        parameter.data = start.to(parameter.dtype) if process_group.building_in_shards else start
 
 
 class AdapterFiles(ModelFiles):

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bumblebee.config import BumblebeeConfig
-from bumblebee.language_model import LanguageModel
-from bumblebee.model_class import class_for, path_of
+from bumblebee.models.base import LanguageModel
+from bumblebee.models.custom_class import class_for, path_of
 from bumblebee.nn.attention import Attention, LayerCache
-from bumblebee.nn.ffn import GatedFFN, PlainFFN
-from bumblebee.nn.head import Head
-from bumblebee.nn.kernels import AttentionMask, choose
+from bumblebee.nn.attention_kernels import AttentionMask, choose
+from bumblebee.nn.lm_head import Head
+from bumblebee.nn.mlp import GatedFFN, PlainFFN
 from bumblebee.nn.moe import Experts, MixtureOfExperts, Router, mixture
 from bumblebee.nn.norm import NORMS
 from bumblebee.nn.rope import rotary_embedding
-from bumblebee.nn.routing import RouterLosses
+from bumblebee.nn.router_losses import RouterLosses
 
 
 class Block(nn.Module):
@@ -120,7 +120,7 @@ class Bumblebee(LanguageModel):
 
     Args:
         config: its shape; a dict of BumblebeeConfig's fields in a recipe.
-        attention: ``auto``, ``flash``, ``sdpa`` or ``naive`` (see ``bumblebee/nn/kernels.py``).
+        attention: ``auto``, ``flash``, ``sdpa`` or ``naive`` (see ``bumblebee/nn/attention_kernels.py``).
 
     Raises:
         ValueError: an attention that cannot run here.
@@ -290,7 +290,7 @@ class Bumblebee(LanguageModel):
             ValueError: no model folder, an unsupported architecture or setting, weights that do not fit the model, or a
                 subclass's folder where its class may not be imported.
         """
-        from bumblebee.checkpoint.folder import load_config, load_weights, parameters_on_meta
+        from bumblebee.checkpoint.hf_folder import load_config, load_weights, parameters_on_meta
 
         config = load_config(folder)
         with parameters_on_meta():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bumblebee.distributed import is_main
+from bumblebee.distributed.process_group import is_main
 
 
 @contextmanager

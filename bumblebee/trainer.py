@@ -15,15 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bumblebee import distributed
 from bumblebee.callback import Callback
 from bumblebee.checkpoint.atomic import write_json
 from bumblebee.datamodule import Batch, DataModule
+from bumblebee.distributed import process_group
 from bumblebee.optim import Constant, GroupRule, Optimizer, Schedule, parameter_groups, set_learning_rate
-from bumblebee.plan import Plan, Position
-from bumblebee.run_folder import TRAINER_STATE, check_free, clear, find_resume, read_trainer_state
 from bumblebee.signals import stopped_by_signals
 from bumblebee.tasks.task import Task
+from bumblebee.training.plan import Plan, Position
+from bumblebee.training.run_folder import TRAINER_STATE, check_free, clear, find_resume, read_trainer_state
 
 if not TYPE_CHECKING:
     pass  # this way round, since the command line's parser executes what stands under "if TYPE_CHECKING", torch and all
@@ -31,8 +31,8 @@ else:
     import torch
     from torch import nn
 
-    from bumblebee.deepspeed_config import EngineOptions
-    from bumblebee.engine import Engine, FrozenEngine
+    from bumblebee.distributed.deepspeed.ds_config import EngineOptions
+    from bumblebee.distributed.deepspeed.training_engine import Engine, FrozenEngine
 
 
 class Trainer:
@@ -219,12 +219,12 @@ class Trainer:
         """
         bad = next(((step, turn) for step, turn, loss in self._recent if not math.isfinite(loss)), None)
         self._recent = []
-        if not distributed.any_rank(bad is not None, self.device):
+        if not process_group.any_rank(bad is not None, self.device):
             return
         if bad is None:
-            raise distributed.OtherRankFailed("another rank had a loss that is no number")
+            raise process_group.OtherRankFailed("another rank had a loss that is no number")
         step, turn = bad
-        records = self._loader.records(self.data, self.plan.window(step, distributed.rank())[turn], self.seed)
+        records = self._loader.records(self.data, self.plan.window(step, process_group.rank())[turn], self.seed)
         raise FloatingPointError(
             f"step {step + 1}: the loss is not finite. The micro-batch came from {', '.join(records)}."
             " Nothing has been saved since; continue from the last checkpoint with other data or a lower learning rate"
@@ -232,10 +232,10 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """The task's validation metrics over all held-out samples; calls ``on_validation_end``. Collective."""
-        from bumblebee.evaluation import validation_sums
+        from bumblebee.training.validation import validation_sums
 
         self.engine.eval()
-        batches = self._loader.validation_batches(self.data, self.micro_batch_size, distributed.rank(), self.plan.world_size)
+        batches = self._loader.validation_batches(self.data, self.micro_batch_size, process_group.rank(), self.plan.world_size)
         sums = validation_sums(self.task, self.engine, map(self.to_device, batches))
         self.engine.train()
         metrics = self.task.validation_metrics(self.reduce_sums(sums))
@@ -270,7 +270,7 @@ class Trainer:
         import torch
 
         vector = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=self.device)
-        return dict(zip(sums, distributed.all_reduce_sum(vector).tolist(), strict=True))
+        return dict(zip(sums, process_group.all_reduce_sum(vector).tolist(), strict=True))
 
     # -- setting up ----------------------------------------------------------------------------------------------------
 
@@ -280,16 +280,16 @@ class Trainer:
         if self.zero_stage < 3:
             yield
             return
-        from bumblebee.engine import built_in_shards
+        from bumblebee.distributed.deepspeed.training_engine import built_in_shards
 
-        device = distributed.pick_device(self.device_name)
-        distributed.start(device)
+        device = process_group.pick_device(self.device_name)
+        process_group.start(device)
         with built_in_shards(device, self.engine_options(None)):
             yield
 
     def engine_options(self, hidden_size: int | None) -> EngineOptions:
         """What decides how DeepSpeed runs a model of this hidden size."""
-        from bumblebee.deepspeed_config import EngineOptions, read_overrides
+        from bumblebee.distributed.deepspeed.ds_config import EngineOptions, read_overrides
 
         overrides = read_overrides(self.deepspeed)
         return EngineOptions(self.precision, self.zero_stage, self.micro_batch_size, self.gradient_clip, overrides, hidden_size)
@@ -311,11 +311,11 @@ class Trainer:
             ValueError: data, folder or options that cannot be used; nothing has been written then.
         """
         # All of it now: a run of days must not meet edited files at its end.
-        import bumblebee.checkpoint.folder
-        import bumblebee.evaluation
-        import bumblebee.training_state  # noqa: F401
-        from bumblebee import loader
-        from bumblebee.engine import Engine
+        import bumblebee.checkpoint.hf_folder
+        import bumblebee.training.training_state  # noqa: F401
+        import bumblebee.training.validation
+        from bumblebee.distributed.deepspeed.training_engine import Engine
+        from bumblebee.training import loader
 
         self._loader = loader
         self.task, self.data, self.schedule = task, data, schedule or Constant(warmup_ratio=0.0)
@@ -330,23 +330,23 @@ class Trainer:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {seed}")
         check_free(self.output_dir, self.resume, overwrite)
-        bumblebee.checkpoint.folder.files_of(task.model).check_output(self.output_dir)
+        bumblebee.checkpoint.hf_folder.files_of(task.model).check_output(self.output_dir)
         checkpoint = find_resume(self.resume, self.output_dir)
-        self.device = distributed.pick_device(self.device_name)
-        distributed.start(self.device)
+        self.device = process_group.pick_device(self.device_name)
+        process_group.start(self.device)
         data.setup(seed)
         task.setup(data)
-        self.plan = self.plan_for(data, seed, distributed.world_size(), checkpoint)
+        self.plan = self.plan_for(data, seed, process_group.world_size(), checkpoint)
         options = self.engine_options(getattr(getattr(task.model, "config", None), "hidden_size", None))
         self.engine = Engine(task.model, optimizer, parameter_groups(task.model, self.groups), self.device, options)
         task.begin(self)
         self.engine.train()
-        self._seed_everything(seed + distributed.rank())
+        self._seed_everything(seed + process_group.rank())
         if checkpoint is not None:
             self.load_checkpoint(checkpoint)
         self._open_folder(overwrite)
         self._windows = loader.train_windows(
-            data, self.plan, seed, distributed.rank(), self.step, self.workers, pin_memory=self.device.type == "cuda"
+            data, self.plan, seed, process_group.rank(), self.step, self.workers, pin_memory=self.device.type == "cuda"
         )
 
     def plan_for(self, data: DataModule, seed: int, ranks: int, checkpoint: Path | None) -> Plan:
@@ -360,7 +360,7 @@ class Trainer:
         return Plan.of(samples, self.micro_batch_size, self.accumulate, ranks, self.epochs, self.max_steps, origin)
 
     def _open_folder(self, overwrite: bool) -> None:
-        distributed.barrier()  # all have looked at the folder before anyone changes it
+        process_group.barrier()  # all have looked at the folder before anyone changes it
         error: OSError | None = None
         if self.is_main:
             try:
@@ -371,9 +371,9 @@ class Trainer:
                     shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
             except OSError as failure:
                 error = failure
-        if distributed.any_rank(error is not None, self.device):
+        if process_group.any_rank(error is not None, self.device):
             if error is None:
-                raise distributed.OtherRankFailed("the first rank cannot write to output_dir")
+                raise process_group.OtherRankFailed("the first rank cannot write to output_dir")
             raise ValueError(f"output_dir: cannot write to {self.output_dir}: {error.strerror}") from error
 
     @staticmethod
@@ -391,7 +391,7 @@ class Trainer:
         It runs on the run's device in the run's precision, at stage 3 in shards. It may be a deep copy of the task's model
         from before there was an engine.
         """
-        from bumblebee.engine import FrozenEngine
+        from bumblebee.distributed.deepspeed.training_engine import FrozenEngine
 
         options = self.engine_options(getattr(getattr(model, "config", None), "hidden_size", None))
         self._frozen.append(FrozenEngine(model, self.device, options, copy_of=self.engine.model))
@@ -403,7 +403,7 @@ class Trainer:
             frozen.close()
         if engine := self.__dict__.pop("engine", None):
             engine.close()
-        distributed.stop(orderly=self.__dict__.get("_finished", False))
+        process_group.stop(orderly=self.__dict__.get("_finished", False))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -418,7 +418,7 @@ class Trainer:
         Raises:
             OSError: it could not be written; nothing of it is left, and earlier checkpoints are as they were.
         """
-        from bumblebee.training_state import save_random_state, written_together
+        from bumblebee.training.training_state import save_random_state, written_together
 
         self.check_finite()
         path = self.output_dir / f"checkpoint-{self.step}"
@@ -426,7 +426,7 @@ class Trainer:
             self._write_model(aside, weights=model)
             (aside / "training_state").mkdir(exist_ok=True)
             self.engine.save(aside / "training_state")
-            save_random_state(aside / "training_state", distributed.rank())
+            save_random_state(aside / "training_state", process_group.rank())
             if self.is_main:
                 write_json(aside / TRAINER_STATE, self._trainer_state(last))
         self.call("on_checkpoint_saved", path)
@@ -438,13 +438,13 @@ class Trainer:
         The run that wrote it may have had other ranks, another ZeRO stage or precision. With the same ones it is as if the run
         had never stopped, to the last bit.
         """
-        from bumblebee.checkpoint.folder import files_of
-        from bumblebee.training_state import load_random_state
+        from bumblebee.checkpoint.hf_folder import files_of
+        from bumblebee.training.training_state import load_random_state
 
         state = read_trainer_state(path)
         files_of(self.task.model).check_resumed(path)
         self.engine.load(path / "training_state")
-        load_random_state(path / "training_state", distributed.rank())
+        load_random_state(path / "training_state", process_group.rank())
         self.step, self.tokens = self.plan.origin.step, state["tokens"]
         self.engine.load_scaler_state(state["loss_scaler"])
         self.schedule.load_state_dict(state["schedule"])
@@ -467,13 +467,13 @@ class Trainer:
 
     def save_model(self, folder: Path) -> None:
         """Write the model folder: weights in the training precision, config, tokenizer. Collective."""
-        from bumblebee.training_state import written_together
+        from bumblebee.training.training_state import written_together
 
         with written_together(folder, self.device) as aside:
             self._write_model(aside)
 
     def _write_model(self, folder: Path, weights: bool = True) -> None:
-        from bumblebee.checkpoint.folder import files_of
+        from bumblebee.checkpoint.hf_folder import files_of
 
         files = files_of(self.task.model)
         # The training state knows what is trained alone: what else a folder holds has to be written now.
@@ -512,7 +512,7 @@ class Trainer:
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the only one that speaks and writes."""
-        return distributed.is_main()
+        return process_group.is_main()
 
     def call(self, hook: str, *args: Any) -> None:
         """Call a hook of every callback."""

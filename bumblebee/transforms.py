@@ -10,7 +10,7 @@ import re
 
 from torch import nn
 
-from bumblebee.language_model import LanguageModel
+from bumblebee.models.base import LanguageModel
 
 
 class ActivationCheckpointing:

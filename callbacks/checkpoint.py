@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
 from bumblebee.checkpoint.atomic import remove, write_json
-from bumblebee.run_folder import SavedCheckpoint, checkpoints
-from callbacks.improvement import check_held_out, check_mode, measured
+from bumblebee.training.metric_monitor import check_held_out, check_mode, measured
+from bumblebee.training.run_folder import SavedCheckpoint, checkpoints
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
-from bumblebee.text import number
-from callbacks.improvement import check_held_out, check_mode, improves, measured
-from callbacks.text import say
+from bumblebee.formatting import number
+from bumblebee.training.metric_formatting import say
+from bumblebee.training.metric_monitor import check_held_out, check_mode, improves, measured
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from callbacks.text import progress, sentence, validation_sentence
+from bumblebee.training.metric_formatting import progress, sentence, validation_sentence
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

@@ -13,7 +13,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from bumblebee.callback import Callback
-from callbacks.curves import Average, draw, save
+from bumblebee.plotting.curves import Average, draw, save
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bumblebee.callback import Callback
-from callbacks.text import say
+from bumblebee.training.metric_formatting import say
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from bumblebee.text import duration, number, short
-from callbacks.text import validation_sentence
+from bumblebee.formatting import duration, number, short
+from bumblebee.training.metric_formatting import validation_sentence
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import bumblebee
 from bumblebee.callback import Callback
 from bumblebee.checkpoint.atomic import write_json
-from bumblebee.flops import active_parameters, size_of
-from bumblebee.text import number, short
-from callbacks.text import progress
+from bumblebee.formatting import number, short
+from bumblebee.hardware.flops import active_parameters, size_of
+from bumblebee.training.metric_formatting import progress
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
@@ -96,7 +96,7 @@ def _attention(trainer: Trainer) -> str | None:
     import torch
 
     from bumblebee.model import Bumblebee
-    from bumblebee.nn.kernels import choose
+    from bumblebee.nn.attention_kernels import choose
 
     model = trainer.task.model
     if not isinstance(model, Bumblebee):

@@ -6,9 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from bumblebee.inference.params import SamplingParams
+from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.training.metric_formatting import say
 from callbacks.metrics_history import cut_back
-from callbacks.text import say
 
 if TYPE_CHECKING:
     from bumblebee.inference.generator import Generator

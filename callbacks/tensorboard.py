@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from callbacks.text import without_prefix
+from bumblebee.training.metric_formatting import without_prefix
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -10,9 +10,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from bumblebee import distributed, flops
 from bumblebee.callback import Callback
-from bumblebee.text import short
+from bumblebee.distributed import process_group
+from bumblebee.formatting import short
+from bumblebee.hardware import flops
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,7 @@ class Throughput(Callback):
     def _collect(self, trainer: Trainer) -> dict[str, float]:
         """The figures since the last time, with the work of all ranks. Collective."""
         ranks = trainer.plan.world_size
-        memory = {f"memory {rank}": _memory(trainer.device) * (rank == distributed.rank()) for rank in range(ranks)}
+        memory = {f"memory {rank}": _memory(trainer.device) * (rank == process_group.rank()) for rank in range(ranks)}
         sums = trainer.reduce_sums({"operations": self._recent.operations, **memory})
         self._memory = max(sums[name] for name in memory)
         recent = _Work(self._recent.seconds, self._recent.tokens, sums["operations"])

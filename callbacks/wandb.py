@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
+from bumblebee.training.metric_formatting import without_prefix
 from callbacks.run_summary import summarize
-from callbacks.text import without_prefix
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

@@ -11,9 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from bumblebee.checkpoint.atomic import write_json, written_aside
-from datamodules.encoders import Block, Encoder
-from datamodules.formats import Record, RecordError
-from datamodules.workers import Items, encoded
+from datamodules.record_files import Record, RecordError
+from datamodules.tokenize import Block, Encoder
+from datamodules.worker_pool import Items, encoded
 
 RECORDS, CHARACTERS = 1024, 1 << 19  # of a batch, whichever comes first
 

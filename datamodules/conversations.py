@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from bumblebee import chat_template
+from bumblebee.tokenizer import chat_template
 from datamodules.chat_formats import FORMATS, ChatFormat, Message, Turn
-from datamodules.formats import Record, RecordError
+from datamodules.record_files import Record, RecordError
 from datamodules.tool_calls import tools_of
 
 # Who may stand behind whom; "" is the beginning, "call" an assistant's message with calls.

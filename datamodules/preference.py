@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from bumblebee.datamodule import Batch
-from datamodules import formats, python_docs_pairs
-from datamodules.chat_encoders import PreferenceEncoder
-from datamodules.formats import Record
-from datamodules.mixes import Files
-from datamodules.rows import tensors, width_of
+from datamodules import python_docs_pairs, record_files
+from datamodules.collate import tensors, width_of
+from datamodules.mixture import Files
+from datamodules.record_files import Record
 from datamodules.token_cache import Piece, TokenCache
 from datamodules.token_data import TokenData
+from datamodules.tokenize_chat import PreferenceEncoder
 
 Pair = tuple[int, Piece, Piece]  # its place among the training samples; prompt and chosen, prompt and rejected answer
 
@@ -119,7 +119,7 @@ class Preferences(TokenData):
 
     def corpus(self, answer: Any = "first_sentence", phrasings: Any = 1, things: Any = None) -> Iterator[Record]:
         """Questions about Python, each with a right and a wrong answer."""
-        return formats.numbered(python_docs_pairs.preferences(answer, phrasings, things))
+        return record_files.numbered(python_docs_pairs.preferences(answer, phrasings, things))
 
     def reading(self) -> list[Any]:
         """See the base class."""

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from bumblebee.datamodule import Batch
-from datamodules.encoders import TextEncoder
+from datamodules.collate import Packed, tensors
 from datamodules.packing import pack
-from datamodules.rows import Packed, tensors
 from datamodules.token_cache import Piece, TokenCache
 from datamodules.token_data import TokenData
+from datamodules.tokenize import TextEncoder
 
 
 class Pretrain(TokenData):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bumblebee.inference.prompts import PromptRecord
-from datamodules import formats
+from bumblebee.inference.prompt_record import PromptRecord
+from datamodules import record_files
 from datamodules.chat_formats import FORMATS
 from datamodules.conversations import question
-from datamodules.formats import Record, RecordError
+from datamodules.record_files import Record, RecordError
 
 
 def read_prompts(path: str) -> Iterator[PromptRecord]:
@@ -22,7 +22,7 @@ def read_prompts(path: str) -> Iterator[PromptRecord]:
         RecordError: a record that asks nothing, or damage; the message names file and line.
         ValueError: a file of an unsupported kind.
     """
-    for record in formats.read(path):
+    for record in record_files.read(path):
         if path.lower().removesuffix(".gz").endswith(".txt"):
             yield from _lines(record)
         else:
@@ -44,6 +44,6 @@ def _prompt(record: Record) -> PromptRecord:
         return PromptRecord(place, record.value, *question(record))
     text = record.value["prompt"]
     if not isinstance(text, str) or not text:
-        what = "is empty" if text == "" else f"must be a string, not {formats.kind(text)}"
+        what = "is empty" if text == "" else f"must be a string, not {record_files.kind(text)}"
         raise RecordError(record.file, record.line, f"'prompt' {what}")
     return PromptRecord(place, record.value, text)

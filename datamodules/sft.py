@@ -12,14 +12,14 @@ from typing import Any, Literal
 import numpy as np
 
 from bumblebee.datamodule import Batch
-from datamodules import formats, python_docs_pairs
-from datamodules.chat_encoders import ConversationEncoder
-from datamodules.formats import Record
-from datamodules.mixes import Files
+from datamodules import python_docs_pairs, record_files
+from datamodules.collate import Packed, Single, tensors, width_of
+from datamodules.mixture import Files
 from datamodules.packing import pack
-from datamodules.rows import Packed, Single, tensors, width_of
+from datamodules.record_files import Record
 from datamodules.token_cache import Piece, TokenCache
 from datamodules.token_data import TokenData
+from datamodules.tokenize_chat import ConversationEncoder
 from datamodules.truncation import TooLong, fitted
 
 
@@ -88,7 +88,7 @@ class SFT(TokenData):
         self, answer: Any = "first_sentence", phrasings: Any = 1, things: Any = None, turns: Any = 1, times: Any = 1
     ) -> Iterator[Record]:
         """Questions about Python."""
-        return formats.numbered(python_docs_pairs.conversations(answer, phrasings, things, turns, times))
+        return record_files.numbered(python_docs_pairs.conversations(answer, phrasings, things, turns, times))
 
     def reading(self) -> list[Any]:
         """See the base class."""

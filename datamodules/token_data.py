@@ -15,17 +15,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bumblebee import distributed
-from bumblebee.cache_folder import cache_folder
+from bumblebee.cache_dir import cache_folder
 from bumblebee.datamodule import DataModule
-from bumblebee.tokenizer import Tokenizer
-from datamodules import formats, python_docs
+from bumblebee.distributed import process_group
+from bumblebee.tokenizer.tokenizer import Tokenizer
+from datamodules import python_docs, record_files
 from datamodules.cache_writer import build
-from datamodules.encoders import Encoder
-from datamodules.formats import Record, RecordError
-from datamodules.mixes import Files, Mix
+from datamodules.mixture import Files, Mix
+from datamodules.record_files import Record, RecordError
 from datamodules.token_cache import TokenCache, cache_key, file_digest, is_complete, one_at_a_time, remove_leftovers
-from datamodules.workers import how_many
+from datamodules.tokenize import Encoder
+from datamodules.worker_pool import how_many
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -99,7 +99,7 @@ class TokenData(DataModule):
         self.chosen = self.mix.repeat(self.kept, self.cache.sources, self.cache.digests)
         self.train = self._some_samples("files", self.cache, self.chosen)
         if self.validation_files is not None:
-            other = self.open_cache(Mix([*formats.expand(self.validation_files)]))
+            other = self.open_cache(Mix([*record_files.expand(self.validation_files)]))
             self.held_out = np.arange(len(other))
             self.validation = self._some_samples("validation_files", other, self.held_out)
         elif len(self.held_out):
@@ -117,7 +117,7 @@ class TokenData(DataModule):
     def open_cache(self, mix: Mix) -> TokenCache:
         """The tokens of some files, from the disk or tokenised now, by one rank of each machine."""
         encoder = self.encoder()
-        with distributed.first_on_each_machine() as first:
+        with process_group.first_on_each_machine() as first:
             folder = self.cache_dir / "tokens" / self.cache_name(mix, encoder)
             if first and not is_complete(folder):
                 self.tokenise(folder, mix, encoder)
@@ -126,7 +126,9 @@ class TokenData(DataModule):
     def cache_name(self, mix: Mix, encoder: Encoder) -> str:
         """Of the folder: a hash of everything its content follows from."""
         memory = self.cache_dir / "digests"
-        digests = [python_docs.fingerprint() if file == formats.CORPUS else file_digest(file, memory) for file in mix.files]
+        digests = [
+            python_docs.fingerprint() if file == record_files.CORPUS else file_digest(file, memory) for file in mix.files
+        ]
         paths = [Path(self.tokenizer_folder) / name for name in TOKENIZER_FILES]
         tokenizer = [file_digest(str(path)) if path.is_file() else None for path in paths]
         return cache_key(digests, mix.files, mix.options, tokenizer, encoder.identity(), *self.reading())
@@ -137,7 +139,7 @@ class TokenData(DataModule):
             if is_complete(folder):
                 return
             remove_leftovers(folder.parent)
-            skip, show = self.on_bad_record == "skip", distributed.is_main()
+            skip, show = self.on_bad_record == "skip", process_group.is_main()
             build(folder, self.read(mix), encoder, mix.files, skip, show, how_many(encoder, size_of(mix.files)))
 
     def reading(self) -> list[Any]:
@@ -157,7 +159,9 @@ class TokenData(DataModule):
         bad: list[RecordError] = []
         try:
             for file in mix.files:
-                for record in self.corpus(**mix.options) if file == formats.CORPUS else formats.read(file, bad.append):
+                for record in (
+                    self.corpus(**mix.options) if file == record_files.CORPUS else record_files.read(file, bad.append)
+                ):
                     yield from bad
                     bad.clear()
                     yield record
@@ -168,7 +172,7 @@ class TokenData(DataModule):
 
     def corpus(self) -> Iterator[Record]:
         """The records of python_docs. A subclass may take ``corpus_options``."""
-        return formats.read(formats.CORPUS)
+        return record_files.read(record_files.CORPUS)
 
     def split(self, cache: TokenCache) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the samples to train on and to hold out. By content: the same text is never on both sides."""
@@ -220,5 +224,6 @@ class TokenData(DataModule):
 def size_of(files: list[str]) -> int:
     """About how many bytes of text there are."""
     return sum(
-        1 << 22 if f == formats.CORPUS else os.path.getsize(f) * (4 if f.endswith((".gz", ".parquet")) else 1) for f in files
+        1 << 22 if f == record_files.CORPUS else os.path.getsize(f) * (4 if f.endswith((".gz", ".parquet")) else 1)
+        for f in files
     )

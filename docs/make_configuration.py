@@ -14,8 +14,9 @@ from unittest.mock import patch
 
 import callbacks
 import datamodules
-from bumblebee import DPO, Bumblebee, HuggingFaceModel, LanguageModeling, cli, optim, transforms
-from bumblebee.arguments import Parser
+from bumblebee import DPO, Bumblebee, HuggingFaceModel, LanguageModeling, optim, transforms
+from bumblebee.cli import main as cli
+from bumblebee.cli.parser import Parser
 from bumblebee.lora import LoRA
 
 PAGE = Path(__file__).with_name("configuration.md")

@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 
 from bumblebee import Bumblebee, BumblebeeConfig
-from bumblebee.checkpoint.folder import shapes_only
+from bumblebee.checkpoint.hf_folder import shapes_only
 from bumblebee.config import PRESETS
 from bumblebee.lora import LoRA
-from bumblebee.memory import MicroBatch, ModelSize, Setup, estimate
+from bumblebee.preview.memory_estimate import MicroBatch, ModelSize, Setup, estimate
 from bumblebee.transforms import ActivationCheckpointing
 
 PAGE = Path(__file__).with_name("gpu.md")

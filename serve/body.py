@@ -6,7 +6,7 @@ import asyncio
 
 from starlette.requests import Request
 
-from serve.faults import Fault
+from serve.api_errors import Fault
 
 PATIENCE = 4  # bodies up to so many bounds are read to their end: a client that still sends would not see the answer
 TIME = 60  # seconds that a body has to arrive

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from bumblebee.chat_template import ChatTemplate, with_system
-from bumblebee.tokenizer import Tokenizer
-from serve.call_format import CallFormat
-from serve.faults import invalid
+from bumblebee.tokenizer.chat_template import ChatTemplate, with_system
+from bumblebee.tokenizer.tokenizer import Tokenizer
+from serve.api_errors import invalid
 from serve.schemas import Message, Tool
+from serve.tool_call_format import CallFormat
 
 Plain = dict[str, Any]  # a message as chat templates know it
 

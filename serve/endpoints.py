@@ -21,15 +21,15 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from bumblebee.inference.request import Output
-from bumblebee.tokenizer import Tokenizer
+from bumblebee.tokenizer.tokenizer import Tokenizer
 from serve import body as bodies
-from serve.faults import Fault, invalid
-from serve.hub import Hub, Run, loading
-from serve.messages import Ready
-from serve.options import ServeOptions
-from serve.prompts import Job, Prompts
-from serve.replies import ChatReply, CompletionReply
+from serve.api_errors import Fault, invalid
+from serve.engine_client import Hub, Run, loading
+from serve.requests import Job, Prompts
+from serve.responses import ChatReply, CompletionReply
 from serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from serve.serve_options import ServeOptions
+from serve.worker_messages import Ready
 
 # Defaults that the model's card tells, so that a client can show what a request without them gets.
 SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from serve.faults import Fault
+from serve.api_errors import Fault
 
 LEFT = 499  # nginx's status for a client that has left before the answer; nobody reads it
 

@@ -13,7 +13,7 @@ from types import FrameType
 import uvicorn
 
 from serve.console import say
-from serve.hub import Hub
+from serve.engine_client import Hub
 
 STUCK = 120  # seconds after which a connection ends that takes no bytes of its answer
 BACKLOG = 2048  # connections that wait to be taken, as uvicorn's own default

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic_core
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, ValidationError, model_validator
 
-from bumblebee.inference.params import BIASES, STOP_LENGTH, STOPS
-from serve.faults import Fault, invalid, shown
+from bumblebee.inference.sampling_params import BIASES, STOP_LENGTH, STOPS
+from serve.api_errors import Fault, invalid, shown
 from serve.strict import Strict, as_biases, as_list, as_parts, as_prompts, finite, json_object, only, wrong, wrong_field
 
 INT64 = 2**63

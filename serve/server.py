@@ -30,19 +30,19 @@ import uvicorn
 from fastapi import FastAPI
 from litserve import LitServer
 
-from bumblebee.tokenizer import Tokenizer
+from bumblebee.tokenizer.tokenizer import Tokenizer
 from serve import errors, page
+from serve.auth import Keys
 from serve.connection import Connection
 from serve.console import say
 from serve.endpoints import Endpoints
+from serve.engine_client import Hub
 from serve.http import HTTP, listening
-from serve.hub import Hub
-from serve.keys import Keys
-from serve.loop import Worker
-from serve.messages import Ready
 from serve.metrics import CountRequests, Metrics
-from serve.options import ServeOptions
-from serve.workers import Workers
+from serve.serve_options import ServeOptions
+from serve.supervisor import Workers
+from serve.worker import Worker
+from serve.worker_messages import Ready
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 KEEP_ALIVE = 15  # seconds that an idle connection stays open: longer than most clients keep theirs
@@ -159,7 +159,7 @@ def tokenizer_of(folder: str) -> Tokenizer:
         ValueError: there is no model folder, or no tokenizer in it.
     """
     if not any((Path(folder) / name).is_file() for name in ("config.json", "adapter_config.json")):
-        from bumblebee.checkpoint.folder import load_config  # says what is wrong; it imports torch, so only then
+        from bumblebee.checkpoint.hf_folder import load_config  # says what is wrong; it imports torch, so only then
 
         load_config(folder)
     return Tokenizer.from_pretrained(folder)

@@ -43,10 +43,10 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of 400 entries, trained on the sample texts."""
-    from bumblebee.tokenizer import Tokenizer
-    from datamodules import formats
+    from bumblebee.tokenizer.tokenizer import Tokenizer
+    from datamodules import record_files
 
-    texts = [formats.text_of(record) for record in formats.read(str(SAMPLES / "pretrain.jsonl"))]
+    texts = [record_files.text_of(record) for record in record_files.read(str(SAMPLES / "pretrain.jsonl"))]
     folder = tmp_path_factory.mktemp("tokenizer")
     Tokenizer.train(texts, 400).save_pretrained(folder)
     return folder

@@ -10,7 +10,7 @@ import pytest
 
 import callbacks
 import datamodules
-from bumblebee.cli import COMMANDS, main
+from bumblebee.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "configuration.md"

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from bumblebee.cli import main
+from bumblebee.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -106,7 +106,7 @@ def typing(folder: Path) -> dict[str, str]:
     """The environment of a shell that knows ``bumblebee``."""
     program = folder / "bin" / "bumblebee"
     program.parent.mkdir(exist_ok=True)
-    program.write_text(f"#!{sys.executable}\nfrom bumblebee.cli import main\n\nif __name__ == '__main__':\n    main()\n")
+    program.write_text(f"#!{sys.executable}\nfrom bumblebee.cli.main import main\n\nif __name__ == '__main__':\n    main()\n")
     program.chmod(0o755)
     path = os.pathsep.join([str(program.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.training_runs import train
 from safetensors.torch import load_file
-from system.parts import train
 
 from bumblebee.checkpoint.consolidate import consolidate
 

@@ -66,11 +66,16 @@ RULES = (
         never=("callbacks", "datamodules", "serve"),
         late_ok=True,
     ),
-    Rule("only bumblebee/engine.py imports deepspeed", of=PACKAGES, never=("deepspeed",), but=("bumblebee.engine",)),
+    Rule(
+        "only bumblebee/distributed/deepspeed imports deepspeed",
+        of=PACKAGES,
+        never=("deepspeed",),
+        but=("bumblebee.distributed.deepspeed",),
+    ),
     Rule(
         "inference never imports the trainer",
         of=("bumblebee.inference",),
-        never=("bumblebee.trainer", "bumblebee.engine"),
+        never=("bumblebee.trainer", "bumblebee.distributed.deepspeed"),
     ),
     Rule(
         "nn imports torch and bumblebee.nn, nothing above",
@@ -82,7 +87,13 @@ RULES = (
     Rule(
         "serve stands on bumblebee.inference, not on training",
         of=("serve",),
-        never=("callbacks", "datamodules", "bumblebee.trainer", "bumblebee.engine", "bumblebee.tasks"),
+        never=(
+            "callbacks",
+            "datamodules",
+            "bumblebee.trainer",
+            "bumblebee.distributed.deepspeed.training_engine",
+            "bumblebee.tasks",
+        ),
     ),
 )
 
@@ -227,16 +238,19 @@ VIOLATIONS = [
         "bumblebee/x.py:2: imports datamodules.sft -- bumblebee never imports callbacks, datamodules or serve",
     ),
     (
-        {"bumblebee/cli.py": "def serve():\n    import serve\n\nimport callbacks\n"},
-        "bumblebee/cli.py:4: imports callbacks -- cli.py reaches callbacks, datamodules and serve only inside functions",
+        {"bumblebee/cli/main.py": "def serve():\n    import serve\n\nimport callbacks\n"},
+        "bumblebee/cli/main.py:4: imports callbacks -- cli.py reaches callbacks, datamodules and serve only inside functions",
     ),
     (
-        {"bumblebee/engine.py": "import deepspeed\n", "callbacks/zero.py": "from deepspeed.utils import groups\n"},
-        "callbacks/zero.py:1: imports deepspeed.utils.groups -- only bumblebee/engine.py imports deepspeed",
+        {
+            "bumblebee/distributed/deepspeed/engine.py": "import deepspeed\n",
+            "callbacks/zero.py": "from deepspeed.utils import groups\n",
+        },
+        "callbacks/zero.py:1: imports deepspeed.utils.groups -- only bumblebee/distributed/deepspeed imports deepspeed",
     ),
     (
-        {"bumblebee/trainer.py": "", "bumblebee/inference/runner.py": "from ..trainer import Trainer\n"},
-        "bumblebee/inference/runner.py:1: imports bumblebee.trainer -- inference never imports the trainer",
+        {"bumblebee/trainer.py": "", "bumblebee/inference/model_runner.py": "from ..trainer import Trainer\n"},
+        "bumblebee/inference/model_runner.py:1: imports bumblebee.trainer -- inference never imports the trainer",
     ),
     (
         {
@@ -258,8 +272,8 @@ VIOLATIONS = [
         "datamodules/sft.py:1: imports callbacks.plot -- datamodules and callbacks do not import each other",
     ),
     (
-        {"serve/loop.py": "import bumblebee.trainer\n"},
-        "serve/loop.py:1: imports bumblebee.trainer -- serve stands on bumblebee.inference, not on training",
+        {"serve/worker.py": "import bumblebee.trainer\n"},
+        "serve/worker.py:1: imports bumblebee.trainer -- serve stands on bumblebee.inference, not on training",
     ),
     (
         {"bumblebee/a.py": "from bumblebee.b import x\n", "bumblebee/b.py": "import os\nfrom .a import y\n"},
@@ -306,18 +320,18 @@ def test_a_folder_without_init_is_found(tmp_path):
 def test_imports_that_are_allowed_draw_no_message(tmp_path):
     tree = {
         "bumblebee/__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from bumblebee import x\n",
-        "bumblebee/__main__.py": "from bumblebee.cli import main\n",
+        "bumblebee/__main__.py": "from bumblebee.cli.main import main\n",
         "bumblebee/callback.py": "import typing\nif typing.TYPE_CHECKING:\n    from bumblebee.trainer import Trainer\n",
-        "bumblebee/cli.py": "def serve():\n    from serve import app\n    import datamodules\n",
-        "bumblebee/engine.py": "import deepspeed\n",
+        "bumblebee/cli/main.py": "def serve():\n    from serve import app\n    import datamodules\n",
+        "bumblebee/distributed/deepspeed/engine.py": "import deepspeed\n",
         "bumblebee/inference/generator.py": "from bumblebee.model import M\n",
         "bumblebee/model.py": "from bumblebee.nn import rope\n\ndef save():\n    from bumblebee.weights import save\n",
         "bumblebee/nn/attention.py": "from . import rope\nfrom .rope import rotate\n",
         "bumblebee/nn/rope.py": "import math\nimport torch\n\nclass Rope(torch.nn.Module):\n    import einops\n",
-        "bumblebee/trainer.py": "from bumblebee.callback import Callback\nfrom bumblebee.engine import Engine\n",
+        "bumblebee/trainer.py": "from bumblebee.callback import C\nfrom bumblebee.distributed.deepspeed.engine import E\n",
         "bumblebee/weights.py": "from bumblebee.model import M\n",
         "callbacks/plot.py": "import matplotlib\nfrom matplotlib import pyplot\nfrom bumblebee import Callback\n",
-        "datamodules/sft.py": "from bumblebee.datamodule import DataModule\nfrom datamodules.formats import read\n",
+        "datamodules/sft.py": "from bumblebee.datamodule import DataModule\nfrom datamodules.record_files import read\n",
         "serve/app.py": "from bumblebee.inference.generator import Generator\n",
     }
     assert problems(plant(tmp_path, tree)) == []

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.training_runs import small_model, train
 from safetensors.torch import load_file
-from system.parts import small_model, train
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from system.parts import train
+from helpers.training_runs import train
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.reference_loop import IGNORE, steps_of
+from helpers.training_runs import LENGTH, Rows, adapter_bytes, small_model, train
 from safetensors.torch import load_file
-from system.parts import LENGTH, Rows, adapter_bytes, small_model, train
-from system.plain import IGNORE, steps_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from bumblebee import Bumblebee  # noqa: E402
 from bumblebee.checkpoint.consolidate import consolidate  # noqa: E402
-from bumblebee.checkpoint.folder import is_model_folder  # noqa: E402
-from bumblebee.checkpoint.pieces import PieceReader  # noqa: E402
+from bumblebee.checkpoint.hf_folder import is_model_folder  # noqa: E402
+from bumblebee.checkpoint.sharded_state import PieceReader  # noqa: E402
 from bumblebee.lora import LoRA  # noqa: E402
-from bumblebee.run_folder import clear, holds_a_run  # noqa: E402
+from bumblebee.training.run_folder import clear, holds_a_run  # noqa: E402
 
 EACH_STAGE = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 # A larger eps than usual: Adam blows up the rounding of tiny gradients.

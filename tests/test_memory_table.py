@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bumblebee.cli import main
+from bumblebee.cli.main import main
 from bumblebee.config import PRESETS
 
 ROOT = Path(__file__).parents[1]

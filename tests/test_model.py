@@ -14,8 +14,8 @@ from bumblebee import Bumblebee, BumblebeeConfig, Generator, SamplingParams
 from bumblebee.config import PRESETS
 from bumblebee.model import Block
 from bumblebee.nn import IGNORE
-from bumblebee.nn.ffn import GatedFFN, PlainFFN
-from bumblebee.nn.head import Head
+from bumblebee.nn.lm_head import Head
+from bumblebee.nn.mlp import GatedFFN, PlainFFN
 
 B, T, V = 2, 9, 64
 

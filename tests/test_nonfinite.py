@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from system.parts import SMALL, Rows, small_model
+from helpers.training_runs import SMALL, Rows, small_model
 
 import callbacks
-from bumblebee.run_folder import checkpoints
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.trainer import Trainer
+from bumblebee.training.run_folder import checkpoints
 from datamodules import Pretrain
 
 

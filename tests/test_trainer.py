@@ -12,7 +12,8 @@ import signal
 import numpy
 import pytest
 import torch
-from system.parts import (
+from helpers.reference_loop import plain_gradient
+from helpers.training_runs import (
     SMALL,
     Noisy,
     Recorder,
@@ -23,14 +24,13 @@ from system.parts import (
     weight_bytes,
     weights,
 )
-from system.plain import plain_gradient
 
-from bumblebee import loader
 from bumblebee.callback import Callback
 from bumblebee.model import Bumblebee
-from bumblebee.run_folder import checkpoints
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.trainer import Trainer
+from bumblebee.training import loader
+from bumblebee.training.run_folder import checkpoints
 
 UNEQUAL = (16, 1, 7, 0, 12, 0, 0, 3)  # of 8 samples; in micro-batches of one, three are without any target
 SGD = ("SGD", {"lr": 1.0})

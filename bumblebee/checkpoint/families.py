@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from bumblebee.checkpoint import dense, mixtures
-from bumblebee.checkpoint.keys import Rule
+from bumblebee.checkpoint import dense_families, moe_families
+from bumblebee.checkpoint.weight_mapping import Rule
 from bumblebee.config import BumblebeeConfig
 
 Json = dict[str, Any]
@@ -29,7 +29,7 @@ class Family:
         write: the same fields back.
         defaults: what its config.json may leave out and Hugging Face fills in otherwise than for other families.
         partial_rotary_factor: what its config.json means where it does not say; None where heads are always turned as a whole.
-        rules: for a config, how its files' tensors differ from ours; see ``bumblebee/checkpoint/keys.py``.
+        rules: for a config, how its files' tensors differ from ours; see ``bumblebee/checkpoint/weight_mapping.py``.
         unused_keys: endings of weights that some files hold and no computation needs.
     """
 
@@ -60,54 +60,54 @@ FAMILIES = {
         Family(
             "Qwen2ForCausalLM",
             "qwen2",
-            dense.read_qwen2,
-            dense.write_qwen_windows,
+            dense_families.read_qwen2,
+            dense_families.write_qwen_windows,
             defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
         ),
         Family(
             "LlamaForCausalLM",
             "llama",
-            dense.read_llama,
+            dense_families.read_llama,
             lambda c: {"attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias},
             defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
         ),
         Family(
             "Qwen3ForCausalLM",
             "qwen3",
-            dense.read_qwen3,
-            lambda c: {"attention_bias": c.attention_bias, **dense.write_qwen_windows(c)},
+            dense_families.read_qwen3,
+            lambda c: {"attention_bias": c.attention_bias, **dense_families.write_qwen_windows(c)},
             defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
         ),
         Family(
             "MistralForCausalLM",
             "mistral",
-            dense.read_mistral,
+            dense_families.read_mistral,
             lambda c: {"sliding_window": c.sliding_window},
             defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "bos_token_id": 1, "eos_token_id": 2},
         ),
         Family(
             "GlmForCausalLM",
             "glm",
-            dense.read_glm,
+            dense_families.read_glm,
             lambda c: {"attention_bias": c.attention_bias},
-            defaults=dense.GLM_DEFAULTS,
+            defaults=dense_families.GLM_DEFAULTS,
             partial_rotary_factor=0.5,
-            rules=dense.glm_rules,
+            rules=dense_families.glm_rules,
         ),
         Family(
             "Glm4ForCausalLM",
             "glm4",
-            dense.read_glm4,
+            dense_families.read_glm4,
             lambda c: {"attention_bias": c.attention_bias},
-            defaults=dense.GLM_DEFAULTS,
+            defaults=dense_families.GLM_DEFAULTS,
             partial_rotary_factor=0.5,
-            rules=dense.glm_rules,
+            rules=dense_families.glm_rules,
         ),
         Family(
             "MixtralForCausalLM",
             "mixtral",
-            mixtures.read_mixtral,
-            mixtures.write_mixtral,
+            moe_families.read_mixtral,
+            moe_families.write_mixtral,
             defaults={
                 "num_key_value_heads": 8,
                 "max_position_embeddings": 131072,
@@ -116,23 +116,23 @@ FAMILIES = {
                 "bos_token_id": 1,
                 "eos_token_id": 2,
             },
-            rules=mixtures.mixtral_rules,
+            rules=moe_families.mixtral_rules,
         ),
         Family(
             "Qwen3MoeForCausalLM",
             "qwen3_moe",
-            mixtures.read_qwen3_moe,
-            mixtures.write_qwen3_moe,
+            moe_families.read_qwen3_moe,
+            moe_families.write_qwen3_moe,
             defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768},
-            rules=mixtures.qwen_moe_rules,
+            rules=moe_families.qwen_moe_rules,
         ),
         Family(
             "Qwen2MoeForCausalLM",
             "qwen2_moe",
-            mixtures.read_qwen2_moe,
-            mixtures.write_qwen2_moe,
+            moe_families.read_qwen2_moe,
+            moe_families.write_qwen2_moe,
             defaults={"num_key_value_heads": 16, "max_position_embeddings": 32768},
-            rules=mixtures.qwen_moe_rules,
+            rules=moe_families.qwen_moe_rules,
         ),
         Family(OWN, "bumblebee", _read_own, _write_own, defaults={}, partial_rotary_factor=1.0),  # the last: it has every model
     )

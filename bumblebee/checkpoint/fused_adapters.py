@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bumblebee.checkpoint.keys import Rule
+from bumblebee.checkpoint.weight_mapping import Rule
 
 Modules = dict[str, tuple[str, ...]]  # a module of the family's -> ours, in order
 PREFIX = "base_model.model."

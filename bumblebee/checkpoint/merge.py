@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bumblebee.checkpoint.adapter import CONFIG, chain, is_adapter_folder
+from bumblebee.checkpoint.adapters import CONFIG, chain, is_adapter_folder
 from bumblebee.checkpoint.atomic import written_aside
 from bumblebee.checkpoint.consolidate import DTYPES, check_dtype, copy_files
-from bumblebee.checkpoint.folder import drop_other_weights, files_in, is_model_folder, read_tensors
+from bumblebee.checkpoint.hf_folder import drop_other_weights, files_in, is_model_folder, read_tensors
 
 _TOKENIZER = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 

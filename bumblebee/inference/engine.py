@@ -14,17 +14,17 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable
 
+from bumblebee.inference.block_pool import Pages
 from bumblebee.inference.detokenizer import Detokenizer
-from bumblebee.inference.memory import PAGE_SIZE, pages_for
-from bumblebee.inference.options import EngineStats, GenerationOptions
-from bumblebee.inference.pages import Pages
+from bumblebee.inference.engine_config import EngineStats, GenerationOptions
+from bumblebee.inference.kv_cache_size import PAGE_SIZE, pages_for
+from bumblebee.inference.model_runner import Runner
 from bumblebee.inference.request import FinishReason, Output, Request, Token
-from bumblebee.inference.runner import Runner
 from bumblebee.inference.sampler import SamplerState, sample
 from bumblebee.inference.scheduler import Scheduler
 from bumblebee.inference.sequence import Sequence, check_prompt
-from bumblebee.language_model import LanguageModel
-from bumblebee.tokenizer import Tokenizer
+from bumblebee.models.base import LanguageModel
+from bumblebee.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["EngineStats", "GenerationEngine", "GenerationOptions"]
 

@@ -13,19 +13,19 @@ from typing import Any, Literal
 
 import torch
 
-from bumblebee import distributed
-from bumblebee.chat_template import with_system
-from bumblebee.inference.defaults import read_settings, sampling_of, stop_ids_of
+from bumblebee.distributed import process_group
+from bumblebee.inference.cpu_prepack import pack
+from bumblebee.inference.device_map import devices_for, spread
 from bumblebee.inference.engine import GenerationEngine, GenerationOptions
-from bumblebee.inference.memory import PAGE_SIZE, pages_for
-from bumblebee.inference.packing import pack
-from bumblebee.inference.params import SamplingParams
-from bumblebee.inference.placement import devices_for, spread
+from bumblebee.inference.generation_config import read_settings, sampling_of, stop_ids_of
+from bumblebee.inference.kv_cache_size import PAGE_SIZE, pages_for
 from bumblebee.inference.request import FinishReason, Output, Request, Token
+from bumblebee.inference.sampling_params import SamplingParams
 from bumblebee.inference.sequence import check_prompt, pages_needed
-from bumblebee.language_model import LanguageModel
-from bumblebee.models import load_model
-from bumblebee.tokenizer import Tokenizer
+from bumblebee.models.base import LanguageModel
+from bumblebee.models.loading import load_model
+from bumblebee.tokenizer.chat_template import with_system
+from bumblebee.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]  # a text, or the ids of one: a chat's, for instance, that its template has made
 
@@ -107,7 +107,7 @@ class Generator:
             raise ValueError(f"unknown dtype {dtype!r}; write auto, float32, bfloat16 or float16")
         chosen = dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else getattr(torch, dtype)
         if device_map is None:
-            model = load_model(folder, chosen, distributed.pick_device(device), trust_remote_code)
+            model = load_model(folder, chosen, process_group.pick_device(device), trust_remote_code)
             pack(model)
         else:
             model = spread(folder, *devices_for(device_map, device), chosen, trust_remote_code)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bumblebee.inference.params import SamplingParams
+from bumblebee.inference.sampling_params import SamplingParams
 
 LARGEST = 1e30  # what a repetition penalty near zero may make of a logit: it stays finite, also over a small temperature
 

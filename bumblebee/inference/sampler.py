@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bumblebee.inference.params import SamplingParams
 from bumblebee.inference.penalties import Penalties, penalise
 from bumblebee.inference.request import Token
+from bumblebee.inference.sampling_params import SamplingParams
 
 NEARLY_ZERO = 1e-6  # logits divided by less overflow fp32; the most likely token would be drawn anyway
 CANDIDATES = (256, 4096)  # tokens looked at first, and then, where some are cut off; of a vocabulary that is much larger

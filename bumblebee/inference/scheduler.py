@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from bumblebee.inference.pages import Key, Pages
+from bumblebee.inference.block_pool import Key, Pages
 from bumblebee.inference.sequence import Chunk, Sequence
 
 

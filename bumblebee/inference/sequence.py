@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bumblebee.config import BumblebeeConfig
-from bumblebee.inference.pages import ROOT, Key
+from bumblebee.inference.block_pool import ROOT, Key
 from bumblebee.inference.request import Request
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from bumblebee.nn.kernels import KERNELS, AttentionMask, choose
+from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, choose
 from bumblebee.nn.rope import rotate, rotate_interleaved
 
 

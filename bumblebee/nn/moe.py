@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bumblebee.nn.ffn import ACTIVATIONS, GatedFFN
-from bumblebee.nn.grouped import grouped_linear
+from bumblebee.nn.grouped_linear import grouped_linear
+from bumblebee.nn.mlp import ACTIVATIONS, GatedFFN
 
 
 class Routed(NamedTuple):

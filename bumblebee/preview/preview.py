@@ -1,7 +1,7 @@
 """Preview: what a recipe would do, collected as plain values and told as lines.
 
-The model is built without weights. Where it fits the machine, ``rehearsal.py`` measures memory and time; elsewhere, and for
-more ranks than one, ``bumblebee/memory.py`` and the count of operations compute them. Each figure says which it is.
+The model is built without weights. Where it fits the machine, ``dry_run.py`` measures memory and time; elsewhere, and for
+more ranks than one, ``memory_estimate.py`` and the FLOP count compute them. Each figure says which it is.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from bumblebee import distributed, flops, held_memory
 from bumblebee.datamodule import Batch
-from bumblebee.deepspeed_config import HALF, deepspeed_config, read_overrides
-from bumblebee.memory import BUCKET, Memory, MicroBatch, ModelSize, Setup, estimate
+from bumblebee.distributed import process_group
+from bumblebee.distributed.deepspeed.ds_config import HALF, deepspeed_config, read_overrides
+from bumblebee.hardware import flops, memory_stats
 from bumblebee.nn import IGNORE
-from bumblebee.nn.kernels import choose
+from bumblebee.nn.attention_kernels import choose
 from bumblebee.optim import Constant, parameter_groups
-from bumblebee.preview.rehearsal import MOST, Failed, Rehearsal, places, rehearse
-from bumblebee.run_folder import check_free, find_resume
+from bumblebee.preview.dry_run import MOST, Failed, Rehearsal, places, rehearse
+from bumblebee.preview.memory_estimate import BUCKET, Memory, MicroBatch, ModelSize, Setup, estimate
+from bumblebee.training.run_folder import check_free, find_resume
 
 QUICK = 60.0  # seconds that a rehearsal may be expected to take where nobody asked for it
 _STEPS = 4  # of a rehearsal, at least
@@ -57,14 +58,14 @@ class Preview:
         self.trainer, self.task, self.data = parts.trainer, parts.task, parts.data
         self.schedule = parts.schedule or Constant(warmup_ratio=0.0)
         self.output_dir, self.seed, self.words = Path(config.output_dir), config.seed, words
-        self.device = distributed.pick_device(self.trainer.device_name)
+        self.device = process_group.pick_device(self.trainer.device_name)
         self.overwrite = overwrite
         self.kind = "cuda" if gpu else self.device.type
         if self.trainer.precision == "fp16" and self.kind == "cpu":
             raise ValueError("trainer.precision fp16 needs a GPU; on a CPU take bf16 or fp32")
         self.data.setup(self.seed)
         self.task.setup(self.data)
-        self.ranks = ranks or distributed.world_size()
+        self.ranks = ranks or process_group.world_size()
         self.plan = self.trainer.plan_for(self.data, self.seed, self.ranks, find_resume(self.trainer.resume, self.output_dir))
         self.learning_rate, self.optimizer_bytes = probed(parts.optimizer, config.optimizer)
         self.size, self.beside = ModelSize.of(self.task.model), [ModelSize.of(model) for model in self.task.models_beside()]
@@ -182,7 +183,7 @@ class Preview:
             return "no GPU is visible here"
         if measure != "auto":
             return "as asked for" if measure == "never" else ""
-        alone, free = self.computed(replace(self.setup, ranks=1)).total, held_memory.free(self.device)
+        alone, free = self.computed(replace(self.setup, ranks=1)).total, memory_stats.free(self.device)
         if free is not None and alone > 0.8 * free:
             return f"it needs {amount(alone)}, {amount(free)} are free"
         expected = min(self.micro_batches, MOST) * _STEPS * self.operations / 0.3 / self.rate if self.rate else 0.0
@@ -231,6 +232,6 @@ def amount(count: float) -> str:
 
 def report(preview: Preview, samples: int) -> None:
     """Print everything."""
-    from bumblebee.preview.report import lines
+    from bumblebee.preview.preview_report import lines
 
     print("\n".join(lines(preview, samples)), flush=True)

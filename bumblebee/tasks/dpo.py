@@ -30,10 +30,10 @@ from torch.nn.functional import logsigmoid
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.lora import adapters_off, has_adapters
 from bumblebee.model import Bumblebee
-from bumblebee.tasks.preferences import discounted_sums, lengths, response_log_probabilities, sums, trained_pairs
+from bumblebee.tasks.pair_log_probs import discounted_sums, lengths, response_log_probabilities, sums, trained_pairs
 from bumblebee.tasks.reference import Frozen, Policy, Reference
 from bumblebee.tasks.task import Task
-from bumblebee.tasks.tokens import adopt_tokenizer, check_length
+from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.nn import IGNORE
 from bumblebee.tasks.task import Task
-from bumblebee.tasks.tokens import adopt_tokenizer, check_length
+from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length
 
 
 class LanguageModeling(Task):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bumblebee.datamodule import Batch
-from bumblebee.tasks.preferences import response_log_probabilities, sums
+from bumblebee.tasks.pair_log_probs import response_log_probabilities, sums
 
 
 class Reference(ABC):

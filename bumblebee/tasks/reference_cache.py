@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from bumblebee import distributed
-from bumblebee.cache_folder import cache_folder
-from bumblebee.checkpoint.adapter import chain
+from bumblebee.cache_dir import cache_folder
+from bumblebee.checkpoint.adapters import chain
 from bumblebee.checkpoint.atomic import flush
 from bumblebee.datamodule import Batch
-from bumblebee.loader import batches_in_order
+from bumblebee.distributed import process_group
 from bumblebee.nn import IGNORE
-from bumblebee.tasks.preferences import trained_pairs
+from bumblebee.tasks.pair_log_probs import trained_pairs
 from bumblebee.tasks.reference import Reference
+from bumblebee.training.loader import batches_in_order
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
@@ -71,11 +71,11 @@ def precomputed(
     named = [FORMAT, weights, arithmetic, *(_tokens_digest(trainer, samples) for samples in kinds.values())]
     key = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:20]
     file = cache_folder(cache_dir) / "reference" / f"{key}.safetensors"
-    if distributed.any_rank(not file.is_file(), trainer.device):
+    if process_group.any_rank(not file.is_file(), trainer.device):
         reference = open_reference()
         columns = _compute(reference, trainer, kinds)
         reference.close()
-        if distributed.local_rank() == 0:
+        if process_group.local_rank() == 0:
             _write(file, columns)
     else:
         columns = load_file(file)
@@ -100,7 +100,7 @@ def _compute(reference: Reference, trainer: Trainer, kinds: dict[str, Sequence[A
 
 def _batches(trainer: Trainer, samples: Sequence[Any], what: str) -> Iterable[Batch]:
     """This rank's share of samples, with a progress bar."""
-    rank, ranks = distributed.rank(), distributed.world_size()
+    rank, ranks = process_group.rank(), process_group.world_size()
     batches = batches_in_order(trainer.data, samples, trainer.micro_batch_size, rank, ranks)
     total = -(-len(samples) // (trainer.micro_batch_size * ranks))
     return tqdm(batches, desc=what, total=total, unit=" batches", disable=None if trainer.is_main else True, leave=False)
@@ -113,7 +113,7 @@ def _numbered(batch: Batch) -> list[tuple[int, int]]:
 
 def _by_index(rows: list[Any]) -> list[Any]:
     """All ranks' rows, each beginning with an index, in order. Collective."""
-    merged = sorted(distributed.gathered(rows))
+    merged = sorted(process_group.gathered(rows))
     if len({row[0] for row in merged}) < len(merged):
         raise ValueError("data: two pairs have the same index: precompute_reference needs one for each pair")
     return merged

@@ -18,15 +18,15 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from bumblebee import distributed
 from bumblebee.datamodule import Batch, DataModule
+from bumblebee.distributed import process_group
 from bumblebee.nn import IGNORE
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from bumblebee.nn.routing import RouterLosses
+    from bumblebee.nn.router_losses import RouterLosses
     from bumblebee.trainer import Trainer
 
 
@@ -127,11 +127,11 @@ class Task(ABC):
     def after_step(self) -> None:
         """Called after each optimizer step. Collective."""
         if self.auxiliary is not None:
-            self.auxiliary.after_step(distributed.all_reduce_sum)
+            self.auxiliary.after_step(process_group.all_reduce_sum)
 
     def metrics(self) -> dict[str, float]:
         """What is logged beside means of sums, since the last call. Collective."""
-        return self.auxiliary.metrics(distributed.all_reduce_sum) if self.auxiliary is not None else {}
+        return self.auxiliary.metrics(process_group.all_reduce_sum) if self.auxiliary is not None else {}
 
 
 def counted_tokens(batch: Batch) -> Tensor:

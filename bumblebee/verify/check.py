@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bumblebee import distributed
-from bumblebee.verify import attention, curve, gradient, loss, rates, resume
-from bumblebee.verify.finding import Measure
-from bumblebee.verify.setting import Setting
+from bumblebee.distributed import process_group
+from bumblebee.verify import attention_check, gradient_check, loss_check, loss_curve, machine_throughput, resume_check
+from bumblebee.verify.check_result import Measure
+from bumblebee.verify.context import Setting
 
 Measured = list[Measure] | tuple[list[Measure], str]
 
@@ -34,48 +34,51 @@ class Check:
 
 def all_checks() -> tuple[Check, ...]:
     """Those that can be made with this number of ranks."""
-    several = distributed.world_size() > 1
+    several = process_group.world_size() > 1
     return CHECKS if several else tuple(check for check in CHECKS if check.name != "all-reduce")
 
 
 KERNELS = (
     Check(
         "attention against its formula",
-        lambda s: attention.measures(s.kernel, s.dtype, s.device),
+        lambda s: attention_check.measures(s.kernel, s.dtype, s.device),
         "this attention kernel is wrong: do not trust training or generation with it; --attention naive is the formula",
     ),
     Check(
         "loss against its formula",
-        lambda s: loss.measures(s.dtype, s.device),
+        lambda s: loss_check.measures(s.dtype, s.device),
         "the loss or its gradient is wrong here: do not trust any training",
     ),
 )
 TRAINING = (
     Check(
         "ranks and accumulation",
-        gradient.measures,
+        gradient_check.measures,
         "a step is not that of its whole batch: do not trust runs with several ranks or with trainer.accumulate above 1",
         trains=True, together=True,
     ),
     Check(
         "stage and precision",
-        curve.measures,
+        loss_curve.measures,
         "training does not follow plain torch at this zero_stage and precision: do not trust its losses; try others",
         trains=True, together=True,
     ),
     Check(
         "save and resume",
-        resume.measures,
+        resume_check.measures,
         "resume is not exact: do not trust runs that were interrupted",
         trains=True, together=True,
     ),
 )  # fmt: skip
 RATES = (
-    Check("matrix product", rates.matmul, "the device cannot be measured: do not plan with its speed"),
-    Check("memory", rates.memory, "the device's memory cannot be measured: do not plan with its speed"),
+    Check("matrix product", machine_throughput.matmul, "the device cannot be measured: do not plan with its speed"),
+    Check("memory", machine_throughput.memory, "the device's memory cannot be measured: do not plan with its speed"),
     Check(
-        "all-reduce", rates.all_reduce, "the ranks could not add up a large tensor: do not start runs on them", together=True
+        "all-reduce",
+        machine_throughput.all_reduce,
+        "the ranks could not add up a large tensor: do not start runs on them",
+        together=True,
     ),
-    Check("disk", rates.disk, "the folder could not be written: do not count on checkpoints there"),
+    Check("disk", machine_throughput.disk, "the folder could not be written: do not count on checkpoints there"),
 )
 CHECKS = (*KERNELS, *TRAINING, *RATES)

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from bumblebee import distributed
+from bumblebee.distributed import process_group
 from bumblebee.signals import handled_by
 from bumblebee.verify.check import Check, all_checks
-from bumblebee.verify.finding import Finding
-from bumblebee.verify.options import VerifyOptions
-from bumblebee.verify.ranks import Ranks
-from bumblebee.verify.report import table, verdict
-from bumblebee.verify.setting import Setting, settle
+from bumblebee.verify.check_result import Finding
+from bumblebee.verify.context import Setting, settle
+from bumblebee.verify.rank_messages import Ranks
+from bumblebee.verify.verify_options import VerifyOptions
+from bumblebee.verify.verify_report import table, verdict
 
 
 class Verification:
@@ -98,9 +98,9 @@ class Verification:
                     torch.cuda.empty_cache()
 
     def _interrupted(self) -> None:
-        if distributed.is_main() and len(self._found) < len(self.checks):
+        if process_group.is_main() and len(self._found) < len(self.checks):
             mine, others = "was told to stop, by the user or by a launcher that lost a rank", "has told nothing"
-            told = self.ranks.heard(self._topic, distributed.store())
+            told = self.ranks.heard(self._topic, process_group.store())
             self._give_up(told, [mine, *[others] * (self.ranks.size - 1)])
 
     def _give_up(self, told: list[Any], places: list[str]) -> None:
@@ -127,11 +127,11 @@ class Verification:
         )
 
     def _say(self, line: str) -> None:
-        if distributed.is_main():
+        if process_group.is_main():
             print(line, file=sys.stderr, flush=True)
 
     def _print_report(self) -> None:
-        if distributed.is_main():
+        if process_group.is_main():
             print(f"\n{table(self._found)}\n\n{verdict(self._found)}", flush=True)
 
     # -- the folder ----------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class Verification:
         """A fresh hidden one, made by rank 0."""
         answer: dict[str, str] = {}
         error: OSError | None = None
-        if distributed.is_main():
+        if process_group.is_main():
             try:
                 self._parent.mkdir(parents=True, exist_ok=True)
                 self._folder = Path(tempfile.mkdtemp(prefix=".bumblebee-verify-", dir=self._parent.absolute()))
@@ -153,7 +153,7 @@ class Verification:
         if error is not None:
             raise error
         if not answer:
-            raise distributed.OtherRankFailed("rank 0 cannot write the folder; its message tells why")
+            raise process_group.OtherRankFailed("rank 0 cannot write the folder; its message tells why")
         return Path(answer["folder"])
 
     def _remove_folder(self) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from bumblebee.inference.params import SamplingParams
-from bumblebee.text import hint
+from bumblebee.formatting import hint
+from bumblebee.inference.sampling_params import SamplingParams
 from serve.terminal.options import NOT_OFFERED
 
 if TYPE_CHECKING:

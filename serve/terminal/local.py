@@ -11,8 +11,8 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
+from bumblebee.inference.engine_config import GenerationOptions
 from bumblebee.inference.generator import Generator
-from bumblebee.inference.options import GenerationOptions
 from bumblebee.inference.request import Request
 from serve.terminal.partner import Message, Piece, Pieces, Refusal
 

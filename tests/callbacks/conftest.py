@@ -20,7 +20,7 @@ import pytest
 
 import callbacks
 from bumblebee.callback import Callback
-from bumblebee.plan import Plan
+from bumblebee.training.plan import Plan
 
 STEPS, PER_EPOCH = 6, 3
 

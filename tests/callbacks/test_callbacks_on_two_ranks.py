@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from system.processes import finish, start
+from helpers.processes import finish, start
 
-from bumblebee import Bumblebee, Generator, SamplingParams, flops
-from bumblebee.run_folder import checkpoints
+from bumblebee import Bumblebee, Generator, SamplingParams
+from bumblebee.hardware import flops
+from bumblebee.training.run_folder import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", params=[2, 3], ids=["stage 2", "stage 3"])
 def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).parent / "run_on_two_ranks.py"
+    script = Path(__file__).parents[1] / "helpers" / "callbacks_on_two_ranks.py"
     done = finish(start([str(script), str(folder), str(request.param)], ranks=2))
     assert done.returncode == 0, done.stderr[-5000:]
     return folder

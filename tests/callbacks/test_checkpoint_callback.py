@@ -6,7 +6,7 @@ import math
 import pytest
 
 from bumblebee.callback import Callback
-from bumblebee.run_folder import checkpoints, read_trainer_state
+from bumblebee.training.run_folder import checkpoints, read_trainer_state
 from callbacks import Checkpoint
 from callbacks.checkpoint import delete
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bumblebee.callback import Callback
-from bumblebee.tokenizer import Tokenizer
+from bumblebee.tokenizer.tokenizer import Tokenizer
 from callbacks import Checkpoint, EarlyStopping, MetricsHistory, Samples
 
 PROMPTS = ["The bee", "def f("]

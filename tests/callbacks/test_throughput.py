@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bumblebee import flops
 from bumblebee.config import BumblebeeConfig
+from bumblebee.hardware import flops
 from bumblebee.lora import LoRA
 from bumblebee.model import Bumblebee
 from callbacks import MetricsHistory, Throughput, Validation

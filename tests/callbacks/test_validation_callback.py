@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bumblebee.plan import Position
+from bumblebee.training.plan import Position
 from callbacks import Validation
 
 

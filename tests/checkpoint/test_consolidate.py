@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.training_runs import train, weight_bytes
 from safetensors.torch import load_file
-from system.parts import train, weight_bytes
 
 from bumblebee.checkpoint.consolidate import consolidate
-from bumblebee.cli import main
+from bumblebee.cli.main import main
 from bumblebee.model import Bumblebee
 
 RUNS = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from bumblebee import Bumblebee
-from bumblebee.checkpoint import atomic, folder
+from bumblebee.checkpoint import atomic, hf_folder
 from bumblebee.checkpoint.atomic import read_json, write_json, written_aside
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def fail_at_call(monkeypatch, module, name: str, call: int, error: Exception) ->
 )
 def test_a_writer_that_fails_changes_nothing(model, place, monkeypatch, name, call, error):
     before = tree(place.parent)
-    fail_at_call(monkeypatch, folder, name, call, error)
+    fail_at_call(monkeypatch, hf_folder, name, call, error)
     with pytest.raises(OSError, match="No space left on device"):
         model.save_pretrained(place, max_shard_size="20KB")
     assert tree(place.parent) == before

@@ -16,8 +16,8 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer  # noqa: E402
-from bumblebee.checkpoint.folder import read_tensors  # noqa: E402
-from bumblebee.cli import main  # noqa: E402
+from bumblebee.checkpoint.hf_folder import read_tensors  # noqa: E402
+from bumblebee.cli.main import main  # noqa: E402
 from bumblebee.lora import LoRA  # noqa: E402
 
 IDS = torch.arange(40).reshape(2, 20)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bumblebee import Bumblebee
-from bumblebee.checkpoint.folder import INDEX, SINGLE, ModelFiles, is_model_folder, load_config, read_tensors, save_model
+from bumblebee.checkpoint.hf_folder import INDEX, SINGLE, ModelFiles, is_model_folder, load_config, read_tensors, save_model
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bumblebee.checkpoint.folder import parse_size
+from bumblebee.checkpoint.hf_folder import parse_size
 
 UNITS = {"": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 SPACE = st.sampled_from(["", " ", "  "])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bumblebee import Bumblebee
-from bumblebee.checkpoint.folder import INDEX, SINGLE
+from bumblebee.checkpoint.hf_folder import INDEX, SINGLE
 
 NORM = "model.norm.weight"
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bumblebee.tokenizer import Tokenizer
-from datamodules import workers
+from bumblebee.tokenizer.tokenizer import Tokenizer
+from datamodules import worker_pool
 from datamodules.cache_writer import build
-from datamodules.encoders import TextEncoder
-from datamodules.formats import Record, RecordError, read
+from datamodules.record_files import Record, RecordError, read
 from datamodules.token_cache import TokenCache
-from datamodules.workers import encoded, how_many
+from datamodules.tokenize import TextEncoder
+from datamodules.worker_pool import encoded, how_many
 
-SCRIPT = Path(__file__).parent / "building.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "cache_build.py"
 ROOT = Path(__file__).parents[2]
 
 
@@ -112,8 +112,8 @@ def test_no_worker_is_left_when_the_reader_of_the_blocks_stops_early(encoder):
 
 def test_workers_are_started_only_where_they_earn_their_start(encoder, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64), raising=False)
-    assert how_many(encoder, workers.ENOUGH - 1) == 1
-    assert how_many(encoder, workers.ENOUGH) == workers.MOST
+    assert how_many(encoder, worker_pool.ENOUGH - 1) == 1
+    assert how_many(encoder, worker_pool.ENOUGH) == worker_pool.MOST
     threaded = TextEncoder(encoder.folder, encoder.tokenizer)
     assert how_many(threaded, 10**12) == 1  # the library's threads do it
     monkeypatch.setattr(Slow, "__module__", "__main__")

@@ -11,8 +11,8 @@ import pytest
 from bumblebee import Tokenizer
 from datamodules.chat_formats import FORMATS
 from datamodules.conversations import conversation, preference, with_system
-from datamodules.formats import Record, RecordError, text_of
-from datamodules.formats import read as read_file
+from datamodules.record_files import Record, RecordError, text_of
+from datamodules.record_files import read as read_file
 
 ROOT = Path(__file__).parents[2]
 

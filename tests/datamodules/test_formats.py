@@ -1,4 +1,4 @@
-"""What `datamodules.formats` promises: every record with its line, every complaint with its place, any chunk size."""
+"""What `datamodules.record_files` promises: every record with its line, every complaint with its place, any chunk size."""
 
 import gzip
 import itertools
@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules import formats, json_stream
-from datamodules.formats import Record, RecordError, expand, read, text_of
+from datamodules import json_stream, record_files
+from datamodules.record_files import Record, RecordError, expand, read, text_of
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
 VALUES = st.recursive(
@@ -334,8 +334,8 @@ def test_an_unsupported_file_is_refused_before_the_first_record_is_asked_for():
 
 
 def test_the_modules_import_without_torch():
-    code = "import sys, datamodules.formats; sys.exit('torch' in sys.modules)"
-    root = Path(formats.__file__).parents[1]
+    code = "import sys, datamodules.record_files; sys.exit('torch' in sys.modules)"
+    root = Path(record_files.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
@@ -344,7 +344,7 @@ def test_the_modules_import_without_torch():
 
 @pytest.mark.parametrize("name", ["pretrain.jsonl", "pretrain.json", "pretrain.txt"])
 def test_the_pretraining_samples_are_sound(name):
-    samples = Path(formats.__file__).parents[1] / "recipes" / "samples" / name
+    samples = Path(record_files.__file__).parents[1] / "recipes" / "samples" / name
     texts = [text_of(record) for record in read(str(samples))]
     assert len(set(texts)) == len(texts)
     assert sum(len(text.encode()) for text in texts) >= 8192

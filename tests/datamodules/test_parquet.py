@@ -10,8 +10,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from datamodules import conversations, formats
-from datamodules.formats import Record, RecordError, expand, read, text_of
+from datamodules import conversations, record_files
+from datamodules.record_files import Record, RecordError, expand, read, text_of
 
 CHATS = [
     {"messages": [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Yes."}], "system": None},
@@ -98,6 +98,6 @@ def test_a_missing_pyarrow_is_told_with_what_to_install(tmp_path, monkeypatch):
 
 
 def test_pyarrow_is_imported_only_for_parquet_files():
-    code = "import sys, datamodules.formats; sys.exit('pyarrow' in sys.modules)"
-    root = Path(formats.__file__).parents[1]
+    code = "import sys, datamodules.record_files; sys.exit('pyarrow' in sys.modules)"
+    root = Path(record_files.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chats import preferences, write
+from helpers.chat_records import preferences, write
 
-from bumblebee.loader import epoch_order, train_windows
 from bumblebee.nn import IGNORE
-from bumblebee.plan import Plan
-from bumblebee.tokenizer import Tokenizer
+from bumblebee.tokenizer.tokenizer import Tokenizer
+from bumblebee.training.loader import epoch_order, train_windows
+from bumblebee.training.plan import Plan
 from datamodules import Preferences
-from datamodules.formats import RecordError
+from datamodules.record_files import RecordError
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee.nn import IGNORE
-from bumblebee.tokenizer import Tokenizer
+from bumblebee.tokenizer.tokenizer import Tokenizer
 from datamodules import Pretrain, token_data
-from datamodules.formats import Record, RecordError
+from datamodules.record_files import Record, RecordError
 
 WORDS = "the a list file return value tuple dict string raises if is None and not of to".split()
 TEXTS = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=80).map(" ".join), min_size=1, max_size=25)

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chats import conversations, write
+from helpers.chat_records import conversations, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee.datamodule import Batch
-from bumblebee.loader import epoch_order
 from bumblebee.model import Bumblebee
 from bumblebee.nn import IGNORE
-from bumblebee.tokenizer import Tokenizer
+from bumblebee.tokenizer.tokenizer import Tokenizer
+from bumblebee.training.loader import epoch_order
 from datamodules import SFT, python_docs_pairs
-from datamodules.formats import RecordError
+from datamodules.record_files import RecordError
 
 LONG = {"role": "assistant", "content": "of to " * 300}
 Row = list[tuple[int, int]]  # (input, label) of each place

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee.nn import IGNORE
-from bumblebee.tokenizer import Tokenizer
+from bumblebee.tokenizer.tokenizer import Tokenizer
 from datamodules import cache_writer, token_cache
 from datamodules.cache_writer import RECORDS, build
-from datamodules.encoders import Encoder, Sample, TextEncoder
-from datamodules.formats import Record, RecordError
+from datamodules.record_files import Record, RecordError
 from datamodules.token_cache import TokenCache, cache_key, file_digest, one_at_a_time, remove_leftovers, text_digest
+from datamodules.tokenize import Encoder, Sample, TextEncoder
 
 FILES = ["a.jsonl", "b.jsonl"]
 

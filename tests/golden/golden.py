@@ -9,15 +9,11 @@ few enough that another processor gives the same. A step without any target has 
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))  # system.parts
-sys.path.insert(0, str(HERE.parents[1]))
-
-from system.parts import train  # noqa: E402
+from helpers.training_runs import train  # noqa: E402
 
 ADAM = ("AdamW", {"lr": 1e-2, "weight_decay": 0.1})
 DPO = {"task": ("DPO", {"sft_weight": 0.1}), "data": ("Pairs", {"samples": 11, "empty": [2]})}

@@ -12,8 +12,8 @@ import torch
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
 from bumblebee.inference import engine as module
 from bumblebee.inference import generator as generators
-from bumblebee.inference.cache import bytes_per_position
-from bumblebee.inference.options import GenerationOptions
+from bumblebee.inference.engine_config import GenerationOptions
+from bumblebee.inference.kv_cache import bytes_per_position
 from bumblebee.inference.request import Token
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)

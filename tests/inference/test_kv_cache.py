@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee import Bumblebee
-from bumblebee.inference.cache import KVCache, Layout, bytes_per_position
+from bumblebee.inference.kv_cache import KVCache, Layout, bytes_per_position
 
 CPU = torch.device("cpu")
 V, SIZE, PAGES = 64, 4, 12

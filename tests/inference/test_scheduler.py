@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bumblebee.inference.pages import Pages
-from bumblebee.inference.params import SamplingParams
+from bumblebee.inference.block_pool import Pages
 from bumblebee.inference.request import Request
+from bumblebee.inference.sampling_params import SamplingParams
 from bumblebee.inference.scheduler import Scheduler
 from bumblebee.inference.sequence import Sequence
 

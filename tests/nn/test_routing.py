@@ -14,9 +14,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # noqa: E402
 
-from bumblebee.nn.balance import batch_balance, entropy, loads, sequence_balance, z_loss  # noqa: E402
+from bumblebee.nn.balance_losses import batch_balance, entropy, loads, sequence_balance, z_loss  # noqa: E402
 from bumblebee.nn.moe import mixture  # noqa: E402
-from bumblebee.nn.routing import RouterLosses  # noqa: E402
+from bumblebee.nn.router_losses import RouterLosses  # noqa: E402
 
 
 def routed(rows: int, positions: int, num_experts: int, top_k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

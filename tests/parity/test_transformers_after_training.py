@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from system.parts import LENGTH, VOCABULARY, train
+from helpers.training_runs import LENGTH, VOCABULARY, train
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

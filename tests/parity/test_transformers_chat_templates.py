@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from chat_folders import LLAMA, MISTRAL, QWEN, TAGGED, THINKING, byte_level, sentencepiece, write
+from helpers.chat_folders import LLAMA, MISTRAL, QWEN, TAGGED, THINKING, byte_level, sentencepiece, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from transformers import AutoTokenizer  # noqa: E402
 
 from bumblebee import Tokenizer  # noqa: E402
-from bumblebee.templating.chatml import CHATML  # noqa: E402
+from bumblebee.tokenizer.chatml import CHATML  # noqa: E402
 
 BACKENDS = {
     "bytes": byte_level(),

@@ -32,9 +32,9 @@ from transformers import (  # noqa: E402
 
 from bumblebee import Bumblebee, BumblebeeConfig  # noqa: E402
 from bumblebee.checkpoint.families import FAMILIES, family_of, read_config  # noqa: E402
-from bumblebee.checkpoint.folder import load_config  # noqa: E402
-from bumblebee.checkpoint.keys import as_stored  # noqa: E402
-from bumblebee.flops import active_parameters  # noqa: E402
+from bumblebee.checkpoint.hf_folder import load_config  # noqa: E402
+from bumblebee.checkpoint.weight_mapping import as_stored  # noqa: E402
+from bumblebee.hardware.flops import active_parameters  # noqa: E402
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

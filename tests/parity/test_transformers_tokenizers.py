@@ -25,7 +25,7 @@ from transformers import AutoTokenizer  # noqa: E402
 
 from bumblebee import Bumblebee, Tokenizer  # noqa: E402
 from bumblebee.inference.detokenizer import Detokenizer  # noqa: E402
-from bumblebee.tokenizer import PIECES  # noqa: E402
+from bumblebee.tokenizer.tokenizer import PIECES  # noqa: E402
 
 CORPUS = ["The bumblebee isn't afraid of 12 flowers.\n\n  It flies, from one to another;  à côté, 花から花へ 🐝!"] * 30
 SPELLED = st.sampled_from(

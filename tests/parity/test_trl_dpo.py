@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from system.parts import Pairs, small_model
+from helpers.training_runs import Pairs, small_model
 
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.reference import Frozen

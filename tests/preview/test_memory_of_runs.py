@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from system.processes import TESTS, finish, run_command, start
-from system.recipes import SAMPLES
+from helpers.processes import TESTS, finish, run_command, start
+from helpers.recipe_files import SAMPLES
 
 from bumblebee.config import BumblebeeConfig
 from bumblebee.model import Bumblebee
@@ -119,7 +119,7 @@ def test_a_run_takes_the_memory_that_was_shown(name: str, base: Path, tmp_path: 
     assert "(measured: a few steps" in shown.stdout
     guessed = run_command("preview", "--config", recipe, "--samples", "0", "--measure", "never")
     assert "(computed, not measured: as asked for" in guessed.stdout
-    fit = finish(start([str(TESTS / "preview" / "peak_of_a_fit.py"), "--config", recipe]))
+    fit = finish(start([str(TESTS / "helpers" / "fit_peak.py"), "--config", recipe]))
     assert fit.returncode == 0, fit.stderr[-3000:]
     taken = json.loads(fit.stdout.splitlines()[-1])
     ratios = [total_of(done.stdout) / taken for done in (shown, guessed)]

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from system.recipes import RECIPE, SAMPLES
+from helpers.recipe_files import RECIPE, SAMPLES
 
-from bumblebee.cli import main
+from bumblebee.cli.main import main
 from bumblebee.config import BumblebeeConfig
 from bumblebee.model import Bumblebee
-from bumblebee.preview import rehearsal
-from bumblebee.preview.chart import sparkline
-from bumblebee.preview.parameters import parts
-from bumblebee.preview.rehearsal import Failed, _why, places
+from bumblebee.preview import dry_run
+from bumblebee.preview.dry_run import Failed, _why, places
+from bumblebee.preview.parameter_counts import parts
+from bumblebee.preview.sparkline import sparkline
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("--measure", "never", "--samples", "0")
@@ -200,7 +200,7 @@ def test_the_micro_batch_with_the_longest_sample_is_measured():
         lengths = numpy.arange(100) % 50
 
     chosen = places(Data(), 4, 0)  # type: ignore[arg-type]
-    assert len(chosen) == 1 + rehearsal.MOST
+    assert len(chosen) == 1 + dry_run.MOST
     assert max(Data.lengths[chosen[0]]) == 49
     assert all(len(place) == 4 for place in chosen[1:])
 
@@ -210,7 +210,7 @@ def test_a_sample_alone_is_measured_as_well():
         train = range(1)
         lengths = None
 
-    assert places(Data(), 4, 0) == [[0]] * (1 + rehearsal.MOST)  # type: ignore[arg-type]
+    assert places(Data(), 4, 0) == [[0]] * (1 + dry_run.MOST)  # type: ignore[arg-type]
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------------

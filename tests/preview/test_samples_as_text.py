@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from system.parts import Pairs, Rows
+from helpers.training_runs import Pairs, Rows
 
 from bumblebee.datamodule import Batch, DataModule
-from bumblebee.preview.samples import Marks, cells, columns, lines, rows, shortened, shown
-from bumblebee.tokenizer import Tokenizer
+from bumblebee.preview.sample_text import Marks, cells, columns, lines, rows, shortened, shown
+from bumblebee.tokenizer.tokenizer import Tokenizer
 from datamodules import SFT, Pretrain
 
 MARKS = Marks("⟦", "⟧")

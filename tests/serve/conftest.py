@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Running, serving
+from helpers.server_process import Running, serving
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ import json
 from typing import Any
 
 import pytest
+from helpers.malformed_bodies import CHAT, COMPLETION
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from malformed import CHAT, COMPLETION
 
-from bumblebee.tokenizer import Tokenizer
-from serve.faults import Fault
-from serve.prompts import Job, Prompts
-from serve.replies import ChatReply, CompletionReply
+from bumblebee.tokenizer.tokenizer import Tokenizer
+from serve.api_errors import Fault
+from serve.requests import Job, Prompts
+from serve.responses import ChatReply, CompletionReply
 from serve.schemas import ChatRequest, CompletionRequest, parse
 
 words = st.text(max_size=8) | st.sampled_from(["user", "assistant", "tool", "system", "text", "function", "auto", "none", "c1"])

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parrot import parrot
-from scripted_server import CONTEXT, Reply, ScriptedServer, running
-from serving import Running, serving
+from helpers.echo_model import parrot
+from helpers.scripted_server import CONTEXT, Reply, ScriptedServer, running
+from helpers.server_process import Running, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 expect = playwright.expect

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import openai
 import pytest
-from parrot import parrot
-from serving import Running, serving
+from helpers.echo_model import parrot
+from helpers.server_process import Running, serving
 
 SAID = "Hé **bees** 🐝!"
 CALL = '<tool_call>\n{"name": "fly", "arguments": {"to": "花", "at": 3}}\n</tool_call>'

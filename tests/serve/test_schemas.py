@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from malformed import CHAT, COMPLETION
+from helpers.malformed_bodies import CHAT, COMPLETION
 
-from serve.faults import Fault
+from serve.api_errors import Fault
 from serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 
 

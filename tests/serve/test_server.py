@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from malformed import MALFORMED, Malformed
-from serving import PATIENCE, Running, completion, serving
+from helpers.malformed_bodies import MALFORMED, Malformed
+from helpers.server_process import PATIENCE, Running, completion, serving
 
 LONG = {"max_tokens": 2000, "ignore_eos": True, "temperature": 1.0}
 

@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from serving import PATIENCE, Running, completion, serving, wait_for
-from system.processes import run_command
+from helpers.processes import run_command
+from helpers.server_process import PATIENCE, Running, completion, serving, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -354,7 +354,7 @@ def kind_of_request(running: Running, number: int) -> int:
 
 def test_the_server_s_own_process_does_not_import_torch(served_folder: Path):
     code = (
-        "import sys; from serve.options import ServeOptions; from serve.server import Server;"
+        "import sys; from serve.serve_options import ServeOptions; from serve.server import Server;"
         f"Server(ServeOptions({str(served_folder)!r}, port=0)); assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=PATIENCE)

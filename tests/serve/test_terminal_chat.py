@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pseudo_terminal import PseudoTerminal
-from system.processes import start_command
+from helpers.processes import start_command
+from helpers.pseudo_terminal import PseudoTerminal
 
 from bumblebee import Generator, SamplingParams
-from bumblebee.cli import main
+from bumblebee.cli.main import main
 from serve.terminal import interrupts
 from serve.terminal.chat import Chat
 from serve.terminal.commands import COMMANDS, OF_FILES, changed
@@ -279,7 +279,7 @@ def test_a_class_of_ones_own_is_run_only_where_that_is_asked_for(shifted_place, 
 
 
 def test_a_saved_conversation_is_loaded_again_and_trains(tmp_path: Path) -> None:
-    from datamodules import formats
+    from datamodules import record_files
 
     talked = Conversation("Be brief.")
     talked.turns = [("Who?", "Bees.\n"), ("Why?", "花")]
@@ -288,7 +288,7 @@ def test_a_saved_conversation_is_loaded_again_and_trains(tmp_path: Path) -> None
     again = Conversation()
     again.load(str(file))
     assert (again.system, again.turns) == (talked.system, talked.turns)
-    assert [record.value["messages"][-1]["content"] for record in formats.read(str(file))] == ["花"]
+    assert [record.value["messages"][-1]["content"] for record in record_files.read(str(file))] == ["花"]
     assert talked.save(str(tmp_path / "a.md")).read_text() == (
         "## system\n\nBe brief.\n\n## user\n\nWho?\n\n## assistant\n\nBees.\n\n## user\n\nWhy?\n\n## assistant\n\n花\n"
     )

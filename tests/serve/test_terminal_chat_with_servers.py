@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pseudo_terminal import PseudoTerminal
-from serving import Running, serving, wait_for
+from helpers.pseudo_terminal import PseudoTerminal
+from helpers.server_process import Running, serving, wait_for
 
-from bumblebee.cli import main
+from bumblebee.cli.main import main
 from serve.terminal.partner import Piece
 from serve.terminal.remote import RemoteModel
 

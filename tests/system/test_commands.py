@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import yaml
-from system.parts import weight_bytes, weights
-from system.processes import finish, run_command, start, start_command
-from system.recipes import RECIPE, SAMPLES
+from helpers.processes import finish, run_command, start, start_command
+from helpers.recipe_files import RECIPE, SAMPLES
+from helpers.training_runs import weight_bytes, weights
 
 import bumblebee
-from bumblebee.run_folder import checkpoints
+from bumblebee.training.run_folder import checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from system.parts import small_model
-from system.processes import run_command
+from helpers.processes import run_command
+from helpers.training_runs import small_model
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from system.parts import small_model, train, weight_bytes, weights
-from system.processes import run_jobs
+from helpers.processes import run_jobs
+from helpers.training_runs import small_model, train, weight_bytes, weights
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from system.parts import train, weights
-from system.processes import run_jobs
+from helpers.processes import run_jobs
+from helpers.training_runs import train, weights
 
 ADAM = ("AdamW", {"lr": 1e-2, "weight_decay": 0.1})
 TOTAL, CUT = 6, 3

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from system.parts import VOCABULARY, train, weight_bytes, weights
-from system.processes import run_command, run_jobs
+from helpers.processes import run_command, run_jobs
+from helpers.training_runs import VOCABULARY, train, weight_bytes, weights
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 STAGES = range(4)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from system.processes import ROOT, run_command
+from helpers.processes import ROOT, run_command
 
 from bumblebee import Bumblebee, Tokenizer
-from bumblebee.cli import main
+from bumblebee.cli.main import main
 
 WORDS = ("--data.max_length", "64", "--trainer.max_steps", "2", "--trainer.micro_batch_size", "2", "--trainer.accumulate", "1")
 QUICK = (

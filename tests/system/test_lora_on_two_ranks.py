@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.processes import run_jobs
+from helpers.training_runs import adapter_bytes, small_model, train
 from safetensors.torch import load_file
-from system.parts import adapter_bytes, small_model, train
-from system.processes import run_jobs
 
 STAGES = range(4)
 TOTAL, CUT = 6, 3

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from system.parts import train, weight_bytes, weights
-from system.processes import run_jobs
+from helpers.processes import run_jobs
+from helpers.training_runs import train, weight_bytes, weights
 
 MODEL: dict[str, Any] = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0], "num_hidden_layers": 3,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from system.parts import train
+from helpers.training_runs import train
 
 from bumblebee import Bumblebee
 from bumblebee.checkpoint.consolidate import consolidate
-from bumblebee.cli import main
+from bumblebee.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ import math
 import shutil
 
 import pytest
-from system.parts import train, weight_bytes, weights
+from helpers.training_runs import train, weight_bytes, weights
 
 needs_a_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed's operators need the C++ compiler g++")
 LARGE = {"hidden_size": 256, "intermediate_size": 512}  # vectors of less than a megabyte stay in memory

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from system.parts import train, weight_bytes
-from system.processes import TESTS, run_jobs
+from helpers.processes import TESTS, run_jobs
+from helpers.training_runs import train, weight_bytes
 
 FILE = str(TESTS / "golden" / "chats.jsonl")
 BY_LENGTH: dict[str, Any] = {

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from system.parts import Rows, small_model, train, weight_bytes, weights
-from system.plain import plain_adamw, plain_gradient
-from system.processes import run_jobs
+from helpers.processes import run_jobs
+from helpers.reference_loop import plain_adamw, plain_gradient
+from helpers.training_runs import Rows, small_model, train, weight_bytes, weights
 
 from bumblebee.optim import Cosine
-from bumblebee.run_folder import checkpoints
+from bumblebee.training.run_folder import checkpoints
 
 UNEQUAL = (16, 1, 7, 0, 12, 0, 0, 3)
 TARGETS = (16, 1, 7, 0, 12)

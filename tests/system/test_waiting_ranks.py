@@ -6,12 +6,12 @@ import ast
 from pathlib import Path
 
 import pytest
-from system.processes import TESTS, finish, start
+from helpers.processes import TESTS, finish, start
 
 
 @pytest.mark.slow
 def test_ranks_wait_longer_than_a_collective_may_take_and_hear_of_a_failure(tmp_path: Path) -> None:
-    done = finish(start([str(TESTS / "system" / "waiting.py"), str(tmp_path)], ranks=2), timeout=120)
+    done = finish(start([str(TESTS / "helpers" / "waiting_ranks.py"), str(tmp_path)], ranks=2), timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (ast.literal_eval((tmp_path / f"rank-{rank}").read_text()) for rank in (0, 1))
     assert first == [(True, "complete"), ("ValueError", "no such file"), (True, "again")]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from system.parts import Pairs, Rows, small_model
+from helpers.training_runs import Pairs, Rows, small_model
 
 from bumblebee.nn import IGNORE
 from bumblebee.tasks.dpo import DPO

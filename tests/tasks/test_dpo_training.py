@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.training_runs import Pairs, small_model, train, weight_bytes, weights
 from safetensors.torch import load_file
-from system.parts import Pairs, small_model, train, weight_bytes, weights
 
-from bumblebee.checkpoint.pieces import PieceReader
+from bumblebee.checkpoint.sharded_state import PieceReader
 from bumblebee.tasks import reference_cache
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.reference import Frozen

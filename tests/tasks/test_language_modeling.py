@@ -12,7 +12,7 @@ from bumblebee.model import Bumblebee
 from bumblebee.nn import IGNORE
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.task import Task
-from bumblebee.tokenizer import Tokenizer
+from bumblebee.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from system.parts import Pairs, Rows, small_model, train
+from helpers.training_runs import Pairs, Rows, small_model, train
 
 from bumblebee.datamodule import Batch
 from bumblebee.nn import IGNORE
-from bumblebee.nn.balance import batch_balance, sequence_balance, z_loss
+from bumblebee.nn.balance_losses import batch_balance, sequence_balance, z_loss
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.reference import Frozen
 from bumblebee.tasks.task import counted_tokens
 from bumblebee.transforms import ActivationCheckpointing
-from datamodules.rows import tensors
+from datamodules.collate import tensors
 
 MOE: dict[str, Any] = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0], "num_hidden_layers": 3,

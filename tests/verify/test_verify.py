@@ -1,4 +1,4 @@
-"""``bumblebee verify`` passes here, names each fault that is planted, and leaves nothing behind. The faults: ``faults.py``."""
+"""``bumblebee verify`` passes here, names each planted fault and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from verify import faults
-from verify.rows import ATTENTION, CURVE, LOSS, RESUME, STEP, results
+from helpers import planted_faults as faults
+from helpers.verify_rows import ATTENTION, CURVE, LOSS, RESUME, STEP, results
 
-from bumblebee.cli import main
-from bumblebee.verify import check, curve
+from bumblebee.cli.main import main
+from bumblebee.verify import check, loss_curve
 
 
 @pytest.fixture
@@ -140,13 +140,13 @@ def test_it_passes_on_a_gpu(precision, stage, tmp_path, capsys):
 
 def test_steps_that_fp16_leaves_out_are_read_from_the_metrics():
     """The reference leaves the same ones out. fp16 itself needs a GPU."""
-    assert curve._skipped([{"skipped_steps": count} for count in (1.0, 2.0, 2.0, 3.0)]) == {0, 1, 3}
-    assert curve._skipped([{"loss": 1.0}] * 3) == set()
+    assert loss_curve._skipped([{"skipped_steps": count} for count in (1.0, 2.0, 2.0, 3.0)]) == {0, 1, 3}
+    assert loss_curve._skipped([{"loss": 1.0}] * 3) == set()
 
 
 def test_the_formulas_own_attention_equals_torchs():
     """The reference is right: against torch's function in fp64, which no check uses."""
-    from bumblebee.verify.attention import formula
+    from bumblebee.verify.attention_check import formula
 
     q, k, v = (torch.randn(2, 9, heads, 16, dtype=torch.float64) for heads in (4, 2, 2))
     seen = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 9, 9)

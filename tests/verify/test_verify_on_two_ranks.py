@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from system.processes import finish, run_command, start
-from verify.rows import ATTENTION, CURVE, LOSS, RESUME, STEP, results
+from helpers.processes import finish, run_command, start
+from helpers.verify_rows import ATTENTION, CURVE, LOSS, RESUME, STEP, results
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def test_it_passes(launcher, stage, tmp_path):
 
 def faulty(fault: str, folder: Path) -> tuple[dict[str, str], str]:
     """Results and output of a run with a planted fault."""
-    script = str(Path(__file__).parent / "faults.py")
+    script = str(Path(__file__).parents[1] / "helpers" / "planted_faults.py")
     done = finish(start([script, fault, "--precision", "fp32", "--folder", str(folder)], ranks=2), 280)
     assert done.returncode == 1, done.stdout + done.stderr[-3000:]
     assert list(folder.iterdir()) == []

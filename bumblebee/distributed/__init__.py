@@ -1,0 +1,1 @@
+"""Process group, and everything that touches DeepSpeed."""

@@ -1,0 +1,1 @@
+"""DeepSpeed: configuration, engine and optimizer shards. Nothing outside this folder imports deepspeed."""

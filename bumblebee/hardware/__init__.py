@@ -1,0 +1,1 @@
+"""FLOP counts and memory statistics of the devices a run uses."""

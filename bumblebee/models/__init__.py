@@ -1,0 +1,1 @@
+"""The base class of all models, and loading: which class reads a model folder."""

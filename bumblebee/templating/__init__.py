@@ -1,1 +1,0 @@
-"""The parts of chat_template.py: the sandbox, the default template, guarded text, turns, and from text to ids."""

@@ -1,0 +1,1 @@
+"""What the training loop is built on: plan, loader, run folder, training state, metrics."""

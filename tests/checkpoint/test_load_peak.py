@@ -1,0 +1,44 @@
+"""A folder is read with the memory of the model and of one tensor, however many files it has and whatever is fused in them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bumblebee import Bumblebee, BumblebeeConfig
+
+SHAPE = {
+    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+MODELS = {
+    "llama": {"attention_bias": False},
+    "glm4": {"post_norms": True, "rope_interleaved": True, "partial_rotary_factor": 0.5},
+    "mixtral": {"attention_bias": False, "num_experts": 4, "intermediate_size": 1024},
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc, which is not there")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_peak_is_the_model_and_one_tensor(tmp_path, name, dtype):
+    model = Bumblebee(BumblebeeConfig(**{**SHAPE, **MODELS[name]}))  # in fp32, so that bf16 has to be cast
+    model.save_pretrained(tmp_path, max_shard_size="20MB")
+    files = [load_file(file) for file in tmp_path.glob("*.safetensors")]
+    assert len(files) > 2
+    largest = max(tensor.numel() for file in files for tensor in file.values()) * getattr(torch, dtype).itemsize
+    here = Path(__file__)
+    env = {**os.environ, "PYTHONPATH": str(here.parents[2]), "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
+    words = [sys.executable, str(here.parents[1] / "helpers" / "load_peak.py"), str(tmp_path), dtype]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=True, timeout=120)
+    peak, size = map(int, done.stdout.split())
+    assert size > 3 * largest, "two tensors too many would not be seen"
+    assert peak < size + largest + 6e6
+    if dtype == "bfloat16":
+        assert peak > 0.95 * size, "it was measured"

@@ -1,0 +1,68 @@
+"""Training state in pieces: whoever cut a parameter, anyone can put it together again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bumblebee.checkpoint.sharded_state import Piece, PieceReader, write_pieces
+
+
+def write_cut(folder: Path, tensors: dict[str, torch.Tensor], cuts: list[int], limit: int = 2**30) -> None:
+    """Write tensors as ranks would that divide the flattened whole of them at ``cuts``."""
+    bounds = [0, *sorted(cuts), sum(t.numel() for t in tensors.values())]
+    for rank, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        pieces, at = [], 0
+        for name, tensor in tensors.items():
+            first, last = max(low, at), min(high, at + tensor.numel())
+            if first < last:
+                part = tensor.flatten()[first - at : last - at]
+                kept = {"fp32": part, "exp_avg": part * 2, "step": torch.tensor(7.0)}
+                pieces.append(Piece(name, tuple(tensor.shape), first - at, last - first, kept))
+            at += tensor.numel()
+        write_pieces(folder, f"optimizer-{rank:05d}-of-{len(bounds) - 1:05d}", pieces, limit)
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_any_cut_is_read_back_at_any_place(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    shapes = data.draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=4))
+    tensors = {f"layer.{i}": torch.randn(shape) for i, shape in enumerate(shapes)}
+    total = sum(t.numel() for t in tensors.values())
+    cuts = data.draw(st.lists(st.integers(0, total), max_size=5))
+    folder = tmp_path_factory.mktemp("pieces")
+    write_cut(folder, tensors, cuts, limit=data.draw(st.sampled_from([1, 100, 2**30])))
+    with PieceReader(folder) as reader:
+        assert {name: tuple(t.shape) for name, t in tensors.items()} == reader.shapes
+        for name, tensor in tensors.items():
+            assert reader.kinds(name) == ["exp_avg", "step"]
+            assert torch.equal(reader.whole(name), tensor)
+            start = data.draw(st.integers(0, tensor.numel() - 1))
+            count = data.draw(st.integers(1, tensor.numel() - start))
+            assert torch.equal(reader.read("exp_avg", name, start, count), 2 * tensor.flatten()[start : start + count])
+            assert reader.read("step", name, start, count).item() == 7
+
+
+def test_many_pieces_are_spread_over_files_so_that_few_are_in_memory(tmp_path: Path) -> None:
+    write_cut(tmp_path, {f"layer.{i}": torch.zeros(10) for i in range(4)}, [], limit=100)  # two tensors of 40 bytes in each
+    names = {f"optimizer-00000-of-00001{number}.safetensors" for number in ("", "-1")}
+    assert {file.name for file in tmp_path.iterdir()} == names
+
+
+def test_a_missing_file_of_a_rank_is_named(tmp_path: Path) -> None:
+    write_cut(tmp_path, {"weight": torch.arange(12.0).reshape(3, 4)}, [5])
+    (tmp_path / "optimizer-00001-of-00002.safetensors").unlink()
+    with PieceReader(tmp_path) as reader, pytest.raises(ValueError, match="lacks elements 5 to 12 of fp32/weight"):
+        reader.whole("weight")
+
+
+def test_a_folder_without_pieces_and_a_damaged_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no training state"):
+        PieceReader(tmp_path)
+    (tmp_path / "optimizer-00000-of-00001.safetensors").write_bytes(b"nonsense" * 10)
+    with pytest.raises(ValueError, match="optimizer-00000-of-00001.safetensors is damaged"):
+        PieceReader(tmp_path)

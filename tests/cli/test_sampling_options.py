@@ -1,0 +1,79 @@
+"""Sampling on the command line: what was given is told from what was not, and each value arrives as it was written."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from bumblebee.cli.parser import Parser
+from bumblebee.cli.sampling_options import add_sampling_options, given_sampling
+from bumblebee.inference.sampling_params import SamplingParams
+
+
+def given(*words: str, group: str = "", leave_out: tuple[str, ...] = ()) -> dict:
+    parser = Parser(prog="test")
+    add_sampling_options(parser, group, leave_out)
+    return given_sampling(parser.parse(list(words)), group)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], {}),
+        (["--temperature", "0", "--top_k", "0"], {"temperature": 0.0, "top_k": 0}),
+        (["--temperature", "1", "--max_new_tokens=128"], {"temperature": 1.0, "max_new_tokens": 128}),
+        (["--seed", "null", "--logprobs", "0"], {"logprobs": 0}),
+        (["--ignore_eos"], {"ignore_eos": True}),
+        (["--no_ignore_eos"], {"ignore_eos": False}),
+        (["--stop", "###"], {"stop": ["###"]}),
+        (["--stop", "5", "null", "[INST]", "a: {x}", "--seed", "7"], {"stop": ["5", "null", "[INST]", "a: {x}"], "seed": 7}),
+        (["--stop=a=b"], {"stop": ["a=b"]}),
+        (['--stop=["--", "a"]'], {"stop": ["--", "a"]}),
+        (["--stop_ids", "5"], {"stop_ids": [5]}),
+        (["--stop_ids", "5", "6"], {"stop_ids": [5, 6]}),
+        (["--spelled_ids", "5"], {"spelled_ids": [5]}),
+        (["--logit_bias", "{50: -100, 7: 0.5}"], {"logit_bias": {50: -100.0, 7: 0.5}}),
+        (["--logit_bias", '{"50": -100}'], {"logit_bias": {50: -100.0}}),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_is_given_arrives_and_nothing_else(words, expected):
+    assert given(*words) == expected
+    if words:
+        grouped = [word.replace("--", "--sampling.", 1) if word.startswith("--") else word for word in words]
+        grouped = [word.replace("--sampling.no_", "--no_sampling.") for word in grouped]
+        assert given(*grouped, group="sampling") == expected
+
+
+def test_every_field_is_an_option_with_help():
+    parser = Parser(prog="test")
+    add_sampling_options(parser)
+    options = {action.dest: action.help for action in parser._actions}
+    assert all(len(options[field.name]) > 10 for field in fields(SamplingParams))
+
+
+def test_a_field_that_is_left_out_is_no_option(capsys):
+    with pytest.raises(SystemExit):
+        given("--logprobs", "3", leave_out=("logprobs",))
+    assert "unknown option 'logprobs'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temperature", "hot"], "temperature: expected a number or null, got hot"),
+        (["--temperature"], "--temperature: expected a value after it"),
+        (["--stop"], "--stop: expected a value after it"),
+        (["--stop_ids", "x"], "stop_ids: expected a whole number or null, got x"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_in_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        given(*words)
+    assert ended.value.code == 2 and capsys.readouterr().err == f"bumblebee: {message}\n"
+
+
+def test_a_value_out_of_its_range_is_refused():
+    with pytest.raises(ValueError, match=r"top_p must be more than 0 and at most 1, got 2\.0"):
+        given("--top_p", "2")

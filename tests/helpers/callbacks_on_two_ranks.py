@@ -1,0 +1,60 @@
+"""Trains on all ranks of a launcher with callbacks that talk to other ranks; ``test_run_on_two_ranks.py`` starts it.
+
+    torchrun --nproc_per_node 2 tests/helpers/callbacks_on_two_ranks.py FOLDER STAGE
+
+Each rank writes what it has seen to FOLDER/rank-<n>.json.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import callbacks
+from bumblebee.callback import Callback
+from bumblebee.distributed import process_group
+from bumblebee.optim import Constant
+from bumblebee.tasks.language_modeling import LanguageModeling
+from bumblebee.tokenizer.tokenizer import Tokenizer
+from bumblebee.trainer import Trainer
+from helpers.training_runs import Recorder, Rows, small_model
+
+
+class Losing(Callback):
+    """Validations that only the first improves on."""
+
+    def on_step_end(self, trainer: Any) -> None:
+        if trainer.step % 2 == 0:
+            trainer.call("on_validation_end", {"validation_loss": float(trainer.step)})
+
+
+def main(folder: Path, stage: int) -> None:
+    data = Rows(samples=64, targets=(16,))
+    data.tokenizer = Tokenizer.train(["the bees of the hive"], 300)
+    task = LanguageModeling(small_model(vocab_size=300))
+    recorder = Recorder()
+    uses = {
+        "recorder": recorder,
+        "losing": Losing(),
+        "stop": callbacks.EarlyStopping(patience=2),
+        "checkpoint": callbacks.Checkpoint(every=None, keep=1, best=1, minutes=1e-9, save_last=False),
+        "throughput": callbacks.Throughput(every=2, peak_tflops=1.0),
+        "samples": callbacks.Samples(["the bee"], every=1, max_new_tokens=4 + process_group.rank(), temperature=0.0),
+        "profiler": callbacks.Profiler(start=1, steps=1),
+    }
+    trainer = Trainer(max_steps=20, micro_batch_size=2, accumulate=2, precision="fp32", zero_stage=stage, device="cpu")
+    with redirect_stdout(io.StringIO()) as out:
+        trainer.fit(task, data, partial(torch.optim.AdamW, lr=1e-2), Constant(), uses, folder / "run")
+    seen = {"step": trainer.step, "out": out.getvalue(), "metrics": recorder.metrics}
+    (folder / f"rank-{process_group.rank()}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

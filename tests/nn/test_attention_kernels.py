@@ -1,0 +1,210 @@
+"""Every attention kernel computes the formula, and the mask says what its docstring says.
+
+The formula is written once more here with Python loops, so that a mistake in the mask, which all kernels share, is seen.
+Shapes: B rows, T queries and keys, H query heads, K key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bumblebee.nn.attention import Attention
+from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, choose, flash, naive, sdpa
+
+B, T, H, D = 2, 7, 4, 8
+PACKED = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]])  # the last two of row 0 are padding
+
+MASKS = {"causal": AttentionMask, "packed": lambda: AttentionMask.packed(PACKED)}
+WINDOWS = [None, 1, 3, 100]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def inputs(groups: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(groups)
+    shapes = [(B, T, H, D), (B, T, H // groups, D), (B, T, H // groups, D)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def sees(mask: AttentionMask, row: int, query: int, key: int, window: int | None) -> bool:
+    """The rule of the mask, for one pair."""
+    same = mask.documents is None or bool(mask.documents[row, query] == mask.documents[row, key])
+    return key <= query and same and (window is None or query - key < window)
+
+
+def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask, window: int | None) -> torch.Tensor:
+    """Softmax of scores over the keys that are seen, one query and one head at a time."""
+    out = torch.zeros_like(q)
+    for b, t, h in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
+        group = h // (q.shape[2] // k.shape[2])
+        seen = [s for s in range(k.shape[1]) if sees(mask, b, t, s, window)]
+        weights = torch.softmax(torch.stack([q[b, t, h] @ k[b, s, group] / math.sqrt(q.shape[3]) for s in seen]), 0)
+        out[b, t, h] = sum(weight * v[b, s, group] for weight, s in zip(weights, seen, strict=True))
+    return out
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("layout", MASKS)
+def test_naive_equals_the_formula_written_with_loops(layout, groups, window):
+    make = MASKS[layout]
+    q, k, v = inputs(groups)
+    torch.testing.assert_close(naive(q, k, v, make(), window), by_hand(q, k, v, make(), window), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("layout", MASKS)
+def test_sdpa_equals_naive(layout, groups, dtype, window):
+    make = MASKS[layout]
+    q, k, v = inputs(groups, dtype)
+    out = sdpa(q, k, v, make(), window)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, naive(q, k, v, make(), window), rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("layout", MASKS)
+def test_sdpa_gradients_equal_naive_gradients(layout, window):
+    make = MASKS[layout]
+
+    def gradients(kernel):
+        leaves = [x.requires_grad_() for x in inputs(2)]
+        return torch.autograd.grad(kernel(*leaves, make(), window).square().sum(), leaves)
+
+    torch.testing.assert_close(gradients(sdpa), gradients(naive), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["naive", "sdpa"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_padding_rows_attend_to_themselves_and_give_no_nan(kernel, dtype):
+    q, k, v = inputs(2, dtype)
+    out = KERNELS[kernel](q, k, v, AttentionMask.packed(torch.zeros(B, T, dtype=torch.int64)))
+    torch.testing.assert_close(out, v.repeat_interleave(2, dim=2), rtol=0, atol=TOLERANCE[dtype])
+
+
+@st.composite
+def rows_of_documents(draw) -> list[list[int]]:
+    """For each row the lengths of its documents; all rows are equally long."""
+    length = draw(st.integers(1, 12))
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        cuts = sorted(draw(st.sets(st.integers(1, length - 1)) if length > 1 else st.just(set())))
+        rows.append([end - start for start, end in zip([0, *cuts], [*cuts, length], strict=True)])
+    return rows
+
+
+@settings(deadline=None)
+@given(rows_of_documents())
+def test_a_packed_mask_shows_each_query_its_own_document_up_to_itself(rows):
+    position_ids = torch.tensor([[place for length in row for place in range(length)] for row in rows])
+    numbers = [[n for n, length in enumerate(row) for _ in range(length)] for row in rows]
+    length = position_ids.shape[1]
+    mask = AttentionMask.packed(position_ids)
+    expected = [[[row[q] == row[k] and k <= q for k in range(length)] for q in range(length)] for row in numbers]
+    assert mask.dense(length, length, torch.device("cpu"))[:, 0].tolist() == expected
+
+
+@settings(deadline=None)
+@given(rows_of_documents())
+def test_cumulative_lengths_are_those_of_the_documents_of_all_rows(rows):
+    position_ids = torch.tensor([[place for length in row for place in range(length)] for row in rows])
+    ends, longest = AttentionMask.packed(position_ids).cumulative_lengths
+    lengths = [length for row in rows for length in row]
+    assert ends.dtype == torch.int32
+    assert ends.diff().tolist() == lengths and ends[0] == 0 and longest == max(lengths)
+
+
+def fake_flash_attn(q, k, v, causal, window_size, dropout_p):
+    """What flash_attn_func promises: position i sees those from i - left to i + right, all where it is -1."""
+    left, right = window_size
+    assert causal and right in (-1, 0) and dropout_p == 0
+    return naive(q, k, v, AttentionMask(), None if left < 0 else left + 1)
+
+
+def fake_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, **options):
+    """What flash_attn_varlen_func promises: the same inside each stretch of the flattened batch."""
+    assert q.dim() == 3 and starts_q is starts_k and longest_q == longest_k == int(starts_q.diff().max())
+    stretches = zip(starts_q[:-1].tolist(), starts_q[1:].tolist(), strict=True)
+    return torch.cat([fake_flash_attn(q[None, a:b], k[None, a:b], v[None, a:b], **options)[0] for a, b in stretches])
+
+
+@pytest.fixture
+def fake_flash(monkeypatch):
+    """A stand-in for the flash-attn package that follows its documentation, so that the wiring is tested without a GPU."""
+    package = SimpleNamespace(flash_attn_func=fake_flash_attn, flash_attn_varlen_func=fake_varlen)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("layout", MASKS)
+def test_flash_hands_its_package_the_same_attention(layout, window, fake_flash):
+    make = MASKS[layout]
+    q, k, v = inputs(2)
+    torch.testing.assert_close(flash(q, k, v, make(), window), naive(q, k, v, make(), window), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["naive", "sdpa"])
+def test_attention_weights_are_dropped_and_the_others_scaled(kernel):
+    """Over many draws the mean is what it is without dropout."""
+    q, k, v = inputs(2)
+    torch.manual_seed(0)
+    drawn = torch.stack([KERNELS[kernel](q, k, v, AttentionMask(), None, 0.3) for _ in range(2000)])
+    plain = KERNELS[kernel](q, k, v, AttentionMask())
+    assert (drawn[0] != plain).any()
+    torch.testing.assert_close(drawn[:, :, 0].eq(0).all(-1).float().mean(), torch.tensor(0.3), rtol=0, atol=0.02)
+    torch.testing.assert_close(drawn.mean(0), plain, rtol=0, atol=0.12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("layout", MASKS)
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+def test_gpu_kernels_equal_naive(kernel, layout, groups, window):
+    if kernel == "flash":
+        pytest.importorskip("flash_attn")
+    make = MASKS[layout]
+    q, k, v = (x.cuda() for x in inputs(groups, torch.bfloat16))
+    mask = make()
+    moved = AttentionMask(None if mask.documents is None else mask.documents.cuda())
+    torch.testing.assert_close(KERNELS[kernel](q, k, v, moved, window), naive(q, k, v, moved, window), rtol=0, atol=2e-2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_flash_without_a_gpu_is_refused_and_the_message_says_what_it_needs(dtype):
+    with pytest.raises(ValueError, match=r"'flash' needs the flash-attn package \(pip install .*no GPU is visible"):
+        choose("flash", dtype)
+
+
+def test_auto_is_sdpa_where_flash_cannot_run():
+    assert choose("auto", torch.float32) == "sdpa"
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown attention 'flsh'; known are auto, naive, sdpa, flash"):
+        choose("flsh", torch.float32)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_the_dense_mask_of_a_plain_window_is_lower_triangular(queries, keys):
+    dense = AttentionMask().dense(queries, keys, torch.device("cpu"))
+    assert dense[0, 0].tolist() == [[k <= q for k in range(keys)] for q in range(queries)]
+
+
+def test_attention_of_two_kernels_is_the_same_module_otherwise():
+    torch.manual_seed(0)
+    modules = [Attention(32, H, 2, D, bias=True, output_bias=True, kernel=kernel) for kernel in ("naive", "sdpa")]
+    modules[1].load_state_dict(modules[0].state_dict())
+    x, ones = torch.randn(B, T, 32), torch.ones(B, T, 1, D // 2)
+    outs = [module(x, (ones, torch.zeros_like(ones)), AttentionMask()) for module in modules]
+    torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=1e-5)

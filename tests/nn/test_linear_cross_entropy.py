@@ -1,0 +1,95 @@
+"""Cross-entropy in chunks equals torch's over the whole logits, with its gradients, however small the chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy as whole_cross_entropy
+
+from bumblebee.nn.linear_cross_entropy import Weighing, _cut, linear_cross_entropy
+
+MODULE = "bumblebee.nn.linear_cross_entropy"
+D, V = 8, 11
+
+
+@pytest.fixture(params=[(1, 1), (3, V), (3, 2 * V), (2**20, 2**20)], ids=["rows", "chunks", "blocks in chunks", "one chunk"])
+def chunk(request, monkeypatch):
+    monkeypatch.setattr(f"{MODULE}.ROWS", request.param[0])
+    monkeypatch.setattr(f"{MODULE}.CACHED", {"cpu": request.param[1]})
+
+
+def inputs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    hidden, weight = torch.randn(rows, D, generator=generator), torch.randn(V, D, generator=generator)
+    labels = torch.randint(V, (rows,), generator=generator)
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
+
+
+def naive(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return whole_cross_entropy((hidden @ weight.T).float(), labels, reduction="none")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 10])
+@pytest.mark.parametrize("weights", ["alike", "each its own"])
+def test_losses_and_gradients_equal_those_of_the_whole_logits(chunk, rows, weights, dtype, tolerance):
+    hidden, weight, labels = inputs(rows, dtype)
+    slopes = torch.linspace(0.5, 0.5 if weights == "alike" else 2.0, rows)
+    ours, theirs = linear_cross_entropy(hidden, weight, labels), naive(hidden, weight, labels)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    pairs = [torch.autograd.grad(losses, (hidden, weight), slopes) for losses in (ours, theirs)]
+    assert [grad.dtype for grad in pairs[0]] == [dtype, dtype]
+    torch.testing.assert_close(pairs[0], pairs[1], rtol=tolerance, atol=tolerance)
+
+
+def test_no_rows_give_no_losses_and_zero_gradients(chunk):
+    hidden, weight, labels = inputs(0)
+    losses = linear_cross_entropy(hidden, weight, labels)
+    losses.sum().backward()
+    assert losses.shape == (0,) and weight.grad.eq(0).all()
+
+
+def test_huge_logits_give_finite_losses_and_gradients(chunk):
+    hidden, weight, labels = inputs(4)
+    losses = linear_cross_entropy(1e4 * hidden, weight, labels)
+    losses.sum().backward()
+    assert losses.isfinite().all() and weight.grad.isfinite().all() and hidden.grad.isfinite().all()
+
+
+def test_what_the_backward_passes_found_changes_no_gradient(chunk):
+    """Whether slopes were taken in the forward pass, in the backward pass, or in both."""
+    hidden, weight, labels = inputs(10)
+    weighing = Weighing()
+    alike, own = torch.full((10,), 0.3), torch.linspace(0.5, 2.0, 10)
+    found = []
+    for slopes in (alike, own, own, alike, alike):
+        losses = linear_cross_entropy(hidden, weight, labels, weighing)
+        found.append(torch.autograd.grad(losses, (hidden, weight), slopes))
+        assert weighing.alike == (slopes is alike)
+    for first, second in ((0, 3), (0, 4), (1, 2)):
+        assert all(torch.equal(a, b) for a, b in zip(found[first], found[second], strict=True))
+
+
+def test_a_second_backward_pass_gives_the_same_gradients(chunk):
+    hidden, weight, labels = inputs(10)
+    losses = linear_cross_entropy(hidden, weight, labels).sum()
+    once, twice = (torch.autograd.grad(losses, (hidden, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+def test_only_the_gradients_that_are_asked_for_are_computed(chunk):
+    hidden, weight, labels = inputs(10)
+    linear_cross_entropy(hidden, weight.detach(), labels).sum().backward()
+    expected = torch.autograd.grad(naive(hidden, weight, labels).sum(), hidden)[0]
+    torch.testing.assert_close(hidden.grad, expected)
+    assert weight.grad is None
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 50), st.integers(1, 60))
+def test_a_cut_has_every_row_once_and_in_order(rows, size):
+    slices = _cut(rows, size)
+    assert [row for part in slices for row in range(rows)[part]] == list(range(rows))

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bumblebee.cli.main import main
+from bumblebee.plotting.run_comparison import Comparison, Run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[str]:
+    """Two runs of four steps, validated after two; the second lost its last line in a kill."""
+    for name, slope in (("wide", 1.0), ("deep", 0.5)):
+        lines = [{"step": n, "epoch": n / 4, "loss": 4 - slope * n, "tokens": 100 * n, "seconds": 0.5 * n} for n in range(1, 5)]
+        lines.insert(2, {"step": 2, "epoch": 0.5, "validation_loss": 3 - slope, "seconds": 1.1})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (tmp_path / "deep" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 5, "lo')
+    return [str(tmp_path / "wide"), str(tmp_path / "deep")]
+
+
+def test_a_picture_has_each_runs_values_their_average_and_what_was_held_out(runs):
+    (curves,) = Comparison(runs, smoothing=0.5).panels().values()
+    wide, deep = curves
+    assert (wide.name, deep.name) == ("wide", "deep")
+    assert wide.at == [1, 2, 3, 4] and wide.values == [3.0, 2.0, 1.0, 0.0]
+    assert deep.held_out == ([2], [2.5])
+
+
+@pytest.mark.parametrize(("along", "places", "held_out"), [("tokens", [100, 200, 300, 400], [200]), ("epoch", None, [0.5])])
+def test_a_validation_stands_where_its_step_stands(runs, along, places, held_out):
+    (curves,) = Comparison(runs, along=along).panels().values()
+    assert curves[0].at == (places or [0.25, 0.5, 0.75, 1.0])
+    assert curves[0].held_out[0] == held_out
+
+
+def test_values_that_are_no_numbers_leave_a_gap(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": 1.5}\n{"step": 3}\n')
+    assert Run.read(tmp_path).column("loss", "step") == ([2], [1.5])
+
+
+def test_names_are_as_short_as_tells_runs_apart(runs, tmp_path):
+    (tmp_path / "other").mkdir()
+    (Path(runs[0])).rename(tmp_path / "other" / "deep")
+    names = Comparison([str(tmp_path / "other" / "deep"), runs[1]]).names
+    assert names == ["other/deep", f"{tmp_path.name}/deep"]
+
+
+def test_the_command_writes_the_picture_and_prints_what_was_reached(runs, tmp_path, capsys):
+    for ending, begin in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        main(["plot", *runs, "--output", str(tmp_path / f"new/two.{ending}"), "--smoothing", "0"])
+        assert (tmp_path / f"new/two.{ending}").read_bytes().startswith(begin)
+    head, wide, deep = capsys.readouterr().out.splitlines()[:3]
+    assert head.split("  ")[0] == "run" and "best validation_loss" in head
+    assert wide.split() == ["wide", "4", "400", "0:00:02", "0.0000", "2.0000"]
+    assert deep.split() == ["deep", "4", "400", "0:00:02", "2.0000", "2.5000"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["{wide}x"], "is no run: it has no metrics.jsonl (did you mean"),
+        (["{wide}", "--metrics", "los"], "no run has 'los' (did you mean 'loss'"),
+        (["{wide}", "--output", "{wide}/a.doc"], "must end in a format of pictures"),
+        (["{wide}", "--smoothing", "1"], "smoothing must be in [0, 1), got 1.0"),
+        (["{wide}", "--along", "minutes"], "along"),
+        ([], "runs is missing"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_write_nothing(runs, tmp_path, capsys, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        main(["plot", *(word.replace("{wide}", runs[0]) for word in words)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and told in line
+    assert sorted(tmp_path.rglob("*")) == before

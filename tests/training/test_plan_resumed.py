@@ -1,0 +1,56 @@
+"""A plan that takes over from another one, with other ranks or batch sizes: no sample twice, none skipped."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bumblebee.training.plan import Plan, Position
+
+sizes = st.integers(1, 4)
+
+
+def used(plan: Plan, first: int, last: int) -> list[tuple[int, int]]:
+    """(epoch, sample) of all ranks in steps ``first`` to ``last``, in order of use."""
+    found = []
+    for step in range(first, last):
+        places = [place for rank in range(plan.world_size) for place in plan.window(step, rank)]
+        found += sorted((place.epoch, sample) for place in places for sample in range(place.first, place.last))
+    return found
+
+
+@given(st.integers(1, 40), sizes, sizes, sizes, sizes, sizes, sizes, st.data())
+def test_every_sample_of_every_epoch_is_used_once_whoever_continues(
+    samples: int, micro: int, accumulate: int, ranks: int, micro2: int, accumulate2: int, ranks2: int, data: st.DataObject
+) -> None:
+    epochs = 3
+    before = Plan.of(samples, micro, accumulate, ranks, epochs, None)
+    cut = data.draw(st.integers(0, before.max_steps))
+    after = Plan.of(samples, micro2, accumulate2, ranks2, epochs, None, before.position(cut))
+    whole = used(before, 0, cut) + used(after, cut, after.max_steps)
+    assert whole == [(epoch, sample) for epoch in range(epochs) for sample in range(samples)]
+    assert after.epoch(after.max_steps) == epochs
+
+
+@given(st.integers(1, 40), sizes, sizes, sizes, st.floats(0.1, 4), st.data())
+def test_the_same_plan_taken_up_again_goes_on_as_if_nothing_had_been(
+    samples: int, micro: int, accumulate: int, ranks: int, epochs: float, data: st.DataObject
+) -> None:
+    whole = Plan.of(samples, micro, accumulate, ranks, epochs, None)
+    cut = data.draw(st.integers(0, whole.max_steps))
+    resumed = Plan.of(samples, micro, accumulate, ranks, epochs, None, whole.position(cut))
+    assert resumed.max_steps == whole.max_steps
+    for step in range(cut, whole.max_steps):
+        assert resumed.epoch(step) == whole.epoch(step)
+        assert [resumed.window(step, rank) for rank in range(ranks)] == [whole.window(step, rank) for rank in range(ranks)]
+
+
+def test_a_longer_run_continues_where_the_shorter_one_ended() -> None:
+    short = Plan.of(10, 2, 2, 1, 1.0, None)
+    assert short.position(short.max_steps) == Position(3, 1, 0)
+    longer = Plan.of(10, 2, 2, 1, 2.0, None, short.position(short.max_steps))
+    assert longer.max_steps == 6 and longer.window(3, 0)[0].epoch == 1
+
+
+def test_max_steps_counts_the_steps_before_the_resume() -> None:
+    assert Plan.of(10, 1, 1, 1, 3.0, 7, Position(5, 0, 5)).max_steps == 7
