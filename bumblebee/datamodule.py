@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,7 @@ class DataModule(ABC):
 
     def without_targets(self, batch: Batch) -> Batch:
         """The same batch with nothing to learn from: ranks that have run out of samples in an epoch's last step use it."""
-        return {**batch, "labels": batch["labels"].clone().fill_(IGNORE)}  # a batch of one may be the sample itself
+        return {**batch, "labels": batch["labels"].clone().fill_(IGNORE_INDEX)}  # a batch of one may be the sample itself
 
     def origin(self, index: int) -> str:
         """Where a training sample came from, for people: files and lines where they are known."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bumblebee.callback import Callback
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +78,7 @@ def pairs(data: DataModule, samples: Sequence[Any]) -> tuple[np.ndarray, np.ndar
     firsts, seconds = [], []
     for index in range(len(samples)):
         batch = data.collate([samples[index]])
-        wanted = batch["labels"] != IGNORE
+        wanted = batch["labels"] != IGNORE_INDEX
         firsts.append(batch["input_ids"][wanted].numpy())
         seconds.append(batch["labels"][wanted].numpy())
     return np.concatenate(firsts), np.concatenate(seconds)

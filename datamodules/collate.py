@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bumblebee.datamodule import Batch
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from datamodules.packing import Windows
 from datamodules.token_cache import Piece, TokenCache
 from datamodules.truncation import Pieces
@@ -76,7 +76,7 @@ def width_of(rows: list[list[Piece]]) -> int:
 def tensors(rows: list[list[Piece]], width: int, pad: int) -> Batch:
     """Rows of pieces -> ``input_ids``, ``labels``, ``position_ids``, each (rows, width) int64, padded on the right."""
     input_ids = np.full((len(rows), width), pad, dtype=np.int64)
-    labels = np.full_like(input_ids, IGNORE)
+    labels = np.full_like(input_ids, IGNORE_INDEX)
     position_ids = np.zeros_like(input_ids)
     for row, pieces in enumerate(rows):
         at = 0

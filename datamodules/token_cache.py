@@ -30,12 +30,14 @@ from typing import Any
 import numpy as np
 
 from bumblebee.checkpoint.atomic import read_json, remove, write_json
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 
 FORMAT = 2  # raised whenever the content of a cache changes for the same inputs
 LARGE = 1 << 26  # bytes; the digests of larger files are remembered
 
-Piece = tuple[np.ndarray, np.ndarray]  # inputs and labels, int64 (T,) each: the label is the token that follows, or IGNORE
+Piece = tuple[
+    np.ndarray, np.ndarray
+]  # inputs and labels, int64 (T,) each: the label is the token that follows, or IGNORE_INDEX
 
 
 class TokenCache:
@@ -88,7 +90,7 @@ class TokenCache:
         tokens = self.tokens[start : start + length + 1].astype(np.int64)
         if self._bits is None:
             return tokens[:-1], tokens[1:]
-        return tokens[:-1], np.where(self.trained(start + 1, start + length + 1), tokens[1:], IGNORE)
+        return tokens[:-1], np.where(self.trained(start + 1, start + length + 1), tokens[1:], IGNORE_INDEX)
 
     def origin(self, sample: int) -> str:
         """FILE:LINE of a sample."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bumblebee.cache_dir import cache_folder
+from bumblebee.cache_dir import resolve_cache_dir
 from bumblebee.datamodule import DataModule
 from bumblebee.distributed import process_group
 from bumblebee.tokenizer.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ class TokenData(DataModule):
         self.files, self.validation_files = files, validation_files
         self.max_length, self.validation_ratio = max_length, validation_ratio
         self.deduplicate, self.on_bad_record = deduplicate, on_bad_record
-        self.cache_dir = cache_folder(cache_dir)
+        self.cache_dir = resolve_cache_dir(cache_dir)
         self.tokenizer_folder = tokenizer
 
     @abstractmethod

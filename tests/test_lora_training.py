@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.reference_loop import IGNORE, steps_of
+from helpers.reference_loop import IGNORE_INDEX, steps_of
 from helpers.training_runs import LENGTH, Rows, adapter_bytes, small_model, train
 from safetensors.torch import load_file
 
@@ -63,11 +63,13 @@ def plain_peft(base: Path, start: Path, steps: int) -> dict[str, torch.Tensor]:
     rows.setup(0)
     for chosen in steps_of(len(rows.train), 4, steps, 42):
         inputs, labels = (torch.stack(part) for part in zip(*(rows.train[index] for index in chosen), strict=True))
-        targets = int((labels != IGNORE).sum())
+        targets = int((labels != IGNORE_INDEX).sum())
         if targets == 0:
             continue
         logits = model(inputs).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
         (loss / targets).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

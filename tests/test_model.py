@@ -13,7 +13,7 @@ from torch import nn
 from bumblebee import Bumblebee, BumblebeeConfig, Generator, SamplingParams
 from bumblebee.config import PRESETS
 from bumblebee.model import Block
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.lm_head import Head
 from bumblebee.nn.mlp import GatedFFN, PlainFFN
 
@@ -52,7 +52,7 @@ def test_logits_at_gives_the_logits_of_some_tokens_of_the_flattened_batch(model,
 
 def test_losses_are_the_cross_entropy_of_the_logits(model, input_ids):
     labels = input_ids.roll(-1, dims=1)
-    labels[:, -1] = IGNORE
+    labels[:, -1] = IGNORE_INDEX
     expected = nn.functional.cross_entropy(model(input_ids).flatten(0, 1), labels.flatten(), reduction="none")
     losses = model(input_ids, labels=labels)
     torch.testing.assert_close(losses.flatten(), expected, rtol=0, atol=1e-5)
@@ -61,7 +61,7 @@ def test_losses_are_the_cross_entropy_of_the_logits(model, input_ids):
 
 def test_a_batch_without_targets_gives_zero_loss_and_zero_finite_gradients(model, input_ids):
     model.zero_grad()
-    losses = model(input_ids, labels=torch.full_like(input_ids, IGNORE))
+    losses = model(input_ids, labels=torch.full_like(input_ids, IGNORE_INDEX))
     losses.sum().backward()
     assert losses.eq(0).all()
     for name, parameter in model.named_parameters():

@@ -35,7 +35,7 @@ USAGE = """usage: bumblebee COMMAND [options]
 
 {commands}
 
-bumblebee COMMAND --help tells the options of a command.
+bumblebee COMMAND --help lists the options of a command; --log_level debug|info|warning|error works with all of them.
 Several devices: torchrun --nproc_per_node N -m bumblebee fit ..., or deepspeed --module bumblebee fit ...
 """
 
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     find_classes_here()
     words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
+    words = configure_logging(words)
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE.format(commands="\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items())), end="")
         return
@@ -68,6 +69,26 @@ def main(argv: list[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def configure_logging(words: list[str]) -> list[str]:
+    """Apply ``--log_level LEVEL``, which every command accepts anywhere, and return the words without it."""
+    from bumblebee.cli import logs
+
+    level, rest = "info", []
+    remaining = iter(words)
+    for word in remaining:
+        name, equals, value = word.partition("=")
+        if name == "--log_level":
+            level = value if equals else next(remaining, "")
+        else:
+            rest.append(word)
+    if level not in logs.LEVELS:
+        from bumblebee.cli.parser import fail
+
+        fail(f"--log_level: expected {', '.join(logs.LEVELS[:-1])} or {logs.LEVELS[-1]}, got {level or 'nothing'}")
+    logs.configure(level)
+    return rest
 
 
 def find_classes_here() -> None:

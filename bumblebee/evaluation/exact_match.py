@@ -13,7 +13,7 @@ from bumblebee.datamodule import DataModule
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.request import Request
 from bumblebee.inference.sampling_params import SamplingParams
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 
 ROLES = ("system", "user", "assistant")  # what is left of a turn's mark in many templates, without its special token
 
@@ -69,7 +69,7 @@ def _in_row(input_ids: list[int], labels: list[int], position_ids: list[int]) ->
     """A piece of a row begins wherever the position is 0; its runs of targets are answers, and padding has none."""
     begins = [place for place, position in enumerate(position_ids) if position == 0]
     for begin, end in zip(begins, [*begins[1:], len(labels)], strict=True):
-        runs = groupby(range(begin, end), lambda place: labels[place] != IGNORE)
+        runs = groupby(range(begin, end), lambda place: labels[place] != IGNORE_INDEX)
         answers = [list(places) for trained, places in runs if trained]
         said = begin  # where what is not yet answered begins
         for turn, (first, *rest) in enumerate(answers, start=1):

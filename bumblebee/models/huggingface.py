@@ -33,7 +33,7 @@ from bumblebee.checkpoint.weight_mapping import Rule
 from bumblebee.config import BumblebeeConfig
 from bumblebee.distributed import process_group
 from bumblebee.models.base import LanguageModel
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, choose
 from bumblebee.nn.lm_head import Head
 
@@ -157,7 +157,7 @@ class HuggingFaceModel(LanguageModel):
     def _from_logits(logits: Tensor, labels: Tensor | None, logits_at: Tensor | None) -> Tensor:
         if labels is not None:
             flat = logits.flatten(0, 1).float()
-            return cross_entropy(flat, labels.flatten(), ignore_index=IGNORE, reduction="none").view(labels.shape)
+            return cross_entropy(flat, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view(labels.shape)
         return logits if logits_at is None else logits.flatten(0, 1)[logits_at]
 
     @torch.no_grad()

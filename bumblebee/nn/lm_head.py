@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.linear_cross_entropy import Weighing, linear_cross_entropy
 
 
@@ -44,7 +44,7 @@ class Head(nn.Linear):
         if labels is None:
             return super().forward(hidden)
         # Only targets reach the matrix product: prompts and padding cost nothing. On a GPU the indexing waits for it once.
-        where = labels != IGNORE
+        where = labels != IGNORE_INDEX
         targets, weight = hidden[where], self.weight
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)

@@ -18,7 +18,7 @@ from bumblebee.datamodule import Batch
 from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed.ds_config import HALF, deepspeed_config, read_overrides
 from bumblebee.hardware import flops, memory_stats
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.attention_kernels import choose
 from bumblebee.optim import Constant, parameter_groups
 from bumblebee.preview.dry_run import MOST, Failed, Rehearsal, places, rehearse
@@ -123,7 +123,7 @@ class Preview:
     def computed(self, setup: Setup) -> Memory:
         """By formula."""
         rows, length = self.batch["input_ids"].shape
-        targets = int((self.batch["labels"] != IGNORE).sum())
+        targets = int((self.batch["labels"] != IGNORE_INDEX).sum())
         return estimate(self.size, setup, MicroBatch(rows, length, targets, self.kernel or "sdpa"), self.beside)
 
     @property

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bumblebee.datamodule import Batch, DataModule
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from bumblebee.tokenizer.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def rows(batch: Batch) -> list[Row]:
 def _row(ids: list[int], labels: list[int], positions: list[Any]) -> Row:
     end = len(ids) - _padding(ids, labels, positions)
     runs: list[tuple[list[int], bool] | None] = []
-    asked = IGNORE  # by the position before
+    asked = IGNORE_INDEX  # by the position before
 
     def add(token: int, trained: bool) -> None:
         last = runs[-1] if runs else None
@@ -80,14 +80,14 @@ def _row(ids: list[int], labels: list[int], positions: list[Any]) -> Row:
 
     for place in range(end):
         begins = place > 0 and positions[place] == 0
-        if asked != IGNORE and (begins or asked != ids[place]):
+        if asked != IGNORE_INDEX and (begins or asked != ids[place]):
             add(asked, True)
-            asked = IGNORE
+            asked = IGNORE_INDEX
         if begins:
             runs.append(None)
-        add(ids[place], asked != IGNORE)
+        add(ids[place], asked != IGNORE_INDEX)
         asked = labels[place]
-    if asked != IGNORE:
+    if asked != IGNORE_INDEX:
         add(asked, True)
     return Row(runs, len(ids) - end)
 
@@ -95,8 +95,8 @@ def _row(ids: list[int], labels: list[int], positions: list[Any]) -> Row:
 def _padding(ids: list[int], labels: list[int], positions: list[Any]) -> int:
     """Places at the end with one and the same token, of which nothing is asked and which nobody is to predict."""
     end = len(ids)
-    while end > 0 and ids[end - 1] == ids[-1] and labels[end - 1] == IGNORE:
-        if end > 1 and labels[end - 2] != IGNORE and positions[end - 1] != 0:
+    while end > 0 and ids[end - 1] == ids[-1] and labels[end - 1] == IGNORE_INDEX:
+        if end > 1 and labels[end - 2] != IGNORE_INDEX and positions[end - 1] != 0:
             break  # the position before predicts it
         end -= 1
     return len(ids) - end

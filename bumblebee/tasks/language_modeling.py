@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bumblebee.datamodule import Batch, DataModule
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tasks.task import Task
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length
 
@@ -42,7 +42,7 @@ class LanguageModeling(Task):
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
         """Targets of the batch."""
-        return {"loss": (batch["labels"] != IGNORE).sum()}
+        return {"loss": (batch["labels"] != IGNORE_INDEX).sum()}
 
     def training_step(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         """The sum of token losses."""
@@ -51,10 +51,10 @@ class LanguageModeling(Task):
     def validation_step(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         """Sums of losses, targets and bytes of the targets' text."""
         labels = batch["labels"]
-        sums = {"loss": self._token_losses(model, batch).double().sum(), "targets": (labels != IGNORE).sum()}
+        sums = {"loss": self._token_losses(model, batch).double().sum(), "targets": (labels != IGNORE_INDEX).sum()}
         if self._token_lengths is not None:
             self._token_lengths = self._token_lengths.to(labels.device)
-            sums["bytes"] = self._token_lengths[labels[labels != IGNORE]].sum()
+            sums["bytes"] = self._token_lengths[labels[labels != IGNORE_INDEX]].sum()
         return sums
 
     def validation_metrics(self, sums: dict[str, float]) -> dict[str, float]:

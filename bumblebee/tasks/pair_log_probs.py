@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bumblebee.datamodule import Batch
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 
 
 def response_log_probabilities(model: Any, batch: Batch) -> Tensor:
@@ -21,7 +21,7 @@ def response_log_probabilities(model: Any, batch: Batch) -> Tensor:
 
 def lengths(batch: Batch) -> Tensor:
     """Targets of each response: (P, 2), chosen and rejected."""
-    return (batch["labels"] != IGNORE).sum(1).view(-1, 2)
+    return (batch["labels"] != IGNORE_INDEX).sum(1).view(-1, 2)
 
 
 def trained_pairs(batch: Batch) -> Tensor:
@@ -36,7 +36,7 @@ def sums(token_log_probabilities: Tensor) -> Tensor:
 
 def discounted_sums(token_log_probabilities: Tensor, batch: Batch, alpha: float) -> Tensor:
     """Like ``sums``, the tokens beyond the shorter response's length counted ``alpha`` times (arXiv 2409.06411)."""
-    targets = batch["labels"] != IGNORE
+    targets = batch["labels"] != IGNORE_INDEX
     shorter = lengths(batch).amin(1).repeat_interleave(2)  # (2P,)
     beyond = targets.cumsum(1) > shorter[:, None]
     return sums(torch.where(beyond, alpha * token_log_probabilities, token_log_probabilities))

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from bumblebee.cache_dir import cache_folder
+from bumblebee.cache_dir import resolve_cache_dir
 from bumblebee.checkpoint.adapters import chain
 from bumblebee.checkpoint.atomic import flush
 from bumblebee.datamodule import Batch
 from bumblebee.distributed import process_group
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tasks.pair_log_probs import trained_pairs
 from bumblebee.tasks.reference import Reference
 from bumblebee.training.loader import batches_in_order
@@ -70,7 +70,7 @@ def precomputed(
     arithmetic = [trainer.precision, trainer.zero_stage == 0]  # at stage 0 half precision is autocast
     named = [FORMAT, weights, arithmetic, *(_tokens_digest(trainer, samples) for samples in kinds.values())]
     key = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:20]
-    file = cache_folder(cache_dir) / "reference" / f"{key}.safetensors"
+    file = resolve_cache_dir(cache_dir) / "reference" / f"{key}.safetensors"
     if process_group.any_rank(not file.is_file(), trainer.device):
         reference = open_reference()
         columns = _compute(reference, trainer, kinds)
@@ -142,7 +142,7 @@ def _tokens_digest(trainer: Trainer, samples: Sequence[Any]) -> str:
 
 def _row_digest(batch: Batch, row: int) -> str:
     """Hash of what a response's log-probability follows from: everything up to its last target."""
-    end = int((batch["labels"][row] != IGNORE).nonzero().max()) + 1
+    end = int((batch["labels"][row] != IGNORE_INDEX).nonzero().max()) + 1
     digest = hashlib.blake2b(digest_size=16)
     for name in ("input_ids", "labels", "position_ids"):
         digest.update(batch[name][row, :end].contiguous().numpy().tobytes())

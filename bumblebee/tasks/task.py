@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.distributed import process_group
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ def counted_tokens(batch: Batch) -> Tensor:
     Not padding, each place of which is a document of its own without a target; and nothing of a row that has no target, which
     stands for no sample.
     """
-    wanted, begins = batch["labels"] != IGNORE, batch["position_ids"] == 0
+    wanted, begins = batch["labels"] != IGNORE_INDEX, batch["position_ids"] == 0
     alone = begins.clone()
     alone[:, :-1] &= begins[:, 1:]
     return ~(alone & ~wanted) & wanted.any(1, keepdim=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bumblebee.config import BumblebeeConfig
 from bumblebee.model import Bumblebee
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.training.loader import epoch_order
 from bumblebee.verify.training_run import SEED, SHAPE, Rows
 
@@ -92,5 +92,5 @@ def _rows_of_steps(samples: int, rows_a_step: int, steps: int) -> list[list[int]
 def _mean_loss(model: Bumblebee, rows: Rows, chosen: list[int], device: torch.device) -> Tensor:
     batch = {name: tensor.to(device) for name, tensor in rows.collate(chosen).items()}
     logits, labels = model(batch["input_ids"], batch["position_ids"]), batch["labels"]
-    total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum()
+    total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (labels != IGNORE_INDEX).sum()

@@ -19,7 +19,7 @@ from bumblebee.callback import Callback
 from bumblebee.config import BumblebeeConfig
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.model import Bumblebee
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.optim import Schedule
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.trainer import Trainer
@@ -52,7 +52,7 @@ class Rows(DataModule):
         wanted = torch.tensor([TARGETS[i % len(TARGETS)] for i in range(self.samples)])
         self.columns = {
             "input_ids": tokens[:, :-1],
-            "labels": tokens[:, 1:].masked_fill(places < LENGTH - wanted[:, None], IGNORE),
+            "labels": tokens[:, 1:].masked_fill(places < LENGTH - wanted[:, None], IGNORE_INDEX),
             "position_ids": torch.where(places < cuts, places, places - cuts),
         }
         self.train = range(self.samples)

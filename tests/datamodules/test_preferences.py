@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.chat_records import preferences, write
 
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.training.loader import epoch_order, train_windows
 from bumblebee.training.plan import Plan
@@ -50,9 +50,9 @@ def test_a_batch_has_the_chosen_and_the_rejected_answer_of_each_pair_behind_the_
             ids = [*prompt, *said]
             length = len(ids) - 1
             assert batch["input_ids"][row, :length].tolist() == ids[:-1]
-            assert batch["labels"][row, :length].tolist() == [IGNORE] * (len(prompt) - 1) + said
+            assert batch["labels"][row, :length].tolist() == [IGNORE_INDEX] * (len(prompt) - 1) + said
             assert batch["position_ids"][row, :length].tolist() == list(range(length))
-            assert (batch["labels"][row, length:] == IGNORE).all() and (batch["position_ids"][row, length:] == 0).all()
+            assert (batch["labels"][row, length:] == IGNORE_INDEX).all() and (batch["position_ids"][row, length:] == 0).all()
 
 
 def test_rows_are_as_wide_as_the_longest_rounded_up_to_eights(make):
@@ -102,7 +102,7 @@ def test_keep_end_cuts_both_prompts_alike_from_the_left_and_never_an_answer(make
         kept = []
         for (inputs, labels), answer in zip(pieces, ("chosen", "rejected"), strict=True):
             prompt, said = row_of(data, records[number], answer)
-            assert labels[labels != IGNORE].tolist() == said
+            assert labels[labels != IGNORE_INDEX].tolist() == said
             kept.append(inputs[: len(inputs) - len(said) + 1].tolist())
             assert len(inputs) <= MAX and kept[-1] == prompt[-len(kept[-1]) :] and kept[-1]
         assert kept[0] == kept[1]
@@ -127,8 +127,8 @@ def test_a_rank_without_pairs_gets_a_batch_without_targets_of_the_same_shape_of_
         [batch for window in train_windows(data, Plan(3, 1, 1, 2, max_steps=2), 1, rank, 0, 0, False) for batch in window]
         for rank in (0, 1)
     )
-    assert all((batch["labels"] != IGNORE).any() for batch in [*first, second[0]])
-    assert (second[1]["labels"] == IGNORE).all() and second[1]["labels"].shape[0] == 2 and len(second[1]["index"]) == 1
+    assert all((batch["labels"] != IGNORE_INDEX).any() for batch in [*first, second[0]])
+    assert (second[1]["labels"] == IGNORE_INDEX).all() and second[1]["labels"].shape[0] == 2 and len(second[1]["index"]) == 1
     assert sorted(int(batch["index"]) for batch in [*first, second[0]]) == [0, 1, 2]
 
 
@@ -170,7 +170,7 @@ def test_a_pair_names_its_record(make, tmp_path):
 def test_the_summary_counts_the_answers_tokens(make):
     data = make(preferences(8))
     batch = data.collate([data.train[index] for index in range(8)])
-    targets = int((batch["labels"] != IGNORE).sum())
+    targets = int((batch["labels"] != IGNORE_INDEX).sum())
     tokens = sum(len(inputs) for index in range(8) for inputs, _ in data.train[index][1:])
     assert data.summary()["answers' tokens"] == f"{targets} of {tokens} ({targets / tokens:.1%})"
 

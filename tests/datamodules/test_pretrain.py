@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from datamodules import Pretrain, token_data
 from datamodules.record_files import Record, RecordError
@@ -57,7 +57,7 @@ def documents_in(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[i
     found = []
     for ids, labels, positions in zip(*(batch[name].tolist() for name in ("input_ids", "labels", "position_ids")), strict=True):
         for token, label, position in zip(ids, labels, positions, strict=True):
-            if label == IGNORE:
+            if label == IGNORE_INDEX:
                 continue
             if position == 0:
                 found.append(([], []))
@@ -110,9 +110,9 @@ def test_a_document_longer_than_the_window_is_split_and_comes_back_whole(make):
 
 def test_padding_has_no_targets_and_no_position_but_0(make):
     [batch] = batches(make(["a short text"]))
-    used = int((batch["labels"] != IGNORE).sum())
+    used = int((batch["labels"] != IGNORE_INDEX).sum())
     assert 0 < used < 32
-    assert (batch["labels"][0, used:] == IGNORE).all()
+    assert (batch["labels"][0, used:] == IGNORE_INDEX).all()
     assert (batch["position_ids"][0, used:] == 0).all()
 
 
@@ -338,5 +338,5 @@ def test_the_summary_counts_what_the_batches_hold(make):
     data = make(many(), validation_ratio=0.2)
     summary = data.summary()
     assert summary["documents"] == 32
-    assert summary["targets"] == sum(int((batch["labels"] != IGNORE).sum()) for batch in batches(data))
+    assert summary["targets"] == sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches(data))
     assert summary["windows"].startswith(f"{len(data.train)} of 32 tokens")

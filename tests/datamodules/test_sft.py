@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bumblebee.datamodule import Batch
 from bumblebee.model import Bumblebee
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.training.loader import epoch_order
 from datamodules import SFT, python_docs_pairs
@@ -56,7 +56,7 @@ def rows_in(made: list[Batch], pad: int) -> list[Row]:
             for place, (token, label, position) in enumerate(zip(ids, labels, positions, strict=True)):
                 behind = positions[place + 1] if place + 1 < len(ids) else 0
                 if position == 0 and behind == 0:
-                    assert (token, label) == (pad, IGNORE)  # of padding, each place stands alone
+                    assert (token, label) == (pad, IGNORE_INDEX)  # of padding, each place stands alone
                     continue
                 if position == 0:
                     found.append([])
@@ -70,7 +70,7 @@ def wanted_rows(records: list[dict], tokenizer: Tokenizer, train_on: str = "all"
     rows = []
     for record in records:
         chat = tokenizer.chat_template.encode(record["messages"], None, train_on)
-        labels = [token if trained else IGNORE for token, trained in zip(chat.ids, chat.trained, strict=True)]
+        labels = [token if trained else IGNORE_INDEX for token, trained in zip(chat.ids, chat.trained, strict=True)]
         rows.append(list(zip(chat.ids[:-1], labels[1:], strict=True)))
     return rows
 
@@ -115,7 +115,7 @@ def test_targets_are_what_the_assistant_says_with_the_end_of_its_turn(make):
     for train_on, said in (("all", "A list.<|im_end|>Yes.<|im_end|>"), ("last", "Yes.<|im_end|>")):
         data = make([record], train_on=train_on)
         [batch] = batches(data)
-        targets = batch["labels"][batch["labels"] != IGNORE].tolist()
+        targets = batch["labels"][batch["labels"] != IGNORE_INDEX].tolist()
         assert data.tokenizer.decode(targets, skip_special_tokens=False) == said
 
 
@@ -153,7 +153,7 @@ def test_conversations_that_do_not_fit_keep_one_end(too_long, part, make):
     records = long_and_short()
     data = make(records, too_long=too_long)
     parts = [row[part] for row in wanted_rows(records, data.tokenizer)]
-    useful = [row for row in parts if any(label != IGNORE for _, label in row)]
+    useful = [row for row in parts if any(label != IGNORE_INDEX for _, label in row)]
     assert counted(rows_in(batches(data), data.pad_token_id)) == counted(useful)
     assert data.summary().get("without a target") == (
         f"{len(parts) - len(useful)} dropped" if len(parts) > len(useful) else None
@@ -165,7 +165,7 @@ def test_split_trains_every_target_once(packing, make):
     records = long_and_short()
     data = make(records, too_long="split", packing=packing)
     parts = [row[at : at + 128] for row in wanted_rows(records, data.tokenizer) for at in range(0, len(row), 128)]
-    useful = [row for row in parts if any(label != IGNORE for _, label in row)]
+    useful = [row for row in parts if any(label != IGNORE_INDEX for _, label in row)]
     assert counted(rows_in(batches(data), data.pad_token_id)) == counted(useful)
 
 
@@ -327,7 +327,7 @@ def test_the_summary_counts_what_the_batches_hold(make):
     data = make(conversations(20, longest=10), validation_ratio=0.2, max_length=300)
     summary = data.summary()
     made = batches(data)
-    targets = sum(int((batch["labels"] != IGNORE).sum()) for batch in made)
+    targets = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in made)
     tokens = sum(len(row) for row in rows_in(made, data.pad_token_id))
     assert summary["conversations"] == 16
     assert summary["trained tokens"] == f"{targets} of {tokens} ({targets / tokens:.1%})"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from datamodules import cache_writer, token_cache
 from datamodules.cache_writer import RECORDS, build
@@ -90,7 +90,7 @@ def test_masks_come_back_bit_by_bit_however_records_are_batched(pairs, size, tmp
         if row:
             inputs, labels = cache.piece(begin, end - begin - 1)
             assert inputs.tolist() == [token for token, _ in row[:-1]]
-            assert labels.tolist() == [token if mask else IGNORE for token, mask in row[1:]]
+            assert labels.tolist() == [token if mask else IGNORE_INDEX for token, mask in row[1:]]
 
 
 def test_more_records_than_are_encoded_at_a_time_keep_their_order(encoder, tmp_path):

@@ -13,7 +13,7 @@ from bumblebee.optim import Schedule
 from bumblebee.training.loader import epoch_order
 from helpers.training_runs import Rows, small_model
 
-IGNORE = -100
+IGNORE_INDEX = -100
 
 
 def steps_of(samples: int, per_step: int, steps: int, seed: int) -> list[list[int]]:
@@ -30,7 +30,7 @@ def steps_of(samples: int, per_step: int, steps: int, seed: int) -> list[list[in
 def loss_sum(model: Bumblebee, inputs: Tensor, labels: Tensor) -> Tensor:
     """From the logits of all positions, in one batch."""
     logits = model(inputs, torch.arange(inputs.shape[1]).expand_as(inputs))
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def plain_adamw(
@@ -56,7 +56,7 @@ def plain_adamw(
     lines = []
     for step, chosen in enumerate(steps_of(len(rows.train), per_step, steps, seed)):
         inputs, labels = (torch.stack(part) for part in zip(*(rows.train[index] for index in chosen), strict=True))
-        targets = int((labels != IGNORE).sum())
+        targets = int((labels != IGNORE_INDEX).sum())
         if targets == 0:
             continue
         loss = loss_sum(model, inputs, labels) / targets
@@ -75,5 +75,5 @@ def plain_gradient(rows: Rows, **model_changes: object) -> dict[str, Tensor]:
     rows.setup(0)
     model = small_model(**model_changes)
     inputs, labels = (torch.stack(part) for part in zip(*rows.train, strict=True))
-    (loss_sum(model, inputs, labels) / (labels != IGNORE).sum()).backward()
+    (loss_sum(model, inputs, labels) / (labels != IGNORE_INDEX).sum()).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}

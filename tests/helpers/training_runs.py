@@ -28,7 +28,7 @@ from bumblebee.datamodule import Batch, DataModule
 from bumblebee.lora import LoRA
 from bumblebee.model import Bumblebee
 from bumblebee.models.loading import load_model
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tokenizer.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ class Rows(DataModule):
         generator = torch.Generator().manual_seed(self.content)
         tokens = torch.randint(0, VOCABULARY, (self.samples, LENGTH + 1), generator=generator)
         wanted = torch.tensor([self.targets[i % len(self.targets)] for i in range(self.samples)])
-        labels = tokens[:, 1:].masked_fill(torch.arange(LENGTH) < LENGTH - wanted[:, None], IGNORE)
+        labels = tokens[:, 1:].masked_fill(torch.arange(LENGTH) < LENGTH - wanted[:, None], IGNORE_INDEX)
         self.train = list(zip(tokens[:, :-1], labels, strict=True))
         self.validation = self.train[:5]
 
@@ -84,7 +84,7 @@ class Pairs(DataModule):
     def collate(self, samples: list[Any]) -> Batch:
         rows = [(prompt, row) for _, prompt, pair in samples for row in pair]
         shape = len(rows), max(len(row) for _, row in rows) - 1
-        input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
+        input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
         for number, (prompt, row) in enumerate(rows):
             input_ids[number, : len(row) - 1] = row[:-1]
             labels[number, prompt - 1 : len(row) - 1] = row[prompt:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.lm_head import Head
 
 B, T, C, V = 2, 5, 8, 11
@@ -22,25 +22,25 @@ def hidden(head):
     return torch.randn(B, T, C, requires_grad=True)
 
 
-LABELS = torch.tensor([[1, 2, IGNORE, 4, 10], [IGNORE, 0, IGNORE, 3, IGNORE]])
+LABELS = torch.tensor([[1, 2, IGNORE_INDEX, 4, 10], [IGNORE_INDEX, 0, IGNORE_INDEX, 3, IGNORE_INDEX]])
 
 
 def test_losses_are_minus_the_log_probability_of_each_label(head, hidden):
     losses = head(hidden, LABELS)
     log_probabilities = head(hidden).log_softmax(-1)
     for b, t in torch.cartesian_prod(torch.arange(B), torch.arange(T)).tolist():
-        expected = 0.0 if LABELS[b, t] == IGNORE else -log_probabilities[b, t, LABELS[b, t]].item()
+        expected = 0.0 if LABELS[b, t] == IGNORE_INDEX else -log_probabilities[b, t, LABELS[b, t]].item()
         assert losses[b, t].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_hidden_states_without_a_target_get_no_gradient(head, hidden):
     head(hidden, LABELS).sum().backward()
-    assert (hidden.grad[LABELS == IGNORE] == 0).all()
-    assert (hidden.grad[LABELS != IGNORE].abs().sum(-1) > 0).all()
+    assert (hidden.grad[LABELS == IGNORE_INDEX] == 0).all()
+    assert (hidden.grad[LABELS != IGNORE_INDEX].abs().sum(-1) > 0).all()
 
 
 def test_a_batch_without_any_target_has_zero_loss_and_zero_finite_gradients(head, hidden):
-    losses = head(hidden, torch.full((B, T), IGNORE))
+    losses = head(hidden, torch.full((B, T), IGNORE_INDEX))
     losses.sum().backward()
     assert losses.tolist() == [[0.0] * T] * B
     assert head.weight.grad.abs().sum() == 0 and hidden.grad.abs().sum() == 0  # NaN would not equal 0

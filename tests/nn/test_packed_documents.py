@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee import Bumblebee
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 
 V = 64
 TOLERANCE = 1e-5
@@ -32,7 +32,9 @@ def documents(lengths: list[list[int]], seed: int = 0) -> list[list[torch.Tensor
 def pack(rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """input_ids, position_ids and labels (the next token of the same document) of equally long rows."""
     width = max(sum(map(len, row)) for row in rows)
-    packed = [torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(2)] + [torch.full((len(rows), width), IGNORE)]
+    packed = [torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(2)] + [
+        torch.full((len(rows), width), IGNORE_INDEX)
+    ]
     for number, row in enumerate(rows):
         start = 0
         for document in row:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.training_runs import Pairs, Rows, small_model
 
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.reference import Frozen
 from bumblebee.tasks.reference_cache import Precomputed
@@ -159,7 +159,7 @@ def test_a_pair_without_targets_adds_nothing_to_sums_and_gradients(loss_type, mo
 
 def test_a_pair_with_one_answer_cut_away_does_not_count(models, pairs):
     batch = pairs.collate(pairs.train[:1])
-    batch["labels"][1] = IGNORE
+    batch["labels"][1] = IGNORE_INDEX
     task = task_of(models, sft_weight=1.0)
     assert {name: int(count) for name, count in task.counts(batch).items()} == {"dpo": 0, "sft": 0, "tokens": 0}
     assert not any(float(value) for value in task.training_step(models[0], batch).values())

@@ -9,7 +9,7 @@ import torch
 
 from bumblebee.datamodule import DataModule
 from bumblebee.model import Bumblebee
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.task import Task
 from bumblebee.tokenizer.tokenizer import Tokenizer
@@ -26,15 +26,15 @@ def batch():
     torch.manual_seed(1)
     tokens = torch.randint(0, 400, (3, 13))
     labels = tokens[:, 1:].clone()
-    labels[0, :9] = IGNORE
-    labels[2] = IGNORE
+    labels[0, :9] = IGNORE_INDEX
+    labels[2] = IGNORE_INDEX
     return {"input_ids": tokens[:, :-1], "labels": labels, "position_ids": torch.arange(12).expand(3, 12)}
 
 
 def naive_losses(model, batch):
     """-log p of each target, one by one, from the logits."""
     chances = model(batch["input_ids"], batch["position_ids"]).double().log_softmax(-1)
-    places = [(row, at) for row in range(3) for at in range(12) if batch["labels"][row, at] != IGNORE]
+    places = [(row, at) for row in range(3) for at in range(12) if batch["labels"][row, at] != IGNORE_INDEX]
     return torch.stack([-chances[row, at, batch["labels"][row, at]] for row, at in places])
 
 
@@ -46,7 +46,7 @@ def test_counts_are_the_targets_and_the_loss_is_their_sum(model, batch):
 
 
 def test_a_batch_without_targets_costs_nothing_and_has_zero_gradients(model, batch):
-    empty = {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
+    empty = {**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX)}
     loss = LanguageModeling(model).training_step(model, empty)["loss"]
     assert loss.item() == 0.0
     model.zero_grad()

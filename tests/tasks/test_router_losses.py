@@ -12,7 +12,7 @@ import torch
 from helpers.training_runs import Pairs, Rows, small_model, train
 
 from bumblebee.datamodule import Batch
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.balance_losses import batch_balance, sequence_balance, z_loss
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.language_modeling import LanguageModeling
@@ -69,8 +69,8 @@ def test_the_loss_of_a_step_is_the_published_sum_over_layers(balance):
     losses = model(**batch)
     for handle in handles:
         handle.remove()
-    counted = (batch["labels"] != IGNORE).any(1)[:, None].expand(-1, 16)
-    loss = losses.sum() / (batch["labels"] != IGNORE).sum()
+    counted = (batch["labels"] != IGNORE_INDEX).any(1)[:, None].expand(-1, 16)
+    loss = losses.sum() / (batch["labels"] != IGNORE_INDEX).sum()
     for routed in outputs:
         logits, experts = routed.logits.view(8, 16, 4), routed.experts.view(8, 16, 2)
         means = {
@@ -101,13 +101,13 @@ def test_a_step_is_the_same_however_its_rows_are_cut_into_micro_batches(kind):
 
 def tail_padded(batch: Batch) -> Batch:
     """Places behind the last target are documents of their own, as datamodules pad."""
-    targets = batch["labels"] != IGNORE
+    targets = batch["labels"] != IGNORE_INDEX
     behind = targets.flip(1).cumsum(1).flip(1) == 0
     return {**batch, "position_ids": batch["position_ids"].masked_fill(behind & targets.any(1, keepdim=True), 0)}
 
 
 def widened(batch: Batch, width: int) -> Batch:
-    fill = {"input_ids": 0, "labels": IGNORE, "position_ids": 0}
+    fill = {"input_ids": 0, "labels": IGNORE_INDEX, "position_ids": 0}
     missing = width - batch["labels"].shape[1]
     padded = {name: torch.nn.functional.pad(batch[name], (0, missing), value=value) for name, value in fill.items()}
     return {**batch, **padded}
@@ -115,7 +115,7 @@ def widened(batch: Batch, width: int) -> Batch:
 
 def test_padding_and_rows_without_targets_do_not_count_and_prompts_do():
     ids = [5, 6, 7, 8]
-    pieces = [[(ids, [IGNORE, 7, 8, 9]), (ids[:1], [6])], [(ids[:2], [IGNORE, 9])], [(ids, [IGNORE] * 4)], []]
+    pieces = [[(ids, [IGNORE_INDEX, 7, 8, 9]), (ids[:1], [6])], [(ids[:2], [IGNORE_INDEX, 9])], [(ids, [IGNORE_INDEX] * 4)], []]
     counted = counted_tokens(tensors(pieces, 8, 0))
     assert counted.sum(1).tolist() == [5, 2, 0, 0]
     assert counted[0].tolist() == [True] * 5 + [False] * 3

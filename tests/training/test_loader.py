@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bumblebee.datamodule import DataModule
-from bumblebee.nn import IGNORE
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.training.loader import GROUP, epoch_order, train_windows, validation_batches
 from bumblebee.training.plan import Plan
 
@@ -36,7 +36,7 @@ def windows(plan: Plan, rank: int = 0, first_step: int = 0, seed: int = 1, worke
 
 
 def flat(steps: list[list[list[int]]]) -> list[int]:
-    return [sample for window in steps for batch in window for sample in batch if sample != IGNORE]
+    return [sample for window in steps for batch in window for sample in batch if sample != IGNORE_INDEX]
 
 
 @given(st.integers(1, 100), st.integers(0, 5), st.integers(0, 5))
@@ -164,7 +164,7 @@ def test_a_rank_that_has_run_out_gets_micro_batches_without_targets():
     first, second = windows(plan, rank=0), windows(plan, rank=1)
     assert len(first[1]) == len(second[1]) == 1
     assert len(flat([first[1]])) == 1
-    assert second[1] == [[IGNORE]]
+    assert second[1] == [[IGNORE_INDEX]]
 
 
 def test_a_micro_batch_without_targets_leaves_the_sample_it_was_made_of_as_it_was():
@@ -178,7 +178,7 @@ def test_a_micro_batch_without_targets_leaves_the_sample_it_was_made_of_as_it_wa
 
     data, plan = Views(), Plan(9, 1, 4, 2, max_steps=4)
     made = [batch["labels"].item() for window in train_windows(data, plan, 1, 1, 0, 0, pin_memory=False) for batch in window]
-    assert IGNORE in made
+    assert IGNORE_INDEX in made
     assert data.train.flatten().tolist() == list(range(9))
 
 
@@ -195,7 +195,7 @@ def test_the_ranks_validation_batches_have_each_sample_once_and_are_equally_many
     of_ranks = [list(validation_batches(data, batch_size, rank, ranks)) for rank in range(ranks)]
     assert len({len(batches) for batches in of_ranks}) == 1
     assert all(len(batch["labels"]) <= batch_size for batches in of_ranks for batch in batches)
-    seen = [label for batches in of_ranks for batch in batches for label in batch["labels"].tolist() if label != IGNORE]
+    seen = [label for batches in of_ranks for batch in batches for label in batch["labels"].tolist() if label != IGNORE_INDEX]
     assert sorted(seen) == list(range(held_out))
 
 
