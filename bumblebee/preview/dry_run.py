@@ -20,6 +20,7 @@ from importlib import import_module
 from typing import Any
 
 from bumblebee.datamodule import Batch, DataModule
+from bumblebee.shared_packages import prefer_ours
 from bumblebee.training.loader import epoch_order
 
 RESULT = "rehearsal: "
@@ -220,6 +221,7 @@ def _timed(trainer: Any, window: list[Batch]) -> float:
 
 def main() -> None:
     """The other process."""
+    prefer_ours()
     result = run(**json.load(sys.stdin))
     print(RESULT + json.dumps(asdict(result)), flush=True)
 
