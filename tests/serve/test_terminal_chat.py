@@ -165,10 +165,8 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(folder, generator, talk, tmp
 def test_a_full_context_is_told_with_its_numbers_and_reset_makes_room(folder, generator, talk) -> None:
     inputs = f"{'honey ' * 20000}\nWhy?\n/reset\nWhy?"
     out, err, code = talk("--model", folder, *GREEDY, inputs=inputs)
-    assert re.fullmatch(
     expected = r"bumblebee: the conversation has \d+ tokens .*context of 16384 tokens; /reset .*\nstarted a new conversation\n"
     assert re.fullmatch(expected, err)
-    )
     assert (out, code) == (2 * (answer(generator, "Why?") + "\n"), 1)
 
 
