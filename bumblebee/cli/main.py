@@ -321,19 +321,20 @@ def chat(words: list[str]) -> None:
     """Talk to a model in the terminal."""
     from bumblebee.cli.parser import Parser, Recipe
     from bumblebee.cli.sampling_options import add_sampling_options, given_sampling
-    from serve.terminal.options import NOT_OFFERED, ChatOptions
+    from serve.terminal.chat import ChatOptions
+    from serve.terminal.commands import UNSUPPORTED_SAMPLING
 
     parser = Parser(prog="bumblebee chat", description="Talk to a model in the terminal.")
     parser.add_argument("--config", action=Recipe, help="a recipe; several compose, later ones win")
     parser.add_class_arguments(ChatOptions, None)
-    add_sampling_options(parser, leave_out=NOT_OFFERED)
+    add_sampling_options(parser, leave_out=UNSUPPORTED_SAMPLING)
     cfg = parser.parse(words)
     with user_errors(parser, cfg):
-        from serve.terminal.chat import begin
+        from serve.terminal.chat import open_chat
 
         options = ChatOptions(**{name: cfg[name] for name in ChatOptions.__dataclass_fields__})
-        session = begin(options, given_sampling(cfg))
-    raise SystemExit(not session.run() and not session.keyboard.interactive)
+        session = open_chat(options, given_sampling(cfg))
+    raise SystemExit(not session.run() and not session.reader.interactive)
 
 
 def serve(words: list[str]) -> None:
