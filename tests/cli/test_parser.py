@@ -114,8 +114,8 @@ ON_THE_COMMAND_LINE = {
     "--task.model.config.rope_scaling.rope_type warp": "task.model.config.rope_scaling.rope_type: ...'warp'; known are ...",
     "--task.model.attention warp": "task.model.attention: unknown attention 'warp'; known are ...",
     "--optimizer.lr -1": "...learning rate: -1...",
-    "--trainer.device gpu": "trainer.device: unknown device 'gpu'; write auto, cpu, cuda or cuda:N",
-    "--trainer.device cuda:99": "trainer.device 'cuda:99' is not there: ... GPUs are visible",
+    "--trainer.device gpu": "trainer.device: unknown device 'gpu': expected auto, cpu, cuda or cuda:N",
+    "--trainer.device cuda:99": "trainer.device 'cuda:99' does not exist: ... GPUs are visible",
     "--data.validation_ratio 0.1 --data.validation_files data.jsonl": "data.validation_files and validation_ratio are ...",
     # classes
     "--optimizer torch.optim.Adamm": "optimizer: torch.optim has no 'Adamm' (did you mean 'Adam' ...?)",

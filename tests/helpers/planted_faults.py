@@ -18,7 +18,7 @@ import torch
 
 from bumblebee import trainer
 from bumblebee.distributed import process_group
-from bumblebee.distributed.deepspeed import training_engine
+from bumblebee.distributed.deepspeed import engine, engine_state
 from bumblebee.inference import kv_cache
 from bumblebee.nn import attention_kernels, linear_cross_entropy
 from bumblebee.tasks.language_modeling import LanguageModeling
@@ -103,7 +103,7 @@ def averaged_once_too_often(patch: Patch) -> None:
 
 def no_fp32_weights(patch: Patch) -> None:
     """The optimizer's own weights are rounded to bf16."""
-    right = training_engine.Engine.step
+    right = engine.TrainingEngine.step
 
     def wrong(self):
         right(self)
@@ -111,7 +111,7 @@ def no_fp32_weights(patch: Patch) -> None:
             for parameter in group["params"]:
                 parameter.data.copy_(parameter.data.bfloat16())
 
-    patch.setattr(training_engine.Engine, "step", wrong)
+    patch.setattr(engine.TrainingEngine, "step", wrong)
 
 
 def schedule_is_ignored(patch: Patch) -> None:
@@ -119,14 +119,14 @@ def schedule_is_ignored(patch: Patch) -> None:
 
 
 def optimizer_state_is_lost(patch: Patch) -> None:
-    right = training_engine.restore
+    right = engine_state.restore_shards
 
-    def wrong(spans, optimizer, reader):
-        right(spans, optimizer, reader)
+    def wrong(shards, optimizer, reader):
+        right(shards, optimizer, reader)
         for entries in getattr(optimizer, "optimizer", optimizer).state.values():
             entries["exp_avg"].zero_()
 
-    patch.setattr(training_engine, "restore", wrong)
+    patch.setattr(engine_state, "restore_shards", wrong)
 
 
 def resume_skips_a_micro_batch(patch: Patch) -> None:
@@ -147,7 +147,7 @@ def random_numbers_are_lost(patch: Patch) -> None:
 
 def runs_differ(patch: Patch) -> None:
     """As with kernels that add up in any order."""
-    right = training_engine.Engine.step
+    right = engine.TrainingEngine.step
     count = itertools.count()
 
     def wrong(self):
@@ -155,7 +155,7 @@ def runs_differ(patch: Patch) -> None:
         vector = next(iter(self._optimizer.param_groups))["params"][0]
         vector.data.view(-1)[0] += 1e-6 * next(count)
 
-    patch.setattr(training_engine.Engine, "step", wrong)
+    patch.setattr(engine.TrainingEngine, "step", wrong)
 
 
 def signal_in_training(patch: Patch) -> None:
