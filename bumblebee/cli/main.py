@@ -12,8 +12,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
+
+from bumblebee.shared_packages import NameCollision, prefer_ours
+
+prefer_ours()  # on import, so that spawned processes, which import this module again, find our packages too
 
 COMMANDS = {
     "fit": "train what a recipe describes",
@@ -45,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     # Idle OpenMP threads must sleep: spinning, they take the cores from each other. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     find_classes_here()
+    claim_package_names()
     words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
     words = configure_logging(words)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -63,12 +69,27 @@ def main(argv: list[str] | None = None) -> None:
     run: Callable[[list[str]], None] = globals()[words[0]]
     try:
         run(words[1:])
+    except NameCollision as error:  # of serve, which only some commands import
+        from bumblebee.cli.parser import fail
+
+        fail(str(error))
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:  # whoever read has seen enough, as ``head`` does; what is still to be flushed goes nowhere
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def claim_package_names() -> None:
+    """Share ``callbacks`` and ``datamodules`` with the user's folders of these names before a recipe is parsed."""
+    try:
+        import_module("callbacks")
+        import_module("datamodules")
+    except NameCollision as error:
+        from bumblebee.cli.parser import fail
+
+        fail(str(error))
 
 
 def configure_logging(words: list[str]) -> list[str]:
@@ -272,19 +293,20 @@ def chat(words: list[str]) -> None:
     """Talk to a model in the terminal."""
     from bumblebee.cli.parser import Parser, Recipe
     from bumblebee.cli.sampling_options import add_sampling_options, given_sampling
-    from serve.terminal.options import NOT_OFFERED, ChatOptions
+    from serve.terminal.chat import ChatOptions
+    from serve.terminal.commands import UNSUPPORTED_SAMPLING
 
     parser = Parser(prog="bumblebee chat", description="Talk to a model in the terminal.")
     parser.add_argument("--config", action=Recipe, help="a recipe; several compose, later ones win")
     parser.add_class_arguments(ChatOptions, None)
-    add_sampling_options(parser, leave_out=NOT_OFFERED)
+    add_sampling_options(parser, leave_out=UNSUPPORTED_SAMPLING)
     cfg = parser.parse(words)
     with user_errors(parser, cfg):
-        from serve.terminal.chat import begin
+        from serve.terminal.chat import open_chat
 
         options = ChatOptions(**{name: cfg[name] for name in ChatOptions.__dataclass_fields__})
-        session = begin(options, given_sampling(cfg))
-    raise SystemExit(not session.run() and not session.keyboard.interactive)
+        session = open_chat(options, given_sampling(cfg))
+    raise SystemExit(not session.run() and not session.reader.interactive)
 
 
 def serve(words: list[str]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.recipe import Run, build, recipe_parser
+from bumblebee.shared_packages import prefer_ours
 from bumblebee.training.loader import epoch_order
 
 RESULT, REFUSED = "rehearsal: ", "refused: "
@@ -217,6 +218,7 @@ def _timed(trainer: Any, window: list[Batch]) -> float:
 
 def main() -> None:
     """The other process."""
+    prefer_ours()
     try:
         line = RESULT + json.dumps(asdict(run(**json.load(sys.stdin))))
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
