@@ -1,12 +1,14 @@
-"""What can happen beside the training loop: one callback per file, named in a recipe as ``callbacks.Checkpoint``.
+"""Callbacks: what happens beside the training loop, one per file, named in a recipe as ``callbacks.Checkpoint``.
 
-The names are imported on first use, so that the command line does not pay for callbacks that a recipe does not name.
+Classes are imported on first use, so that the command line does not pay for callbacks that a recipe does not name. The
+package name is shared with a ``callbacks`` folder of the user's; see ``bumblebee/shared_packages.py``.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bumblebee.shared_packages import extend_path, lazy_attributes
 
 if TYPE_CHECKING:
     from callbacks.bigram_baseline import BigramBaseline
@@ -62,7 +64,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'callbacks' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__path__ = extend_path(__path__, __name__, _HOME)
+__getattr__ = lazy_attributes(__name__, _HOME)

@@ -1,9 +1,13 @@
-"""DataModules: from people's files to batches. Imported on first use, so that a recipe can name one without waiting for it."""
+"""DataModules: from files to batches. Classes are imported on first use.
+
+The package name is shared with a ``datamodules`` folder of the user's; see ``bumblebee/shared_packages.py``.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bumblebee.shared_packages import extend_path, lazy_attributes
 
 if TYPE_CHECKING:
     from datamodules.preference import Preferences
@@ -15,7 +19,5 @@ _HOME = {"Preferences": "datamodules.preference", "Pretrain": "datamodules.pretr
 __all__ = ["SFT", "Preferences", "Pretrain"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'datamodules' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__path__ = extend_path(__path__, __name__, _HOME)
+__getattr__ = lazy_attributes(__name__, _HOME)

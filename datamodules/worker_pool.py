@@ -26,7 +26,8 @@ Items = list[Record | RecordError]
 
 MOST = 16  # beyond, the parent that reads the files is what one waits for
 ENOUGH = 2_000_000  # bytes to encode, from which on workers earn their start
-ENTRY = "from datamodules.worker_pool import serve; serve()"
+# Our package first: in a worker, too, the user may have a ``datamodules`` folder earlier on the path.
+ENTRY = "from bumblebee.shared_packages import prefer_ours; prefer_ours(); from datamodules.worker_pool import serve; serve()"
 
 
 def encoded(encoder: Encoder, batches: Iterable[Items], processes: int) -> Iterator[tuple[Items, Block]]:

@@ -1,1 +1,1 @@
-"""The chat in a terminal: with a model folder in this process, or with a server."""
+"""`bumblebee chat`: a terminal chat with a model folder in this process, or with an OpenAI-compatible server."""

@@ -1,13 +1,14 @@
-"""Conversation: the system prompt and the turns, and their files."""
+"""``Conversation``: the system prompt and the turns of a chat, and the files they are saved to."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from serve.terminal.partner import Message
+from serve.terminal.backends import Message
+
+Turn = tuple[str, str]  # question, answer
 
 
 class Conversation:
@@ -15,69 +16,69 @@ class Conversation:
 
     Args:
         system: the system prompt, or None.
-        remembers: a new question is asked with the earlier turns before it.
+        keep_history: send the earlier turns with each new question.
     """
 
-    def __init__(self, system: str | None = None, remembers: bool = True) -> None:
+    def __init__(self, system: str | None = None, keep_history: bool = True) -> None:
         self.system = system
-        self.remembers = remembers
-        self.turns: list[tuple[str, str]] = []
-        self._written: set[Path] = set()
+        self.keep_history = keep_history
+        self.turns: list[Turn] = []
+        self._saved: set[Path] = set()
 
-    def asked(self, question: str) -> list[Message]:
-        """The messages that ask a question."""
-        return [*_messages(self.system, self.turns if self.remembers else []), {"role": "user", "content": question}]
+    def messages_with(self, question: str) -> list[Message]:
+        """The messages to send for a new question."""
+        return [*_messages(self.system, self.turns if self.keep_history else []), {"role": "user", "content": question}]
 
     def save(self, name: str) -> Path:
-        """Write it: Markdown to a ``.md`` file; to a ``.json`` file ``{"messages": [...]}``, which training reads as well.
+        """Write Markdown to a ``.md`` file, or ``{"messages": [...]}`` to a ``.json`` file, which can also be trained on.
 
         Raises:
-            ValueError: another extension, or a file that this conversation has not written itself.
+            ValueError: another extension, or an existing file that this conversation did not write.
         """
         path = Path(name).expanduser()
         if path.suffix not in (".json", ".md"):
             raise ValueError(f"{name}: expected a file name that ends in .json or .md")
-        if path.exists() and path.resolve() not in self._written:
-            raise ValueError(f"{name} is there already: take another name")
+        if path.exists() and path.resolve() not in self._saved:
+            raise ValueError(f"{name} already exists; choose another name")
         messages = _messages(self.system, self.turns)
         text = (
             json.dumps({"messages": messages}, ensure_ascii=False, indent=2) if path.suffix == ".json" else _markdown(messages)
         )
         path.write_text(text.rstrip() + "\n", encoding="utf-8")
-        self._written.add(path.resolve())
+        self._saved.add(path.resolve())
         return path
 
     def load(self, name: str) -> None:
-        """Go on with what ``save`` has written to a ``.json`` file.
+        """Continue the conversation of a ``.json`` file that ``save`` wrote.
 
         Raises:
-            ValueError: it cannot be read, or holds anything but a system prompt and questions with answers.
+            ValueError: the file cannot be parsed, or holds anything but a system prompt and complete turns.
         """
         try:
             self.system, self.turns = _turns(json.loads(Path(name).expanduser().read_text(encoding="utf-8")))
-        except ValueError as error:  # no UTF-8, no JSON, no conversation
-            raise ValueError(f"{name} holds no conversation: {error}") from None
+        except ValueError as error:  # not UTF-8, not JSON, not a conversation
+            raise ValueError(f"{name} is not a saved conversation: {error}") from None
 
 
-def _messages(system: str | None, turns: Iterable[tuple[str, str]]) -> list[Message]:
-    found = [] if system is None else [{"role": "system", "content": system}]
+def _messages(system: str | None, turns: Iterable[Turn]) -> list[Message]:
+    messages = [] if system is None else [{"role": "system", "content": system}]
     for question, answer in turns:
-        found += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return found
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return messages
 
 
-def _turns(record: Any) -> tuple[str | None, list[tuple[str, str]]]:
-    """What ``_messages`` has made of system prompt and turns -> these."""
+def _turns(record: object) -> tuple[str | None, list[Turn]]:
+    """The inverse of ``_messages``."""
     messages = record.get("messages") if isinstance(record, dict) else record
-    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError('expected {"messages": [...]}')
-    if not all(isinstance(one.get("content"), str) for one in messages):
-        raise ValueError("each message needs a content, a text")
+    if not all(isinstance(message.get("content"), str) for message in messages):
+        raise ValueError("the content of each message must be a string")
     system = messages[0]["content"] if messages and messages[0].get("role") == "system" else None
-    texts = [one["content"] for one in messages[system is not None :]]
+    texts = [message["content"] for message in messages[system is not None :]]
     turns = list(zip(texts[::2], texts[1::2], strict=False))
     if messages != _messages(system, turns):
-        raise ValueError("expected a system prompt or none, then user and assistant by turns, with role and content alone")
+        raise ValueError("expected an optional system prompt, then alternating user and assistant messages")
     return system, turns
 
 

@@ -20,15 +20,12 @@ from helpers.pseudo_terminal import PseudoTerminal
 
 from bumblebee import Generator, SamplingParams
 from bumblebee.cli.main import main
-from serve.terminal import interrupts
+from serve.terminal.backends import Delta, LocalBackend
 from serve.terminal.chat import Chat
-from serve.terminal.commands import COMMANDS, OF_FILES, changed
+from serve.terminal.commands import COMMANDS, FILE_COMMANDS, with_setting
+from serve.terminal.console import Screen, StdinReader, raise_interrupt
 from serve.terminal.conversation import Conversation
-from serve.terminal.editor import CommandCompleter, Document
-from serve.terminal.keyboard import Lines
-from serve.terminal.local import LocalModel
-from serve.terminal.partner import Piece
-from serve.terminal.screen import Screen
+from serve.terminal.line_editor import CommandCompleter, Document
 
 GREEDY = ("--temperature", "0", "--max_new_tokens", "12")
 PARAMS = SamplingParams(temperature=0, max_new_tokens=12)
@@ -73,7 +70,7 @@ def answer(generator: Generator, *contents: str, system: str | None = None) -> s
     messages += [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents)]
     template = generator.tokenizer.chat_template
     params = replace(PARAMS, stop_ids=[template.end_of_turn_id])
-    return generator.generate([template.ids_of(messages, None, True)], params)[0].text
+    return generator.generate([template.apply(messages, None, True)], params)[0].text
 
 
 class InterruptedScreen(Screen):
@@ -83,7 +80,7 @@ class InterruptedScreen(Screen):
         super().__init__()
         self.at, self.pieces, self.notes = at, [], []
 
-    def piece(self, text: str) -> None:
+    def write(self, text: str) -> None:
         self.pieces.append(text)
         if len(self.pieces) == self.at:
             signal.raise_signal(signal.SIGINT)
@@ -92,7 +89,7 @@ class InterruptedScreen(Screen):
         self.notes.append(text)
 
 
-class Typing(Lines):
+class Typing(StdinReader):
     """A keyboard whose person can be told something."""
 
     interactive = True
@@ -139,21 +136,21 @@ def test_settings_change_the_next_answer(folder, generator, talk) -> None:
     whole = answer(generator, "Why?")
     short = out.removeprefix(f"{whole}\n").removesuffix("\n")
     assert whole.startswith(short) and 0 < len(short) < len(whole)
-    assert err == "a new conversation\nmax_new_tokens 1\ntemperature 0.0\n"
+    assert err == "started a new conversation\nmax_new_tokens 1\ntemperature 0.0\n"
 
 
 MISTAKES = {
-    "/sistem Be kind.": "there is no command /sistem (did you mean '/system'?) (a space before it makes it a question)",
-    "/xyz": "there is no command /xyz; /help lists them (a space before it makes it a question)",
-    "/set temprature 1": "/set: there is no setting 'temprature' (did you mean 'temperature'?)",
+    "/sistem Be kind.": "unknown command /sistem (did you mean '/system'?) (to send it as a question, start with a space)",
+    "/xyz": "unknown command /xyz; /help lists the commands (to send it as a question, start with a space)",
+    "/set temprature 1": "/set: unknown setting 'temprature' (did you mean 'temperature'?)",
     "/set temperature -1": "temperature must be 0 or more, got -1",
     "/save": "/save: expected a file name that ends in .json or .md",
     "/save chat.txt": "chat.txt: expected a file name that ends in .json or .md",
-    "/save there.json": "there.json is there already: take another name",
+    "/save there.json": "there.json already exists; choose another name",
     "/save nowhere/a.json": "nowhere/a.json: No such file or directory",
     "/load nowhere.json": "nowhere.json: No such file or directory",
-    "/load there.json": 'there.json holds no conversation: expected {"messages": [...]}',
-    "/retry": "/retry: nothing has been asked",
+    "/load there.json": 'there.json is not a saved conversation: expected {"messages": [...]}',
+    "/retry": "/retry: there is no question to send again",
 }
 
 
@@ -168,7 +165,8 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(folder, generator, talk, tmp
 def test_a_full_context_is_told_with_its_numbers_and_reset_makes_room(folder, generator, talk) -> None:
     inputs = f"{'honey ' * 20000}\nWhy?\n/reset\nWhy?"
     out, err, code = talk("--model", folder, *GREEDY, inputs=inputs)
-    assert re.fullmatch(r"bumblebee: what was said has \d+ tokens, .*room for 16384.*: /reset .*\na new conversation\n", err)
+    expected = r"bumblebee: the conversation has \d+ tokens .*context of 16384 tokens; /reset .*\nstarted a new conversation\n"
+    assert re.fullmatch(expected, err)
     assert (out, code) == (2 * (answer(generator, "Why?") + "\n"), 1)
 
 
@@ -192,8 +190,8 @@ def test_a_recipe_gives_defaults_and_flags_win(folder, generator, talk, tmp_path
 
 
 WRONG = {
-    "": "say whom to talk to: --model FOLDER or --url http://127.0.0.1:8000",
-    "--model a --url http://b": "say whom to talk to: --model FOLDER or --url http://127.0.0.1:8000, not both",
+    "": "expected --model FOLDER or --url http://127.0.0.1:8000",
+    "--model a --url http://b": "expected --model FOLDER or --url http://127.0.0.1:8000, not both",
     "--url localhost:8000": "url: expected http://HOST:PORT, got localhost:8000",
     "--model a --temperature -1": "temperature must be 0 or more, got -1.0",
     "--model a --temprature 1": "unknown option 'temprature' (did you mean 'temperature'?)",
@@ -206,7 +204,7 @@ def test_wrong_options_are_one_line(words: str, talk) -> None:
 
 
 def test_a_stopped_answer_gives_its_pages_back_and_is_not_computed_again(generator: Generator) -> None:
-    model = LocalModel(generator, "here")
+    model = LocalBackend(generator, "here")
     screen = InterruptedScreen(at=6)
     chat = Chat(model, Conversation(), {"max_new_tokens": 1000, "ignore_eos": True}, Typing(), screen)
     assert chat.ask("honey " * 100)
@@ -216,7 +214,7 @@ def test_a_stopped_answer_gives_its_pages_back_and_is_not_computed_again(generat
     stats = model.engine.stats()
     assert not model.engine.busy
     assert stats.pages_free + stats.pages_cached == stats.pages_total
-    for _ in model.reply(messages, {"max_new_tokens": 1}):
+    for _ in model.stream(messages, {"max_new_tokens": 1}):
         pass
     stats = model.engine.stats()
     assert stats.cached_tokens > 300 and stats.pages_free + stats.pages_cached == stats.pages_total
@@ -229,13 +227,13 @@ def test_a_press_that_nobody_raised_ends_the_answer_behind_its_piece() -> None:
     class Swallowing:
         raw = False
 
-        def reply(self, messages, sampling):
+        def stream(self, messages, sampling):
             for number in range(100):
-                with interrupts.raised(), contextlib.suppress(KeyboardInterrupt):
+                with raise_interrupt(), contextlib.suppress(KeyboardInterrupt):
                     if number == 3:
                         signal.raise_signal(signal.SIGINT)
                 written.append(number)
-                yield Piece(f"{number} ", number)
+                yield Delta(f"{number} ", number)
 
     before, screen = signal.getsignal(signal.SIGINT), InterruptedScreen(at=-1)
     chat = Chat(Swallowing(), Conversation(), {}, Typing(), screen)
@@ -298,18 +296,18 @@ def test_a_saved_conversation_is_loaded_again_and_trains(tmp_path: Path) -> None
 def test_a_file_that_is_no_conversation_changes_nothing(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
     talked = Conversation("Be brief.")
-    with pytest.raises(ValueError, match="holds no conversation"):
+    with pytest.raises(ValueError, match="is not a saved conversation"):
         talked.load(str(tmp_path / "a.json"))
     assert talked.system == "Be brief."
 
 
 def test_settings_are_read_as_json_and_null_removes_one() -> None:
-    assert changed({}, "temperature", "0.3") == {"temperature": 0.3}
-    assert changed({"seed": 1}, "seed", "null") == {}
+    assert with_setting({}, "temperature", "0.3") == {"temperature": 0.3}
+    assert with_setting({"seed": 1}, "seed", "null") == {}
 
 
 def test_tab_completes_commands_settings_and_files(tmp_path: Path) -> None:
-    completer = CommandCompleter({name: command.words for name, command in COMMANDS.items()}, OF_FILES)
+    completer = CommandCompleter({name: command.words for name, command in COMMANDS.items()}, FILE_COMMANDS)
 
     def completed(text: str) -> list[str]:
         return [text[: len(text) + one.start_position] + one.text for one in completer.get_completions(Document(text), None)]
@@ -342,9 +340,9 @@ def terminal(folder: Path, tmp_path: Path) -> Iterator[Callable[..., PseudoTermi
 @pytest.mark.slow
 def test_a_person_talks_stops_an_answer_and_leaves(terminal, generator, tmp_path) -> None:
     chat = terminal("--temperature", "0", "--max_new_tokens", "4000", "--ignore_eos", "true")
-    assert "/help" in chat.text and "room for 16384 tokens" in chat.text
+    assert "/help" in chat.text and "context of 16384 tokens" in chat.text
     chat.type("ctrl-c")
-    chat.expect("/quit or Ctrl-D leaves")
+    chat.expect("/quit or Ctrl-D exits")
     chat.expect(">")
     chat.type("Who", "alt-enter", "flies\\", "enter", "here?", "enter")
     chat.expect("here?")
@@ -359,7 +357,7 @@ def test_a_person_talks_stops_an_answer_and_leaves(terminal, generator, tmp_path
     chat.expect("tokens/s")
     chat.expect(">")
     chat.type(f"/save {tmp_path}/a.json", "enter")
-    chat.expect("saved: ")
+    chat.expect("saved ")
     chat.expect(">")
     messages = json.loads((tmp_path / "a.json").read_text())["messages"]
     partial, second = messages[1]["content"], messages[3]["content"]

@@ -18,8 +18,8 @@ from helpers.pseudo_terminal import PseudoTerminal
 from helpers.server_process import Running, serving, wait_for
 
 from bumblebee.cli.main import main
-from serve.terminal.partner import Piece
-from serve.terminal.remote import RemoteModel
+from serve.terminal.backends import Delta
+from serve.terminal.remote_backend import RemoteBackend
 
 MESSAGES = [{"role": "user", "content": "Why?"}]
 
@@ -123,8 +123,8 @@ def test_without_a_key_none_is_sent(stub: Stub, talk) -> None:
 
 def test_tokens_are_the_servers_count(stub: Stub) -> None:
     stub.streams(*WHOLE)
-    pieces = list(RemoteModel(stub.url, "bumblebee").reply(MESSAGES, {}))
-    assert pieces[:2] == [Piece("Be"), Piece("es.")] and pieces[-1].new_tokens == 2
+    pieces = list(RemoteBackend(stub.url, "bumblebee").stream(MESSAGES, {}))
+    assert pieces[:2] == [Delta("Be"), Delta("es.")] and pieces[-1].new_tokens == 2
 
 
 def test_a_refusal_is_one_line_that_says_what_to_do_and_the_chat_goes_on(stub: Stub, talk) -> None:
@@ -137,10 +137,10 @@ def test_a_refusal_is_one_line_that_says_what_to_do_and_the_chat_goes_on(stub: S
     stub.streams(*WHOLE)
     out, err, code = talk(stub.url, inputs="Why?\n" + 6 * "/retry\n")
     assert err.splitlines()[:5] == [
-        "bumblebee: 401: this key is not known (say --api_key KEY)",
-        "bumblebee: 429: too many requests wait (/retry asks again, in 3 s)",
-        "bumblebee: 503: the model is being loaded (/retry asks again)",
-        "bumblebee: 404: there is no model 'x' (see --url and --name)",
+        "bumblebee: 401: this key is not known (use --api_key KEY)",
+        "bumblebee: 429: too many requests wait (/retry sends it again, in 3 s)",
+        "bumblebee: 503: the model is being loaded (/retry sends it again)",
+        "bumblebee: 404: there is no model 'x' (check --url and --name)",
         "bumblebee: 400: temperature must be at most 2",
     ]
     assert err.splitlines()[5].startswith("bumblebee: 502: ") and err.count("\n") == 6
@@ -152,7 +152,7 @@ def test_a_server_that_is_not_there_is_named(talk) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
     out, err, code = talk(f"http://127.0.0.1:{port}", inputs="Why?\n/retry")
-    line = f"bumblebee: http://127.0.0.1:{port} cannot be reached (Connection refused): is the server running?\n"
+    line = f"bumblebee: cannot connect to http://127.0.0.1:{port} (Connection refused): is the server running?\n"
     assert (out, err, code) == ("", 2 * line, 1)
 
 
@@ -160,9 +160,9 @@ def test_a_server_that_is_not_there_is_named(talk) -> None:
     ("events", "length", "why"),
     [
         ((chunk("Be"), {"error": {"message": "its process has ended", "type": "x"}}), None, "its process has ended"),
-        ((chunk("Be"),), None, "stopped in the midst of the answer"),
-        ((chunk("Be"),), 5000, "broke the answer off: peer closed"),
-        ((chunk("Be"), "{no json"), None, "broke the answer off"),
+        ((chunk("Be"),), None, "ended the stream before the answer was complete"),
+        ((chunk("Be"),), 5000, "broke off the answer: peer closed"),
+        ((chunk("Be"), "{no json"), None, "broke off the answer"),
     ],
 )
 def test_an_answer_that_breaks_off_is_kept_as_far_as_it_came(stub: Stub, talk, events, length, why: str, tmp_path) -> None:
@@ -175,8 +175,8 @@ def test_an_answer_that_breaks_off_is_kept_as_far_as_it_came(stub: Stub, talk, e
 
 def test_leaving_an_answer_closes_the_connection(stub: Stub) -> None:
     stub.streams(*[chunk("Be")] * 1000)
-    pieces = RemoteModel(stub.url, "bumblebee").reply(MESSAGES, {})
-    assert next(pieces) == Piece("Be")
+    pieces = RemoteBackend(stub.url, "bumblebee").stream(MESSAGES, {})
+    assert next(pieces) == Delta("Be")
     pieces.close()
     with pytest.raises(StopIteration):
         next(pieces)
@@ -209,7 +209,7 @@ def test_our_servers_refusals_are_one_line_each(server: Running, talk) -> None:
     lines = [line for line in err.splitlines() if line.startswith("bumblebee: ")]
     assert code == 1 and out.endswith("\n") and len(lines) == 2
     assert re.match(
-        "bumblebee: 400: This model's maximum context length is 2048 tokens.*/reset begins a new conversation", lines[0]
+        "bumblebee: 400: This model's maximum context length is 2048 tokens.*/reset starts a new conversation", lines[0]
     )
     assert re.match("bumblebee: 400: temperature", lines[1])
     assert talk(server.url, "--name", "other", inputs="Why?")[1].startswith("bumblebee: 404: ")
@@ -219,7 +219,7 @@ def test_our_servers_refusals_are_one_line_each(server: Running, talk) -> None:
 def test_a_key_is_asked_for_and_ctrl_c_ends_the_work_at_the_server(served_folder: Path, talk, tmp_path: Path) -> None:
     with serving(served_folder, "--api_key", "secret") as running:
         _, err, _ = talk(running.url, inputs="Why?")
-        assert re.fullmatch(r"bumblebee: 401: .* \(say --api_key KEY\)\n", err)
+        assert re.fullmatch(r"bumblebee: 401: .* \(use --api_key KEY\)\n", err)
         running.http.headers["Authorization"] = "Bearer secret"
         words = ("--url", running.url, "--api_key", "secret", "--ignore_eos", "true", "--max_new_tokens", "2000")
         chat = PseudoTerminal("chat", *words, state=tmp_path)

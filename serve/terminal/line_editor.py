@@ -1,7 +1,7 @@
-"""Editor: the keyboard of a person at a terminal; the line editor is prompt_toolkit's.
+"""``LineEditor``: keyboard input at a terminal, on prompt_toolkit.
 
-Enter sends. Alt-Enter, or Enter behind a backslash, begins a new line. The arrow keys find earlier inputs, also those of
-other days: they are kept in the user's folder for such state (XDG base directories), readable by nobody else.
+Enter sends. Alt-Enter, or Enter after a backslash, inserts a new line. The arrow keys recall earlier inputs, also of previous
+sessions: the history is kept in the user's state directory (XDG base directories), readable by the user alone.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 
-class Editor:
-    """Inputs that are typed.
+class LineEditor:
+    """An ``InputReader`` with editing, history and completion.
 
     Args:
-        words: what Tab completes: commands, each with the words that may follow it.
-        of_files: commands behind which Tab completes the name of a file.
+        completions: the commands that Tab completes, each with the words that may follow it.
+        file_commands: commands after which Tab completes a file name.
     """
 
     interactive = True
 
-    def __init__(self, words: Mapping[str, Sequence[str]], of_files: Sequence[str]) -> None:
+    def __init__(self, completions: Mapping[str, Sequence[str]], file_commands: Sequence[str]) -> None:
         self._session: PromptSession[str] = PromptSession(
             "> ",
             prompt_continuation="  ",
             multiline=True,
             history=FileHistory(str(history_file())),
-            completer=CommandCompleter(words, of_files),
+            completer=CommandCompleter(completions, file_commands),
             complete_while_typing=False,
-            key_bindings=_keys(),
+            key_bindings=_key_bindings(),
         )
 
     def read(self) -> str:
-        """What is typed next; see Keyboard."""
+        """Return the next input; see ``InputReader``."""
         return self._session.prompt()
 
 
 def history_file() -> Path:
-    """The file of earlier inputs; made where it is missing."""
+    """The file of earlier inputs, created if missing."""
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     path = state / "bumblebee" / "chat_history"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,25 +53,25 @@ def history_file() -> Path:
 
 
 class CommandCompleter(Completer):
-    """Completes commands and what follows them; see Editor."""
+    """Completes commands and their arguments; see ``LineEditor``."""
 
-    def __init__(self, words: Mapping[str, Sequence[str]], of_files: Sequence[str]) -> None:
-        self.words, self.of_files = words, of_files
+    def __init__(self, completions: Mapping[str, Sequence[str]], file_commands: Sequence[str]) -> None:
+        self.completions, self.file_commands = completions, file_commands
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
-        """The ways to go on with what stands before the cursor."""
-        command, space, rest = document.text_before_cursor.partition(" ")
-        if space and command in self.of_files:
-            yield from self._paths.get_completions(Document(rest), complete_event)
+        """Yield the completions of the text before the cursor."""
+        command, space, argument = document.text_before_cursor.partition(" ")
+        if space and command in self.file_commands:
+            yield from self._paths.get_completions(Document(argument), complete_event)
             return
-        known, typed = (self.words.get(command, ()), rest) if space else (tuple(self.words), command)
-        for word in known:
+        words, typed = (self.completions.get(command, ()), argument) if space else (tuple(self.completions), command)
+        for word in words:
             if typed and word.startswith(typed) or space and not typed:
                 yield Completion(word, start_position=-len(typed))
 
 
-def _keys() -> KeyBindings:
+def _key_bindings() -> KeyBindings:
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -84,11 +84,11 @@ def _keys() -> KeyBindings:
             buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
-    def _new_line(event: KeyPressEvent) -> None:
+    def _insert_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
     @keys.add("c-c")
-    def _drop(event: KeyPressEvent) -> None:
+    def _clear(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
             event.current_buffer.reset()
         else:
