@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import bumblebee
 from bumblebee.callback import Callback
-from bumblebee.checkpoint.atomic import write_json
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
 from bumblebee.formatting import number, short
 from bumblebee.hardware.flops import active_parameters
+from bumblebee.json_files import write_json
 from bumblebee.training.metric_formatting import progress
 
 if TYPE_CHECKING:
