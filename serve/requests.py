@@ -78,9 +78,9 @@ class ChatRenderer:
         rewritten = self.tool_call_format.rewrite(original) if self.tool_call_format else original
         try:
             _check_nothing_dropped(template, rewritten, original, tool_dicts)
-            return template.ids_of(rewritten, tool_dicts, True)
+            return template.apply(rewritten, tool_dicts, True)
         except ValueError as error:
-            raise invalid(str(error).removeprefix(f"{template.place}: "), "messages") from None
+            raise invalid(str(error).removeprefix(f"{template.name_or_path}: "), "messages") from None
 
     @cached_property
     def tool_call_format(self) -> ToolCallFormat | None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bumblebee.tokenizer.assistant_mask import squeezed
+from bumblebee.tokenizer.assistant_mask import without_whitespace
 from bumblebee.tokenizer.chat_template import ChatTemplate
 from bumblebee.tokenizer.tokenizer import Tokenizer
 
@@ -147,8 +147,13 @@ def _markers(answer: str, number: int) -> Markers | None:
         locations.append(location)
     first, last = locations[0], locations[-1]
     separator = answer[first[1] : last[0]] if number > 1 else ""
-    name_separator = None if first[2] is None else squeezed(first[2])
-    return squeezed(answer[: first[0]]), squeezed(separator), squeezed(answer[last[1] :]), name_separator
+    name_separator = None if first[2] is None else without_whitespace(first[2])
+    return (
+        without_whitespace(answer[: first[0]]),
+        without_whitespace(separator),
+        without_whitespace(answer[last[1] :]),
+        name_separator,
+    )
 
 
 def _locate_object(text: str, name: str, arguments: Mapping[str, str]) -> Location | None:

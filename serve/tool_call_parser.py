@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bumblebee.tokenizer.assistant_mask import squeezed
-from bumblebee.tokenizer.special_token_guard import sound
+from bumblebee.tokenizer.assistant_mask import without_whitespace
+from bumblebee.tokenizer.special_token_guard import replace_surrogates
 from serve.tool_call_format import ToolCallFormat, name_and_arguments
 
 IN_STRING, OUTSIDE_STRING = re.compile(r'["\\]'), re.compile(r'["{}\[\]]')
@@ -60,7 +60,7 @@ class ToolCallParser:
     def finish(self) -> list[str | ParsedCall]:
         """End the answer. An incomplete call is returned as text; an incomplete closing marker is dropped."""
         rest, self._buffer = self._buffer, ""
-        truncated_marker = self._after_call and self.format.closing.startswith(squeezed(rest))
+        truncated_marker = self._after_call and self.format.closing.startswith(without_whitespace(rest))
         return [] if not rest or truncated_marker or (self._any_call and rest.isspace()) else [rest]
 
     def _parse_after_call(self) -> ParsedCall | str:
@@ -190,7 +190,7 @@ def _parse_call(text: str, name: str | None) -> ParsedCall | None:
         # Models write line breaks in strings, which strict JSON does not allow.
         content = json.loads(text, strict=False)
         call = name_and_arguments(content) if name is None else (name, content)
-        return call and ParsedCall(call[0], sound(json.dumps(call[1], ensure_ascii=False, allow_nan=False)))
+        return call and ParsedCall(call[0], replace_surrogates(json.dumps(call[1], ensure_ascii=False, allow_nan=False)))
     except (ValueError, RecursionError):
         return None
 

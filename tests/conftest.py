@@ -1,4 +1,4 @@
-"""What all tests share: caches in a temporary place, a small tokenizer, tiny models. Processes: ``system/processes.py``."""
+"""Fixtures of all tests: a temporary cache, a small tokenizer, tiny model configs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# Before torch is imported. Tests share the cores, with each other and with their own child processes: more threads than
-# cores make tiny models many times slower.
+# Set before torch is imported. Test processes and their children share the cores: with more threads than cores, tiny models
+# run many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-settings.register_profile("patient", deadline=None)  # a busy machine is no failure
-settings.load_profile("patient")
+settings.register_profile("no deadline", deadline=None)  # a busy machine must not fail a test
+settings.load_profile("no deadline")
 
 SAMPLES = Path(__file__).parent.parent / "recipes" / "samples"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU say so instead of failing."""
+    """Skip tests that need a GPU where there is none."""
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
         import torch
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Token caches of the whole session, away from the user's."""
+    """Keep the session's token caches away from the user's."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["BUMBLEBEE_CACHE"] = str(folder)
     return folder
@@ -54,7 +54,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Any]:
-    """A function that gives the config of a model of two layers and about 60,000 parameters, with changes."""
+    """Return a function that builds the config of a 2-layer model of about 60,000 parameters, with overrides."""
     from bumblebee.config import BumblebeeConfig
 
     def make(**changes: Any) -> BumblebeeConfig:

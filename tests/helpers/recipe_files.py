@@ -1,10 +1,10 @@
-"""A small recipe for tests of the command line, and where the sample texts are."""
+"""A small recipe for tests of the command line, and the folder of the sample texts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-SAMPLES = Path(__file__).parent.parent.parent / "recipes" / "samples"
+SAMPLES = Path(__file__).parents[2] / "recipes" / "samples"
 
 RECIPE = """\
 seed: 1

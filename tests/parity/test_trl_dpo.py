@@ -1,4 +1,4 @@
-"""DPO against TRL's DPOTrainer: the same pairs give the same loss, gradients and metrics."""
+"""Parity with TRL's DPOTrainer: same pairs, same loss, gradients and metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 trl = pytest.importorskip("trl")
 
-OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, theirs
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # our options, TRL's
     "sigmoid": ({}, {"loss_types": ["sigmoid"]}),
     "another beta": ({"pref_beta": 0.5}, {"loss_types": ["sigmoid"], "beta": 0.5}),
     "hinge": ({"loss_type": "hinge"}, {"loss_types": ["hinge"]}),
@@ -42,7 +42,7 @@ def patches():
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory, tokenizer_folder, patches):
-    """TRL's, with the small model and another one as its reference."""
+    """A DPOTrainer whose policy and reference are two small models."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -54,7 +54,7 @@ def trainer(tmp_path_factory, tokenizer_folder, patches):
     end = "<|endoftext|>"
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_folder / "tokenizer.json"), pad_token=end, eos_token=end)
     options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # set by a Trainer of ours in this process; accelerate asks for more then
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # our Trainer sets these; accelerate would then require more
         patches.delenv(name, raising=False)
     return trl.DPOTrainer(
         model=models[0], ref_model=models[1], args=trl.DPOConfig(output_dir=str(folder / "out"), **options),
@@ -62,22 +62,22 @@ def trainer(tmp_path_factory, tokenizer_folder, patches):
     )  # fmt: skip
 
 
-def their_batch(trainer, pairs):
+def trl_batch(trainer, pairs):
     ids = [{"prompt_ids": chosen[:at].tolist(), "chosen_ids": chosen[at:].tolist(), "rejected_ids": rejected[at:].tolist()}
            for _, at, (chosen, rejected) in pairs.train]  # fmt: skip
     return trainer.data_collator(ids)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_loss_gradients_and_metrics_are_trls(name, pairs, trainer, monkeypatch):
+def test_loss_gradients_and_metrics_equal_trl(name, pairs, trainer, monkeypatch):
     options, settings = OPTIONS[name]
     for key, value in {"loss_weights": [1.0], **settings}.items():
         monkeypatch.setattr(trainer, key, value)
     trainer.model.zero_grad()
     trainer._metrics["train"].clear()
     trainer.model.train()
-    their_loss = trainer.compute_loss(trainer.model, their_batch(trainer, pairs))
-    their_loss.backward()
+    trl_loss = trainer.compute_loss(trainer.model, trl_batch(trainer, pairs))
+    trl_loss.backward()
 
     policy = small_model(0)
     task = DPO(policy, **options)
@@ -88,11 +88,11 @@ def test_loss_gradients_and_metrics_are_trls(name, pairs, trainer, monkeypatch):
     loss = task.total(sums, counts)
     loss.backward()
 
-    torch.testing.assert_close(loss, their_loss, rtol=1e-5, atol=1e-6)
-    theirs = dict(trainer.model.named_parameters())
+    torch.testing.assert_close(loss, trl_loss, rtol=1e-5, atol=1e-6)
+    expected = dict(trainer.model.named_parameters())
     for key, parameter in policy.named_parameters():
         torch.testing.assert_close(
-            parameter.grad, theirs[key].grad, rtol=1e-4, atol=1e-6, msg=lambda text, k=key: f"{k} {text}"
+            parameter.grad, expected[key].grad, rtol=1e-4, atol=1e-6, msg=lambda text, k=key: f"{k} {text}"
         )
-    for key in set(task.units) - {"logps/accuracies"}:  # which TRL does not have
+    for key in set(task.units) - {"logps/accuracies"}:  # TRL has no such metric
         assert float(sums[key]) / counts["dpo"] == pytest.approx(trainer._metrics["train"][key][-1], rel=1e-4, abs=1e-6), key

@@ -104,11 +104,11 @@ def test_memory_of_gpus_is_computed_where_there_is_none(recipe, capsys):
 
 def with_rows(recipe: str, options: str = "") -> str:
     """The recipe with a DataModule of one's own."""
-    text = Path(recipe).read_text().replace("bumblebee.LanguageModeling", "system.parts.Noisy")
+    text = Path(recipe).read_text().replace("bumblebee.LanguageModeling", "helpers.training_runs.Noisy")
     begin, end = text.index("data:"), text.index("optimizer:")
-    data = f"data: {{class_path: system.parts.Rows{options}}}"
+    data = f"data: {{class_path: helpers.training_runs.Rows{options}}}"
     Path("own.yaml").write_text(
-        f"{text[:begin]}{data}\n\n{text[end:]}".replace("bumblebee.LanguageModeling", "system.parts.Noisy")
+        f"{text[:begin]}{data}\n\n{text[end:]}".replace("bumblebee.LanguageModeling", "helpers.training_runs.Noisy")
     )
     return "own.yaml"
 
@@ -153,7 +153,7 @@ def test_samples_that_are_all_too_long_are_refused(recipe, capsys):
     [
         (["--data.files", "absent.jsonl"], "absent.jsonl"),
         (["--optimizer.lr", "-1"], "Invalid learning rate: -1"),
-        (["--trainer.deepspeed", "{optimizer: {}}"], "the recipe's optimizer decides"),
+        (["--trainer.deepspeed", "{optimizer: {}}"], "set by the recipe's optimizer"),
         (["--trainer.precision", "fp16"], "fp16 needs a GPU"),
         (["--task.model.config.vocab_size", "10"], "the tokenizer has"),
         (["--samples", "-1"], "samples"),

@@ -91,7 +91,7 @@ def test_no_folder_no_model_and_no_tokenizer_are_one_line_each(served_folder: Pa
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((served_folder / "config.json").read_bytes())
-    assert "bare is no tokenizer folder: it has no tokenizer.json" in refused("--model", str(bare))
+    assert "bare is not a tokenizer folder: it has no tokenizer.json" in refused("--model", str(bare))
     (bare / "tokenizer.json").write_bytes((served_folder / "tokenizer.json").read_bytes())
     assert "has no model.safetensors" in refused("--model", str(bare), "--port", "0")
 

@@ -1,4 +1,4 @@
-"""The DPO recipes as whole commands: train, validate, resume; what a user gets wrong is one line."""
+"""The DPO recipes as whole commands: fit and validate; user errors are one line."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SMALL = ["--trainer.precision", "fp32", "--trainer.max_steps", "3", "--optimizer
 
 
 @pytest.fixture(scope="module")
-def workplace(tokenizer_folder, tmp_path_factory):
-    """A folder with the recipes and what they begin with."""
+def workspace(tokenizer_folder, tmp_path_factory):
+    """A folder with the recipes, a tokenizer and the SFT model that they start from."""
     folder = tmp_path_factory.mktemp("dpo")
     shutil.copytree(RECIPES, folder / "recipes")
     shutil.copytree(tokenizer_folder, folder / "runs" / "sft")
@@ -28,19 +28,19 @@ def workplace(tokenizer_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("recipe", "stage"), [("dpo_full", "2"), ("dpo_full", "3"), ("dpo_lora", "2"), ("dpo_lora", "3")])
-def test_a_recipe_trains_and_validate_finds_what_the_run_found(recipe, stage, workplace):
+def test_validate_reproduces_the_metrics_of_fit(recipe, stage, workspace):
     folder = f"runs/{recipe}-{stage}"
     words = ["--config", f"recipes/{recipe}.yaml", "--output_dir", folder, *SMALL]
-    done = run_command("fit", *words, "--trainer.zero_stage", stage, "--task.precompute_reference", "true", cwd=workplace)
+    done = run_command("fit", *words, "--trainer.zero_stage", stage, "--task.precompute_reference", "true", cwd=workspace)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "reference the model" in done.stdout
-    lines = [json.loads(line) for line in (workplace / folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (workspace / folder / "metrics.jsonl").read_text().splitlines()]
     logged = next(line for line in lines if "validation_loss" in line)
-    checked = run_command("validate", "--config", f"{folder}/recipe.yaml", cwd=workplace)
+    checked = run_command("validate", "--config", f"{folder}/recipe.yaml", cwd=workspace)
     assert checked.returncode == 0, checked.stderr[-3000:]
-    found = dict(re.findall(r"^(validation_\S+) (\S+)$", checked.stdout, flags=re.MULTILINE))
+    metrics = dict(re.findall(r"^(validation_\S+) (\S+)$", checked.stdout, flags=re.MULTILINE))
     for name in ("validation_loss", "validation_rewards/margins", "validation_logps/chosen"):
-        assert float(found[name]) == pytest.approx(logged[name], rel=1e-4, abs=1e-5), name
+        assert float(metrics[name]) == pytest.approx(logged[name], rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,9 @@ def test_a_recipe_trains_and_validate_finds_what_the_run_found(recipe, stage, wo
         (["--data.class_path", "datamodules.Pretrain", "--data.files", "recipes/samples/pretrain.jsonl"], "DPO needs pairs"),
     ],
 )
-def test_a_mistake_is_one_line_and_nothing_is_written(words, message, workplace):
-    done = run_command("fit", "--config", "recipes/dpo_full.yaml", "--output_dir", "runs/wrong", *SMALL, *words, cwd=workplace)
+def test_a_user_error_is_one_line_and_writes_nothing(words, message, workspace):
+    done = run_command("fit", "--config", "recipes/dpo_full.yaml", "--output_dir", "runs/wrong", *SMALL, *words, cwd=workspace)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("bumblebee: ")]
     assert message in line and "Traceback" not in done.stderr
-    assert not (workplace / "runs" / "wrong").exists()
+    assert not (workspace / "runs" / "wrong").exists()
