@@ -146,8 +146,8 @@
     }
   },
 
-  async putHarmless(html) {
-    const { harmless } = await import("/page/markdown.js");
-    document.getElementById("thread").append(harmless(html));
+  async insertSanitized(html) {
+    const { sanitize } = await import("/page/markdown.js");
+    document.getElementById("thread").append(sanitize(html));
   },
 })
