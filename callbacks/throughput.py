@@ -56,7 +56,7 @@ class Throughput(Callback):
         """Find out what can be reached, and count from now on what goes through the model."""
         self._clear()
         self._peak = self.peak_tflops or _known_peak(trainer)
-        self._per_token = flops.per_token(trainer.task.model)
+        self._per_token = flops.weight_flops_per_token(trainer.task.model)
         self._handle = trainer.engine.model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def on_step_start(self, trainer: Trainer) -> None:
@@ -106,7 +106,7 @@ class Throughput(Callback):
 
         ids = kwargs.get("input_ids", args[0] if args else None)
         if torch.is_tensor(ids) and torch.is_grad_enabled():
-            self._operations += ids.numel() * (self._per_token + flops.of_attention(module, ids.shape[-1]))
+            self._operations += ids.numel() * (self._per_token + flops.attention_flops_per_token(module, ids.shape[-1]))
 
     def _collect(self, trainer: Trainer) -> dict[str, float]:
         """The figures since the last time, with the work of all ranks. Collective."""
@@ -148,8 +148,8 @@ def _known_peak(trainer: Trainer) -> float | None:
     import torch
 
     if trainer.device.type == "cpu":
-        return flops.measured_peak(torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
-    return None if trainer.precision == "fp32" else flops.peak_of(torch.cuda.get_device_name(trainer.device))
+        return flops.measure_peak_tflops(torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
+    return None if trainer.precision == "fp32" else flops.peak_tflops(torch.cuda.get_device_name(trainer.device))
 
 
 def _wait_for(device: torch.device) -> None:

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from bumblebee.inference.request import Output
+from bumblebee.inference.request import RequestOutput
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from serve import body as bodies
 from serve.api_errors import Fault, invalid
@@ -235,7 +235,7 @@ async def streamed(request: Request, run: Run, reply: Reply) -> EventStream:
     return EventStream(events(run, reply, index, first), run)
 
 
-async def events(run: Run, reply: Reply, index: int, first: Output) -> AsyncIterator[str]:
+async def events(run: Run, reply: Reply, index: int, first: RequestOutput) -> AsyncIterator[str]:
     """A reply's chunks as events. An error in the middle is the last of them: the status has been sent."""
     yield written([*reply.begin(), *reply.add(index, first)])
     try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bumblebee.inference.engine_config import EngineStats
-from bumblebee.inference.request import Output, Request
+from bumblebee.inference.request import EngineRequest, RequestOutput
 from serve.api_errors import Fault
 from serve.metrics import Metrics
 from serve.serve_options import ServeOptions
@@ -68,14 +68,14 @@ class Run:
         self._new = dict.fromkeys(self.indices, 0)  # tokens of each
         self._unfinished = dict.fromkeys(self.indices)
         self._undelivered = len(jobs)
-        self._arrived: asyncio.Queue[Output | Fault] = asyncio.Queue()
+        self._arrived: asyncio.Queue[RequestOutput | Fault] = asyncio.Queue()
         late = Fault(504, f"this has taken {timeout:g} s, and may not take longer", code="timeout", headers=NEVER)
         self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, late)
 
     def __aiter__(self) -> Run:
         return self
 
-    async def __anext__(self) -> tuple[int, Output]:
+    async def __anext__(self) -> tuple[int, RequestOutput]:
         if not self._undelivered:
             raise StopAsyncIteration
         output = await self._arrived.get()
@@ -85,7 +85,7 @@ class Run:
         self._undelivered -= output.finish_reason is not None
         return self.indices[output.id], output
 
-    def deliver(self, output: Output) -> None:
+    def deliver(self, output: RequestOutput) -> None:
         """Take what a step has brought."""
         self._measure(output)
         if output.finish_reason is not None:
@@ -105,7 +105,7 @@ class Run:
                 self.replica.channel.send(Cancel(id))
         self._unfinished.clear()
 
-    def _measure(self, output: Output) -> None:
+    def _measure(self, output: RequestOutput) -> None:
         now, new = time.monotonic(), len(output.tokens)
         self._new[output.id] += new
         if new and output.id not in self._first:
@@ -151,7 +151,7 @@ class Hub:
         run = Run(replica, jobs, self.options.request_timeout, self.metrics)
         for id, job in zip(run.indices, jobs, strict=True):
             replica.runs[id] = run
-            replica.channel.send(Request(id, job.prompt, job.params))
+            replica.channel.send(EngineRequest(id, job.prompt, job.params))
         return run
 
     def admit(self, jobs: int = 1) -> Replica:

@@ -21,9 +21,9 @@ FURTHER = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 GAUGES = {
     "running": "Requests that are being computed.",
     "waiting": "Requests that wait to be computed.",
-    "pages_total": "Pages of the key-value cache.",
-    "pages_free": "Pages that hold nothing.",
-    "pages_cached": "Pages that no request uses, kept for prompts that begin in the same way.",
+    "pages_total": "Blocks of the KV cache.",
+    "pages_free": "Empty blocks of the KV cache.",
+    "pages_cached": "Unused blocks of the KV cache, kept for prompts with the same prefix.",
 }
 COUNTERS = {
     "prompt_tokens": "Tokens of the prompts that were begun, cached ones included.",
@@ -69,7 +69,7 @@ class _Engines(Collector):
         ]
         for worker, stats in self._stats():
             for name, family in families:
-                family.add_metric([str(worker)], getattr(stats, name))
+                family.add_metric([str(worker)], getattr(stats, name.replace("pages_", "blocks_")))
         return [family for _, family in families]
 
 

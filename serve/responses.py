@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from itertools import count, repeat
 from typing import Any
 
-from bumblebee.inference.request import Output, Token
+from bumblebee.inference.request import RequestOutput, SampledToken
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from serve.schemas import ChatRequest, CompletionRequest, Sampling
 from serve.tool_call_format import CallFormat
@@ -87,7 +87,7 @@ class Reply:
         """The chunks behind the last choice's: the usage, if it is wanted."""
         return [{**self._head(self.chunk_object), "choices": [], "usage": self.usage()}] if self.include_usage else []
 
-    def _count(self, index: int, output: Output) -> None:
+    def _count(self, index: int, output: RequestOutput) -> None:
         self.prompt_tokens[index], self.cached_tokens[index] = output.prompt_tokens, output.cached_tokens
         self.new_tokens[index] += len(output.tokens)
 
@@ -126,7 +126,7 @@ class ChatReply(Reply):
         """The chunks before the first token: who speaks."""
         return [self._delta(index, {"role": "assistant", "content": ""}) for index in range(self.samples)]
 
-    def add(self, index: int, output: Output) -> list[Json]:
+    def add(self, index: int, output: RequestOutput) -> list[Json]:
         """Take what a step has brought to a choice.
 
         Returns:
@@ -171,7 +171,7 @@ class ChatReply(Reply):
         message |= {"tool_calls": calls} if calls else {}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": self.reasons[index]}
 
-    def _logprobs_of(self, index: int, tokens: Sequence[Token]) -> Json | None:
+    def _logprobs_of(self, index: int, tokens: Sequence[SampledToken]) -> Json | None:
         if self._logprobs is None or not tokens:
             return None
         content = [self._named(token.id, token.logprob, token.top) for token in tokens]
@@ -212,7 +212,7 @@ class CompletionReply(Reply):
         """The chunks before the first token: the prompts, if they are wanted."""
         return [self._chunk(self._piece(index, texts[0])) for index, texts in enumerate(self._texts) if texts[0]]
 
-    def add(self, index: int, output: Output) -> list[Json]:
+    def add(self, index: int, output: RequestOutput) -> list[Json]:
         """Take what a step has brought to a choice.
 
         Returns:
@@ -235,7 +235,7 @@ class CompletionReply(Reply):
     def _piece(self, index: int, text: str, logprobs: Json | None = None) -> Json:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self.reasons[index]}
 
-    def _logprobs_of(self, index: int, tokens: Sequence[Token]) -> Json | None:
+    def _logprobs_of(self, index: int, tokens: Sequence[SampledToken]) -> Json | None:
         if self._logprobs is None or not tokens:
             return None
         new = _no_logprobs()
@@ -262,7 +262,7 @@ def _no_logprobs() -> Json:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
-def _parts(parser: CallParser | None, output: Output) -> list[str | Call]:
+def _parts(parser: CallParser | None, output: RequestOutput) -> list[str | Call]:
     """The text and the calls that are certain now."""
     if parser is None:
         return [output.text] if output.text else []

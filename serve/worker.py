@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import litserve
 from litserve.loops.base import LitLoop
-from starlette.requests import Request as HTTPRequest
+from starlette.requests import Request
 
-from bumblebee.inference.request import Request
+from bumblebee.inference.request import EngineRequest
 from serve.auth import Keys
 from serve.serve_options import ServeOptions
 from serve.worker_messages import Cancel, Failed, Ready, Step
@@ -47,7 +47,7 @@ class Worker(litserve.LitAPI):
         super().__init__(loop=Loop(), spec=spec)
         self.options, self.keys = options, keys
 
-    def authorize(self, request: HTTPRequest) -> None:
+    def authorize(self, request: Request) -> None:
         """LitServe asks this before each of the spec's routes."""
         self.keys.check_host(request.headers.get("host"))
         self.keys.check(request.headers.get("authorization"))
@@ -73,14 +73,13 @@ class Worker(litserve.LitAPI):
             ValueError: the folder, the device or the dtype cannot be used.
         """
         from bumblebee.inference.generator import Generator  # torch, in this process alone
-        from bumblebee.inference.kv_cache_size import PAGE_SIZE
 
         options = self.options
         generator = Generator.from_pretrained(
             options.model, device, options.dtype, options.device_map, options.trust_remote_code
         )
         engine = generator.engine(options.limits)
-        cache_tokens = engine.stats().pages_total * PAGE_SIZE
+        cache_tokens = engine.cache_tokens
         return engine, Ready(
             device=", ".join(dict.fromkeys(str(weight.device) for weight in generator.model.parameters())),
             dtype=str(generator.dtype).removeprefix("torch."),
@@ -115,9 +114,9 @@ def work(engine: GenerationEngine, pipe: Connection) -> None:
             pipe.send(Step(outputs, refused, engine.stats()))
 
 
-def arrived(pipe: Connection, busy: bool) -> list[Request | Cancel] | None:
+def arrived(pipe: Connection, busy: bool) -> list[EngineRequest | Cancel] | None:
     """The messages that are there; where nothing else is to do, wait for one. None when there will be no more."""
-    messages: list[Request | Cancel] = []
+    messages: list[EngineRequest | Cancel] = []
     try:
         while pipe.poll(0 if busy or messages else None):
             message = pipe.recv()
@@ -129,7 +128,7 @@ def arrived(pipe: Connection, busy: bool) -> list[Request | Cancel] | None:
     return messages
 
 
-def take(engine: GenerationEngine, message: Request | Cancel) -> tuple[str, str] | None:
+def take(engine: GenerationEngine, message: EngineRequest | Cancel) -> tuple[str, str] | None:
     """Tell the engine; (id, why) of a request that it refuses."""
     if isinstance(message, Cancel):
         engine.cancel(message.id)

@@ -1,7 +1,7 @@
 """What the server's process and a worker say to each other, over one pipe for each worker.
 
-To the worker go the engine's ``Request``, ``Cancel`` and, at the end, ``None``. Back come one ``Ready`` or ``Failed``, and
-then a ``Step`` after each forward pass.
+To the worker go the engine's ``EngineRequest``, ``Cancel`` and, at the end, ``None``. Back come one ``Ready`` or ``Failed``,
+and then a ``Step`` after each forward pass.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bumblebee.inference.engine_config import EngineStats
-from bumblebee.inference.request import Output
+from bumblebee.inference.request import RequestOutput
 from bumblebee.inference.sampling_params import SamplingParams
 
 
@@ -66,6 +66,6 @@ class Step:
         stats: the engine's, after the pass.
     """
 
-    outputs: list[Output]
+    outputs: list[RequestOutput]
     refused: list[tuple[str, str]]
     stats: EngineStats

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bumblebee.inference.kv_cache import LayerCache, Layout
+from bumblebee.inference.attention_metadata import AttentionMetadata
+from bumblebee.inference.kv_cache import PagedLayerCache
 from bumblebee.nn.attention_kernels import KERNELS, AttentionMask
 from bumblebee.verify.check_result import Measure
 from bumblebee.verify.tolerances import COMMON, WHOLE, WORST, distance, scale_error, unit
@@ -19,8 +20,8 @@ from bumblebee.verify.tolerances import COMMON, WHOLE, WORST, distance, scale_er
 B, S, H, K = 2, 201, 8, 2  # a length that no tile of a kernel divides
 WIDTHS = (64, 128)
 WINDOW = 50
-PAGE = 16  # positions of a page of the cache
-PAGES = -(-S // PAGE)
+BLOCK_SIZE = 16  # positions per block of the KV cache
+BLOCKS = -(-S // BLOCK_SIZE)
 DOCUMENTS = ((70, 1, 130), (201,))  # lengths, in each row of packed windows
 
 
@@ -90,16 +91,16 @@ def _cached(dtype: torch.dtype, width: int, padding: float, device: torch.device
     Args:
         dtype: of queries, keys and values.
         width: D.
-        padding: whether single tokens share a call: see ``Layout.of``.
+        padding: whether single tokens share a call: see ``AttentionMetadata.build``.
         device: of the cache.
     """
     generator = torch.Generator().manual_seed(width)
     q, k, v = (torch.randn((B, S, heads, width), generator=generator).to(device, dtype) for heads in (H, K, K))
-    cache = LayerCache((B * PAGES, PAGE, K, width), dtype, device)
-    pages = [list(range(row * PAGES, (row + 1) * PAGES))[::-1] for row in range(B)]  # in no order that means anything
+    cache = PagedLayerCache((B * BLOCKS, BLOCK_SIZE, K, width), dtype, device)
+    block_tables = [list(range(row * BLOCKS, (row + 1) * BLOCKS))[::-1] for row in range(B)]  # in no order that means anything
     found = []
     for begin, end in [(0, S - 3), *((place, place + 1) for place in range(S - 3, S))]:
-        cache.layout = Layout.of(pages, [end] * B, [end - begin] * B, PAGE, device, padding)
+        cache.metadata = AttentionMetadata.build(block_tables, [end] * B, [end - begin] * B, BLOCK_SIZE, device, padding)
         queries, keys, values = (x[:, begin:end].flatten(0, 1)[None] for x in (q, k, v))
         found.append(cache.attend(queries, keys, values)[0].unflatten(0, (B, -1)))
     places = torch.arange(S, device=device)

@@ -19,7 +19,7 @@ import torch
 from bumblebee import trainer
 from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed import training_engine
-from bumblebee.inference import kv_cache
+from bumblebee.inference import attention_metadata
 from bumblebee.nn import attention_kernels, linear_cross_entropy
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.task import Task
@@ -50,15 +50,15 @@ def attention_sees_the_next_token(patch: Patch) -> None:
     patch.setattr(attention_kernels.AttentionMask, "_build", wrong)
 
 
-def cache_forgets_a_page(patch: Patch) -> None:
+def cache_forgets_a_block(patch: Patch) -> None:
     """Where growing texts share a call."""
-    right = kv_cache._padded
+    right = attention_metadata._padded_decode
 
     def wrong(spans, size):
         slots, valid = right(spans, size)
         return slots, valid & (torch.arange(valid.shape[1]) // size != 1)
 
-    patch.setattr(kv_cache, "_padded", wrong)
+    patch.setattr(attention_metadata, "_padded_decode", wrong)
 
 
 def gradient_of_the_loss_too_large(patch: Patch) -> None:

@@ -53,7 +53,7 @@ PLANTED = [
     (faults.attention_too_large, "bf16", (ATTENTION,), (ATTENTION,), "do not trust training or generation"),
     (faults.attention_too_large, "fp32", (ATTENTION, LOSS, CURVE), (ATTENTION, CURVE), "perhaps only because of the failure"),
     (faults.attention_sees_the_next_token, "fp32", (ATTENTION, LOSS), (ATTENTION,), "do not trust training or generation"),
-    (faults.cache_forgets_a_page, "bf16", (ATTENTION,), (ATTENTION,), "do not trust training or generation"),
+    (faults.cache_forgets_a_block, "bf16", (ATTENTION,), (ATTENTION,), "do not trust training or generation"),
     (faults.gradient_of_the_loss_too_large, "fp32", (LOSS, STEP), (LOSS, STEP), "do not trust any training"),
     (faults.gradient_of_the_loss_too_large, "bf16", (LOSS,), (LOSS,), "do not trust any training"),
     (faults.divided_by_micro_batches, "fp32", (STEP,), (STEP,), "do not trust runs with several ranks or"),

@@ -31,7 +31,7 @@ from bumblebee.checkpoint.sharded_state import PieceReader, write_buffers, write
 from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed.ds_config import EngineOptions, deepspeed_config, on_nvme
 from bumblebee.distributed.deepspeed.zero_shards import Span, pieces, restore, spans
-from bumblebee.hardware.flops import size_of
+from bumblebee.hardware.flops import numel_of
 
 
 class Engine:
@@ -61,7 +61,7 @@ class Engine:
         deepspeed = import_deepspeed(device)
         self.options = options
         self.device = device
-        self.group_sizes = [sum(size_of(p) for p in group["params"]) for group in groups]  # DeepSpeed flattens or shards them
+        self.group_sizes = [sum(numel_of(p) for p in group["params"]) for group in groups]  # DeepSpeed flattens or shards them
         # Weights from a folder come in the file's dtype. For bf16 on stages 1 to 3 DeepSpeed casts, and keeps fp32 beside.
         model.to(device=device, dtype=torch.float32 if options.weights_dtype == torch.float32 else None)
         config = _config(options)
