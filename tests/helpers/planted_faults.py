@@ -19,7 +19,7 @@ import torch
 
 from bumblebee import trainer
 from bumblebee.distributed import process_group
-from bumblebee.distributed.deepspeed import training_engine
+from bumblebee.distributed.deepspeed import engine, engine_state
 from bumblebee.inference import kv_cache
 from bumblebee.nn import attention_kernels, linear_cross_entropy
 from bumblebee.tasks.language_modeling import LanguageModeling
@@ -102,7 +102,7 @@ def averaged_twice(patch: Patch) -> None:
 
 def no_fp32_weights(patch: Patch) -> None:
     """The optimizer keeps its weights in bf16."""
-    original = training_engine.Engine.step
+    original = engine.TrainingEngine.step
 
     def wrong(self):
         original(self)
@@ -110,7 +110,7 @@ def no_fp32_weights(patch: Patch) -> None:
             for parameter in group["params"]:
                 parameter.data.copy_(parameter.data.bfloat16())
 
-    patch.setattr(training_engine.Engine, "step", wrong)
+    patch.setattr(engine.TrainingEngine, "step", wrong)
 
 
 def schedule_is_ignored(patch: Patch) -> None:
@@ -118,14 +118,14 @@ def schedule_is_ignored(patch: Patch) -> None:
 
 
 def optimizer_state_is_lost(patch: Patch) -> None:
-    original = training_engine.restore
+    original = engine_state.restore_shards
 
-    def wrong(spans, optimizer, reader):
-        original(spans, optimizer, reader)
+    def wrong(shards, optimizer, reader):
+        original(shards, optimizer, reader)
         for entries in getattr(optimizer, "optimizer", optimizer).state.values():
             entries["exp_avg"].zero_()
 
-    patch.setattr(training_engine, "restore", wrong)
+    patch.setattr(engine_state, "restore_shards", wrong)
 
 
 def resume_skips_a_micro_batch(patch: Patch) -> None:
@@ -146,7 +146,7 @@ def random_state_is_lost(patch: Patch) -> None:
 
 def not_deterministic(patch: Patch) -> None:
     """Like kernels with a non-deterministic order of summation."""
-    original = training_engine.Engine.step
+    original = engine.TrainingEngine.step
     count = itertools.count()
 
     def wrong(self):
@@ -154,7 +154,7 @@ def not_deterministic(patch: Patch) -> None:
         vector = next(iter(self._optimizer.param_groups))["params"][0]
         vector.data.view(-1)[0] += 1e-6 * next(count)
 
-    patch.setattr(training_engine.Engine, "step", wrong)
+    patch.setattr(engine.TrainingEngine, "step", wrong)
 
 
 def signal_in_training(patch: Patch) -> None:
