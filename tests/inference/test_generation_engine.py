@@ -67,12 +67,12 @@ def engine_of(model, tokenizer):
     yield make
     for engine in made:
         finish(engine)
-        check_pages(engine)
+        check_blocks(engine)
         stats = engine.stats()
         assert (stats.running, stats.waiting) == (0, 0) and stats.blocks_free + stats.blocks_cached == stats.blocks_total
 
 
-def check_pages(engine: GenerationEngine) -> None:
+def check_blocks(engine: GenerationEngine) -> None:
     pool = engine.block_pool
     assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks
     held = {page for sequence in engine.scheduler.running for page in sequence.block_table}
@@ -87,7 +87,7 @@ def finish(engine: GenerationEngine, steps: int = 2000) -> dict[str, list[Reques
             return found
         for output in engine.step():
             found.setdefault(output.id, []).append(output)
-        check_pages(engine)
+        check_blocks(engine)
     raise AssertionError("it does not end")
 
 
@@ -123,7 +123,7 @@ def test_together_with_prompts_in_chunks_of_any_size(engine_of, naive, step_toke
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_single_tokens_in_one_call_or_each_in_its_own(engine_of, naive, padding):
     engine = engine_of(step_tokens=20)
-    engine.runner.padding = padding
+    engine.model_runner.max_padding = padding
     assert run(engine, PROMPTS, greedy()) == [naive(prompt, 12) for prompt in PROMPTS]
 
 
@@ -220,16 +220,16 @@ def half(tiny) -> Bumblebee:
 def test_bf16_logits_are_those_of_one_pass_within_rounding(half, tokenizer, padding, monkeypatch):
     """bf16 is up to 0.5 away from fp32 here; two ways to add up in bf16 may differ by nearly as much."""
     engine = GenerationEngine(half, tokenizer, (), EngineConfig(step_tokens=11))
-    engine.runner.padding = padding
-    logits, run_ = {}, engine.runner.run
+    engine.model_runner.max_padding = padding
+    logits, run_ = {}, engine.model_runner.run
 
     def kept(chunks):
         out = run_(chunks)
         rows = [chunk.sequence for chunk in chunks if chunk.is_last]
-        logits.update({(each.request.id, len(each.tokens)): row for each, row in zip(rows, out, strict=True)})
+        logits.update({(each.request.id, len(each.token_ids)): row for each, row in zip(rows, out, strict=True)})
         return out
 
-    monkeypatch.setattr(engine.runner, "run", kept)
+    monkeypatch.setattr(engine.model_runner, "run", kept)
     found = run(engine, PROMPTS, greedy())
     assert len(logits) == 12 * len(PROMPTS)
     for (name, length), row in logits.items():
@@ -253,7 +253,7 @@ def test_any_schedule(data, model, tokenizer, naive):
     )
     prompts = data.draw(st.lists(prompt.filter(bool), min_size=1, max_size=6))
     lengths = [data.draw(st.integers(1, 12)) for _ in prompts]
-    engine.runner.padding = data.draw(st.sampled_from(PADDINGS))
+    engine.model_runner.max_padding = data.draw(st.sampled_from(PADDINGS))
     found: dict[str, list[RequestOutput]] = {str(number): [] for number in range(len(prompts))}
     cancelled = set()
     for number, prompt in enumerate(prompts):
@@ -261,7 +261,7 @@ def test_any_schedule(data, model, tokenizer, naive):
         for _ in range(data.draw(st.integers(0, 4))):
             for output in engine.step():
                 found[output.id].append(output)
-            check_pages(engine)
+            check_blocks(engine)
         if data.draw(st.integers(0, 4)) == 0:
             cancelled.add(str(name := data.draw(st.integers(0, number))))
             engine.cancel(str(name))
@@ -383,15 +383,15 @@ def test_a_broken_step_changes_nothing_and_can_be_computed_again(engine_of, naiv
         engine.submit(EngineRequest(str(number), prompt, greedy()))
     engine.submit(EngineRequest("late", [1], greedy()))
     found: dict[str, list[RequestOutput]] = {}
-    forward, broken = engine.runner.model.forward, 0
+    forward, broken = engine.model_runner.model.forward, 0
     while engine.busy:
-        monkeypatch.setattr(engine.runner.model, "forward", breaks_after_the_first_layer(engine.runner.model))
+        monkeypatch.setattr(engine.model_runner.model, "forward", breaks_after_the_first_layer(engine.model_runner.model))
         engine.cancel("late")
         with pytest.raises(MemoryError):
             engine.step()
         broken += 1
-        monkeypatch.setattr(engine.runner.model, "forward", forward)
-        check_pages(engine)
+        monkeypatch.setattr(engine.model_runner.model, "forward", forward)
+        check_blocks(engine)
         for output in engine.step():
             found.setdefault(output.id, []).append(output)
     assert broken > 12

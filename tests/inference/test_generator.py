@@ -257,7 +257,7 @@ def test_what_was_in_the_caches_memory_before_is_never_read(generator, monkeypat
 
     def full_of_nan(options=None):
         engines.append(original(options))
-        for layer in engines[-1].runner.cache.layers:
+        for layer in engines[-1].model_runner.kv_cache.layers:
             layer.keys.fill_(float("nan"))
             layer.values.fill_(float("nan"))
         return engines[-1]
