@@ -40,15 +40,11 @@ CHOICES = 4
 HELD_OUT_DOCUMENTS, HELD_OUT_PAIRS = 0.05, 0.1
 
 
-def make_files(seed: int = 42) -> dict[str, list[Record]]:
-    """The records of each file by file name.
+def make_files(entries: list[stdlib_docs.Entry], seed: int) -> dict[str, list[Record]]:
+    """The records of each file, by file name.
 
     Each file has a random generator of its own, so changing one of them does not change the others.
-
-    Raises:
-        ValueError: this Python comes without the source files of its standard library.
     """
-    entries = stdlib_docs.entries()
     subjects = questions.select(questions.askable(entries), SUBJECTS)
     documents = [{"text": entry.document} for entry in entries]
     pairs = questions.preferences(subjects, PHRASINGS)
@@ -108,7 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         options.output.mkdir(parents=True, exist_ok=True)
-        for name, records in make_files(options.seed).items():
+        for name, records in make_files(stdlib_docs.entries(), options.seed).items():
             size = write_jsonl(options.output / name, records)
             print(f"{options.output / name}: {len(records)} records, {size / 1e6:.1f} MB", flush=True)
     except (OSError, ValueError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 import make_data
 import pytest
+import stdlib_docs
 
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from datamodules import SFT, Preferences, Pretrain
@@ -69,7 +70,8 @@ def test_questions_are_those_of_the_conversations(data: Path) -> None:
 
 
 def test_files_follow_from_the_seed() -> None:
-    first, again, other = make_data.make_files(1), make_data.make_files(1), make_data.make_files(2)
+    entries = stdlib_docs.entries()[::5]
+    first, again, other = (make_data.make_files(entries, seed) for seed in (1, 1, 2))
     assert first == again
     assert all(first[name] != other[name] for name in first)
     assert {name: len(records) for name, records in first.items()} == {name: len(records) for name, records in other.items()}
