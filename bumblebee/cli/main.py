@@ -437,11 +437,11 @@ def plot(words: list[str]) -> None:
     parser.add_argument("--smoothing", type=float, default=0.9, help="share that the smoothed value keeps; 0: none")
     cfg = parser.parse(words)
     with user_errors(parser, cfg):
-        from bumblebee.plotting.run_comparison import Comparison
+        from bumblebee.plotting.run_comparison import RunComparison
 
         metrics = [cfg.metrics] if isinstance(cfg.metrics, str) else cfg.metrics
-        comparison = Comparison(cfg.runs, metrics, cfg.along, cfg.smoothing)
-        comparison.draw(cfg.output)
+        comparison = RunComparison(cfg.runs, metrics, cfg.along, cfg.smoothing)
+        comparison.plot(cfg.output)
     print(comparison.table())
     print(f"picture: {cfg.output}")
 

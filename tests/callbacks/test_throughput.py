@@ -135,7 +135,9 @@ def test_figures_agree_with_each_other(run, read_lines):
 
 def test_the_run_ends_with_one_line_about_all_of_it(run):
     line = run.text.splitlines()[-1]
-    assert re.fullmatch(r"throughput: \S+( k)? tokens/s · \S+ TFLOP/s a device, \S+% of 0\.5 · \S+ GB at most", line)
+    assert re.fullmatch(
+        r"throughput: \S+( k)? tokens/s · \S+ TFLOP/s per device · MFU \S+% of 0\.5 TFLOP/s · peak memory \S+ GB", line
+    )
 
 
 def test_the_model_keeps_no_hook(run):
@@ -165,7 +167,7 @@ def test_rows_without_targets_are_work_but_no_tokens(fit, tmp_path, monkeypatch)
 def test_parameters_are_counted_whole_under_zero_3(fit, run, tmp_path):
     callback = Throughput(peak_tflops=1.0)
     fit(tmp_path / "run", {"throughput": callback}, max_steps=1, zero_stage=3)
-    assert callback._per_token == flops.per_token(run.trainer.task.model)
+    assert callback._flops_per_token == flops.per_token(run.trainer.task.model)
 
 
 # -- the clock ---------------------------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ def test_a_run_of_one_step_has_nothing_to_say(fake, capsys):
     ("options", "message"),
     [
         ({"every": 0}, "every must be at least 1, got 0"),
-        ({"peak_tflops": 0.0}, "peak_tflops must be more than 0 or null, got 0.0"),
+        ({"peak_tflops": 0.0}, "peak_tflops must be greater than 0 or null, got 0.0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
@@ -230,4 +232,4 @@ def test_a_gpus_memory_and_share_of_its_peak(fit, tmp_path):
     run = fit(tmp_path / "run", {"throughput": callback}, max_steps=3, precision="bf16", device="cuda")
     assert run.error is None and 0 < callback._memory < 10
     known = flops.peak_of(torch.cuda.get_device_name()) is not None
-    assert "TFLOP/s a device" in run.text and ("% of" in run.text) == known
+    assert "TFLOP/s per device" in run.text and ("MFU" in run.text) == known
