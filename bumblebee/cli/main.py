@@ -363,7 +363,7 @@ def tokenizer(words: list[str]) -> None:
     from bumblebee.cli.parser import Parser
 
     parser = Parser(prog="bumblebee tokenizer", description="Train a byte-level BPE tokenizer on text files.")
-    parser.add_argument("--files", type=str | list[str], required=True, help="as in data.files; python_docs is one")
+    parser.add_argument("--files", type=str | list[str], required=True, help="as in data.files")
     parser.add_argument("--vocab_size", type=int, required=True, help="entries, 256 bytes and 3 special tokens included")
     parser.add_argument("--output", type=str, required=True, help="folder for tokenizer.json and tokenizer_config.json")
     parser.add_argument("--overwrite", type=bool, default=False, help="replace a tokenizer that is there")

@@ -68,7 +68,7 @@ class Preview:
         self.ranks = ranks or process_group.world_size()
         self.plan = self.trainer.plan_for(self.data, self.seed, self.ranks, find_resume(self.trainer.resume, self.output_dir))
         self.learning_rate, self.optimizer_bytes = probed(run.optimizer, config.optimizer)
-        self.size, self.beside = ModelSize.of(self.task.model), [ModelSize.of(model) for model in self.task.models_beside()]
+        self.size, self.beside = ModelSize.of(self.task.model), [ModelSize.of(model) for model in self.task.frozen_models()]
         self._check_options()
         self.batch = self._largest_batch()
         self._check_targets()
