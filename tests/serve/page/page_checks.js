@@ -1,4 +1,4 @@
-// What test_chat_page.py measures inside of the browser: one object of functions, evaluated there.
+// Checks that the tests of the chat page evaluate in the browser: one object of functions.
 
 ({
   /** Elements and attributes that have no business in a text; icons of the page's own buttons aside. */

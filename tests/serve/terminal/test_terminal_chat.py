@@ -136,11 +136,11 @@ def test_stopped_answer_frees_blocks_and_stays_cached(generator: Generator) -> N
     messages = [{"role": "user", "content": "honey " * 100}]
     stats = model.engine.stats()
     assert not model.engine.busy
-    assert stats.pages_free + stats.pages_cached == stats.pages_total
+    assert stats.blocks_free + stats.blocks_cached == stats.blocks_total
     for _ in model.stream(messages, {"max_new_tokens": 1}):
         pass
     stats = model.engine.stats()
-    assert stats.cached_tokens > 300 and stats.pages_free + stats.pages_cached == stats.pages_total
+    assert stats.cached_tokens > 300 and stats.blocks_free + stats.blocks_cached == stats.blocks_total
 
 
 def test_swallowed_interrupt_stops_after_the_delta() -> None:
