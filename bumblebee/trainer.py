@@ -21,6 +21,7 @@ from bumblebee.distributed import process_group
 from bumblebee.json_files import write_json
 from bumblebee.optim import Constant, GroupRule, Optimizer, Schedule, parameter_groups, set_learning_rate
 from bumblebee.signals import stopped_by_signals
+from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import Task
 from bumblebee.training.plan import Plan, Position
 from bumblebee.training.run_folder import TRAINER_STATE, check_free, clear, find_resume, read_trainer_state
@@ -340,7 +341,7 @@ class Trainer:
         self.plan = self.plan_for(data, seed, process_group.world_size(), checkpoint)
         options = self.engine_options(getattr(getattr(task.model, "config", None), "hidden_size", None))
         self.engine = TrainingEngine(task.model, optimizer, parameter_groups(task.model, self.groups), self.device, options)
-        task.begin(self)
+        task.begin(self._run_context())
         self.engine.train()
         self._seed_everything(seed + process_group.rank())
         if checkpoint is not None:
@@ -385,6 +386,17 @@ class Trainer:
         torch.manual_seed(seed)
         random.seed(seed)
         numpy.random.seed(seed % 2**32)
+
+    def _run_context(self) -> RunContext:
+        from bumblebee.training import loader
+
+        rank, ranks = process_group.rank(), self.plan.world_size
+        return RunContext(
+            engine=self.engine, device=self.device, data=self.data, seed=self.seed, precision=self.precision,
+            zero_stage=self.zero_stage, micro_batch_size=self.micro_batch_size, output_dir=self.output_dir,
+            is_main=self.is_main, frozen=self.frozen, building=self.building, to_device=self.to_device,
+            local_batches=lambda samples: loader.batches_in_order(self.data, samples, self.micro_batch_size, rank, ranks),
+        )  # fmt: skip
 
     def frozen(self, model: nn.Module) -> FrozenEngine:
         """Another model beside the one that is trained, to be called only. Collective.

@@ -20,7 +20,7 @@ import torch
 
 from bumblebee.datamodule import Batch
 from bumblebee.distributed.process_group import pick_device
-from bumblebee.hardware.memory_stats import forget_most, held, most_held
+from bumblebee.hardware.memory_stats import max_memory_allocated, memory_allocated, reset_peak_memory_stats
 from bumblebee.preview.data_subset import DataSubset
 from bumblebee.preview.dry_run import MAX_MICRO_BATCHES, REFUSED, RESULT, DryRunResult
 from bumblebee.recipe import Run, build, recipe_parser
@@ -42,12 +42,12 @@ def run_steps(recipe: str, micro_batches: float, imports: list[str]) -> DryRunRe
     with tempfile.TemporaryDirectory() as folder:
         device = pick_device(config.trainer.device)
         _import_all(device, imports)
-        baseline = held(device)
-        forget_most(device)
+        baseline = memory_allocated(device)
+        reset_peak_memory_stats(device)
         run = build(config)
         try:
             step_seconds, first = _train(run, folder, micro_batches)
-            peak = most_held(device) - baseline
+            peak = max_memory_allocated(device) - baseline
         finally:
             run.trainer.close()
         if device.type == "cuda":

@@ -137,7 +137,7 @@ class MemoryEstimate:
     weights: float
     gradients: float
     optimizer: float
-    other_models: float
+    frozen_models: float
     activations: float  # with the temporary memory of the backward pass
     step: float  # temporary memory of the optimizer step
     activations_stay: bool  # the allocator does not return the memory of activations, as on a CPU
@@ -145,7 +145,7 @@ class MemoryEstimate:
     @property
     def persistent(self) -> float:
         """Memory that is held all the time."""
-        return self.weights + self.gradients + self.optimizer + self.other_models
+        return self.weights + self.gradients + self.optimizer + self.frozen_models
 
     @property
     def total(self) -> float:
@@ -155,7 +155,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    size: ModelSize, setup: TrainingSetup, batch: BatchShape, other_models: Iterable[ModelSize] = ()
+    size: ModelSize, setup: TrainingSetup, batch: BatchShape, frozen_models: Iterable[ModelSize] = ()
 ) -> MemoryEstimate:
     """Estimate the memory of each device.
 
@@ -163,7 +163,7 @@ def estimate_memory(
         size: of the trained model.
         setup: options of the run.
         batch: the largest micro-batch.
-        other_models: frozen models, such as a reference.
+        frozen_models: frozen models, such as a reference.
     """
     weight_bytes = 2 if setup.half else 4
     # Share of each device in optimizer state (stage 1), gradients (stage 2) and weights (stage 3).
@@ -179,7 +179,7 @@ def estimate_memory(
         weights=0 if setup.offload_weights else weight_bytes * size.parameters * weight_share,
         gradients=(0 if setup.offload_optimizer and setup.stage >= 2 else gradients) * size.trained,
         optimizer=state * size.trained,
-        other_models=sum(weight_bytes * other.parameters * weight_share for other in other_models),
+        frozen_models=sum(weight_bytes * other.parameters * weight_share for other in frozen_models),
         activations=activation_bytes(size, setup, batch) + temporary + _LIBRARIES[setup.device],
         step=0 if setup.offload_optimizer else in_step * optimizer_share * size.trained,
         activations_stay=setup.device == "cpu",

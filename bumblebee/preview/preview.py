@@ -148,7 +148,7 @@ def _why_computed(workload: Workload, measure: str) -> str:
         return "this machine has no GPU"
     if measure != "auto":
         return "--measure never" if measure == "never" else ""
-    needed, free = workload.memory(ranks=1).total, memory_stats.free(workload.device)
+    needed, free = workload.memory(ranks=1).total, memory_stats.memory_available(workload.device)
     if free is not None and needed > 0.8 * free:
         return f"the run needs {format_bytes(needed)}, {format_bytes(free)} are free"
     if not workload.peak_flops:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 from bumblebee.formatting import number, short, span
-from bumblebee.hardware.flops import active_parameters
+from bumblebee.hardware.flops import num_active_parameters
 from bumblebee.preview.parameter_counts import count_by_component
 from bumblebee.preview.preview import Preview, format_bytes
 from bumblebee.preview.sample_text import Highlight, format_samples
@@ -82,7 +82,7 @@ def _parameters(preview: Preview) -> list[str]:
     rows = [*counts.items(), ("total", (total, trainable))]
     lines = [f"  {name:<{LABEL_WIDTH}} {short(count):>9} {short(trained):>11}" for name, (count, trained) in rows]
     lines[-1] += f"  ({trainable / total:.2%})"
-    if (active := active_parameters(model)) < total:
+    if (active := num_active_parameters(model)) < total:
         lines.append(_line("active", f"{short(active):>9}  per token"))
     return [f"{'parameters':<{LABEL_WIDTH + 2}} {'total':>9} {'trainable':>11}", *lines]
 
@@ -93,7 +93,7 @@ def _memory(preview: Preview) -> list[str]:
     known = workload.model_size.config is not None or dry_run is not None
     entries = {
         "weights": estimate.weights, "gradients": estimate.gradients, "optimizer": estimate.optimizer,
-        "other models": estimate.other_models, "activations, other": total - estimate.persistent,
+        "frozen models": estimate.frozen_models, "activations, other": total - estimate.persistent,
     }  # fmt: skip
     lines = [_line(label, f"{format_bytes(value):>10}") for label, value in entries.items() if value or label == "weights"]
     if not known:

@@ -55,9 +55,9 @@ class Workload:
         return ModelSize.of(self.model)
 
     @cached_property
-    def other_models(self) -> list[ModelSize]:
+    def frozen_models(self) -> list[ModelSize]:
         """Sizes of frozen models, such as a DPO reference."""
-        return [ModelSize.of(model) for model in self.task.models_beside()]
+        return [ModelSize.of(model) for model in self.task.frozen_models()]
 
     @property
     def attention_kernel(self) -> str | None:
@@ -87,7 +87,7 @@ class Workload:
         rows, length = self.batch["input_ids"].shape
         targets = int((self.batch["labels"] != IGNORE_INDEX).sum())
         shape = BatchShape(rows, length, targets, self.attention_kernel or "sdpa")
-        return estimate_memory(self.model_size, self.setup(ranks), shape, self.other_models)
+        return estimate_memory(self.model_size, self.setup(ranks), shape, self.frozen_models)
 
     # -- time ----------------------------------------------------------------------------------------------------------
 
@@ -101,8 +101,8 @@ class Workload:
     def flops_per_micro_batch(self) -> float:
         """FLOPs of one rank in a micro-batch like the largest one."""
         rows, length = self.batch["input_ids"].shape
-        per_token = flops.per_token(self.model) + flops.of_attention(self.model, length)
-        has_reference = self.other_models or getattr(self.task, "reference", None) == "adapters_off"
+        per_token = flops.weight_flops_per_token(self.model) + flops.attention_flops_per_token(self.model, length)
+        has_reference = self.frozen_models or getattr(self.task, "reference", None) == "adapters_off"
         return rows * length * per_token * (4 / 3 if has_reference else 1.0)  # the reference has a forward pass only
 
     @cached_property
@@ -111,8 +111,8 @@ class Workload:
         if self.device_type != self.device.type:
             return 0.0
         if self.device.type == "cpu":
-            return 1e12 * flops.measured_peak(self.dtype)
-        peak = flops.peak_of(torch.cuda.get_device_name(self.device))
+            return 1e12 * flops.measure_peak_tflops(self.dtype)
+        peak = flops.peak_tflops(torch.cuda.get_device_name(self.device))
         return 1e12 * (peak or 0.0) / (1 if self.trainer.precision in HALF_DTYPES else 8)
 
     def estimated_step_seconds(self) -> tuple[float, float] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bumblebee.callback import Callback
 from bumblebee.config import BumblebeeConfig
@@ -22,6 +22,7 @@ from bumblebee.model import Bumblebee
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.optim import Schedule
 from bumblebee.tasks.language_modeling import LanguageModeling
+from bumblebee.tasks.task import ForwardFn
 from bumblebee.trainer import Trainer
 
 VOCAB_SIZE, LENGTH = 256, 32
@@ -65,7 +66,7 @@ class RandomTokens(DataModule):
 class NoisyLanguageModeling(LanguageModeling):
     """A loss that draws from every random generator, as dropout does: a resumed run must continue all of their states."""
 
-    def training_step(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def training_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
         """Return the loss times a random number."""
         losses = super().training_step(model, batch)
         device = losses["loss"].device

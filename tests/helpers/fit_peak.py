@@ -19,7 +19,7 @@ def main(words: list[str]) -> None:
     import datamodules
     from bumblebee.cli.main import main
     from bumblebee.distributed.deepspeed.operators import import_deepspeed
-    from bumblebee.hardware.memory_stats import forget_most, held, most_held
+    from bumblebee.hardware.memory_stats import max_memory_allocated, memory_allocated, reset_peak_memory_stats
 
     device = torch.device("cpu")
     import_deepspeed(device)
@@ -31,10 +31,10 @@ def main(words: list[str]) -> None:
     import tokenizers  # noqa: F401
 
     gc.collect()
-    baseline = held(device)
-    forget_most(device)
+    baseline = memory_allocated(device)
+    reset_peak_memory_stats(device)
     main(["fit", *words])
-    print(most_held(device) - baseline)
+    print(max_memory_allocated(device) - baseline)
 
 
 if __name__ == "__main__":
