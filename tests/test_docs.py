@@ -1,4 +1,4 @@
-"""What the documents tell people to type works: every command is run, or, where it asks for many GPUs, parsed."""
+"""The commands in the documentation work: each is executed, or only parsed if it needs several GPUs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,19 +25,19 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").
 
 
 def commands(document: Path) -> list[str]:
-    """The lines of the document's ``sh`` blocks, continued lines joined, comments left out."""
+    """The commands in the document's ``sh`` blocks, with continued lines joined and without comments."""
     blocks = re.findall(r"```sh\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in (line.split(" #")[0].strip() for line in lines) if line]
 
 
 def bumblebee_words(command: str) -> list[str] | None:
-    """What follows ``bumblebee`` in a command, with or without a launcher."""
+    """The arguments of ``bumblebee`` in a command, with or without a launcher; None for other commands."""
     words = shlex.split(command)
     return words[words.index("bumblebee") + 1 :] if "bumblebee" in words else None
 
 
-RESEARCH = ROOT / "docs" / "research.md"  # its commands need the page's own files: tests/test_research.py runs them all
+RESEARCH = ROOT / "docs" / "research.md"  # tests/test_research.py runs its commands, with the page's own files
 FITS = sorted({c for d in DOCUMENTS if d != RESEARCH for c in commands(d) if (bumblebee_words(c) or [""])[0] == "fit"})
 
 
@@ -50,7 +49,7 @@ def test_training_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) 
     assert not done.value.code
 
 
-def test_the_readme_in_chinese_has_the_same_commands_code_and_pages() -> None:
+def test_chinese_readme_has_the_same_commands_code_and_links() -> None:
     english, chinese = ROOT / "README.md", ROOT / "README.zh.md"
     assert commands(chinese) == commands(english)
     for pattern in (r"```python\n.*?```", r"\]\(((?!README)[^)]+)\)"):
@@ -58,7 +57,7 @@ def test_the_readme_in_chinese_has_the_same_commands_code_and_pages() -> None:
         assert sorted(both[0]) == sorted(both[1])
 
 
-def test_every_make_target_that_is_named_exists() -> None:
+def test_make_targets_in_the_docs_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     named = {target for d in DOCUMENTS for target in re.findall(r"(?:^|`)make ([a-z-]+)", d.read_text(), re.MULTILINE)}
     assert {"quickstart", "test"} <= named
@@ -66,7 +65,7 @@ def test_every_make_target_that_is_named_exists() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"no target {target!r} in the Makefile"
 
 
-TUTORIAL = "tokenizer preview fit generate fit fit answer fit fit fit merge answer generate chat serve"
+TUTORIAL = "tokenizer preview fit generate fit fit evaluate fit fit fit merge evaluate generate chat serve"
 
 
 @pytest.mark.slow
@@ -74,8 +73,8 @@ TUTORIAL = "tokenizer preview fit generate fit fit answer fit fit fit merge answ
     ("document", "expected"),
     [("README.md", "tokenizer fit generate validate fit"), ("docs/tutorial.md", TUTORIAL)],
 )
-def test_the_commands_run_as_written(document: str, expected: str, tmp_path: Path) -> None:
-    """One after the other, in a folder that has nothing but the recipes."""
+def test_commands_run_as_written(document: str, expected: str, tmp_path: Path) -> None:
+    """Run in order, in a folder that contains only the recipes."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     run = [c for c in commands(ROOT / document) if c.startswith("bumblebee ") and "quickstart" not in c]
     assert [shlex.split(c)[1] for c in run] == expected.split()
@@ -84,26 +83,26 @@ def test_the_commands_run_as_written(document: str, expected: str, tmp_path: Pat
             with served(command, tmp_path):
                 pass
         else:
-            as_typed(command, tmp_path, timeout=600)
+            run_in_shell(command, tmp_path, timeout=600)
 
 
-def as_typed(command: str, folder: Path, **options: Any) -> str:
-    """Run a command in a shell, with nobody at the keyboard; what it prints."""
+def run_in_shell(command: str, folder: Path, timeout: float) -> str:
+    """Run a command in a shell without standard input. Returns its output."""
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
-        env=typing(folder),
+        env=shell_environment(folder),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        **options,
+        timeout=timeout,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
-def typing(folder: Path) -> dict[str, str]:
-    """The environment of a shell that knows ``bumblebee``."""
+def shell_environment(folder: Path) -> dict[str, str]:
+    """The environment of a shell with ``bumblebee`` on its PATH."""
     program = folder / "bin" / "bumblebee"
     program.parent.mkdir(exist_ok=True)
     program.write_text(f"#!{sys.executable}\nfrom bumblebee.cli.main import main\n\nif __name__ == '__main__':\n    main()\n")
@@ -114,11 +113,11 @@ def typing(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def served(command: str, folder: Path) -> Iterator[int]:
-    """Inside, a command's server answers, at a port of its own that is given; then it ends as Ctrl-C would end it."""
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+    """Run the command's server on a free port, which is yielded once it accepts requests; end it as Ctrl-C does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     words = [sys.executable, "-m", "bumblebee", *shlex.split(command)[1:], "--port", str(port)]
-    server = subprocess.Popen(words, cwd=folder, env=typing(folder), stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(words, cwd=folder, env=shell_environment(folder), stdout=subprocess.PIPE, text=True)
     try:
         assert any(line.startswith("ready: ") for line in server.stdout)
         yield port
@@ -130,8 +129,8 @@ def served(command: str, folder: Path) -> Iterator[int]:
 
 
 @pytest.mark.slow
-def test_the_commands_of_serving_run_as_written(tokenizer_folder: Path, tiny: Callable, tmp_path: Path) -> None:
-    """The first one serves, in the place of a trained model a random one; then the others, and what is asked in Python."""
+def test_serving_commands_run_as_written(tokenizer_folder: Path, tiny: Callable, tmp_path: Path) -> None:
+    """The first command serves a model with random weights; the others and the Python program send it requests."""
     from bumblebee import Bumblebee
 
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
@@ -145,16 +144,16 @@ def test_the_commands_of_serving_run_as_written(tokenizer_folder: Path, tiny: Ca
     assert {c for c in commands(ROOT / "README.md") if c.startswith("bumblebee ") and "quickstart" in c} <= {first, *others}
     with served(first, tmp_path) as port:
         for command in others:
-            printed = as_typed(command.replace("8000", str(port)), tmp_path, timeout=120)
+            printed = run_in_shell(command.replace("8000", str(port)), tmp_path, timeout=120)
             assert not command.startswith("curl") or json.loads(printed)["choices"]
         (program,) = re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL)
         (tmp_path / "ask.py").write_text(program.replace("8000", str(port)))
-        assert as_typed("python ask.py", tmp_path, timeout=60)
+        assert run_in_shell("python ask.py", tmp_path, timeout=60)
 
 
 @pytest.mark.slow
-def test_previews_run_as_written(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """All but the measuring."""
+def test_preview_commands_run_as_written(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Without measuring."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     shutil.copytree(tokenizer_folder, tmp_path / "runs" / "tokenizer")
     run = [words for d in DOCUMENTS for c in commands(d) if (words := bumblebee_words(c) or [""])[0] == "preview"]
@@ -166,7 +165,7 @@ def test_previews_run_as_written(tokenizer_folder: Path, tmp_path: Path) -> None
         assert "memory of each device" in done.stdout
 
 
-def test_links_and_pictures_of_the_documents_are_there() -> None:
+def test_linked_files_and_images_exist() -> None:
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if "://" not in target:
