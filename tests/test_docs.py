@@ -162,7 +162,7 @@ def test_preview_commands_run_as_written(tokenizer_folder: Path, tmp_path: Path)
         command = [sys.executable, "-m", "bumblebee", *words, "--measure", "never"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-        assert "memory of each device" in done.stdout
+        assert "memory per device" in done.stdout
 
 
 def test_linked_files_and_images_exist() -> None:
