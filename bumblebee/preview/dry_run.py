@@ -166,8 +166,7 @@ def run(recipe: str, micro_batches: float, imports: list[str]) -> Rehearsal:
 
 def _import_all(device: Any, imports: list[str]) -> None:
     """What training imports, so that it does not count as memory of the model."""
-    import bumblebee.checkpoint.hf_folder
-    import bumblebee.training.training_state  # noqa: F401
+    import bumblebee.training.setup  # noqa: F401
     from bumblebee.distributed.deepspeed.operators import import_deepspeed
 
     import_deepspeed(device)

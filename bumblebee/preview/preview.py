@@ -26,6 +26,7 @@ from bumblebee.preview.dry_run import MOST, Failed, Rehearsal, places, rehearse
 from bumblebee.preview.memory_estimate import BUCKET, Memory, MicroBatch, ModelSize, Setup, estimate
 from bumblebee.recipe import Run, dump
 from bumblebee.training.run_folder import check_free, find_resume
+from bumblebee.training.setup import engine_options, make_plan
 
 QUICK = 60.0  # seconds that a rehearsal may be expected to take where nobody asked for it
 _STEPS = 4  # of a rehearsal, at least
@@ -66,7 +67,7 @@ class Preview:
         self.data.setup(self.seed)
         self.task.setup(self.data)
         self.ranks = ranks or process_group.world_size()
-        self.plan = self.trainer.plan_for(self.data, self.seed, self.ranks, find_resume(self.trainer.resume, self.output_dir))
+        self.plan = make_plan(self.trainer, self.data, self.seed, self.ranks, find_resume(self.trainer.resume, self.output_dir))
         self.learning_rate, self.optimizer_bytes = probed(run.optimizer, config.optimizer)
         self.size, self.beside = ModelSize.of(self.task.model), [ModelSize.of(model) for model in self.task.frozen_models()]
         self._check_options()
@@ -81,7 +82,7 @@ class Preview:
     def _check_options(self) -> None:
         """Refuse what a training would refuse."""
         parameter_groups(self.task.model, self.trainer.groups)
-        deepspeed_config(self.trainer.engine_options(getattr(self.size.config, "hidden_size", None)))
+        deepspeed_config(engine_options(self.trainer, getattr(self.size.config, "hidden_size", None)))
 
     # -- data ----------------------------------------------------------------------------------------------------------
 
