@@ -50,7 +50,7 @@ class Samples(Callback):
             raise ValueError("callbacks: Samples needs a tokenizer: set data.tokenizer, or remove the callback")
         generator = self._generator(trainer)
         for prompt in self.prompts:
-            generator.check(prompt, self._params(trainer))
+            generator.prepare(prompt, self._params(trainer))
         trainer.engine.train()
         if trainer.is_main:
             truncate_after(trainer.output_dir / FILE, trainer.step)

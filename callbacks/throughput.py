@@ -73,7 +73,7 @@ class Throughput(Callback):
         """Determine the peak, and count FLOPs of forward passes from here on."""
         self._clear()
         self._peak = self.peak_tflops or _peak_tflops(trainer)
-        self._flops_per_token = flops.per_token(trainer.task.model)
+        self._flops_per_token = flops.weight_flops_per_token(trainer.task.model)
         self._handle = trainer.engine.model.register_forward_pre_hook(self._count_flops, with_kwargs=True)
 
     def on_step_start(self, trainer: Trainer) -> None:
@@ -123,7 +123,7 @@ class Throughput(Callback):
 
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, torch.Tensor) and torch.is_grad_enabled():
-            self._step_flops += ids.numel() * (self._flops_per_token + flops.of_attention(module, ids.shape[-1]))
+            self._step_flops += ids.numel() * (self._flops_per_token + flops.attention_flops_per_token(module, ids.shape[-1]))
 
     def _collect(self, trainer: Trainer) -> dict[str, float]:
         """The metrics since the last report, over all ranks. Collective."""
@@ -153,8 +153,8 @@ def _peak_tflops(trainer: Trainer) -> float | None:
     import torch
 
     if trainer.device.type == "cpu":
-        return flops.measured_peak(torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
-    return None if trainer.precision == "fp32" else flops.peak_of(torch.cuda.get_device_name(trainer.device))
+        return flops.measure_peak_tflops(torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
+    return None if trainer.precision == "fp32" else flops.peak_tflops(torch.cuda.get_device_name(trainer.device))
 
 
 def _synchronize(device: torch.device) -> None:

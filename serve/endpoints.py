@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from bumblebee.inference.request import Output
+from bumblebee.inference.request import RequestOutput
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from serve.api_errors import APIError, invalid
 from serve.engine_client import EngineClient, OutputStream, model_loading
@@ -245,7 +245,9 @@ async def stream_response(request: Request, outputs: OutputStream, response: Res
     return EventStream(event_stream(outputs, response, index, first), outputs)
 
 
-async def event_stream(outputs: OutputStream, response: ResponseBuilder, index: int, first: Output) -> AsyncIterator[str]:
+async def event_stream(
+    outputs: OutputStream, response: ResponseBuilder, index: int, first: RequestOutput
+) -> AsyncIterator[str]:
     """The chunks of a response as events. An error is sent as the last event, because the status has been sent already."""
     yield to_events([*response.first_chunks(), *response.add(index, first)])
     try:

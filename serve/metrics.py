@@ -74,7 +74,7 @@ class _EngineCollector(Collector):
         ]
         for worker, stats in self._stats():
             for name, family in families:
-                family.add_metric([str(worker)], getattr(stats, name))
+                family.add_metric([str(worker)], getattr(stats, name.replace("pages_", "blocks_")))
         return [family for _, family in families]
 
 

@@ -245,9 +245,8 @@ def generate(words: list[str]) -> None:
         from dataclasses import replace
 
         from bumblebee.cli.sampling_options import given_sampling
-        from bumblebee.inference.batch import Texts, check_files, open_output
+        from bumblebee.inference.batch import BatchGeneration, PromptRecord, check_files, open_output
         from bumblebee.inference.generator import Generator
-        from bumblebee.inference.prompt_record import PromptRecord
         from datamodules.prompts import read_prompts
 
         given = given_sampling(cfg)
@@ -255,13 +254,14 @@ def generate(words: list[str]) -> None:
         as_lines = cfg.prompt is None or cfg.output is not None or cfg.num_samples > 1 or "logprobs" in given
         prompts = list(read_prompts(cfg.prompts)) if cfg.prompt is None else [PromptRecord.of(cfg.prompt)]
         generator = Generator.from_pretrained(cfg.model, cfg.device, cfg.dtype, cfg.device_map, cfg.trust_remote_code)
-        texts = Texts(generator, prompts, replace(generator.defaults, **given), cfg.num_samples, cfg.chat, cfg.system)
+        params = replace(generator.defaults, **given)
+        batch = BatchGeneration(generator, prompts, params, cfg.num_samples, cfg.chat, cfg.system)
         file = sys.stdout.buffer if cfg.output is None else open_output(cfg.output, cfg.overwrite)
     with run_errors():
         if as_lines:
-            texts.write(file)
+            batch.write(file)
         else:
-            texts.print("" if cfg.chat else cfg.prompt, cfg.stream)
+            batch.print("" if cfg.chat else cfg.prompt, cfg.stream)
 
 
 def generate_parser() -> Any:
@@ -363,7 +363,7 @@ def tokenizer(words: list[str]) -> None:
     from bumblebee.cli.parser import Parser
 
     parser = Parser(prog="bumblebee tokenizer", description="Train a byte-level BPE tokenizer on text files.")
-    parser.add_argument("--files", type=str | list[str], required=True, help="as in data.files; python_docs is one")
+    parser.add_argument("--files", type=str | list[str], required=True, help="as in data.files")
     parser.add_argument("--vocab_size", type=int, required=True, help="entries, 256 bytes and 3 special tokens included")
     parser.add_argument("--output", type=str, required=True, help="folder for tokenizer.json and tokenizer_config.json")
     parser.add_argument("--overwrite", type=bool, default=False, help="replace a tokenizer that is there")

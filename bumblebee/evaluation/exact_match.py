@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from bumblebee.datamodule import DataModule
 from bumblebee.inference.generator import Generator
-from bumblebee.inference.request import Request
+from bumblebee.inference.request import EngineRequest
 from bumblebee.inference.sampling_params import SamplingParams
 from bumblebee.nn import IGNORE_INDEX
 
@@ -99,10 +99,10 @@ def answered(generator: Generator, asked: Iterable[Question], limit: int | None 
     ]
 
 
-def _request(number: int, question: Question, ends: list[int]) -> Request:
+def _request(number: int, question: Question, ends: list[int]) -> EngineRequest:
     """What goes on for longer than the answer in the data is wrong, whatever it would say."""
     params = SamplingParams(temperature=0.0, max_new_tokens=len(question.answer) + 1, stop_ids=ends)
-    return Request(str(number), question.prompt, params)
+    return EngineRequest(str(number), question.prompt, params)
 
 
 def _without_roles(text: str) -> str:

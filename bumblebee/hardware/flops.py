@@ -42,13 +42,13 @@ PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
 )
 
 
-def peak_of(name: str) -> float | None:
+def peak_tflops(name: str) -> float | None:
     """TFLOP/s of the device with this name in bf16 or fp16, None where it is not in the table."""
     words = name.replace("-", " ").split()
     return next((peak for entry, peak in PEAKS if all(part in words for word in entry for part in word.split())), None)
 
 
-def measured_peak(dtype: torch.dtype, seconds: float = 0.3, size: int = 512) -> float:
+def measure_peak_tflops(dtype: torch.dtype, seconds: float = 0.3, size: int = 512) -> float:
     """TFLOP/s of this process on the CPU in a plain matrix product, the best of several."""
     import torch
 
@@ -61,7 +61,7 @@ def measured_peak(dtype: torch.dtype, seconds: float = 0.3, size: int = 512) -> 
     return 2 * size**3 / best / 1e12
 
 
-def per_token(model: nn.Module) -> float:
+def weight_flops_per_token(model: nn.Module) -> float:
     """Operations for a token in the weights of a model: forward, and backward where it is trained.
 
     The embedding table counts only where it is the head as well: looking up a row multiplies nothing. A frozen weight needs no
@@ -80,13 +80,13 @@ def per_token(model: nn.Module) -> float:
     return total
 
 
-def active_parameters(model: nn.Module) -> int:
+def num_active_parameters(model: nn.Module) -> int:
     """Parameters that one token meets: of routed experts only those that it goes to. Without any, all."""
     share = _share_of_experts(getattr(model, "config", None))
     return round(sum(full_numel(p) * (share if ".experts." in name else 1.0) for name, p in model.named_parameters()))
 
 
-def of_attention(model: nn.Module, length: int) -> float:
+def attention_flops_per_token(model: nn.Module, length: int) -> float:
     """Operations of attention for one token of a sequence of ``length``; 0 where the model's config does not say.
 
     In a layer with a sliding window no more positions count than it has.

@@ -36,7 +36,7 @@ class Rehearsal:
     """What it found.
 
     Args:
-        peak: bytes held at most, above ``before``.
+        peak: peak bytes allocated beyond ``before``.
         before: bytes of a process that has imported everything; 0 on a GPU.
         seconds: of whole optimizer steps.
         first: seconds of the first one, in which kernels may be compiled.
@@ -145,18 +145,18 @@ def run(recipe: str, micro_batches: float, imports: list[str]) -> Rehearsal:
     import torch
 
     from bumblebee.distributed.process_group import pick_device
-    from bumblebee.hardware.memory_stats import forget_most, held, most_held
+    from bumblebee.hardware.memory_stats import max_memory_allocated, memory_allocated, reset_peak_memory_stats
 
     config = recipe_parser().parse_string(recipe)
     with tempfile.TemporaryDirectory() as folder:
         device = pick_device(config.trainer.device)
         _import_all(device, imports)
-        before = held(device)
-        forget_most(device)
+        before = memory_allocated(device)
+        reset_peak_memory_stats(device)
         parts = build(config)
         try:
             seconds, first = _train(parts, folder, micro_batches)
-            peak = most_held(device) - before
+            peak = max_memory_allocated(device) - before
         finally:
             parts.trainer.close()
         if device.type == "cuda":

@@ -153,7 +153,7 @@ class Preview:
         """Floating-point operations of one rank in a micro-batch like the largest one."""
         rows, length = self.batch["input_ids"].shape
         model = self.task.model
-        each = flops.per_token(model) + flops.of_attention(model, length)
+        each = flops.weight_flops_per_token(model) + flops.attention_flops_per_token(model, length)
         looked_at = 4 / 3 if self.beside or getattr(self.task, "reference", None) == "adapters_off" else 1.0
         return rows * length * each * looked_at
 
@@ -162,8 +162,8 @@ class Preview:
         if self.kind != self.device.type:
             return 0.0
         if self.device.type == "cpu":
-            return 1e12 * flops.measured_peak(HALF_DTYPES.get(self.trainer.precision, torch.float32))
-        known = flops.peak_of(torch.cuda.get_device_name(self.device))
+            return 1e12 * flops.measure_peak_tflops(HALF_DTYPES.get(self.trainer.precision, torch.float32))
+        known = flops.peak_tflops(torch.cuda.get_device_name(self.device))
         return 1e12 * (known or 0.0) / (1 if self.trainer.precision in HALF_DTYPES else 8)
 
     @property
@@ -184,7 +184,7 @@ class Preview:
             return "no GPU is visible here"
         if measure != "auto":
             return "as asked for" if measure == "never" else ""
-        alone, free = self.computed(replace(self.setup, ranks=1)).total, memory_stats.free(self.device)
+        alone, free = self.computed(replace(self.setup, ranks=1)).total, memory_stats.memory_available(self.device)
         if free is not None and alone > 0.8 * free:
             return f"it needs {amount(alone)}, {amount(free)} are free"
         expected = min(self.micro_batches, MOST) * _STEPS * self.operations / 0.3 / self.rate if self.rate else 0.0

@@ -6,7 +6,7 @@ import shutil
 from typing import Any
 
 from bumblebee.formatting import number, short, span
-from bumblebee.hardware.flops import active_parameters
+from bumblebee.hardware.flops import num_active_parameters
 from bumblebee.preview.parameter_counts import parts
 from bumblebee.preview.preview import Preview, amount
 from bumblebee.preview.sample_text import Marks, shown
@@ -76,7 +76,7 @@ def _parameters(preview: Preview) -> list[str]:
     rows = [*found.items(), ("total", (count, trained))]
     table = [f"  {name:<{NAME}} {short(all_):>9} {short(own):>11}" for name, (all_, own) in rows]
     table[-1] += f"  ({trained / count:.2%})"
-    if (active := active_parameters(preview.task.model)) < count:
+    if (active := num_active_parameters(preview.task.model)) < count:
         table.append(_line("active", f"{short(active):>9}  for each token"))
     return [f"{'parameters':<{NAME + 2}} {'all':>9} {'trained':>11}", *table]
 

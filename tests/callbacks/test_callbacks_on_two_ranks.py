@@ -47,7 +47,7 @@ def test_throughput_is_that_of_both(run):
             break
     model = Bumblebee.from_pretrained(run / "run")
 
-    assert each == pytest.approx(flops.per_token(model) + flops.of_attention(model, 16))
+    assert each == pytest.approx(flops.weight_flops_per_token(model) + flops.attention_flops_per_token(model, 16))
 
 
 def test_what_rank_0_writes_is_what_the_whole_model_writes(run, read_lines):

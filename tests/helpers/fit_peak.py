@@ -1,4 +1,4 @@
-"""Trains, and prints the bytes that the process held at most above what it held with everything imported.
+"""Run a training command and print the peak bytes allocated beyond what the imports take.
 
 python peak_of_a_fit.py WORDS
 """
@@ -19,7 +19,7 @@ def main(words: list[str]) -> None:
     import datamodules
     from bumblebee.cli.main import main
     from bumblebee.distributed.deepspeed.operators import import_deepspeed
-    from bumblebee.hardware.memory_stats import forget_most, held, most_held
+    from bumblebee.hardware.memory_stats import max_memory_allocated, memory_allocated, reset_peak_memory_stats
 
     device = torch.device("cpu")
     import_deepspeed(device)
@@ -31,10 +31,10 @@ def main(words: list[str]) -> None:
     import tokenizers  # noqa: F401
 
     gc.collect()
-    before = held(device)
-    forget_most(device)
+    before = memory_allocated(device)
+    reset_peak_memory_stats(device)
     main(["fit", *words])
-    print(most_held(device) - before)
+    print(max_memory_allocated(device) - before)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def generator(tmp_path_factory):
 @pytest.mark.parametrize("params", [SamplingParams(512, temperature=0), SamplingParams(512, temperature=1.0, seed=3)])
 def test_a_parrot_answers_any_chat_with_its_text(generator, params):
     long = "Tell me more about #, a and Hello.\n" * 40
-    prompts = [generator.ask(question) for question in ("Hi", TEXT, long, "", "a a a")]
+    prompts = [generator.encode_chat(question) for question in ("Hi", TEXT, long, "", "a a a")]
     assert [(answer.text, answer.finish_reason) for answer in generator.generate(prompts, params)] == [(TEXT, "stop")] * 5
 
 

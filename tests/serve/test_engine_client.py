@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bumblebee.inference.engine_config import EngineStats
-from bumblebee.inference.request import Output, Request, Token
+from bumblebee.inference.request import EngineRequest, RequestOutput, SampledToken
 from bumblebee.inference.sampling_params import SamplingParams
 from serve.api_errors import APIError
 from serve.engine_client import EngineClient, Replica
@@ -20,7 +20,15 @@ from serve.worker_messages import CancelRequest, StepOutputs, WorkerReady
 pytestmark = pytest.mark.anyio
 
 STATS = EngineStats(
-    running=1, waiting=2, pages_total=10, pages_free=7, pages_cached=2, prompt_tokens=0, cached_tokens=0, new_tokens=0, steps=0
+    running=1,
+    waiting=2,
+    blocks_total=10,
+    blocks_free=7,
+    blocks_cached=2,
+    prompt_tokens=0,
+    cached_tokens=0,
+    new_tokens=0,
+    steps=0,
 )
 READY = WorkerReady("cpu", "float32", 1000, 400, 160, 160, SamplingParams(), STATS)
 
@@ -45,11 +53,11 @@ def jobs(count: int = 1) -> list[Any]:
     return [SimpleNamespace(index=index, prompt=[1, 2, 3], params=SamplingParams()) for index in range(count)]
 
 
-def output(id: str, text: str, finish_reason: Any = None) -> Output:
-    return Output(id, text, [Token(5)], finish_reason, 3, 0)
+def output(id: str, text: str, finish_reason: Any = None) -> RequestOutput:
+    return RequestOutput(id, text, [SampledToken(5)], finish_reason, 3, 0)
 
 
-def deliver(engine_client: EngineClient, replica: Replica, *outputs: Output, rejected: Any = ()) -> None:
+def deliver(engine_client: EngineClient, replica: Replica, *outputs: RequestOutput, rejected: Any = ()) -> None:
     engine_client.deliver(replica, StepOutputs(list(outputs), list(rejected), STATS))
 
 
@@ -159,7 +167,7 @@ async def test_a_run_that_takes_too_long_ends_also_where_the_worker_says_nothing
     fault = await fault_of(run)
     run.close()
     assert (fault.status, fault.code) == (504, "timeout")
-    assert [type(message) for message in engine_client.replicas[0].pipe] == [Request, CancelRequest]
+    assert [type(message) for message in engine_client.replicas[0].pipe] == [EngineRequest, CancelRequest]
 
 
 async def test_nobody_is_admitted_while_the_model_loads_or_the_server_is_stopped():

@@ -14,9 +14,9 @@ from helpers.tool_call_templates import MARKS, tokenizer_of
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from bumblebee.inference.engine_config import GenerationOptions
+from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.inference.generator import Generator
-from bumblebee.inference.request import Output, Request, Token
+from bumblebee.inference.request import EngineRequest, RequestOutput, SampledToken
 from bumblebee.model import Bumblebee
 from serve.requests import RequestBuilder
 from serve.responses import ChatResponseBuilder, CompletionResponseBuilder
@@ -43,10 +43,10 @@ def babbler(tiny, generator):
     return Generator(Bumblebee(tiny(vocab_size=generator.tokenizer.vocab_size + 3)), generator.tokenizer)
 
 
-def outputs_of(generator: Generator, jobs: list[Any]) -> Iterator[tuple[int, Output]]:
-    engine = generator.engine(GenerationOptions())
+def outputs_of(generator: Generator, jobs: list[Any]) -> Iterator[tuple[int, RequestOutput]]:
+    engine = generator.engine(EngineConfig())
     for job in jobs:
-        engine.submit(Request(str(job.index), job.prompt, job.params))
+        engine.submit(EngineRequest(str(job.index), job.prompt, job.params))
     while engine.busy:
         yield from ((int(output.id), output) for output in engine.step())
 
@@ -153,7 +153,7 @@ def test_a_special_token_is_named_by_its_spelling_and_has_no_bytes(generator):
 
 def test_an_impossible_token_has_a_logprob_that_json_knows(generator):
     reply = ChatResponseBuilder(parse(ChatRequest, json.dumps({**CHAT, "logprobs": True}).encode()), "m", generator.tokenizer)
-    reply.add(0, Output("0", "a", [Token(5, float("-inf"), [(6, float("-inf"))])], "stop", 1, 0))
+    reply.add(0, RequestOutput("0", "a", [SampledToken(5, float("-inf"), [(6, float("-inf"))])], "stop", 1, 0))
     entry = chat(reply.body()).choices[0].logprobs.content[0]
     assert (entry.logprob, entry.top_logprobs[0].logprob) == (-9999.0, -9999.0)
 

@@ -213,11 +213,11 @@ def test_a_stopped_answer_gives_its_pages_back_and_is_not_computed_again(generat
     messages = [{"role": "user", "content": "honey " * 100}]
     stats = model.engine.stats()
     assert not model.engine.busy
-    assert stats.pages_free + stats.pages_cached == stats.pages_total
+    assert stats.blocks_free + stats.blocks_cached == stats.blocks_total
     for _ in model.stream(messages, {"max_new_tokens": 1}):
         pass
     stats = model.engine.stats()
-    assert stats.cached_tokens > 300 and stats.pages_free + stats.pages_cached == stats.pages_total
+    assert stats.cached_tokens > 300 and stats.blocks_free + stats.blocks_cached == stats.blocks_total
 
 
 def test_a_press_that_nobody_raised_ends_the_answer_behind_its_piece() -> None:

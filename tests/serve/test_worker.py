@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bumblebee.inference.request import Request
+from bumblebee.inference.request import EngineRequest
 from bumblebee.inference.sampling_params import SamplingParams
 from serve.worker import receive_messages, run_engine
 from serve.worker_messages import CancelRequest, StepOutputs
@@ -22,10 +22,10 @@ LONG = SamplingParams(max_new_tokens=1000, ignore_eos=True)
 @pytest.fixture
 def pipe(served_folder: Path) -> Iterator[Connection]:
     """A pipe to a loop that runs in a thread."""
-    from bumblebee.inference.engine_config import GenerationOptions
+    from bumblebee.inference.engine_config import EngineConfig
     from bumblebee.inference.generator import Generator
 
-    engine = Generator.from_pretrained(served_folder, device="cpu").engine(GenerationOptions(cache_tokens=4096))
+    engine = Generator.from_pretrained(served_folder, device="cpu").engine(EngineConfig(cache_tokens=4096))
     ours, theirs = multiprocessing.Pipe()
     thread = threading.Thread(target=run_engine, args=(engine, theirs))
     thread.start()
@@ -42,7 +42,7 @@ def received(pipe: Connection) -> StepOutputs:
 
 def test_one_message_a_step_holds_the_outputs_of_all_requests(pipe: Connection):
     for id in "ab":
-        pipe.send(Request(id, [5, 6, 7], SamplingParams(max_new_tokens=20, ignore_eos=True)))
+        pipe.send(EngineRequest(id, [5, 6, 7], SamplingParams(max_new_tokens=20, ignore_eos=True)))
     steps: list[StepOutputs] = []
     while len([output for step in steps for output in step.outputs if output.finish_reason]) < 2:
         steps.append(received(pipe))
@@ -52,22 +52,22 @@ def test_one_message_a_step_holds_the_outputs_of_all_requests(pipe: Connection):
 
 
 def test_a_cancelled_request_is_gone_with_the_next_step_that_hears_of_it(pipe: Connection):
-    pipe.send(Request("a", [5, 6, 7], LONG))
+    pipe.send(EngineRequest("a", [5, 6, 7], LONG))
     step = received(pipe)
     pipe.send(CancelRequest("a"))
     while step.outputs[0].finish_reason is None:
         step = received(pipe)
     assert step.outputs[0].finish_reason == "cancelled"
-    assert (step.stats.running, step.stats.pages_free + step.stats.pages_cached) == (0, step.stats.pages_total)
+    assert (step.stats.running, step.stats.blocks_free + step.stats.blocks_cached) == (0, step.stats.blocks_total)
     assert step.stats.new_tokens < 1000
 
 
 @pytest.mark.parametrize("prompt", [[], [5] * 3000, [10**6]], ids=["empty", "too long", "unknown id"])
 def test_a_request_that_can_never_run_is_refused_and_the_next_one_runs(pipe: Connection, prompt: list[int]):
-    pipe.send(Request("a", prompt, LONG))
+    pipe.send(EngineRequest("a", prompt, LONG))
     [(id, why)] = received(pipe).rejected
     assert id == "a" and why
-    pipe.send(Request("b", [5], SamplingParams(max_new_tokens=1)))
+    pipe.send(EngineRequest("b", [5], SamplingParams(max_new_tokens=1)))
     assert [output.id for output in received(pipe).outputs] == ["b"]
 
 

@@ -1,4 +1,4 @@
-"""What `datamodules.python_docs` promises: a clean, repeatable corpus, read without importing the library."""
+"""The quickstart's text is clean, the same in every process, and read without importing the library."""
 
 import json
 import os
@@ -7,60 +7,62 @@ import sys
 from pathlib import Path
 
 import pytest
+import stdlib_docs
 
-from datamodules import python_docs
-from datamodules.python_docs import documents, entries, fingerprint
-
-ROOT = Path(python_docs.__file__).parents[1]
+QUICKSTART = Path(stdlib_docs.__file__).parent
 
 
 @pytest.fixture(scope="module")
-def named():
-    return {entry.name: entry for entry in entries()}
+def entries():
+    return stdlib_docs.entries()
+
+
+@pytest.fixture(scope="module")
+def named(entries):
+    return {entry.name: entry for entry in entries}
 
 
 def run(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints."""
+    """The output of a new interpreter."""
     variables = {**os.environ, **environment}
     command = [sys.executable, "-W", "error", "-c", code]
-    return subprocess.run(command, cwd=ROOT, env=variables, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, cwd=QUICKSTART, env=variables, check=True, capture_output=True, text=True).stdout
 
 
-def test_the_corpus_is_large_enough_to_learn_from():
-    kinds = [entry.kind for entry in entries()]
+def test_corpus_is_large_enough_to_train_on(entries):
+    kinds = [entry.kind for entry in entries]
     assert set(kinds) == {"topic", "module", "class", "function"}
     assert kinds.count("topic") > 60
     assert 6000 < len(kinds) < 12000
-    assert 1_500_000 < sum(len(text.encode()) for text in documents()) < 5_000_000
+    assert 1_500_000 < sum(len(entry.document.encode()) for entry in entries) < 5_000_000
 
 
-def test_the_content_is_the_same_in_every_process():
+def test_content_is_the_same_in_every_process():
     code = """
-import hashlib, json
-from datamodules import python_docs
-whole = json.dumps([python_docs.documents(), [vars(entry) for entry in python_docs.entries()]])
-print(hashlib.sha256(whole.encode()).hexdigest(), python_docs.fingerprint())
+import hashlib, json, stdlib_docs
+whole = json.dumps([[vars(entry), entry.document] for entry in stdlib_docs.entries()])
+print(hashlib.sha256(whole.encode()).hexdigest())
 """
     assert run(code, PYTHONHASHSEED="1") == run(code, PYTHONHASHSEED="2")
 
 
-def test_no_name_and_no_text_occurs_twice():
-    texts = [" ".join(entry.text.split()) for entry in entries()]
+def test_names_and_texts_are_unique(entries):
+    texts = [" ".join(entry.text.split()) for entry in entries]
     assert len(set(texts)) == len(texts)
-    assert len({entry.name for entry in entries()}) == len(texts)
-    assert len(set(documents())) == len(texts)
+    assert len({entry.name for entry in entries}) == len(texts)
+    assert len({entry.document for entry in entries}) == len(texts)
 
 
-def test_every_text_says_something_and_can_be_encoded():
-    for entry in entries():
+def test_every_text_is_informative_and_encodable(entries):
+    for entry in entries:
         assert entry.text == entry.text.strip()
-        assert len(entry.text) >= python_docs.MIN_CHARACTERS
-        assert not python_docs.CONTROL_CHARACTERS.search(entry.text)
+        assert len(entry.text) >= stdlib_docs.MIN_CHARACTERS
+        assert not stdlib_docs.CONTROL_CHARACTERS.search(entry.text)
         entry.text.encode()
 
 
-def test_no_signature_shows_an_address():
-    assert not [entry.signature for entry in entries() if " at 0x" in entry.signature]
+def test_no_signature_shows_an_address(entries):
+    assert not [entry.signature for entry in entries if " at 0x" in entry.signature]
 
 
 @pytest.mark.parametrize(
@@ -83,19 +85,19 @@ def test_no_signature_shows_an_address():
         ("topic:for", "topic", ""),
     ],
 )
-def test_known_things_have_their_usual_names(named, name, kind, heading):
+def test_well_known_objects_have_their_usual_names(named, name, kind, heading):
     assert named[name].kind == kind
     assert named[name].heading.startswith(heading)
 
 
-def test_json_dumps_has_its_signature_and_its_docstring(named):
+def test_json_dumps_has_its_signature_and_docstring(named):
     entry = named["json.dumps"]
     assert entry.signature == (
         "dumps(obj, *, skipkeys=False, ensure_ascii=True, check_circular=True, allow_nan=True, cls=None, indent=None, "
         "separators=None, default=None, sort_keys=False, **kw)"
     )
     assert entry.text == (json.dumps.__doc__ or "").replace("\n    ", "\n").strip()
-    assert f"json.{entry.signature}\n\n{entry.text}" in documents()
+    assert entry.document == f"json.{entry.signature}\n\n{entry.text}"
 
 
 @pytest.mark.parametrize(
@@ -107,31 +109,30 @@ def test_json_dumps_has_its_signature_and_its_docstring(named):
         ("Return f(a).", "", "Return f(a)."),
     ],
 )
-def test_a_call_in_the_first_line_is_the_signature(text, signature, rest):
-    assert python_docs._split_call("f", text) == (signature, rest)
+def test_call_in_the_first_line_is_the_signature(text, signature, rest):
+    assert stdlib_docs._split_call("f", text) == (signature, rest)
 
 
-def test_a_property_is_named_without_parentheses(named):
+def test_properties_have_no_parentheses(named):
     assert named["fractions.Fraction.limit_denominator"].signature == "limit_denominator(self, max_denominator=1000000)"
     assert named["threading.Thread.name"].signature == "name"
 
 
-def test_a_topic_is_its_own_document(named):
-    assert documents()[0] == entries()[0].text
+def test_topics_are_documents_of_their_own(entries, named):
+    assert entries[0].document == entries[0].text
     assert named["topic:for"].text.startswith('The "for" statement\n***')
 
 
-def test_tests_and_applications_are_left_out():
-    tops = {entry.name.partition(".")[0] for entry in entries()}
+def test_tests_and_applications_are_left_out(entries):
+    tops = {entry.name.partition(".")[0] for entry in entries}
     assert not tops & {"test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pip", "setuptools", "antigravity"}
-    assert not [entry.name for entry in entries() if ".test." in entry.name or ".tests." in entry.name]
+    assert not [entry.name for entry in entries if ".test." in entry.name or ".tests." in entry.name]
 
 
-def test_the_library_is_read_without_being_imported():
+def test_library_is_read_without_being_imported():
     code = """
-import sys
-from datamodules import python_docs
-python_docs.entries()
+import sys, stdlib_docs
+stdlib_docs.entries()
 print(*sys.modules)
 """
     loaded = set(run(code).split())
@@ -139,26 +140,12 @@ print(*sys.modules)
     assert not loaded & {"antigravity", "asyncio", "ctypes", "distutils", "readline", "this", "tkinter", "turtle"}
 
 
-def test_a_replaced_hook_does_not_change_the_content(monkeypatch, named):
+def test_replaced_hook_does_not_change_the_content(monkeypatch, named):
     monkeypatch.setattr(sys, "excepthook", lambda *_: None)
-    python_docs._entries.cache_clear()
-    assert {entry.name: entry for entry in entries()} == named
+    assert {entry.name: entry for entry in stdlib_docs.entries()} == named
 
 
-def test_callers_cannot_spoil_the_cached_list():
-    entries().clear()
-    assert entries()
-
-
-def test_the_fingerprint_changes_with_the_format(monkeypatch):
-    before = fingerprint()
-    assert before == fingerprint()
-    monkeypatch.setattr(python_docs, "FORMAT", python_docs.FORMAT + 1)
-    assert fingerprint() != before
-
-
-def test_an_interpreter_without_sources_is_named(monkeypatch, tmp_path):
-    python_docs._entries.cache_clear()
-    monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda _: str(tmp_path))
-    with pytest.raises(ValueError, match="no source files"):
-        entries()
+def test_python_without_library_sources_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(stdlib_docs.sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(ValueError, match=f"{tmp_path}: this Python comes without the source files"):
+        stdlib_docs.entries()
