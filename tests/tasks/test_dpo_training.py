@@ -20,6 +20,8 @@ from bumblebee.distributed.deepspeed.sharded_parameters import full_numel, is_sh
 from bumblebee.tasks import reference_cache
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.reference import FrozenReference
+from bumblebee.training import setup
+from bumblebee.training.run_state import RunState
 
 PAIRS = ("Pairs", {"samples": 11, "empty": [2]})
 BASE: dict[str, Any] = {"data": PAIRS, "max_steps": 5}
