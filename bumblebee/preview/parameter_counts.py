@@ -8,7 +8,7 @@ from torch import nn
 
 from bumblebee.checkpoint.adapters import is_adapter_key
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
-from bumblebee.nn.lm_head import Head
+from bumblebee.nn.lm_head import LMHead
 
 # By the names that Hugging Face's models have; the first that fits counts.
 _PARTS = {"attention": r"(^|\.)(self_attn|attention|attn)\.", "feed-forward": r"(^|\.)(mlp|ffn|feed_forward|experts)\."}
@@ -17,7 +17,7 @@ _PARTS = {"attention": r"(^|\.)(self_attn|attention|attn)\.", "feed-forward": r"
 def parts(model: nn.Module) -> dict[str, tuple[int, int]]:
     """For each part (parameters, trained ones). A table that is both embedding and head counts once, as embedding."""
     tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    heads = {id(p) for module in model.modules() if isinstance(module, Head) for p in module.parameters()}
+    heads = {id(p) for module in model.modules() if isinstance(module, LMHead) for p in module.parameters()}
     tied = bool(tables & heads)
     found: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():

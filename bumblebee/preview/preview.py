@@ -20,7 +20,7 @@ from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed.ds_config import HALF_DTYPES, deepspeed_config, read_overrides
 from bumblebee.hardware import flops, memory_stats
 from bumblebee.nn import IGNORE_INDEX
-from bumblebee.nn.attention_kernels import choose
+from bumblebee.nn.attention_kernels import select_kernel
 from bumblebee.optim import Constant, parameter_groups
 from bumblebee.preview.dry_run import MOST, Failed, Rehearsal, places, rehearse
 from bumblebee.preview.memory_estimate import BUCKET, Memory, MicroBatch, ModelSize, Setup, estimate
@@ -118,7 +118,9 @@ class Preview:
     def kernel(self) -> str | None:
         """Of attention; None for a model that is not ours."""
         wanted = getattr(self.task.model, "attention", None)
-        return choose(wanted, HALF_DTYPES.get(self.trainer.precision, torch.float32)) if isinstance(wanted, str) else None
+        return (
+            select_kernel(wanted, HALF_DTYPES.get(self.trainer.precision, torch.float32)) if isinstance(wanted, str) else None
+        )
 
     def computed(self, setup: Setup) -> Memory:
         """By formula."""
