@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.stub_engine import StubTrainer
 from jsonargparse import ArgumentParser
 
 import callbacks
@@ -19,7 +20,7 @@ NEED_A_MODEL = ("BigramBaseline", "RunSummary", "Samples", "WandB")
 NEEDED = {"Samples": {"prompts": ["Once"]}, "WandB": {"project": "bees", "offline": True}}  # arguments without a default
 
 
-def made(name: str) -> Callback:
+def build(name: str) -> Callback:
     return getattr(callbacks, name)(**NEEDED.get(name, {}))
 
 
@@ -62,13 +63,15 @@ def test_a_flag_changes_one_option_of_one_callback():
     assert (checkpoint.every, checkpoint.keep) == (7, 5)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "Samples"])  # test_two_ranks.py has it
-def test_other_ranks_neither_write_nor_speak(name, fake, tmp_path, capsys):
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "Samples"])  # see test_callbacks_on_two_ranks.py
+def test_other_ranks_write_and_print_nothing(name, stub_trainer, tmp_path, capsys, monkeypatch):
     if name == "WandB":
         pytest.importorskip("wandb")
-    trainer = fake([made(name)], is_main=False)
+    trainer = stub_trainer([build(name)])
+    monkeypatch.setattr(StubTrainer, "is_main", False)
     trainer.data.tokenizer = object()
-    trainer.save_checkpoint = lambda last=False, model=True: None  # on other ranks it takes part, and rank 0 writes
+    trainer.save_checkpoint = lambda last=False, model=True: None  # collective; rank 0 writes
+    trainer.save_model = lambda folder: None
     trainer.run()
     trainer.validate()
     trainer.call("on_exception", RuntimeError("no"))
@@ -77,14 +80,14 @@ def test_other_ranks_neither_write_nor_speak(name, fake, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_failure_before_the_start_is_survived(name, fake, tmp_path):
-    fake([made(name)]).call("on_exception", ValueError("raised by another callback's on_fit_start"))
+def test_a_failure_before_the_start_is_survived(name, stub_trainer, tmp_path):
+    stub_trainer([build(name)]).call("on_exception", ValueError("raised by another callback's on_fit_start"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_state_is_json(name, fake):
-    callback = made(name)
+def test_its_state_is_json(name, stub_trainer):
+    callback = build(name)
     if name not in NEED_A_MODEL:
-        fake([callback]).run()
+        stub_trainer([callback]).run()
     state = callback.state_dict()
     assert json.loads(json.dumps(state, allow_nan=False)) == state

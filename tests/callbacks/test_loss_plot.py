@@ -10,8 +10,8 @@ from callbacks.loss_plot import plot_run
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def test_a_picture_is_there_while_the_run_goes_on_and_nothing_beside_it(fake, tmp_path):
-    trainer = fake([LossPlot(every=2)])
+def test_a_picture_is_there_while_the_run_goes_on_and_nothing_beside_it(stub_trainer, tmp_path):
+    trainer = stub_trainer([LossPlot(every=2)])
     trainer.call("on_fit_start")
     for trainer.step in (1, 2):
         assert list(tmp_path.iterdir()) == []
@@ -20,12 +20,12 @@ def test_a_picture_is_there_while_the_run_goes_on_and_nothing_beside_it(fake, tm
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
 
 
-def test_it_is_drawn_every_n_steps_and_at_the_end(fake, monkeypatch):
+def test_it_is_drawn_every_n_steps_and_at_the_end(stub_trainer, monkeypatch):
     drawn = []
     monkeypatch.setattr(
         LossPlot, "_draw", lambda self, trainer: drawn.append(trainer.step) or setattr(self, "_drawn_at", trainer.step)
     )
-    fake([LossPlot(every=4)], steps=10).run()
+    stub_trainer([LossPlot(every=4)], steps=10).run()
     assert drawn == [4, 8, 10]
 
 
@@ -43,29 +43,29 @@ def test_without_smoothing_and_validations_there_is_one_curve():
     assert len(figure.axes[0].lines) == 1
 
 
-def test_the_average_is_right_from_the_first_value_on(fake):
+def test_the_average_is_right_from_the_first_value_on(stub_trainer):
     plot = LossPlot(smoothing=0.5)
-    trainer = fake([plot])
+    trainer = stub_trainer([plot])
     for loss in (4.0, 1.0, 7.0):
         trainer.call("on_log", {"loss": loss, "lr": 0.1})
     expected = [4.0, (0.5 * 4 + 1) / 1.5, (0.25 * 4 + 0.5 * 1 + 7) / 1.75]
     assert plot.state_dict()["training"]["columns"][2] == pytest.approx(expected)
 
 
-def test_losses_that_are_not_finite_leave_a_gap(fake, tmp_path):
+def test_losses_that_are_not_finite_leave_a_gap(stub_trainer, tmp_path):
     plot = LossPlot()
-    trainer = fake([plot])
+    trainer = stub_trainer([plot])
     for loss in (4.0, math.nan, math.inf, 3.0):
         trainer.call("on_log", {"loss": loss, "lr": 0.1})
     trainer.call("on_log", {"lr": 0.1})  # steps without any target
     assert plot.state_dict()["training"]["columns"][1] == [4.0, 3.0]
 
 
-def test_long_runs_are_thinned_evenly_and_the_average_stays_the_same(fake, monkeypatch):
+def test_long_runs_are_thinned_evenly_and_the_average_stays_the_same(stub_trainer, monkeypatch):
     def curve(limit):
         monkeypatch.setattr("callbacks.loss_plot._MAX_POINTS", limit)
         plot = LossPlot(every=10_000)
-        trainer = fake([plot])
+        trainer = stub_trainer([plot])
         for step in range(1, 1001):
             trainer.step = step
             trainer.call("on_log", {"loss": math.sin(step), "lr": 0.1})
@@ -79,30 +79,30 @@ def test_long_runs_are_thinned_evenly_and_the_average_stays_the_same(fake, monke
     assert thin[2] == [kept[step] for step in steps]
 
 
-def test_a_resumed_run_continues_the_curve(continued, whole):
-    assert continued.callbacks["plot"].state_dict() == whole.callbacks["plot"].state_dict()
-    state = whole.callbacks["plot"].state_dict()
+def test_a_resumed_run_continues_the_curve(resumed_run, complete_run):
+    assert resumed_run.callbacks["plot"].state_dict() == complete_run.callbacks["plot"].state_dict()
+    state = complete_run.callbacks["plot"].state_dict()
     assert state["training"]["columns"][0] == [1, 2, 3, 4, 5, 6] and state["validation"]["columns"][0] == [0, 3, 6]
 
 
-def test_its_state_is_a_copy(fake):
+def test_its_state_is_a_copy(stub_trainer):
     plot = LossPlot()
-    trainer = fake([plot])
+    trainer = stub_trainer([plot])
     trainer.call("on_log", {"loss": 1.0, "lr": 0.1})
     state = plot.state_dict()
     trainer.call("on_log", {"loss": 1.0, "lr": 0.1})
     assert len(state["training"]["columns"][0]) == 1
 
 
-def test_a_second_run_from_the_start_has_an_empty_picture(fake):
+def test_a_second_run_from_the_start_has_an_empty_picture(stub_trainer):
     plot = LossPlot()
     for _ in range(2):
-        fake([plot]).run()
+        stub_trainer([plot]).run()
     assert plot.state_dict()["training"]["columns"][0] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_real_run_leaves_a_picture(whole):
-    assert (whole.folder / "loss.png").read_bytes().startswith(PNG)
+def test_a_real_run_leaves_a_picture(complete_run):
+    assert (complete_run.folder / "loss.png").read_bytes().startswith(PNG)
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -114,7 +114,7 @@ def test_impossible_options_are_refused(options, message):
         LossPlot(**options)
 
 
-def test_preferences_have_a_second_panel_with_accuracies_and_margins(fake):
+def test_preferences_have_a_second_panel_with_accuracies_and_margins(stub_trainer):
     training = [[1, 2], [0.7, 0.6], [0.7, 0.65], [0.1, 0.1]]
     figure = plot_run(training, [[], []], 0.9, rewards=[[1, 2], [0.5, 0.75], [0.0, 0.1]])
     losses, _, accuracies, margins = figure.axes
@@ -122,10 +122,10 @@ def test_preferences_have_a_second_panel_with_accuracies_and_margins(fake):
     assert losses.get_ylabel() == "loss"
 
 
-def test_rewards_that_are_logged_are_drawn_and_survive_a_resume(fake):
+def test_rewards_that_are_logged_are_drawn_and_survive_a_resume(stub_trainer):
     plot = LossPlot()
-    trainer = fake([plot])
-    trainer.metrics = {"rewards/accuracies": 0.75, "rewards/margins": 0.2}
+    trainer = stub_trainer([plot])
+    trainer.task.extra_metrics = {"rewards/accuracies": 0.75, "rewards/margins": 0.2}
     trainer.run()
     again = LossPlot()
     again.load_state_dict(plot.state_dict())

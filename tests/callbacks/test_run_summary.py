@@ -8,8 +8,8 @@ from callbacks import RunSummary
 
 
 @pytest.fixture(scope="session")
-def summary(whole):
-    return json.loads((whole.folder / "summary.json").read_text())
+def summary(complete_run):
+    return json.loads((complete_run.folder / "summary.json").read_text())
 
 
 def test_the_model_is_described(summary):
@@ -40,8 +40,8 @@ def test_data_schedule_device_and_callbacks_are_named(summary):
     assert summary["callbacks"]["checkpoint"] == "Checkpoint" and len(summary["callbacks"]) == 8
 
 
-def test_the_block_is_printed_before_the_first_step(whole):
-    begin, _, rest = whole.text.partition("step 1/6")
+def test_the_block_is_printed_before_the_first_step(complete_run):
+    begin, _, rest = complete_run.text.partition("step 1/6")
     assert begin.startswith("Bumblebee ") and "Bumblebee 0" not in rest
     for part in (
         "model      Bumblebee, 20.8 k parameters, all trainable, layers 2, hidden size 32, heads 4, kv heads 2, vocabulary 64,"
@@ -51,14 +51,14 @@ def test_the_block_is_printed_before_the_first_step(whole):
         "device     1 x cpu, fp32, ZeRO stage 1\n",
         "optimizer  AdamW: lr 0.01, weight decay 0.1 for ",
         "gradient clip 1\n",
-        f"output     {whole.folder}\n",
+        f"output     {complete_run.folder}\n",
     ):
         assert part in begin
 
 
-def test_a_resumed_run_says_from_where_and_keeps_the_first_rate(continued, summary):
-    resumed = json.loads((continued.folder / "summary.json").read_text())
-    assert resumed["run"]["resumed_from_step"] == 4 and "resumed    from step 4\n" in continued.text
+def test_a_resumed_run_says_from_where_and_keeps_the_first_rate(resumed_run, summary):
+    resumed = json.loads((resumed_run.folder / "summary.json").read_text())
+    assert resumed["run"]["resumed_from_step"] == 4 and "resumed    from step 4\n" in resumed_run.text
     assert resumed["optimizer"] == summary["optimizer"]  # not the schedule's rate of that step
 
 

@@ -33,21 +33,21 @@ def test_weights_count_six_for_each_token_the_head_once_and_the_table_not_at_all
 
 def test_frozen_weights_need_no_gradient_of_their_own():
     model = meta()
-    whole = flops.weight_flops_per_token(model)
+    complete_run = flops.weight_flops_per_token(model)
     model.requires_grad_(False)
-    assert flops.weight_flops_per_token(model) == pytest.approx(whole * 4 / 6)
+    assert flops.weight_flops_per_token(model) == pytest.approx(complete_run * 4 / 6)
     model.model.layers[0].mlp.requires_grad_(True)
     trained = sum(p.numel() for p in model.model.layers[0].mlp.parameters())
-    assert flops.weight_flops_per_token(model) == pytest.approx(whole * 4 / 6 + 2 * trained)
+    assert flops.weight_flops_per_token(model) == pytest.approx(complete_run * 4 / 6 + 2 * trained)
 
 
 def test_adapters_count_six_and_the_weights_beside_them_four(tiny, tmp_path):
     Bumblebee(tiny()).save_pretrained(tmp_path)
     model = Bumblebee.from_pretrained(tmp_path)
-    whole = flops.weight_flops_per_token(model)
+    complete_run = flops.weight_flops_per_token(model)
     LoRA(rank=4)(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert flops.weight_flops_per_token(model) == pytest.approx(whole * 4 / 6 + 6 * trained)
+    assert flops.weight_flops_per_token(model) == pytest.approx(complete_run * 4 / 6 + 6 * trained)
 
 
 def test_attention_is_twelve_times_layers_width_and_sequence():
@@ -153,8 +153,8 @@ def test_rows_without_targets_are_work_but_no_tokens(fit, tmp_path, monkeypatch)
 
     class Half(MetricsHistory):
         def on_fit_start(self, trainer):
-            whole = trainer.task.counts
-            trainer.task.counts = lambda batch: {name: count // 2 for name, count in whole(batch).items()}
+            complete_run = trainer.task.counts
+            trainer.task.counts = lambda batch: {name: count // 2 for name, count in complete_run(batch).items()}
 
         def on_log(self, trainer, metrics):
             if "tflops" in metrics:
@@ -182,8 +182,8 @@ def clock(monkeypatch):
     return now
 
 
-def test_only_steps_are_timed_and_not_what_lies_between_them(fake, clock):
-    trainer = fake([Throughput(every=4, peak_tflops=1.0)], steps=8)
+def test_only_steps_are_timed_and_not_what_lies_between_them(stub_trainer, clock):
+    trainer = stub_trainer([Throughput(every=4, peak_tflops=1.0)], steps=8)
     trainer.call("on_fit_start")
     for step in range(1, 5):
         trainer.call("on_step_start")
@@ -198,8 +198,8 @@ def test_only_steps_are_timed_and_not_what_lies_between_them(fake, clock):
     assert trainer.logged["tokens_per_second"] == 50.0
 
 
-def test_a_validation_after_the_step_was_timed_costs_nothing(fake, clock):
-    trainer = fake([Throughput(every=2, peak_tflops=1.0)], steps=8)
+def test_a_validation_after_the_step_was_timed_costs_nothing(stub_trainer, clock):
+    trainer = stub_trainer([Throughput(every=2, peak_tflops=1.0)], steps=8)
     trainer.call("on_fit_start")
     for step in (1, 2):
         trainer.call("on_step_start")
@@ -211,8 +211,8 @@ def test_a_validation_after_the_step_was_timed_costs_nothing(fake, clock):
     assert trainer.logged["tokens_per_second"] == 50.0
 
 
-def test_a_run_of_one_step_has_nothing_to_say(fake, capsys):
-    trainer = fake([Throughput(every=1, peak_tflops=1.0)], steps=1).run()
+def test_a_run_of_one_step_has_nothing_to_say(stub_trainer, capsys):
+    trainer = stub_trainer([Throughput(every=1, peak_tflops=1.0)], steps=1).run()
     assert trainer.logged == {} and capsys.readouterr().out == ""
 
 

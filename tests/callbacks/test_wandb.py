@@ -59,7 +59,7 @@ def chunks(data):
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or last
+        if kind in (1, 4):  # complete_run, or last
             yield parts
             parts = b""
 
@@ -85,10 +85,10 @@ def wandb(**changes):
 
 
 @pytest.fixture
-def fake(fake, tmp_path):
+def stub_trainer(stub_trainer, tmp_path):
     """A trainer without a model has nothing to summarise, so there is a recipe."""
     (tmp_path / "recipe.yaml").write_text("seed: 42\ntrainer: {max_steps: 6}\n")
-    return fake
+    return stub_trainer
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def test_the_run_has_its_name_tags_and_configuration(run):
     assert config["plan"]["steps"] == 6 and config["model"]["parameters"] == 20_768
 
 
-def test_the_resolved_recipe_is_the_configuration_where_there_is_one(fake, tmp_path):
-    fake([wandb()]).run()
+def test_the_resolved_recipe_is_the_configuration_where_there_is_one(stub_trainer, tmp_path):
+    stub_trainer([wandb()]).run()
     (there,) = of_kind(tmp_path, "run")
     config = {update.key: json.loads(update.value_json) for update in there.config.update}
     assert config["seed"] == 42 and config["trainer"] == {"max_steps": 6}
@@ -140,16 +140,16 @@ def test_a_resumed_run_is_the_same_run_there(fit, fail_after, tmp_path):
     assert [step for step, _ in points(tmp_path / "run", "train/loss")] == [1, 2, 3, 4, 5, 5, 6]  # wandb takes the first 5
 
 
-def test_a_new_run_of_the_same_object_is_a_new_run_there(fake, tmp_path):
+def test_a_new_run_of_the_same_object_is_a_new_run_there(stub_trainer, tmp_path):
     callback = wandb()
-    fake([callback], steps=1).run()
-    fake([callback], steps=1).run()
+    stub_trainer([callback], steps=1).run()
+    stub_trainer([callback], steps=1).run()
     first, second = of_kind(tmp_path, "run")
     assert first.run_id != second.run_id
 
 
-def test_log_every_thins_out_and_keeps_the_last(fake, tmp_path):
-    fake([wandb(log_every=4)], steps=10).run()
+def test_log_every_thins_out_and_keeps_the_last(stub_trainer, tmp_path):
+    stub_trainer([wandb(log_every=4)], steps=10).run()
     assert [step for step, _ in points(tmp_path, "train/loss")] == [4, 8, 10]
 
 
@@ -166,18 +166,18 @@ def test_watching_pieces_is_refused(fit, tmp_path):
     assert isinstance(run.error, ValueError) and "sees only pieces at trainer.zero_stage 3" in str(run.error)
 
 
-def test_code_is_the_source_below_the_working_folder_without_environments(fake, tmp_path, monkeypatch):
+def test_code_is_the_source_below_the_working_folder_without_environments(stub_trainer, tmp_path, monkeypatch):
     for name in ("mine/model.py", "recipe.yaml", ".venv/lib/a.py", "env/site-packages/b.py", "notes.txt", "wandb/c.py"):
         (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "work" / name).write_text("seed: 1\n")
     monkeypatch.chdir(tmp_path / "work")
-    fake([wandb(log_code=True)], steps=1).run()
+    stub_trainer([wandb(log_code=True)], steps=1).run()
     (artifact,) = of_kind(tmp_path, "artifact")
     assert artifact.type == "code"
     assert {entry.path for entry in artifact.manifest.contents} == {"mine/model.py", "recipe.yaml"}
 
 
-def test_without_an_account_the_message_says_what_to_do(fake, monkeypatch):
+def test_without_an_account_the_message_says_what_to_do(stub_trainer, monkeypatch):
     import wandb as package
 
     def refused(**options):
@@ -185,13 +185,13 @@ def test_without_an_account_the_message_says_what_to_do(fake, monkeypatch):
 
     monkeypatch.setattr(package, "init", refused)
     with pytest.raises(ValueError, match="cannot start: No API key configured.; log in with 'wandb login', or set offline"):
-        fake([WandB("bees")]).run()
+        stub_trainer([WandB("bees")]).run()
 
 
-def test_without_the_package_the_message_says_what_to_install(monkeypatch, fake):
+def test_without_the_package_the_message_says_what_to_install(monkeypatch, stub_trainer):
     monkeypatch.setattr("callbacks.wandb.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs the wandb package: pip install 'bumblebee\[wandb\]'"):
-        fake([WandB("bees")], is_main=False).run()  # on every rank: none waits for another
+        stub_trainer([WandB("bees")], is_main=False).run()  # on every rank: none waits for another
 
 
 def test_the_class_is_there_without_the_package():
