@@ -161,7 +161,7 @@ def make_checkpoint(folder: Path, step: int, last: bool = False) -> Path:
 
 
 @pytest.fixture(scope="session")
-def scripted_validation():
+def scripted():
     """The class ScriptedValidation."""
     return ScriptedValidation
 

@@ -184,56 +184,50 @@ def best_file(folder):
     ("mode", "values"),
     [("min", (5.0, 3.0, 4.0, 2.0, 6.0, 2.5)), ("max", (-5.0, -3.0, -4.0, -2.0, -6.0, -2.5))],
 )
-def test_the_best_are_saved_when_they_appear_and_stay(mode, values, stub_trainer, scripted_validation, tmp_path):
+def test_the_best_are_saved_when_they_appear_and_stay(mode, values, stub_trainer, scripted, tmp_path):
     callback = Checkpoint(every=None, keep=1, best=2, mode=mode, save_last=False)
-    trainer = stub_trainer([scripted_validation(*values), callback], steps=6).run()
+    trainer = stub_trainer([scripted(*values), callback], steps=6).run()
     assert trainer.events == [("save", 1), ("save", 2), ("save", 3), ("save", 4), ("save", 6)]
     assert steps(tmp_path) == [3, 4, 6]  # 4 and 6 are the best, 3 is the newest of the others
     assert best_file(tmp_path) == {"checkpoint": "checkpoint-4", "metric": "validation_loss", "value": values[3]}
 
 
-def test_rotation_never_takes_one_of_the_best(stub_trainer, scripted_validation, tmp_path):
-    stub_trainer([scripted_validation(1.0, 2.0, 3.0), Checkpoint(every=1, keep=1, best=2, save_last=False)], steps=9).run()
+def test_rotation_never_takes_one_of_the_best(stub_trainer, scripted, tmp_path):
+    stub_trainer([scripted(1.0, 2.0, 3.0), Checkpoint(every=1, keep=1, best=2, save_last=False)], steps=9).run()
     assert steps(tmp_path) == [1, 2, 9]
 
 
-def test_one_that_is_no_longer_among_the_best_falls_back_into_the_rotation(stub_trainer, scripted_validation, tmp_path):
+def test_one_that_is_no_longer_among_the_best_falls_back_into_the_rotation(stub_trainer, scripted, tmp_path):
     values = (9.0, 8.0, 7.0, 6.0, 5.0)
-    stub_trainer([scripted_validation(*values), Checkpoint(every=None, keep=2, best=1, save_last=False)], steps=5).run()
+    stub_trainer([scripted(*values), Checkpoint(every=None, keep=2, best=1, save_last=False)], steps=5).run()
     assert steps(tmp_path) == [3, 4, 5]
 
 
-def test_of_equal_values_the_older_is_better_and_the_newer_no_reason_to_save(stub_trainer, scripted_validation, tmp_path):
-    trainer = stub_trainer(
-        [scripted_validation(2.0, 1.0, 1.0, 1.0), Checkpoint(every=None, best=2, save_last=False)], steps=4
-    ).run()
+def test_of_equal_values_the_older_is_better_and_the_newer_no_reason_to_save(stub_trainer, scripted, tmp_path):
+    trainer = stub_trainer([scripted(2.0, 1.0, 1.0, 1.0), Checkpoint(every=None, best=2, save_last=False)], steps=4).run()
     assert trainer.events == [("save", 1), ("save", 2), ("save", 3)]  # step 4 ties with both
     assert best_file(tmp_path)["checkpoint"] == "checkpoint-2"
 
 
-def test_only_a_validation_at_its_own_step_gives_a_checkpoint_its_value(stub_trainer, scripted_validation, tmp_path):
-    stub_trainer(
-        [scripted_validation(None, 1.0, None, 3.0), Checkpoint(every=3, keep=1, best=3, save_last=False)], steps=6
-    ).run()
+def test_only_a_validation_at_its_own_step_gives_a_checkpoint_its_value(stub_trainer, scripted, tmp_path):
+    stub_trainer([scripted(None, 1.0, None, 3.0), Checkpoint(every=3, keep=1, best=3, save_last=False)], steps=6).run()
     assert steps(tmp_path) == [2, 4, 6]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_is_never_the_best(value, stub_trainer, scripted_validation, tmp_path):
-    trainer = stub_trainer(
-        [scripted_validation(value, 3.0, value), Checkpoint(every=None, best=3, save_last=False)], steps=3
-    ).run()
+def test_what_is_no_number_is_never_the_best(value, stub_trainer, scripted, tmp_path):
+    trainer = stub_trainer([scripted(value, 3.0, value), Checkpoint(every=None, best=3, save_last=False)], steps=3).run()
     assert trainer.events == [("save", 2)]
 
 
-def test_the_order_of_the_callbacks_does_not_matter(stub_trainer, scripted_validation, tmp_path):
-    stub_trainer([Checkpoint(every=None, best=1, save_last=False), scripted_validation(3.0, 1.0, 2.0)], steps=3).run()
+def test_the_order_of_the_callbacks_does_not_matter(stub_trainer, scripted, tmp_path):
+    stub_trainer([Checkpoint(every=None, best=1, save_last=False), scripted(3.0, 1.0, 2.0)], steps=3).run()
     assert best_file(tmp_path)["checkpoint"] == "checkpoint-2"
 
 
-def test_a_metric_that_is_not_measured_is_refused_with_those_that_are(stub_trainer, scripted_validation):
+def test_a_metric_that_is_not_measured_is_refused_with_those_that_are(stub_trainer, scripted):
     with pytest.raises(ValueError, match="Checkpoint: unknown metric 'accuracy'; validation reports validation_loss"):
-        stub_trainer([scripted_validation(1.0), Checkpoint(best=1, metric="accuracy")]).run()
+        stub_trainer([scripted(1.0), Checkpoint(best=1, metric="accuracy")]).run()
 
 
 def test_the_best_of_nothing_held_out_is_refused(stub_trainer):
@@ -244,7 +238,7 @@ def test_the_best_of_nothing_held_out_is_refused(stub_trainer):
     stub_trainer([Checkpoint()]).run()  # without best nobody asks
 
 
-def test_a_run_from_the_start_forgets_the_best_of_an_earlier_one(stub_trainer, scripted_validation, tmp_path):
+def test_a_run_from_the_start_forgets_the_best_of_an_earlier_one(stub_trainer, scripted, tmp_path):
     (tmp_path / "best.json").write_text("{}")
     trainer = stub_trainer([Checkpoint(every=None, best=1, save_last=False)], steps=1).run()
     assert trainer.events == [] and not (tmp_path / "best.json").exists()
@@ -257,11 +251,11 @@ def by_best(**changes):
     return Checkpoint(**{"every": 3, "keep": 1, "best": 2, "save_last": False, **changes})
 
 
-def test_a_resumed_run_knows_the_best_of_before(fit, scripted_validation, fail_after, tmp_path):
-    fit(tmp_path / "whole", {"values": scripted_validation(*VALUES), "checkpoint": by_best()})
-    fit(tmp_path / "run", {"values": scripted_validation(*VALUES), "checkpoint": by_best(), "fail": fail_after(3)})
+def test_a_resumed_run_knows_the_best_of_before(fit, scripted, fail_after, tmp_path):
+    fit(tmp_path / "whole", {"values": scripted(*VALUES), "checkpoint": by_best()})
+    fit(tmp_path / "run", {"values": scripted(*VALUES), "checkpoint": by_best(), "fail": fail_after(3)})
     assert steps(tmp_path / "run") == [1, 2, 3] and best_file(tmp_path / "run")["checkpoint"] == "checkpoint-2"
-    run = fit(tmp_path / "run", {"values": scripted_validation(*VALUES), "checkpoint": by_best()}, resume="auto")
+    run = fit(tmp_path / "run", {"values": scripted(*VALUES), "checkpoint": by_best()}, resume="auto")
     assert run.error is None
     assert steps(tmp_path / "run") == steps(tmp_path / "whole") == [2, 4, 6]
     assert best_file(tmp_path / "run") == best_file(tmp_path / "whole")
@@ -270,21 +264,21 @@ def test_a_resumed_run_knows_the_best_of_before(fit, scripted_validation, fail_a
     assert state["best"] == [[4, 1.0], [2, 2.0]]  # a checkpoint knows of itself
 
 
-def test_resumed_from_an_older_checkpoint_the_best_are_those_of_that_time(fit, scripted_validation, tmp_path):
-    fit(tmp_path / "run", {"values": scripted_validation(*VALUES), "checkpoint": by_best()})
+def test_resumed_from_an_older_checkpoint_the_best_are_those_of_that_time(fit, scripted, tmp_path):
+    fit(tmp_path / "run", {"values": scripted(*VALUES), "checkpoint": by_best()})
     worse = (None,) * 2 + (9.0,) * 4
     checkpoint = tmp_path / "run" / "checkpoint-2"
     fit(
         tmp_path / "run",
-        {"values": scripted_validation(*worse), "checkpoint": by_best(best=1)},
+        {"values": scripted(*worse), "checkpoint": by_best(best=1)},
         resume=str(checkpoint),
         max_steps=3,
     )
     assert best_file(tmp_path / "run")["checkpoint"] == "checkpoint-2" and 2 in steps(tmp_path / "run")
 
 
-def test_a_best_one_that_somebody_deleted_is_forgotten(fit, scripted_validation, tmp_path):
-    uses = {"values": scripted_validation(1.0, 3.0, None, 2.0), "checkpoint": by_best(keep=None, every=2)}
+def test_a_best_one_that_somebody_deleted_is_forgotten(fit, scripted, tmp_path):
+    uses = {"values": scripted(1.0, 3.0, None, 2.0), "checkpoint": by_best(keep=None, every=2)}
     fit(tmp_path / "run", uses, max_steps=2)
     delete(tmp_path / "run" / "checkpoint-1")
     fit(tmp_path / "run", uses, resume="auto", max_steps=4)

@@ -7,37 +7,34 @@ import pytest
 from callbacks import Checkpoint, EarlyStopping
 
 
-def last_step(stub_trainer, scripted_validation, callback, *values, steps=10):
-    return stub_trainer([scripted_validation(*values), callback], steps=steps).run().step
+def last_step(stub_trainer, scripted, callback, *values, steps=10):
+    return stub_trainer([scripted(*values), callback], steps=steps).run().step
 
 
-def test_it_stops_when_so_many_validations_in_a_row_bring_nothing(stub_trainer, scripted_validation, capsys):
+def test_it_stops_when_so_many_validations_in_a_row_bring_nothing(stub_trainer, scripted, capsys):
     values = (5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 4.0, 1.0)
-    assert last_step(stub_trainer, scripted_validation, EarlyStopping(patience=3), *values) == 7
+    assert last_step(stub_trainer, scripted, EarlyStopping(patience=3), *values) == 7
     said = "early stopping: validation_loss did not improve in 3 validations (best 3.0000)\n"
     assert capsys.readouterr().out == said
 
 
-def test_steps_without_a_validation_do_not_count(stub_trainer, scripted_validation):
-    assert last_step(stub_trainer, scripted_validation, EarlyStopping(patience=2), 1.0, None, 2.0, None, None, 2.0, None) == 6
+def test_steps_without_a_validation_do_not_count(stub_trainer, scripted):
+    assert last_step(stub_trainer, scripted, EarlyStopping(patience=2), 1.0, None, 2.0, None, None, 2.0, None) == 6
 
 
-def test_max_wants_larger_values(stub_trainer, scripted_validation):
-    assert (
-        last_step(stub_trainer, scripted_validation, EarlyStopping(patience=2, mode="max"), 1.0, 2.0, 1.5, 3.0, 2.0, 3.0, 9.0)
-        == 6
-    )
+def test_max_wants_larger_values(stub_trainer, scripted):
+    assert last_step(stub_trainer, scripted, EarlyStopping(patience=2, mode="max"), 1.0, 2.0, 1.5, 3.0, 2.0, 3.0, 9.0) == 6
 
 
-def test_an_improvement_must_be_more_than_min_delta(stub_trainer, scripted_validation):
+def test_an_improvement_must_be_more_than_min_delta(stub_trainer, scripted):
     values = (2.0, 1.75, 1.5, 0.75, 0.5)  # on 2.0 by 0.25, by 0.5, by 1.25; then by 0.25
-    assert last_step(stub_trainer, scripted_validation, EarlyStopping(patience=3, min_delta=0.5), *values, steps=6) == 6
-    assert last_step(stub_trainer, scripted_validation, EarlyStopping(patience=2, min_delta=0.5), *values) == 3
+    assert last_step(stub_trainer, scripted, EarlyStopping(patience=3, min_delta=0.5), *values, steps=6) == 6
+    assert last_step(stub_trainer, scripted, EarlyStopping(patience=2, min_delta=0.5), *values) == 3
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_is_no_improvement(value, stub_trainer, scripted_validation, capsys):
-    assert last_step(stub_trainer, scripted_validation, EarlyStopping(patience=2), value, value, 1.0) == 2
+def test_a_loss_that_is_no_number_is_no_improvement(value, stub_trainer, scripted, capsys):
+    assert last_step(stub_trainer, scripted, EarlyStopping(patience=2), value, value, 1.0) == 2
     assert "did not improve in 2 validations (no finite value yet)" in capsys.readouterr().out
 
 
@@ -55,9 +52,9 @@ def test_nothing_held_out_is_refused(fit, tmp_path):
     assert isinstance(run.error, ValueError) and "data.validation_ratio or data.validation_files" in str(run.error)
 
 
-def test_a_resumed_run_goes_on_counting(fit, scripted_validation, fail_after, tmp_path):
+def test_a_resumed_run_goes_on_counting(fit, scripted, fail_after, tmp_path):
     def uses():
-        values = scripted_validation(1.0, 2.0, 3.0, 4.0, 5.0)
+        values = scripted(1.0, 2.0, 3.0, 4.0, 5.0)
         return {"values": values, "stop": EarlyStopping(patience=3), "checkpoint": Checkpoint(every=1)}
 
     fit(tmp_path / "run", {**uses(), "fail": fail_after(3)})  # two in vain
@@ -72,10 +69,10 @@ def test_what_was_counted_for_another_metric_or_mode_is_forgotten():
         assert callback.state_dict()["best"] == best
 
 
-def test_a_second_run_of_the_same_object_begins_anew(stub_trainer, scripted_validation):
+def test_a_second_run_of_the_same_object_begins_anew(stub_trainer, scripted):
     callback = EarlyStopping(patience=1)
-    assert last_step(stub_trainer, scripted_validation, callback, 1.0, 2.0) == 2
-    assert last_step(stub_trainer, scripted_validation, callback, 3.0, 2.5, 2.0, 2.0) == 4
+    assert last_step(stub_trainer, scripted, callback, 1.0, 2.0) == 2
+    assert last_step(stub_trainer, scripted, callback, 3.0, 2.5, 2.0, 2.0) == 4
 
 
 @pytest.mark.parametrize(

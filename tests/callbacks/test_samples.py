@@ -89,11 +89,11 @@ def test_a_resumed_run_writes_each_step_once_and_the_same(fit, tokenizer, sample
     assert [line for line in lines if line["step"] in (4, 6)] == there
 
 
-def test_a_run_that_was_stopped_writes_at_its_end(fit, scripted_validation, tokenizer, tmp_path, read_lines):
+def test_a_run_that_was_stopped_writes_at_its_end(fit, scripted, tokenizer, tmp_path, read_lines):
     uses = {
         "samples": Samples(PROMPTS[:1], max_new_tokens=2),
         "stop": EarlyStopping(patience=1),
-        "values": scripted_validation(1.0, 2.0),
+        "values": scripted(1.0, 2.0),
     }
     fit(tmp_path / "run", uses, tokenizer=tokenizer)
     assert [line["step"] for line in read_lines(tmp_path / "run" / "samples.jsonl")] == [2]

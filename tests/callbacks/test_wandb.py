@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("wandb", reason="needs wandb: pip install 'bumblebee[wandb]'")
 
 from callbacks import Checkpoint, MetricsHistory, Validation, WandB  # noqa: E402
+from helpers.stub_engine import StubTrainer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -190,8 +191,10 @@ def test_without_an_account_the_message_says_what_to_do(stub_trainer, monkeypatc
 
 def test_without_the_package_the_message_says_what_to_install(monkeypatch, stub_trainer):
     monkeypatch.setattr("callbacks.wandb.find_spec", lambda name: None)
+    trainer = stub_trainer([WandB("bees")])
+    monkeypatch.setattr(StubTrainer, "is_main", False)  # on every rank, so that none waits for another
     with pytest.raises(ValueError, match=r"needs the wandb package: pip install 'bumblebee\[wandb\]'"):
-        stub_trainer([WandB("bees")], is_main=False).run()  # on every rank: none waits for another
+        trainer.run()
 
 
 def test_the_class_is_there_without_the_package():
