@@ -51,7 +51,7 @@ class StopAfter(Callback):
 
 
 class ScriptedValidation(Callback):
-    """Reports given validation results: ``values[0]`` after step 1, and so on; None is no validation."""
+    """Reports given validation results: ``values[0]`` after step 1, and so on; None skips a validation."""
 
     def __init__(self, *values: float | None, metric: str = "validation_loss") -> None:
         self.values, self.metric = values, metric

@@ -1,4 +1,4 @@
-"""What holds for all callbacks: cheap imports, recipes, silence on ranks other than 0."""
+"""Properties of all callbacks: cheap imports, use in recipes, no output on ranks other than 0."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from bumblebee.callback import Callback
 ROOT = Path(__file__).parents[2]
 NAMES = callbacks.__all__
 NEED_A_MODEL = ("BigramBaseline", "RunSummary", "Samples", "WandB")
-NEEDED = {"Samples": {"prompts": ["Once"]}, "WandB": {"project": "bees", "offline": True}}  # arguments without a default
+REQUIRED = {"Samples": {"prompts": ["Once"]}, "WandB": {"project": "bees", "offline": True}}  # arguments without a default
 
 
 def build(name: str) -> Callback:
-    return getattr(callbacks, name)(**NEEDED.get(name, {}))
+    return getattr(callbacks, name)(**REQUIRED.get(name, {}))
 
 
-def test_importing_callbacks_imports_no_heavy_package():
+def test_importing_callbacks_does_not_import_heavy_packages():
     code = (
         f"import sys, callbacks; [getattr(callbacks, name) for name in {NAMES}];"
         "heavy = ('torch', 'matplotlib', 'tensorboard', 'tqdm', 'numpy', 'deepspeed', 'wandb');"
@@ -34,27 +34,27 @@ def test_importing_callbacks_imports_no_heavy_package():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_importing_the_package_alone_imports_none_of_its_modules():
+def test_importing_the_package_does_not_import_its_modules():
     code = "import sys, callbacks; print([name for name in sys.modules if name.startswith('callbacks.')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Chekpoint'"):
         callbacks.Chekpoint  # noqa: B018
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_builds_it_by_class_path(name):
+def test_recipe_builds_callback_by_class_path(name):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callbacks", type=dict[str, Callback | None])
-    recipe = {"class_path": f"callbacks.{name}", "init_args": NEEDED.get(name, {})}
+    recipe = {"class_path": f"callbacks.{name}", "init_args": REQUIRED.get(name, {})}
     options = parser.parse_args([f"--callbacks={json.dumps({'one': recipe})}"])
     assert type(parser.instantiate(options).callbacks["one"]) is getattr(callbacks, name)
 
 
-def test_a_flag_changes_one_option_of_one_callback():
+def test_command_line_option_overrides_callback_option():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callbacks", type=dict[str, Callback | None])
     recipe = {"checkpoint": {"class_path": "callbacks.Checkpoint", "init_args": {"every": 500, "keep": 5}}}
@@ -80,12 +80,12 @@ def test_other_ranks_write_and_print_nothing(name, stub_trainer, tmp_path, capsy
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_failure_before_the_start_is_survived(name, stub_trainer, tmp_path):
+def test_exception_before_start_is_handled(name, stub_trainer, tmp_path):
     stub_trainer([build(name)]).call("on_exception", ValueError("raised by another callback's on_fit_start"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_state_is_json(name, stub_trainer):
+def test_state_is_json(name, stub_trainer):
     callback = build(name)
     if name not in NEED_A_MODEL:
         stub_trainer([callback]).run()

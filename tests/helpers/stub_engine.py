@@ -1,7 +1,7 @@
 """The real Trainer on an engine that computes nothing, for tests of callbacks.
 
-``StubTrainer`` runs the loop of ``bumblebee.trainer.Trainer`` with a task whose loss is 2 / step, with 100 target tokens per step
-and a constant learning rate of 0.01.
+``StubTrainer`` runs the loop of ``bumblebee.trainer.Trainer`` with a loss of 2 / step, 100 target tokens per step and a
+constant learning rate of 0.01.
 """
 
 from __future__ import annotations
