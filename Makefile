@@ -40,7 +40,7 @@ quickstart: .venv  ## train a small model on Python's own documentation in three
 	@echo; echo "what the pretrained model writes:"; echo
 	@$(BIN)/bumblebee generate --model $(QUICK)/pretrain --prompt "Return a new list" --temperature 0.5 --max_new_tokens 48 --seed 1
 	@echo; echo "what the fine-tuned model answers:"; echo
-	@$(BIN)/bumblebee answer --config recipes/quickstart/sft.yaml --model $(QUICK)/chat --limit 600
+	@$(BIN)/bumblebee evaluate --config recipes/quickstart/sft.yaml --model $(QUICK)/chat --limit 600
 	@echo; echo "preferences on pairs that it has not seen, before and after DPO:"
 	@sed -n 's/.*validation at \(step [0-9]*\).*\(rewards.accuracies [0-9.]*\).*\(logps.accuracies [0-9.]*\).*/  \1: \2 (rewarded more), \3 (more probable)/p' \
 	  $(QUICK)/dpo/log.txt
