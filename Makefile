@@ -32,7 +32,8 @@ check_python = $(if $(filter True,$(shell $(PYTHON) -c 'import sys; print(sys.ve
 
 # From nothing to a model that answers: text, then questions, then preferences. Each stage begins with the folder of the last.
 quickstart: .venv  ## train a small model on Python's own documentation in three stages, and ask it
-	$(BIN)/bumblebee tokenizer --files python_docs --vocab_size 4096 --output $(QUICK)/tokenizer --overwrite
+	$(BIN)/python recipes/quickstart/make_data.py --output $(QUICK)/data
+	$(BIN)/bumblebee tokenizer --files $(QUICK)/data/documents.jsonl --vocab_size 4096 --output $(QUICK)/tokenizer --overwrite
 	$(BIN)/bumblebee fit --config recipes/quickstart/pretrain.yaml --overwrite
 	$(BIN)/bumblebee fit --config recipes/quickstart/sft.yaml --overwrite
 	$(BIN)/bumblebee fit --config recipes/quickstart/dpo.yaml --overwrite
@@ -40,7 +41,7 @@ quickstart: .venv  ## train a small model on Python's own documentation in three
 	@echo; echo "what the pretrained model writes:"; echo
 	@$(BIN)/bumblebee generate --model $(QUICK)/pretrain --prompt "Return a new list" --temperature 0.5 --max_new_tokens 48 --seed 1
 	@echo; echo "what the fine-tuned model answers:"; echo
-	@$(BIN)/bumblebee evaluate --config recipes/quickstart/sft.yaml --model $(QUICK)/chat --limit 600
+	@$(BIN)/bumblebee evaluate --config recipes/quickstart/sft.yaml --model $(QUICK)/chat --split validation
 	@echo; echo "preferences on pairs that it has not seen, before and after DPO:"
 	@sed -n 's/.*validation at \(step [0-9]*\).*\(rewards.accuracies [0-9.]*\).*\(logps.accuracies [0-9.]*\).*/  \1: \2 (rewarded more), \3 (more probable)/p' \
 	  $(QUICK)/dpo/log.txt

@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bumblebee.adapter_folders import WEIGHTS, adapter_chain, base_model_name
 from bumblebee.checkpoint.adapters import (
     EXPERTS,
     NAME,
-    WEIGHTS,
     Adapter,
-    base_named,
-    chain,
     is_adapter_key,
     write_adapter_config,
     write_adapter_weights,
@@ -33,7 +31,7 @@ from bumblebee.checkpoint.fused_adapters import fused_modules, fused_settings, s
 from bumblebee.checkpoint.hf_folder import ForeignFiles, ModelFiles, files_of, read_tensors, write_generation_config
 from bumblebee.checkpoint.weight_mapping import Rule
 from bumblebee.config import BumblebeeConfig
-from bumblebee.distributed import process_group
+from bumblebee.models.load_context import current_load_context
 from bumblebee.models.loading import load_model
 from bumblebee.nn.lm_head import Head
 from bumblebee.nn.moe import Experts
@@ -191,12 +189,12 @@ def inject(model: nn.Module, config: Any) -> None:
 @contextmanager
 def _ready_for_shards() -> Iterator[None]:
     """Adapters are small: they are made whole also where the model is built in shards, and cut when training begins."""
-    if not process_group.building_in_shards:
+    if not current_load_context().sharded:
         yield
         return
-    from bumblebee.distributed.deepspeed.training_engine import built_whole
+    from bumblebee.distributed.deepspeed.zero_init import unsharded_init
 
-    with built_whole():
+    with unsharded_init():
         from bumblebee.models.huggingface import weights_gathered  # in here: some imports do not bear how shards are built
 
         with weights_gathered():  # when PEFT looks at them, for DoRA
@@ -216,7 +214,7 @@ def _initialise(model: nn.Module) -> None:
             bound = 1 / math.sqrt(parameter.shape[1])
             start = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator).to(parameter.device)
         # PEFT has cast it to the weight's dtype. The engine casts as it needs, but nothing of a model that is built in shards.
-        parameter.data = start.to(parameter.dtype) if process_group.building_in_shards else start
+        parameter.data = start.to(parameter.dtype) if current_load_context().sharded else start
 
 
 class AdapterFiles(ModelFiles):
@@ -257,13 +255,13 @@ class AdapterFiles(ModelFiles):
 
     def check_output(self, output_dir: Path) -> None:
         """Not where the base model is: the adapters are worth nothing without it."""
-        for folder in chain(self.adapter.base_model_name_or_path):
+        for folder in adapter_chain(self.adapter.base_model_name_or_path):
             if output_dir.resolve() in (folder.resolve(), folder.resolve().parent):
                 raise ValueError(f"output_dir: {output_dir} holds the base model {folder}, which adapters need: choose another")
 
     def check_resumed(self, checkpoint: Path) -> None:
         """The same base model, as far as that can be told: a folder that is gone may have been moved here."""
-        ours, theirs = (self.adapter.base_model_name_or_path, base_named(checkpoint))
+        ours, theirs = (self.adapter.base_model_name_or_path, base_model_name(checkpoint))
         if theirs is not None and Path(theirs).is_dir() and Path(theirs).resolve() != Path(ours).resolve():
             raise ValueError(f"trainer.resume: {checkpoint} was trained on the model in {theirs}, this run's is that in {ours}")
 
@@ -311,7 +309,7 @@ def differences(
         For fp32 and for the folder's own dtype, by name: the largest difference and the largest logit, over a few token ids.
     """
     own = next(iter(read_tensors(merged)))[1].dtype
-    below = chain(adapter, base)[-2]
+    below = adapter_chain(adapter, base)[-2]
     return {
         str(dtype).removeprefix("torch."): _difference(merged, Path(adapter), below, dtype, trust_remote_code)
         for dtype in {torch.float32: 0, own: 0}

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
-from bumblebee.checkpoint.atomic import write_json
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.distributed import process_group
+from bumblebee.json_files import write_json
 from bumblebee.optim import Constant, GroupRule, Optimizer, Schedule, parameter_groups, set_learning_rate
 from bumblebee.signals import stopped_by_signals
+from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import Task
 from bumblebee.training.plan import Plan, Position
 from bumblebee.training.run_folder import TRAINER_STATE, check_free, clear, find_resume, read_trainer_state
@@ -32,7 +33,8 @@ else:
     from torch import nn
 
     from bumblebee.distributed.deepspeed.ds_config import EngineOptions
-    from bumblebee.distributed.deepspeed.training_engine import Engine, FrozenEngine
+    from bumblebee.distributed.deepspeed.engine import TrainingEngine
+    from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
 
 
 class Trainer:
@@ -60,7 +62,7 @@ class Trainer:
     # The state of a run, set by ``setup``; callbacks read it.
     task: Task
     data: DataModule
-    engine: Engine
+    engine: TrainingEngine
     plan: Plan
     callbacks: dict[str, Callback]
     output_dir: Path
@@ -280,11 +282,11 @@ class Trainer:
         if self.zero_stage < 3:
             yield
             return
-        from bumblebee.distributed.deepspeed.training_engine import built_in_shards
+        from bumblebee.distributed.deepspeed.zero_init import sharded_init
 
         device = process_group.pick_device(self.device_name)
         process_group.start(device)
-        with built_in_shards(device, self.engine_options(None)):
+        with sharded_init(device, self.engine_options(None)):
             yield
 
     def engine_options(self, hidden_size: int | None) -> EngineOptions:
@@ -314,7 +316,7 @@ class Trainer:
         import bumblebee.checkpoint.hf_folder
         import bumblebee.training.training_state  # noqa: F401
         import bumblebee.training.validation
-        from bumblebee.distributed.deepspeed.training_engine import Engine
+        from bumblebee.distributed.deepspeed.engine import TrainingEngine
         from bumblebee.training import loader
 
         self._loader = loader
@@ -338,8 +340,8 @@ class Trainer:
         task.setup(data)
         self.plan = self.plan_for(data, seed, process_group.world_size(), checkpoint)
         options = self.engine_options(getattr(getattr(task.model, "config", None), "hidden_size", None))
-        self.engine = Engine(task.model, optimizer, parameter_groups(task.model, self.groups), self.device, options)
-        task.begin(self)
+        self.engine = TrainingEngine(task.model, optimizer, parameter_groups(task.model, self.groups), self.device, options)
+        task.begin(self._run_context())
         self.engine.train()
         self._seed_everything(seed + process_group.rank())
         if checkpoint is not None:
@@ -385,13 +387,24 @@ class Trainer:
         random.seed(seed)
         numpy.random.seed(seed % 2**32)
 
+    def _run_context(self) -> RunContext:
+        from bumblebee.training import loader
+
+        rank, ranks = process_group.rank(), self.plan.world_size
+        return RunContext(
+            engine=self.engine, device=self.device, data=self.data, seed=self.seed, precision=self.precision,
+            zero_stage=self.zero_stage, micro_batch_size=self.micro_batch_size, output_dir=self.output_dir,
+            is_main=self.is_main, frozen=self.frozen, building=self.building, to_device=self.to_device,
+            local_batches=lambda samples: loader.batches_in_order(self.data, samples, self.micro_batch_size, rank, ranks),
+        )  # fmt: skip
+
     def frozen(self, model: nn.Module) -> FrozenEngine:
         """Another model beside the one that is trained, to be called only. Collective.
 
         It runs on the run's device in the run's precision, at stage 3 in shards. It may be a deep copy of the task's model
         from before there was an engine.
         """
-        from bumblebee.distributed.deepspeed.training_engine import FrozenEngine
+        from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
 
         options = self.engine_options(getattr(getattr(model, "config", None), "hidden_size", None))
         self._frozen.append(FrozenEngine(model, self.device, options, copy_of=self.engine.model))

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from bumblebee.datamodule import DataModule, SampleT
 from bumblebee.inference.generator import Generator
-from bumblebee.inference.request import Request
+from bumblebee.inference.request import EngineRequest
 from bumblebee.inference.sampling_params import SamplingParams
 from bumblebee.nn import IGNORE_INDEX
 
@@ -98,10 +98,10 @@ def answer(generator: Generator, asked: Iterable[Question], limit: int | None = 
     ]
 
 
-def _request(id: int, question: Question, stop_ids: list[int]) -> Request:
+def _request(id: int, question: Question, stop_ids: list[int]) -> EngineRequest:
     """Generate one token more than the reference has: a longer answer is wrong however it continues."""
     params = SamplingParams(temperature=0.0, max_new_tokens=len(question.answer) + 1, stop_ids=stop_ids)
-    return Request(str(id), question.prompt, params)
+    return EngineRequest(str(id), question.prompt, params)
 
 
 def _without_roles(text: str) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -40,13 +42,13 @@ PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
 )
 
 
-def peak_of(name: str) -> float | None:
+def peak_tflops(name: str) -> float | None:
     """TFLOP/s of the device with this name in bf16 or fp16, None where it is not in the table."""
     words = name.replace("-", " ").split()
     return next((peak for entry, peak in PEAKS if all(part in words for word in entry for part in word.split())), None)
 
 
-def measured_peak(dtype: torch.dtype, seconds: float = 0.3, size: int = 512) -> float:
+def measure_peak_tflops(dtype: torch.dtype, seconds: float = 0.3, size: int = 512) -> float:
     """TFLOP/s of this process on the CPU in a plain matrix product, the best of several."""
     import torch
 
@@ -59,7 +61,7 @@ def measured_peak(dtype: torch.dtype, seconds: float = 0.3, size: int = 512) -> 
     return 2 * size**3 / best / 1e12
 
 
-def per_token(model: nn.Module) -> float:
+def weight_flops_per_token(model: nn.Module) -> float:
     """Operations for a token in the weights of a model: forward, and backward where it is trained.
 
     The embedding table counts only where it is the head as well: looking up a row multiplies nothing. A frozen weight needs no
@@ -74,17 +76,17 @@ def per_token(model: nn.Module) -> float:
     for name, parameter in model.named_parameters():
         if id(parameter) not in tables:
             each = 6 if parameter.requires_grad else 4
-            total += each * size_of(parameter) * (share if ".experts." in name else 1.0)
+            total += each * full_numel(parameter) * (share if ".experts." in name else 1.0)
     return total
 
 
-def active_parameters(model: nn.Module) -> int:
+def num_active_parameters(model: nn.Module) -> int:
     """Parameters that one token meets: of routed experts only those that it goes to. Without any, all."""
     share = _share_of_experts(getattr(model, "config", None))
-    return round(sum(size_of(p) * (share if ".experts." in name else 1.0) for name, p in model.named_parameters()))
+    return round(sum(full_numel(p) * (share if ".experts." in name else 1.0) for name, p in model.named_parameters()))
 
 
-def of_attention(model: nn.Module, length: int) -> float:
+def attention_flops_per_token(model: nn.Module, length: int) -> float:
     """Operations of attention for one token of a sequence of ``length``; 0 where the model's config does not say.
 
     In a layer with a sliding window no more positions count than it has.
@@ -97,11 +99,6 @@ def of_attention(model: nn.Module, length: int) -> float:
     window_of = getattr(config, "window_of", lambda layer: None)
     seen = sum(min(window_of(layer) or length, length) for layer in range(layers))
     return 12.0 * heads * width * seen
-
-
-def size_of(parameter: Any) -> int:
-    """Of the whole parameter: under ZeRO-3 a rank sees an empty one, and DeepSpeed notes the size beside it."""
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _share_of_experts(config: Any) -> float:

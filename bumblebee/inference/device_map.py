@@ -1,4 +1,4 @@
-"""Placement: the layers of a model that is too large for one device, spread over several.
+"""DeviceMap: the layers of a model that is too large for one device, spread over several.
 
 Embedding, layers, and last norm with head are cut into runs that follow each other, one for each device; a device gets a share
 of them that fits its memory. As few devices as can hold the model are used: one computes while the others wait, so more make
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bumblebee.checkpoint.adapters import chain
+from bumblebee.adapter_folders import base_model_folder
 from bumblebee.checkpoint.hf_folder import is_ours, load_config, load_weights, parameters_on_meta, weight_files
 from bumblebee.model import Bumblebee
 from bumblebee.models.base import LanguageModel
@@ -29,7 +29,7 @@ GIGABYTE = 1e9
 
 
 @dataclass(frozen=True)
-class Placement:
+class DeviceMap:
     """Where the parts of a model are.
 
     Args:
@@ -75,7 +75,7 @@ def devices_for(device_map: str, device: str) -> tuple[list[torch.device], list[
     return found, [torch.cuda.mem_get_info(each)[0] for each in found]
 
 
-def spread(
+def load_on_devices(
     folder: str | Path,
     devices: Sequence[torch.device],
     memory: Sequence[int],
@@ -94,7 +94,7 @@ def spread(
     Raises:
         ValueError: no model folder, a model that Bumblebee does not compute itself, or one too large for all of them.
     """
-    if not is_ours(chain(folder)[0]):
+    if not is_ours(base_model_folder(folder)):
         raise ValueError(f"device_map: only models that Bumblebee computes itself can be spread, and {folder} holds another")
     config = load_config(folder)
     with parameters_on_meta():
@@ -103,7 +103,7 @@ def spread(
     numbers = plan(sizes, [int(SHARE * each) for each in memory])
     places = [devices[number] for number in numbers]
     tied = config.tie_word_embeddings
-    placement = Placement(places[0], tuple(places[1:-1]), places[0] if tied else places[-1])
+    placement = DeviceMap(places[0], tuple(places[1:-1]), places[0] if tied else places[-1])
     load_weights(folder, model, dtype, placement.of)
     model.source = Path(folder)
     if len(set(places)) > 1:
@@ -175,13 +175,13 @@ def _filled(sizes: Sequence[int], memory: Sequence[int]) -> list[int] | None:
 
 def _bytes_per_parameter(folder: str | Path, model: Bumblebee) -> float:
     """Of the folder's files, so that nothing has to be read; an adapter is small beside its base model."""
-    return sum(file.stat().st_size for file in weight_files(chain(folder)[0])) / model.num_parameters()
+    return sum(file.stat().st_size for file in weight_files(base_model_folder(folder))) / model.num_parameters()
 
 
 # -- moving between devices ----------------------------------------------------------------------------------------------
 
 
-def connect(model: Bumblebee, placement: Placement) -> None:
+def connect(model: Bumblebee, placement: DeviceMap) -> None:
     """Let every layer's input come to its device, and the model's results to the head's."""
     names = list(inspect.signature(model.forward).parameters)
 

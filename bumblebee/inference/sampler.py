@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bumblebee.inference.penalties import Penalties, penalise
-from bumblebee.inference.request import Token
+from bumblebee.inference.request import SampledToken
 from bumblebee.inference.sampling_params import SamplingParams
 
 NEARLY_ZERO = 1e-6  # logits divided by less overflow fp32; the most likely token would be drawn anyway
@@ -50,7 +50,7 @@ class SamplerState:
         return float(torch.rand((), generator=self.generator, dtype=torch.float64))
 
 
-def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Token]:
+def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[SampledToken]:
     """The next token of each of n requests.
 
     Args:
@@ -64,7 +64,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Token]:
     if not logits.amax(dim=-1).isfinite().all():
         raise FloatingPointError("the model's logits are no numbers: its weights are damaged, or its dtype overflows")
     chosen = _choose(penalise(logits, [state.penalties for state in states]), states)
-    tokens = [Token(index) for index in chosen.tolist()]
+    tokens = [SampledToken(index) for index in chosen.tolist()]
     _add_logprobs(tokens, logits, chosen, states)
     for token, state in zip(tokens, states, strict=True):
         state.penalties.add(token.id)
@@ -204,7 +204,7 @@ def _uniforms(states: list[SamplerState], device: torch.device) -> Tensor:
 # -- log probabilities ---------------------------------------------------------------------------------------------------
 
 
-def _add_logprobs(tokens: list[Token], logits: Tensor, chosen: Tensor, states: Sequence[SamplerState]) -> None:
+def _add_logprobs(tokens: list[SampledToken], logits: Tensor, chosen: Tensor, states: Sequence[SamplerState]) -> None:
     """Log probabilities of the model, for the requests that ask for them."""
     numbers = {row: state.params.logprobs for row, state in enumerate(states) if state.params.logprobs is not None}
     if not numbers:

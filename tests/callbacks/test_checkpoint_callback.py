@@ -148,11 +148,11 @@ def test_rank_0s_clock_decides_for_all(fake, monkeypatch):
 
     def reduce_sums(sums):
         asked.append(sums)
-        return {"late": float(trainer.step == 2)}  # so says rank 0
+        return {"due": float(trainer.step == 2)}  # so says rank 0
 
     trainer.reduce_sums = reduce_sums
     assert trainer.run().events == [("save", 2)]
-    assert asked == [{"late": False}, {"late": False}]
+    assert asked == [{"due": False}, {"due": False}]
 
 
 class Clock:
@@ -223,14 +223,14 @@ def test_the_order_of_the_callbacks_does_not_matter(fake, scripted, tmp_path):
 
 
 def test_a_metric_that_is_not_measured_is_refused_with_those_that_are(fake, scripted):
-    with pytest.raises(ValueError, match="Checkpoint.metric 'accuracy' is not measured; a validation gives validation_loss"):
+    with pytest.raises(ValueError, match="Checkpoint: unknown metric 'accuracy'; validation reports validation_loss"):
         fake([scripted(1.0), Checkpoint(best=1, metric="accuracy")]).run()
 
 
 def test_the_best_of_nothing_held_out_is_refused(fake):
     trainer = fake([Checkpoint(best=1)])
     trainer.data.validation = None
-    with pytest.raises(ValueError, match="Checkpoint.best looks at validations, and there are no validation samples"):
+    with pytest.raises(ValueError, match="Checkpoint needs validation samples"):
         trainer.run()
     fake([Checkpoint()]).run()  # without best nobody asks
 
@@ -295,8 +295,8 @@ def test_without_model_the_checkpoints_hold_only_the_training_state(fit, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"minutes": 0}, "minutes must be more than 0 or null, got 0"),
-        ({"best": -1}, "best must not be negative, got -1"),
+        ({"minutes": 0}, "minutes must be greater than 0 or null, got 0"),
+        ({"best": -1}, "best must be at least 0, got -1"),
         ({"mode": "most"}, "mode must be min or max, got 'most'"),
     ],
 )

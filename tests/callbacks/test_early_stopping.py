@@ -14,7 +14,7 @@ def last_step(fake, scripted, callback, *values, steps=10):
 def test_it_stops_when_so_many_validations_in_a_row_bring_nothing(fake, scripted, capsys):
     values = (5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 4.0, 1.0)
     assert last_step(fake, scripted, EarlyStopping(patience=3), *values) == 7
-    said = "stopping early: validation_loss has not improved on 3.0000 in 3 validations\n"
+    said = "early stopping: validation_loss did not improve in 3 validations (best 3.0000)\n"
     assert capsys.readouterr().out == said
 
 
@@ -35,7 +35,7 @@ def test_an_improvement_must_be_more_than_min_delta(fake, scripted):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_is_no_improvement(value, fake, scripted, capsys):
     assert last_step(fake, scripted, EarlyStopping(patience=2), value, value, 1.0) == 2
-    assert "has not improved on a finite value in 2" in capsys.readouterr().out
+    assert "did not improve in 2 validations (no finite value yet)" in capsys.readouterr().out
 
 
 def test_a_metric_that_is_not_measured_is_refused_with_those_that_are(fit, tmp_path):
@@ -43,7 +43,7 @@ def test_a_metric_that_is_not_measured_is_refused_with_those_that_are(fit, tmp_p
 
     run = fit(tmp_path / "run", {"stop": EarlyStopping(metric="accuracy"), "validation": Validation(every=1)})
     assert isinstance(run.error, ValueError)
-    named = "EarlyStopping.metric 'accuracy' is not measured; a validation gives validation_loss, validation_perplexity"
+    named = "EarlyStopping: unknown metric 'accuracy'; validation reports validation_loss, validation_perplexity"
     assert named in str(run.error)
 
 
@@ -59,7 +59,7 @@ def test_a_resumed_run_goes_on_counting(fit, scripted, fail_after, tmp_path):
 
     fit(tmp_path / "run", {**uses(), "fail": fail_after(3)})  # two in vain
     run = fit(tmp_path / "run", uses(), resume="auto")
-    assert run.trainer.step == 4 and "has not improved on 1.0000 in 3 validations" in run.text
+    assert run.trainer.step == 4 and "did not improve in 3 validations (best 1.0000)" in run.text
 
 
 def test_what_was_counted_for_another_metric_or_mode_is_forgotten():
@@ -79,7 +79,7 @@ def test_a_second_run_of_the_same_object_begins_anew(fake, scripted):
     ("options", "message"),
     [
         ({"patience": 0}, "patience must be at least 1, got 0"),
-        ({"min_delta": -1.0}, "min_delta must not be negative, got -1.0"),
+        ({"min_delta": -1.0}, "min_delta must be at least 0, got -1.0"),
         ({"mode": "least"}, "mode must be min or max, got 'least'"),
     ],
 )

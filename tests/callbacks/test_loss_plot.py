@@ -5,7 +5,7 @@ import math
 import pytest
 
 from callbacks import LossPlot
-from callbacks.loss_plot import draw
+from callbacks.loss_plot import plot_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -30,7 +30,7 @@ def test_it_is_drawn_every_n_steps_and_at_the_end(fake, monkeypatch):
 
 
 def test_the_picture_has_raw_and_smoothed_losses_validations_and_the_learning_rate():
-    figure = draw([[1, 2], [3.0, 2.0], [3.0, 2.5], [0.1, 0.2]], [[2], [2.2]], smoothing=0.9)
+    figure = plot_run([[1, 2], [3.0, 2.0], [3.0, 2.5], [0.1, 0.2]], [[2], [2.2]], smoothing=0.9)
     losses, rate = figure.axes
     assert [list(line.get_ydata()) for line in losses.lines] == [[3.0, 2.0], [3.0, 2.5], [2.2]]
     assert losses.lines[0].get_linewidth() < losses.lines[1].get_linewidth()
@@ -39,7 +39,7 @@ def test_the_picture_has_raw_and_smoothed_losses_validations_and_the_learning_ra
 
 
 def test_without_smoothing_and_validations_there_is_one_curve():
-    figure = draw([[1, 2], [3.0, 2.0], [3.0, 2.0], [0.1, 0.2]], [[], []], smoothing=0.0)
+    figure = plot_run([[1, 2], [3.0, 2.0], [3.0, 2.0], [0.1, 0.2]], [[], []], smoothing=0.0)
     assert len(figure.axes[0].lines) == 1
 
 
@@ -63,7 +63,7 @@ def test_losses_that_are_not_finite_leave_a_gap(fake, tmp_path):
 
 def test_long_runs_are_thinned_evenly_and_the_average_stays_the_same(fake, monkeypatch):
     def curve(limit):
-        monkeypatch.setattr("callbacks.loss_plot._LIMIT", limit)
+        monkeypatch.setattr("callbacks.loss_plot._MAX_POINTS", limit)
         plot = LossPlot(every=10_000)
         trainer = fake([plot])
         for step in range(1, 1001):
@@ -116,7 +116,7 @@ def test_impossible_options_are_refused(options, message):
 
 def test_preferences_have_a_second_panel_with_accuracies_and_margins(fake):
     training = [[1, 2], [0.7, 0.6], [0.7, 0.65], [0.1, 0.1]]
-    figure = draw(training, [[], []], 0.9, rewards=[[1, 2], [0.5, 0.75], [0.0, 0.1]])
+    figure = plot_run(training, [[], []], 0.9, rewards=[[1, 2], [0.5, 0.75], [0.0, 0.1]])
     losses, _, accuracies, margins = figure.axes
     assert list(accuracies.lines[0].get_ydata()) == [0.5, 0.75] and list(margins.lines[0].get_ydata()) == [0.0, 0.1]
     assert losses.get_ylabel() == "loss"

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
+from bumblebee.training.jsonl_log import json_line, truncate_after
 from callbacks import MetricsHistory
-from callbacks.metrics_history import cut_back, json_line
 
 
 def test_there_is_a_line_for_each_logged_step_and_each_validation(whole, read_lines):
@@ -43,7 +43,7 @@ def test_after_a_resume_each_step_is_there_once_with_the_numbers_of_an_uninterru
 def test_lines_past_the_step_and_a_line_cut_by_a_kill_are_removed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1.0}\n{"step": 3}\n{"step": 4, "lo')
-    cut_back(path, 2)
+    truncate_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1.0}\n'
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -51,14 +51,14 @@ def test_lines_past_the_step_and_a_line_cut_by_a_kill_are_removed(tmp_path):
 def test_a_cut_line_is_dropped_even_if_its_bytes_are_no_text(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2, "\xc3')
-    cut_back(path, 5)
+    truncate_after(path, 5)
     assert path.read_text() == '{"step": 1}\n'
 
 
 def test_a_whole_line_that_lacks_only_its_end_is_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}')
-    cut_back(path, 2)
+    truncate_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -75,9 +75,9 @@ def test_the_old_file_stays_whole_when_the_cut_is_killed(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("callbacks.metrics_history.os.replace", killed)
+    monkeypatch.setattr("bumblebee.training.jsonl_log.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        cut_back(path, 1)
+        truncate_after(path, 1)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

@@ -128,7 +128,7 @@ def test_an_exception_ends_the_bar_on_a_line_of_its_own(fake, monkeypatch):
 
 @pytest.mark.parametrize("name", ["refresh", "interval"])
 def test_negative_seconds_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name} must not be negative, got -1"):
+    with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
         ProgressBar(**{name: -1.0})
 
 

@@ -44,12 +44,12 @@ def test_the_block_is_printed_before_the_first_step(whole):
     begin, _, rest = whole.text.partition("step 1/6")
     assert begin.startswith("Bumblebee ") and "Bumblebee 0" not in rest
     for part in (
-        "model      Bumblebee, 20.8 k parameters, all trained, layers 2, hidden size 32, heads 4, kv heads 2, vocabulary 64,"
+        "model      Bumblebee, 20.8 k parameters, all trainable, layers 2, hidden size 32, heads 4, kv heads 2, vocabulary 64,"
         " attention sdpa\n",
         "data       RandomTokens, training samples 22, validation samples 4\n",
-        "plan       2 epochs of 3 steps = 6 steps of 8 samples (micro batch 4 x accumulate 2 x ranks 1)\n",
+        "plan       2 epochs of 3 steps = 6 steps of 8 samples (micro-batch 4 x accumulate 2 x ranks 1)\n",
         "device     1 x cpu, fp32, ZeRO stage 1\n",
-        "optimizer  AdamW: lr 0.01 and weight decay 0.1 on ",
+        "optimizer  AdamW: lr 0.01, weight decay 0.1 for ",
         "gradient clip 1\n",
         f"output     {whole.folder}\n",
     ):

@@ -109,7 +109,7 @@ def test_a_prompt_that_cannot_be_continued_is_refused_before_the_first_step(prom
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompts": []}, "prompts must hold at least one text"),
+        ({"prompts": []}, "prompts must not be empty"),
         ({"every": 0}, "every must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),

@@ -28,34 +28,34 @@ def test_weights_count_six_for_each_token_the_head_once_and_the_table_not_at_all
     model = meta(tie_word_embeddings=tied)
     table = model.config.vocab_size * model.config.hidden_size
     blocks = model.num_parameters() - table * (1 if tied else 2)
-    assert flops.per_token(model) == 6 * (blocks + table)
+    assert flops.weight_flops_per_token(model) == 6 * (blocks + table)
 
 
 def test_frozen_weights_need_no_gradient_of_their_own():
     model = meta()
-    whole = flops.per_token(model)
+    whole = flops.weight_flops_per_token(model)
     model.requires_grad_(False)
-    assert flops.per_token(model) == pytest.approx(whole * 4 / 6)
+    assert flops.weight_flops_per_token(model) == pytest.approx(whole * 4 / 6)
     model.model.layers[0].mlp.requires_grad_(True)
     trained = sum(p.numel() for p in model.model.layers[0].mlp.parameters())
-    assert flops.per_token(model) == pytest.approx(whole * 4 / 6 + 2 * trained)
+    assert flops.weight_flops_per_token(model) == pytest.approx(whole * 4 / 6 + 2 * trained)
 
 
 def test_adapters_count_six_and_the_weights_beside_them_four(tiny, tmp_path):
     Bumblebee(tiny()).save_pretrained(tmp_path)
     model = Bumblebee.from_pretrained(tmp_path)
-    whole = flops.per_token(model)
+    whole = flops.weight_flops_per_token(model)
     LoRA(rank=4)(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert flops.per_token(model) == pytest.approx(whole * 4 / 6 + 6 * trained)
+    assert flops.weight_flops_per_token(model) == pytest.approx(whole * 4 / 6 + 6 * trained)
 
 
 def test_attention_is_twelve_times_layers_width_and_sequence():
-    assert flops.of_attention(meta(), 100) == 12 * 24 * 896 * 100
+    assert flops.attention_flops_per_token(meta(), 100) == 12 * 24 * 896 * 100
     windows = {"sliding_window": 30, "layer_types": ["sliding_attention"] * 20 + ["full_attention"] * 4}
-    assert flops.of_attention(meta(**windows), 100) == 12 * 896 * (20 * 30 + 4 * 100)
-    assert flops.of_attention(meta(**windows), 20) == flops.of_attention(meta(), 20)
-    assert flops.of_attention(torch.nn.Linear(2, 2), 100) == 0  # whose shape is not known
+    assert flops.attention_flops_per_token(meta(**windows), 100) == 12 * 896 * (20 * 30 + 4 * 100)
+    assert flops.attention_flops_per_token(meta(**windows), 20) == flops.attention_flops_per_token(meta(), 20)
+    assert flops.attention_flops_per_token(torch.nn.Linear(2, 2), 100) == 0  # whose shape is not known
 
 
 def test_the_count_is_what_torch_counts_for_matrix_products(tiny):
@@ -68,7 +68,7 @@ def test_the_count_is_what_torch_counts_for_matrix_products(tiny):
         logits = model(ids)
         logits.sum().backward()
     norms = sum(p.numel() for name, p in model.named_parameters() if p.dim() < 2)  # no matrix product: elementwise
-    ours = ids.numel() * (flops.per_token(model) - 6 * norms + flops.of_attention(model, 64))
+    ours = ids.numel() * (flops.weight_flops_per_token(model) - 6 * norms + flops.attention_flops_per_token(model, 64))
     assert counter.get_total_flops() == pytest.approx(ours, rel=1e-6)
 
 
@@ -79,7 +79,7 @@ def test_of_routed_experts_only_those_that_a_token_goes_to_count():
             self.config = SimpleNamespace(num_experts_per_tok=2, num_experts=8)
             self.mlp = torch.nn.ModuleDict({"experts": torch.nn.ModuleList(torch.nn.Linear(4, 4, False) for _ in range(8))})
 
-    assert flops.per_token(Moe()) == 6 * 2 * 16
+    assert flops.weight_flops_per_token(Moe()) == 6 * 2 * 16
 
 
 @pytest.mark.parametrize(
@@ -97,13 +97,13 @@ def test_of_routed_experts_only_those_that_a_token_goes_to_count():
     ],
 )
 def test_peaks_are_looked_up_by_the_devices_name(name, peak):
-    assert flops.peak_of(name) == peak
+    assert flops.peak_tflops(name) == peak
 
 
 def test_the_peak_of_a_cpu_is_measured_and_the_random_state_left_alone():
     before = torch.get_rng_state()
-    assert 1e-4 < flops.measured_peak(torch.float32, seconds=0.05) < 100
-    assert flops.measured_peak(torch.bfloat16, seconds=0.0, size=64) > 0
+    assert 1e-4 < flops.measure_peak_tflops(torch.float32, seconds=0.05) < 100
+    assert flops.measure_peak_tflops(torch.bfloat16, seconds=0.0, size=64) > 0
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -125,7 +125,9 @@ def test_figures_are_in_every_second_line_of_metrics(run, read_lines):
 
 def test_figures_agree_with_each_other(run, read_lines):
     model = run.trainer.task.model
-    each = flops.per_token(model) + flops.of_attention(model, 8)  # rows of eight tokens, all of them targets
+    each = flops.weight_flops_per_token(model) + flops.attention_flops_per_token(
+        model, 8
+    )  # rows of eight tokens, all of them targets
     for line in read_lines(run.folder / "metrics.jsonl"):
         if "tflops" in line:
             assert line["tflops"] * 1e12 == pytest.approx(each * line["tokens_per_second"])
@@ -135,7 +137,9 @@ def test_figures_agree_with_each_other(run, read_lines):
 
 def test_the_run_ends_with_one_line_about_all_of_it(run):
     line = run.text.splitlines()[-1]
-    assert re.fullmatch(r"throughput: \S+( k)? tokens/s · \S+ TFLOP/s a device, \S+% of 0\.5 · \S+ GB at most", line)
+    assert re.fullmatch(
+        r"throughput: \S+( k)? tokens/s · \S+ TFLOP/s per device · MFU \S+% of 0\.5 TFLOP/s · peak memory \S+ GB", line
+    )
 
 
 def test_the_model_keeps_no_hook(run):
@@ -159,13 +163,13 @@ def test_rows_without_targets_are_work_but_no_tokens(fit, tmp_path, monkeypatch)
     ratios: list[float] = []
     run = fit(tmp_path / "run", {"half": Half(), "throughput": callback}, max_steps=2)
     model = run.trainer.task.model
-    assert ratios == [pytest.approx(2 * (flops.per_token(model) + flops.of_attention(model, 8)))]
+    assert ratios == [pytest.approx(2 * (flops.weight_flops_per_token(model) + flops.attention_flops_per_token(model, 8)))]
 
 
 def test_parameters_are_counted_whole_under_zero_3(fit, run, tmp_path):
     callback = Throughput(peak_tflops=1.0)
     fit(tmp_path / "run", {"throughput": callback}, max_steps=1, zero_stage=3)
-    assert callback._per_token == flops.per_token(run.trainer.task.model)
+    assert callback._flops_per_token == flops.weight_flops_per_token(run.trainer.task.model)
 
 
 # -- the clock ---------------------------------------------------------------------------------------------------------
@@ -216,7 +220,7 @@ def test_a_run_of_one_step_has_nothing_to_say(fake, capsys):
     ("options", "message"),
     [
         ({"every": 0}, "every must be at least 1, got 0"),
-        ({"peak_tflops": 0.0}, "peak_tflops must be more than 0 or null, got 0.0"),
+        ({"peak_tflops": 0.0}, "peak_tflops must be greater than 0 or null, got 0.0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
@@ -229,5 +233,5 @@ def test_a_gpus_memory_and_share_of_its_peak(fit, tmp_path):
     callback = Throughput(every=1)
     run = fit(tmp_path / "run", {"throughput": callback}, max_steps=3, precision="bf16", device="cuda")
     assert run.error is None and 0 < callback._memory < 10
-    known = flops.peak_of(torch.cuda.get_device_name()) is not None
-    assert "TFLOP/s a device" in run.text and ("% of" in run.text) == known
+    known = flops.peak_tflops(torch.cuda.get_device_name()) is not None
+    assert "TFLOP/s per device" in run.text and ("MFU" in run.text) == known

@@ -35,7 +35,7 @@ def row_of(data: Preferences, record: dict, answer: str) -> tuple[list[int], lis
     """(prompt, answer with the end of its turn) as ids, from the tokenizer's own template, the prompt as for generation."""
     prompt = data.tokenizer.apply_chat_template(record["messages"], add_generation_prompt=True)
     chat = data.tokenizer.chat_template.encode([*record["messages"], record[answer]], None, "last")
-    said = [token for token, trained in zip(chat.ids, chat.trained, strict=True) if trained]
+    said = [token for token, trained in zip(chat.ids, chat.target_mask, strict=True) if trained]
     return prompt, said
 
 
@@ -173,15 +173,6 @@ def test_the_summary_counts_the_answers_tokens(make):
     targets = int((batch["labels"] != IGNORE_INDEX).sum())
     tokens = sum(len(inputs) for index in range(8) for inputs, _ in data.train[index][1:])
     assert data.summary()["answers' tokens"] == f"{targets} of {tokens} ({targets / tokens:.1%})"
-
-
-def test_python_docs_gives_a_right_answer_and_anothers(make):
-    data = make(files=[{"path": "python_docs", "weight": 0.01}])
-    _, (chosen, _), (rejected, _) = data.train[0]
-    assert "`" in data.tokenizer.decode(chosen.tolist())
-    assert chosen.tolist() != rejected.tolist()
-    with pytest.raises(ValueError, match="phrasings of 'python_docs' must be a number from 1 to"):
-        make(files=[{"path": "python_docs", "phrasings": 99}])
 
 
 TELLTALE = (

@@ -18,7 +18,7 @@ from bumblebee.model import Bumblebee
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.training.loader import epoch_order
-from datamodules import SFT, python_docs_pairs
+from datamodules import SFT
 from datamodules.record_files import RecordError
 
 LONG = {"role": "assistant", "content": "of to " * 300}
@@ -70,7 +70,7 @@ def wanted_rows(records: list[dict], tokenizer: Tokenizer, train_on: str = "all"
     rows = []
     for record in records:
         chat = tokenizer.chat_template.encode(record["messages"], None, train_on)
-        labels = [token if trained else IGNORE_INDEX for token, trained in zip(chat.ids, chat.trained, strict=True)]
+        labels = [token if trained else IGNORE_INDEX for token, trained in zip(chat.ids, chat.target_mask, strict=True)]
         rows.append(list(zip(chat.ids[:-1], labels[1:], strict=True)))
     return rows
 
@@ -344,15 +344,6 @@ def test_each_sample_names_its_records(make, tmp_path):
     assert sorted(named) == [f"{tmp_path / 'chats.jsonl'}:{line}" for line in range(1, 10)]
 
 
-def test_python_docs_gives_questions_with_their_documentation(make):
-    data = make(files=[{"path": "python_docs", "answer": "whole", "weight": 0.02}], max_length=2000, packing=False)
-    text = data.tokenizer.decode(data.train[0][0][0].tolist())
-    whole = {record["messages"][1]["content"] for record in python_docs_pairs.conversations("whole")}
-    assert any(answer in text for answer in whole)
-    with pytest.raises(ValueError, match="answer of 'python_docs' must be first_sentence or whole, got 'half'"):
-        make(files=[{"path": "python_docs", "answer": "half"}])
-
-
 def test_what_the_chat_template_cannot_render_is_a_bad_record(make, tokenizer_folder, tmp_path):
     folder = tmp_path / "without_tools"
     Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
@@ -364,7 +355,7 @@ def test_what_the_chat_template_cannot_render_is_a_bad_record(make, tokenizer_fo
     plain, with_tools = conversations(2, longest=5)
     records = [plain, {**with_tools, "tools": [tool]}]
     options = {"tokenizer": str(folder), "max_length": 900}
-    with pytest.raises(RecordError, match=r"chats\.jsonl:2: .*leaves out the tools \('get_weather'\)"):
+    with pytest.raises(RecordError, match=r"chats\.jsonl:2: .*omits the tools \('get_weather'\)"):
         make(records, **options)
     assert make(records, on_bad_record="skip", **options).summary()["bad records skipped"] == 1
 

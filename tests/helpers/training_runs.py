@@ -31,6 +31,7 @@ from bumblebee.models.loading import load_model
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.language_modeling import LanguageModeling
+from bumblebee.tasks.run_context import RunContext
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.trainer import Trainer
 from bumblebee.transforms import Freeze
@@ -132,7 +133,7 @@ class AdaptedDPO(DPO):
 class Refused(DPO):
     """A task that finds out late that it cannot be done."""
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, run: RunContext, /) -> None:
         raise ValueError("not on this device")
 
 

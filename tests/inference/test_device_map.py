@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
-from bumblebee.inference.device_map import devices_for, layer_devices, part_sizes, plan, spread
-from bumblebee.inference.kv_cache import KVCache, Layout
+from bumblebee.inference.attention_metadata import AttentionMetadata
+from bumblebee.inference.device_map import devices_for, layer_devices, load_on_devices, part_sizes, plan
+from bumblebee.inference.kv_cache import KVCache
 
 CPU, META = torch.device("cpu"), torch.device("meta")  # on meta nothing is computed, but devices that differ are refused
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
@@ -90,7 +91,7 @@ def folders(tiny, tokenizer_folder, tmp_path_factory):
 def halves(folder, first: torch.device, second: torch.device) -> Bumblebee:
     """Spread over two devices, each of which is too small for the whole."""
     whole = Bumblebee.from_pretrained(folder).num_parameters() * 4
-    return spread(folder, [first, second], [int(whole * 0.9), int(whole * 0.9)])
+    return load_on_devices(folder, [first, second], [int(whole * 0.9), int(whole * 0.9)])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -116,9 +117,9 @@ def test_what_a_layer_reads_comes_to_its_device(cached, folders):
         cache = KVCache(model.config, 4, 16, torch.float32, layer_devices(model))
         assert [layer.keys.device for layer in cache.layers] == layer_devices(model)
         for together in (True, False):  # a single token and eleven of another sequence
-            layout = Layout.of([[0], [1]], [5, 11], [1, 11], 16, CPU, together)
+            layout = AttentionMetadata.build([[0], [1]], [5, 11], [1, 11], 16, CPU, together)
             places = torch.tensor([4, *range(11)])[None]
-            assert model(ids, places, cache=cache.at(layout), logits_at=torch.tensor([0, 11])).shape == (2, 400)
+            assert model(ids, places, cache=cache.prepare(layout), logits_at=torch.tensor([0, 11])).shape == (2, 400)
 
 
 def test_without_hooks_the_second_device_would_be_missed(folders):

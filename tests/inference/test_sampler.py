@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from bumblebee import SamplingParams
 from bumblebee.inference import sampler
 from bumblebee.inference.penalties import Penalties, penalise
-from bumblebee.inference.request import Token
+from bumblebee.inference.request import SampledToken
 from bumblebee.inference.sampler import SamplerState, sample
 
 # Probabilities as whole weights, all different: shares are exact fractions, so that the reference does not round.
@@ -202,7 +202,7 @@ def test_a_request_draws_the_same_alone_and_among_any_others_in_any_order(temper
     ours = {"temperature": temperature, "logprobs": 2, **options}
     others = [{}, {"temperature": 0.0}, {"top_k": 500, "logprobs": 7}, {"top_p": 0.99}, {"presence_penalty": 2.0}]
 
-    def run(place: int | None) -> list[Token]:
+    def run(place: int | None) -> list[SampledToken]:
         requests = [state(seed=number, **each) for number, each in enumerate(others)]
         requests = [state((1, 2), seed=7, **ours)] if place is None else requests
         if place is not None:

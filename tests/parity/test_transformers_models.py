@@ -34,7 +34,7 @@ from bumblebee import Bumblebee, BumblebeeConfig  # noqa: E402
 from bumblebee.checkpoint.families import FAMILIES, family_of, read_config  # noqa: E402
 from bumblebee.checkpoint.hf_folder import load_config  # noqa: E402
 from bumblebee.checkpoint.weight_mapping import as_stored  # noqa: E402
-from bumblebee.hardware.flops import active_parameters  # noqa: E402
+from bumblebee.hardware.flops import num_active_parameters  # noqa: E402
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -261,6 +261,6 @@ def test_the_preset_of_a_mixture_is_what_the_published_config_says():
     with torch.device("meta"):
         theirs, ours = AutoModelForCausalLM.from_config(published), Bumblebee(BumblebeeConfig.preset("30b-a3b"))
     assert ours.num_parameters() == sum(parameter.numel() for parameter in theirs.parameters())
-    assert active_parameters(ours) == pytest.approx(3.3e9, rel=0.02)
+    assert num_active_parameters(ours) == pytest.approx(3.3e9, rel=0.02)
     read = read_config({**published.to_dict(), "architectures": ["Qwen3MoeForCausalLM"]})
     assert replace(read, architecture=None) == ours.config

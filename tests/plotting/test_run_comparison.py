@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bumblebee.cli.main import main
-from bumblebee.plotting.run_comparison import Comparison, Run
+from bumblebee.plotting.run_comparison import LoggedRun, RunComparison
 
 
 @pytest.fixture
@@ -23,29 +23,29 @@ def runs(tmp_path: Path) -> list[str]:
 
 
 def test_a_picture_has_each_runs_values_their_average_and_what_was_held_out(runs):
-    (curves,) = Comparison(runs, smoothing=0.5).panels().values()
+    (curves,) = RunComparison(runs, smoothing=0.5).panels().values()
     wide, deep = curves
     assert (wide.name, deep.name) == ("wide", "deep")
-    assert wide.at == [1, 2, 3, 4] and wide.values == [3.0, 2.0, 1.0, 0.0]
-    assert deep.held_out == ([2], [2.5])
+    assert wide.x == [1, 2, 3, 4] and wide.values == [3.0, 2.0, 1.0, 0.0]
+    assert deep.validation == ([2], [2.5])
 
 
 @pytest.mark.parametrize(("along", "places", "held_out"), [("tokens", [100, 200, 300, 400], [200]), ("epoch", None, [0.5])])
 def test_a_validation_stands_where_its_step_stands(runs, along, places, held_out):
-    (curves,) = Comparison(runs, along=along).panels().values()
-    assert curves[0].at == (places or [0.25, 0.5, 0.75, 1.0])
-    assert curves[0].held_out[0] == held_out
+    (curves,) = RunComparison(runs, along=along).panels().values()
+    assert curves[0].x == (places or [0.25, 0.5, 0.75, 1.0])
+    assert curves[0].validation[0] == held_out
 
 
 def test_values_that_are_no_numbers_leave_a_gap(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": 1.5}\n{"step": 3}\n')
-    assert Run.read(tmp_path).column("loss", "step") == ([2], [1.5])
+    assert LoggedRun.read(tmp_path).column("loss", "step") == ([2], [1.5])
 
 
 def test_names_are_as_short_as_tells_runs_apart(runs, tmp_path):
     (tmp_path / "other").mkdir()
     (Path(runs[0])).rename(tmp_path / "other" / "deep")
-    names = Comparison([str(tmp_path / "other" / "deep"), runs[1]]).names
+    names = RunComparison([str(tmp_path / "other" / "deep"), runs[1]]).names
     assert names == ["other/deep", f"{tmp_path.name}/deep"]
 
 
@@ -62,9 +62,9 @@ def test_the_command_writes_the_picture_and_prints_what_was_reached(runs, tmp_pa
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["{wide}x"], "is no run: it has no metrics.jsonl (did you mean"),
+        (["{wide}x"], "is not a run: it has no metrics.jsonl (did you mean"),
         (["{wide}", "--metrics", "los"], "no run has 'los' (did you mean 'loss'"),
-        (["{wide}", "--output", "{wide}/a.doc"], "must end in a format of pictures"),
+        (["{wide}", "--output", "{wide}/a.doc"], "is not a picture file; use .png"),
         (["{wide}", "--smoothing", "1"], "smoothing must be in [0, 1), got 1.0"),
         (["{wide}", "--along", "minutes"], "along"),
         ([], "runs is missing"),

@@ -10,8 +10,8 @@ from helpers.training_runs import Pairs, Rows, small_model
 
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tasks.dpo import DPO
-from bumblebee.tasks.reference import Frozen
-from bumblebee.tasks.reference_cache import Precomputed
+from bumblebee.tasks.reference import FrozenReference
+from bumblebee.tasks.reference_cache import CachedReference
 
 EMPTY = 2
 
@@ -31,7 +31,7 @@ def pairs():
 
 def task_of(models, **options):
     task = DPO(models[0], **options)
-    task.compared_with = Frozen(models[1])
+    task.reference_model = FrozenReference(models[1])
     return task
 
 
@@ -169,7 +169,7 @@ def test_a_batch_without_any_targets_has_finite_sums_and_zero_gradients_whatever
     batch = pairs.without_targets(pairs.collate(pairs.train))
     task = task_of(models, length_normalised=True)
     columns = {"train/index": torch.tensor([99]), "train/logps": torch.zeros(1, 2)}
-    task.compared_with = Precomputed(columns)  # which knows none of these pairs
+    task.reference_model = CachedReference(columns)  # which knows none of these pairs
     assert not any(grad.any() for grad in gradient(task, batch).values())
     assert all(float(value) == 0 for value in task.training_step(models[0], batch).values())
 
@@ -208,7 +208,7 @@ def test_losses_of_hopeless_pairs_stay_finite(models):
 
 def test_a_pair_that_was_not_precomputed_is_not_taken_for_another(models, pairs):
     columns = {"train/index": torch.tensor([0, 1, 5]), "train/logps": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}
-    found = Precomputed(columns)(None, {"index": torch.tensor([5, 0, 3, 9])}, "train")
+    found = CachedReference(columns)(None, {"index": torch.tensor([5, 0, 3, 9])}, "train")
     assert found[:2].tolist() == [[5.0, 6.0], [1.0, 2.0]]
     assert found[2:].isnan().all()
 
@@ -222,10 +222,13 @@ def test_a_pair_that_was_not_precomputed_is_not_taken_for_another(models, pairs)
         ({"pref_beta": 0.0}, "pref_beta must be more than 0, got 0.0"),
         ({"loss_type": "kto"}, "loss_type must be sigmoid, ipo or hinge, got 'kto'"),
         ({"dpo_label_smoothing": 0.5}, "dpo_label_smoothing must be in [0, 0.5), got 0.5"),
-        ({"dpo_label_smoothing": 0.1, "loss_type": "ipo"}, "dpo_label_smoothing belongs to loss_type sigmoid, not to ipo"),
-        ({"sft_weight": -1.0}, "sft_weight must not be negative, got -1.0"),
+        (
+            {"dpo_label_smoothing": 0.1, "loss_type": "ipo"},
+            "dpo_label_smoothing works with loss_type sigmoid only",
+        ),
+        ({"sft_weight": -1.0}, "sft_weight must be at least 0, got -1.0"),
         ({"ld_alpha": 1.5}, "ld_alpha must be in [0, 1], got 1.5"),
-        ({"reference": "runs/nowhere"}, "there is no folder 'runs/nowhere'"),
+        ({"reference": "runs/nowhere"}, "folder not found: 'runs/nowhere'"),
     ],
 )
 def test_an_option_out_of_its_range_is_refused_by_name(options, message, models):
@@ -242,19 +245,19 @@ def test_adapters_off_without_adapters_is_refused(models, pairs):
 def test_a_reference_that_only_a_run_has_is_refused_in_validation_alone(models, pairs):
     task = DPO(models[0])
     task.setup(pairs)
-    with pytest.raises(ValueError, match="reference: copy is of a run: to validate, name the folder"):
+    with pytest.raises(ValueError, match="reference: copy works in a training run only; to validate, set the folder"):
         task.begin_validation(torch.device("cpu"))
 
 
 def test_data_without_pairs_are_refused(models):
     data = Rows()
     data.setup(0)
-    with pytest.raises(ValueError, match="DPO needs pairs of responses.*Rows gives none"):
+    with pytest.raises(ValueError, match="DPO needs pairs of responses.*Rows has none"):
         DPO(models[0]).setup(data)
 
 
 def test_precomputing_for_pairs_without_numbers_is_refused(models, pairs, monkeypatch):
     whole = pairs.collate
     monkeypatch.setattr(pairs, "collate", lambda samples: {k: v for k, v in whole(samples).items() if k != "index"})
-    with pytest.raises(ValueError, match="precompute_reference needs pairs that are numbered"):
+    with pytest.raises(ValueError, match="precompute_reference needs batches with the pairs' index"):
         DPO(models[0], precompute_reference=True).setup(pairs)

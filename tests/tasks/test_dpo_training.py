@@ -14,9 +14,10 @@ from helpers.training_runs import Pairs, small_model, train, weight_bytes, weigh
 from safetensors.torch import load_file
 
 from bumblebee.checkpoint.sharded_state import PieceReader
+from bumblebee.distributed.deepspeed.sharded_parameters import full_numel, is_sharded
 from bumblebee.tasks import reference_cache
 from bumblebee.tasks.dpo import DPO
-from bumblebee.tasks.reference import Frozen
+from bumblebee.tasks.reference import FrozenReference
 from bumblebee.trainer import Trainer
 
 PAIRS = ("Pairs", {"samples": 11, "empty": [2]})
@@ -83,7 +84,7 @@ def test_another_model_is_the_reference_where_its_folder_is_named(other_model, t
     data, policy = Pairs(11, [2]), small_model()
     data.setup(0)
     task = DPO(policy)
-    task.compared_with = Frozen(small_model(1).eval())
+    task.reference_model = FrozenReference(small_model(1).eval())
     sums = task.training_step(policy, data.collate(data.train))
     assert line["dpo"] == pytest.approx(float(sums["dpo"].detach()) / 10, rel=1e-5)
     assert line["rewards/margins"] == pytest.approx(float(sums["rewards/margins"]) / 10, rel=1e-4)
@@ -134,9 +135,7 @@ def test_validation_gives_accuracy_and_margin_and_precomputed_numbers_are_for_it
     assert precomputed == pytest.approx(live, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"), [("DPO", "the model as it was at first"), ("AdaptedDPO", "the model without its adapters")]
-)
+@pytest.mark.parametrize(("kind", "words"), [("DPO", "the initial model"), ("AdaptedDPO", "the model without its adapters")])
 def test_the_summary_names_the_reference(kind, words, tmp_path, capsys):
     run(tmp_path, kind, {"precompute_reference": True}, callbacks={"summary": ("RunSummary", {})}, max_steps=1)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("task"))
@@ -155,8 +154,8 @@ def test_at_stage_3_the_reference_lies_in_shards_too(reference, other_model, tmp
         return engine
 
     def whole(parameter: Any) -> bool:
-        assert hasattr(parameter, "ds_tensor")
-        return parameter.ds_numel > 10 * 32 and parameter.numel() > 0  # small ones are kept by DeepSpeed on purpose
+        assert is_sharded(parameter)
+        return full_numel(parameter) > 10 * 32 and parameter.numel() > 0  # small ones are kept by DeepSpeed on purpose
 
     monkeypatch.setattr(Trainer, "frozen", watched)
     options = {"reference": "copy" if reference == "copy" else str(other_model)}

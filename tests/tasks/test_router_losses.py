@@ -16,7 +16,7 @@ from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.balance_losses import batch_balance, sequence_balance, z_loss
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.language_modeling import LanguageModeling
-from bumblebee.tasks.reference import Frozen
+from bumblebee.tasks.reference import FrozenReference
 from bumblebee.tasks.task import counted_tokens
 from bumblebee.transforms import ActivationCheckpointing
 from datamodules.collate import tensors
@@ -89,7 +89,7 @@ def test_a_step_is_the_same_however_its_rows_are_cut_into_micro_batches(kind):
         data = Pairs(4, empty=[2])
         data.setup(0)
         task: Any = DPO(small_model(**MOE))
-        task.compared_with = lambda model, batch, samples: torch.zeros(len(batch["index"]), 2)
+        task.reference_model = lambda model, batch, samples: torch.zeros(len(batch["index"]), 2)
         cut = [tail_padded(data.collate([pair])) for pair in data.train]
         width = max(batch["labels"].shape[1] for batch in cut)
         whole = joined([widened(batch, width) for batch in cut])
@@ -151,7 +151,7 @@ def test_the_reference_of_dpo_has_no_part_in_the_routers_losses():
     found = []
     for reference in (policy, copy.deepcopy(other)):
         task = DPO(policy)
-        task.compared_with = Frozen(reference)
+        task.reference_model = FrozenReference(reference)
         losses = task.all_losses(policy, batch)
         found.append({name: losses[name].item() for name in ("router/balance", "router/z")} | task.metrics())
     assert found[0] == found[1]

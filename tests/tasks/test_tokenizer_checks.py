@@ -33,7 +33,7 @@ def test_the_models_own_tokenizer_and_one_with_more_tokens_are_taken(folder):
 def test_another_tokenizer_than_that_in_the_models_folder_is_refused(folder):
     other = Tokenizer.train(["zzz yyy xxx " * 9, "www vvv"], 270)
     with pytest.raises(
-        ValueError, match=f"data.tokenizer is not that of the model in {folder}.* take --data.tokenizer {folder}"
+        ValueError, match=f"data.tokenizer differs from that of the model in {folder}.* use --data.tokenizer {folder}"
     ):
         adopt_tokenizer(Bumblebee.from_pretrained(folder), other)
 
@@ -53,7 +53,7 @@ def test_texts_longer_than_a_table_of_positions_are_refused_and_turned_positions
     data = SimpleNamespace(max_length=257)
     check_length(Bumblebee(tiny()), data)
     learned = Learned(tiny())
-    with pytest.raises(ValueError, match="data.max_length is 257, and the model has a table of 256 positions"):
+    with pytest.raises(ValueError, match="data.max_length is 257, but the model has 256 position embeddings"):
         check_length(learned, data)
     check_length(learned, SimpleNamespace(max_length=256))
     check_length(learned, SimpleNamespace())

@@ -40,9 +40,8 @@ def run(words: Sequence[str]) -> None:
     options = parser()
     cfg = options.parse(words)
     with user_errors(cfg, options.words):
-        from bumblebee.inference.batch import Texts, check_files, open_output
+        from bumblebee.inference.batch import BatchGeneration, PromptRecord, check_files, open_output
         from bumblebee.inference.generator import Generator
-        from bumblebee.inference.prompt_record import PromptRecord
         from datamodules.prompts import read_prompts
 
         sampling = explicit_sampling(cfg)
@@ -50,10 +49,11 @@ def run(words: Sequence[str]) -> None:
         as_json = cfg.prompt is None or cfg.output is not None or cfg.num_samples > 1 or "logprobs" in sampling
         prompts = list(read_prompts(cfg.prompts)) if cfg.prompt is None else [PromptRecord.of(cfg.prompt)]
         generator = Generator.from_pretrained(cfg.model, cfg.device, cfg.dtype, cfg.device_map, cfg.trust_remote_code)
-        texts = Texts(generator, prompts, replace(generator.defaults, **sampling), cfg.num_samples, cfg.chat, cfg.system)
+        params = replace(generator.defaults, **sampling)
+        batch = BatchGeneration(generator, prompts, params, cfg.num_samples, cfg.chat, cfg.system)
         file = sys.stdout.buffer if cfg.output is None else open_output(cfg.output, cfg.overwrite)
     with run_errors():
         if as_json:
-            texts.write(file)
+            batch.write(file)
         else:
-            texts.print("" if cfg.chat else cfg.prompt, cfg.stream)
+            batch.print("" if cfg.chat else cfg.prompt, cfg.stream)

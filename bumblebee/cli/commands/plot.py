@@ -26,10 +26,10 @@ def run(words: Sequence[str]) -> None:
     options = parser()
     cfg = options.parse(words)
     with user_errors(cfg, options.words):
-        from bumblebee.plotting.run_comparison import Comparison
+        from bumblebee.plotting.run_comparison import RunComparison
 
         metrics = [cfg.metrics] if isinstance(cfg.metrics, str) else cfg.metrics
-        comparison = Comparison(cfg.runs, metrics, cfg.along, cfg.smoothing)
-        comparison.draw(cfg.output)
+        comparison = RunComparison(cfg.runs, metrics, cfg.along, cfg.smoothing)
+        comparison.plot(cfg.output)
     print(comparison.table())
     print(f"picture: {cfg.output}")

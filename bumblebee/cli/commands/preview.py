@@ -36,9 +36,10 @@ def run(words: Sequence[str]) -> None:
         return
     with user_errors(cfg, options.words):
         from bumblebee.checkpoint.hf_folder import shapes_only
-        from bumblebee.preview.preview import Preview, report
+        from bumblebee.preview.preview import collect
+        from bumblebee.preview.preview_report import print_report
         from bumblebee.recipe import build
 
         with shapes_only():
-            preview = Preview(build(cfg, nullcontext), cfg, **choices)
-        report(preview, samples)
+            preview = collect(build(cfg, nullcontext), cfg, **choices)
+        print_report(preview, samples)
