@@ -163,7 +163,7 @@ def test_previews_run_as_written(tokenizer_folder: Path, tmp_path: Path) -> None
         command = [sys.executable, "-m", "bumblebee", *words, "--measure", "never"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-        assert "memory of each device" in done.stdout
+        assert "memory per device" in done.stdout
 
 
 def test_links_and_pictures_of_the_documents_are_there() -> None:

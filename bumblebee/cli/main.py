@@ -192,13 +192,13 @@ def preview(words: list[str]) -> None:
         return
     with user_errors(parser, cfg):
         from bumblebee.checkpoint.hf_folder import shapes_only
-        from bumblebee.preview.preview import Preview, report
+        from bumblebee.preview.preview import collect
+        from bumblebee.preview.preview_report import print_report
         from bumblebee.recipe import build
 
         with shapes_only():
-            parts = build(cfg, nullcontext)
-            found = Preview(parts, cfg, **options)
-        report(found, samples)
+            collected = collect(build(cfg, nullcontext), cfg, **options)
+        print_report(collected, samples)
 
 
 def preview_parser() -> Any:

@@ -61,7 +61,7 @@ def deliver(engine_client: EngineClient, replica: Replica, *outputs: RequestOutp
     engine_client.deliver(replica, StepOutputs(list(outputs), list(rejected), STATS))
 
 
-async def test_outputs_reach_the_run_that_waits_for_them_with_the_index_of_the_job():
+async def test_outputs_reach_their_stream_with_the_choice_index():
     engine_client = engine_client_of()
     replica = engine_client.replicas[0]
     run, other = engine_client.generate(jobs(2)), engine_client.generate(jobs())
@@ -73,7 +73,7 @@ async def test_outputs_reach_the_run_that_waits_for_them_with_the_index_of_the_j
     assert engine_client.idle
 
 
-async def test_closing_a_run_cancels_what_has_not_ended_and_nothing_else():
+async def test_closing_a_stream_cancels_only_unfinished_choices():
     engine_client = engine_client_of()
     replica = engine_client.replicas[0]
     run = engine_client.generate(jobs(3))
@@ -86,19 +86,19 @@ async def test_closing_a_run_cancels_what_has_not_ended_and_nothing_else():
     deliver(engine_client, replica, output(others[0], "late", "cancelled"))  # what was on its way is dropped
 
 
-async def test_requests_go_to_the_least_busy_worker_and_those_of_one_run_to_the_same():
+async def test_choices_go_together_to_the_least_busy_worker():
     engine_client = engine_client_of(workers=3)
     runs = [engine_client.generate(jobs(count)) for count in (2, 1, 1, 1)]
     assert [run.replica.index for run in runs] == [0, 1, 2, 1]
 
 
-async def test_a_worker_that_loads_gets_no_requests():
+async def test_loading_worker_gets_no_requests():
     engine_client = engine_client_of(workers=2)
     engine_client.replicas[0].ready = None
     assert {engine_client.generate(jobs()).replica.index for _ in range(4)} == {1}
 
 
-async def test_more_than_run_and_wait_are_refused_until_one_ends():
+async def test_full_queue_rejects_until_a_request_ends():
     engine_client = engine_client_of(workers=2, max_running=2, max_queue=3)
     runs = [engine_client.generate(jobs()) for _ in range(6)]
     with pytest.raises(APIError) as refused:
@@ -118,7 +118,7 @@ async def fault_of(run: Any) -> APIError:
     return raised.value
 
 
-async def test_a_worker_that_ends_gives_its_runs_an_error_and_leaves_the_others_alone():
+async def test_dead_worker_fails_only_its_own_streams():
     engine_client = engine_client_of(workers=2)
     lost, kept = engine_client.generate(jobs(2)), engine_client.generate(jobs())
     engine_client.worker_died(engine_client.replicas[0])
@@ -130,7 +130,7 @@ async def test_a_worker_that_ends_gives_its_runs_an_error_and_leaves_the_others_
     assert len(engine_client.replicas[0].pipe) == 2, "a worker that is gone is told nothing"
 
 
-async def test_what_came_before_a_worker_ended_is_still_delivered():
+async def test_outputs_before_a_worker_died_are_delivered():
     engine_client = engine_client_of()
     run = engine_client.generate(jobs())
     deliver(engine_client, engine_client.replicas[0], output(engine_client.replicas[0].pipe.ids[0], "a"))
@@ -151,7 +151,7 @@ def aborted(engine_client: EngineClient, id: str) -> None:
     ("happens", "status", "code"),
     [(refused_prompt, 400, "context_length_exceeded"), (aborted, 503, "draining")],
 )
-async def test_a_run_that_cannot_go_on_ends_with_a_fault(happens: Callable[[EngineClient, str], None], status: int, code: str):
+async def test_rejected_or_aborted_stream_raises(happens: Callable[[EngineClient, str], None], status: int, code: str):
     engine_client = engine_client_of()
     run = engine_client.generate(jobs())
     happens(engine_client, engine_client.replicas[0].pipe.ids[0])
@@ -161,7 +161,7 @@ async def test_a_run_that_cannot_go_on_ends_with_a_fault(happens: Callable[[Engi
     assert engine_client.idle
 
 
-async def test_a_run_that_takes_too_long_ends_also_where_the_worker_says_nothing():
+async def test_timeout_does_not_depend_on_the_worker():
     engine_client = engine_client_of(request_timeout=0.05)
     run = engine_client.generate(jobs())
     fault = await fault_of(run)
@@ -170,7 +170,7 @@ async def test_a_run_that_takes_too_long_ends_also_where_the_worker_says_nothing
     assert [type(message) for message in engine_client.replicas[0].pipe] == [EngineRequest, CancelRequest]
 
 
-async def test_nobody_is_admitted_while_the_model_loads_or_the_server_is_stopped():
+async def test_loading_and_draining_reject_requests():
     engine_client = engine_client_of()
     engine_client.replicas[0].ready = None
     assert engine_client.state == "loading"
@@ -183,7 +183,7 @@ async def test_nobody_is_admitted_while_the_model_loads_or_the_server_is_stopped
     assert [(each.value.status, each.value.code) for each in (loading, draining)] == [(503, "loading"), (503, "draining")]
 
 
-async def test_times_to_tokens_are_measured():
+async def test_token_latencies_are_measured():
     engine_client = engine_client_of()
     run = engine_client.generate(jobs(2))
     first, second = engine_client.replicas[0].pipe.ids

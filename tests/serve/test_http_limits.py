@@ -63,13 +63,13 @@ def answers(client: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET /", GET, GET + b"\r\n" + GET])
-def test_a_head_that_does_not_arrive_ends_the_connection(address: tuple[str, int], begun: bytes):
+def test_missing_head_closes_the_connection(address: tuple[str, int], begun: bytes):
     with socket.create_connection(address) as client:
         client.sendall(begun)
         assert answers(client).endswith(b"closed")
 
 
-def test_a_head_that_trickles_has_no_more_time(address: tuple[str, int]):
+def test_trickling_head_gets_no_extra_time(address: tuple[str, int]):
     with socket.create_connection(address) as client, pytest.raises(OSError):
         for _ in range(40):
             client.sendall(b"G")
@@ -77,7 +77,7 @@ def test_a_head_that_trickles_has_no_more_time(address: tuple[str, int]):
 
 
 @pytest.mark.parametrize("head", [GET + b"X: " + b"x" * MAX_HEAD_SIZE * 4, GET + b"X: x\r\n" * MAX_HEAD_SIZE])
-def test_a_head_of_any_size_is_not_taken(address: tuple[str, int], head: bytes):
+def test_oversized_head_is_rejected(address: tuple[str, int], head: bytes):
     with socket.create_connection(address) as client:
         try:
             client.sendall(head)
@@ -87,7 +87,7 @@ def test_a_head_of_any_size_is_not_taken(address: tuple[str, int], head: bytes):
     assert received == b"closed" or received.startswith(b"HTTP/1.1 400 ")
 
 
-def test_requests_that_arrive_whole_are_answered_however_long_the_connection_lives(address: tuple[str, int]):
+def test_keep_alive_outlasts_the_head_timeout(address: tuple[str, int]):
     with socket.create_connection(address) as client:
         for _ in range(3):
             client.sendall(GET + b"\r\n")
@@ -97,14 +97,14 @@ def test_requests_that_arrive_whole_are_answered_however_long_the_connection_liv
         assert answers(client).count(b"\r\n\r\nok") == 2
 
 
-def test_a_body_that_does_not_arrive_is_an_error(address: tuple[str, int]):
+def test_missing_body_times_out(address: tuple[str, int]):
     with socket.create_connection(address) as client:
         client.sendall(POST + b"{")
         received = answers(client)
     assert received.startswith(b"HTTP/1.1 408 ") and received.endswith(b"closed"), received
 
 
-def test_two_servers_cannot_have_one_address():
+def test_two_servers_cannot_share_an_address():
     with open_listening_socket("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
         with pytest.raises(ValueError, match=f"^port {port} is in use on 127.0.0.1"):

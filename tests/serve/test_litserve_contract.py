@@ -24,7 +24,7 @@ def parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def test_the_installed_version_is_the_one_that_was_read():
+def test_installed_version_is_the_tested_one():
     assert version("litserve") == TESTED, (
         f"litserve {version('litserve')} is installed, serve/ was written against the inner parts of {TESTED}:"
         " install that one (pip install -c constraints.txt), or read what has changed and mend serve/"
@@ -74,13 +74,13 @@ def server(kind: type[Server] = Server) -> Server:
     return kind(API(loop=WorkerLoop(), spec=Spec()), accelerator="cpu", timeout=False, disable_openapi_url=True, middlewares=[])
 
 
-def test_the_application_has_the_routes_of_the_spec_and_no_others():
+def test_application_has_only_the_routes_of_the_spec():
     made = server()
     assert [route.path for route in made.app.routes] == ["/ours"], "no /docs, /openapi.json, /info or / of LitServe's own"
     assert [dependency.call.__name__ for dependency in made.app.routes[0].dependant.dependencies] == ["authorize"]
 
 
-def test_a_worker_is_started_with_the_device_queue_and_transport_that_the_server_names(monkeypatch):
+def test_worker_gets_device_queue_and_transport(monkeypatch):
     started: dict[str, Any] = {}
 
     class Process:
@@ -105,7 +105,7 @@ def test_a_worker_is_started_with_the_device_queue_and_transport_that_the_server
     assert made.lit_api.spec.calls == ["pre_setup", "setup"]
 
 
-def test_the_worker_sets_the_api_up_and_then_runs_the_loop_with_what_it_was_given():
+def test_worker_calls_setup_and_then_the_loop():
     made = server()
     made._callback_runner.trigger_event = lambda *args, **rest: None
     try:
@@ -117,7 +117,7 @@ def test_the_worker_sets_the_api_up_and_then_runs_the_loop_with_what_it_was_give
 
 
 @pytest.mark.anyio
-async def test_the_application_lives_within_the_lifespan_of_the_server():
+async def test_application_runs_within_the_lifespan():
     seen = []
 
     class Living(Server):

@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from helpers.echo_model import parrot
+from helpers.echo_model import write_echo_model
 from helpers.malformed_bodies import CHAT, COMPLETION
 from helpers.tool_call_templates import MARKS, tokenizer_of
 from openai.types import Completion
@@ -29,12 +29,12 @@ TOOLS = [{"type": "function", "function": {"name": "fly", "parameters": {"type":
 
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory):
-    return Generator.from_pretrained(parrot(tmp_path_factory.mktemp("said"), SAID))
+    return Generator.from_pretrained(write_echo_model(tmp_path_factory.mktemp("said"), SAID))
 
 
 @pytest.fixture(scope="module")
 def caller(tmp_path_factory):
-    return Generator.from_pretrained(parrot(tmp_path_factory.mktemp("called"), f"{SAID}\n{CALL}\n{CALL}"))
+    return Generator.from_pretrained(write_echo_model(tmp_path_factory.mktemp("called"), f"{SAID}\n{CALL}\n{CALL}"))
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +88,14 @@ def chat_chunks(chunks: list[dict[str, Any]]) -> list[ChatCompletionChunk]:
     return [known(ChatCompletionChunk.model_validate(chunk, strict=True)) for chunk in chunks]
 
 
-def test_a_chat_is_a_chat_completion(generator):
+def test_chat_response_parses_as_chat_completion(generator):
     answer = chat(replied(generator, "chat")[0])
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (SAID, "stop")
     assert answer.id.startswith("chatcmpl-") and answer.model == "bumblebee"
     assert answer.choices[0].message.tool_calls is None
 
 
-def test_a_stream_says_who_speaks_then_the_text_then_why_it_ends(generator):
+def test_stream_has_role_then_text_then_finish_reason(generator):
     chunks = chat_chunks(replied(generator, "chat", stream=True)[1])
     choices = [chunk.choices[0] for chunk in chunks]
     assert choices[0].delta.role == "assistant" and choices[0].delta.content == ""
@@ -105,7 +105,7 @@ def test_a_stream_says_who_speaks_then_the_text_then_why_it_ends(generator):
     assert all("usage" not in chunk.model_fields_set for chunk in chunks)
 
 
-def test_the_usage_comes_last_in_a_chunk_without_choices(generator):
+def test_usage_is_the_last_chunk(generator):
     whole, chunks = replied(generator, "chat", stream=True, stream_options={"include_usage": True})
     *chunks, last = chat_chunks(chunks)
     assert last.choices == [] and last.usage is not None
@@ -113,8 +113,8 @@ def test_the_usage_comes_last_in_a_chunk_without_choices(generator):
     assert last.usage == chat(whole).usage
 
 
-def test_the_usage_counts_a_prompt_once_and_every_answer(generator):
-    prompt = len(generator.ask("Hello"))
+def test_usage_counts_a_prompt_once(generator):
+    prompt = len(generator.encode_chat("Hello"))
     one, three = (chat(replied(generator, "chat", n=n)[0]).usage for n in (1, 3))
     assert (one.prompt_tokens, three.prompt_tokens) == (prompt, prompt)
     assert (three.completion_tokens, three.total_tokens) == (3 * one.completion_tokens, prompt + 3 * one.completion_tokens)
@@ -122,7 +122,7 @@ def test_the_usage_counts_a_prompt_once_and_every_answer(generator):
 
 
 @pytest.mark.parametrize("path", ["chat", "completion"])
-def test_streams_and_whole_answers_of_several_samples_say_the_same(babbler, path):
+def test_stream_and_full_response_agree(babbler, path):
     asked = {"n": 3, "seed": 7, "max_tokens": 20, "logprobs": True if path == "chat" else 3}
     whole, chunks = replied(babbler, path, **asked)
     for choice in whole["choices"]:
@@ -135,7 +135,7 @@ def test_streams_and_whole_answers_of_several_samples_say_the_same(babbler, path
     assert len({json.dumps(choice["logprobs"]) for choice in whole["choices"]}) == 3
 
 
-def test_logprobs_of_a_chat_name_tokens_and_give_their_bytes(babbler):
+def test_chat_logprobs_have_names_and_bytes(babbler):
     answer = chat(replied(babbler, "chat", logprobs=True, top_logprobs=4, seed=1, max_tokens=60)[0]).choices[0]
     tokens = answer.logprobs.content
     assert len(tokens) == 60 and all(len(token.top_logprobs) == 4 for token in tokens)
@@ -146,19 +146,19 @@ def test_logprobs_of_a_chat_name_tokens_and_give_their_bytes(babbler):
         assert [other.logprob for other in token.top_logprobs] == sorted((o.logprob for o in token.top_logprobs), reverse=True)
 
 
-def test_a_special_token_is_named_by_its_spelling_and_has_no_bytes(generator):
+def test_special_token_has_a_name_and_no_bytes(generator):
     last = chat(replied(generator, "chat", logprobs=True)[0]).choices[0].logprobs.content[-1]
     assert (last.token, last.bytes) == ("<|im_end|>", None)
 
 
-def test_an_impossible_token_has_a_logprob_that_json_knows(generator):
+def test_impossible_token_has_a_finite_logprob(generator):
     reply = ChatResponseBuilder(parse(ChatRequest, json.dumps({**CHAT, "logprobs": True}).encode()), "m", generator.tokenizer)
     reply.add(0, RequestOutput("0", "a", [SampledToken(5, float("-inf"), [(6, float("-inf"))])], "stop", 1, 0))
     entry = chat(reply.body()).choices[0].logprobs.content[0]
     assert (entry.logprob, entry.top_logprobs[0].logprob) == (-9999.0, -9999.0)
 
 
-def test_calls_are_taken_out_of_the_text(caller):
+def test_tool_calls_are_removed_from_the_text(caller):
     choice = chat(replied(caller, "chat", tools=TOOLS)[0]).choices[0]
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", SAID)
     assert [(call.type, call.function.name) for call in choice.message.tool_calls] == [("function", "fly")] * 2
@@ -166,7 +166,7 @@ def test_calls_are_taken_out_of_the_text(caller):
     assert len({call.id for call in choice.message.tool_calls}) == 2
 
 
-def test_a_stream_brings_the_text_and_then_each_call(caller):
+def test_stream_has_text_and_then_each_call(caller):
     whole, chunks = replied(caller, "chat", tools=TOOLS, stream=True)
     choices = [chunk.choices[0] for chunk in chat_chunks(chunks)]
     assert "".join(choice.delta.content or "" for choice in choices) == SAID
@@ -185,8 +185,8 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_calls_are_found_also_between_special_tokens(tmp_path, name):
-    model = parrot(tmp_path / "model", WRITTEN[name], tokenizer_of(name, tmp_path / "tokenizer"))
+def test_calls_between_special_tokens_are_parsed(tmp_path, name):
+    model = write_echo_model(tmp_path / "model", WRITTEN[name], tokenizer_of(name, tmp_path / "tokenizer"))
     answers = [replied(Generator.from_pretrained(model), "chat", **asked)[0] for asked in ({"tools": TOOLS}, {})]
     called, said = (chat(answer).choices[0] for answer in answers)
     assert (called.finish_reason, called.message.content) == ("tool_calls", None)
@@ -195,18 +195,18 @@ def test_calls_are_found_also_between_special_tokens(tmp_path, name):
 
 
 @pytest.mark.parametrize("asked", [{}, {"tools": TOOLS, "tool_choice": "none"}])
-def test_without_tools_to_call_a_call_is_text(caller, asked):
+def test_call_without_tools_is_text(caller, asked):
     choice = chat(replied(caller, "chat", **asked)[0]).choices[0]
     assert (choice.finish_reason, choice.message.content) == ("stop", f"{SAID}\n{CALL}\n{CALL}")
 
 
-def test_a_call_that_is_cut_off_is_text_and_ends_by_its_length(caller):
+def test_truncated_call_is_text(caller):
     choice = chat(replied(caller, "chat", tools=TOOLS, max_tokens=12)[0]).choices[0]
     assert choice.finish_reason == "length" and choice.message.tool_calls is None
     assert choice.message.content.startswith(SAID) and CALL not in choice.message.content
 
 
-def test_a_completion_is_a_completion(generator):
+def test_completion_response_parses_as_completion(generator):
     whole = replied(generator, "completion", prompt=["a", "b c"], n=2, max_tokens=99)[0]
     answer = known(Completion.model_validate(whole, strict=True))
     assert [choice.text for choice in answer.choices] == [SAID] * 4
@@ -215,7 +215,7 @@ def test_a_completion_is_a_completion(generator):
     assert answer.usage.prompt_tokens == sum(map(len, ids)) and answer.id.startswith("cmpl-")
 
 
-def test_a_prompt_is_echoed_before_its_continuations(generator):
+def test_echo_precedes_the_completion(generator):
     whole, chunks = replied(generator, "completion", prompt=["a", "b c"], echo=True, max_tokens=99)
     assert [choice["text"] for choice in whole["choices"]] == ["a" + SAID, "b c" + SAID]
     for choice in whole["choices"]:
@@ -223,7 +223,7 @@ def test_a_prompt_is_echoed_before_its_continuations(generator):
         assert "".join(part["text"] for part in own) == choice["text"]
 
 
-def test_the_offsets_of_a_completions_logprobs_are_places_in_its_text(generator):
+def test_text_offsets_index_the_text(generator):
     whole = replied(generator, "completion", logprobs=2, max_tokens=99)[0]
     choice = known(Completion.model_validate(whole, strict=True)).choices[0]
     tokens, offsets = choice.logprobs.tokens, choice.logprobs.text_offset

@@ -31,7 +31,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 # -- answers -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_stream_and_a_whole_answer_have_the_same_text(server: Running):
+def test_stream_and_full_response_have_the_same_text(server: Running):
     fields = {"max_tokens": 24, "temperature": 1.0, "seed": 7, "n": 2}
     whole = server.complete("The list is", **fields).json()
     with server.stream("The list is", stream_options={"include_usage": True}, **fields) as chunks:
@@ -45,14 +45,14 @@ def test_a_stream_and_a_whole_answer_have_the_same_text(server: Running):
     assert usage["completion_tokens"] == whole["usage"]["completion_tokens"] == 48
 
 
-def test_a_chat_is_answered(server: Running):
+def test_chat_completion(server: Running):
     body = {"model": "bumblebee", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "ignore_eos": True}
     answer = server.post("/v1/chat/completions", body).json()
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer["usage"]["completion_tokens"] == 5
 
 
-def test_the_model_is_listed_by_its_name(server: Running):
+def test_model_card(server: Running):
     card = server.http.get("/v1/models").json()["data"][0]
     assert (card["id"], card["object"], card["max_model_len"]) == ("bumblebee", "model", 2048)
     assert "examples" not in card
@@ -61,7 +61,7 @@ def test_the_model_is_listed_by_its_name(server: Running):
     assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
 
 
-def test_text_goes_to_ids_and_back(server: Running):
+def test_tokenize_and_detokenize(server: Running):
     made = server.post("/tokenize", {"prompt": "Return a new list"}).json()
     assert made["count"] == len(made["tokens"]) and made["max_model_len"] == 2048
     assert server.post("/detokenize", {"tokens": made["tokens"]}).json() == {"prompt": "Return a new list"}
@@ -70,7 +70,7 @@ def test_text_goes_to_ids_and_back(server: Running):
     assert (unknown.status_code, error_of(unknown)["param"]) == (400, "tokens")
 
 
-def test_alive_and_ready_are_told_to_everybody(server: Running):
+def test_health_and_readiness_need_no_key(server: Running):
     for path, said in (("/health", "ok"), ("/ready", "ready")):
         answer = httpx.get(server.url + path)
         assert (answer.status_code, answer.json()) == (200, {"status": said})
@@ -111,7 +111,7 @@ WRONG = {  # name: (method, path, headers, body, status, word of the message)
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_request_is_refused_in_the_error_format_and_the_next_is_served(server: Running, name: str):
+def test_wrong_request_is_rejected_and_the_next_served(server: Running, name: str):
     method, path, headers, body, status, word = WRONG[name]
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), PATIENCE) as connection:
         lines = {"Host": "localhost", "Content-Length": str(len(body)), "Connection": "close", **headers}
@@ -126,14 +126,14 @@ def test_a_wrong_request_is_refused_in_the_error_format_and_the_next_is_served(s
 
 
 @pytest.mark.parametrize("wrong", MALFORMED, ids=[wrong.name for wrong in MALFORMED])
-def test_a_malformed_body_is_refused_by_the_running_server(server: Running, wrong: Malformed):
+def test_malformed_body_is_rejected(server: Running, wrong: Malformed):
     response = server.http.post(wrong.path, content=wrong.body, headers=JSON)
     assert 400 <= response.status_code < 500
     error = error_of(response)
     assert error["param"] == wrong.param and wrong.says in error["message"]
 
 
-def test_after_all_malformed_bodies_a_good_one_is_served(server: Running):
+def test_server_survives_all_malformed_bodies(server: Running):
     for wrong in MALFORMED:
         server.http.post(wrong.path, content=wrong.body, headers=JSON)
     assert server.complete(max_tokens=2).status_code == 200
@@ -143,7 +143,7 @@ def test_after_all_malformed_bodies_a_good_one_is_served(server: Running):
 # -- who leaves ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_leaves_a_stream_frees_its_slot(server: Running):
+def test_disconnect_from_a_stream_cancels_it(server: Running):
     with server.stream(**LONG) as chunks:
         next(chunks)
         assert server.metric("bumblebee_running") == 1
@@ -153,7 +153,7 @@ def test_a_client_that_leaves_a_stream_frees_its_slot(server: Running):
     )
 
 
-def test_a_client_that_leaves_before_its_answer_frees_its_slot(server: Running):
+def test_disconnect_before_the_response_cancels_it(server: Running):
     before = server.metric("bumblebee_new_tokens_total")
     with pytest.raises(httpx.ReadTimeout):
         server.post("/v1/completions", completion(n=3, **LONG), timeout=0.3)
@@ -174,7 +174,7 @@ def narrow(served_folder: Path) -> Iterator[Running]:
         yield running
 
 
-def test_a_full_queue_refuses_and_takes_requests_again_when_there_is_room(narrow: Running):
+def test_full_queue_rejects_until_there_is_room(narrow: Running):
     body = completion(model="mine", stream=True, **LONG)
     streams = [narrow.http.stream("POST", "/v1/completions", json=body) for _ in range(3)]
     running = streams[0].__enter__()
@@ -198,7 +198,7 @@ def test_a_full_queue_refuses_and_takes_requests_again_when_there_is_room(narrow
     assert narrow.post("/v1/completions", completion(model="mine", max_tokens=1)).status_code == 200
 
 
-def test_keys_guard_what_is_computed_and_told(narrow: Running):
+def test_routes_require_the_api_key(narrow: Running):
     wrong = {"Authorization": "Bearer other"}
     for method, path in (("POST", "/v1/completions"), ("POST", "/tokenize"), ("GET", "/v1/models"), ("GET", "/metrics")):
         refused = narrow.http.request(method, path, headers=wrong)
@@ -208,12 +208,12 @@ def test_keys_guard_what_is_computed_and_told(narrow: Running):
     assert (card["id"], card["examples"]) == ("mine", ["How are you?", "Who are you?"])
 
 
-def test_the_bound_of_a_body_is_an_option(narrow: Running):
+def test_max_payload(narrow: Running):
     assert narrow.post("/v1/completions", completion("a" * 1000, model="mine")).status_code == 413
 
 
 @pytest.mark.slow
-def test_a_request_that_takes_too_long_ends_with_an_error(served_folder: Path):
+def test_request_timeout(served_folder: Path):
     with serving(served_folder, "--request_timeout", "1.5") as running:
         with running.stream(**LONG) as chunks:
             last = list(chunks)[-1]
@@ -225,7 +225,7 @@ def test_a_request_that_takes_too_long_ends_with_an_error(served_folder: Path):
 
 
 @pytest.mark.slow
-def test_large_bodies_take_turns_and_small_requests_pass_them(server: Running):
+def test_large_bodies_do_not_block_small_requests(server: Running):
     large = completion("a b c " * 400_000)  # half a second each, to be told that it is too long
     with ThreadPoolExecutor(12) as threads:
         asked = [threads.submit(server.post, "/v1/completions", large) for _ in range(12)]

@@ -69,7 +69,7 @@ async def until(holds: Any) -> None:
     raise AssertionError("it did not come")
 
 
-async def test_a_worker_that_ends_is_replaced_and_the_server_is_ready_again():
+async def test_dead_worker_is_replaced():
     played = Played()
     await played.workers.start()
     assert played.engine_client.state == "loading"
@@ -104,7 +104,7 @@ async def test_a_failed_start_is_retried(caplog: pytest.LogCaptureFixture):
     ],
     ids=["the user's", "ours", "killed"],
 )
-async def test_what_fails_before_a_model_was_there_ends_the_server(message: Any, kind: type[BaseException], said: str):
+async def test_failure_before_the_first_load_is_fatal(message: Any, kind: type[BaseException], said: str):
     played = Played()
     await played.workers.start()
     if message:
@@ -116,7 +116,7 @@ async def test_what_fails_before_a_model_was_there_ends_the_server(message: Any,
     await played.workers.stop()
 
 
-async def test_workers_that_are_stopped_are_not_replaced():
+async def test_stopped_workers_are_not_replaced():
     played = Played(devices=2)
     await played.workers.start()
     for process in played.processes:

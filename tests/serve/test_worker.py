@@ -40,7 +40,7 @@ def received(pipe: Connection) -> StepOutputs:
     return pipe.recv()
 
 
-def test_one_message_a_step_holds_the_outputs_of_all_requests(pipe: Connection):
+def test_one_message_per_step_has_all_outputs(pipe: Connection):
     for id in "ab":
         pipe.send(EngineRequest(id, [5, 6, 7], SamplingParams(max_new_tokens=20, ignore_eos=True)))
     steps: list[StepOutputs] = []
@@ -51,7 +51,7 @@ def test_one_message_a_step_holds_the_outputs_of_all_requests(pipe: Connection):
     assert steps[-1].stats.running == 0
 
 
-def test_a_cancelled_request_is_gone_with_the_next_step_that_hears_of_it(pipe: Connection):
+def test_cancelled_request_ends_with_the_next_step(pipe: Connection):
     pipe.send(EngineRequest("a", [5, 6, 7], LONG))
     step = received(pipe)
     pipe.send(CancelRequest("a"))
@@ -63,7 +63,7 @@ def test_a_cancelled_request_is_gone_with_the_next_step_that_hears_of_it(pipe: C
 
 
 @pytest.mark.parametrize("prompt", [[], [5] * 3000, [10**6]], ids=["empty", "too long", "unknown id"])
-def test_a_request_that_can_never_run_is_refused_and_the_next_one_runs(pipe: Connection, prompt: list[int]):
+def test_impossible_request_is_rejected(pipe: Connection, prompt: list[int]):
     pipe.send(EngineRequest("a", prompt, LONG))
     [(id, why)] = received(pipe).rejected
     assert id == "a" and why
@@ -88,7 +88,7 @@ class Scripted:
         return message
 
 
-def test_it_waits_without_end_only_where_nothing_is_to_do():
+def test_loop_blocks_only_when_idle():
     idle, busy = Scripted(CancelRequest("a"), CancelRequest("b")), Scripted()
     assert receive_messages(idle, busy=False) == [CancelRequest("a"), CancelRequest("b")]
     assert receive_messages(busy, busy=True) == []
@@ -96,5 +96,5 @@ def test_it_waits_without_end_only_where_nothing_is_to_do():
 
 
 @pytest.mark.parametrize("end", [None, EOFError], ids=["told", "the server is gone"])
-def test_it_ends_when_nothing_more_comes(end: Any):
+def test_loop_ends_when_the_pipe_closes(end: Any):
     assert receive_messages(Scripted(CancelRequest("a"), end), busy=True) is None

@@ -1,4 +1,4 @@
-// What test_chat_page.py measures inside of the browser: one object of functions, evaluated there.
+// Checks that the tests of the chat page evaluate in the browser: one object of functions.
 
 ({
   /** Elements and attributes that have no business in a text; icons of the page's own buttons aside. */
@@ -146,8 +146,8 @@
     }
   },
 
-  async putHarmless(html) {
-    const { harmless } = await import("/page/markdown.js");
-    document.getElementById("thread").append(harmless(html));
+  async insertSanitized(html) {
+    const { sanitize } = await import("/page/markdown.js");
+    document.getElementById("thread").append(sanitize(html));
   },
 })

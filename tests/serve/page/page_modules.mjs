@@ -1,4 +1,4 @@
-// Claims about the page's modules that need no browser; test_page_files.py runs them with `node --test`.
+// Tests of the page's modules that need no browser; test_chat_page.py runs them with `node --test`.
 
 import assert from "node:assert/strict";
 import { test } from "node:test";

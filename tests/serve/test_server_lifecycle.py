@@ -33,7 +33,7 @@ def gone(processes: list[psutil.Process], seconds: float = 10) -> bool:
 # -- it begins -------------------------------------------------------------------------------------------------------------
 
 
-def test_while_it_loads_it_is_alive_and_says_503(served_folder: Path):
+def test_loading_server_is_alive_and_returns_503(served_folder: Path):
     with serving(served_folder, ready=False) as running:
         wait_for(lambda: answers(running), "an answer", running.told)
         assert (running.http.get("/ready").status_code, running.http.get("/health").status_code) == (503, 200)
@@ -53,7 +53,7 @@ def answers(running: Running) -> bool:
         return False
 
 
-def test_its_lines_tell_what_it_serves_and_where(served_folder: Path):
+def test_banner_describes_model_and_address(served_folder: Path):
     with serving(served_folder, "--name", "mine", "--cache_tokens", "4096") as running:
         line = running.line("ready: ")
         for part in (
@@ -78,13 +78,13 @@ def refused(*words: str, **options: Any) -> str:
     return done.stderr
 
 
-def test_a_port_in_use_is_one_line_and_leaves_nothing(served_folder: Path):
+def test_port_in_use_is_one_line(served_folder: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"port {port} is in use" in refused("--model", str(served_folder), "--port", str(port))
 
 
-def test_no_folder_no_model_and_no_tokenizer_are_one_line_each(served_folder: Path, tmp_path: Path):
+def test_missing_folder_model_or_tokenizer_is_one_line(served_folder: Path, tmp_path: Path):
     assert "nowhere is no model folder: it is not there" in refused("--model", str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     assert "empty is no model folder: it has no config.json" in refused("--model", str(tmp_path / "empty"))
@@ -112,11 +112,11 @@ def test_no_folder_no_model_and_no_tokenizer_are_one_line_each(served_folder: Pa
         (["--device_map", "auto", "--device", "cpu"], "device_map auto uses all GPUs and cannot be combined with device cpu"),
     ],
 )
-def test_an_option_that_cannot_be_is_one_line(served_folder: Path, words: list[str], said: str):
+def test_invalid_option_is_one_line(served_folder: Path, words: list[str], said: str):
     assert said in refused("--model", str(served_folder), "--port", "0", *words)
 
 
-def test_a_class_of_ones_own_is_run_only_where_that_is_asked_for(shifted_place: Path, server: Running):
+def test_custom_model_class_needs_trust_remote_code(shifted_place: Path, server: Running):
     said = refused("--model", "model", "--port", "0", cwd=shifted_place)
     assert "model holds a shifted.Shifted, whose code would have to be imported" in said
     with serving("model", "--trust_remote_code", cwd=shifted_place) as running:
@@ -124,7 +124,7 @@ def test_a_class_of_ones_own_is_run_only_where_that_is_asked_for(shifted_place: 
     assert own != plain
 
 
-def test_flags_win_over_the_recipe_and_requests_over_both(served_folder: Path, tmp_path: Path):
+def test_requests_override_flags_override_recipe(served_folder: Path, tmp_path: Path):
     recipe = tmp_path / "serve.yaml"
     recipe.write_text(f"model: {served_folder}\nname: recipe\nmax_new_tokens: 3\ntemperature: 0.0\nignore_eos: true\n")
     with serving(served_folder, "--config", str(recipe), "--name", "flag") as running:
@@ -135,7 +135,7 @@ def test_flags_win_over_the_recipe_and_requests_over_both(served_folder: Path, t
         assert running.post("/v1/completions", {**body, "max_tokens": 5}).json()["usage"]["completion_tokens"] == 5
 
 
-def test_an_adapter_folder_is_served_as_the_sum_with_its_base(served_folder: Path, tmp_path: Path):
+def test_adapter_folder_is_served_merged(served_folder: Path, tmp_path: Path):
     import torch
 
     from bumblebee import Bumblebee, Generator, SamplingParams
@@ -163,7 +163,7 @@ def test_an_adapter_folder_is_served_as_the_sum_with_its_base(served_folder: Pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_signal_lets_running_answers_finish_refuses_new_ones_and_ends_with_0(served_folder: Path, number: int):
+def test_signal_drains_and_exits_with_0(served_folder: Path, number: int):
     with serving(served_folder) as running:
         children = running.children
         with running.stream(**{**LONG, "max_tokens": 700}) as chunks:
@@ -185,7 +185,7 @@ def send_to_all(running: Running, number: int) -> None:
         process.send_signal(number)
 
 
-def test_an_answer_that_does_not_finish_in_time_gets_an_error(served_folder: Path):
+def test_drain_timeout_aborts_requests(served_folder: Path):
     with serving(served_folder, "--drain_timeout", "0.2") as running, running.stream(**LONG) as chunks:
         next(chunks)
         running.process.terminate()
@@ -193,7 +193,7 @@ def test_an_answer_that_does_not_finish_in_time_gets_an_error(served_folder: Pat
         assert running.end() == 0
 
 
-def test_a_second_ctrl_c_stops_at_once(served_folder: Path):
+def test_second_ctrl_c_stops_immediately(served_folder: Path):
     with serving(served_folder) as running, running.stream(**LONG) as chunks:
         children = running.children
         next(chunks)
@@ -204,7 +204,7 @@ def test_a_second_ctrl_c_stops_at_once(served_folder: Path):
         assert gone(children)
 
 
-def test_stopped_while_it_loads_it_ends_with_0_and_leaves_nothing(served_folder: Path):
+def test_stop_while_loading_exits_with_0(served_folder: Path):
     with serving(served_folder, ready=False) as running:
         wait_for(lambda: bool(running.workers), "a worker")
         children = running.children
@@ -213,7 +213,7 @@ def test_stopped_while_it_loads_it_ends_with_0_and_leaves_nothing(served_folder:
         assert gone(children)
 
 
-def test_a_worker_that_is_killed_while_the_server_stops_is_not_left_behind(served_folder: Path):
+def test_worker_killed_during_shutdown(served_folder: Path):
     with serving(served_folder) as running:
         for worker in running.workers:
             worker.kill()
@@ -227,7 +227,7 @@ def test_a_worker_that_is_killed_while_the_server_stops_is_not_left_behind(serve
 # -- what it survives ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_worker_gives_its_streams_an_error_and_another_one_answers(served_folder: Path):
+def test_killed_worker_fails_its_requests_and_is_replaced(served_folder: Path):
     with serving(served_folder) as running:
         with running.stream(**LONG) as chunks:
             next(chunks)
@@ -261,7 +261,7 @@ def in_thread(ask: Any) -> Any:
     return Asked()
 
 
-def test_a_server_that_is_killed_leaves_no_process_behind(served_folder: Path):
+def test_killed_server_leaves_no_process(served_folder: Path):
     with serving(served_folder) as running, running.stream(**LONG) as chunks:
         next(chunks)
         children = running.children
@@ -270,7 +270,7 @@ def test_a_server_that_is_killed_leaves_no_process_behind(served_folder: Path):
         assert gone(children), children
 
 
-def test_a_server_that_is_killed_while_it_loads_leaves_no_process_behind(served_folder: Path):
+def test_server_killed_while_loading_leaves_no_process(served_folder: Path):
     with serving(served_folder, ready=False) as running:
         wait_for(lambda: bool(running.workers), "a worker")
         children = running.children
@@ -278,7 +278,7 @@ def test_a_server_that_is_killed_while_it_loads_leaves_no_process_behind(served_
         assert gone(children), children
 
 
-def test_two_workers_share_the_requests_and_one_goes_on_alone(served_folder: Path):
+def test_two_workers_share_requests_and_one_survives(served_folder: Path):
     with serving(served_folder, "--device", "cpu", "cpu") as running:
         running.line("ready: ", count=2)
         with running.stream(**LONG) as first, running.stream(**LONG) as second:
@@ -295,7 +295,7 @@ def test_two_workers_share_the_requests_and_one_goes_on_alone(served_folder: Pat
 # -- load ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_burst_of_200_ends_with_each_answered_or_refused(served_folder: Path):
+def test_burst_of_200_is_answered_or_rejected(served_folder: Path):
     with serving(served_folder, "--max_running", "16", "--max_queue", "100") as running:
         limits = httpx.Limits(max_connections=200)
         with httpx.Client(base_url=running.url, timeout=120, limits=limits) as client, ThreadPoolExecutor(200) as threads:
@@ -310,7 +310,7 @@ def test_a_burst_of_200_ends_with_each_answered_or_refused(served_folder: Path):
         assert running.metric("bumblebee_waiting") == 0
 
 
-def test_nobody_asks_and_it_uses_no_processor(served_folder: Path):
+def test_idle_server_uses_no_cpu(served_folder: Path):
     with serving(served_folder) as running:
         running.complete(max_tokens=4)
         time.sleep(1)
@@ -360,7 +360,7 @@ def kind_of_request(running: Running, number: int) -> int:
     return 200
 
 
-def test_the_server_s_own_process_does_not_import_torch(served_folder: Path):
+def test_server_process_does_not_import_torch(served_folder: Path):
     code = (
         "import sys; from serve.serve_options import ServeOptions; from serve.server import Server;"
         f"Server(ServeOptions({str(served_folder)!r}, port=0)); assert 'torch' not in sys.modules"

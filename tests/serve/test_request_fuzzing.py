@@ -75,7 +75,7 @@ def jobs_of(prompts: RequestBuilder, chat: bool, body: dict[str, Any]) -> list[C
 
 @settings(max_examples=300)
 @given(chat=st.booleans(), data=st.data())
-def test_any_json_gives_jobs_or_a_fault(prompts, chat, data):
+def test_any_json_body_is_accepted_or_rejected(prompts, chat, data):
     changes = data.draw(chats if chat else completions)
     kept = data.draw(st.sets(st.sampled_from(sorted(CHAT if chat else COMPLETION))))
     start = CHAT if chat else COMPLETION
@@ -89,7 +89,7 @@ def test_any_json_gives_jobs_or_a_fault(prompts, chat, data):
 
 
 @given(st.binary(max_size=40))
-def test_any_bytes_are_a_fault(raw):
+def test_any_bytes_are_rejected(raw):
     with pytest.raises(APIError) as caught:
         parse(ChatRequest, raw)
     assert caught.value.status == 400
