@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from bumblebee.nn.attention import Attention
-from bumblebee.nn.lm_head import Head
-from bumblebee.nn.mlp import GatedFFN
+from bumblebee.nn.lm_head import LMHead
+from bumblebee.nn.mlp import GatedMLP
 
 SAME_INPUT: dict[type[nn.Module], tuple[str, ...]] = {  # layers that are called with the same input
     Attention: ("q_proj", "k_proj", "v_proj"),
-    GatedFFN: ("gate_proj", "up_proj"),
+    GatedMLP: ("gate_proj", "up_proj"),
 }
 
 
@@ -129,6 +129,6 @@ def _prepack_together(module: nn.Module, names: tuple[str, ...]) -> None:
 
 def _is_prepackable(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Whether a module is a plain linear layer on the CPU, not a subclass with a forward of its own."""
-    if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, Head):
+    if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, LMHead):
         return False
     return layer.weight.device.type == "cpu" and can_prepack(layer.weight.dtype)
