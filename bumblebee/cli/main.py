@@ -100,10 +100,12 @@ def configure_logging(words: list[str]) -> list[str]:
     remaining = iter(words)
     for word in remaining:
         name, equals, value = word.partition("=")
-        if name == "--log_level":
-            level = value if equals else next(remaining, "")
-        else:
+        if name != "--log_level":
             rest.append(word)
+            continue
+        level = value if equals else next(remaining, "")
+        if rest[:1] == ["serve"]:  # an option of the server, too: it sets the level of uvicorn's log
+            rest += ["--log_level", level]
     if level not in logs.LEVELS:
         from bumblebee.cli.parser import fail
 
