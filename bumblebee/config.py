@@ -75,7 +75,7 @@ class BumblebeeConfig:
         shared_expert_gate: each token scales the output of the shared experts, as in Qwen2-MoE.
         decoder_sparse_step: every n-th layer is sparse, the first of them layer n - 1; all others have one SwiGLU.
         mlp_only_layers: numbers of further layers, from 0, that are not sparse; [0] for a dense first layer, as in DeepSeekMoE.
-        router_balance_loss: what the balance loss looks at, "sequence" or "batch" (see ``bumblebee/nn/balance_losses.py``).
+        router_balance_loss: what the balance loss looks at, "sequence" or "batch" (see ``bumblebee/nn/router_losses.py``).
         router_aux_loss_coef: weight of the balance loss of each layer; 0 for none.
         router_z_loss_coef: weight of the router's z-loss of each layer; 0 for none.
         router_bias_update_rate: balance by a bias in the choice of experts as well, which each optimizer step moves by this

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from bumblebee.nn.attention import Attention
-from bumblebee.nn.lm_head import Head
-from bumblebee.nn.mlp import GatedFFN
+from bumblebee.nn.lm_head import LMHead
+from bumblebee.nn.mlp import GatedMLP
 
 TOGETHER: dict[type[nn.Module], tuple[str, ...]] = {  # layers that are called with the same input
     Attention: ("q_proj", "k_proj", "v_proj"),
-    GatedFFN: ("gate_proj", "up_proj"),
+    GatedMLP: ("gate_proj", "up_proj"),
 }
 
 
@@ -127,6 +127,6 @@ def _pack_together(module: nn.Module, names: tuple[str, ...]) -> None:
 
 def _fits(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Whether it is a plain linear layer that can be packed."""
-    if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, Head):
+    if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, LMHead):
         return False
     return layer.weight.device.type == "cpu" and can_pack(layer.weight.dtype)

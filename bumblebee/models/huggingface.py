@@ -34,8 +34,8 @@ from bumblebee.config import BumblebeeConfig
 from bumblebee.models.base import LanguageModel
 from bumblebee.models.load_context import current_load_context
 from bumblebee.nn import IGNORE_INDEX
-from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, choose
-from bumblebee.nn.lm_head import Head
+from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, select_kernel
+from bumblebee.nn.lm_head import LMHead
 
 NAME = "bumblebee"  # of our attention function, among those of transformers
 _NOT_COMPUTED = ("softcap", "s_aux", "position_bias", "head_mask")  # what attention may be asked for and ours does not have
@@ -65,7 +65,7 @@ def _attend(
         q = q * (scaling * q.shape[-1] ** 0.5)
     if bumblebee_pass.cache is not None:
         return bumblebee_pass.cache[module.layer_idx].attend(q, k, v, sliding_window), None
-    kernel = KERNELS[choose(bumblebee_pass.kernel, q.dtype)]
+    kernel = KERNELS[select_kernel(bumblebee_pass.kernel, q.dtype)]
     return kernel(q, k, v, bumblebee_pass.mask, sliding_window, dropout), None
 
 
@@ -82,13 +82,13 @@ class HuggingFaceModel(LanguageModel):
 
     def __init__(self, model: Any, attention: str = "auto") -> None:
         super().__init__()
-        choose(attention, torch.bfloat16)
+        select_kernel(attention, torch.bfloat16)
         _check(model)
         self.attention = attention
         self.config = _config_of(model)
         self.theirs = (model,)  # in a tuple, or it would be a part of its own beside its parts
         self.__dict__["_modules"] = model._modules  # one table of parts: what is put in a part's place is so in both
-        Head.adopt(model.get_output_embeddings())
+        LMHead.adopt(model.get_output_embeddings())
         self.plain_head: bool | None = None  # found out in the first forward pass
         self.files = ForeignFiles(self.config, _raw(model), _renamed(model), set(tied(self.state_dict(keep_vars=True))))
 
@@ -142,7 +142,7 @@ class HuggingFaceModel(LanguageModel):
             self.plain_head = self._head_is_plain(input_ids[:1, :4])
         told = self._told(position_ids, mask, cache)
         head = self.theirs[0].get_output_embeddings()
-        if not self.plain_head or (labels is not None and not isinstance(head, Head)):
+        if not self.plain_head or (labels is not None and not isinstance(head, LMHead)):
             return self._from_logits(self.theirs[0](input_ids, **told).logits, labels, logits_at)
         hidden = self.theirs[0].base_model(input_ids, **told).last_hidden_state
         if logits_at is not None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from bumblebee.checkpoint.adapters import is_adapter_key
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
-from bumblebee.nn.lm_head import Head
+from bumblebee.nn.lm_head import LMHead
 
 # By Hugging Face's parameter names; the first match counts.
 _COMPONENTS = {"attention": r"(^|\.)(self_attn|attention|attn)\.", "mlp": r"(^|\.)(mlp|ffn|feed_forward|experts)\."}
@@ -17,7 +17,7 @@ _COMPONENTS = {"attention": r"(^|\.)(self_attn|attention|attn)\.", "mlp": r"(^|\
 def count_by_component(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Total and trainable parameters of each component. A tied embedding and LM head count once."""
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    heads = {id(p) for module in model.modules() if isinstance(module, Head) for p in module.parameters()}
+    heads = {id(p) for module in model.modules() if isinstance(module, LMHead) for p in module.parameters()}
     tied = bool(embeddings & heads)
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():

@@ -12,7 +12,7 @@ from bumblebee.datamodule import Batch
 from bumblebee.distributed.deepspeed.ds_config import HALF_DTYPES, read_overrides
 from bumblebee.hardware import flops
 from bumblebee.nn import IGNORE_INDEX
-from bumblebee.nn.attention_kernels import choose
+from bumblebee.nn.attention_kernels import select_kernel
 from bumblebee.preview.memory_estimate import BUCKET_SIZE, BatchShape, MemoryEstimate, ModelSize, TrainingSetup, estimate_memory
 from bumblebee.tasks.task import Task
 from bumblebee.trainer import Trainer
@@ -63,7 +63,7 @@ class Workload:
     def attention_kernel(self) -> str | None:
         """The attention kernel; None for a model class other than Bumblebee."""
         attention = getattr(self.model, "attention", None)
-        return choose(attention, self.dtype) if isinstance(attention, str) else None
+        return select_kernel(attention, self.dtype) if isinstance(attention, str) else None
 
     @property
     def dtype(self) -> torch.dtype:

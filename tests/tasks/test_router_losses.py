@@ -13,7 +13,7 @@ from helpers.training_runs import Pairs, Rows, small_model, train
 
 from bumblebee.datamodule import Batch
 from bumblebee.nn import IGNORE_INDEX
-from bumblebee.nn.balance_losses import batch_balance, sequence_balance, z_loss
+from bumblebee.nn.router_losses import batch_balance_loss, sequence_balance_loss, z_loss
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.reference import FrozenReference
@@ -74,8 +74,8 @@ def test_the_loss_of_a_step_is_the_published_sum_over_layers(balance):
     for routed in outputs:
         logits, experts = routed.logits.view(8, 16, 4), routed.experts.view(8, 16, 2)
         means = {
-            "sequence": sequence_balance(logits, experts, counted).sum() / 7,
-            "batch": batch_balance(logits, experts, counted),
+            "sequence": sequence_balance_loss(logits, experts, counted).sum() / 7,
+            "batch": batch_balance_loss(logits, experts, counted),
         }
         loss = loss + 0.5 * means[balance] + 0.1 * z_loss(logits, counted).sum() / counted.sum()
     model.zero_grad()
