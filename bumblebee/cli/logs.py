@@ -62,16 +62,20 @@ def write_line(text: str) -> None:
 
 
 def pop_log_level(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the value of ``--log_level``, which may stand anywhere and defaults to "info", and the remaining words."""
-    level, rest = "info", []
+    """Return the value of ``--log_level``, which may stand anywhere and defaults to "info", and the remaining words.
+
+    ``serve`` also has an option of this name, the level of uvicorn's log: it keeps the words.
+    """
+    level, rest, own = "info", [], []
     remaining = iter(words)
     for word in remaining:
         name, equals, value = word.partition("=")
         if name == "--log_level":
             level = value if equals else next(remaining, "")
+            own = ["--log_level", level]
         else:
             rest.append(word)
     if level not in LEVELS:
         got = repr(level) if level else "nothing"
         fail(f"--log_level: expected {', '.join(LEVELS[:-1])} or {LEVELS[-1]}, got {got}")
-    return level, rest
+    return level, rest + own if rest[:1] == ["serve"] else rest

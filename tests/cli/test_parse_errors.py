@@ -101,9 +101,8 @@ ON_THE_COMMAND_LINE = {
     "--data.files bad.jsonl": "data.files: bad.jsonl:2: no key 'text'; the record's keys: 'txt'",
     "--data.tokenizer nowhere": "data.tokenizer: nowhere is not a tokenizer folder: it does not exist",
     "--data.tokenizer .": "data.tokenizer: . is not a tokenizer folder: it has no tokenizer.json",
-    "--task.model.config.vocab_size 399": "the tokenizer has 400 ids, the model's vocab_size is 399: take the model's own"
-    " tokenizer, or make a new model larger: --task.model.config.vocab_size 400",
-    "--trainer.resume nowhere": "trainer.resume: nowhere is no complete checkpoint; in out there are: none",
+    "--task.model.config.vocab_size 399": "the tokenizer has 400 ids, the model's vocab_size is 399; use ...",
+    "--trainer.resume nowhere": "trainer.resume: nowhere is not a complete checkpoint; checkpoints in out: none",
     "--trainer.deepspeed nope.json": "trainer.deepspeed: cannot read nope.json: ...",
     "--output_dir data.jsonl": "output_dir: data.jsonl is a file, not a folder",
     "--output_dir /proc/nowhere/out": "output_dir: cannot write to /proc/nowhere/out: No such file or directory",
