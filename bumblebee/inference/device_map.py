@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from bumblebee.adapter_folders import base_model_folder
-from bumblebee.checkpoint.hf_folder import is_ours, load_config, load_weights, parameters_on_meta, weight_files
+from bumblebee.checkpoint.hf_folder import is_ours, load_config, load_weights, weight_files
 from bumblebee.model import Bumblebee
-from bumblebee.models.base import LanguageModel
-from bumblebee.models.custom_class import class_for
+from bumblebee.models.base import LanguageModel, resolve_model_class
+from bumblebee.models.load_context import meta_parameters
 from bumblebee.nn.attention_kernels import AttentionMask
 
 SHARE = 0.8  # of a device's free memory for weights; the rest is for the cache and what is being computed
@@ -97,8 +97,8 @@ def load_on_devices(
     if not is_ours(base_model_folder(folder)):
         raise ValueError(f"device_map: only models that Bumblebee computes itself can be spread, and {folder} holds another")
     config = load_config(folder)
-    with parameters_on_meta():
-        model = class_for(Bumblebee, folder, config, trust_remote_code)(config)
+    with meta_parameters():
+        model = resolve_model_class(Bumblebee, folder, config, trust_remote_code)(config)
     sizes = part_sizes(model, _bytes_per_parameter(folder, model) if dtype is None else dtype.itemsize)
     numbers = plan(sizes, [int(SHARE * each) for each in memory])
     places = [devices[number] for number in numbers]
