@@ -194,7 +194,7 @@ def test_the_callbacks_work_with_adapters(base: Path, tmp_path: Path, stage: int
     trained = sum(tensor.numel() for tensor in adapter(tmp_path / "run").values())
     assert summary["trainable_parameters"] == trained
     assert summary["parameters"] == trained + small_model().num_parameters()
-    assert f"({trained / summary['parameters']:.2%}) trained" in capsys.readouterr().out
+    assert f"({trained / summary['parameters']:.2%}) trainable" in capsys.readouterr().out
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def test_a_folder_that_cannot_be_used_is_refused_before_anything_is_written(tmp_
         train(tmp_path / "file")
     with pytest.raises(ValueError, match="nothing to train on"):
         train(tmp_path / "new", data={"samples": 0})
-    with pytest.raises(ValueError, match="trainer.resume: nowhere is no complete checkpoint"):
+    with pytest.raises(ValueError, match="trainer.resume: nowhere is not a complete checkpoint"):
         train(tmp_path / "new", resume="nowhere")
     with pytest.raises(ValueError, match="trainer.deepspeed.zero_optimization.stage"):
         train(tmp_path / "new", deepspeed={"zero_optimization": {"stage": 3}})

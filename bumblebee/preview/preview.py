@@ -26,6 +26,7 @@ from bumblebee.preview.workload import Workload
 from bumblebee.recipe import OptimizerFactory, Run, dump
 from bumblebee.tasks.task import Task
 from bumblebee.training.run_folder import check_free, find_resume
+from bumblebee.training.setup import engine_options, make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +119,11 @@ def _set_up(run: Run, config: Namespace, ranks: int | None, gpu: bool) -> tuple[
     data.setup(run.seed)
     task.setup(data)
     ranks = ranks or process_group.world_size()
-    plan = trainer.plan_for(data, run.seed, ranks, find_resume(trainer.resume, Path(run.output_dir)))
+    plan = make_plan(trainer, data, run.seed, ranks, find_resume(trainer.resume, Path(run.output_dir)))
     learning_rate, optimizer_bytes = probe_optimizer(run.optimizer, config.optimizer)
     parameter_groups(task.model, trainer.groups)
     hidden_size = getattr(getattr(task.model, "config", None), "hidden_size", None)
-    deepspeed_config(trainer.engine_options(hidden_size))
+    deepspeed_config(engine_options(trainer, hidden_size))
     largest = select_micro_batches(data, trainer.micro_batch_size, run.seed)[0]
     batch = data.collate([data.train[index] for index in largest])
     _require_targets(task, data, batch)

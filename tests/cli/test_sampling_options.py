@@ -7,14 +7,14 @@ from dataclasses import fields
 import pytest
 
 from bumblebee.cli.parser import Parser
-from bumblebee.cli.sampling_options import add_sampling_options, given_sampling
+from bumblebee.cli.sampling_options import add_sampling_options, explicit_sampling
 from bumblebee.inference.sampling_params import SamplingParams
 
 
 def given(*words: str, group: str = "", leave_out: tuple[str, ...] = ()) -> dict:
     parser = Parser(prog="test")
     add_sampling_options(parser, group, leave_out)
-    return given_sampling(parser.parse(list(words)), group)
+    return explicit_sampling(parser.parse(list(words)), group)
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,10 @@ def test_a_field_that_is_left_out_is_no_option(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--temperature", "hot"], "temperature: expected a number or null, got hot"),
-        (["--temperature"], "--temperature: expected a value after it"),
-        (["--stop"], "--stop: expected a value after it"),
-        (["--stop_ids", "x"], "stop_ids: expected a whole number or null, got x"),
+        (["--temperature", "hot"], "temperature: expected a number or null, got 'hot'"),
+        (["--temperature"], "--temperature: expected a value"),
+        (["--stop"], "--stop: expected a value"),
+        (["--stop_ids", "x"], "stop_ids: expected an integer or null, got 'x'"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named_in_one_line(words, message, capsys):

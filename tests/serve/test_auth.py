@@ -1,4 +1,4 @@
-"""Who may ask, and when a server may start without a key."""
+"""Bearer tokens, the Host check, and which addresses require a key."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def test_each_of_several_keys_is_accepted(authorization: str):
     "authorization", [None, "", "first", "Bearer", "Bearer ", "Bearer firs", "Bearer firstt", "Basic first", "Bearer \xff"]
 )
 def test_wrong_authorization_is_rejected(authorization: str | None):
-    with pytest.raises(APIError) as refused:
+    with pytest.raises(APIError) as caught:
         auth(api_key="first").check_key(authorization)
-    assert (refused.value.status, refused.value.code) == (401, "invalid_api_key")
-    assert refused.value.headers == {"WWW-Authenticate": "Bearer"}
+    assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
+    assert caught.value.headers == {"WWW-Authenticate": "Bearer"}
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
@@ -60,9 +60,9 @@ def test_local_names_and_addresses_are_accepted_without_a_key(host: str | None):
     "host", ["evil.com", "evil.com:8000", "127.0.0.1.evil.com", "localhost.evil.com", "[", "a@b", "localhost."]
 )
 def test_rebindable_host_names_are_rejected_without_a_key(host: str):
-    with pytest.raises(APIError, match="--api_key KEY or --without_key") as refused:
+    with pytest.raises(APIError, match="--api_key KEY or --without_key") as caught:
         auth().check_host(host)
-    assert refused.value.status == 403
+    assert caught.value.status == 403
     auth(without_key=True).check_host(host)
     auth(api_key="first").check_host(host)
 

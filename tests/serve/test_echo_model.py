@@ -1,4 +1,4 @@
-"""The model that the server's tests talk to says what it was made to say."""
+"""The echo model used by the server's tests outputs exactly its text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client may keep a server waiting with: the head of a request and its body; and an address that is taken."""
+"""Limits on the head and body of a request, and the listening socket."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[tuple[str, int]]:
-    """Of a server that says ok; heads and bodies have 0.3 s."""
+    """Address of a server that returns ok, with timeouts of 0.3 s for heads and bodies."""
 
     async def answer(request: Request) -> PlainTextResponse:
         if request.method == "POST":
@@ -48,8 +48,8 @@ def address() -> Iterator[tuple[str, int]]:
         thread.join()
 
 
-def answers(client: socket.socket) -> bytes:
-    """What comes until the server closes the connection, or for two seconds."""
+def receive(client: socket.socket) -> bytes:
+    """Everything received until the server closes the connection, or for two seconds."""
     client.settimeout(2)
     received = b""
     try:
@@ -62,11 +62,11 @@ def answers(client: socket.socket) -> bytes:
         return received + b"closed"
 
 
-@pytest.mark.parametrize("begun", [b"", b"GET /", GET, GET + b"\r\n" + GET])
-def test_missing_head_closes_the_connection(address: tuple[str, int], begun: bytes):
+@pytest.mark.parametrize("sent", [b"", b"GET /", GET, GET + b"\r\n" + GET])
+def test_missing_head_closes_the_connection(address: tuple[str, int], sent: bytes):
     with socket.create_connection(address) as client:
-        client.sendall(begun)
-        assert answers(client).endswith(b"closed")
+        client.sendall(sent)
+        assert receive(client).endswith(b"closed")
 
 
 def test_trickling_head_gets_no_extra_time(address: tuple[str, int]):
@@ -81,9 +81,9 @@ def test_oversized_head_is_rejected(address: tuple[str, int], head: bytes):
     with socket.create_connection(address) as client:
         try:
             client.sendall(head)
-        except OSError:  # it has been closed already
+        except OSError:  # already closed
             return
-        received = answers(client)
+        received = receive(client)
     assert received == b"closed" or received.startswith(b"HTTP/1.1 400 ")
 
 
@@ -94,13 +94,13 @@ def test_keep_alive_outlasts_the_head_timeout(address: tuple[str, int]):
             time.sleep(0.4)
             assert client.recv(65536).endswith(b"ok")
         client.sendall((GET + b"\r\n") * 2)
-        assert answers(client).count(b"\r\n\r\nok") == 2
+        assert receive(client).count(b"\r\n\r\nok") == 2
 
 
 def test_missing_body_times_out(address: tuple[str, int]):
     with socket.create_connection(address) as client:
         client.sendall(POST + b"{")
-        received = answers(client)
+        received = receive(client)
     assert received.startswith(b"HTTP/1.1 408 ") and received.endswith(b"closed"), received
 
 
@@ -118,4 +118,4 @@ def test_printing_to_a_closed_pipe_is_not_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stdout", file)
     print_line("ready")
     with pytest.raises(BrokenPipeError):
-        file.close()  # what it could not write is still there
+        file.close()  # its buffer still holds the line

@@ -1,4 +1,4 @@
-"""OpenAI's own client, and the server as it runs: what is written for one works with the other."""
+"""OpenAI's client against a running server."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from helpers.echo_model import write_echo_model
 from helpers.server_process import Running, serving
 
-SAID = "Hé **bees** 🐝!"
+ANSWER = "Hé **bees** 🐝!"
 CALL = '<tool_call>\n{"name": "fly", "arguments": {"to": "花", "at": 3}}\n</tool_call>'
-TEXT = f"{SAID}\n{CALL}"
+TEXT = f"{ANSWER}\n{CALL}"
 TOOLS = [
     {
         "type": "function",
@@ -99,7 +99,7 @@ def test_logit_bias_forces_a_token(client, running):
 def test_tool_call_round_trip(client):
     answer = client.chat.completions.create(**ASK, tools=TOOLS, tool_choice="auto")
     choice = answer.choices[0]
-    assert (choice.finish_reason, choice.message.content) == ("tool_calls", SAID)
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", ANSWER)
     (call,) = choice.message.tool_calls
     assert (call.function.name, json.loads(call.function.arguments)) == ("fly", {"to": "花", "at": 3})
     messages = [QUESTION, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "landed"}]
@@ -111,7 +111,7 @@ def test_client_parses_streamed_tool_calls(client):
     with client.chat.completions.stream(**ASK, tools=TOOLS) as stream:
         kinds = [event.type for event in stream]
         choice = stream.get_final_completion().choices[0]
-    assert (choice.finish_reason, choice.message.content) == ("tool_calls", SAID)
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", ANSWER)
     assert json.loads(choice.message.tool_calls[0].function.arguments) == {"to": "花", "at": 3}
     assert "content.delta" in kinds and "tool_calls.function.arguments.done" in kinds
 
@@ -132,45 +132,45 @@ async def test_async_client(async_client):
     assert answer.choices[0].message.content == TEXT
     stream = await async_client.chat.completions.create(**ASK, stream=True, tools=TOOLS)
     deltas = [chunk.choices[0].delta async for chunk in stream]
-    assert "".join(delta.content or "" for delta in deltas) == SAID
+    assert "".join(delta.content or "" for delta in deltas) == ANSWER
     assert [call.function.name for delta in deltas for call in delta.tool_calls or []] == ["fly"]
 
 
-def refused(kind, ask, **changes):
+def rejected(kind, create, **changes):
     with pytest.raises(kind) as caught:
-        ask(**{**ASK, **changes})
-    assert caught.value.message.startswith("Error code") and caught.value.type  # the client has found OpenAI's error object
+        create(**{**ASK, **changes})
+    assert caught.value.message.startswith("Error code") and caught.value.type  # the client has parsed OpenAI's error object
     return caught.value
 
 
 def test_errors_raise_the_clients_exceptions(client):
-    ask = client.chat.completions.create
-    error = refused(openai.BadRequestError, ask, temperature=3)
+    create = client.chat.completions.create
+    error = rejected(openai.BadRequestError, create, temperature=3)
     assert (error.param, error.code, error.type) == ("temperature", "invalid_value", "invalid_request_error")
     assert "Invalid value for 'temperature': must be at most 2" in str(error)
-    assert refused(openai.BadRequestError, ask, extra_body={"tempreature": 1}).code == "unknown_parameter"
-    assert refused(openai.BadRequestError, ask, stream=True, n=0).param == "n"
+    assert rejected(openai.BadRequestError, create, extra_body={"tempreature": 1}).code == "unknown_parameter"
+    assert rejected(openai.BadRequestError, create, stream=True, n=0).param == "n"
     long = [{"role": "user", "content": "long " * 5000}]
-    assert refused(openai.BadRequestError, ask, messages=long).code == "context_length_exceeded"
-    assert refused(openai.NotFoundError, ask, model="gpt-4o").code == "model_not_found"
+    assert rejected(openai.BadRequestError, create, messages=long).code == "context_length_exceeded"
+    assert rejected(openai.NotFoundError, create, model="gpt-4o").code == "model_not_found"
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="bumblebee", input="Hello")
 
 
 def test_structured_output_is_rejected_by_name(client):
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
-    error = refused(openai.BadRequestError, client.chat.completions.create, response_format=schema)
+    error = rejected(openai.BadRequestError, client.chat.completions.create, response_format=schema)
     assert (error.param, error.code) == ("response_format", "unsupported_parameter")
 
 
 def test_wrong_key_is_an_authentication_error(client):
-    stranger = client.with_options(api_key="wrong")
-    assert refused(openai.AuthenticationError, stranger.chat.completions.create).code == "invalid_api_key"
+    other_client = client.with_options(api_key="wrong")
+    assert rejected(openai.AuthenticationError, other_client.chat.completions.create).code == "invalid_api_key"
     with pytest.raises(openai.AuthenticationError):
-        stranger.models.list()
+        other_client.models.list()
 
 
 def test_full_queue_is_a_rate_limit_error(client):
-    error = refused(openai.RateLimitError, client.chat.completions.create, n=9)
+    error = rejected(openai.RateLimitError, client.chat.completions.create, n=9)
     assert error.response.headers["retry-after"]
     assert client.chat.completions.create(**ASK).choices[0].message.content == TEXT

@@ -1,4 +1,4 @@
-"""Whatever is posted, there is an answer or a fault of the one who posted it: never an error of ours."""
+"""Any request body is accepted or rejected with status 400, never an internal error."""
 
 from __future__ import annotations
 
@@ -57,35 +57,37 @@ completions = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="module")
-def prompts(tokenizer_folder):
+def builder(tokenizer_folder):
     return RequestBuilder(Tokenizer.from_pretrained(tokenizer_folder), 256, 400, system_prompt="Be kind.")
 
 
-def jobs_of(prompts: RequestBuilder, chat: bool, body: dict[str, Any]) -> list[ChoiceRequest]:
+def build(builder: RequestBuilder, chat: bool, body: dict[str, Any]) -> list[ChoiceRequest]:
     raw = json.dumps(body).encode()
     if chat:
         request = parse(ChatRequest, raw)
-        ChatResponseBuilder(request, "m", prompts.tokenizer, prompts.tool_call_format).first_chunks()
-        return prompts.chat(request)
+        ChatResponseBuilder(request, "m", builder.tokenizer, builder.tool_call_format).first_chunks()
+        return builder.chat(request)
     completion = parse(CompletionRequest, raw)
-    echoes = [prompts.echo(prompt) for prompt in completion.prompt] if completion.echo else None
-    CompletionResponseBuilder(completion, "m", prompts.tokenizer, echoes).first_chunks()
-    return prompts.completion(completion)
+    echoes = [builder.echo(prompt) for prompt in completion.prompt] if completion.echo else None
+    CompletionResponseBuilder(completion, "m", builder.tokenizer, echoes).first_chunks()
+    return builder.completion(completion)
 
 
 @settings(max_examples=300)
 @given(chat=st.booleans(), data=st.data())
-def test_any_json_body_is_accepted_or_rejected(prompts, chat, data):
+def test_any_json_body_is_accepted_or_rejected(builder, chat, data):
     changes = data.draw(chats if chat else completions)
-    kept = data.draw(st.sets(st.sampled_from(sorted(CHAT if chat else COMPLETION))))
-    start = CHAT if chat else COMPLETION
-    body = {**changes, **{name: start[name] for name in kept}}
+    base_fields = data.draw(st.sets(st.sampled_from(sorted(CHAT if chat else COMPLETION))))
+    base = CHAT if chat else COMPLETION
+    body = {**changes, **{name: base[name] for name in base_fields}}
     try:
-        jobs = jobs_of(prompts, chat, body)
-    except APIError as fault:
-        assert fault.status == 400 and fault.message and json.dumps(fault.body(), allow_nan=False).isascii()
+        requests = build(builder, chat, body)
+    except APIError as error:
+        assert error.status == 400 and error.message and json.dumps(error.body(), allow_nan=False).isascii()
     else:
-        assert jobs and all(job.prompt and len(job.prompt) + job.params.max_new_tokens <= 256 for job in jobs)
+        assert requests and all(
+            choice.prompt and len(choice.prompt) + choice.params.max_new_tokens <= 256 for choice in requests
+        )
 
 
 @given(st.binary(max_size=40))

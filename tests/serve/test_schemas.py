@@ -1,4 +1,4 @@
-"""Bodies of requests: what is accepted, and what is said about what is not."""
+"""Request schemas: accepted and rejected bodies."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_detokenize_accepts_ids():
 
 
 def test_error_has_openai_format():
-    fault = APIError(429, "The queue is full.", code="queue_full", headers={"Retry-After": "2"})
-    assert fault.body() == {
+    error = APIError(429, "The queue is full.", code="queue_full", headers={"Retry-After": "2"})
+    assert error.body() == {
         "error": {"message": "The queue is full.", "type": "rate_limit_error", "param": None, "code": "queue_full"}
     }
 

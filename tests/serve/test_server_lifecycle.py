@@ -1,4 +1,4 @@
-"""A server's life: how it begins, what it survives, how it ends. Each test has a server of its own."""
+"""The server's life cycle: start, shutdown, crashes and load. Each test starts its own server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 from helpers.processes import run_command
-from helpers.server_process import PATIENCE, Running, completion, serving, wait_for
+from helpers.server_process import TIMEOUT, Running, completion, serving, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -26,27 +26,27 @@ LONG = {"max_tokens": 2000, "ignore_eos": True, "temperature": 1.0}
 
 
 def gone(processes: list[psutil.Process], seconds: float = 10) -> bool:
-    """Whether all of them end in time; one that nobody has waited for yet is gone, too."""
+    """Whether all processes end in time; zombies count as ended."""
     return not psutil.wait_procs(processes, timeout=seconds)[1]
 
 
-# -- it begins -------------------------------------------------------------------------------------------------------------
+# -- start -----------------------------------------------------------------------------------------------------------------
 
 
 def test_loading_server_is_alive_and_returns_503(served_folder: Path):
     with serving(served_folder, ready=False) as running:
-        wait_for(lambda: answers(running), "an answer", running.told)
+        wait_for(lambda: responds(running), "a response", running.output)
         assert (running.http.get("/ready").status_code, running.http.get("/health").status_code) == (503, 200)
-        refused = running.complete()
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "loading")
-        assert refused.headers["retry-after"] == "1"
+        rejected = running.complete()
+        assert (rejected.status_code, rejected.json()["error"]["code"]) == (503, "loading")
+        assert rejected.headers["retry-after"] == "1"
         assert running.http.get("/v1/models").status_code == 200
         running.line("ready: ")
         assert running.http.get("/ready").status_code == 200
         assert running.complete(max_tokens=1).status_code == 200
 
 
-def answers(running: Running) -> bool:
+def responds(running: Running) -> bool:
     try:
         return running.http.get("/health").status_code == 200
     except httpx.ConnectError:
@@ -67,11 +67,17 @@ def test_banner_describes_model_and_address(served_folder: Path):
         ):
             assert part in line
         running.http.get("/v1/models")
-        assert len(running.lines) == 2, "no line for each request"
+        assert len(running.lines) == 2, "requests are not logged"
 
 
-def refused(*words: str, **options: Any) -> str:
-    """The one line that a server which cannot start says."""
+def test_log_level_info_logs_each_request(served_folder: Path):
+    with serving(served_folder, "--log_level", "info") as running:
+        running.http.get("/v1/models")
+        wait_for(lambda: "GET /v1/models" in running.output(), "a log line", running.output)
+
+
+def rejected(*words: str, **options: Any) -> str:
+    """The one-line error of a server that cannot start."""
     done = run_command("serve", *words, **options)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -81,23 +87,23 @@ def refused(*words: str, **options: Any) -> str:
 def test_port_in_use_is_one_line(served_folder: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"port {port} is in use" in refused("--model", str(served_folder), "--port", str(port))
+        assert f"port {port} is in use" in rejected("--model", str(served_folder), "--port", str(port))
 
 
 def test_missing_folder_model_or_tokenizer_is_one_line(served_folder: Path, tmp_path: Path):
-    assert "nowhere is no model folder: it is not there" in refused("--model", str(tmp_path / "nowhere"))
+    assert "nowhere is no model folder: it is not there" in rejected("--model", str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    assert "empty is no model folder: it has no config.json" in refused("--model", str(tmp_path / "empty"))
+    assert "empty is no model folder: it has no config.json" in rejected("--model", str(tmp_path / "empty"))
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((served_folder / "config.json").read_bytes())
-    assert "bare is not a tokenizer folder: it has no tokenizer.json" in refused("--model", str(bare))
+    assert "bare is not a tokenizer folder: it has no tokenizer.json" in rejected("--model", str(bare))
     (bare / "tokenizer.json").write_bytes((served_folder / "tokenizer.json").read_bytes())
-    assert "has no model.safetensors" in refused("--model", str(bare), "--port", "0")
+    assert "has no model.safetensors" in rejected("--model", str(bare), "--port", "0")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--host", "0.0.0.0"], "set --api_key KEY"),
@@ -112,13 +118,13 @@ def test_missing_folder_model_or_tokenizer_is_one_line(served_folder: Path, tmp_
         (["--device_map", "auto", "--device", "cpu"], "device_map auto uses all GPUs and cannot be combined with device cpu"),
     ],
 )
-def test_invalid_option_is_one_line(served_folder: Path, words: list[str], said: str):
-    assert said in refused("--model", str(served_folder), "--port", "0", *words)
+def test_invalid_option_is_one_line(served_folder: Path, words: list[str], message: str):
+    assert message in rejected("--model", str(served_folder), "--port", "0", *words)
 
 
 def test_custom_model_class_needs_trust_remote_code(shifted_place: Path, server: Running):
-    said = refused("--model", "model", "--port", "0", cwd=shifted_place)
-    assert "model holds a shifted.Shifted, whose code would have to be imported" in said
+    message = rejected("--model", "model", "--port", "0", cwd=shifted_place)
+    assert "model holds a shifted.Shifted, whose code would have to be imported" in message
     with serving("model", "--trust_remote_code", cwd=shifted_place) as running:
         own, plain = (each.complete(max_tokens=8, temperature=0.0).json()["choices"][0]["text"] for each in (running, server))
     assert own != plain
@@ -159,7 +165,7 @@ def test_adapter_folder_is_served_merged(served_folder: Path, tmp_path: Path):
     assert answer["choices"][0]["text"] == adapted
 
 
-# -- it ends -----------------------------------------------------------------------------------------------------------------
+# -- shutdown ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
@@ -170,17 +176,17 @@ def test_signal_drains_and_exits_with_0(served_folder: Path, number: int):
             next(chunks)
             send_to_all(running, number)
             wait_for(lambda: running.http.get("/ready").status_code == 503, "draining")
-            refused = running.complete()
-            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            rejected = running.complete()
+            assert (rejected.status_code, rejected.json()["error"]["code"]) == (503, "draining")
             rest = list(chunks)
         assert rest[-1]["choices"][0]["finish_reason"] == "length"
         assert running.end() == 0
         assert gone(children)
-        assert "Traceback" not in running.told()
+        assert "Traceback" not in running.output()
 
 
 def send_to_all(running: Running, number: int) -> None:
-    """A terminal sends Ctrl-C to all processes in it, and systemd SIGTERM to all of a service."""
+    """Like a terminal, which sends Ctrl-C to all its processes, and systemd, which sends SIGTERM to all of a service."""
     for process in [psutil.Process(running.process.pid), *running.workers]:
         process.send_signal(number)
 
@@ -219,34 +225,34 @@ def test_worker_killed_during_shutdown(served_folder: Path):
             worker.kill()
         running.line("warning: worker process")
         running.process.terminate()
-        wait_for(lambda: running.process.poll() is not None, "its end", running.told, 20)
+        wait_for(lambda: running.process.poll() is not None, "its end", running.output, 20)
         assert running.end() == 0
-        assert "Traceback" not in running.told()
+        assert "Traceback" not in running.output()
 
 
-# -- what it survives ----------------------------------------------------------------------------------------------------------
+# -- crashes -------------------------------------------------------------------------------------------------------------------
 
 
 def test_killed_worker_fails_its_requests_and_is_replaced(served_folder: Path):
     with serving(served_folder) as running:
         with running.stream(**LONG) as chunks:
             next(chunks)
-            whole = in_thread(lambda: running.complete(**LONG))
+            whole = run_in_thread(lambda: running.complete(**LONG))
             running.wait_for_metric("bumblebee_running", 2)
             [worker] = running.workers
             worker.kill()
             assert list(chunks)[-1]["error"]["code"] == "worker_died"
-        whole.thread.join(PATIENCE)
+        whole.thread.join(TIMEOUT)
         assert (whole.result.status_code, whole.result.json()["error"]["code"]) == (500, "worker_died")
         assert running.http.get("/ready").status_code == 503
         assert running.http.get("/health").status_code == 200
         running.line("ready: ", count=2)
         assert running.complete(max_tokens=1).status_code == 200
-        assert "killed by signal 9" in running.told()
+        assert "killed by signal 9" in running.output()
 
 
-def in_thread(ask: Any) -> Any:
-    """Ask without waiting: ``.thread`` and, when it has ended, ``.result``."""
+def run_in_thread(ask: Any) -> Any:
+    """Run in a thread: ``.thread``, and ``.result`` after it has ended."""
 
     class Asked:
         result: Any = None
@@ -265,7 +271,7 @@ def test_killed_server_leaves_no_process(served_folder: Path):
     with serving(served_folder) as running, running.stream(**LONG) as chunks:
         next(chunks)
         children = running.children
-        assert len(children) >= 2  # the worker, and multiprocessing's own helper
+        assert len(children) >= 2  # the worker and multiprocessing's resource tracker
         running.process.kill()
         assert gone(children), children
 
@@ -300,10 +306,10 @@ def test_burst_of_200_is_answered_or_rejected(served_folder: Path):
         limits = httpx.Limits(max_connections=200)
         with httpx.Client(base_url=running.url, timeout=120, limits=limits) as client, ThreadPoolExecutor(200) as threads:
             body = completion(max_tokens=64, ignore_eos=True)
-            found = list(threads.map(lambda _: client.post("/v1/completions", json=body), range(200)))
-        statuses = Counter(response.status_code for response in found)
+            responses = list(threads.map(lambda _: client.post("/v1/completions", json=body), range(200)))
+        statuses = Counter(response.status_code for response in responses)
         assert set(statuses) <= {200, 429} and statuses[200] >= 116, statuses
-        for response in found:
+        for response in responses:
             if response.status_code == 200:
                 assert response.json()["usage"]["completion_tokens"] == 64
         running.wait_for_metric("bumblebee_running", 0)
@@ -315,25 +321,25 @@ def test_idle_server_uses_no_cpu(served_folder: Path):
         running.complete(max_tokens=4)
         time.sleep(1)
         processes = [psutil.Process(running.process.pid), *running.children]
-        before, begun = sum(map(processor_time, processes)), time.monotonic()
+        before, begun = sum(map(cpu_time, processes)), time.monotonic()
         time.sleep(10)
-        share = (sum(map(processor_time, processes)) - before) / (time.monotonic() - begun)
+        share = (sum(map(cpu_time, processes)) - before) / (time.monotonic() - begun)
         assert share < 0.02, f"{share:.1%} of a core"
 
 
-def processor_time(process: psutil.Process) -> float:
-    """Seconds."""
+def cpu_time(process: psutil.Process) -> float:
+    """CPU time in seconds."""
     times = process.cpu_times()
     return times.user + times.system
 
 
 @pytest.mark.timeout(600)
 def test_memory_is_flat_over_2000_requests(served_folder: Path):
-    """With a cache that the first requests touch all of: what is never written to takes no memory yet."""
+    """The cache is small enough for the first requests to touch all of it: untouched memory is not resident yet."""
     with serving(served_folder, "--cache_tokens", "4096") as running, ThreadPoolExecutor(16) as threads:
 
         def ask(count: int) -> None:
-            for response in threads.map(lambda i: kind_of_request(running, i), range(count)):
+            for response in threads.map(lambda i: send_request(running, i), range(count)):
                 assert response < 500
 
         ask(500)
@@ -345,8 +351,8 @@ def test_memory_is_flat_over_2000_requests(served_folder: Path):
         assert running.metric("bumblebee_running") == 0
 
 
-def kind_of_request(running: Running, number: int) -> int:
-    """Whole answers, streams, streams that are left and wrong bodies take turns."""
+def send_request(running: Running, number: int) -> int:
+    """Alternate between complete responses, streams, abandoned streams and invalid bodies."""
     prompt = f"Number {number} of many"
     if number % 4 == 0:
         return running.complete(prompt, max_tokens=8).status_code
@@ -365,5 +371,5 @@ def test_server_process_does_not_import_torch(served_folder: Path):
         "import sys; from serve.serve_options import ServeOptions; from serve.server import Server;"
         f"Server(ServeOptions({str(served_folder)!r}, port=0)); assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=PATIENCE)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Calls of tools come out of an answer as they went into the template, however the answer is cut into pieces."""
+"""Tool calls are parsed as the template rendered them, for any chunk boundaries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serve.tool_call_parser import ParsedCall, ToolCallParser
 NAMES = ["fly", "fly_home", "look-up"]
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in NAMES]
 
-# Everything that stands in the marks, and what JSON has to escape.
+# Characters of the markers, and those that JSON escapes.
 nasty = st.text(st.sampled_from(list('{}[]"\\<>/\n `aé花🐝\u2028')), max_size=12) | st.sampled_from(
     ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", '{"name": "fly"}', "\\u007d", "<|eot|>", "<|im_end|>", "[/CALLS]"]
 )
@@ -42,7 +42,7 @@ def formats(tokenizers):
 
 
 def answer_of(tokenizer, rewrite, said, called):
-    """The ids that a model would generate to say and call this."""
+    """The ids that a model generates for a text and calls."""
     written = [
         {"id": f"bumblebe{at}", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
         for at, (name, arguments) in enumerate(called)
@@ -68,7 +68,7 @@ def test_rendered_calls_are_parsed_token_by_token(tokenizers, formats, name, sai
     tokenizer, format = tokenizers[name], formats[name]
     said = "" if name in NO_TEXT else said.strip()
     if '{"name"' in said:
-        said = ""  # this would be a call where objects have no marks
+        said = ""  # this would be a call in a format without markers
     called = called[:1] if name in ONE_CALL else called
     detokenizer = Detokenizer(tokenizer, (), format.marker_ids)
     ids = answer_of(tokenizer, format.rewrite, said, called)

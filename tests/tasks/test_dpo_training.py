@@ -12,13 +12,16 @@ import pytest
 import torch
 from helpers.training_runs import Pairs, small_model, train, weight_bytes, weights
 from safetensors.torch import load_file
+from torch import nn
 
 from bumblebee.checkpoint.sharded_state import PieceReader
+from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel, is_sharded
 from bumblebee.tasks import reference_cache
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.reference import FrozenReference
-from bumblebee.trainer import Trainer
+from bumblebee.training import setup
+from bumblebee.training.run_state import RunState
 
 PAIRS = ("Pairs", {"samples": 11, "empty": [2]})
 BASE: dict[str, Any] = {"data": PAIRS, "max_steps": 5}
@@ -146,10 +149,10 @@ def test_the_summary_names_the_reference(kind, words, tmp_path, capsys):
 def test_at_stage_3_the_reference_lies_in_shards_too(reference, other_model, tmp_path, monkeypatch):
     """Parameters are empty but for their shards, from the start and when a step is over."""
     seen = []
-    frozen = Trainer.frozen
+    freeze = setup.freeze
 
-    def watched(self: Trainer, model: Any) -> Any:
-        engine = frozen(self, model)
+    def watched(run: RunState, model: nn.Module) -> FrozenEngine:
+        engine = freeze(run, model)
         seen.append((engine.model, [whole(parameter) for parameter in engine.model.parameters()]))
         return engine
 
@@ -157,7 +160,7 @@ def test_at_stage_3_the_reference_lies_in_shards_too(reference, other_model, tmp
         assert is_sharded(parameter)
         return full_numel(parameter) > 10 * 32 and parameter.numel() > 0  # small ones are kept by DeepSpeed on purpose
 
-    monkeypatch.setattr(Trainer, "frozen", watched)
+    monkeypatch.setattr(setup, "freeze", watched)
     options = {"reference": "copy" if reference == "copy" else str(other_model)}
     run(tmp_path / "run", options=options, max_steps=2, **STAGES["3 in shards"])
     ((model, at_first),) = seen

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bumblebee.training.plan import Place, Plan
+from bumblebee.training.plan import Plan, SampleRange
 
 COUNTS = st.integers(1, 6)
 PLANS = st.builds(
@@ -30,7 +30,7 @@ def dealt(plan: Plan, epoch: int) -> list[list[list[list[int]]]]:
     return steps
 
 
-def samples_of(places: list[Place]) -> list[list[int]]:
+def samples_of(places: list[SampleRange]) -> list[list[int]]:
     return [list(range(place.first, place.last)) for place in places]
 
 

@@ -1,7 +1,7 @@
 // Checks that the tests of the chat page evaluate in the browser: one object of functions.
 
 ({
-  /** Elements and attributes that have no business in a text; icons of the page's own buttons aside. */
+  /** Elements and attributes that must not occur in rendered text, except the icons of the page's buttons. */
   harm(where) {
     const tags = ["script", "img", "iframe", "svg", "math", "form", "input", "style", "video", "base"];
     const bad = ([tag, name, value]) =>
@@ -16,7 +16,7 @@
     return [...document.querySelectorAll(`${where} a`)].map((link) => [link.getAttribute("href"), link.target, link.rel]);
   },
 
-  /** Tries what the policy forbids; how each attempt ended. */
+  /** Attempts what the policy forbids; returns the result of each attempt. */
   async attempts() {
     const ended = [];
     const attempt = async (run) => {
@@ -43,7 +43,7 @@
     return scrollTop > 50 && scrollHeight - scrollTop - clientHeight < 48;
   },
 
-  /** Marks the blocks that are finished: all but the last two. */
+  /** Marks the finished blocks: all but the last two. */
   mark() {
     [...document.querySelectorAll(".block")].slice(0, -2).forEach((block) => (block.marked = true));
   },
@@ -52,7 +52,7 @@
     return [...document.querySelectorAll(".block")].filter((block) => block.marked).length;
   },
 
-  /** What has the focus, and whether that can be seen: by an outline, or by a ring of the box around it. */
+  /** The focused element, and whether its focus is visible: by its outline, or by the shadow of its box. */
   focused() {
     const each = document.activeElement;
     if (each === document.body) return ["", true];
@@ -74,13 +74,13 @@
     return [...document.querySelectorAll("[id]")].map((each) => each.id);
   },
 
-  /** Ids that others refer to. */
+  /** Ids that attributes refer to. */
   referred() {
     const names = ["aria-describedby", "aria-labelledby", "aria-controls", "for", "popovertarget"];
     return [...document.querySelectorAll("*")].flatMap((each) => names.map((name) => each.getAttribute(name))).filter(Boolean);
   },
 
-  /** Controls in sight that a finger would miss: smaller than 44 px. */
+  /** Visible controls smaller than 44 px, too small for touch. */
   small() {
     return [...document.querySelectorAll("button, input:not([hidden])")]
       .filter((each) => each.checkVisibility({ checkVisibilityCSS: true }))
@@ -89,7 +89,7 @@
       .map(([name, { width, height }]) => `${name}: ${width} x ${height}`);
   },
 
-  /** Texts whose contrast is below 4.5 : 1 (WCAG 2.2, 1.4.3). Grounds are blended from the root up; disabled controls are exempt. */
+  /** Texts with a contrast below 4.5 : 1 (WCAG 2.2, 1.4.3), on blended backgrounds; disabled controls are exempt. */
   faint() {
     const rgba = (text) => {
       const [r, g, b, alpha = 1] = text.match(/[\d.]+/g).map(Number);
@@ -113,14 +113,14 @@
     return found;
   },
 
-  /** Writes down what screen readers are told from now on. */
+  /** Records announcements to screen readers from now on. */
   hear() {
     window.heard = [];
     const note = (changes) => changes.forEach(({ addedNodes }) => addedNodes.forEach((node) => window.heard.push(node.textContent)));
     new MutationObserver(note).observe(document.getElementById("spoken"), { childList: true });
   },
 
-  /** Measures the longest time, in milliseconds, that the page does not answer from now on. */
+  /** Measures the longest task, in milliseconds, from now on. */
   watch() {
     window.longest = 0;
     const note = (list) => list.getEntries().forEach(({ duration }) => (window.longest = Math.max(window.longest, duration)));
@@ -135,7 +135,7 @@
     return Math.min(...[...document.querySelectorAll("input, textarea, select")].map((each) => parseFloat(getComputedStyle(each).fontSize)));
   },
 
-  /** Fills the browser's storage to the last byte. */
+  /** Fills the browser's storage completely. */
   fill() {
     for (let n = 0, size = 1 << 20; size > 0; n++) {
       try {

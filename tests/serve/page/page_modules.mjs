@@ -1,7 +1,9 @@
 // Tests of the page's modules that need no browser; test_chat_page.py runs them with `node --test`.
 
 import assert from "node:assert/strict";
+import { readdirSync, readFileSync } from "node:fs";
 import { test } from "node:test";
+import vm from "node:vm";
 
 import { fromJson, matches, newConversation, newMessage, titleOf, toJson, toMarkdown } from "./page/conversation.js";
 import { failureOf } from "./page/failure.js";
@@ -16,8 +18,12 @@ function chatOf(...contents) {
   return { ...newConversation(), messages };
 }
 
-test("events are the same however their bytes are cut", async () => {
-  const text = ": a sign of life\n\ndata: one\n\ndata:two\r\n\r\nevent: x\rdata: a\rdata: b\r\rdata: ü€😀\n\ndata: never ended";
+for (const name of readdirSync("page").filter((file) => file.endsWith(".js"))) {
+  test(`${name} has valid syntax`, () => new vm.SourceTextModule(readFileSync(`page/${name}`, "utf8"), { identifier: name }));
+}
+
+test("events do not depend on chunk boundaries", async () => {
+  const text = ": keep-alive\n\ndata: one\n\ndata:two\r\n\r\nevent: x\rdata: a\rdata: b\r\rdata: ü€😀\n\ndata: never ended";
   const bytes = new TextEncoder().encode(text);
   for (let size = 1; size <= bytes.length; size++) {
     const pieces = Array.from({ length: Math.ceil(bytes.length / size) }, (_, i) => bytes.slice(i * size, (i + 1) * size));
@@ -27,13 +33,13 @@ test("events are the same however their bytes are cut", async () => {
   }
 });
 
-test("an event waits for its empty line", () => {
+test("an event ends with an empty line", () => {
   const splitter = new EventSplitter();
   assert.deepEqual(splitter.push("data: a\n"), []);
   assert.deepEqual(splitter.push("\n"), ["a"]);
 });
 
-test("a conversation comes back from JSON, under a new id", () => {
+test("a conversation is restored from JSON under a new id", () => {
   const chat = { ...chatOf("Hello", "Hi"), name: "Greeting" };
   const [back] = fromJson(toJson([chat]));
   assert.notEqual(back.id, chat.id);
@@ -41,16 +47,16 @@ test("a conversation comes back from JSON, under a new id", () => {
   assert.deepEqual(back.messages.map(({ role, content }) => [role, content]), [["user", "Hello"], ["assistant", "Hi"]]);
 });
 
-test("a file of OpenAI's messages can be imported; its system prompt is no message", () => {
+test("OpenAI's messages can be imported, without the system prompt", () => {
   const [chat] = fromJson('{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}');
   assert.deepEqual(chat.messages.map(({ content }) => content), ["q"]);
 });
 
 for (const text of ["", "{", "null", "[1]", '{"messages": "x"}', '{"conversations": {}}', '{"messages": [{"role": "user"}]}', '[{"messages": [null]}]']) {
-  test(`${text || "nothing"} is refused with a sentence`, () => assert.throws(() => fromJson(text), /This file/));
+  test(`${text || "nothing"} is rejected with a message`, () => assert.throws(() => fromJson(text), /This file/));
 }
 
-test("what a file brings beyond the known fields is left out", () => {
+test("unknown fields of a file are dropped", () => {
   const [chat] = fromJson('[{"messages": [], "text": 3, "created": "x", "evil": 1, "mode": "other"}]');
   assert.deepEqual([chat.text, chat.mode, chat.evil, typeof chat.created], ["", "chat", undefined, "number"]);
 });
@@ -68,11 +74,11 @@ test("a search needs every word, anywhere", () => {
   assert.ok(!matches(chat, "append tuple"));
 });
 
-test("Markdown names who speaks", () => {
+test("Markdown has the roles as headings", () => {
   assert.equal(toMarkdown(chatOf("Hello", "Hi")), "# Hello\n\n## You\n\nHello\n\n## Bumblebee\n\nHi\n");
 });
 
-test("a request has the system prompt, the turns with text, and only what is set", () => {
+test("a request has the system prompt, non-empty messages and only the set options", () => {
   const settings = new Settings(new MemoryStorage());
   settings.update({ system: "Be short.", temperature: "0", seed: "7", top_p: "" });
   const { stream, stream_options, ...body } = chatRequest(chatOf("a", "", "b").messages, settings, "m");
@@ -84,7 +90,7 @@ test("a request has the system prompt, the turns with text, and only what is set
   assert.equal(completionRequest("Once", settings, "m").prompt, "Once");
 });
 
-test("settings survive in the storage, and the key lies apart", () => {
+test("settings are stored, and the API key separately", () => {
   const storage = new MemoryStorage();
   const settings = new Settings(storage);
   settings.update({ temperature: "0.5" });
@@ -96,7 +102,7 @@ test("settings survive in the storage, and the key lies apart", () => {
   assert.deepEqual([new Settings(storage).values, storage.getItem("bumblebee.key")], [{}, null]);
 });
 
-test("a full storage is told of, and loses nothing that is in memory", () => {
+test("a full storage is reported and loses nothing in memory", () => {
   const storage = new MemoryStorage();
   const store = new Store(storage);
   let told = 0;
@@ -108,7 +114,7 @@ test("a full storage is told of, and loses nothing that is in memory", () => {
   assert.equal(store.get(chat.id), chat);
 });
 
-test("a store reads what another has written, and passes over what it cannot read", () => {
+test("a store reads another's data and ignores invalid values", () => {
   const storage = new MemoryStorage();
   const chat = chatOf("a");
   new Store(storage).save(chat);
@@ -118,7 +124,7 @@ test("a store reads what another has written, and passes over what it cannot rea
   assert.equal(storage.getItem("bumblebee.conversation.broken"), "{");
 });
 
-test("tokens are those of the last known request, and what has come since", () => {
+test("tokens are those of the last usage plus later answers", () => {
   const stats = (more) => ({ ...newMessage("assistant", "x"), stats: more });
   const { messages } = chatOf("a");
   assert.equal(tokensOf({ messages }), 0);
@@ -128,7 +134,7 @@ test("tokens are those of the last known request, and what has come since", () =
   assert.equal(tokensOf({ messages }), 18);
 });
 
-test("an error keeps the server's words and its Retry-After", async () => {
+test("an error keeps the server's message and Retry-After", async () => {
   const json = (status, error, headers) => new Response(JSON.stringify({ error }), { status, headers });
   const busy = await failureOf(json(429, { message: "later" }, { "retry-after": "7" }));
   assert.deepEqual([busy.kind, busy.message, busy.retryAfter], ["busy", "later", 7]);

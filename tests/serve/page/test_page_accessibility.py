@@ -99,7 +99,7 @@ class A(int):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_text_contrast_meets_wcag(open_page: Callable[..., ChatPage], script: ScriptedServer, theme: str) -> None:
-    """WCAG 2.2, 1.4.3: at least 4.5 to 1, measured on the colours that are shown."""
+    """WCAG 2.2, 1.4.3: a contrast of at least 4.5 : 1, measured on the rendered colours."""
     chat = open_page(color_scheme=theme, reduced_motion="reduce")
     script.replies += [Reply(COLOURS), Reply(status=500, message="oops")]
     chat.ask("Colours")
@@ -125,7 +125,7 @@ def test_sidebar_is_a_drawer_on_a_phone(open_page: Callable[..., ChatPage], scri
     chat.button("Conversations").tap()
     expect(chat.items).to_be_visible()
     assert chat.check("small") == []
-    assert chat.check("smallestField") >= 16  # below, phones zoom in when a field gets the focus
+    assert chat.check("smallestField") >= 16  # phones zoom in on focused fields with smaller text
     chat.items.locator(".open").tap()
     expect(chat.items).to_be_hidden()
     chat.button("Conversations").tap()
@@ -148,7 +148,7 @@ def test_reduced_motion_is_respected(open_page: Callable[..., ChatPage], script:
 
 
 def test_long_conversation_stays_responsive(chat: ChatPage, script: ScriptedServer) -> None:
-    """200 messages are open, and the next answer takes no longer a frame than the first one did."""
+    """With 200 messages, no frame of the next answer takes half a second."""
     script.replies.append(Reply("One **word** after another.\n\n" * 30 + "end", pause=0.002))
     chat.ask("Short conversation")
     chat.answered("end")

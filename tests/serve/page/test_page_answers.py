@@ -114,7 +114,7 @@ def test_copying_an_answer_keeps_its_markdown(chat: ChatPage, script: ScriptedSe
 
 
 def test_copying_works_over_plain_http(open_page: Callable[..., ChatPage], script: ScriptedServer) -> None:
-    """Where the browser gives the page no clipboard: not on this machine, and no TLS."""
+    """Without TLS on another machine, the browser provides no clipboard API."""
     chat = open_page(init="Object.defineProperty(navigator, 'clipboard', { value: undefined })")
     chat.ask("Text")
     chat.answered("Fine, thank you.")
@@ -211,7 +211,7 @@ def test_view_scrolls_with_the_text_only_at_the_end(chat: ChatPage, script: Scri
 
 
 def test_streaming_leaves_finished_elements_unchanged(chat: ChatPage, script: ScriptedServer) -> None:
-    """Elements of finished messages, and of finished blocks, stay the very same."""
+    """Elements of finished messages and blocks are not replaced."""
     chat.ask("One")
     chat.answered("Fine")
     script.replies.append(Reply("first\n\nsecond\n\nthird\n\n" + "word " * 60, pause=0.02))

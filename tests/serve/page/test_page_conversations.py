@@ -145,7 +145,7 @@ def test_theme_follows_the_system_until_toggled(open_page: Callable[..., ChatPag
     expect(root).to_have_attribute("data-theme", other)
 
 
-# -- the completion mode --------------------------------------------------------------------------------------------------
+# -- completion mode ------------------------------------------------------------------------------------------------------
 
 
 def test_completion_can_be_undone(chat: ChatPage, script: ScriptedServer) -> None:

@@ -25,8 +25,8 @@ def test_model_output_cannot_run_or_load_anything(chat: ChatPage, script: Script
 
 
 def test_sanitizer_alone_removes_attacks(open_page: Callable[..., ChatPage], script: ScriptedServer) -> None:
-    """The same as HTML, not as Markdown, where tags with attributes are text already."""
-    chat = open_page(allowed="violates")  # the parser itself refuses these
+    """The attacks as HTML; as Markdown, tags with attributes are escaped before the sanitizer."""
+    chat = open_page(allowed="violates")  # blocked by the policy while parsing
     chat.check("insertSanitized", ATTACKS)
     chat.page.wait_for_timeout(200)
     assert chat.check("harm", "#thread") == []
@@ -35,7 +35,7 @@ def test_sanitizer_alone_removes_attacks(open_page: Callable[..., ChatPage], scr
 
 
 def test_content_security_policy_is_enforced(open_page: Callable[..., ChatPage], script: ScriptedServer) -> None:
-    """The second wall: what would come past the sanitiser could not run either."""
+    """The second layer: nothing that bypasses the sanitizer can run."""
     chat = open_page(allowed="Content Security Policy|requires 'Trusted|^request to https://evil.example/x.png$")
     result = chat.check("attempts")
     assert result["ended"] == ["TypeError", "TypeError", "TypeError"]

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def echoing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server whose model answers everything with ATTACKS, and which asks for a key."""
+    """A server with an API key whose model answers everything with ATTACKS."""
     with serving(write_echo_model(tmp_path_factory.mktemp("echo"), ATTACKS), "--api_key", "secret") as running_server:
         yield running_server
 

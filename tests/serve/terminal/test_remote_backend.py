@@ -114,7 +114,7 @@ def test_server_errors_are_one_line_with_advice(stub: Stub, talk) -> None:
     stub.refuses(401, "this key is not known")
     stub.refuses(429, "too many requests wait", **{"Retry-After": "3"})
     stub.refuses(503, "the model is being loaded")
-    stub.refuses(404, "there is no model 'x'")
+    stub.refuses(404, "The model 'x' does not exist")
     stub.refuses(400, "temperature must be\n at most 2")
     stub.replies.append((502, {"Content-Type": "text/html"}, b"<html>Bad Gateway</html>"))
     stub.streams(*WHOLE)
@@ -123,7 +123,7 @@ def test_server_errors_are_one_line_with_advice(stub: Stub, talk) -> None:
         "bumblebee: 401: this key is not known (use --api_key KEY)",
         "bumblebee: 429: too many requests wait (/retry sends it again, in 3 s)",
         "bumblebee: 503: the model is being loaded (/retry sends it again)",
-        "bumblebee: 404: there is no model 'x' (check --url and --name)",
+        "bumblebee: 404: The model 'x' does not exist (check --url and --name)",
         "bumblebee: 400: temperature must be at most 2",
     ]
     assert err.splitlines()[5].startswith("bumblebee: 502: ") and err.count("\n") == 6
@@ -180,9 +180,9 @@ def test_empty_answer_is_not_a_turn(stub: Stub, talk) -> None:
 def test_server_and_folder_give_the_same_answers(server: Running, served_folder: Path, talk) -> None:
     words = ("--temperature", "0", "--max_new_tokens", "12", "--system_prompt", "Be brief.")
     inputs = "Who flies?\nWhy?\n/set min_p 0.1\n/retry"
-    there = talk("--url", server.url, *words, inputs=inputs)
-    here = talk(*words, "--model", str(served_folder), inputs=inputs)
-    assert there == here and there[0].count("\n") >= 3 and there[2] == 0
+    remote = talk("--url", server.url, *words, inputs=inputs)
+    local = talk(*words, "--model", str(served_folder), inputs=inputs)
+    assert remote == local and remote[0].count("\n") >= 3 and remote[2] == 0
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_set_changes_the_next_answer(folder, generator, talk) -> None:
     assert err == "started a new conversation\nmax_new_tokens 1\ntemperature 0.0\n"
 
 
-MISTAKES = {
+ERRORS = {
     "/sistem Be kind.": "unknown command /sistem (did you mean '/system'?) (to send it as a question, start with a space)",
     "/xyz": "unknown command /xyz; /help lists the commands (to send it as a question, start with a space)",
     "/set temprature 1": "/set: unknown setting 'temprature' (did you mean 'temperature'?)",
@@ -80,8 +80,8 @@ MISTAKES = {
 def test_errors_are_one_line_and_the_chat_continues(folder, generator, talk, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("there.json").write_text("{}")
-    out, err, code = talk("--model", folder, *GREEDY, inputs="\n".join([*MISTAKES, "Why?"]))
-    assert err.splitlines() == [f"bumblebee: {line}" for line in MISTAKES.values()]
+    out, err, code = talk("--model", folder, *GREEDY, inputs="\n".join([*ERRORS, "Why?"]))
+    assert err.splitlines() == [f"bumblebee: {line}" for line in ERRORS.values()]
     assert out == answer(generator, "Why?") + "\n" and code == 1
 
 
@@ -112,7 +112,7 @@ def test_flags_override_the_recipe(folder, generator, talk, tmp_path) -> None:
     assert out == answer(generator, "Why?", system="Be brief.") + "\n"
 
 
-WRONG = {
+INVALID = {
     "": "expected --model FOLDER or --url http://127.0.0.1:8000",
     "--model a --url http://b": "expected --model FOLDER or --url http://127.0.0.1:8000, not both",
     "--url localhost:8000": "url: expected http://HOST:PORT, got localhost:8000",
@@ -121,9 +121,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("words", WRONG)
+@pytest.mark.parametrize("words", INVALID)
 def test_invalid_options_are_one_line(words: str, talk) -> None:
-    assert talk(*words.split(), inputs="")[1:] == (f"bumblebee: {WRONG[words]}\n", 2)
+    assert talk(*words.split(), inputs="")[1:] == (f"bumblebee: {INVALID[words]}\n", 2)
 
 
 def test_stopped_answer_frees_blocks_and_stays_cached(generator: Generator) -> None:
@@ -144,8 +144,8 @@ def test_stopped_answer_frees_blocks_and_stays_cached(generator: Generator) -> N
 
 
 def test_swallowed_interrupt_stops_after_the_delta() -> None:
-    """As one does that falls into a destructor: Python tells of it and goes on."""
-    written: list[int] = []
+    """Like an interrupt inside a destructor, which Python reports and ignores."""
+    yielded: list[int] = []
 
     class Swallowing:
         raw = False
@@ -155,12 +155,12 @@ def test_swallowed_interrupt_stops_after_the_delta() -> None:
                 with raise_interrupt(), contextlib.suppress(KeyboardInterrupt):
                     if number == 3:
                         signal.raise_signal(signal.SIGINT)
-                written.append(number)
+                yielded.append(number)
                 yield Delta(f"{number} ", number)
 
     before, screen = signal.getsignal(signal.SIGINT), InterruptedScreen(at=-1)
     chat = Chat(Swallowing(), Conversation(), {}, Typing(), screen)
-    assert chat.ask("Who flies?") and written == [0, 1, 2, 3]
+    assert chat.ask("Who flies?") and yielded == [0, 1, 2, 3]
     assert chat.conversation.turns == [("Who flies?", "0 1 2 3 ")] and "stopped by Ctrl-C" in screen.notes[-1]
     assert signal.getsignal(signal.SIGINT) is before
 

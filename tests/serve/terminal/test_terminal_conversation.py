@@ -14,15 +14,15 @@ from serve.terminal.line_editor import CommandCompleter, Document
 def test_saved_conversation_can_be_loaded_and_trained_on(tmp_path: Path) -> None:
     from datamodules import record_files
 
-    talked = Conversation("Be brief.")
-    talked.turns = [("Who?", "Bees.\n"), ("Why?", "花")]
-    file = talked.save(str(tmp_path / "a.json"))
-    talked.save(str(file))  # its own file it may write again
-    again = Conversation()
-    again.load(str(file))
-    assert (again.system, again.turns) == (talked.system, talked.turns)
+    conversation = Conversation("Be brief.")
+    conversation.turns = [("Who?", "Bees.\n"), ("Why?", "花")]
+    file = conversation.save(str(tmp_path / "a.json"))
+    conversation.save(str(file))  # its own file may be overwritten
+    loaded = Conversation()
+    loaded.load(str(file))
+    assert (loaded.system, loaded.turns) == (conversation.system, conversation.turns)
     assert [record.value["messages"][-1]["content"] for record in record_files.read(str(file))] == ["花"]
-    assert talked.save(str(tmp_path / "a.md")).read_text() == (
+    assert conversation.save(str(tmp_path / "a.md")).read_text() == (
         "## system\n\nBe brief.\n\n## user\n\nWho?\n\n## assistant\n\nBees.\n\n## user\n\nWhy?\n\n## assistant\n\n花\n"
     )
 
@@ -30,10 +30,10 @@ def test_saved_conversation_can_be_loaded_and_trained_on(tmp_path: Path) -> None
 @pytest.mark.parametrize("text", ["[", "3", '{"messages": [1]}', '[{"role": "user", "content": "a"}]', '[{"role": "user"}]'])
 def test_invalid_file_leaves_the_conversation_unchanged(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
-    talked = Conversation("Be brief.")
+    conversation = Conversation("Be brief.")
     with pytest.raises(ValueError, match="is not a saved conversation"):
-        talked.load(str(tmp_path / "a.json"))
-    assert talked.system == "Be brief."
+        conversation.load(str(tmp_path / "a.json"))
+    assert conversation.system == "Be brief."
 
 
 def test_settings_are_json_and_null_removes_one() -> None:

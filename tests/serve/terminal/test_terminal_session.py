@@ -13,7 +13,7 @@ from helpers.terminal_chat import GREEDY, answer
 
 @pytest.fixture
 def terminal(folder: Path, tmp_path: Path) -> Iterator[Callable[..., PseudoTerminal]]:
-    """A function that starts the chat at a pseudo terminal, and waits for its prompt."""
+    """Start the chat at a pseudo terminal and wait for its prompt."""
     started = []
 
     def start(*words: str, **environment: str) -> PseudoTerminal:
