@@ -190,8 +190,8 @@ def test_a_bad_record_is_named_with_file_and_line_and_nothing_is_written(folder,
         (["--prompt", "a", "--output", "{tmp}"], "output: {tmp} is a folder; name a file in it"),
         (["--prompts", "{tmp}/p.jsonl", "--output", "{tmp}/p.jsonl", "--overwrite"], "p.jsonl is the prompts file"),
         (["--prompt", "a", "--top_p", "2"], "top_p must be more than 0 and at most 1, got 2.0"),
-        (["--prompt", "a", "--logit_bias", "{{400: 1}}"], "logit_bias names token 400; the model has the tokens 0 to 399"),
-        (["--prompt", "a", "--seed", str(2**64 - 1), "--num_samples", "2"], "seed must be a whole number of 64 bits"),
+        (["--prompt", "a", "--logit_bias", "{{400: 1}}"], "logit_bias: token id 400 is out of the vocabulary"),
+        (["--prompt", "a", "--seed", str(2**64 - 1), "--num_samples", "2"], "seed must be a 64-bit integer"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_in_one_line(folder, words, message, tmp_path, capsys):
