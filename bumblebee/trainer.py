@@ -143,7 +143,7 @@ class Trainer(RunState):
         if not any(counts.values()):
             return
         for index, batch in enumerate(window):
-            sums = self.task.all_losses(self.engine, self.to_device(batch))  # of losses, and of what is only logged
+            sums = self.task.all_losses(self.engine, self.to_device(batch))  # of losses, and of logged metrics
             loss = self.task.total(sums, counts)
             # DeepSpeed averages gradients over ranks; the counts are already those of all ranks.
             self.engine.backward(loss * self.plan.world_size)

@@ -1,4 +1,4 @@
-"""Runs with frozen weights: they stay to the bit, are in every folder, and a resumed run goes on with them."""
+"""Training with frozen weights: they are unchanged, saved in every folder, and kept by a resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loss that is no number ends the run: step and records are named, nothing bad is saved, no metrics are invented."""
+"""A loss that is not finite ends the run: the step and its records are named, and nothing is saved or logged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from datamodules import Pretrain
 
 
 class Poisoned(LanguageModeling):
-    """Gives one loss that is no number, in the n-th micro-batch."""
+    """The loss of the n-th micro-batch is NaN."""
 
     def __init__(self, model: torch.nn.Module, at: int) -> None:
         super().__init__(model)
@@ -58,7 +58,7 @@ def test_files_and_lines_of_records_are_named(tmp_path: Path, tokenizer_folder: 
     with pytest.raises(FloatingPointError, match=r"came from \S*texts.jsonl:\d+ \S*texts.jsonl:\d+") as caught:
         fit(tmp_path / "run", data, at=1, vocab_size=400)
     lines = {int(word.rstrip(".").rsplit(":", 1)[1]) for word in str(caught.value).split() if "texts.jsonl:" in word}
-    # The window's text must be that of the named lines.
+    # The micro-batch's text is that of the named lines.
     order = next(i for i in range(len(data.train)) if f"texts.jsonl:{min(lines)}" in data.origin(i))
     text = " ".join(data.tokenizer.decode(labels.tolist()) for _, labels in data.train[order])
     for line in lines:

@@ -1,4 +1,4 @@
-"""Which parameters decay, and how the schedule's factor reaches the optimizer. The curves: ``test_schedules.py``."""
+"""Parameter groups and setting learning rates. Schedules: ``test_schedules.py``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bumblebee.optim import GroupRule, Optimizer, parameter_groups, set_learning
 
 
 def decays(model: nn.Module, *rules: GroupRule) -> dict[str, float | None]:
-    """For each parameter its group's weight decay; None stands for the optimizer's own."""
+    """Weight decay of each parameter's group; None is the optimizer's own."""
     groups = parameter_groups(model, rules)
     of = {id(parameter): group.get("weight_decay") for group in groups for parameter in group["params"]}
-    assert sum(len(group["params"]) for group in groups) == len(of)  # none is in two groups
+    assert sum(len(group["params"]) for group in groups) == len(of)  # each parameter is in one group
     return {name: of[id(parameter)] for name, parameter in model.named_parameters()}
 
 
@@ -52,11 +52,11 @@ def test_there_is_no_empty_group():
 
 def test_the_first_matching_rule_applies(tiny):
     rules = (GroupRule("layers.0", weight_decay=0.3), GroupRule("mlp", lr=1.0, weight_decay=0.5), GroupRule("q_proj", lr=2.0))
-    found = decays(Bumblebee(tiny()), *rules)
-    assert found["model.layers.0.mlp.up_proj.weight"] == 0.3
-    assert found["model.layers.1.mlp.up_proj.weight"] == 0.5
-    assert found["model.layers.1.self_attn.q_proj.bias"] == 0.0
-    assert found["model.layers.1.self_attn.q_proj.weight"] is None
+    decay = decays(Bumblebee(tiny()), *rules)
+    assert decay["model.layers.0.mlp.up_proj.weight"] == 0.3
+    assert decay["model.layers.1.mlp.up_proj.weight"] == 0.5
+    assert decay["model.layers.1.self_attn.q_proj.bias"] == 0.0
+    assert decay["model.layers.1.self_attn.q_proj.weight"] is None
     rates = {group.get("lr") for group in parameter_groups(Bumblebee(tiny()), rules)}
     assert rates == {None, 1.0, 2.0}
 
@@ -70,7 +70,7 @@ def test_a_rule_that_cannot_match_is_refused(tiny, pattern):
 
 def test_each_group_scales_its_own_learning_rate():
     groups = [{"lr": 0.1}, {"lr": 0.02}]
-    for factor in (0.5, 0.25, 1.0):  # factors do not pile up
+    for factor in (0.5, 0.25, 1.0):  # factors do not accumulate
         assert set_learning_rate(groups, factor) == 0.1 * factor
         assert [group["lr"] for group in groups] == [0.1 * factor, 0.02 * factor]
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: point by point transformers' curves where it has one, and what is ours by its own words."""
+"""Learning-rate schedules, compared with transformers and torch where they have the same curve."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ CURVES: dict[str, tuple[Schedule, Callable[[Any], Any]]] = {
 
 
 def rates_of(make: Callable[[Any], Any], steps: int) -> list[float]:
-    """The learning rate that each of transformers' steps uses."""
+    """The learning rate of each step with a scheduler of transformers."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
     scheduler = make(optimizer)
     rates = []
@@ -80,20 +80,20 @@ def rates_of(make: Callable[[Any], Any], steps: int) -> list[float]:
 def test_curve_equals_transformers(name: str) -> None:
     schedule, make = CURVES[name]
     ours = [RATE * schedule.factor(step, TOTAL) for step in range(TOTAL)]
-    first = WARMUP if name == "warmup_stable_decay" else 0  # its warm-up begins at min_ratio there, at 0 here as everywhere
+    first = WARMUP if name == "warmup_stable_decay" else 0  # transformers starts it at min_ratio, not at 0
     assert ours[first:] == pytest.approx(rates_of(make, TOTAL)[first:], rel=1e-9, abs=1e-12)
 
 
 def test_reduce_on_plateau_equals_torch() -> None:
     losses = [3.0, 2.5, 2.4999, 2.6, 2.5, 2.45, 2.6, 2.6, 2.6, 2.6, 2.6, 2.2, 2.3, 2.3, 2.3, 2.3, 2.3, 2.3]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
-    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2, min_lr=0.2 * RATE, eps=0)
-    ours = ReduceOnPlateau(reduce=0.5, patience=2, min_ratio=0.2)
+    expected = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2, min_lr=0.2 * RATE, eps=0)
+    schedule = ReduceOnPlateau(reduce=0.5, patience=2, min_ratio=0.2)
     for loss in losses:
-        theirs.step(loss)
-        ours.observe({"validation_loss": loss})
-        assert RATE * ours.factor(5, 10) == pytest.approx(optimizer.param_groups[0]["lr"])
-    assert ours.ratio == 0.2  # the losses above did make it fall, down to the floor
+        expected.step(loss)
+        schedule.observe({"validation_loss": loss})
+        assert RATE * schedule.factor(5, 10) == pytest.approx(optimizer.param_groups[0]["lr"])
+    assert schedule.ratio == 0.2  # it was reduced to min_ratio
 
 
 def test_reduce_on_plateau_resumes_from_its_state() -> None:
@@ -119,7 +119,7 @@ FALLING = [Linear, Cosine, Polynomial, InverseSqrt, WarmupStableDecay, Constant]
 def test_factors_are_between_0_and_1(kind: type[Schedule], ratio: float, total: int) -> None:
     factors = [kind(warmup_ratio=ratio).factor(step, total) for step in range(total)]
     assert all(0 <= factor <= 1 for factor in factors)
-    assert max(factors) > 0  # also in a run of a single step
+    assert max(factors) > 0  # also in a run of one step
 
 
 def test_warmup_ratio_is_rounded_up() -> None:

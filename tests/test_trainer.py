@@ -1,4 +1,4 @@
-"""The training loop on one rank: what a step learns, what is logged, when it stops, and that a resume changes no bit.
+"""The training loop on one rank: gradients, metrics, callbacks, folders, byte-identical resumes, signals.
 
 Two ranks: ``system/test_two_ranks.py``. Whole commands, kills and full disks: ``system/test_commands.py``.
 """
@@ -33,11 +33,11 @@ from bumblebee.trainer import Trainer
 from bumblebee.training import loader
 from bumblebee.training.run_folder import checkpoints
 
-UNEQUAL = (16, 1, 7, 0, 12, 0, 0, 3)  # of 8 samples; in micro-batches of one, three are without any target
+UNEQUAL = (16, 1, 7, 0, 12, 0, 0, 3)  # targets of 8 samples: some micro-batches have none
 SGD = ("SGD", {"lr": 1.0})
 
 
-# -- what a step learns --------------------------------------------------------------------------------------------------
+# -- gradients -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,10 @@ def before():
 def test_gradient_is_the_mean_over_all_targets(micro, accumulate, before, tmp_path):
     step = {"max_steps": 1, "optimizer": SGD, "gradient_clip": None, "data": {"samples": 8, "targets": UNEQUAL}}
     train(tmp_path, micro_batch_size=micro, accumulate=accumulate, **step)
-    wanted = reference_gradient(Rows(8, UNEQUAL))
+    expected = reference_gradient(Rows(8, UNEQUAL))
     for name, after in weights(tmp_path).items():
         torch.testing.assert_close(
-            before[name] - after, wanted[name], rtol=0, atol=1e-6, msg=lambda text, n=name: f"{n} {text}"
+            before[name] - after, expected[name], rtol=0, atol=1e-6, msg=lambda text, n=name: f"{n} {text}"
         )
 
 
@@ -67,7 +67,7 @@ def test_steps_without_targets_do_not_change_weights(stage, before, tmp_path):
 
 
 def test_a_step_without_targets_is_skipped(tmp_path, monkeypatch):
-    """Samples 4 to 7 have no targets. Nothing of the optimizer moves in their step, whether it comes second or never."""
+    """Samples 4 to 7 have no targets. The optimizer's state does not change in their step, whether it is second or omitted."""
     data = {"samples": 12, "targets": (16,) * 4 + (0,) * 4 + (16,) * 4}
     for name, order, steps in (("second", [*range(12)], 3), ("never", [*range(4), *range(8, 12), *range(4, 8)], 2)):
         monkeypatch.setattr(loader, "epoch_order", lambda *_, order=order: numpy.array(order))
@@ -89,7 +89,7 @@ def test_worker_processes_do_not_change_the_result(tmp_path):
     assert weight_bytes(tmp_path / "a") == weight_bytes(tmp_path / "b")
 
 
-# -- what is logged ------------------------------------------------------------------------------------------------------
+# -- metrics -------------------------------------------------------------------------------------------------------------
 
 
 def test_logged_loss_is_the_mean_since_the_last_line(tmp_path):
@@ -113,8 +113,8 @@ def test_metrics_of_a_step(tmp_path):
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
     assert [line["epoch"] for line in metrics] == [round(n / 22, 6) for n in (4, 8, 12, 16, 20, 22)]
     assert [line["tokens"] for line in metrics] == [16 * n for n in (4, 8, 12, 16, 20, 22)]
-    wanted = [0.0, 0.005, 0.01, 0.0075, 0.005, 0.0025]
-    assert all(math.isclose(line["lr"], rate) for line, rate in zip(metrics, wanted, strict=True))
+    expected = [0.0, 0.005, 0.01, 0.0075, 0.005, 0.0025]
+    assert all(math.isclose(line["lr"], rate) for line, rate in zip(metrics, expected, strict=True))
 
 
 def test_a_logged_value_is_in_the_next_line_only(tmp_path):
@@ -151,11 +151,14 @@ def test_logged_terms_have_their_own_counts(tmp_path):
 
 
 def fit(folder, callbacks, task=None, data=None, **options):
-    """A run with parts made by hand."""
+    """Run with the given instances of callbacks, task and data."""
     recorder = Recorder()
     trainer = Trainer(**{**SMALL, **options})
-    made = task or LanguageModeling(small_model())
-    parts = (made, data or Rows(22, (16,)), lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1))
+    parts = (
+        task or LanguageModeling(small_model()),
+        data or Rows(22, (16,)),
+        lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1),
+    )
     trainer.fit(*parts, None, {"recorder": recorder, **callbacks}, folder)
     return recorder.metrics
 
@@ -164,7 +167,7 @@ def fit(folder, callbacks, task=None, data=None, **options):
 
 
 class Witness(Callback):
-    """Notes every hook with the steps that are done."""
+    """Records every hook call with the number of steps done."""
 
     def __init__(self):
         self.seen = []
@@ -223,26 +226,26 @@ def test_a_callback_can_stop_a_run(tmp_path):
 def test_validation_does_not_depend_on_batch_or_change_training(tmp_path):
     class Validates(Callback):
         def __init__(self):
-            self.found = []
+            self.losses = []
 
         def on_step_end(self, trainer):
             trainer.validate()
 
         def on_validation_end(self, trainer, metrics):
-            self.found.append(metrics["validation_loss"])
+            self.losses.append(metrics["validation_loss"])
 
     plain = fit(tmp_path / "plain", {}, max_steps=3)
-    found = []
+    losses = []
     for micro, accumulate in ((4, 1), (1, 4)):
         validates = Validates()
         metrics = fit(tmp_path / f"micro{micro}", {"v": validates}, max_steps=3, micro_batch_size=micro, accumulate=accumulate)
-        found.append(validates.found)
+        losses.append(validates.losses)
         assert all(math.isclose(a["loss"], b["loss"], rel_tol=1e-5) for a, b in zip(plain, metrics, strict=True))
-    assert len(found[0]) == 3
-    assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(*found, strict=True))
+    assert len(losses[0]) == 3
+    assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(*losses, strict=True))
 
 
-# -- numbers and folders -------------------------------------------------------------------------------------------------
+# -- options and folders -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -299,12 +302,17 @@ def test_a_checkpoint_is_a_model_folder(tmp_path):
 # -- resume --------------------------------------------------------------------------------------------------------------
 
 EACH = {"checkpoint": ("Checkpoint", {"every": 1, "keep": None})}
-LONG = {"max_steps": 14, "task": "Noisy", "schedule": ("Cosine", {"warmup_steps": 3}), "data": {"samples": 22}}  # 6 an epoch
+LONG = {
+    "max_steps": 14,
+    "task": "Noisy",
+    "schedule": ("Cosine", {"warmup_steps": 3}),
+    "data": {"samples": 22},
+}  # 6 steps per epoch
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """A function that gives (folder, metrics) of a whole run, made once for each kind."""
+    """A function that returns (folder, metrics) of an uninterrupted run, made once for each set of options."""
     done = {}
 
     def of(**options):
@@ -318,7 +326,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def stopped(folder, step, **options):
-    """One piece of the long run: it stops after a step."""
+    """The long run, stopped after a step."""
     return train(folder, callbacks={**EACH, "stop": ("StopAfter", {"step": step})}, **LONG, **options)
 
 
@@ -352,7 +360,7 @@ def test_resume_with_workers_is_byte_identical(uninterrupted, tmp_path):
 
 
 def test_checkpoints_of_a_resumed_run_are_byte_identical(uninterrupted, tmp_path):
-    """Weights, optimizer and random numbers: what a run after it would begin with."""
+    """Weights, optimizer state and random state."""
     whole, _ = uninterrupted(zero_stage=1, precision="fp32")
     train(tmp_path, callbacks=EACH, resume=str(whole / "checkpoint-5"), zero_stage=1, **LONG)
     for ours in sorted((whole / "checkpoint-14").rglob("*")):
@@ -404,7 +412,7 @@ def test_a_partial_checkpoint_is_ignored_and_deleted(tmp_path):
     partial = tmp_path / "run" / ".checkpoint-4.partial"
     partial.mkdir()
     (partial / "trainer_state.json").write_text("{}")
-    no_state = tmp_path / "run" / "checkpoint-5"  # a folder that somebody copied only in part
+    no_state = tmp_path / "run" / "checkpoint-5"  # a folder that was copied in part
     no_state.mkdir()
     (no_state / "config.json").write_text("{}")
     assert train(tmp_path / "run", resume="auto", **run) == metrics
@@ -434,7 +442,7 @@ def test_a_signal_saves_and_the_resume_is_byte_identical(number, uninterrupted, 
     assert [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)] == handlers
     assert before == metrics[:5]
     assert [(checkpoint.step, checkpoint.last) for checkpoint in checkpoints(tmp_path)] == [(5, True)]
-    assert not (tmp_path / "model.safetensors").exists()  # it is no finished run
+    assert not (tmp_path / "model.safetensors").exists()  # the run is not finished
     assert train(tmp_path, callbacks=last, resume="auto", zero_stage=1, **LONG) == metrics
     assert weight_bytes(tmp_path) == weight_bytes(whole)
 
@@ -462,7 +470,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 
 def test_a_changed_random_state_changes_the_weights(tmp_path):
-    """What the resume tests rest on: a generator that was not restored would be seen in the weights."""
+    """The resume tests rely on this: a random state that is not restored changes the weights."""
 
     class Disturbs(Callback):
         def on_step_start(self, trainer):

@@ -56,7 +56,7 @@ def check_length(model: nn.Module, data: DataModule) -> None:
 
 
 def _check_folder(folder: Path | None, tokenizer: Tokenizer) -> None:
-    """Check that ids mean what they meant when the model was trained; new tokens may have been added."""
+    """Check that the tokenizer has the same ids as the one in the model's folder; added tokens are accepted."""
     if (
         folder is None
         or not (folder / "tokenizer.json").is_file()

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: merged with the user's, and nothing in it ignored."""
+"""DeepSpeed's configuration: the user's is merged, and no key is silently ignored."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def test_overrides_are_none_a_dict_or_a_file(tmp_path):
 
 
 def test_dotted_options_become_nested():
-    """jsonargparse makes one key of the dots, and text of a value beside others."""
-    given = {"zero_optimization": {"stage": 1}, "zero_optimization.overlap_comm": "false", "a.b.c": "2", "d": {"e.f": "text"}}
-    wanted = {"zero_optimization": {"stage": 1, "overlap_comm": False}, "a": {"b": {"c": 2}}, "d": {"e": {"f": "text"}}}
-    assert read_overrides(given) == wanted
+    """jsonargparse keeps dotted keys, and values as text."""
+    parsed = {"zero_optimization": {"stage": 1}, "zero_optimization.overlap_comm": "false", "a.b.c": "2", "d": {"e.f": "text"}}
+    nested = {"zero_optimization": {"stage": 1, "overlap_comm": False}, "a": {"b": {"c": 2}}, "d": {"e": {"f": "text"}}}
+    assert read_overrides(parsed) == nested
 
 
 @pytest.mark.parametrize(("content", "named"), [(None, "cannot read"), ("{", "cannot read"), ("[1]", "is not a JSON object")])
@@ -84,14 +84,14 @@ def test_a_key_that_would_be_ignored_is_refused(overrides, named):
 
 
 def test_auto_leaves_the_decision_to_the_trainer():
-    """As in the files that people have for Hugging Face's Trainer."""
-    theirs = {
+    """As in configuration files for Hugging Face's Trainer."""
+    config = {
         "train_batch_size": "auto",
         "gradient_clipping": "auto",
         "optimizer": "auto",
         "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"},
     }
-    assert deepspeed_config(options(overrides=theirs)) == deepspeed_config(options())
+    assert deepspeed_config(options(overrides=config)) == deepspeed_config(options())
 
 
 def offloaded(**settings):

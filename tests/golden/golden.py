@@ -1,9 +1,9 @@
-"""Golden losses: what a tiny run of each task has given before, as text.
+"""Golden losses of a tiny run of each task, as text.
 
-    make golden        writes the files anew, after a change that is meant to change numbers; look at the difference
+    make golden        rewrites the files, after a change that is meant to change numbers; review the difference
 
-A file has one line a step: step, loss, gradient norm, with six significant digits: enough to see any change of the arithmetic,
-few enough that another processor gives the same. A step without any target has zeros.
+A file has a line for each step: step, loss and gradient norm with six significant digits, enough to detect any change of the
+arithmetic, and few enough to be equal on other processors. A step without targets has zeros.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RUNS = {
 
 
 def lines(name: str) -> list[str]:
-    """The run's losses and gradient norms, one line a step."""
+    """The run's losses and gradient norms, a line for each step."""
     with tempfile.TemporaryDirectory() as folder:
         schedule = ("Cosine", {"warmup_ratio": 0.2})
         metrics = train(Path(folder) / "run", max_steps=12, optimizer=ADAM, schedule=schedule, **RUNS[name])

@@ -1,4 +1,4 @@
-"""Whole commands and scripts in processes of their own, under a launcher where there are several ranks."""
+"""Commands and scripts in processes of their own, under a launcher for several ranks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ import pytest
 TESTS = Path(__file__).parent.parent
 ROOT = TESTS.parent
 
-_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by a Trainer in the tests' own process
+_RANK_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # the Trainer sets them
 
 
 def start(module: list[str], ranks: int = 1, launcher: str = "torchrun", **options: Any) -> subprocess.Popen[str]:
-    """Start a module or script (``["-m", name, ...]`` or ``[path, ...]``) in a process of its own, in a launcher for ranks."""
-    inherited = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
+    """Start a module or script, ``["-m", name, ...]`` or ``[path, ...]``, under a launcher for several ranks."""
+    inherited = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
     path = os.pathsep.join([str(ROOT), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**inherited, "PYTHONPATH": path, **options.pop("env", {})}
     words = [sys.executable, *module]
-    if ranks > 1 and launcher == "torchrun":  # standalone: a free port, so that several can run at a time
+    if ranks > 1 and launcher == "torchrun":  # standalone picks a free port
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *module]
     elif ranks > 1:
         port = str(20_000 + os.getpid() % 20_000)
@@ -34,11 +40,11 @@ def start(module: list[str], ranks: int = 1, launcher: str = "torchrun", **optio
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Wait for a process; one that takes too long is ended, its ranks too, before the test fails."""
+    """Wait for a process. On a timeout, terminate it with all its ranks, and fail the test."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.terminate()  # a launcher ends its ranks then; killed at once it would leave them behind
+        process.terminate()  # a killed launcher would leave its ranks running
         try:
             out, err = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
@@ -49,18 +55,18 @@ def finish(process: subprocess.Popen[str], timeout: float = 240) -> subprocess.C
 
 
 def start_command(*words: str, ranks: int = 1, launcher: str = "torchrun", **options: Any) -> subprocess.Popen[str]:
-    """Start ``bumblebee WORDS`` in a process of its own, under a launcher where there are several ranks."""
+    """Start ``bumblebee WORDS``, under a launcher for several ranks."""
     return start(["-m", "bumblebee", *words], ranks, launcher, **options)
 
 
 def run_command(*words: str, ranks: int = 1, launcher: str = "torchrun", **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run ``bumblebee WORDS`` in a process of its own to its end; ``timeout`` in seconds."""
+    """Run ``bumblebee WORDS`` to its end; ``timeout`` in seconds."""
     timeout = options.pop("timeout", 240)
     return finish(start_command(*words, ranks=ranks, launcher=launcher, **options), timeout)
 
 
 def run_jobs(jobs: list[dict[str, Any]], ranks: int, folder: Path, timeout: float = 280) -> list[dict[str, Any]]:
-    """What ``parts.run`` gives for each job, all of them done by the same processes one after the other."""
+    """Results of ``training_runs.run`` for each job, run by the same processes one after the other."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = finish(start([str(TESTS / "helpers" / "run_jobs.py"), str(folder)], ranks), timeout)
     assert done.returncode == 0, done.stderr[-5000:]

@@ -1,6 +1,6 @@
-"""Runs the jobs of ``FOLDER/jobs.json`` one after the other on all ranks, and writes ``FOLDER/results.json``.
+"""Run the jobs of ``FOLDER/jobs.json`` one after the other on all ranks, and write ``FOLDER/results.json``.
 
-Starting two ranks takes seconds, a small run takes tenths of one; so the tests put many runs into one start.
+Starting two ranks takes seconds and a small run takes tenths of a second, so tests start many runs together.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from helpers.training_runs import run
 
 
 def main(folder: Path) -> None:
-    """Run all jobs; a run that was refused gives {"error": its message}."""
+    """Run all jobs; the result of a refused run is {"error": its message}."""
     results = []
     for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
-        # The launcher's own store serves for one group only; each run ends its group, so each gets a store of its own.
+        # The launcher's store works for one process group only, and each run destroys its group: use a store per run.
         store = dist.FileStore(str(folder / f"store-{number}"), process_group.world_size())
         dist.init_process_group("gloo", store=store, rank=process_group.rank(), world_size=process_group.world_size())
         results.append(run(job))

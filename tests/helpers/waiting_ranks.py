@@ -1,4 +1,4 @@
-"""Run on two ranks by test_waiting_ranks.py: the first prepares something for longer than a collective may take, then fails."""
+"""Run on two ranks by test_waiting_ranks.py: rank 0 prepares a file for longer than the timeout, then fails."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bumblebee.distributed import process_group
 from bumblebee.distributed.local_main_first import local_main_first
 from bumblebee.distributed.process_group import OtherRankFailed
 
-TIMEOUT = 3  # seconds of a collective
+TIMEOUT = 3  # seconds, of collectives
 
 
 def main(folder: Path) -> None:
-    """Write what this rank has seen."""
+    """Write what this rank observed."""
     seen = []
     process_group.start(torch.device("cpu"), timedelta(seconds=TIMEOUT))
     with local_main_first() as first:
@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
         seen.append((first, (folder / "prepared").read_text()))
     try:
         with local_main_first() as first:
-            assert first, "the others must not get here"
+            assert first, "the other ranks must not get here"
             raise ValueError("no such file")
     except (ValueError, OtherRankFailed) as error:
         seen.append((type(error).__name__, str(error)))

@@ -1,4 +1,4 @@
-"""DPO on two ranks: the gradients and metrics of one, at every stage, whatever keeps the reference."""
+"""DPO on two ranks trains like one rank, at every stage and with every kind of reference."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ pytestmark = pytest.mark.slow
 OPTIONS = {"sft_weight": 0.2, "ld_alpha": 0.7}
 STEP: dict[str, Any] = {"data": ("Pairs", {"samples": 11, "empty": [2, 3]}), "max_steps": 3, "optimizer": ("SGD", {"lr": 0.3})}
 EACH = {"checkpoint": ("Checkpoint", {"every": 1, "keep": None})}
-# Of an epoch's 11 pairs rank 1 has none of the last two.
+# Rank 1 has none of the last two of an epoch's 11 pairs.
 SPREAD = {"micro_batch_size": 2, "accumulate": 2}
 
 
 def job(stage: int, precompute: bool = False, kind: str = "DPO", **more: Any) -> dict[str, Any]:
-    ours = {name: more.pop(name) for name in ("reference", "cache_dir") if name in more}
-    options = {**OPTIONS, "precompute_reference": precompute, **ours}
+    reference = {name: more.pop(name) for name in ("reference", "cache_dir") if name in more}
+    options = {**OPTIONS, "precompute_reference": precompute, **reference}
     return {"task": (kind, options), "zero_stage": stage, "building": stage == 3, **STEP, **SPREAD, **more}
 
 
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory):
-    """The folder of a model that is not the policy."""
+    """The folder of another model than the policy."""
     folder = tmp_path_factory.mktemp("other")
     small_model(1).save_pretrained(folder)
     return folder
@@ -62,20 +62,20 @@ def two_ranks(tmp_path_factory, other_model):
 )
 def test_two_ranks_train_like_one(name, one_rank, two_ranks):
     folder, results = two_ranks
-    wanted_folder, wanted = one_rank["other" if "other" in name else "DPO"]
-    for ours, theirs in zip(results[name]["metrics"], wanted, strict=True):
-        for key in set(theirs) - {"rewards/accuracies"}:  # where pairs are ties, rounding decides what is a win
-            assert math.isclose(ours[key], theirs[key], rel_tol=1e-4, abs_tol=1e-5), (ours["step"], key)
-        assert ours["rewards/margins"] == pytest.approx(ours["rewards/chosen"] - ours["rewards/rejected"], abs=1e-12)
+    expected_folder, expected = one_rank["other" if "other" in name else "DPO"]
+    for line, other in zip(results[name]["metrics"], expected, strict=True):
+        for key in set(other) - {"rewards/accuracies"}:  # rounding decides about ties
+            assert math.isclose(line[key], other[key], rel_tol=1e-4, abs_tol=1e-5), (line["step"], key)
+        assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-12)
     for key, tensor in weights(folder / name).items():
         torch.testing.assert_close(
-            tensor, weights(wanted_folder)[key], rtol=0, atol=1e-5, msg=lambda text, k=key: f"{k} {text}"
+            tensor, weights(expected_folder)[key], rtol=0, atol=1e-5, msg=lambda text, k=key: f"{k} {text}"
         )
 
 
 @pytest.mark.parametrize("stage", ["1", "3"])
 def test_adapters_start_without_rewards(stage, two_ranks):
-    """Later their dropout differs from one rank's."""
+    """After the first step, their dropout differs from one rank's."""
     lines = two_ranks[1][f"{stage} adapters"]["metrics"]
     assert abs(lines[0]["rewards/chosen"]) < 1e-6 and abs(lines[0]["rewards/rejected"]) < 1e-6
     assert abs(lines[-1]["rewards/margins"]) > 1e-4

@@ -1,4 +1,4 @@
-"""Ranks that wait for another one's work wait as long as it takes, and not for ever where it fails."""
+"""``local_main_first``: ranks wait as long as it takes, and not forever if the other rank fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DPO's numbers: the losses against their formulas written out, what does not count, what a batch's shape must not change."""
+"""DPO's losses and metrics against their formulas, invalid pairs, invariance to batching, and refused options."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def task_of(models, **options):
 
 @pytest.fixture(scope="module")
 def written_out(models, pairs):
-    """For each pair with targets the log-probabilities of its tokens, one by one from the logits: policy's and reference's."""
-    found = []
+    """Log-probability of each token of each valid pair, from the logits: of the policy and of the reference."""
+    log_probs = []
     for index, prompt, rows in pairs.train:
         if index != EMPTY:
-            found.append([[token_log_probabilities(model, prompt, row) for row in rows] for model in models])
-    return found
+            log_probs.append([[token_log_probabilities(model, prompt, row) for row in rows] for model in models])
+    return log_probs
 
 
 def token_log_probabilities(model, prompt, row):
@@ -93,7 +93,7 @@ def test_loss_is_the_formula_summed_over_valid_pairs(name, models, pairs, writte
 
 
 def test_pairs_cover_both_sides_of_hinge_and_length(written_out):
-    """Else the formulas above would not have been looked at whole."""
+    """Otherwise the tests above would miss branches of the formulas."""
     assert {1 - 2.0 * h_of(*pair) > 0 for pair in written_out} == {True, False}
     assert {len(policy[0]) > len(policy[1]) for policy, _ in written_out} == {True, False}
 
@@ -137,7 +137,7 @@ def test_tokens_of_both_responses_are_counted(models, pairs, written_out):
     assert task.tokens(counts) == sum(len(side) for policy, _ in written_out for side in policy)
 
 
-# -- pairs that do not count ---------------------------------------------------------------------------------------------
+# -- invalid pairs -------------------------------------------------------------------------------------------------------
 
 
 def gradient(task, batch):

@@ -1,4 +1,4 @@
-"""DPO through the trainer, on one rank: the reference stays what it was, in whatever way it is kept."""
+"""DPO through the trainer on one rank, with live and precomputed references."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def run(folder: Path, kind: str = "DPO", options: dict[str, Any] | None = None, 
     return train(folder, **{"task": (kind, options or {}), **BASE, **job})
 
 
-def same(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> bool:
-    """Up to rounding, which decides at first, where all pairs are ties, what is a win."""
-    cleaned = [[{k: v for k, v in line.items() if k != "rewards/accuracies"} for line in run] for run in (ours, theirs)]
+def same(metrics: list[dict[str, float]], other: list[dict[str, float]]) -> bool:
+    """Equal up to rounding, without accuracies: before the first step all pairs are ties, and rounding decides."""
+    cleaned = [[{k: v for k, v in line.items() if k != "rewards/accuracies"} for line in run] for run in (metrics, other)]
     return cleaned[0] == [pytest.approx(line, rel=1e-4, abs=1e-5) for line in cleaned[1]]
 
 
@@ -52,12 +52,12 @@ def some_slow(quick: tuple[str, ...]) -> list[Any]:
 
 @pytest.fixture
 def other_model(tmp_path):
-    """The folder of a model that is not the policy."""
+    """The folder of another model than the policy."""
     small_model(1).save_pretrained(tmp_path / "other")
     return tmp_path / "other"
 
 
-# -- at first ------------------------------------------------------------------------------------------------------------
+# -- first step ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", some_slow(quick=("0", "3 sharded")))
@@ -65,20 +65,20 @@ def other_model(tmp_path):
 @pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
 def test_first_loss_is_ln_2_without_rewards(kind, stage, precompute, tmp_path):
     first = run(tmp_path, kind, {"precompute_reference": precompute}, **{**STAGES[stage], "max_steps": 2})[0]
-    tolerance = 1e-6 if "bf16" not in stage or not precompute else 1e-3  # other padding is other rounding
+    tolerance = 1e-6 if "bf16" not in stage or not precompute else 1e-3  # other padding, other rounding
     assert first["loss"] == pytest.approx(math.log(2), abs=tolerance)
     assert abs(first["rewards/margins"]) <= 10 * tolerance
 
 
 @pytest.mark.parametrize("kind", ["DPO", "AdaptedDPO"])
 def test_a_reference_has_no_dropout(kind, tmp_path):
-    """Log-probabilities computed once, before any training, are those that are computed live."""
+    """Log-probabilities precomputed before training equal those computed live."""
     dropping = {"model": {"attention_dropout": 0.2, "residual_dropout": 0.2, "embedding_dropout": 0.2}}
     live, before = (
         run(tmp_path / str(once), kind, {"precompute_reference": once}, **dropping, zero_stage=0) for once in (False, True)
     )
     assert same(live, before)
-    assert live[0]["loss"] != pytest.approx(math.log(2), abs=1e-4), "the policy does drop"
+    assert live[0]["loss"] != pytest.approx(math.log(2), abs=1e-4), "the policy has dropout"
 
 
 def test_a_model_folder_as_reference(other_model, tmp_path):
@@ -93,7 +93,7 @@ def test_a_model_folder_as_reference(other_model, tmp_path):
     assert line["rewards/margins"] == pytest.approx(float(sums["rewards/margins"]) / 10, rel=1e-4)
 
 
-# -- later ---------------------------------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def test_a_model_folder_as_reference(other_model, tmp_path):
     ],
 )
 def test_live_and_precomputed_references_train_alike(kind, stage, tmp_path):
-    """Of adapters, too, that drop out half: what is drawn for the policy does not touch the reference."""
+    """Also with adapters that have dropout: the policy's random numbers do not affect the reference."""
     live = run(tmp_path / "live", kind, **STAGES[stage])
     precomputed = run(tmp_path / "precomputed", kind, {"precompute_reference": True}, **STAGES[stage])
     assert same(precomputed, live)
-    assert max(abs(line["rewards/margins"]) for line in live) > 0.005  # it has learnt something
+    assert max(abs(line["rewards/margins"]) for line in live) > 0.005  # it has learned something
 
 
 @pytest.mark.parametrize("stage", some_slow(quick=("3 sharded",)))
@@ -154,7 +154,7 @@ def test_summary_names_the_reference(kind, words, tmp_path, capsys):
 
 @pytest.mark.parametrize("reference", ["copy", "folder"])
 def test_the_reference_is_sharded_at_stage_3(reference, other_model, tmp_path, monkeypatch):
-    """Parameters are empty but for their shards, from the start and when a step is over."""
+    """Parameters are empty but for their shards, initially and after a step."""
     seen = []
     freeze = setup.freeze
 
@@ -165,7 +165,7 @@ def test_the_reference_is_sharded_at_stage_3(reference, other_model, tmp_path, m
 
     def whole(parameter: Any) -> bool:
         assert is_sharded(parameter)
-        return full_numel(parameter) > 10 * 32 and parameter.numel() > 0  # small ones are kept by DeepSpeed on purpose
+        return full_numel(parameter) > 10 * 32 and parameter.numel() > 0  # DeepSpeed keeps small parameters whole
 
     monkeypatch.setattr(setup, "freeze", watched)
     options = {"reference": "copy" if reference == "copy" else str(other_model)}
@@ -175,7 +175,7 @@ def test_the_reference_is_sharded_at_stage_3(reference, other_model, tmp_path, m
     assert not any(whole(parameter) for parameter in model.parameters())
 
 
-# -- however pairs are spread --------------------------------------------------------------------------------------------
+# -- distribution of pairs -----------------------------------------------------------------------------------------------
 
 
 def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):
@@ -195,13 +195,13 @@ def test_all_stages_train_alike(stage, tmp_path):
     assert same(run(tmp_path / stage, options={"sft_weight": 0.1}, **STAGES[stage]), plain)
 
 
-# -- resumed -------------------------------------------------------------------------------------------------------------
+# -- resume --------------------------------------------------------------------------------------------------------------
 
 EACH = {"checkpoint": ("Checkpoint", {"every": 1, "keep": None})}
 
 
 def stopped_and_resumed(folder: Path, kind: str, options: dict[str, Any], between: Any = None, **job: Any) -> None:
-    """A run that stops after two steps and is continued."""
+    """A run that stops after two steps and is resumed."""
     run(folder, kind, options, callbacks={**EACH, "stop": ("StopAfter", {"step": 2})}, **job)
     if between is not None:
         between()
@@ -246,7 +246,7 @@ def test_checkpoints_do_not_hold_the_reference(stage, tmp_path):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """How often log-probabilities have been computed."""
+    """One entry for each time that log-probabilities are computed."""
     times = []
     compute = reference_cache._compute
     monkeypatch.setattr(reference_cache, "_compute", lambda *args: times.append(1) or compute(*args))
@@ -261,7 +261,7 @@ def test_the_cache_is_shared_by_losses_and_batch_sizes(computed, tmp_path):
     assert len(computed) == 1
     file = next((tmp_path / "cache").rglob("*.safetensors"))
     columns = load_file(file)
-    assert columns["train/logps"].shape == (10, 2)  # the empty pair has none
+    assert columns["train/logps"].shape == (10, 2)  # the empty pair is left out
     assert columns["validation/index"].tolist() == [0, 1]
 
 
@@ -285,7 +285,7 @@ def test_the_cache_does_not_depend_on_the_adapters_seed(computed, tmp_path):
 def test_a_cached_reference_model_is_not_loaded(other_model, computed, tmp_path, monkeypatch):
     options = {"precompute_reference": True, "reference": str(other_model), "cache_dir": str(tmp_path / "cache")}
     run(tmp_path / "a", options=options)
-    monkeypatch.setattr(DPO, "_load_reference", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(DPO, "_load_reference", lambda *_: pytest.fail("it was loaded"))
     run(tmp_path / "b", options=options)
     assert len(computed) == 1
 

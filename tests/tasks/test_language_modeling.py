@@ -1,4 +1,4 @@
-"""What a task tells the loop: sums and counts, never means."""
+"""Sums and counts of language modelling, and its validation metrics."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def batch():
 
 def naive_losses(model, batch):
     """-log p of each target, one by one, from the logits."""
-    chances = model(batch["input_ids"], batch["position_ids"]).double().log_softmax(-1)
-    places = [(row, at) for row in range(3) for at in range(12) if batch["labels"][row, at] != IGNORE_INDEX]
-    return torch.stack([-chances[row, at, batch["labels"][row, at]] for row, at in places])
+    log_probs = model(batch["input_ids"], batch["position_ids"]).double().log_softmax(-1)
+    positions = [(row, at) for row in range(3) for at in range(12) if batch["labels"][row, at] != IGNORE_INDEX]
+    return torch.stack([-log_probs[row, at, batch["labels"][row, at]] for row, at in positions])
 
 
 def test_counts_are_targets_and_loss_is_their_sum(model, batch):
@@ -65,7 +65,7 @@ def test_splitting_a_batch_changes_neither_sums_nor_metrics(model, batch):
 
 
 class Data(DataModule):
-    """Nothing but a tokenizer."""
+    """Only a tokenizer."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

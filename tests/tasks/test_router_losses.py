@@ -1,4 +1,4 @@
-"""Routers' losses in training: counted as they are summed, once, over what is trained on and nothing else."""
+"""Router losses in training: computed once, over the tokens of samples only, and divided by matching counts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def joined(batches: list[Batch]) -> Batch:
 
 
 def gradient(task: Any, batches: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Of one optimizer step on these micro-batches, as the trainer takes it."""
+    """Loss and gradient of one optimizer step on these micro-batches, as computed by the trainer."""
     counts: dict[str, float] = {}
     for batch in batches:
         for name, count in task.all_counts(batch).items():
@@ -53,10 +53,10 @@ def gradient(task: Any, batches: list[Batch]) -> tuple[float, dict[str, torch.Te
     return total, {name: p.grad.clone() for name, p in task.model.named_parameters() if p.grad is not None}
 
 
-def same(ours: tuple[float, dict[str, torch.Tensor]], theirs: tuple[float, dict[str, torch.Tensor]]) -> None:
-    assert ours[0] == pytest.approx(theirs[0], rel=1e-5) and ours[1].keys() == theirs[1].keys()
-    for name, grad in theirs[1].items():
-        torch.testing.assert_close(ours[1][name], grad, rtol=1e-4, atol=2e-6, msg=lambda text, n=name: f"{n} {text}")
+def same(result: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]]) -> None:
+    assert result[0] == pytest.approx(expected[0], rel=1e-5) and result[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
+        torch.testing.assert_close(result[1][name], grad, rtol=1e-4, atol=2e-6, msg=lambda text, n=name: f"{n} {text}")
 
 
 @pytest.mark.parametrize("balance", ["sequence", "batch"])
@@ -100,10 +100,10 @@ def test_gradient_does_not_depend_on_micro_batches(kind):
 
 
 def tail_padded(batch: Batch) -> Batch:
-    """Places behind the last target are documents of their own, as datamodules pad."""
+    """Positions after the last target become documents of their own, as datamodules pad."""
     targets = batch["labels"] != IGNORE_INDEX
-    behind = targets.flip(1).cumsum(1).flip(1) == 0
-    return {**batch, "position_ids": batch["position_ids"].masked_fill(behind & targets.any(1, keepdim=True), 0)}
+    after_last = targets.flip(1).cumsum(1).flip(1) == 0
+    return {**batch, "position_ids": batch["position_ids"].masked_fill(after_last & targets.any(1, keepdim=True), 0)}
 
 
 def widened(batch: Batch, width: int) -> Batch:
@@ -176,7 +176,7 @@ def test_router_losses_are_logged_separately(tmp_path: Path):
 
 
 def test_an_unused_expert_has_a_zero_gradient():
-    """Its gradient is there and zero, so optimizer and gradient norm see the same parameters in every step."""
+    """Its gradient exists and is zero, so that optimizer and gradient norm see the same parameters in every step."""
     model = small_model(**MOE)
     with torch.no_grad():
         for layer in (1, 2):

@@ -1,4 +1,4 @@
-"""What a model takes over from the tokenizer of its data, and when it refuses to."""
+"""Checks of a model against its data's tokenizer and length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loader promises: the order follows from (seed, epoch), and any step can be started from."""
+"""The loader: the order depends on (seed, epoch) only, and a run can start from any step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bumblebee.training.plan import Plan
 
 
 class Numbers(DataModule):
-    """Sample i is the number i, and a micro-batch shows which it has."""
+    """Sample i is the number i, so that a micro-batch shows its samples."""
 
     def __init__(self, samples: int, held_out: int = 0) -> None:
         self.train = range(samples)
@@ -61,23 +61,23 @@ def test_order_by_length_is_a_function_of_seed_and_epoch(lengths, seed, epoch):
 
 @given(LENGTHS, st.integers(0, 5))
 def test_a_group_is_a_range_of_the_sorted_lengths(lengths, epoch):
-    """Naively: where the order is cut into its groups, each is a stretch of the sorted lengths."""
+    """Split into its groups, the order consists of ranges of the sorted lengths."""
     order = epoch_order(len(lengths), 1, epoch, np.array(lengths)).tolist()
     rest = len(lengths) % GROUP
     ordered = sorted(lengths)
-    stretches = [ordered[at : at + GROUP] for at in range(0, len(lengths), GROUP)]
+    ranges = [ordered[at : at + GROUP] for at in range(0, len(lengths), GROUP)]
     at = 0
     while order[at:]:
-        # The one smaller group may be anywhere: take it where it fits, and whole groups elsewhere.
+        # The smaller group may be anywhere: take it where it fits, and full groups elsewhere.
         for size in (GROUP, rest):
             own = [lengths[index] for index in order[at : at + size]]
-            if size and own in stretches:
-                stretches.remove(own)
+            if size and own in ranges:
+                ranges.remove(own)
                 at += size
                 break
         else:
-            raise AssertionError(f"no stretch of the sorted lengths begins at {at}")
-    assert not stretches
+            raise AssertionError(f"no range of the sorted lengths starts at {at}")
+    assert not ranges
 
 
 def test_batches_by_length_need_little_padding():
@@ -114,7 +114,7 @@ def test_each_epoch_has_every_sample_once_in_another_order():
 
 @pytest.mark.parametrize("first_step", [1, 3, 4, 5, 9, 12])
 def test_starting_at_a_step_equals_running_to_it(first_step):
-    plan = Plan.of(23, 2, 3, 1, epochs=3, max_steps=None)  # 4 steps an epoch: 4 and 12 are edges
+    plan = Plan.of(23, 2, 3, 1, epochs=3, max_steps=None)  # 4 steps per epoch: 4 and 12 start an epoch
     assert windows(plan, first_step=first_step) == windows(plan)[first_step:]
 
 

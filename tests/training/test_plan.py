@@ -1,4 +1,4 @@
-"""The plan against a naive reference: deal an epoch's samples out by hand, card after card."""
+"""The plan against a naive reference that deals the samples of an epoch out like cards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLANS = st.builds(
 
 
 def dealt(plan: Plan, epoch: int) -> list[list[list[list[int]]]]:
-    """[step][rank][micro-batch] -> samples, by dealing: a micro-batch to each rank in turn, until a step or the epoch ends."""
+    """[step][rank][micro-batch] -> samples: deal a micro-batch to each rank in turn, until a step or the epoch ends."""
     cards, steps = list(range(plan.samples)), []
     while cards:
         step: list[list[list[int]]] = [[] for _ in range(plan.world_size)]
@@ -30,8 +30,8 @@ def dealt(plan: Plan, epoch: int) -> list[list[list[list[int]]]]:
     return steps
 
 
-def samples_of(places: list[SampleRange]) -> list[list[int]]:
-    return [list(range(place.first, place.last)) for place in places]
+def samples_of(window: list[SampleRange]) -> list[list[int]]:
+    return [list(range(batch.first, batch.last)) for batch in window]
 
 
 @given(PLANS, st.integers(0, 3))
@@ -42,7 +42,7 @@ def test_windows_equal_the_naive_distribution(plan, epoch):
         for rank in range(plan.world_size):
             window = plan.window(epoch * plan.steps_per_epoch + index, rank)
             assert samples_of(window) == step[rank]
-            assert {place.epoch for place in window} == {epoch}
+            assert {batch.epoch for batch in window} == {epoch}
 
 
 @given(PLANS, st.integers(0, 3))
@@ -75,7 +75,7 @@ def test_all_ranks_have_the_same_number_of_micro_batches(plan, step):
 
 @given(PLANS, st.integers(0, 60))
 def test_rank_0_always_has_a_sample(plan, step):
-    assert all(place.first < place.last for place in plan.window(step, 0))
+    assert all(batch.first < batch.last for batch in plan.window(step, 0))
 
 
 def test_the_last_window_of_an_epoch_is_smaller_not_dropped():

@@ -1,4 +1,4 @@
-"""A plan that takes over from another one, with other ranks or batch sizes: no sample twice, none skipped."""
+"""A plan that resumes another one, with other ranks or batch sizes: no sample is repeated or skipped."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ sizes = st.integers(1, 4)
 
 def used(plan: Plan, first: int, last: int) -> list[tuple[int, int]]:
     """(epoch, sample) of all ranks in steps ``first`` to ``last``, in order of use."""
-    found = []
+    samples = []
     for step in range(first, last):
-        places = [place for rank in range(plan.world_size) for place in plan.window(step, rank)]
-        found += sorted((place.epoch, sample) for place in places for sample in range(place.first, place.last))
-    return found
+        batches = [batch for rank in range(plan.world_size) for batch in plan.window(step, rank)]
+        samples += sorted((batch.epoch, sample) for batch in batches for sample in range(batch.first, batch.last))
+    return samples
 
 
 @given(st.integers(1, 40), sizes, sizes, sizes, sizes, sizes, sizes, st.data())

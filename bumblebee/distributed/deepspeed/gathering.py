@@ -1,4 +1,4 @@
-"""Whole weights of a model that trains under ZeRO, one tensor at a time or all at once."""
+"""Gathering the full weights of a model under ZeRO, one tensor at a time or all at once."""
 
 from __future__ import annotations
 

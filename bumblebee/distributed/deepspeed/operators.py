@@ -1,4 +1,4 @@
-"""Importing DeepSpeed: quietly, and without compiling operators that nobody needs.
+"""Importing DeepSpeed quietly, and compiling only the operators in use.
 
 DeepSpeed compiles its operators when they are first used. On a CPU it would compile one for shared memory at every first
 start, and fail without a C++ compiler; its own optimizers and NVMe offload really need theirs.
@@ -90,16 +90,21 @@ def _compile(load: Callable[..., Any], builder: Any, *args: Any, **kwargs: Any) 
         timer.cancel()
 
 
+def can_offload_to_nvme() -> bool:
+    """Whether the asynchronous I/O operator can be compiled here; it needs libaio and a C++ compiler."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible(verbose=False))
+
+
 def usable_config(options: EngineOptions) -> DsConfig:
     """DeepSpeed's configuration, checked against what can be compiled on this machine.
 
     Raises:
         ValueError: offload to NVMe is configured, and its operator cannot be compiled.
     """
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
     config = deepspeed_config(options)
-    if uses_nvme(config) and not AsyncIOBuilder().is_compatible(verbose=False):
+    if uses_nvme(config) and not can_offload_to_nvme():
         raise ValueError(
             "trainer.deepspeed: device nvme needs libaio (on Debian and Ubuntu: apt install libaio-dev) and a C++ compiler;"
             " use device cpu without them"
