@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.reference_loop import steps_of
 from helpers.training_runs import VOCABULARY, Rows, adapter_bytes, train, weight_bytes, weights
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -24,6 +23,7 @@ from bumblebee.checkpoint.consolidate import consolidate  # noqa: E402
 from bumblebee.checkpoint.merge import merge  # noqa: E402
 from bumblebee.lora import differences  # noqa: E402
 from bumblebee.models.loading import load_model  # noqa: E402
+from bumblebee.verify.reference_loop import sample_indices
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -165,7 +165,7 @@ def plain_loop(folder: Path, steps: int) -> list[float]:
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     optimizer, rows, losses = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1), Rows(), []
     rows.setup(0)
-    for chosen in steps_of(len(rows.train), 4, steps, 42):
+    for chosen in sample_indices(len(rows.train), 4, steps, 42):
         inputs, labels = (torch.stack(part) for part in zip(*(rows.train[index] for index in chosen), strict=True))
         if not (targets := int((labels != -100).sum())):
             continue
