@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bumblebee.formatting import number
 
 if TYPE_CHECKING:
-    from bumblebee.trainer import Trainer
+    from bumblebee.training.run_state import RunState
 
 
 def print_line(text: str) -> None:
@@ -20,7 +20,7 @@ def print_line(text: str) -> None:
     sys.stdout.flush()
 
 
-def format_progress(trainer: Trainer) -> str:
+def format_progress(trainer: RunState) -> str:
     """``step 100/1,000, 51,200 tokens``."""
     return f"step {trainer.step:,}/{trainer.plan.max_steps:,}, {trainer.tokens:,} tokens"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bumblebee.trainer import Trainer
+    from bumblebee.training.run_state import RunState
 
 
 class MetricMonitor:
@@ -30,7 +30,7 @@ class MetricMonitor:
             raise ValueError(f"min_delta must be at least 0, got {min_delta}")
         self.owner, self.metric, self.mode, self.min_delta = owner, metric, mode, min_delta
 
-    def require_validation_data(self, trainer: Trainer) -> None:
+    def require_validation_data(self, trainer: RunState) -> None:
         """Raise if the data has no validation samples.
 
         Raises:

@@ -13,7 +13,7 @@ from bumblebee.formatting import number, short
 from bumblebee.hardware.flops import num_active_parameters
 
 if TYPE_CHECKING:
-    from bumblebee.trainer import Trainer
+    from bumblebee.training.run_state import RunState
 
 Section = dict[str, Any]
 
@@ -27,7 +27,7 @@ _SHAPE = {
 }
 
 
-def summarize(trainer: Trainer) -> dict[str, Section]:
+def summarize(trainer: RunState) -> dict[str, Section]:
     """Collect the sections of the summary."""
     return {
         "run": {
@@ -47,7 +47,7 @@ def summarize(trainer: Trainer) -> dict[str, Section]:
     }
 
 
-def _model(trainer: Trainer) -> Section:
+def _model(trainer: RunState) -> Section:
     model = trainer.task.model
     config = getattr(model, "config", None)
     shape = {name: getattr(config, field, None) for name, field in _SHAPE.items()}
@@ -61,7 +61,7 @@ def _model(trainer: Trainer) -> Section:
     }
 
 
-def _attention(trainer: Trainer) -> str | None:
+def _attention(trainer: RunState) -> str | None:
     """The attention kernel; None for a model class other than Bumblebee."""
     import torch
 
@@ -74,7 +74,7 @@ def _attention(trainer: Trainer) -> str | None:
     return select_kernel(model.attention, torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
 
 
-def _plan(trainer: Trainer) -> Section:
+def _plan(trainer: RunState) -> Section:
     plan = trainer.plan
     return {
         "epochs": round(plan.epoch(plan.max_steps), 6),
@@ -87,7 +87,7 @@ def _plan(trainer: Trainer) -> Section:
     }
 
 
-def _device(trainer: Trainer) -> Section:
+def _device(trainer: RunState) -> Section:
     import torch
 
     name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else None
@@ -99,7 +99,7 @@ def _device(trainer: Trainer) -> Section:
     }
 
 
-def _optimizer(trainer: Trainer) -> Section:
+def _optimizer(trainer: RunState) -> Section:
     engine = trainer.engine
     groups = [
         {
