@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bumblebee.adapter_folders import WEIGHTS, adapter_chain, base_model_name
 from bumblebee.checkpoint.adapters import (
     EXPERTS,
     NAME,
-    WEIGHTS,
     Adapter,
-    base_named,
-    chain,
     is_adapter_key,
     write_adapter_config,
     write_adapter_weights,
@@ -257,13 +255,13 @@ class AdapterFiles(ModelFiles):
 
     def check_output(self, output_dir: Path) -> None:
         """Not where the base model is: the adapters are worth nothing without it."""
-        for folder in chain(self.adapter.base_model_name_or_path):
+        for folder in adapter_chain(self.adapter.base_model_name_or_path):
             if output_dir.resolve() in (folder.resolve(), folder.resolve().parent):
                 raise ValueError(f"output_dir: {output_dir} holds the base model {folder}, which adapters need: choose another")
 
     def check_resumed(self, checkpoint: Path) -> None:
         """The same base model, as far as that can be told: a folder that is gone may have been moved here."""
-        ours, theirs = (self.adapter.base_model_name_or_path, base_named(checkpoint))
+        ours, theirs = (self.adapter.base_model_name_or_path, base_model_name(checkpoint))
         if theirs is not None and Path(theirs).is_dir() and Path(theirs).resolve() != Path(ours).resolve():
             raise ValueError(f"trainer.resume: {checkpoint} was trained on the model in {theirs}, this run's is that in {ours}")
 
@@ -311,7 +309,7 @@ def differences(
         For fp32 and for the folder's own dtype, by name: the largest difference and the largest logit, over a few token ids.
     """
     own = next(iter(read_tensors(merged)))[1].dtype
-    below = chain(adapter, base)[-2]
+    below = adapter_chain(adapter, base)[-2]
     return {
         str(dtype).removeprefix("torch."): _difference(merged, Path(adapter), below, dtype, trust_remote_code)
         for dtype in {torch.float32: 0, own: 0}

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
-from bumblebee.checkpoint.atomic import write_json
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.distributed import process_group
+from bumblebee.json_files import write_json
 from bumblebee.optim import Constant, GroupRule, Optimizer, Schedule, parameter_groups, set_learning_rate
 from bumblebee.signals import stopped_by_signals
 from bumblebee.tasks.task import Task

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
-from bumblebee.checkpoint.atomic import remove, write_json
+from bumblebee.checkpoint.atomic import remove
+from bumblebee.json_files import write_json
 from bumblebee.training.metric_monitor import check_held_out, check_mode, measured
 from bumblebee.training.run_folder import SavedCheckpoint, checkpoints
 

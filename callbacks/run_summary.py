@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import bumblebee
 from bumblebee.callback import Callback
-from bumblebee.checkpoint.atomic import write_json
 from bumblebee.formatting import number, short
 from bumblebee.hardware.flops import active_parameters, size_of
+from bumblebee.json_files import write_json
 from bumblebee.training.metric_formatting import progress
 
 if TYPE_CHECKING:

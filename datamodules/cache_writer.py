@@ -10,7 +10,8 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
-from bumblebee.checkpoint.atomic import write_json, written_aside
+from bumblebee.checkpoint.atomic import written_aside
+from bumblebee.json_files import write_json
 from datamodules.record_files import Record, RecordError
 from datamodules.tokenize import Block, Encoder
 from datamodules.worker_pool import Items, encoded

@@ -29,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from bumblebee.checkpoint.atomic import read_json, remove, write_json
+from bumblebee.checkpoint.atomic import remove
+from bumblebee.json_files import read_json, write_json
 from bumblebee.nn import IGNORE_INDEX
 
 FORMAT = 2  # raised whenever the content of a cache changes for the same inputs

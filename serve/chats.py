@@ -45,9 +45,9 @@ class Chats:
         written = self.calls.rewrite(plain) if self.calls else plain
         try:
             _require_all(template, written, plain, described)
-            return template.ids_of(written, described, True)
+            return template.apply(written, described, True)
         except ValueError as error:
-            raise invalid(str(error).removeprefix(f"{template.place}: "), "messages") from None
+            raise invalid(str(error).removeprefix(f"{template.name_or_path}: "), "messages") from None
 
     @cached_property
     def calls(self) -> CallFormat | None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bumblebee.tokenizer.assistant_mask import squeezed
+from bumblebee.tokenizer.assistant_mask import without_whitespace
 from bumblebee.tokenizer.chat_template import ChatTemplate
 from bumblebee.tokenizer.tokenizer import Tokenizer
 
@@ -145,8 +145,8 @@ def _marks(answer: str, number: int) -> Marks | None:
         places.append(place)
     first, last = places[0], places[-1]
     joint = answer[first[1] : last[0]] if number > 1 else ""
-    between = None if first[2] is None else squeezed(first[2])
-    return squeezed(answer[: first[0]]), squeezed(joint), squeezed(answer[last[1] :]), between
+    between = None if first[2] is None else without_whitespace(first[2])
+    return without_whitespace(answer[: first[0]]), without_whitespace(joint), without_whitespace(answer[last[1] :]), between
 
 
 def _object(text: str, name: str, arguments: dict[str, Any]) -> Place | None:

@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bumblebee.tokenizer.assistant_mask import squeezed
-from bumblebee.tokenizer.special_token_guard import sound
+from bumblebee.tokenizer.assistant_mask import without_whitespace
+from bumblebee.tokenizer.special_token_guard import replace_surrogates
 from serve.tool_call_format import CallFormat, named
 
 QUOTED, UNQUOTED = re.compile(r'["\\]'), re.compile(r'["{}\[\]]')
@@ -60,7 +60,7 @@ class CallParser:
     def finish(self) -> list[str | Call]:
         """What is left when no more text comes: what had only begun to be a call is text, a cut closing mark is nothing."""
         rest, self._held = self._held, ""
-        cut = self._behind_call and self.format.closing.startswith(squeezed(rest))
+        cut = self._behind_call and self.format.closing.startswith(without_whitespace(rest))
         return [] if not rest or cut or (self._called and rest.isspace()) else [rest]
 
     def _behind(self) -> Call | str:
@@ -190,7 +190,7 @@ def _call(text: str, name: str | None) -> Call | None:
         # Models break lines within strings, which JSON does not allow.
         content = json.loads(text, strict=False)
         found = named(content) if name is None else (name, content)
-        return found and Call(found[0], sound(json.dumps(found[1], ensure_ascii=False, allow_nan=False)))
+        return found and Call(found[0], replace_surrogates(json.dumps(found[1], ensure_ascii=False, allow_nan=False)))
     except (ValueError, RecursionError):
         return None
 

@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bumblebee.checkpoint.atomic import read_json, write_json
+from bumblebee.adapter_folders import CONFIG, WEIGHTS
 from bumblebee.checkpoint.fused_adapters import fuse, fused_modules
 from bumblebee.checkpoint.weight_mapping import Place, Rule, cast, places
+from bumblebee.json_files import read_json, write_json
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")  # parameters that have updates where experts are adapted
 NAME = "default"  # what PEFT calls an adapter in the model; it is left out of files
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
@@ -36,64 +36,6 @@ _NO_MATTER = {
 }  # fmt: skip
 # Starts of A and B that leave the base's weights as they are; others (PiSSA, OLoRA ...) take something off them.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-
-# -- which folders -------------------------------------------------------------------------------------------------------
-
-
-def is_adapter_folder(folder: str | Path) -> bool:
-    """Whether a folder is what LoRA learned on top of another one, instead of a whole model."""
-    folder = Path(folder)
-    whole = ("model.safetensors", "model.safetensors.index.json")
-    return (folder / CONFIG).is_file() and not any((folder / name).is_file() for name in whole)
-
-
-def chain(folder: str | Path, base: str | Path | None = None) -> list[Path]:
-    """The folders that a model is the sum of: the whole model first, then one adapter after the other, ``folder`` last.
-
-    Args:
-        folder: a model or adapter folder.
-        base: what the last adapter stands on, instead of the folder that it names.
-
-    Raises:
-        ValueError: a base that is not named, not there, or stands on the adapter itself.
-    """
-    found = [Path(folder)]
-    while is_adapter_folder(found[-1]):
-        below = Path(base) if base is not None and len(found) == 1 else _named_base(found[-1])
-        if below.resolve() in [seen.resolve() for seen in found]:
-            names = " -> ".join(str(path) for path in [*found, below])
-            raise ValueError(f"{folder} has no base model, its adapters name each other in a circle: {names}")
-        found.append(below)
-    return found[::-1]
-
-
-def base_named(folder: Path) -> str | None:
-    """The base model that an adapter folder names; None where it is no adapter folder or names none."""
-    return read_json(folder / CONFIG).get("base_model_name_or_path") if (folder / CONFIG).is_file() else None
-
-
-def _named_base(folder: Path) -> Path:
-    name = base_named(folder)
-    if not name:
-        raise ValueError(f"{folder / CONFIG} names no base model: set base_model_name_or_path to a model folder")
-    if not Path(name).is_dir():
-        raise ValueError(
-            f"{folder / CONFIG} names the base model {name}, which is not there: put it back, or merge with its new place,"
-            f" bumblebee merge --adapter {folder} --base FOLDER --output FOLDER"
-        )
-    return Path(name)
-
-
-def holder(folder: str | Path, name: str) -> Path:
-    """The folder that has a file: itself, or else the nearest one below it in a chain of adapters; itself if none has.
-
-    Raises:
-        ValueError: as ``chain``, where the folder itself does not have it.
-    """
-    if (Path(folder) / name).is_file() or not is_adapter_folder(folder):
-        return Path(folder)
-    return next((path for path in reversed(chain(folder)) if (path / name).is_file()), Path(folder))
 
 
 # -- sums ----------------------------------------------------------------------------------------------------------------

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
+from bumblebee.adapter_folders import CONFIG, base_model_folder, is_adapter_folder
 from bumblebee.checkpoint import adapters
-from bumblebee.checkpoint.atomic import read_json, written_aside
+from bumblebee.checkpoint.atomic import written_aside
 from bumblebee.checkpoint.hf_folder import ModelFiles, files_in, is_model_folder
 from bumblebee.checkpoint.sharded_state import PieceReader
 from bumblebee.checkpoint.weight_files import stored_keys
 from bumblebee.checkpoint.weight_mapping import places
+from bumblebee.json_files import read_json
 from bumblebee.training.run_folder import read_trainer_state
 
 _KEPT = ("tokenizer.json", "tokenizer_config.json")
@@ -39,7 +41,7 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str = "auto",
     """
     checkpoint, output = Path(checkpoint), Path(output)
     check_dtype(dtype)
-    write = _write_adapter if adapters.is_adapter_folder(checkpoint) else _write_model
+    write = _write_adapter if is_adapter_folder(checkpoint) else _write_model
     write(checkpoint, output, dtype, max_shard_size)
 
 
@@ -69,11 +71,11 @@ def _check_whole(checkpoint: Path, files: ModelFiles, reader: PieceReader) -> No
 def _write_adapter(checkpoint: Path, output: Path, dtype: str, max_shard_size: str) -> None:
     if dtype == "auto":
         dtype = read_trainer_state(checkpoint)["dtype"]
-    rules = files_in(adapters.chain(checkpoint)[0]).rules()
+    rules = files_in(base_model_folder(checkpoint)).rules()
     with PieceReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
         tensors = (pair for pair in reader.weights(DTYPES[dtype]) if adapters.is_adapter_key(pair[0]))  # no buffer of the base
         adapters.write_adapter_weights(aside, tensors, rules)
-        copy_files((*_KEPT, adapters.CONFIG, "generation_config.json"), checkpoint, aside)
+        copy_files((*_KEPT, CONFIG, "generation_config.json"), checkpoint, aside)
 
 
 def check_dtype(dtype: str) -> None:

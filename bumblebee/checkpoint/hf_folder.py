@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bumblebee.adapter_folders import adapter_chain, base_model_folder, is_adapter_folder
 from bumblebee.checkpoint import adapters
-from bumblebee.checkpoint.atomic import read_json, write_json, written_aside
+from bumblebee.checkpoint.atomic import written_aside
 from bumblebee.checkpoint.families import family_of, is_supported, read_config, write_config
 from bumblebee.checkpoint.moe_families import expert_shapes
 from bumblebee.checkpoint.weight_files import INDEX, SINGLE, stored_tensors, weight_files
@@ -27,6 +28,7 @@ from bumblebee.checkpoint.weight_loader import Device, Parameters
 from bumblebee.checkpoint.weight_mapping import Rule, as_stored, cast, cut, places, shape_of
 from bumblebee.config import BumblebeeConfig
 from bumblebee.distributed import process_group
+from bumblebee.json_files import read_json, write_json
 
 TIED_KEY = "lm_head.weight"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -40,7 +42,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def is_model_folder(folder: str | Path) -> bool:
     """Whether there is a config.json and weights to go with it, or an adapter."""
     folder = Path(folder)
-    if adapters.is_adapter_folder(folder):
+    if is_adapter_folder(folder):
         return (folder / adapters.WEIGHTS).is_file()
     return (folder / "config.json").is_file() and any((folder / name).is_file() for name in (SINGLE, INDEX))
 
@@ -51,7 +53,7 @@ def load_config(folder: str | Path) -> BumblebeeConfig:
     Raises:
         ValueError: no folder or no config.json there, or one that is not supported; the message names the file.
     """
-    return _from_config_json(adapters.chain(folder)[0], read_config)
+    return _from_config_json(base_model_folder(folder), read_config)
 
 
 def is_ours(folder: str | Path) -> bool:
@@ -106,7 +108,7 @@ def read_tensors(
     Raises:
         ValueError: a file that is damaged, or an adapter that is none of its base model.
     """
-    whole, *adapter_folders = adapters.chain(folder, base)
+    whole, *adapter_folders = adapter_chain(folder, base)
     if not adapter_folders:
         yield from ((key, cast(key, tensor, dtype)) for key, tensor in stored_tensors(whole, allow_pickle))
         return
@@ -167,7 +169,7 @@ def put_weights(
         allow_pickle: as there.
     """
     if _shapes_only:
-        weight_files(adapters.chain(folder)[0], allow_pickle)  # that they are there
+        weight_files(base_model_folder(folder), allow_pickle)  # that they are there
         return
     parameters = Parameters(model, dtype, device)
     missing, left_over = places(rules, parameters.shapes), []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bumblebee.checkpoint.adapters import CONFIG, chain, is_adapter_folder
+from bumblebee.adapter_folders import CONFIG, adapter_chain, is_adapter_folder
 from bumblebee.checkpoint.atomic import written_aside
 from bumblebee.checkpoint.consolidate import DTYPES, check_dtype, copy_files
 from bumblebee.checkpoint.hf_folder import drop_other_weights, files_in, is_model_folder, read_tensors
@@ -45,7 +45,7 @@ def merge(
     check_dtype(dtype)
     if not is_adapter_folder(adapter):
         raise ValueError(f"adapter: {adapter} is no adapter folder: {CONFIG} is not there, or a whole model is beside it")
-    folders = chain(adapter, base)
+    folders = adapter_chain(adapter, base)
     _check_output(output, folders, overwrite)
     files = files_in(folders[0])
     tensors = tqdm(

@@ -10,7 +10,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
@@ -125,13 +125,14 @@ def find_classes_here() -> None:
 def fit(words: list[str]) -> None:
     """Train what a recipe describes."""
     from bumblebee.distributed import process_group
+    from bumblebee.recipe import build
 
     parser = recipe_parser("fit", "Train what a recipe describes.")
     parser.add_argument("--overwrite", type=bool, default=False, help="delete an earlier run in output_dir")
     cfg = parser.parse(words)
     overwrite = cfg.pop("overwrite")
     with user_errors(parser, cfg):
-        parts = build(parser, cfg)
+        parts = build(cfg)
     trainer = parts.trainer
     try:
         with user_errors(parser, cfg):
@@ -139,7 +140,7 @@ def fit(words: list[str]) -> None:
                 parts.task, parts.data, parts.optimizer, parts.schedule, parts.callbacks, cfg.output_dir, cfg.seed, overwrite
             )
             if process_group.is_main():
-                save_recipe(parser, cfg)
+                save_recipe(cfg)
         with user_errors(parser, cfg, until=lambda: trainer.started):
             trainer.run()
     finally:
@@ -161,10 +162,11 @@ def validate(words: list[str]) -> None:
         cfg.task.init_args.reference = trained.init_args.folder  # what the run has compared with
     with user_errors(parser, cfg):
         from bumblebee.distributed import process_group
+        from bumblebee.recipe import build
         from bumblebee.training import loader
         from bumblebee.training.validation import validation_sums
 
-        parts = build(parser, cfg, building=nullcontext)  # whole, whatever the stage: no engine gathers its parts
+        parts = build(cfg, nullcontext)  # whole, whatever the stage: no engine gathers its parts
         device = process_group.pick_device(cfg.trainer.device)
         parts.data.setup(cfg.seed)
         parts.task.setup(parts.data)
@@ -191,10 +193,11 @@ def preview(words: list[str]) -> None:
     with user_errors(parser, cfg):
         from bumblebee.checkpoint.hf_folder import shapes_only
         from bumblebee.preview.preview import Preview, report
+        from bumblebee.recipe import build
 
         with shapes_only():
-            parts = build(parser, cfg, building=nullcontext)
-            found = Preview(parts, cfg, words, **options)
+            parts = build(cfg, nullcontext)
+            found = Preview(parts, cfg, **options)
         report(found, samples)
 
 
@@ -214,52 +217,21 @@ def preview_parser() -> Any:
 
 def recipe_parser(command: str, description: str) -> Any:
     """The parser of a recipe's groups."""
-    from bumblebee.callback import Callback
     from bumblebee.cli.parser import Parser, Recipe
-    from bumblebee.datamodule import DataModule
-    from bumblebee.optim import Optimizer, Schedule
-    from bumblebee.tasks.task import Task
-    from bumblebee.trainer import Trainer
+    from bumblebee.recipe import add_recipe_arguments
 
     parser = Parser(prog=f"bumblebee {command}", description=description)
     parser.add_argument("--config", action=Recipe, help="a recipe; several compose, later ones win")
-    parser.add_argument("--seed", type=int, default=42, help="of weights, order and random numbers")
-    parser.add_argument("--output_dir", type=str, default="runs/fit", help="the run's folder")
-    parser.add_subclass_arguments(Task, "task", required=True, help="model and loss")
-    parser.add_subclass_arguments(DataModule, "data", required=True, help="where batches come from")
-    parser.add_argument("--optimizer", type=Callable[[Iterable], Optimizer], required=True, help="a class and its options")
-    parser.add_argument("--schedule", type=Schedule | None, default=None, help="of the learning rate; null: constant")
-    parser.add_class_arguments(Trainer, "trainer")
-    parser.add_argument("--callbacks", type=dict[str, Callback | None], default={}, help="by name; null removes one")
+    add_recipe_arguments(parser)
     return parser
 
 
-def build(parser: Any, cfg: Any, building: Callable[[], Any] | None = None) -> Any:
-    """Make the objects that a configuration describes, the model with the recipe's seed.
-
-    Args:
-        parser: which has parsed it.
-        cfg: the configuration.
-        building: context in which the model is made; None for the one that the trainer wants.
-    """
-    import torch
-    from jsonargparse import Namespace
-
-    trainer = parser.instantiate(Namespace(trainer=cfg.trainer)).trainer
-    torch.manual_seed(cfg.seed)
-    with (building or trainer.building)():
-        task = parser.instantiate(Namespace(task=cfg.task)).task
-    others = cfg.clone()
-    del others["task"], others["trainer"]
-    parts = parser.instantiate(others)
-    parts.task, parts.trainer = task, trainer
-    return parts
-
-
-def save_recipe(parser: Any, cfg: Any) -> None:
+def save_recipe(cfg: Any) -> None:
     """Write the resolved recipe: given to ``--config`` alone it makes the same run."""
+    from bumblebee.recipe import dump
+
     path = Path(cfg.output_dir) / "recipe.yaml"
-    path.write_text(parser.dump(cfg, skip_unset=False), encoding="utf-8")
+    path.write_text(dump(cfg), encoding="utf-8")
 
 
 # -- generate and tokenizer ----------------------------------------------------------------------------------------------

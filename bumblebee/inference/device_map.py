@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bumblebee.checkpoint.adapters import chain
+from bumblebee.adapter_folders import base_model_folder
 from bumblebee.checkpoint.hf_folder import is_ours, load_config, load_weights, parameters_on_meta, weight_files
 from bumblebee.model import Bumblebee
 from bumblebee.models.base import LanguageModel
@@ -94,7 +94,7 @@ def spread(
     Raises:
         ValueError: no model folder, a model that Bumblebee does not compute itself, or one too large for all of them.
     """
-    if not is_ours(chain(folder)[0]):
+    if not is_ours(base_model_folder(folder)):
         raise ValueError(f"device_map: only models that Bumblebee computes itself can be spread, and {folder} holds another")
     config = load_config(folder)
     with parameters_on_meta():
@@ -175,7 +175,7 @@ def _filled(sizes: Sequence[int], memory: Sequence[int]) -> list[int] | None:
 
 def _bytes_per_parameter(folder: str | Path, model: Bumblebee) -> float:
     """Of the folder's files, so that nothing has to be read; an adapter is small beside its base model."""
-    return sum(file.stat().st_size for file in weight_files(chain(folder)[0])) / model.num_parameters()
+    return sum(file.stat().st_size for file in weight_files(base_model_folder(folder))) / model.num_parameters()
 
 
 # -- moving between devices ----------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bumblebee.checkpoint.adapters import holder
-from bumblebee.checkpoint.atomic import read_json
+from bumblebee.adapter_folders import folder_with_file
 from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.json_files import read_json
 
 TAKEN = ("max_new_tokens", "repetition_penalty")
 TAKEN_WHERE_SAMPLED = ("temperature", "top_k", "top_p", "min_p")
@@ -20,7 +20,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: a file that is no JSON.
     """
-    file = holder(folder, "generation_config.json") / "generation_config.json"
+    file = folder_with_file(folder, "generation_config.json") / "generation_config.json"
     return read_json(file) if file.is_file() else {}
 
 

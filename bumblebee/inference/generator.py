@@ -143,7 +143,7 @@ class Generator:
         Raises:
             ValueError: the template cannot be rendered.
         """
-        return self.tokenizer.chat_template.ids_of(with_system(messages, system), tools, True)
+        return self.tokenizer.chat_template.apply(with_system(messages, system), tools, True)
 
     def check(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The prompt's ids, if they can be continued.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from bumblebee.checkpoint.adapters import chain
+from bumblebee.adapter_folders import base_model_folder
 from bumblebee.checkpoint.hf_folder import ForeignFiles, parameters_on_meta, put_weights
 from bumblebee.checkpoint.weight_files import stored_keys
 from bumblebee.checkpoint.weight_loader import tied
@@ -115,11 +115,11 @@ class HuggingFaceModel(LanguageModel):
                 that do not fit.
         """
         with parameters_on_meta():
-            model = cls(_build(chain(folder)[0], trust_remote_code), attention)
+            model = cls(_build(base_model_folder(folder), trust_remote_code), attention)
         unused = re.compile("|".join(model.theirs[0]._keys_to_ignore_on_load_unexpected or ["$^"]))
         renamed = model.files.rules()
         if renamed:  # newer files may have the model's own names
-            there = stored_keys(chain(folder)[0])
+            there = stored_keys(base_model_folder(folder))
             renamed = [rule for rule in renamed if rule.theirs[0] in there]
         put_weights(folder, model, dtype, torch.device(device), renamed, lambda key: unused.search(key) is not None)
         model.source = Path(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bumblebee.checkpoint.adapters import chain
+from bumblebee.adapter_folders import base_model_folder
 from bumblebee.checkpoint.hf_folder import is_ours
 from bumblebee.model import Bumblebee
 from bumblebee.models.base import LanguageModel
@@ -30,5 +30,5 @@ def load_model(
     Raises:
         ValueError: see ``from_pretrained`` of both classes.
     """
-    kind = Bumblebee if is_ours(chain(folder)[0]) else HuggingFaceModel
+    kind = Bumblebee if is_ours(base_model_folder(folder)) else HuggingFaceModel
     return kind.from_pretrained(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

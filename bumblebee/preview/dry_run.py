@@ -1,7 +1,7 @@
 """Rehearsal: a few real optimizer steps in a process of their own, thrown away: how much memory they take, and how long.
 
-The process reads ``run``'s arguments as JSON from its standard input, makes the recipe's parts as a training would,
-and writes one line that begins with ``RESULT``. It has one rank, no callbacks, and an output folder that is gone afterwards.
+The process reads ``run``'s arguments as JSON from its standard input, builds the recipe as a training would, and writes one
+line that begins with ``RESULT`` or ``REFUSED``. It has one rank, no callbacks, and a temporary output folder.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from importlib import import_module
 from typing import Any
 
 from bumblebee.datamodule import Batch, DataModule
+from bumblebee.recipe import Run, build, recipe_parser
 from bumblebee.shared_packages import prefer_ours
 from bumblebee.training.loader import epoch_order
 
-RESULT = "rehearsal: "
+RESULT, REFUSED = "rehearsal: ", "refused: "
 MOST = 4  # micro-batches of a step; where a step has more, its time is extrapolated
 PATIENCE = 10.0  # seconds in which steps are timed again
 LIMIT = 900.0  # seconds for all of it
@@ -54,16 +55,16 @@ class Failed(RuntimeError):
 # -- in this process -----------------------------------------------------------------------------------------------------
 
 
-def rehearse(words: list[str], micro_batches: float) -> Rehearsal:
+def rehearse(recipe: str, micro_batches: float) -> Rehearsal:
     """Start the other process and wait for it.
 
     Args:
-        words: the command line.
+        recipe: the resolved recipe, as YAML.
         micro_batches: of a step on one rank, on average.
 
     Raises:
         Failed: out of memory, out of time, or an error.
-        SystemExit: the recipe was refused; the line has been printed.
+        ValueError: the recipe was refused.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -71,7 +72,7 @@ def rehearse(words: list[str], micro_batches: float) -> Rehearsal:
         [sys.executable, "-m", __name__], env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    job = {"words": words, "micro_batches": micro_batches, "imports": [name for name in sys.modules if name != "__main__"]}
+    job = {"recipe": recipe, "micro_batches": micro_batches, "imports": [name for name in sys.modules if name != "__main__"]}
     try:
         out, err = process.communicate(json.dumps(job), timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -79,9 +80,9 @@ def rehearse(words: list[str], micro_batches: float) -> Rehearsal:
     finally:
         process.kill()
         process.wait()
-    if process.returncode == 2:
-        print(*[line for line in err.splitlines() if line.startswith("bumblebee: ")], sep="\n", file=sys.stderr)
-        raise SystemExit(2)
+    for line in out.splitlines():
+        if line.startswith(REFUSED):
+            raise ValueError(json.loads(line.removeprefix(REFUSED)))
     found = [line for line in out.splitlines() if line.startswith(RESULT)]
     if process.returncode or not found:
         raise Failed(_why(process.returncode, err))
@@ -139,26 +140,22 @@ def places(data: DataModule, size: int, seed: int) -> list[list[int]]:
     return [order[place * size : (place + 1) * size].tolist() for place in (longest, *spread)]
 
 
-def run(words: list[str], micro_batches: float, imports: list[str]) -> Rehearsal:
-    """What the other process does; ``imports`` are the modules that making the parts takes."""
+def run(recipe: str, micro_batches: float, imports: list[str]) -> Rehearsal:
+    """Run the steps in this process; ``imports`` are the modules that building the recipe takes."""
     import torch
 
-    from bumblebee.cli.main import PREVIEW_OPTIONS, build, preview_parser, user_errors
     from bumblebee.distributed.process_group import pick_device
     from bumblebee.hardware.memory_stats import forget_most, held, most_held
 
-    parser = preview_parser()
-    cfg = parser.parse(words)
-    for name in PREVIEW_OPTIONS:
-        cfg.pop(name)
-    with tempfile.TemporaryDirectory() as folder, user_errors(parser, cfg):
-        device = pick_device(cfg.trainer.device)
+    config = recipe_parser().parse_string(recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        device = pick_device(config.trainer.device)
         _import_all(device, imports)
         before = held(device)
         forget_most(device)
-        parts = build(parser, cfg)
+        parts = build(config)
         try:
-            seconds, first = _train(parts, cfg.seed, folder, micro_batches)
+            seconds, first = _train(parts, folder, micro_batches)
             peak = most_held(device) - before
         finally:
             parts.trainer.close()
@@ -180,14 +177,14 @@ def _import_all(device: Any, imports: list[str]) -> None:
     gc.collect()
 
 
-def _train(parts: Any, seed: int, folder: str, micro_batches: float) -> tuple[list[float], float]:
+def _train(parts: Run, folder: str, micro_batches: float) -> tuple[list[float], float]:
     """Seconds of steps, and of the first one."""
     trainer = parts.trainer
     trainer.resume = None
     if hasattr(parts.task, "cache_dir"):  # of what is computed before training: of these few samples it is of no use
         parts.task.cache_dir = folder
-    few = Few(parts.data, trainer.micro_batch_size, seed)
-    trainer.setup(parts.task, few, parts.optimizer, parts.schedule, {}, f"{folder}/run", seed)
+    few = Few(parts.data, trainer.micro_batch_size, parts.seed)
+    trainer.setup(parts.task, few, parts.optimizer, parts.schedule, {}, f"{folder}/run", parts.seed)
     largest, *others = few.batches()
     count = min(math.ceil(micro_batches), MOST)
     first = _timed(trainer, [*others[: count - 1], largest])
@@ -222,8 +219,11 @@ def _timed(trainer: Any, window: list[Batch]) -> float:
 def main() -> None:
     """The other process."""
     prefer_ours()
-    result = run(**json.load(sys.stdin))
-    print(RESULT + json.dumps(asdict(result)), flush=True)
+    try:
+        line = RESULT + json.dumps(asdict(run(**json.load(sys.stdin))))
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        line = REFUSED + json.dumps(str(error))
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from torch import nn
 
 from bumblebee.datamodule import Batch
@@ -23,6 +24,7 @@ from bumblebee.nn.attention_kernels import choose
 from bumblebee.optim import Constant, parameter_groups
 from bumblebee.preview.dry_run import MOST, Failed, Rehearsal, places, rehearse
 from bumblebee.preview.memory_estimate import BUCKET, Memory, MicroBatch, ModelSize, Setup, estimate
+from bumblebee.recipe import Run, dump
 from bumblebee.training.run_folder import check_free, find_resume
 
 QUICK = 60.0  # seconds that a rehearsal may be expected to take where nobody asked for it
@@ -33,9 +35,8 @@ class Preview:
     """What there is to know before training. ``report`` prints it.
 
     Args:
-        parts: of the recipe; the model without weights.
-        config: what they were made of.
-        words: the command line, for another process to do the same.
+        run: what the recipe describes; the model without weights.
+        config: the parsed recipe.
         ranks: to plan for; None for those of the launcher.
         measure: "auto", "always" or "never".
         gpu: compute the memory of GPUs, wherever this runs.
@@ -47,17 +48,16 @@ class Preview:
 
     def __init__(
         self,
-        parts: Any,
-        config: Any,
-        words: list[str],
+        run: Run,
+        config: Namespace,
         ranks: int | None = None,
         measure: str = "auto",
         gpu: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.trainer, self.task, self.data = parts.trainer, parts.task, parts.data
-        self.schedule = parts.schedule or Constant(warmup_ratio=0.0)
-        self.output_dir, self.seed, self.words = Path(config.output_dir), config.seed, words
+        self.trainer, self.task, self.data = run.trainer, run.task, run.data
+        self.schedule = run.schedule or Constant(warmup_ratio=0.0)
+        self.output_dir, self.seed, self.config = Path(run.output_dir), run.seed, config
         self.device = process_group.pick_device(self.trainer.device_name)
         self.overwrite = overwrite
         self.kind = "cuda" if gpu else self.device.type
@@ -67,7 +67,7 @@ class Preview:
         self.task.setup(self.data)
         self.ranks = ranks or process_group.world_size()
         self.plan = self.trainer.plan_for(self.data, self.seed, self.ranks, find_resume(self.trainer.resume, self.output_dir))
-        self.learning_rate, self.optimizer_bytes = probed(parts.optimizer, config.optimizer)
+        self.learning_rate, self.optimizer_bytes = probed(run.optimizer, config.optimizer)
         self.size, self.beside = ModelSize.of(self.task.model), [ModelSize.of(model) for model in self.task.models_beside()]
         self._check_options()
         self.batch = self._largest_batch()
@@ -192,7 +192,7 @@ class Preview:
     def _rehearse(self) -> None:
         print("measuring a few steps in a process of its own ...", file=sys.stderr, flush=True)
         try:
-            self.rehearsal = rehearse(self.words, self.micro_batches)
+            self.rehearsal = rehearse(dump(self.config), self.micro_batches)
         except Failed as error:
             self.why_not = str(error)
 
@@ -206,7 +206,7 @@ class Preview:
         return []
 
 
-def probed(optimizer: Any, described: Any) -> tuple[float | None, float]:
+def probed(optimizer: Any, described: Namespace) -> tuple[float | None, float]:
     """(learning rate, bytes kept for each weight) of an optimizer, tried on a matrix.
 
     DeepSpeed's own ones want a GPU or a compiler: they are taken for Adam.

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from bumblebee.adapter_folders import adapter_chain
 from bumblebee.cache_dir import resolve_cache_dir
-from bumblebee.checkpoint.adapters import chain
 from bumblebee.checkpoint.atomic import flush
 from bumblebee.datamodule import Batch
 from bumblebee.distributed import process_group
@@ -161,7 +161,7 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]], config: Any) -> str:
 def folder_digest(folder: str | Path) -> str:
     """Hash of a model folder's config and weights; of an adapter folder also of what it stands on."""
     digest = hashlib.sha256()
-    for part in map(Path, chain(folder)):
+    for part in adapter_chain(folder):
         for file in sorted([*part.glob("*config.json"), *part.glob("*.safetensors")]):
             digest.update(file.name.encode())
             with open(file, "rb") as content:

@@ -57,7 +57,11 @@ def check_length(model: nn.Module, data: DataModule) -> None:
 
 def _check_folder(folder: Path | None, tokenizer: Tokenizer) -> None:
     """An id must stand for what it stood for when the model was trained; new tokens may be added."""
-    if folder is None or not (folder / "tokenizer.json").is_file() or Path(tokenizer.place).resolve() == folder.resolve():
+    if (
+        folder is None
+        or not (folder / "tokenizer.json").is_file()
+        or Path(tokenizer.name_or_path).resolve() == folder.resolve()
+    ):
         return
     ids = tokenizer.backend.get_vocab(with_added_tokens=True)
     learned = Tokenizer.from_pretrained(folder).backend.get_vocab(with_added_tokens=True)

@@ -119,7 +119,7 @@ def require_contents(targets: str, messages: Sequence[Message]) -> None:
     expected = [part for message in messages for part in _parts(message)]
     if _first_missing(expected, targets) is None:
         return
-    missing = _first_missing(map(squeezed, expected), squeezed(targets))
+    missing = _first_missing(map(without_whitespace, expected), without_whitespace(targets))
     if missing:
         raise ValueError(f"the chat template leaves out of the assistant turns what they say: {missing[:SHOWN]!r}")
 
@@ -141,6 +141,6 @@ def _first_missing(expected: Iterable[str], text: str) -> str | None:
     return None
 
 
-def squeezed(text: str) -> str:
+def without_whitespace(text: str) -> str:
     """Templates set reasoning and answer apart by blanks of their own."""
     return "".join(text.split())

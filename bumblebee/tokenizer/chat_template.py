@@ -24,14 +24,14 @@ from bumblebee.tokenizer.assistant_mask import (
     closed_spans,
     rendered_spans,
     require_contents,
-    squeezed,
     tagged_spans,
     trained_turns,
+    without_whitespace,
 )
 from bumblebee.tokenizer.chatml import CHATML, TOKENS
 from bumblebee.tokenizer.sandbox import GENERATION, MARKS, compile_template
 from bumblebee.tokenizer.special_token_guard import Guard, mend
-from bumblebee.tokenizer.template_tokens import Encoder
+from bumblebee.tokenizer.template_tokenizer import TemplateTokenizer
 
 if TYPE_CHECKING:
     from bumblebee.tokenizer.tokenizer import Tokenizer
@@ -61,27 +61,27 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.place = tokenizer.place
+        self.name_or_path = tokenizer.name_or_path
         with self._named():
             self.sources = _named(tokenizer.settings.get("chat_template"))
         self.sources = self.sources or _default(tokenizer)
-        self._compiled = {name: compile_template(source, self.place) for name, source in self.sources.items()}
+        self._compiled = {name: compile_template(source, self.name_or_path) for name, source in self.sources.items()}
         self._variables = _special_tokens(tokenizer.settings)
-        self._encoder = Encoder(tokenizer.backend)
+        self._encoder = TemplateTokenizer(tokenizer.backend)
         self._special = tuple(self._encoder.special)
         self._guard = Guard(self._special)
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """The text of a conversation. In it a user's "<|im_end|>" looks like the template's: for ids, ``ids_of``.
+        """The text of a conversation. In it a user's "<|im_end|>" looks like the template's: for ids, ``apply``.
 
         Raises:
             ValueError: the template cannot render these messages, or leaves out the tools.
         """
         return mend(*self._text(messages, tools, add_generation_prompt))
 
-    def ids_of(
+    def apply(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
     ) -> list[int]:
         """The ids of a conversation, of which a model generates the next turn; see ``render``."""
@@ -144,7 +144,9 @@ class ChatTemplate:
         """The name of the template to use."""
         name = "tool_use" if tools is not None and "tool_use" in self.sources else "default"
         if name not in self.sources:
-            raise ValueError(f"{self.place}: no chat template is named {name!r}, only {', '.join(map(repr, self.sources))}")
+            raise ValueError(
+                f"{self.name_or_path}: no chat template is named {name!r}, only {', '.join(map(repr, self.sources))}"
+            )
         return name
 
     def _render(self, source: str, tools: Any, marks: str, messages: Sequence[Message], prompt: bool) -> str:
@@ -160,7 +162,7 @@ class ChatTemplate:
         try:
             yield
         except ValueError as error:
-            raise ValueError(f"{self.place}: {mend(str(error), breaker)}") from error.__cause__
+            raise ValueError(f"{self.name_or_path}: {mend(str(error), breaker)}") from error.__cause__
 
     def _decodes(self, chat: EncodedChat, spans: list[str], breaker: str) -> bool:
         """Whether the targets decode to these texts, up to what this tokenizer always loses (blanks, composed characters)."""
@@ -169,7 +171,7 @@ class ChatTemplate:
         if targets == mend("".join(spans), breaker):
             return True
         alone = [index for span in spans for index in self._encoder.encode([(span, True)], breaker)[0]]
-        return squeezed(targets) == squeezed(decode(alone))
+        return without_whitespace(targets) == without_whitespace(decode(alone))
 
 
 def _segments(text: str, spans: list[Span]) -> list[tuple[str, bool]]:
@@ -253,14 +255,14 @@ def with_system(messages: Sequence[Message], prompt: str | None) -> list[Message
 
 def default_for(tokenizer: Tokenizer) -> str | None:
     """ChatML, if the tokenizer has its special tokens."""
-    return CHATML if all(tokenizer.id_of(token) in tokenizer.special_ids for token in TOKENS) else None
+    return CHATML if all(tokenizer.token_to_id(token) in tokenizer.special_ids for token in TOKENS) else None
 
 
 def _default(tokenizer: Tokenizer) -> dict[str, str]:
     source = default_for(tokenizer)
     if source is None:
         raise ValueError(
-            f"{tokenizer.place} has no chat template, and its tokenizer lacks the special tokens of the default one,"
+            f"{tokenizer.name_or_path} has no chat template, and its tokenizer lacks the special tokens of the default one,"
             f" {' and '.join(TOKENS)}: put a chat_template.jinja into the folder"
         )
     return {"default": source}

@@ -23,7 +23,7 @@ def alternatives(spellings: Iterable[str]) -> str:
     return "|".join(map(re.escape, longest_first)) or r"(?!)"
 
 
-def sound(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Half a UTF-16 pair is no character, cannot be written as UTF-8, and the tokenizers refuse it: U+FFFD instead."""
     try:
         text.encode()  # far faster than the repair, which next to no text needs

@@ -16,12 +16,13 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from bumblebee.checkpoint.atomic import read_json, write_json
+from bumblebee.adapter_folders import folder_with_file
+from bumblebee.json_files import read_json, write_json
 from bumblebee.tokenizer.chat_template import ChatTemplate, content_of, default_for
 from bumblebee.tokenizer.chatml import CHATML
-from bumblebee.tokenizer.special_token_guard import sound
-from bumblebee.tokenizer.template_files import template_files
-from bumblebee.tokenizer.template_tokens import ids_of
+from bumblebee.tokenizer.special_token_guard import replace_surrogates
+from bumblebee.tokenizer.template_sources import template_files
+from bumblebee.tokenizer.template_tokenizer import encode_text
 
 END_OF_TEXT = "<|endoftext|>"
 # What a new tokenizer reserves: the end of a document, and the turn marks of ChatML, so that a chat needs no new rows.
@@ -29,7 +30,9 @@ SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 # Where a text is cut before merging, as in Qwen2. It has to be Qwen2's: transformers 5 takes only vocabulary and merges from
 # the tokenizer.json beside a Qwen2 config.json, and cuts in its own way. (It also composes characters first, NFC. We do not,
 # so that decoding gives back every text: the ids of text that is not NFC are not the same there.)
-PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class Tokenizer:
@@ -38,19 +41,19 @@ class Tokenizer:
     Args:
         backend: the library's tokenizer.
         settings: the content of tokenizer_config.json, also a chat template that the folder keeps in a file of its own.
-        place: where it comes from, for error messages.
+        name_or_path: where it comes from, for error messages.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: dict[str, Any], place: str = "this tokenizer") -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, settings: dict[str, Any], name_or_path: str = "this tokenizer") -> None:
         self.backend = backend
         self.settings = settings
-        self.place = place
+        self.name_or_path = name_or_path
         # User text that spells "<|im_end|>" is text. Special ids are put in by those who mean them.
         backend.encode_special_tokens = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Between processes the backend forgets encode_special_tokens, and a compiled template cannot travel at all.
-        return type(self), (self.backend, self.settings, self.place)
+        return type(self), (self.backend, self.settings, self.name_or_path)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:
@@ -60,9 +63,7 @@ class Tokenizer:
             ValueError: a file is missing or damaged; the message names it.
         """
         if not (Path(folder) / "tokenizer.json").is_file():
-            from bumblebee.checkpoint.adapters import holder  # torch is imported there
-
-            folder = holder(folder, "tokenizer.json")
+            folder = folder_with_file(folder, "tokenizer.json")
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
             there = "has no tokenizer.json" if Path(folder).is_dir() else "is not there"
@@ -93,7 +94,7 @@ class Tokenizer:
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+                pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
@@ -127,7 +128,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no special token is added, and none is recognised in it. Lone surrogates become U+FFFD."""
-        return ids_of(self.backend, sound(text))
+        return encode_text(self.backend, replace_surrogates(text))
 
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of a text that a model is to continue: behind the begin-of-text token, where the folder puts one."""
@@ -135,14 +136,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of many texts, on all cores."""
-        encodings = self.backend.encode_batch_fast([sound(text) for text in texts], add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast([replace_surrogates(text) for text in texts], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def id_of(self, token: str) -> int | None:
+    def token_to_id(self, token: str) -> int | None:
         """Id of a token's exact spelling, or None."""
         return self.backend.token_to_id(token)
 
@@ -174,7 +175,7 @@ class Tokenizer:
 
     def _id_of_setting(self, name: str) -> int | None:
         token = content_of(self.settings.get(name))
-        return None if token is None else self.id_of(token)
+        return None if token is None else self.token_to_id(token)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -205,7 +206,7 @@ class Tokenizer:
         Raises:
             ValueError: the template cannot render it.
         """
-        apply = self.chat_template.ids_of if tokenize else self.chat_template.render
+        apply = self.chat_template.apply if tokenize else self.chat_template.render
         return apply(messages, tools, add_generation_prompt)
 
     @cached_property

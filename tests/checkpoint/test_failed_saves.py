@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 
 from bumblebee import Bumblebee
 from bumblebee.checkpoint import atomic, hf_folder
-from bumblebee.checkpoint.atomic import read_json, write_json, written_aside
+from bumblebee.checkpoint.atomic import written_aside
+from bumblebee.json_files import read_json, write_json
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from bumblebee.tokenizer.tokenizer import PIECES
+from bumblebee.tokenizer.tokenizer import SPLIT_PATTERN
 
 CORPUS = ["The bumblebee isn't afraid of 12 flowers.\n\n  user assistant system It flies; à côté, 花から花へ 🐝! [INST]"] * 30
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|head|>", "<|eot|>", "<s>", "</s>"]
@@ -100,7 +100,7 @@ TAGGED = """
 def byte_level(**flags: bool) -> tokenizers.Tokenizer:
     """GPT-2's kind; flags are those of its special tokens."""
     backend = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated")
     blanks = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, blanks])
     backend.decoder = decoders.ByteLevel()

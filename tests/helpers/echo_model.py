@@ -44,7 +44,7 @@ def parrot(folder: Path, text: str, tokenizer: Tokenizer | None = None, context:
     tokenizer = tokenizer or Tokenizer.train([text], 400)
     end = tokenizer.chat_template.end_of_turn_id
     answer = [*tokenizer.chat_template._encoder.encode([(text, False)])[0], end]
-    prompt = tokenizer.chat_template.ids_of([{"role": "user", "content": "?"}], None, True)
+    prompt = tokenizer.chat_template.apply([{"role": "user", "content": "?"}], None, True)
     following = _automaton(answer, prompt)
     model = _built(following, answer[0], tokenizer.vocab_size, context, [end])
     model.save_pretrained(folder)

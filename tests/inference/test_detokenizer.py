@@ -66,7 +66,7 @@ def test_special_tokens_have_no_text(tokenizer):
 
 
 def test_special_tokens_that_are_to_be_spelled_are_text(tokenizer):
-    start, end = (tokenizer.id_of(token) for token in ("<|im_start|>", "<|im_end|>"))
+    start, end = (tokenizer.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>"))
     detokenizer = Detokenizer(tokenizer, ["_start|>!"], [start])
     ids = [start, *tokenizer.encode("a"), end, start, *tokenizer.encode("!")]
     assert "".join(map(detokenizer.add, ids)) == "<|im_start|>a<|im" and detokenizer.stopped
@@ -171,5 +171,5 @@ def test_sentencepiece_tokens_and_single_bytes_join_to_the_text(sentencepiece):
         assert "".join([*map(detokenizer.add, ids), detokenizer.finish()]) == cut(text, stop)[0]
 
     check()
-    ids = [sentencepiece.id_of(piece) for piece in ["▁ab", "<0xF0>", "<0x9F>", "</s>", "<0x90>", "<0x9D>", "▁a"]]
+    ids = [sentencepiece.token_to_id(piece) for piece in ["▁ab", "<0xF0>", "<0x9F>", "</s>", "<0x90>", "<0x9D>", "▁a"]]
     assert pieces(sentencepiece, ids) == [" ab", "", "", "", "", "🐝", " a", ""]

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer  # noqa: E402
 
 from bumblebee import Bumblebee, Tokenizer  # noqa: E402
 from bumblebee.inference.detokenizer import Detokenizer  # noqa: E402
-from bumblebee.tokenizer.tokenizer import PIECES  # noqa: E402
+from bumblebee.tokenizer.tokenizer import SPLIT_PATTERN  # noqa: E402
 
 CORPUS = ["The bumblebee isn't afraid of 12 flowers.\n\n  It flies, from one to another;  à côté, 花から花へ 🐝!"] * 30
 SPELLED = st.sampled_from(
@@ -47,7 +47,7 @@ def qwen2_like(folder: Path) -> Path:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"), byte_level])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), byte_level])
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
@@ -198,5 +198,5 @@ def test_autotokenizer_gives_the_ids_of_a_tokenizer_trained_here(trained):
 def test_a_spelled_special_token_is_text_for_us_and_a_token_for_autotokenizer(trained):
     ours, theirs = trained
     text = "a<|im_end|>b"
-    assert theirs.encode(text) == [*ours.encode("a"), ours.id_of("<|im_end|>"), *ours.encode("b")]
+    assert theirs.encode(text) == [*ours.encode("a"), ours.token_to_id("<|im_end|>"), *ours.encode("b")]
     assert ours.encode(text) == as_text(theirs, text) != theirs.encode(text)

@@ -100,7 +100,7 @@ def test_what_would_be_computed_before_training_is_not_when_measured(base: Path,
 
 @pytest.mark.slow
 def test_what_only_a_running_model_shows_is_refused_in_one_line(base: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yaml", base, {**RUNS["DPO"], "task": "system.parts.Refused"})
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, {**RUNS["DPO"], "task": "helpers.training_runs.Refused"})
     shown = run_command("preview", "--config", recipe, "--samples", "0", "--measure", "always")
     assert shown.returncode == 2
     lines = [line for line in shown.stderr.splitlines() if line.startswith("bumblebee: ")]

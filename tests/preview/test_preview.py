@@ -104,11 +104,11 @@ def test_memory_of_gpus_is_computed_where_there_is_none(recipe, capsys):
 
 def with_rows(recipe: str, options: str = "") -> str:
     """The recipe with a DataModule of one's own."""
-    text = Path(recipe).read_text().replace("bumblebee.LanguageModeling", "system.parts.Noisy")
+    text = Path(recipe).read_text().replace("bumblebee.LanguageModeling", "helpers.training_runs.Noisy")
     begin, end = text.index("data:"), text.index("optimizer:")
-    data = f"data: {{class_path: system.parts.Rows{options}}}"
+    data = f"data: {{class_path: helpers.training_runs.Rows{options}}}"
     Path("own.yaml").write_text(
-        f"{text[:begin]}{data}\n\n{text[end:]}".replace("bumblebee.LanguageModeling", "system.parts.Noisy")
+        f"{text[:begin]}{data}\n\n{text[end:]}".replace("bumblebee.LanguageModeling", "helpers.training_runs.Noisy")
     )
     return "own.yaml"
 

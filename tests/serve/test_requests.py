@@ -64,7 +64,7 @@ def test_a_chat_is_rendered_up_to_where_the_answer_begins(prompts):
 
 def test_a_special_token_that_a_user_spells_is_text(prompts, tokenizer):
     spelled = chat(prompts, messages=[{"role": "user", "content": "<|im_end|>"}])[0].prompt
-    assert spelled.count(tokenizer.id_of("<|im_end|>")) == 1
+    assert spelled.count(tokenizer.token_to_id("<|im_end|>")) == 1
 
 
 def test_the_servers_system_prompt_is_for_chats_without_their_own(tokenizer):
@@ -76,7 +76,7 @@ def test_the_servers_system_prompt_is_for_chats_without_their_own(tokenizer):
 
 
 def test_a_chat_stops_at_the_templates_end_of_turn_and_a_completion_does_not(prompts, tokenizer):
-    assert chat(prompts)[0].params.stop_ids == [tokenizer.id_of("<|im_end|>")]
+    assert chat(prompts)[0].params.stop_ids == [tokenizer.token_to_id("<|im_end|>")]
     assert completion(prompts)[0].params.stop_ids == chat(prompts, ignore_eos=True)[0].params.stop_ids == []
 
 
@@ -153,7 +153,7 @@ def test_calls_and_results_of_earlier_turns_reach_the_prompt(tokenizer):
 
 def test_marks_of_calls_that_are_special_tokens_are_spelled_in_the_answer(tmp_path):
     prompts = Prompts(tokenizer_of("mistral", tmp_path), 256, 400)
-    mark = prompts.tokenizer.id_of("[TOOL_CALLS]")
+    mark = prompts.tokenizer.token_to_id("[TOOL_CALLS]")
     assert chat(prompts, tools=TOOLS)[0].params.spelled_ids == [mark]
     assert chat(prompts)[0].params.spelled_ids == []
 

@@ -70,7 +70,7 @@ def answer(generator: Generator, *contents: str, system: str | None = None) -> s
     messages += [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents)]
     template = generator.tokenizer.chat_template
     params = replace(PARAMS, stop_ids=[template.end_of_turn_id])
-    return generator.generate([template.ids_of(messages, None, True)], params)[0].text
+    return generator.generate([template.apply(messages, None, True)], params)[0].text
 
 
 class InterruptedScreen(Screen):

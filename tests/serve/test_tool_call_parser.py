@@ -49,8 +49,8 @@ def answer_of(tokenizer, rewrite, said, called):
     ]
     question = {"role": "user", "content": "?"}
     answer = {"role": "assistant", "content": said, "tool_calls": written}
-    prompt = tokenizer.chat_template.ids_of(rewrite([question]), TOOLS, True)
-    whole = tokenizer.chat_template.ids_of(rewrite([question, answer]), TOOLS)
+    prompt = tokenizer.chat_template.apply(rewrite([question]), TOOLS, True)
+    whole = tokenizer.chat_template.apply(rewrite([question, answer]), TOOLS)
     assert whole[: len(prompt)] == prompt
     return whole[len(prompt) :]
 

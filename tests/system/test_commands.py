@@ -128,7 +128,7 @@ def test_a_mistake_ends_the_process_with_exit_code_2_and_one_line(recipe, tmp_pa
 
 def with_callback(name: str, **options: Any) -> list[str]:
     """The words that add a callback of these tests."""
-    words = [f"--callbacks.{name.lower()}", f"system.parts.{name}"]
+    words = [f"--callbacks.{name.lower()}", f"helpers.training_runs.{name}"]
     return words + [f"--callbacks.{name.lower()}.{option}={value}" for option, value in options.items()]
 
 

@@ -58,7 +58,7 @@ def test_targets_are_the_answers_with_their_end_and_without_the_newline_behind_i
     messages = chat("one", "two", "three", "four")
     assert targets(tok, messages) == f"|{blank}two{end}|{blank}four{end}"
     assert targets(tok, messages, train_on="last") == f"|{blank}four{end}"
-    assert tok.chat_template.end_of_turn_id == tok.id_of(end)
+    assert tok.chat_template.end_of_turn_id == tok.token_to_id(end)
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama", "qwen", "tagged"])

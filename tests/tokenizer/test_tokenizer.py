@@ -99,7 +99,7 @@ def test_a_pair_of_surrogates_is_its_character(tokenizer):
 
 
 def test_special_tokens_have_the_first_ids_no_bytes_and_no_text(tokenizer):
-    assert [tokenizer.id_of(token) for token in SPECIAL_TOKENS] == [0, 1, 2]
+    assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2]
     assert tokenizer.special_ids == {0, 1, 2}
     assert tokenizer.token_bytes[:3] == [b"", b"", b""]
     ids = [1, *tokenizer.encode("hi"), 2]
@@ -114,7 +114,7 @@ def test_end_and_padding_are_the_end_of_text_and_nothing_begins_a_text(tokenizer
 
 def test_vocab_size_is_one_more_than_the_largest_id(tokenizer):
     assert tokenizer.vocab_size == 400 == len(tokenizer.token_bytes)
-    assert tokenizer.id_of("no such token") is None
+    assert tokenizer.token_to_id("no such token") is None
 
 
 def test_every_single_byte_is_a_token(tokenizer):
@@ -129,7 +129,7 @@ def test_bytes_that_are_no_utf8_decode_to_the_replacement_character(tokenizer):
 def test_training_learns_frequent_pieces_and_repeats_itself():
     texts = ["the bumblebee and the flower"] * 20
     first, second = Tokenizer.train(iter(texts), 290), Tokenizer.train(texts, 290)
-    assert first.id_of("Ġbumblebee") is not None or first.id_of("Ġthe") is not None
+    assert first.token_to_id("Ġbumblebee") is not None or first.token_to_id("Ġthe") is not None
     assert len(first.encode(texts[0])) < len(texts[0]) / 2
     assert first.backend.to_str() == second.backend.to_str()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bumblebee.checkpoint.atomic import read_json
+from bumblebee.json_files import read_json
 
 
 def template_files(folder: Path) -> dict[str, Any]:

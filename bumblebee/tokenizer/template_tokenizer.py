@@ -15,14 +15,14 @@ from typing import Any
 import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
-from bumblebee.tokenizer.special_token_guard import alternatives, mend, sound
+from bumblebee.tokenizer.special_token_guard import alternatives, mend, replace_surrogates
 
 # Unicode's White_Space, which the library strips; Python's str.strip takes away four more.
 BLANKS = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 LONG = 10_000  # characters of a text that takes some milliseconds
 
 
-class Encoder:
+class TemplateTokenizer:
     """Ids of templates' texts.
 
     Args:
@@ -37,9 +37,9 @@ class Encoder:
         self._eats_behind = {token.content for token in added.values() if token.special and token.rstrip}
         self._eats_before = {token.content for token in added.values() if token.special and token.lstrip}
         # Sentencepiece's tokenizers put a blank before a text. Where a text goes on, they must not.
-        self._encode_at_start = partial(ids_of, backend)
-        self._encode_after_special = partial(ids_of, _rewritten(backend, _not_first))
-        self._encode_after_text = partial(ids_of, _rewritten(backend, _no_prefix))
+        self._encode_at_start = partial(encode_text, backend)
+        self._encode_after_special = partial(encode_text, _rewritten(backend, _not_first))
+        self._encode_after_text = partial(encode_text, _rewritten(backend, _no_prefix))
 
     def encode(self, segments: list[tuple[str, bool]], breaker: str = "") -> tuple[list[int], list[bool]]:
         """Ids and flags of segments of one text, each segment tokenised by itself.
@@ -57,7 +57,7 @@ class Encoder:
                     ids.append(self.special[piece])
                     encode, eats = self._encode_after_special, piece in self._eats_behind
                 elif text := mend(piece.lstrip(BLANKS) if eats else piece, breaker):
-                    ids += encode(sound(text))
+                    ids += encode(replace_surrogates(text))
                     encode, eats = self._encode_after_text, False
                 flags += [flag] * (len(ids) - len(flags))
         return ids, flags
@@ -72,7 +72,7 @@ class Encoder:
         return [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece]
 
 
-def ids_of(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+def encode_text(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     """Ids of a text. While a long one is encoded other threads go on: ``backend.encode`` would hold them up for seconds."""
     if len(text) < LONG:
         return backend.encode(text, add_special_tokens=False).ids
