@@ -31,7 +31,7 @@ from bumblebee.checkpoint.fused_adapters import fused_modules, fused_settings, s
 from bumblebee.checkpoint.hf_folder import ForeignFiles, ModelFiles, files_of, read_tensors, write_generation_config
 from bumblebee.checkpoint.weight_mapping import Rule
 from bumblebee.config import BumblebeeConfig
-from bumblebee.distributed import process_group
+from bumblebee.models.load_context import current_load_context
 from bumblebee.models.loading import load_model
 from bumblebee.nn.lm_head import Head
 from bumblebee.nn.moe import Experts
@@ -189,12 +189,12 @@ def inject(model: nn.Module, config: Any) -> None:
 @contextmanager
 def _ready_for_shards() -> Iterator[None]:
     """Adapters are small: they are made whole also where the model is built in shards, and cut when training begins."""
-    if not process_group.building_in_shards:
+    if not current_load_context().sharded:
         yield
         return
-    from bumblebee.distributed.deepspeed.training_engine import built_whole
+    from bumblebee.distributed.deepspeed.zero_init import unsharded_init
 
-    with built_whole():
+    with unsharded_init():
         from bumblebee.models.huggingface import weights_gathered  # in here: some imports do not bear how shards are built
 
         with weights_gathered():  # when PEFT looks at them, for DoRA
@@ -214,7 +214,7 @@ def _initialise(model: nn.Module) -> None:
             bound = 1 / math.sqrt(parameter.shape[1])
             start = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator).to(parameter.device)
         # PEFT has cast it to the weight's dtype. The engine casts as it needs, but nothing of a model that is built in shards.
-        parameter.data = start.to(parameter.dtype) if process_group.building_in_shards else start
+        parameter.data = start.to(parameter.dtype) if current_load_context().sharded else start
 
 
 class AdapterFiles(ModelFiles):

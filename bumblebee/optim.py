@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from bumblebee.distributed.deepspeed.sharded_parameters import full_shape
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -58,7 +60,7 @@ def parameter_groups(model: nn.Module, rules: Sequence[GroupRule] = ()) -> list[
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        kept = len(getattr(parameter, "ds_shape", parameter.shape)) < 2 or id(parameter) in embeddings
+        kept = len(full_shape(parameter)) < 2 or id(parameter) in embeddings
         options = {"weight_decay": 0.0} if kept else {}
         rule = next((rule for rule, pattern in zip(rules, patterns, strict=True) if pattern.search(name)), None)
         if rule is not None:

@@ -32,7 +32,8 @@ else:
     from torch import nn
 
     from bumblebee.distributed.deepspeed.ds_config import EngineOptions
-    from bumblebee.distributed.deepspeed.training_engine import Engine, FrozenEngine
+    from bumblebee.distributed.deepspeed.engine import TrainingEngine
+    from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
 
 
 class Trainer:
@@ -60,7 +61,7 @@ class Trainer:
     # The state of a run, set by ``setup``; callbacks read it.
     task: Task
     data: DataModule
-    engine: Engine
+    engine: TrainingEngine
     plan: Plan
     callbacks: dict[str, Callback]
     output_dir: Path
@@ -280,11 +281,11 @@ class Trainer:
         if self.zero_stage < 3:
             yield
             return
-        from bumblebee.distributed.deepspeed.training_engine import built_in_shards
+        from bumblebee.distributed.deepspeed.zero_init import sharded_init
 
         device = process_group.pick_device(self.device_name)
         process_group.start(device)
-        with built_in_shards(device, self.engine_options(None)):
+        with sharded_init(device, self.engine_options(None)):
             yield
 
     def engine_options(self, hidden_size: int | None) -> EngineOptions:
@@ -314,7 +315,7 @@ class Trainer:
         import bumblebee.checkpoint.hf_folder
         import bumblebee.training.training_state  # noqa: F401
         import bumblebee.training.validation
-        from bumblebee.distributed.deepspeed.training_engine import Engine
+        from bumblebee.distributed.deepspeed.engine import TrainingEngine
         from bumblebee.training import loader
 
         self._loader = loader
@@ -338,7 +339,7 @@ class Trainer:
         task.setup(data)
         self.plan = self.plan_for(data, seed, process_group.world_size(), checkpoint)
         options = self.engine_options(getattr(getattr(task.model, "config", None), "hidden_size", None))
-        self.engine = Engine(task.model, optimizer, parameter_groups(task.model, self.groups), self.device, options)
+        self.engine = TrainingEngine(task.model, optimizer, parameter_groups(task.model, self.groups), self.device, options)
         task.begin(self)
         self.engine.train()
         self._seed_everything(seed + process_group.rank())
@@ -391,7 +392,7 @@ class Trainer:
         It runs on the run's device in the run's precision, at stage 3 in shards. It may be a deep copy of the task's model
         from before there was an engine.
         """
-        from bumblebee.distributed.deepspeed.training_engine import FrozenEngine
+        from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
 
         options = self.engine_options(getattr(getattr(model, "config", None), "hidden_size", None))
         self._frozen.append(FrozenEngine(model, self.device, options, copy_of=self.engine.model))

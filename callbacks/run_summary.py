@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import bumblebee
 from bumblebee.callback import Callback
+from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
 from bumblebee.formatting import number, short
-from bumblebee.hardware.flops import active_parameters, size_of
+from bumblebee.hardware.flops import active_parameters
 from bumblebee.json_files import write_json
 from bumblebee.training.metric_formatting import progress
 
@@ -83,8 +84,8 @@ def _model(trainer: Trainer) -> Section:
     shape = {name: getattr(config, field, None) for name, field in _SHAPE.items()}
     return {
         "class": type(model).__name__,
-        "parameters": sum(size_of(p) for p in model.parameters()),
-        "trainable_parameters": sum(size_of(p) for p in model.parameters() if p.requires_grad),
+        "parameters": sum(full_numel(p) for p in model.parameters()),
+        "trainable_parameters": sum(full_numel(p) for p in model.parameters() if p.requires_grad),
         "active_parameters": active_parameters(model),
         **{name: value for name, value in shape.items() if value is not None},
         "attention": _attention(trainer),

@@ -18,6 +18,7 @@ import numpy as np
 from bumblebee.cache_dir import resolve_cache_dir
 from bumblebee.datamodule import DataModule
 from bumblebee.distributed import process_group
+from bumblebee.distributed.local_main_first import local_main_first
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from datamodules import python_docs, record_files
 from datamodules.cache_writer import build
@@ -117,7 +118,7 @@ class TokenData(DataModule):
     def open_cache(self, mix: Mix) -> TokenCache:
         """The tokens of some files, from the disk or tokenised now, by one rank of each machine."""
         encoder = self.encoder()
-        with process_group.first_on_each_machine() as first:
+        with local_main_first() as first:
             folder = self.cache_dir / "tokens" / self.cache_name(mix, encoder)
             if first and not is_complete(folder):
                 self.tokenise(folder, mix, encoder)

@@ -52,7 +52,7 @@ class ChatEncoder(Encoder):
 
     def _encode(self, messages: Sequence[Message], tools: Any, train_on: str) -> tuple[list[int], list[bool]]:
         chat = self.tokenizer.chat_template.encode(with_system(messages, self.system), tools, train_on)
-        return chat.ids, chat.trained
+        return chat.ids, chat.target_mask
 
 
 class ConversationEncoder(ChatEncoder):

@@ -1,6 +1,6 @@
-"""Serving a model folder: LitServe hosts the generator; OpenAI clients and a chat page talk to it.
+"""`bumblebee serve`: a model folder behind OpenAI-compatible endpoints and a chat page, on LitServe.
 
-The package name is shared with a ``serve`` folder of the user's; see ``bumblebee/shared_packages.py``.
+The package name is shared with a ``serve`` folder in the user's project; see ``bumblebee/shared_packages.py``.
 """
 
 from bumblebee.shared_packages import extend_path, lazy_attributes

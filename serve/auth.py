@@ -1,4 +1,7 @@
-"""Who may ask: bearer keys, as OpenAI's clients send them (RFC 6750). A server that others reach does not start without one."""
+"""API-key authentication (RFC 6750 bearer tokens), and a Host check for servers without a key.
+
+A server that other machines can reach does not start without a key, unless ``without_key`` is set.
+"""
 
 from __future__ import annotations
 
@@ -6,61 +9,63 @@ import hmac
 import ipaddress
 from urllib.parse import urlsplit
 
-from serve.api_errors import Fault, shown
+from serve.api_errors import APIError, quoted
 from serve.serve_options import ServeOptions
 
 
-class Keys:
-    """The keys of a server.
+class BearerAuth:
+    """Checks requests against the server's API keys.
 
     Args:
-        options: those of them that say who may ask.
+        options: the server's; ``api_key``, ``without_key`` and ``host`` are used.
 
     Raises:
-        ValueError: an empty key, or none where other machines reach the server.
+        ValueError: an empty key, or no key on an address that other machines can reach.
     """
 
     def __init__(self, options: ServeOptions) -> None:
-        given = [options.api_key] if isinstance(options.api_key, str) else options.api_key or []
-        if not all(key.strip() for key in given):
-            raise ValueError("api_key is empty: give a key, or leave the option out")
-        if not given and not options.without_key and not is_local(options.host):
+        keys = [options.api_key] if isinstance(options.api_key, str) else options.api_key or []
+        if not all(key.strip() for key in keys):
+            raise ValueError("api_key is empty: set a key, or omit the option")
+        if not keys and not options.without_key and not is_loopback(options.host):
             raise ValueError(
-                f"host {options.host} lets other machines ask: give an --api_key KEY, or --without_key to let everybody"
+                f"host {options.host} is reachable from other machines: set --api_key KEY,"
+                " or --without_key to accept unauthenticated requests"
             )
-        self._keys = [key.strip().encode() for key in given]
-        self._only_local = not given and not options.without_key
+        self._keys = [key.strip().encode() for key in keys]
+        self._loopback_only = not keys and not options.without_key
 
-    def check(self, authorization: str | None) -> None:
-        """Whether a request's Authorization header, its bytes read as Latin-1, has a key.
+    def check_key(self, authorization: str | None) -> None:
+        """Check the Authorization header of a request, decoded as Latin-1.
 
         Raises:
-            Fault: 401.
+            APIError: 401.
         """
         if not self._keys:
-            return  # clients must send something: anything will do
+            return  # OpenAI's clients always send a key: accept any
         scheme, _, key = (authorization or "").partition(" ")
-        # All keys, each in constant time: how long it takes tells nothing.
-        right = [hmac.compare_digest(known, key.strip().encode("latin-1")) for known in self._keys]
-        if scheme.lower() != "bearer" or not any(right):
-            said = "this key is not known" if key else "send a key: Authorization: Bearer KEY"
-            raise Fault(401, said, type="authentication_error", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        # Compare with every key in constant time, so that the duration reveals nothing.
+        matches = [hmac.compare_digest(known, key.strip().encode("latin-1")) for known in self._keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            message = "Incorrect API key provided" if key else "Missing API key: send it as Authorization: Bearer KEY"
+            headers = {"WWW-Authenticate": "Bearer"}
+            raise APIError(401, message, type="authentication_error", code="invalid_api_key", headers=headers)
 
     def check_host(self, host: str | None) -> None:
-        """Whether a request's Host header names this machine, where nothing but that keeps others out.
+        """Check the Host header of a request to a loopback server without a key: it must name this machine.
 
-        A page in the user's browser may come from a name that its owner lets lead to 127.0.0.1 (DNS rebinding): for the
-        browser this server then belongs to the page. Addresses cannot be made to lead elsewhere.
+        This prevents DNS rebinding: the owner of a web page can make its domain name resolve to 127.0.0.1, and the browser
+        then treats this server as part of that page. IP addresses cannot be rebound.
 
         Raises:
-            Fault: 403.
+            APIError: 403.
         """
-        if host and self._only_local and not _cannot_lead_elsewhere(host):
-            said = f"this server is not called {shown(host)}: start it with --api_key KEY or --without_key to let others ask"
-            raise Fault(403, said, code="unknown_host")
+        if host and self._loopback_only and not _cannot_be_rebound(host):
+            message = f"Unknown host {quoted(host)}: set --api_key KEY or --without_key to allow other host names"
+            raise APIError(403, message, code="unknown_host")
 
 
-def _cannot_lead_elsewhere(host: str) -> bool:
+def _cannot_be_rebound(host: str) -> bool:
     try:
         name = urlsplit(f"//{host}").hostname or ""
         return name == "localhost" or name.endswith(".localhost") or bool(ipaddress.ip_address(name))
@@ -68,8 +73,8 @@ def _cannot_lead_elsewhere(host: str) -> bool:
         return False
 
 
-def is_local(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

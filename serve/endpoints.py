@@ -1,7 +1,7 @@
-"""The routes, as LitServe wants them: a LitSpec.
+"""The HTTP routes, as a LitSpec.
 
-Bodies are checked in ``schemas``, prompts made in ``prompts``, answers written in ``replies``; between them the hub lets the
-workers compute.
+Each handler parses the body (``schemas``), builds engine requests (``requests``), lets the engine client run them, and builds
+the response from their outputs (``responses``).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from litserve import LitAPI, LitServer
 from litserve.specs.base import LitSpec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -22,54 +23,54 @@ from starlette.types import Receive, Scope, Send
 
 from bumblebee.inference.request import Output
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from serve import body as bodies
-from serve.api_errors import Fault, invalid
-from serve.engine_client import Hub, Run, loading
-from serve.requests import Job, Prompts
-from serve.responses import ChatReply, CompletionReply
+from serve.api_errors import APIError, invalid
+from serve.engine_client import EngineClient, OutputStream, model_loading
+from serve.http_limits import read_json_body
+from serve.requests import ChoiceRequest, RequestBuilder
+from serve.responses import ChatResponseBuilder, CompletionResponseBuilder
 from serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from serve.serve_options import ServeOptions
-from serve.worker_messages import Ready
+from serve.worker_messages import WorkerReady
 
-# Defaults that the model's card tells, so that a client can show what a request without them gets.
-SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-LARGE = 64 * 2**10  # bytes of a body that takes some milliseconds to read
+# Sampling defaults in the model card, so that a client can display them.
+CARD_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+LARGE_BODY = 64 * 2**10  # bytes; parsing a larger body takes some milliseconds
 
-Reply = ChatReply | CompletionReply
+ResponseBuilder = ChatResponseBuilder | CompletionResponseBuilder
 Result = TypeVar("Result")
 Body = TypeVar("Body", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
 
 class Endpoints(LitSpec):
-    """OpenAI's routes, and a few around them.
+    """OpenAI's routes, and routes for tokens, metrics, liveness and readiness.
 
     Args:
         options: the server's.
         tokenizer: the model's.
-        hub: runs what is asked.
+        engine_client: runs the requests.
     """
 
-    def __init__(self, options: ServeOptions, tokenizer: Tokenizer, hub: Hub) -> None:
+    def __init__(self, options: ServeOptions, tokenizer: Tokenizer, engine_client: EngineClient) -> None:
         super().__init__()
-        self.api_path = "/v1/chat/completions"  # LitServe asks for one
-        self.options, self.tokenizer, self.hub = options, tokenizer, hub
-        self.prompts: Prompts | None = None
+        self.api_path = "/v1/chat/completions"  # required by LitServe
+        self.options, self.tokenizer, self.engine_client = options, tokenizer, engine_client
+        self.requests: RequestBuilder | None = None  # set when a worker has loaded the model
         self.created = int(time.time())
-        self._large = ThreadPoolExecutor(1, "large-bodies")  # one may take a second, and half a gigabyte
+        self._large_bodies = ThreadPoolExecutor(1, "large-bodies")  # each may take a second, and half a gigabyte
 
-    # -- what LitServe calls -------------------------------------------------------------------------------------------
+    # -- called by LitServe ----------------------------------------------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A worker gets nothing of this but the path, by which LitServe names things."""
+    def __getstate__(self) -> dict[str, object]:
+        """Only the path is sent to a worker process, where LitServe uses it as a name."""
         return {"api_path": self.api_path}
 
     @property
     def stream(self) -> bool:
-        """Whether answers come in pieces."""
+        """Whether responses can be streamed."""
         return True
 
-    def pre_setup(self, lit_api: Any) -> None:
-        """Name the routes that need a key, where there is one."""
+    def pre_setup(self, lit_api: LitAPI) -> None:
+        """Register the routes that require an API key, if there is one."""
         self.add_endpoint(self.api_path, self.chat, ["POST"])
         self.add_endpoint("/v1/completions", self.completion, ["POST"])
         self.add_endpoint("/v1/models", self.models, ["GET"])
@@ -78,124 +79,133 @@ class Endpoints(LitSpec):
         self.add_endpoint("/detokenize", self.detokenize, ["POST"])
         self.add_endpoint("/metrics", self.metrics, ["GET"])
 
-    def setup(self, server: Any) -> None:
-        """Called whenever a worker is started; nothing of LitServe's queues is needed here."""
+    def setup(self, server: LitServer) -> None:
+        """Called whenever a worker is started; LitServe's queues are not used."""
 
-    # -- answers -------------------------------------------------------------------------------------------------------
+    # -- chat and completions --------------------------------------------------------------------------------------------
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         body = await self._body(request, ChatRequest)
-        self.hub.admit()  # before anything is computed for a request that is refused
-        prompts = self._prompts()
-        jobs = await self._in_thread(request, prompts.chat, body)
-        return await self._answer(request, body, jobs, ChatReply(body, self.options.name, self.tokenizer, prompts.calls))
+        self.engine_client.admit()  # before the prompt of a request that would be rejected is tokenized
+        requests = self._require_model()
+        choices = await self._in_thread(request, requests.chat, body)
+        response = ChatResponseBuilder(body, self.options.name, self.tokenizer, requests.tool_call_format)
+        return await self._respond(request, body, choices, response)
 
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions."""
         body = await self._body(request, CompletionRequest)
-        self.hub.admit()
-        prompts = self._prompts()
-        jobs = await self._in_thread(request, prompts.completion, body)
-        echoes = [prompts.echo(prompt) for prompt in body.prompt] if body.echo else None
-        return await self._answer(request, body, jobs, CompletionReply(body, self.options.name, self.tokenizer, echoes))
+        self.engine_client.admit()
+        requests = self._require_model()
+        choices = await self._in_thread(request, requests.completion, body)
+        echoes = [requests.echo(prompt) for prompt in body.prompt] if body.echo else None
+        response = CompletionResponseBuilder(body, self.options.name, self.tokenizer, echoes)
+        return await self._respond(request, body, choices, response)
 
-    async def _answer(
-        self, request: Request, body: ChatRequest | CompletionRequest, jobs: Sequence[Job], reply: Reply
+    async def _respond(
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        choices: Sequence[ChoiceRequest],
+        response: ResponseBuilder,
     ) -> Response:
-        run = self.hub.run(jobs)
+        outputs = self.engine_client.generate(choices)
         if body.stream:
-            return await streamed(request, run, reply)
-        with closing(run):
-            await unless_left(request, fed(reply, run))
-        return JSONResponse(reply.whole())
+            return await stream_response(request, outputs, response)
+        with closing(outputs):
+            await unless_disconnected(request, collect(response, outputs))
+        return JSONResponse(response.body())
 
-    # -- around them ---------------------------------------------------------------------------------------------------
+    # -- other routes ----------------------------------------------------------------------------------------------------
 
     async def tokenize(self, request: Request) -> Response:
-        """POST /tokenize: the ids of a prompt."""
+        """POST /tokenize: the token ids of a prompt."""
         body = await self._body(request, TokenizeRequest)
-        prompts = self._prompts()
-        ids = await self._in_thread(request, prompts.tokenize, body)
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": prompts.context_length})
+        requests = self._require_model()
+        ids = await self._in_thread(request, requests.tokenize, body)
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": requests.context_length})
 
     async def detokenize(self, request: Request) -> Response:
-        """POST /detokenize: the text of ids."""
+        """POST /detokenize: the text of token ids."""
         body = await self._body(request, DetokenizeRequest)
-        prompts = self._prompts()
-        if unknown := [id for id in body.tokens if id >= prompts.vocab_size]:
-            raise invalid(f"{unknown[0]} is no token id of this model", "tokens")
+        requests = self._require_model()
+        if unknown := [id for id in body.tokens if id >= requests.vocab_size]:
+            raise invalid(f"Invalid token id {unknown[0]}: the vocabulary size is {requests.vocab_size}", "tokens")
         return JSONResponse({"prompt": await self._in_thread(request, self.tokenizer.decode, body.tokens)})
 
     async def models(self, request: Request) -> Response:
-        """GET /v1/models: there is one."""
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        """GET /v1/models: a list of one model."""
+        return JSONResponse({"object": "list", "data": [self._model_card()]})
 
     async def model(self, request: Request, id: str) -> Response:
         """GET /v1/models/{id}."""
-        self._require_known(id)
-        return JSONResponse(self._card())
+        self._check_model_name(id)
+        return JSONResponse(self._model_card())
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics, for Prometheus."""
-        return Response(self.hub.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(self.engine_client.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def health(self, request: Request) -> Response:
-        """GET /health: the server's process is alive."""
+        """GET /health, the liveness probe: the server process is running."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """GET /ready: requests are answered."""
-        state = self.hub.state
+        """GET /ready, the readiness probe: requests are accepted."""
+        state = self.engine_client.state
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
-    def loaded(self, ready: Ready) -> None:
-        """Take what a worker says about the model."""
-        given = self.options.sampling
-        self.prompts = Prompts(
+    def on_ready(self, ready: WorkerReady) -> None:
+        """Called when a worker has loaded the model."""
+        sampling = self.options.sampling
+        self.requests = RequestBuilder(
             self.tokenizer,
             min(ready.context_length, self.options.context_length or ready.context_length),
             ready.vocab_size,
-            replace(ready.defaults, **given),
+            replace(ready.defaults, **sampling),
             self.options.system_prompt,
-            given.get("max_new_tokens"),
+            sampling.get("max_new_tokens"),
         )
 
-    def _prompts(self) -> Prompts:
-        if self.prompts is None:
-            raise loading()
-        return self.prompts
+    def _require_model(self) -> RequestBuilder:
+        if self.requests is None:
+            raise model_loading()
+        return self.requests
 
-    async def _body(self, request: Request, kind: type[Body]) -> Body:
-        raw = await bodies.read(request, self.options.max_payload)
-        request.state.large = len(raw) > LARGE
-        body = await self._in_thread(request, parse, kind, raw) if request.state.large else parse(kind, raw)
+    async def _body(self, request: Request, schema: type[Body]) -> Body:
+        raw = await read_json_body(request, self.options.max_payload)
+        request.state.large = len(raw) > LARGE_BODY
+        body = await self._in_thread(request, parse, schema, raw) if request.state.large else parse(schema, raw)
         if body.model is not None:
-            self._require_known(body.model)
+            self._check_model_name(body.model)
         return body
 
-    async def _in_thread(self, request: Request, function: Callable[..., Result], *arguments: Any) -> Result:
-        """What a function gives. Running streams go on meanwhile, and so do small requests: the large ones take turns.
+    async def _in_thread(self, request: Request, function: Callable[..., Result], *args: object) -> Result:
+        """Call a function in a thread, so that running streams continue. Large requests run one at a time, apart from others.
 
         Raises:
-            ClientDisconnect: the client of a large one has left.
+            ClientDisconnect: the client of a large request has disconnected.
         """
         if not request.state.large:
-            return await asyncio.to_thread(function, *arguments)
-        return await unless_left(request, asyncio.get_running_loop().run_in_executor(self._large, function, *arguments))
+            return await asyncio.to_thread(function, *args)
+        future = asyncio.get_running_loop().run_in_executor(self._large_bodies, function, *args)
+        return await unless_disconnected(request, future)
 
-    def _require_known(self, model: str) -> None:
+    def _check_model_name(self, model: str) -> None:
         if model != self.options.name:
-            said = f"there is no model {model!r}; this server's is {self.options.name!r}"
-            raise Fault(404, said, param="model", code="model_not_found")
+            message = f"The model {model!r} does not exist; this server serves {self.options.name!r}"
+            raise APIError(404, message, param="model", code="model_not_found")
 
-    def _card(self) -> dict[str, Any]:
-        card = {"id": self.options.name, "object": "model", "created": self.created, "owned_by": "bumblebee"}
+    def _model_card(self) -> dict[str, object]:
+        card: dict[str, object] = {
+            "id": self.options.name, "object": "model", "created": self.created, "owned_by": "bumblebee",
+        }  # fmt: skip
         if self.options.examples is not None:
             card["examples"] = self.options.examples
-        if self.prompts:
-            defaults = {name: getattr(self.prompts.defaults, name) for name in SHOWN}
-            card |= {"max_model_len": self.prompts.context_length, "defaults": defaults}
+        if self.requests:
+            defaults = {name: getattr(self.requests.defaults, name) for name in CARD_DEFAULTS}
+            card |= {"max_model_len": self.requests.context_length, "defaults": defaults}
         return card
 
 
@@ -203,79 +213,79 @@ class Endpoints(LitSpec):
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html); its end is the run's end.
+    """Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 
     Args:
         content: the events.
-        run: what they are made of.
+        outputs: closed when the response ends.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, content: AsyncIterator[str], run: Run) -> None:
-        # The second header asks proxies not to hold events back.
+    def __init__(self, content: AsyncIterator[str], outputs: OutputStream) -> None:
+        # X-Accel-Buffering asks proxies not to buffer the events.
         super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._run = run
+        self._outputs = outputs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them; also where the client leaves, nothing is computed for it any more."""
+        """Send the events. If the client disconnects, its requests are cancelled."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._run.close()
+            self._outputs.close()
 
 
-async def streamed(request: Request, run: Run, reply: Reply) -> EventStream:
-    """The stream of a reply. It begins with the first output: an error before that has a status of its own."""
+async def stream_response(request: Request, outputs: OutputStream, response: ResponseBuilder) -> EventStream:
+    """Start a streamed response after the first output: an error before that gets its own status."""
     try:
-        index, first = await unless_left(request, anext(run))
+        index, first = await unless_disconnected(request, anext(outputs))
     except BaseException:
-        run.close()
+        outputs.close()
         raise
-    return EventStream(events(run, reply, index, first), run)
+    return EventStream(event_stream(outputs, response, index, first), outputs)
 
 
-async def events(run: Run, reply: Reply, index: int, first: Output) -> AsyncIterator[str]:
-    """A reply's chunks as events. An error in the middle is the last of them: the status has been sent."""
-    yield written([*reply.begin(), *reply.add(index, first)])
+async def event_stream(outputs: OutputStream, response: ResponseBuilder, index: int, first: Output) -> AsyncIterator[str]:
+    """The chunks of a response as events. An error is sent as the last event, because the status has been sent already."""
+    yield to_events([*response.first_chunks(), *response.add(index, first)])
     try:
-        async for place, output in run:
-            if chunks := reply.add(place, output):
-                yield written(chunks)
-    except Fault as fault:
-        yield written([fault.body()])
+        async for choice, output in outputs:
+            if chunks := response.add(choice, output):
+                yield to_events(chunks)
+    except APIError as error:
+        yield to_events([error.body()])
         return
-    yield written(reply.end()) + "data: [DONE]\n\n"
+    yield to_events(response.last_chunks()) + "data: [DONE]\n\n"
 
 
-def written(chunks: Sequence[Any]) -> str:
-    """Chunks as events."""
+def to_events(chunks: Sequence[object]) -> str:
+    """Encode chunks as server-sent events."""
     return "".join(f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n" for chunk in chunks)
 
 
-async def fed(reply: Reply, run: Run) -> None:
-    """Give a reply all that comes."""
-    async for index, output in run:
-        reply.add(index, output)
+async def collect(response: ResponseBuilder, outputs: OutputStream) -> None:
+    """Add all outputs to a response."""
+    async for index, output in outputs:
+        response.add(index, output)
 
 
-async def unless_left(request: Request, work: Awaitable[Result]) -> Result:
-    """What ``work`` gives, if the client waits for it.
+async def unless_disconnected(request: Request, work: Awaitable[Result]) -> Result:
+    """Await ``work`` as long as the client stays connected.
 
     Raises:
-        ClientDisconnect: it has left; the work is cancelled.
+        ClientDisconnect: the client has disconnected; the work is cancelled.
     """
-    task, left = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
+    task, disconnected = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
     try:
-        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnected), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect
         return task.result()
     finally:
         task.cancel()
-        left.cancel()
+        disconnected.cancel()
 
 
-async def _left(request: Request) -> None:
+async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

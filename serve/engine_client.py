@@ -1,7 +1,7 @@
-"""Between HTTP requests and workers: admission, the way of each output to the request that waits for it, cancellation.
+"""The server process's client of the engines: admission, routing of outputs to the requests that wait for them, cancellation.
 
-Everything here runs in the event loop of the server's process. A request's jobs go to one worker, the least busy one, so that
-several answers to one prompt share its pages.
+Everything here runs in the event loop of the server process. All choices of an HTTP request go to one worker, the least busy
+one, so that several answers to one prompt share its cache blocks.
 """
 
 from __future__ import annotations
@@ -15,109 +15,109 @@ from typing import TYPE_CHECKING
 
 from bumblebee.inference.engine_config import EngineStats
 from bumblebee.inference.request import Output, Request
-from serve.api_errors import Fault
+from serve.api_errors import APIError
 from serve.metrics import Metrics
 from serve.serve_options import ServeOptions
-from serve.worker_messages import Cancel, Ready, Step
+from serve.worker_messages import CancelRequest, StepOutputs, WorkerReady
 
 if TYPE_CHECKING:
-    from serve.requests import Job
-    from serve.worker_pipe import Channel
+    from serve.requests import ChoiceRequest
+    from serve.worker_pipe import WorkerPipe
 
-SOON = {"Retry-After": "1"}
-NEVER = {"x-should-retry": "false"}  # OpenAI's clients ask again after every 5xx, unless told so
+RETRY_SOON = {"Retry-After": "1"}
+DO_NOT_RETRY = {"x-should-retry": "false"}  # OpenAI's clients retry after every 5xx unless this header is set
 
 
 @dataclass(eq=False)
 class Replica:
-    """A copy of the model in a worker process, as the server's process sees it.
+    """A worker process and its copy of the model, as seen from the server process.
 
     Args:
-        index: among the replicas.
-        channel: to the process.
-        ready: what the process has said when the model was loaded; None while it is not.
-        stats: the engine's, after its last step.
-        runs: what it works on, by the id of the request.
+        index: position among the replicas.
+        pipe: to the worker process.
+        ready: the worker's message after loading the model; None before.
+        stats: the engine's statistics after its last step.
+        streams: the output streams by engine request id.
     """
 
     index: int
-    channel: Channel
-    ready: Ready | None = None
+    pipe: WorkerPipe
+    ready: WorkerReady | None = None
     stats: EngineStats | None = None
-    runs: dict[str, Run] = field(default_factory=dict)
+    streams: dict[str, OutputStream] = field(default_factory=dict)
 
 
-class Run:
-    """The outputs of the jobs of one HTTP request, as they come. Close it: that cancels what has not ended.
+class OutputStream:
+    """Async iterator over the engine outputs of one HTTP request; ``close`` cancels what is unfinished.
 
-    Iterating gives (index of the job, output) until every job has ended, and raises Fault where that is not to be: a prompt
-    that can never run (400), a worker that has ended (500), a time that is over (504).
+    Yields (choice index, output) until all choices have finished. Raises APIError if that is impossible: a prompt that can
+    never run (400), a worker that died (500), a timeout (504).
 
     Args:
-        replica: where they run.
-        jobs: at least one.
-        timeout: seconds that they have. It is measured here and not in the worker: it holds also for one that hangs.
-        metrics: of the server.
+        replica: the worker that runs the request.
+        requests: one engine request for each choice, at least one.
+        timeout: seconds for all of them. Measured here and not in the worker, so that it also holds for a worker that hangs.
+        metrics: the server's.
     """
 
-    def __init__(self, replica: Replica, jobs: Sequence[Job], timeout: float, metrics: Metrics) -> None:
+    def __init__(self, replica: Replica, requests: Sequence[ChoiceRequest], timeout: float, metrics: Metrics) -> None:
         self.replica, self._metrics = replica, metrics
-        self._begun = time.monotonic()
-        self.indices = {uuid.uuid4().hex: job.index for job in jobs}
-        self._first: dict[str, float] = {}  # when a job's first token came
-        self._new = dict.fromkeys(self.indices, 0)  # tokens of each
-        self._unfinished = dict.fromkeys(self.indices)
-        self._undelivered = len(jobs)
-        self._arrived: asyncio.Queue[Output | Fault] = asyncio.Queue()
-        late = Fault(504, f"this has taken {timeout:g} s, and may not take longer", code="timeout", headers=NEVER)
-        self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, late)
+        self._started = time.monotonic()
+        self.choices = {uuid.uuid4().hex: request.index for request in requests}  # engine request id -> choice index
+        self._first_token: dict[str, float] = {}  # id -> time of the first token
+        self._new_tokens = dict.fromkeys(self.choices, 0)
+        self._unfinished = dict.fromkeys(self.choices)
+        self._undelivered = len(requests)
+        self._queue: asyncio.Queue[Output | APIError] = asyncio.Queue()
+        timed_out = APIError(504, f"request timed out after {timeout:g} s", code="timeout", headers=DO_NOT_RETRY)
+        self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, timed_out)
 
-    def __aiter__(self) -> Run:
+    def __aiter__(self) -> OutputStream:
         return self
 
     async def __anext__(self) -> tuple[int, Output]:
         if not self._undelivered:
             raise StopAsyncIteration
-        output = await self._arrived.get()
-        if isinstance(output, Fault):
+        output = await self._queue.get()
+        if isinstance(output, APIError):
             self._undelivered = 0
             raise output
         self._undelivered -= output.finish_reason is not None
-        return self.indices[output.id], output
+        return self.choices[output.id], output
 
     def deliver(self, output: Output) -> None:
-        """Take what a step has brought."""
+        """Queue the output of an engine step."""
         self._measure(output)
         if output.finish_reason is not None:
             self._unfinished.pop(output.id, None)
-            self.replica.runs.pop(output.id, None)
-        self._arrived.put_nowait(output)
+            self.replica.streams.pop(output.id, None)
+        self._queue.put_nowait(output)
 
-    def fail(self, fault: Fault) -> None:
-        """End with an error what waits for the next output."""
-        self._arrived.put_nowait(fault)
+    def fail(self, error: APIError) -> None:
+        """End the stream with an error."""
+        self._queue.put_nowait(error)
 
     def close(self) -> None:
-        """Nobody waits any more: what has not ended is cancelled."""
+        """Cancel the unfinished choices."""
         self._timer.cancel()
         for id in self._unfinished:
-            if self.replica.runs.pop(id, None):  # else the worker has ended before
-                self.replica.channel.send(Cancel(id))
+            if self.replica.streams.pop(id, None):  # otherwise the worker has died
+                self.replica.pipe.send(CancelRequest(id))
         self._unfinished.clear()
 
     def _measure(self, output: Output) -> None:
-        now, new = time.monotonic(), len(output.tokens)
-        self._new[output.id] += new
-        if new and output.id not in self._first:
-            self._first[output.id] = now
-            self._metrics.first_token.observe(now - self._begun)
-        further = self._new[output.id] - 1
+        now, new_tokens = time.monotonic(), len(output.tokens)
+        self._new_tokens[output.id] += new_tokens
+        if new_tokens and output.id not in self._first_token:
+            self._first_token[output.id] = now
+            self._metrics.time_to_first_token.observe(now - self._started)
+        further = self._new_tokens[output.id] - 1
         if output.finish_reason in ("stop", "length") and further > 0:
-            self._metrics.further_token.observe((now - self._first[output.id]) / further)
+            self._metrics.time_per_further_token.observe((now - self._first_token[output.id]) / further)
 
 
-class Hub:
-    """The replicas of the model, and who may use them.
+class EngineClient:
+    """Admits requests and sends them to the replicas.
 
     Args:
         options: the server's.
@@ -131,80 +131,80 @@ class Hub:
 
     @property
     def state(self) -> str:
-        """What the server is at: draining, ready, or loading."""
+        """Readiness: "draining", "ready" or "loading"."""
         if self.draining:
             return "draining"
         return "ready" if any(replica.ready for replica in self.replicas) else "loading"
 
     @property
     def idle(self) -> bool:
-        """Whether nobody waits for anything."""
-        return not any(replica.runs for replica in self.replicas)
+        """Whether no request is running or queued."""
+        return not any(replica.streams for replica in self.replicas)
 
-    def run(self, jobs: Sequence[Job]) -> Run:
-        """Give jobs to a worker.
+    def generate(self, requests: Sequence[ChoiceRequest]) -> OutputStream:
+        """Send the choices of an HTTP request to a worker.
 
         Raises:
-            Fault: as ``admit``.
+            APIError: as ``admit``.
         """
-        replica = self.admit(len(jobs))
-        run = Run(replica, jobs, self.options.request_timeout, self.metrics)
-        for id, job in zip(run.indices, jobs, strict=True):
-            replica.runs[id] = run
-            replica.channel.send(Request(id, job.prompt, job.params))
-        return run
+        replica = self.admit(len(requests))
+        stream = OutputStream(replica, requests, self.options.request_timeout, self.metrics)
+        for id, request in zip(stream.choices, requests, strict=True):
+            replica.streams[id] = stream
+            replica.pipe.send(Request(id, request.prompt, request.params))
+        return stream
 
-    def admit(self, jobs: int = 1) -> Replica:
-        """The least busy of the workers.
+    def admit(self, count: int = 1) -> Replica:
+        """Check that requests can be accepted, and return the least busy replica.
 
         Args:
-            jobs: how many there are.
+            count: number of engine requests.
 
         Raises:
-            Fault: 503 while there is no model or the server is being stopped; 429 where too many wait already.
+            APIError: 503 while the model is loading or the server is shutting down; 429 if the queue is full.
         """
         if self.draining:
-            raise draining()
+            raise shutting_down()
         ready = [replica for replica in self.replicas if replica.ready]
         if not ready:
-            raise loading()
-        room = len(ready) * self.options.max_running + self.options.max_queue - sum(len(each.runs) for each in ready)
-        if jobs > room:
-            raise Fault(429, "too many requests wait already: try again later", code="queue_full", headers=SOON)
-        return min(ready, key=lambda replica: len(replica.runs))
+            raise model_loading()
+        capacity = len(ready) * self.options.max_running + self.options.max_queue
+        if count > capacity - sum(len(replica.streams) for replica in ready):
+            raise APIError(429, "The request queue is full; try again later", code="queue_full", headers=RETRY_SOON)
+        return min(ready, key=lambda replica: len(replica.streams))
 
-    def step(self, replica: Replica, step: Step) -> None:
-        """Pass on what a worker's step has brought."""
+    def deliver(self, replica: Replica, step: StepOutputs) -> None:
+        """Pass the outputs of a worker's step on to their streams."""
         replica.stats = step.stats
         for output in step.outputs:
-            if run := replica.runs.get(output.id):  # else it was cancelled
-                run.deliver(output)
-        for id, why in step.refused:
-            if run := replica.runs.get(id):
-                run.fail(Fault(400, why, code="context_length_exceeded"))
+            if stream := replica.streams.get(output.id):  # otherwise it was cancelled
+                stream.deliver(output)
+        for id, reason in step.rejected:
+            if stream := replica.streams.get(id):
+                stream.fail(APIError(400, reason, code="context_length_exceeded"))
 
-    def lost(self, replica: Replica) -> None:
-        """A worker has ended: so have its requests."""
+    def worker_died(self, replica: Replica) -> None:
+        """Fail the requests of a worker process that ended."""
         replica.ready = replica.stats = None
-        self._end(replica, Fault(500, "the model's process has ended; it is being started again", code="worker_died"))
+        self._fail_all(replica, APIError(500, "The worker process died and is being restarted", code="worker_died"))
 
-    def abort(self) -> None:
-        """End everything that runs, with an error."""
+    def abort_all(self) -> None:
+        """Fail all running and queued requests."""
         for replica in self.replicas:
-            self._end(replica, draining())
+            self._fail_all(replica, shutting_down())
 
-    def _end(self, replica: Replica, fault: Fault) -> None:
-        runs = set(replica.runs.values())
-        replica.runs.clear()
-        for run in runs:
-            run.fail(fault)
-
-
-def loading() -> Fault:
-    """There is no model yet."""
-    return Fault(503, "the model is being loaded", code="loading", headers=SOON)
+    def _fail_all(self, replica: Replica, error: APIError) -> None:
+        streams = set(replica.streams.values())
+        replica.streams.clear()
+        for stream in streams:
+            stream.fail(error)
 
 
-def draining() -> Fault:
-    """There will be none any more."""
-    return Fault(503, "the server is being stopped", code="draining", headers=SOON)
+def model_loading() -> APIError:
+    """The error while no worker has loaded the model."""
+    return APIError(503, "The model is loading", code="loading", headers=RETRY_SOON)
+
+
+def shutting_down() -> APIError:
+    """The error while the server drains."""
+    return APIError(503, "The server is shutting down", code="draining", headers=RETRY_SOON)

@@ -1,12 +1,11 @@
 """What the server counts, for Prometheus (https://prometheus.io/docs/instrumenting/exposition_formats/).
 
-A registry of its own: nothing of the process is mixed in. Names and units follow https://prometheus.io/docs/practices/naming/.
+A registry of its own: nothing of the process is mixed in. TokenNames and units follow https://prometheus.io/docs/practices/naming/.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,57 +14,63 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bumblebee.inference.engine_config import EngineStats
 
-FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)  # seconds
-FURTHER = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)  # histogram buckets in seconds
+FURTHER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)  # seconds
 
 GAUGES = {
-    "running": "Requests that are being computed.",
-    "waiting": "Requests that wait to be computed.",
-    "pages_total": "Pages of the key-value cache.",
-    "pages_free": "Pages that hold nothing.",
-    "pages_cached": "Pages that no request uses, kept for prompts that begin in the same way.",
+    "running": "Requests that are running.",
+    "waiting": "Requests that are queued.",
+    "pages_total": "Blocks of the KV cache.",
+    "pages_free": "Unused blocks of the KV cache.",
+    "pages_cached": "Blocks that no request uses, kept for prompts with the same prefix.",
 }
 COUNTERS = {
-    "prompt_tokens": "Tokens of the prompts that were begun, cached ones included.",
-    "cached_tokens": "Tokens of prompts that were not computed again.",
+    "prompt_tokens": "Prompt tokens processed, including cached ones.",
+    "cached_tokens": "Prompt tokens taken from the prefix cache.",
     "new_tokens": "Tokens generated.",
     "steps": "Forward passes.",
 }
 
 
 class Metrics:
-    """Counts of requests and times, and the engines' own figures.
+    """Request counts, latencies, and the engines' statistics.
 
     Args:
-        stats: gives (index of the worker, its engine's figures).
+        stats: returns (worker index, engine statistics) of each worker.
     """
 
     def __init__(self, stats: Callable[[], Iterable[tuple[int, EngineStats]]]) -> None:
         self._registry = CollectorRegistry()
-        self.requests = Counter("bumblebee_http_requests", "Requests answered.", ("route", "status"), registry=self._registry)
-        self.first_token = Histogram(
-            "bumblebee_first_token_seconds", "From the request to its first token.", buckets=FIRST, registry=self._registry
+        self.requests = Counter("bumblebee_http_requests", "HTTP responses.", ("route", "status"), registry=self._registry)
+        self.time_to_first_token = Histogram(
+            "bumblebee_first_token_seconds",
+            "Time from the request to its first token.",
+            buckets=FIRST_TOKEN,
+            registry=self._registry,
         )
-        self.further_token = Histogram(
-            "bumblebee_further_token_seconds", "Each token after the first.", buckets=FURTHER, registry=self._registry
+        self.time_per_further_token = Histogram(
+            "bumblebee_further_token_seconds",
+            "Time per token after the first.",
+            buckets=FURTHER_TOKEN,
+            registry=self._registry,
         )
-        self._registry.register(_Engines(stats))
+        self._registry.register(_EngineCollector(stats))
 
     def text(self) -> bytes:
-        """Everything, as Prometheus reads it."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
-class _Engines(Collector):
-    """The figures of the engines, at the moment at which they are asked for."""
+class _EngineCollector(Collector):
+    """Reads the engines' statistics when the metrics are scraped."""
 
     def __init__(self, stats: Callable[[], Iterable[tuple[int, EngineStats]]]) -> None:
         self._stats = stats
 
     def collect(self) -> Iterable[Metric]:
-        families: list[tuple[str, Any]] = [
-            *((name, GaugeMetricFamily(f"bumblebee_{name}", said, labels=["worker"])) for name, said in GAUGES.items()),
-            *((name, CounterMetricFamily(f"bumblebee_{name}", said, labels=["worker"])) for name, said in COUNTERS.items()),
+        families: list[tuple[str, GaugeMetricFamily | CounterMetricFamily]] = [
+            *((name, GaugeMetricFamily(f"bumblebee_{name}", help, labels=["worker"])) for name, help in GAUGES.items()),
+            *((name, CounterMetricFamily(f"bumblebee_{name}", help, labels=["worker"])) for name, help in COUNTERS.items()),
         ]
         for worker, stats in self._stats():
             for name, family in families:
@@ -73,12 +78,12 @@ class _Engines(Collector):
         return [family for _, family in families]
 
 
-class CountRequests:
-    """ASGI middleware: counts the answers by route and status.
+class RequestCountMiddleware:
+    """ASGI middleware that counts responses by route and status.
 
     Args:
-        app: what answers.
-        metrics: where they are counted.
+        app: the next ASGI application.
+        metrics: the server's.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -88,11 +93,11 @@ class CountRequests:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
-        async def counted(message: Message) -> None:
+        async def send_and_count(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # Paths that there are, and no others: anybody can invent some.
+                # Label with known routes only: clients can request any number of other paths.
                 route = getattr(scope.get("route"), "path", "none")
                 self._metrics.requests.labels(route, message["status"]).inc()
             await send(message)
 
-        await self._app(scope, receive, counted)
+        await self._app(scope, receive, send_and_count)

@@ -1,12 +1,14 @@
-"""From a checked body to what the engine computes: prompts as ids, and how to sample.
+"""Engine requests from checked bodies: chat rendering, tokenization and sampling parameters.
 
 Choices made:
-- What a request leaves open the server's defaults decide. max_tokens left open is 16 for a text, as in OpenAI's reference, and
-  in a chat the rest of the context up to a bound: the cache is reserved for all of it, and others want some too.
-- Sample k of a seeded request has a seed made of both, sample 0 the seed itself: asking for more samples changes none.
-- tool_choice "none" leaves the tools out of the prompt: the model cannot call what it does not know.
-- A chat ends also at its template's end of turn, which the folder of a base model may not name; ignore_eos ignores it too.
-- A text of some megabytes takes a second to encode: call this in a thread.
+- The server's defaults apply to everything a request omits. max_tokens defaults to 16 for completions, as in OpenAI's
+  reference, and for chats to the rest of the context up to a limit, because the cache is reserved for all of it.
+- Choice k of a seeded request has a seed derived from both, choice 0 the seed itself: a larger n changes no other choice.
+- tool_choice "none" leaves the tools out of the prompt: the model cannot call what it does not see.
+- A chat also stops at its template's end of turn, which the folder of a base model may not name, unless ignore_eos is set.
+- Nothing in a conversation is dropped silently: a name or a tool call that the template does not render is rejected. The name
+  in a tool's result is an exception, because its tool_call_id identifies it.
+- Tokenizing megabytes of text takes a second: call this in a thread.
 """
 
 from __future__ import annotations
@@ -14,32 +16,36 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.tokenizer.chat_template import ChatTemplate, with_system
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from serve.api_errors import invalid, shown
-from serve.chats import Chats
-from serve.schemas import MOST_CHOICES, ChatRequest, CompletionRequest, Sampling, TokenizeRequest
-from serve.tool_call_format import CallFormat
+from serve.api_errors import invalid, quoted
+from serve.schemas import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest, Message, TokenizeRequest, Tool
+from serve.tool_call_format import ToolCallFormat
 
-# max_tokens of requests that name none, unless the server has a default of its own.
-CHAT_TOKENS, COMPLETION_TOKENS = 2048, 16
-SMALLEST_TOP_P = 1e-9  # keeps the most likely token alone, as OpenAI's 0 does
-# Fields that a body and SamplingParams both have.
-SAME = (
+# max_tokens of requests that omit it, unless the server sets max_new_tokens.
+CHAT_MAX_TOKENS, COMPLETION_MAX_TOKENS = 2048, 16
+MIN_TOP_P = 1e-9  # keeps only the most likely token, like OpenAI's 0
+# Fields with the same name in request bodies and SamplingParams.
+SHARED_FIELDS = (
     "temperature", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "stop",
     "seed", "ignore_eos",
 )  # fmt: skip
 
+TemplateMessage = dict[str, Any]  # a message as chat templates expect it
+
 
 @dataclass(frozen=True)
-class Job:
-    """One answer to be generated.
+class ChoiceRequest:
+    """One choice of a response to generate.
 
     Args:
-        prompt: ids.
-        params: how to choose the new ones.
-        index: of the choice in the reply.
+        prompt: token ids.
+        params: sampling parameters.
+        index: of the choice.
     """
 
     prompt: list[int]
@@ -47,16 +53,81 @@ class Job:
     index: int
 
 
-class Prompts:
-    """Makes jobs of bodies.
+class ChatRenderer:
+    """Renders conversations to prompt token ids.
 
     Args:
         tokenizer: the model's.
-        context_length: positions of the model.
+        system_prompt: for conversations without one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, system_prompt: str | None = None) -> None:
+        self.tokenizer, self.system_prompt = tokenizer, system_prompt
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
+        """The prompt for the next assistant message.
+
+        Raises:
+            APIError: 400; the model has no chat template or no tool calls, or the template rejects or drops something.
+        """
+        template = self._template
+        if tools and self.tool_call_format is None:
+            raise invalid("Tools are not supported: no tool-call format was detected in the model's chat template", "tools")
+        tool_dicts = [tool.model_dump(exclude_none=True) for tool in tools] or None
+        original = with_system([message.to_template() for message in messages], self.system_prompt)
+        rewritten = self.tool_call_format.rewrite(original) if self.tool_call_format else original
+        try:
+            _check_nothing_dropped(template, rewritten, original, tool_dicts)
+            return template.apply(rewritten, tool_dicts, True)
+        except ValueError as error:
+            raise invalid(str(error).removeprefix(f"{template.name_or_path}: "), "messages") from None
+
+    @cached_property
+    def tool_call_format(self) -> ToolCallFormat | None:
+        """How the template writes tool calls; None if it does not, or in an unknown format."""
+        try:
+            return ToolCallFormat.detect(self.tokenizer)
+        except ValueError:
+            return None
+
+    @property
+    def _template(self) -> ChatTemplate:
+        try:
+            return self.tokenizer.chat_template
+        except ValueError:
+            message = "This model has no chat template; use /v1/completions instead"
+            raise invalid(message, "messages", "no_chat_template") from None
+
+
+def _check_nothing_dropped(
+    template: ChatTemplate, rewritten: list[TemplateMessage], original: list[TemplateMessage], tools: Any
+) -> None:
+    """Raise if the template drops names or tool calls."""
+    calls = dict.fromkeys(call["function"]["name"] for message in original for call in message.get("tool_calls", ()))
+    nameless = [message if message["role"] == "tool" else _without_name(message) for message in rewritten]
+    if not calls and nameless == rewritten:
+        return
+    text = template.render(rewritten, tools, True)
+    if missing := [name for name in calls if name not in text]:
+        raise ValueError(f"the model's chat template does not support tool calls ({missing[0]!r})")
+    if nameless != rewritten and template.render(nameless, tools, True) == text:
+        raise ValueError("the model's chat template does not support the name of a message: omit it")
+
+
+def _without_name(message: TemplateMessage) -> TemplateMessage:
+    return {key: value for key, value in message.items() if key != "name"}
+
+
+class RequestBuilder:
+    """Builds engine requests from request bodies.
+
+    Args:
+        tokenizer: the model's.
+        context_length: maximum of prompt and completion tokens together.
         vocab_size: rows of the model's embedding; the tokenizer may know fewer ids.
-        defaults: for what requests leave open, except max_new_tokens.
-        system_prompt: for conversations that bring none.
-        max_new_tokens: for requests that do not say; None as described above.
+        defaults: sampling defaults, except max_new_tokens.
+        system_prompt: for conversations without one.
+        max_new_tokens: default of max_tokens; None as described above.
     """
 
     def __init__(
@@ -72,42 +143,47 @@ class Prompts:
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.defaults = defaults or SamplingParams()
-        self.chats = Chats(tokenizer, system_prompt)
+        self.renderer = ChatRenderer(tokenizer, system_prompt)
         self.max_new_tokens = max_new_tokens
 
-    def chat(self, body: ChatRequest) -> list[Job]:
-        """The n answers to a conversation.
+    @property
+    def tool_call_format(self) -> ToolCallFormat | None:
+        """How the model writes tool calls; None if it does not, or in an unknown format."""
+        return self.renderer.tool_call_format
+
+    def chat(self, body: ChatRequest) -> list[ChoiceRequest]:
+        """The n choices of a chat completion.
 
         Raises:
-            Fault: 400; the model cannot chat or cannot call tools, its template refuses the messages, the context is too
-                short, an id is unknown.
+            APIError: 400; as ``ChatRenderer.render``, the context length is exceeded, or a token id is invalid.
         """
-        ids = self.chats.ids(body.messages, body.callable_tools)
+        prompt = self.renderer.render(body.messages, body.callable_tools)
         params = self._params(body, None if not body.logprobs else body.top_logprobs or 0)
-        spelled = self.calls.spelled if self.calls and body.callable_tools else ()
+        marker_ids = self.tool_call_format.marker_ids if self.tool_call_format and body.callable_tools else ()
         params = params.ending_with(self.tokenizer.end_of_turn_ids)
-        params = replace(params, spelled_ids=[*params.spelled_ids, *spelled])
-        return self._jobs([ids], params, body, body.max_completion_tokens or body.max_tokens, CHAT_TOKENS)
+        params = replace(params, spelled_ids=[*params.spelled_ids, *marker_ids])
+        return self._choices([prompt], params, body, body.max_completion_tokens or body.max_tokens, CHAT_MAX_TOKENS)
 
-    def completion(self, body: CompletionRequest) -> list[Job]:
-        """The n continuations of each prompt, prompt by prompt.
+    def completion(self, body: CompletionRequest) -> list[ChoiceRequest]:
+        """The n choices for each prompt, ordered by prompt.
 
         Raises:
-            Fault: 400; an empty prompt or one that is too long, an id that is unknown, too many continuations.
+            APIError: 400; an empty or too long prompt, an invalid token id, or too many choices.
         """
-        if len(body.prompt) * (body.n or 1) > MOST_CHOICES:
-            raise invalid(f"{len(body.prompt)} prompts with n = {body.n or 1} are more than {MOST_CHOICES} answers", "n")
+        if len(body.prompt) * (body.n or 1) > MAX_CHOICES:
+            message = f"Too many choices: {len(body.prompt)} prompts with n = {body.n or 1}, at most {MAX_CHOICES} in total"
+            raise invalid(message, "n")
         prompts = [self._prompt_ids(prompt) for prompt in body.prompt]
-        return self._jobs(prompts, self._params(body, body.logprobs), body, body.max_tokens, COMPLETION_TOKENS)
+        return self._choices(prompts, self._params(body, body.logprobs), body, body.max_tokens, COMPLETION_MAX_TOKENS)
 
     def tokenize(self, body: TokenizeRequest) -> list[int]:
-        """The ids of a text or of a chat, as the model would be given them.
+        """The token ids of a text or of a chat, as the model receives them.
 
         Raises:
-            Fault: 400; the model cannot chat, or its template refuses the messages.
+            APIError: 400; as ``ChatRenderer.render``.
         """
         if body.messages is not None:
-            return self.chats.ids(body.messages, body.tools or [])
+            return self.renderer.render(body.messages, body.tools or [])
         assert body.prompt is not None
         return self.tokenizer.prompt_ids(body.prompt)
 
@@ -115,56 +191,61 @@ class Prompts:
         """The text of a prompt."""
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
-    @property
-    def calls(self) -> CallFormat | None:
-        """How this model writes calls of tools; None if it does not, or in no way that is known here."""
-        return self.chats.calls
-
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             ids = self.tokenizer.prompt_ids(prompt)
             if not ids:
-                raise invalid("prompt is empty: there is nothing to continue", "prompt")
+                raise invalid("Invalid value for 'prompt': must not be empty", "prompt")
             return ids
-        self._require_known(prompt, "prompt")
+        self._check_token_ids(prompt, "prompt")
         return prompt
 
-    def _require_known(self, ids: Sequence[int], param: str) -> None:
-        for index in ids:
-            if not 0 <= index < self.vocab_size:
-                raise invalid(f"{param}: {shown(index)} is no token id of this model, which has {self.vocab_size}", param)
+    def _check_token_ids(self, ids: Sequence[int], param: str) -> None:
+        for id in ids:
+            if not 0 <= id < self.vocab_size:
+                rule = f"token id {quoted(id)} is not in the vocabulary of {self.vocab_size} tokens"
+                raise invalid(f"Invalid value for '{param}': {rule}", param)
 
-    def _params(self, body: Sampling, logprobs: int | None) -> SamplingParams:
-        self._require_known(list(body.logit_bias or ()), "logit_bias")
-        given = {name: getattr(body, name) for name in SAME if getattr(body, name) is not None}
+    def _params(self, body: GenerationRequest, logprobs: int | None) -> SamplingParams:
+        self._check_token_ids(list(body.logit_bias or ()), "logit_bias")
+        explicit = {name: getattr(body, name) for name in SHARED_FIELDS if getattr(body, name) is not None}
         if body.top_p is not None:
-            given["top_p"] = max(body.top_p, SMALLEST_TOP_P)
-        return replace(self.defaults, **given, logprobs=logprobs)
+            explicit["top_p"] = max(body.top_p, MIN_TOP_P)
+        return replace(self.defaults, **explicit, logprobs=logprobs)
 
-    def _jobs(
-        self, prompts: list[list[int]], params: SamplingParams, body: Sampling, wanted: int | None, usual: int
-    ) -> list[Job]:
-        jobs: list[Job] = []
+    def _choices(
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        body: GenerationRequest,
+        max_tokens: int | None,
+        default_max_tokens: int,
+    ) -> list[ChoiceRequest]:
+        choices: list[ChoiceRequest] = []
         for prompt in prompts:
-            room = self._room(len(prompt), wanted, body)
-            new = wanted or min(room, self.max_new_tokens or usual)
+            remaining = self._remaining(len(prompt), max_tokens, body)
+            new_tokens = max_tokens or min(remaining, self.max_new_tokens or default_max_tokens)
             for sample in range(body.n or 1):
-                own = replace(params, max_new_tokens=new, seed=seed_of(params.seed, sample))
-                jobs.append(Job(prompt, own, len(jobs)))
-        return jobs
+                own = replace(params, max_new_tokens=new_tokens, seed=sample_seed(params.seed, sample))
+                choices.append(ChoiceRequest(prompt, own, len(choices)))
+        return choices
 
-    def _room(self, used: int, wanted: int | None, body: Sampling) -> int:
-        """Positions left behind a prompt."""
-        room = self.context_length - used
-        if room >= (wanted or 1):
-            return room
-        asked = f"{used} of the prompt and {wanted} new ones" if wanted else f"{used} of the prompt and at least one new one"
-        said = f"This model's maximum context length is {self.context_length} tokens; this request has {asked}."
-        raise invalid(said, "prompt" if isinstance(body, CompletionRequest) else "messages", "context_length_exceeded")
+    def _remaining(self, prompt_tokens: int, max_tokens: int | None, body: GenerationRequest) -> int:
+        """Tokens of the context that are left after a prompt."""
+        remaining = self.context_length - prompt_tokens
+        if remaining >= (max_tokens or 1):
+            return remaining
+        param = "prompt" if isinstance(body, CompletionRequest) else "messages"
+        total = prompt_tokens + (max_tokens or 1)
+        message = (
+            f"This model's maximum context length is {self.context_length} tokens, but you requested {total} tokens"
+            f" ({prompt_tokens} in the {param}, {max_tokens or 'at least 1'} in the completion)"
+        )
+        raise invalid(message, param, "context_length_exceeded")
 
 
-def seed_of(seed: int | None, sample: int) -> int | None:
-    """The seed of one of several samples."""
+def sample_seed(seed: int | None, sample: int) -> int | None:
+    """The seed of choice number ``sample``."""
     if seed is None or sample == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed} {sample}".encode()).digest()[:8], "big") >> 1

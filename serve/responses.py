@@ -1,12 +1,13 @@
-"""Answers in OpenAI's form, whole or as the chunks of a stream, from what the engine gives out.
+"""Responses in OpenAI's format, complete or streamed, built from engine outputs.
 
-A reply is fed with all outputs of all its choices; each gives the chunks it is worth, and at the end there is the whole object.
+A response builder receives all outputs of all choices. ``add`` returns the chunks for a stream, and ``body`` the complete
+response at the end.
 
 Choices made:
-- Of a special token the text is empty. In logprobs, where a token has to have a name, it is its spelling, with null for bytes.
-- A token that is no whole character has the name that OpenAI gives it: "bytes:\\xf0\\x9f".
-- A probability of zero has the log -9999.0: JSON knows no infinity, and OpenAI's server writes this.
-- Calls of tools are sent whole, each in one chunk: only then is it known that they are calls.
+- A special token has an empty text. In logprobs, where it needs a name, it is written as in the vocabulary, with null bytes.
+- A token that is not a complete UTF-8 sequence is named as by OpenAI: "bytes:\\xf0\\x9f".
+- The log probability of an impossible token is -9999.0, as in OpenAI's API: JSON has no infinity.
+- A tool call is sent in one chunk, because only a complete one can be told from text.
 """
 
 from __future__ import annotations
@@ -20,27 +21,27 @@ from typing import Any
 
 from bumblebee.inference.request import Output, Token
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from serve.schemas import ChatRequest, CompletionRequest, Sampling
-from serve.tool_call_format import CallFormat
-from serve.tool_call_parser import Call, CallParser
+from serve.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from serve.tool_call_format import ToolCallFormat
+from serve.tool_call_parser import ParsedCall, ToolCallParser
 
-Json = dict[str, Any]
-IMPOSSIBLE = -9999.0
+JSONObject = dict[str, Any]
+MIN_LOGPROB = -9999.0
 
 
-class Names:
-    """What tokens are called in logprobs."""
+class TokenNames:
+    """Names of tokens in logprobs."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def bytes_of(self, index: int) -> bytes | None:
-        """The bytes of its text; None for a special token and for an id without a token."""
+        """The bytes of a token; None for a special token and for an id without a token."""
         table = self._tokenizer.token_bytes
         return None if index in self._tokenizer.special_ids or index >= len(table) else table[index]
 
-    def of(self, index: int) -> str:
-        """Its text, or its spelling."""
+    def name(self, index: int) -> str:
+        """The text of a token, or its entry in the vocabulary."""
         text = self.bytes_of(index)
         if text is None:
             return self._tokenizer.backend.id_to_token(index) or f"token_id:{index}"
@@ -50,30 +51,30 @@ class Names:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
 
 
-class Reply:
-    """What both endpoints' replies have in common.
+class ResponseBuilder:
+    """The common part of both endpoints' responses.
 
     Args:
-        body: the request's.
-        model: what the model is called.
+        body: of the request.
+        model: name of the model.
         tokenizer: the model's.
-        choices: how many.
+        choices: number of choices.
     """
 
     prefix, object, chunk_object = "", "", ""
 
-    def __init__(self, body: Sampling, model: str, tokenizer: Tokenizer, choices: int) -> None:
+    def __init__(self, body: GenerationRequest, model: str, tokenizer: Tokenizer, choices: int) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.model = model
-        self.names = Names(tokenizer)
+        self.names = TokenNames(tokenizer)
         self.samples = body.n or 1
         self.include_usage = body.include_usage
-        self.reasons: list[str | None] = [None] * choices
+        self.finish_reasons: list[str | None] = [None] * choices
         self.prompt_tokens, self.cached_tokens, self.new_tokens = [0] * choices, [0] * choices, [0] * choices
 
-    def usage(self) -> Json:
-        """Tokens of each prompt, counted once for all its samples, and of all answers."""
+    def usage(self) -> JSONObject:
+        """Token counts; a prompt counts once for all its samples."""
         prompt, cached = (sum(counts[:: self.samples]) for counts in (self.prompt_tokens, self.cached_tokens))
         new = sum(self.new_tokens)
         return {
@@ -83,118 +84,120 @@ class Reply:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def end(self) -> list[Json]:
-        """The chunks behind the last choice's: the usage, if it is wanted."""
+    def last_chunks(self) -> list[JSONObject]:
+        """The chunks after all choices: the usage, if requested."""
         return [{**self._head(self.chunk_object), "choices": [], "usage": self.usage()}] if self.include_usage else []
 
     def _count(self, index: int, output: Output) -> None:
         self.prompt_tokens[index], self.cached_tokens[index] = output.prompt_tokens, output.cached_tokens
         self.new_tokens[index] += len(output.tokens)
 
-    def _head(self, object: str) -> Json:
+    def _head(self, object: str) -> JSONObject:
         return {"id": self.id, "object": object, "created": self.created, "model": self.model}
 
-    def _chunk(self, choice: Json) -> Json:
+    def _chunk(self, choice: JSONObject) -> JSONObject:
         usage = {"usage": None} if self.include_usage else {}
         return {**self._head(self.chunk_object), "choices": [choice], **usage}
 
-    def _whole(self, choices: list[Json]) -> Json:
+    def _body(self, choices: list[JSONObject]) -> JSONObject:
         return {**self._head(self.object), "choices": choices, "usage": self.usage()}
 
 
-class ChatReply(Reply):
-    """The reply of POST /v1/chat/completions.
+class ChatResponseBuilder(ResponseBuilder):
+    """The response of POST /v1/chat/completions.
 
     Args:
-        body: the request's.
-        model: what the model is called.
+        body: of the request.
+        model: name of the model.
         tokenizer: the model's.
-        calls: how the model writes calls of tools.
+        tool_call_format: how the model writes tool calls.
     """
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, body: ChatRequest, model: str, tokenizer: Tokenizer, calls: CallFormat | None = None) -> None:
+    def __init__(
+        self, body: ChatRequest, model: str, tokenizer: Tokenizer, tool_call_format: ToolCallFormat | None = None
+    ) -> None:
         super().__init__(body, model, tokenizer, body.n or 1)
         names = [tool.function.name for tool in body.callable_tools]
-        self._parsers = [CallParser(calls, names) if calls and names else None for _ in range(self.samples)]
+        self._parsers = [
+            ToolCallParser(tool_call_format, names) if tool_call_format and names else None for _ in range(self.samples)
+        ]
         self._texts: list[list[str]] = [[] for _ in range(self.samples)]
-        self._calls: list[list[Json]] = [[] for _ in range(self.samples)]
-        self._logprobs: list[list[Json]] | None = [[] for _ in range(self.samples)] if body.logprobs else None
+        self._calls: list[list[JSONObject]] = [[] for _ in range(self.samples)]
+        self._logprobs: list[list[JSONObject]] | None = [[] for _ in range(self.samples)] if body.logprobs else None
 
-    def begin(self) -> list[Json]:
-        """The chunks before the first token: who speaks."""
+    def first_chunks(self) -> list[JSONObject]:
+        """The chunks before the first token: the role."""
         return [self._delta(index, {"role": "assistant", "content": ""}) for index in range(self.samples)]
 
-    def add(self, index: int, output: Output) -> list[Json]:
-        """Take what a step has brought to a choice.
-
-        Returns:
-            The chunks for a stream.
-        """
+    def add(self, index: int, output: Output) -> list[JSONObject]:
+        """Add an output to a choice. Returns the chunks for a stream."""
         self._count(index, output)
-        deltas = [self._said(index, part) for part in _parts(self._parsers[index], output)]
+        deltas = [self._part_delta(index, part) for part in _parts(self._parsers[index], output)]
         logprobs = self._logprobs_of(index, output.tokens)
         if logprobs and not deltas:
             deltas = [{}]
-        chunks = [self._delta(index, delta, logprobs=None if at else logprobs) for at, delta in enumerate(deltas)]
+        chunks = [self._delta(index, delta, logprobs=None if position else logprobs) for position, delta in enumerate(deltas)]
         if output.finish_reason is not None:
-            called = self._calls[index] and output.finish_reason == "stop"
-            self.reasons[index] = "tool_calls" if called else output.finish_reason
-            chunks.append(self._delta(index, {}, self.reasons[index]))
+            has_calls = self._calls[index] and output.finish_reason == "stop"
+            self.finish_reasons[index] = "tool_calls" if has_calls else output.finish_reason
+            chunks.append(self._delta(index, {}, self.finish_reasons[index]))
         return chunks
 
-    def whole(self) -> Json:
-        """The object, when every choice has finished."""
-        return self._whole([self._choice(index) for index in range(self.samples)])
+    def body(self) -> JSONObject:
+        """The complete response, after all choices have finished."""
+        return self._body([self._choice(index) for index in range(self.samples)])
 
-    def _said(self, index: int, part: str | Call) -> Json:
-        """The delta of a piece of text or of a call."""
+    def _part_delta(self, index: int, part: str | ParsedCall) -> JSONObject:
+        """The delta for text or a tool call."""
         if isinstance(part, str):
             self._texts[index].append(part)
             return {"content": part}
         call = {
-            "id": uuid.uuid4().hex[:9],  # it comes back in the next request, and Mistral's template wants nine characters
+            "id": uuid.uuid4().hex[:9],  # sent back in the next request; Mistral's template requires nine characters
             "type": "function",
             "function": {"name": part.name, "arguments": part.arguments},
         }
         self._calls[index].append(call)
         return {"tool_calls": [{"index": len(self._calls[index]) - 1, **call}]}
 
-    def _delta(self, index: int, delta: Json, reason: str | None = None, logprobs: Json | None = None) -> Json:
+    def _delta(
+        self, index: int, delta: JSONObject, reason: str | None = None, logprobs: JSONObject | None = None
+    ) -> JSONObject:
         return self._chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
 
-    def _choice(self, index: int) -> Json:
+    def _choice(self, index: int) -> JSONObject:
         text, calls = "".join(self._texts[index]), self._calls[index]
-        message: Json = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
+        message: JSONObject = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
         logprobs = None if self._logprobs is None else {"content": self._logprobs[index], "refusal": None}
         message |= {"tool_calls": calls} if calls else {}
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": self.reasons[index]}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reasons[index]}
 
-    def _logprobs_of(self, index: int, tokens: Sequence[Token]) -> Json | None:
+    def _logprobs_of(self, index: int, tokens: Sequence[Token]) -> JSONObject | None:
         if self._logprobs is None or not tokens:
             return None
-        content = [self._named(token.id, token.logprob, token.top) for token in tokens]
+        content = [self._token_logprob(token.id, token.logprob, token.top) for token in tokens]
         self._logprobs[index] += content
         return {"content": content, "refusal": None}
 
-    def _named(self, id: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> Json:
-        alternatives = [self._entry(other, value) for other, value in top]
+    def _token_logprob(self, id: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> JSONObject:
+        alternatives = [self._entry(top_id, value) for top_id, value in top]
         return {**self._entry(id, logprob), "top_logprobs": alternatives}
 
-    def _entry(self, id: int, logprob: float | None) -> Json:
+    def _entry(self, id: int, logprob: float | None) -> JSONObject:
         text = self.names.bytes_of(id)
-        return {"token": self.names.of(id), "logprob": finite(logprob), "bytes": None if text is None else list(text)}
+        return {"token": self.names.name(id), "logprob": finite(logprob), "bytes": None if text is None else list(text)}
 
 
-class CompletionReply(Reply):
-    """The reply of POST /v1/completions.
+class CompletionResponseBuilder(ResponseBuilder):
+    """The response of POST /v1/completions.
 
     Args:
-        body: the request's.
-        model: what the model is called.
+        body: of the request.
+        model: name of the model.
         tokenizer: the model's.
-        echoes: the text of each prompt, if the request wants it before its continuations.
+        echoes: the text of each prompt, if the request asks for it before the completion.
     """
 
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
@@ -202,48 +205,46 @@ class CompletionReply(Reply):
     def __init__(self, body: CompletionRequest, model: str, tokenizer: Tokenizer, echoes: Sequence[str] | None = None) -> None:
         choices = len(body.prompt) * (body.n or 1)
         super().__init__(body, model, tokenizer, choices)
-        before = echoes or [""] * len(body.prompt)
-        self._texts = [[before[index // self.samples]] for index in range(choices)]
-        self._logprobs = None if body.logprobs is None else [_no_logprobs() for _ in range(choices)]
+        prefixes = echoes or [""] * len(body.prompt)
+        self._texts = [[prefixes[index // self.samples]] for index in range(choices)]
+        self._logprobs = None if body.logprobs is None else [_empty_logprobs() for _ in range(choices)]
         self._offsets = [0] * choices
         self._decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(choices)]
 
-    def begin(self) -> list[Json]:
-        """The chunks before the first token: the prompts, if they are wanted."""
-        return [self._chunk(self._piece(index, texts[0])) for index, texts in enumerate(self._texts) if texts[0]]
+    def first_chunks(self) -> list[JSONObject]:
+        """The chunks before the first token: the prompts, if requested."""
+        return [self._chunk(self._choice_text(index, texts[0])) for index, texts in enumerate(self._texts) if texts[0]]
 
-    def add(self, index: int, output: Output) -> list[Json]:
-        """Take what a step has brought to a choice.
-
-        Returns:
-            The chunks for a stream.
-        """
+    def add(self, index: int, output: Output) -> list[JSONObject]:
+        """Add an output to a choice. Returns the chunks for a stream."""
         self._count(index, output)
         self._texts[index].append(output.text)
-        self.reasons[index] = output.finish_reason
+        self.finish_reasons[index] = output.finish_reason
         logprobs = self._logprobs_of(index, output.tokens)
         if not (output.text or logprobs or output.finish_reason):
             return []
-        return [self._chunk(self._piece(index, output.text, logprobs))]
+        return [self._chunk(self._choice_text(index, output.text, logprobs))]
 
-    def whole(self) -> Json:
-        """The object, when every choice has finished."""
+    def body(self) -> JSONObject:
+        """The complete response, after all choices have finished."""
         logprobs = self._logprobs or repeat(None)
-        pieces = zip(count(), self._texts, logprobs)
-        return self._whole([self._piece(index, "".join(texts), own) for index, texts, own in pieces])
+        choices = zip(count(), self._texts, logprobs)
+        return self._body([self._choice_text(index, "".join(texts), own) for index, texts, own in choices])
 
-    def _piece(self, index: int, text: str, logprobs: Json | None = None) -> Json:
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self.reasons[index]}
+    def _choice_text(self, index: int, text: str, logprobs: JSONObject | None = None) -> JSONObject:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reasons[index]}
 
-    def _logprobs_of(self, index: int, tokens: Sequence[Token]) -> Json | None:
+    def _logprobs_of(self, index: int, tokens: Sequence[Token]) -> JSONObject | None:
         if self._logprobs is None or not tokens:
             return None
-        new = _no_logprobs()
+        new = _empty_logprobs()
         for token in tokens:
-            name = self.names.of(token.id)
+            name = self.names.name(token.id)
             new["tokens"].append(name)
             new["token_logprobs"].append(finite(token.logprob))
-            top = {self.names.of(other): finite(value) for other, value in [*token.top, (token.id, token.logprob)]}
+            top = {
+                self.names.name(alternative): finite(value) for alternative, value in [*token.top, (token.id, token.logprob)]
+            }
             new["top_logprobs"].append(top)
             new["text_offset"].append(self._offsets[index])
             self._offsets[index] += len(self._decoders[index].decode(self.names.bytes_of(token.id) or b""))
@@ -253,17 +254,17 @@ class CompletionReply(Reply):
 
 
 def finite(logprob: float | None) -> float:
-    """A log probability as JSON can say it."""
-    assert logprob is not None  # the request wants them
-    return max(logprob, IMPOSSIBLE)
+    """A log probability that JSON can represent."""
+    assert logprob is not None  # the request asks for logprobs
+    return max(logprob, MIN_LOGPROB)
 
 
-def _no_logprobs() -> Json:
+def _empty_logprobs() -> JSONObject:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
-def _parts(parser: CallParser | None, output: Output) -> list[str | Call]:
-    """The text and the calls that are certain now."""
+def _parts(parser: ToolCallParser | None, output: Output) -> list[str | ParsedCall]:
+    """The text and the tool calls that are complete."""
     if parser is None:
         return [output.text] if output.text else []
     parts = parser.feed(output.text)

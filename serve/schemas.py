@@ -1,10 +1,10 @@
-"""The bodies of requests: OpenAI's fields, checked strictly.
+"""Request schemas: OpenAI's fields, strictly validated.
 
 Choices made:
-- A number is a number and nothing else is: no "1" for 1, no true for 1, no NaN. Bounds are those of OpenAI's reference.
-- What OpenAI knows and this server does not do is refused by name (``unsupported``), and so are unknown names. A null is an
-  absent field. Fields that only label a request (``user``) are accepted: without them the answer would be the same.
-- Beside OpenAI's there are top_k, min_p, repetition_penalty and ignore_eos, which other servers have too.
+- No type coercion: neither "1" nor true is accepted for 1, and NaN is rejected. Bounds are those of OpenAI's reference.
+- OpenAI's fields that this server does not implement are rejected by name (``unsupported``), and so are unknown fields. Null
+  means absent. Fields that only label a request (``user``) are accepted, because they would not change the response.
+- Additional fields, as in other servers: top_k, min_p, repetition_penalty and ignore_eos.
 """
 
 from __future__ import annotations
@@ -15,11 +15,22 @@ import pydantic_core
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, ValidationError, model_validator
 
 from bumblebee.inference.sampling_params import BIASES, STOP_LENGTH, STOPS
-from serve.api_errors import Fault, invalid, shown
-from serve.strict import Strict, as_biases, as_list, as_parts, as_prompts, finite, json_object, only, wrong, wrong_field
+from serve.api_errors import APIError, invalid, quoted
+from serve.schema_types import (
+    StrictModel,
+    as_biases,
+    as_list,
+    as_parts,
+    as_prompts,
+    field_error,
+    finite,
+    json_object,
+    only,
+    value_error,
+)
 
 INT64 = 2**63
-MOST_CHOICES, MOST_TOOLS, MOST_MESSAGES = 128, 128, 2048
+MAX_CHOICES, MAX_TOOLS, MAX_MESSAGES = 128, 128, 2048
 FUNCTION_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -29,25 +40,25 @@ PromptList = Annotated[list[str | list[int]], PlainValidator(as_prompts)]
 
 
 def parse(model: type[Body], raw: bytes) -> Body:
-    """A checked body.
+    """Parse and validate a request body.
 
     Raises:
-        Fault: 400; no JSON, no object, or something wrong with a field.
+        APIError: 400; not a JSON object, or an invalid field.
     """
     try:
         content = pydantic_core.from_json(raw, allow_inf_nan=False)
     except ValueError as error:
-        raise invalid(f"the body is no valid JSON: {error}", None, "invalid_json") from None
+        raise invalid(f"The request body is not valid JSON: {error}", None, "invalid_json") from None
     try:
         return model.model_validate(content, strict=True)
     except ValidationError as error:
-        raise Fault.from_validation(error) from None
+        raise APIError.from_validation(error) from None
 
 
-class TextPart(Strict):
-    """A piece of a message's text."""
+class TextPart(StrictModel):
+    """A part of a message's text."""
 
-    unsupported = dict.fromkeys(("image_url", "input_audio", "file"), "the model reads text")
+    unsupported = dict.fromkeys(("image_url", "input_audio", "file"), "only text input is supported")
 
     type: Literal["text"]
     text: str
@@ -56,45 +67,45 @@ class TextPart(Strict):
 Parts = Annotated[list[TextPart], Field(min_length=1)]
 
 
-class FunctionCall(Strict):
-    """What a call calls; the arguments are the JSON text of an object."""
+class FunctionCall(StrictModel):
+    """The name and arguments of a tool call; the arguments are a JSON object encoded as a string."""
 
     name: Annotated[str, Field(pattern=FUNCTION_NAME)]
     arguments: Annotated[str, AfterValidator(json_object)]
 
 
-class ToolCall(Strict):
-    """A call that the assistant has made."""
+class ToolCall(StrictModel):
+    """A tool call of the assistant."""
 
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class Message(Strict):
-    """One turn of a conversation."""
+class Message(StrictModel):
+    """A message of a conversation."""
 
     unsupported = {
-        "refusal": "there are no refusals, write it as content",
-        "audio": "the model reads text",
-        "function_call": "it is replaced by tool_calls",
+        "refusal": "send it as content",
+        "audio": "only text input is supported",
+        "function_call": "replaced by tool_calls",
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Parts | None, BeforeValidator(as_parts)] = None
     name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MOST_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
-    def _complete(self) -> Message:
+    def _check_role(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise wrong_field("wrong", "content", "must be a string or a list of text parts")
+            raise field_error("content", "must be a string or a list of text parts")
         if self.tool_calls and self.role != "assistant":
-            raise wrong_field("wrong", "tool_calls", "belong to messages of the assistant")
+            raise field_error("tool_calls", "only allowed in assistant messages")
         if (self.tool_call_id is not None) != (self.role == "tool"):
-            belongs = "is missing" if self.role == "tool" else "belongs to messages of a tool"
-            raise wrong_field("wrong", "tool_call_id", belongs)
+            rule = "required in tool messages" if self.role == "tool" else "only allowed in tool messages"
+            raise field_error("tool_call_id", rule)
         return self
 
     @property
@@ -102,74 +113,74 @@ class Message(Strict):
         """The content, its parts joined."""
         return "".join(part.text for part in self.content or ())
 
-    def plain(self) -> dict[str, Any]:
-        """The message as chat templates know it; a developer's is the system's."""
-        other = self.model_dump(include={"name", "tool_calls", "tool_call_id"}, exclude_none=True)
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.text, **other}
+    def to_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it, with the role developer replaced by system."""
+        optional = self.model_dump(include={"name", "tool_calls", "tool_call_id"}, exclude_none=True)
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text, **optional}
 
 
-def _answered(messages: list[Message]) -> list[Message]:
-    """Results of tools belong to calls before them."""
-    called: set[str] = set()
+def _check_tool_results(messages: list[Message]) -> list[Message]:
+    """Check that each tool result refers to an earlier tool call."""
+    call_ids: set[str] = set()
     for index, message in enumerate(messages):
-        called.update(call.id for call in message.tool_calls or ())
-        if message.tool_call_id is not None and message.tool_call_id not in called:
-            raise wrong_field("wrong", (index, "tool_call_id"), f"{shown(message.tool_call_id)} is of no call before it")
+        call_ids.update(call.id for call in message.tool_calls or ())
+        if message.tool_call_id is not None and message.tool_call_id not in call_ids:
+            raise field_error((index, "tool_call_id"), f"no earlier tool call has the id {quoted(message.tool_call_id)}")
     return messages
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES), AfterValidator(_answered)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_check_tool_results)]
 
 
-class Function(Strict):
-    """A function that the model may call; the parameters are a JSON schema."""
+class Function(StrictModel):
+    """A function that the model may call; its parameters are a JSON schema."""
 
     name: Annotated[str, Field(pattern=FUNCTION_NAME)]
     description: str | None = None
     parameters: Annotated[dict[str, Any] | None, AfterValidator(finite)] = None
-    strict: Annotated[bool | None, only(False, "arguments are not held to the schema")] = None
+    strict: Annotated[bool | None, only(False, "arguments are not constrained to the schema")] = None
 
 
-class Tool(Strict):
-    """What the model may use."""
+class Tool(StrictModel):
+    """A tool that the model may call."""
 
     type: Literal["function"]
     function: Function
 
 
-class StreamOptions(Strict):
-    """How to stream."""
+class StreamOptions(StrictModel):
+    """Options of a streamed response."""
 
-    unsupported = {"include_obfuscation": "chunks are sent as they are"}
+    unsupported = {"include_obfuscation": "chunks are not padded"}
 
     include_usage: bool | None = None
 
 
-class TextFormat(Strict):
-    """The only format of answers."""
+class TextFormat(StrictModel):
+    """The only supported response format."""
 
     type: Literal["text"]
 
 
 def _text_only(value: Any) -> Any:
     if isinstance(value, dict) and value.get("type") in ("json_object", "json_schema"):
-        raise wrong('must be {"type": "text"}: answers are not held to a format', "unsupported")
+        raise value_error('must be {"type": "text"}, because structured output is not supported', "unsupported_value")
     return value
 
 
 def _auto_or_none(value: Any) -> Any:
     if value == "required" or isinstance(value, dict):
-        raise wrong("must be 'auto' or 'none': a model cannot be made to call a tool", "unsupported")
+        raise value_error("must be 'auto' or 'none', because tool calls cannot be forced", "unsupported_value")
     return value
 
 
-class Sampling(Strict):
-    """What both endpoints know."""
+class GenerationRequest(StrictModel):
+    """Fields of both endpoints."""
 
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=INT64 - 1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -191,100 +202,100 @@ class Sampling(Strict):
     user: str | None = None
 
     @model_validator(mode="after")
-    def _streams(self) -> Sampling:
+    def _check_stream_options(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
-            raise wrong_field("wrong", "stream_options", "is only for requests with stream: true")
+            raise field_error("stream_options", "only allowed with stream: true")
         return self
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
+        """Whether a stream ends with the token usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatRequest(Sampling):
+class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
     unsupported = {
-        "audio": "answers are text",
-        "function_call": "it is replaced by tool_choice",
-        "functions": "it is replaced by tools",
-        "metadata": "answers are not stored",
-        "moderation": "nothing is moderated",
-        "prediction": "there is no predicted output",
-        "prompt_cache_options": "prompts are cached by their tokens",
-        "prompt_cache_retention": "prompts are cached while there is room",
-        "reasoning_effort": "models answer as they were trained to",
-        "verbosity": "models answer as they were trained to",
-        "web_search_options": "there is no search",
+        "audio": "only text output is supported",
+        "function_call": "replaced by tool_choice",
+        "functions": "replaced by tools",
+        "metadata": "completions are not stored",
+        "moderation": "content is not moderated",
+        "prediction": "predicted outputs are not supported",
+        "prompt_cache_options": "prefix caching needs no options",
+        "prompt_cache_retention": "cached prompts are evicted when the cache is full",
+        "reasoning_effort": "the reasoning effort cannot be controlled",
+        "verbosity": "the verbosity cannot be controlled",
+        "web_search_options": "web search is not supported",
     }
 
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT64 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Annotated[Literal["auto", "none"] | None, BeforeValidator(_auto_or_none)] = None
-    parallel_tool_calls: Annotated[bool | None, only(True, "a model makes as many calls as it likes")] = None
+    parallel_tool_calls: Annotated[bool | None, only(True, "the number of tool calls cannot be limited")] = None
     response_format: Annotated[TextFormat | None, BeforeValidator(_text_only)] = None
     modalities: list[Literal["text"]] | None = None
-    store: Annotated[bool | None, only(False, "answers are not stored")] = None
+    store: Annotated[bool | None, only(False, "completions are not stored")] = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> ChatRequest:
+    def _check_consistency(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise wrong_field("wrong", "top_logprobs", "is only for requests with logprobs: true")
+            raise field_error("top_logprobs", "only allowed with logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise wrong_field("wrong", "max_tokens", "is the old name of max_completion_tokens: give one of them")
+            raise field_error("max_tokens", "is the deprecated name of max_completion_tokens; set only one of them")
         names = [tool.function.name for tool in self.tools or ()]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise wrong_field("wrong", "tools", f"has two functions named {min(twice)!r}")
+        if duplicates := {name for name in names if names.count(name) > 1}:
+            raise field_error("tools", f"duplicate function name {min(duplicates)!r}")
         return self
 
     @property
     def callable_tools(self) -> list[Tool]:
-        """The tools that the model may call in its answer."""
+        """The tools that the model may call in its response."""
         return [] if self.tool_choice == "none" else self.tools or []
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    unsupported = {"suffix": "models continue texts, they do not fill gaps"}
+    unsupported = {"suffix": "fill-in-the-middle is not supported"}
 
     prompt: PromptList
-    best_of: Annotated[int | None, only(1, "ask for n answers and choose yourself")] = None
+    best_of: Annotated[int | None, only(1, "completions are not ranked; use n")] = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @model_validator(mode="after")
-    def _can_echo(self) -> CompletionRequest:
+    def _check_echo(self) -> CompletionRequest:
         if self.echo and self.logprobs is not None:
-            raise wrong_field("unsupported", "echo", "is not supported together with logprobs: prompts get none")
+            raise field_error("echo", "cannot be combined with logprobs, because prompts have none", "unsupported")
         return self
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(StrictModel):
     """The body of POST /tokenize: a text, or the messages of a chat."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> TokenizeRequest:
+    def _check_source(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise wrong("must have either a prompt or messages")
+            raise value_error("must have either prompt or messages")
         if self.tools and self.messages is None:
-            raise wrong_field("wrong", "tools", "belong to messages")
+            raise field_error("tools", "only allowed with messages")
         return self
 
 
-class DetokenizeRequest(Strict):
+class DetokenizeRequest(StrictModel):
     """The body of POST /detokenize."""
 
     model: str | None = None

@@ -1,4 +1,4 @@
-"""What a server may be told: one dataclass, a docstring line per option. Torch is not imported."""
+"""Options of `bumblebee serve`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from bumblebee.inference.sampling_params import SamplingParams
 
 @dataclass
 class ServeOptions:
-    """Options of a server.
+    """Options of `bumblebee serve`, in addition to the sampling defaults.
 
     Args:
-        model: model folder, or an adapter folder: merged with its base model in memory.
-        name: what clients call the model.
-        host: address to listen on; 127.0.0.1 is this machine alone, 0.0.0.0 everybody who reaches it.
-        port: to listen on; 0 takes a free one.
-        api_key: who sends one of these as a bearer key may ask; null lets everybody.
-        without_key: let everybody ask also where other machines reach the server.
-        device: auto, cpu, cuda or cuda:N; a list gives each its own copy of the model, requests go to the least busy.
-        device_map: auto spreads the layers of a model too large for one GPU over all; null puts it on one device.
-        dtype: auto (the file's), float32, bfloat16 or float16.
-        trust_remote_code: run code that the model's folder names or holds.
-        system_prompt: what conversations begin with that bring no system prompt of their own.
-        examples: questions that the chat page offers to begin with; null for some that suit any model, [] for none.
-        sampling: defaults of requests by the names of SamplingParams; they win over the folder's generation_config.json.
-        max_running: requests of a device that are computed at the same time; others wait.
-        max_queue: requests that wait at most; further ones are refused (429).
-        max_payload: bytes that a request's body may have (413).
-        context_length: tokens that prompt and answer may have together (400); null for what the model takes.
-        request_timeout: seconds after which a request ends with an error (504), its time in the queue included.
-        drain_timeout: seconds that running answers have to come to their end when the server is stopped.
-        cache_tokens: positions of each device's key-value cache; null chooses by the memory there is.
-        step_tokens: tokens that a device computes in one step at most.
-        prefix_reuse: do not compute again what an earlier request began with.
-        log_level: what is written; info has a line for each request.
+        model: model folder, or adapter folder, which is merged with its base model in memory.
+        name: model name that clients send.
+        host: address to listen on; 127.0.0.1 accepts local connections only, 0.0.0.0 all.
+        port: port to listen on; 0 picks a free one.
+        api_key: API key or keys, one of which clients send as a bearer token; null requires none.
+        without_key: accept unauthenticated requests on a non-loopback address.
+        device: auto, cpu, cuda or cuda:N; a list runs a copy of the model on each; the least busy one gets the next request.
+        device_map: auto spreads the layers of a model that is too large for one GPU over all GPUs; null uses one device.
+        dtype: auto (as stored), float32, bfloat16 or float16.
+        trust_remote_code: run code that the model folder names or contains.
+        system_prompt: system prompt of conversations without one.
+        examples: example questions on the chat page; null for generic ones, [] for none.
+        sampling: sampling defaults, fields of SamplingParams; they override the folder's generation_config.json.
+        max_running: maximum number of running requests per device; others are queued.
+        max_queue: maximum number of queued requests; further ones are rejected (429).
+        max_payload: maximum size of a request body in bytes (413).
+        context_length: maximum number of prompt and completion tokens together (400); null uses the model's.
+        request_timeout: seconds after which a request fails (504), including its time in the queue.
+        drain_timeout: seconds to wait for running requests on shutdown.
+        cache_tokens: size of each device's KV cache in tokens; null derives it from the free memory.
+        step_tokens: maximum number of tokens per engine step.
+        prefix_reuse: reuse the KV cache of earlier prompts with the same prefix.
+        log_level: log level; info logs each request.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a value out of its range.
     """
 
     model: str
@@ -68,29 +68,29 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         rules = [
-            ("name", bool(self.name.strip()), "a name"),
-            ("examples", all(each.strip() for each in self.examples or []), "questions"),
+            ("name", bool(self.name.strip()), "non-empty"),
+            ("examples", all(question.strip() for question in self.examples or []), "non-empty strings"),
             ("port", 0 <= self.port < 2**16, "between 0 and 65535"),
             ("max_queue", self.max_queue >= 0, "0 or more"),
             ("max_payload", self.max_payload >= 1, "at least 1"),
             ("context_length", self.context_length is None or self.context_length >= 2, "at least 2"),
-            ("request_timeout", self.request_timeout > 0, "more than 0"),
+            ("request_timeout", self.request_timeout > 0, "greater than 0"),
             ("drain_timeout", self.drain_timeout >= 0, "0 or more"),
         ]
         if self.device_map is not None and self.device not in ("auto", "cuda"):
-            raise ValueError(f"device_map: {self.device_map} takes all GPUs, device says {self.device}: leave one of them out")
-        SamplingParams(**self.sampling)  # that their values can be, and those of the engine
-        _ = self.limits
+            raise ValueError(f"device_map {self.device_map} uses all GPUs and cannot be combined with device {self.device}")
+        SamplingParams(**self.sampling)  # validates the values
+        _ = self.engine_config
         for name, holds, rule in rules:
             if not holds:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
 
     @property
-    def limits(self) -> GenerationOptions:
-        """Of each worker's engine."""
+    def engine_config(self) -> GenerationOptions:
+        """Limits of each worker's engine."""
         return GenerationOptions(self.cache_tokens, self.max_running, self.step_tokens, self.prefix_reuse)
 
     @property
     def devices(self) -> list[str]:
-        """One for each worker."""
+        """One device for each worker."""
         return [self.device] if isinstance(self.device, str) else self.device

@@ -1,18 +1,18 @@
-"""The server: LitServe's application and worker processes, with a life of our own around them.
+"""The server: LitServe's application and worker processes, with its own life cycle around them.
 
-    server = Server(options)        # whatever can be checked before a process is started
+    server = Server(options)        # checks everything that can be checked before a process is started
     server.run()                    # until SIGTERM or Ctrl-C
 
-One process serves HTTP and starts a worker for each device; the model is in the workers alone. LitServe's ``run`` is not
-used: it listens only when a model is loaded, at three addresses, forks the HTTP server, needs a manager process, and leaves
-all of them behind when it is killed. Here:
+One process serves HTTP and starts a worker process for each device; only the workers load the model. LitServe's ``run`` is not
+used: it listens only after the model is loaded, on three addresses, forks the HTTP server, needs a manager process, and leaves
+all of them running when it is killed. Here:
 
-- The port is open from the beginning: 503 until a model is loaded, /health and the chat page at once.
-- SIGTERM or Ctrl-C: new requests get 503, running answers have ``drain_timeout`` seconds, and the exit code is 0.
-- A worker that ends is replaced; whoever waited for it gets an error.
-- A worker notices when this process ends, however it ends: no process is left behind.
+- The port is open from the start: 503 until a model is loaded, /health and the chat page at once.
+- On SIGTERM or Ctrl-C, new requests get 503, running ones have ``drain_timeout`` seconds, and the exit code is 0.
+- A worker that dies is restarted, and its requests get an error.
+- A worker exits when this process ends in any way: no process is left behind.
 
-It stands on inner parts of LitServe, whose version is pinned for that: tests/serve/test_litserve_contract.py lists them.
+This relies on internals of LitServe, whose version is therefore pinned: tests/serve/test_litserve_contract.py lists them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import multiprocessing.resource_tracker
 import signal
 import threading
 from collections.abc import AsyncIterator
-from multiprocessing.connection import Connection as Pipe
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -31,69 +31,69 @@ from fastapi import FastAPI
 from litserve import LitServer
 
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from serve import errors, page
-from serve.auth import Keys
-from serve.connection import Connection
-from serve.console import say
+from serve import chat_page
+from serve.api_errors import install_exception_handlers
+from serve.auth import BearerAuth
 from serve.endpoints import Endpoints
-from serve.engine_client import Hub
-from serve.http import HTTP, listening
-from serve.metrics import CountRequests, Metrics
+from serve.engine_client import EngineClient
+from serve.http_limits import BoundedHTTPProtocol
+from serve.http_server import DrainingServer, open_listening_socket
+from serve.metrics import Metrics, RequestCountMiddleware
 from serve.serve_options import ServeOptions
-from serve.supervisor import Workers
+from serve.supervisor import Supervisor
 from serve.worker import Worker
-from serve.worker_messages import Ready
+from serve.worker_messages import WorkerReady
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 KEEP_ALIVE = 15  # seconds that an idle connection stays open: longer than most clients keep theirs
-GRACE = 5  # seconds that the last bytes of an answer have to leave
+SHUTDOWN_TIMEOUT = 5  # seconds for the last bytes of a response to be sent
 
 
 class Server(LitServer):
-    """A server of one model.
+    """A server for one model.
 
     Args:
-        options: what it is told.
+        options: the server's.
 
     Raises:
-        ValueError: no model folder or tokenizer there, an address that cannot be used, or one that needs a key.
+        ValueError: no model folder or tokenizer, an address that cannot be used, or one that requires an API key.
     """
 
     def __init__(self, options: ServeOptions) -> None:
         self.options = options
-        keys = Keys(options)
-        tokenizer = tokenizer_of(options.model)
-        self.socket = listening(options.host, options.port)
-        metrics = Metrics(lambda: [(each.index, each.stats) for each in self.hub.replicas if each.stats])
-        self.hub = Hub(options, metrics)
-        self.endpoints = Endpoints(options, tokenizer, self.hub)
+        auth = BearerAuth(options)
+        tokenizer = load_tokenizer(options.model)
+        self.socket = open_listening_socket(options.host, options.port)
+        metrics = Metrics(lambda: [(replica.index, replica.stats) for replica in self.engine_client.replicas if replica.stats])
+        self.engine_client = EngineClient(options, metrics)
+        self.endpoints = Endpoints(options, tokenizer, self.engine_client)
         super().__init__(
-            Worker(options, keys, self.endpoints),
-            accelerator="cpu",  # LitServe is to look for no devices: ours are below
+            Worker(options, auth, self.endpoints),
+            accelerator="cpu",  # keeps LitServe from looking for devices; ours are set below
             timeout=False,
             disable_openapi_url=True,
-            middlewares=[(CountRequests, {"metrics": metrics})],
+            middlewares=[(RequestCountMiddleware, {"metrics": metrics})],
         )
         self.devices = options.devices
-        self.workers_setup_status: dict[str, str] = {}  # LitServe's way; our workers tell the hub
-        self.workers = Workers(self.hub, self.devices, self.launch, self.loaded, self.give_up)
+        self.workers_setup_status: dict[str, str] = {}  # required by LitServe; our workers report to the engine client
+        self.supervisor = Supervisor(self.engine_client, self.devices, self.launch, self.on_ready, self.on_fatal)
         self.error: BaseException | None = None
         self._launching = threading.Lock()
-        errors.install(self.app)
-        self.app.router.routes.extend(page.routes())
+        install_exception_handlers(self.app)
+        self.app.router.routes.extend(chat_page.routes())
 
     @property
     def url(self) -> str:
-        """Where it is reached."""
+        """Base URL of the server."""
         host, port = self.socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run(self) -> None:
-        """Serve until a signal ends it.
+        """Serve until a signal arrives.
 
         Raises:
             ValueError: the model cannot be loaded.
-            SystemExit: it cannot, and what there is to say has been said.
+            SystemExit: the model cannot be loaded, and the reason has been printed.
         """
         level = self.options.log_level
         config = uvicorn.Config(
@@ -101,65 +101,72 @@ class Server(LitServer):
             log_level=level,
             access_log=level in ("debug", "info"),
             server_header=False,
-            http=Connection,
+            http=BoundedHTTPProtocol,
             timeout_keep_alive=KEEP_ALIVE,
-            timeout_graceful_shutdown=GRACE,
+            timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
         )
-        say(f"loading {self.options.model} ({', '.join(self.devices)}), {self.url}")
-        self.http = HTTP(config, self.hub, self.workers.kill)
+        print_line(f"loading {self.options.model} ({', '.join(self.devices)}), {self.url}")
+        self.http_server = DrainingServer(config, self.engine_client, self.supervisor.kill)
         try:
-            self.http.run(sockets=[self.socket])
+            self.http_server.run(sockets=[self.socket])
         finally:
-            self.workers.kill()
+            self.supervisor.kill()
         if self.error is not None:
             raise self.error
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Around the time in which HTTP is served: the workers' life."""
-        await self.workers.start()
+        """Run the workers while HTTP is served."""
+        await self.supervisor.start()
         yield
-        await self.workers.stop()
+        await self.supervisor.stop()
 
-    def loaded(self, ready: Ready) -> None:
-        """A worker has loaded the model."""
-        self.endpoints.loaded(ready)
-        say(
-            f"ready: {self.url} serves {self.options.model} as {self.options.name!r} on {ready.device}: {ready.parameters:,}"
-            f" parameters in {ready.dtype}, {ready.cache_tokens:,} positions of cache, {ready.context_length:,} for a request"
+    def on_ready(self, ready: WorkerReady) -> None:
+        """Called when a worker has loaded the model."""
+        self.endpoints.on_ready(ready)
+        print_line(
+            f"ready: {self.url} serves {self.options.model} as {self.options.name!r} on {ready.device}:"
+            f" {ready.parameters:,} parameters, {ready.dtype}, KV cache of {ready.cache_tokens:,} tokens,"
+            f" context length {ready.context_length:,}"
         )
 
-    def give_up(self, error: BaseException) -> None:
-        """End the server: there is no model to serve."""
+    def on_fatal(self, error: BaseException) -> None:
+        """Called when the model cannot be loaded; ends the server."""
         self.error = self.error or error
-        self.http.should_exit = True
+        self.http_server.should_exit = True
 
-    def launch(self, index: int, pipe: Pipe) -> BaseProcess:
-        """Start the worker of a device. Signals are for this process alone: a terminal sends Ctrl-C to all."""
-        multiprocessing.resource_tracker.ensure_running()  # starting it later would let the signals through again
+    def launch(self, index: int, pipe: Connection) -> BaseProcess:
+        """Start the worker of a device. Signals are blocked in it: a terminal sends Ctrl-C to all processes."""
+        multiprocessing.resource_tracker.ensure_running()  # started later, it would unblock the signals
         with self._launching:
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
-                self._transport = None  # LitServe's; the pipe goes both ways
+                self._transport = None  # LitServe's; the pipe is bidirectional
                 self.litapi_request_queues[self.endpoints.api_path] = pipe
                 return self.launch_single_inference_worker(self.lit_api, index)
             finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
     def _register_internal_endpoints(self) -> None:
-        """In the place of LitServe's own: what anybody may ask, without a key."""
+        """Replaces LitServe's own with the endpoints that need no API key."""
         for path, endpoint in (("/health", self.endpoints.health), ("/ready", self.endpoints.ready)):
             self.app.add_api_route(path, endpoint, methods=["GET", "HEAD"])
 
 
-def tokenizer_of(folder: str) -> Tokenizer:
-    """The tokenizer of a model folder.
+def load_tokenizer(folder: str) -> Tokenizer:
+    """Load the tokenizer of a model folder.
 
     Raises:
         ValueError: there is no model folder, or no tokenizer in it.
     """
     if not any((Path(folder) / name).is_file() for name in ("config.json", "adapter_config.json")):
-        from bumblebee.checkpoint.hf_folder import load_config  # says what is wrong; it imports torch, so only then
+        from bumblebee.checkpoint.hf_folder import load_config  # raises the error; imports torch
 
         load_config(folder)
     return Tokenizer.from_pretrained(folder)
+
+
+def print_line(text: str) -> None:
+    """Print a line to stdout. A closed pipe is ignored: the server does not depend on a reader of its output."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, flush=True)

@@ -1,92 +1,94 @@
-"""The worker processes: started, replaced when they end, stopped.
+"""Starts, restarts and stops the worker processes.
 
-Before a model has first been loaded, a worker that fails ends the server: the user has to change something. Later it is
-replaced, with growing pauses while that does not help.
+If a worker fails before any worker has loaded the model, the server exits: the user has to change something. Later failures
+are restarted, with exponential backoff.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-from serve.console import say
-from serve.engine_client import Hub, Replica
-from serve.worker_messages import Failed, Ready, Step
-from serve.worker_pipe import Channel
+from serve.engine_client import EngineClient, Replica
+from serve.worker_messages import FromWorker, StepOutputs, WorkerReady
+from serve.worker_pipe import WorkerPipe
 
-GRACE = 5  # seconds that a worker has to end
-LONGEST_PAUSE = 60  # seconds between attempts
+logger = logging.getLogger(f"bumblebee.{__name__}")
+
+STOP_TIMEOUT = 5  # seconds for a worker to exit before it is killed
+MAX_BACKOFF = 60  # seconds between two restarts
 
 
-class Workers:
-    """A process for each device.
+class Supervisor:
+    """Runs one worker process for each device.
 
     Args:
-        hub: which uses them.
-        devices: the name of each device.
-        launch: starts the process of the device with this index, which gets this end of a pipe.
-        ready: called with what a worker says when it has loaded the model.
-        give_up: called when there is no model to serve, with what ends the program.
+        engine_client: uses the workers.
+        devices: one device name for each worker.
+        launch: starts the process of the device with this index, with the worker's end of a pipe.
+        on_ready: called with a worker's message after it has loaded the model.
+        on_fatal: called with the exception that ends the program if the model cannot be loaded.
     """
 
     def __init__(
         self,
-        hub: Hub,
+        engine_client: EngineClient,
         devices: Sequence[str],
         launch: Callable[[int, Connection], BaseProcess],
-        ready: Callable[[Ready], None],
-        give_up: Callable[[BaseException], None],
+        on_ready: Callable[[WorkerReady], None],
+        on_fatal: Callable[[BaseException], None],
     ) -> None:
-        self.hub, self.devices = hub, devices
-        self._launch, self._ready, self._give_up = launch, ready, give_up
+        self.engine_client, self.devices = engine_client, devices
+        self._launch, self._on_ready, self._on_fatal = launch, on_ready, on_fatal
         self._processes: dict[int, BaseProcess] = {}
-        self._failures = [0] * len(devices)  # since a worker has last been ready
+        self._failures = [0] * len(devices)  # consecutive failures of each worker
         self._was_ready = self._stopping = False
-        self._tasks: set[asyncio.Task[None]] = set()  # asyncio itself would forget them
+        self._tasks: set[asyncio.Task[None]] = set()  # asyncio keeps weak references only
 
     async def start(self) -> None:
-        """Start all of them; they load side by side."""
+        """Start all workers; they load the model in parallel."""
         for index in range(len(self.devices)):
             await self._start(index)
 
     async def stop(self) -> None:
-        """Let them end; at the latest after GRACE seconds they have."""
+        """Stop all workers; those that do not exit within ``STOP_TIMEOUT`` are killed."""
         self._stopping = True
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*(asyncio.to_thread(self._stop, replica) for replica in self.hub.replicas))
+        await asyncio.gather(*(asyncio.to_thread(self._stop, replica) for replica in self.engine_client.replicas))
 
     def kill(self) -> None:
-        """End them at once, also one that is being started."""
+        """Kill all workers, including one that is being started."""
         for process in multiprocessing.active_children():
             process.kill()
 
     async def _start(self, index: int) -> None:
-        channel = Channel(lambda message: self._receive(replica, message), lambda: self._lost(replica))
-        replica = Replica(index, channel)
-        self.hub.replicas = [*(each for each in self.hub.replicas if each.index != index), replica]
-        self._processes[index] = await asyncio.to_thread(self._launch, index, channel.workers_end)
-        channel.open(asyncio.get_running_loop())
+        pipe = WorkerPipe(lambda message: self._receive(replica, message), lambda: self._handle_exit(replica))
+        replica = Replica(index, pipe)
+        remaining = (replica for replica in self.engine_client.replicas if replica.index != index)
+        self.engine_client.replicas = [*remaining, replica]
+        self._processes[index] = await asyncio.to_thread(self._launch, index, pipe.worker_end)
+        pipe.open(asyncio.get_running_loop())
 
-    def _receive(self, replica: Replica, message: Ready | Failed | Step) -> None:
-        if isinstance(message, Step):
-            self.hub.step(replica, message)
-        elif isinstance(message, Ready):
+    def _receive(self, replica: Replica, message: FromWorker) -> None:
+        if isinstance(message, StepOutputs):
+            self.engine_client.deliver(replica, message)
+        elif isinstance(message, WorkerReady):
             replica.ready, replica.stats = message, message.stats
             self._failures[replica.index], self._was_ready = 0, True
-            self._ready(message)
+            self._on_ready(message)
         elif not self._was_ready:
-            self._give_up(ValueError(message.message) if message.message else SystemExit(1))
+            self._on_fatal(ValueError(message.message) if message.message else SystemExit(1))
         elif message.message:
-            _say(message.message)
+            logger.warning("%s", message.message)
 
-    def _lost(self, replica: Replica) -> None:
-        self.hub.lost(replica)
+    def _handle_exit(self, replica: Replica) -> None:
+        self.engine_client.worker_died(replica)
         if not self._stopping:
             task = asyncio.get_running_loop().create_task(self._replace(replica))
             self._tasks.add(task)
@@ -96,44 +98,40 @@ class Workers:
         index = replica.index
         process = self._processes[index]
         await asyncio.to_thread(process.join)
-        how = f"the model's process on {self.devices[index]} has ended, {_cause(process.exitcode)}"
+        reason = f"worker process on {self.devices[index]} ended, {_describe_exit(process.exitcode)}"
         if not self._was_ready:
-            self._give_up(SystemExit(f"bumblebee: {how}, while it loaded the model"))
+            self._on_fatal(SystemExit(f"bumblebee: {reason}, while loading the model"))
             return
-        while not await self._started_again(index, how):
-            how = "no process could be started"
+        while not await self._restart(index, reason):
+            reason = "no worker process"
 
-    async def _started_again(self, index: int, how: str) -> bool:
-        """Start another one after a pause that grows with each failure. ``how``: what has happened."""
-        pause = min(2 ** self._failures[index] - 1, LONGEST_PAUSE)
+    async def _restart(self, index: int, reason: str) -> bool:
+        """Start a new worker after a backoff that grows with each failure. Returns whether it could be started."""
+        backoff = min(2 ** self._failures[index] - 1, MAX_BACKOFF)
         self._failures[index] += 1
-        _say(f"{how}: another one is started" + (f" in {pause} s" if pause else ""))
-        await asyncio.sleep(pause)
+        logger.warning("%s; restarting%s", reason, f" in {backoff} s" if backoff else "")
+        await asyncio.sleep(backoff)
         try:
             await self._start(index)
-        except OSError as error:  # no memory, no process to be had
-            _say(f"no process could be started: {error}")
+        except OSError as error:  # out of memory or processes
+            logger.warning("cannot start a worker process: %s", error)
             return False
         return True
 
     def _stop(self, replica: Replica) -> None:
         process = self._processes[replica.index]
         if replica.ready:
-            replica.channel.close()
-        else:  # it is loading, and does not listen
+            replica.pipe.close()
+        else:  # while loading, it does not read the pipe
             process.kill()
-        process.join(GRACE)
+        process.join(STOP_TIMEOUT)
         if process.is_alive():
             process.kill()
             process.join()
 
 
-def _cause(exitcode: int | None) -> str:
+def _describe_exit(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
-        killed = ", which the system sends when memory runs out" if exitcode == -signal.SIGKILL else ""
-        return f"killed by signal {-exitcode}{killed}"
+        hint = ", possibly out of memory" if exitcode == -signal.SIGKILL else ""
+        return f"killed by signal {-exitcode}{hint}"
     return f"exit code {exitcode}"
-
-
-def _say(message: str) -> None:
-    say(f"bumblebee: {message}", sys.stderr)

@@ -1,8 +1,8 @@
-"""Calls of tools in the text of an answer, written as the model's chat template writes them; see call_format.py.
+"""Parses tool calls in the text of an answer, in the format of the model's chat template; see ``tool_call_format.py``.
 
-Text that may become a call is held back, everything else is given out as it comes; a call is given out when it is complete.
-What is no call of a tool that the request has, or no JSON, stays text. Where calls have no opening mark, a call can only be
-the beginning of the answer or follow another one.
+Text that may become a tool call is buffered, all other text is returned as it arrives, and a call is returned when it is
+complete. A call of an unknown tool, and one that is not valid JSON, remain text. In formats without an opening marker, a call
+can only be at the start of the answer or after another call.
 """
 
 from __future__ import annotations
@@ -14,189 +14,189 @@ from dataclasses import dataclass
 
 from bumblebee.tokenizer.assistant_mask import without_whitespace
 from bumblebee.tokenizer.special_token_guard import replace_surrogates
-from serve.tool_call_format import CallFormat, named
+from serve.tool_call_format import ToolCallFormat, name_and_arguments
 
-QUOTED, UNQUOTED = re.compile(r'["\\]'), re.compile(r'["{}\[\]]')
+IN_STRING, OUTSIDE_STRING = re.compile(r'["\\]'), re.compile(r'["{}\[\]]')
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call of a tool; the arguments are the JSON text of an object."""
+class ParsedCall:
+    """A tool call; the arguments are a JSON object encoded as a string."""
 
     name: str
     arguments: str
 
 
-class Unfinished(Exception):
-    """Only more text can tell."""
+class Incomplete(Exception):
+    """More text is needed."""
 
 
-class CallParser:
-    """Takes one answer apart into text and calls while it arrives. How it is cut into pieces makes no difference.
+class ToolCallParser:
+    """Splits one answer into text and tool calls while it arrives. The result does not depend on the chunk boundaries.
 
     Args:
-        format: how the model writes calls.
-        names: of the tools that may be called.
+        format: how the model writes tool calls.
+        names: names of the tools that may be called.
     """
 
-    def __init__(self, format: CallFormat, names: Sequence[str]) -> None:
+    def __init__(self, format: ToolCallFormat, names: Sequence[str]) -> None:
         self.format, self.names = format, list(names)
-        self._held = ""  # not given out yet
-        self._scan: ObjectScan | None = None  # of the object in what is held
-        self._behind_call = False  # whether what is held follows a call directly
-        self._called = self._written = False  # whether there was a call, or text
+        self._buffer = ""  # text that has not been returned
+        self._scan: ObjectScan | None = None  # of the object in the buffer
+        self._after_call = False  # whether the buffer directly follows a call
+        self._any_call = self._any_text = False  # whether a call, or text, has been returned
 
-    def feed(self, text: str) -> list[str | Call]:
-        """The text and the calls that are certain now."""
-        self._held += text
-        parts: list[str | Call] = []
+    def feed(self, text: str) -> list[str | ParsedCall]:
+        """Add text. Returns the text and the calls that are complete."""
+        self._buffer += text
+        parts: list[str | ParsedCall] = []
         try:
-            while self._held:
-                _append(parts, self._behind() if self._behind_call else self._next())
-        except Unfinished:
+            while self._buffer:
+                _append(parts, self._parse_after_call() if self._after_call else self._parse_next())
+        except Incomplete:
             pass
         return parts
 
-    def finish(self) -> list[str | Call]:
-        """What is left when no more text comes: what had only begun to be a call is text, a cut closing mark is nothing."""
-        rest, self._held = self._held, ""
-        cut = self._behind_call and self.format.closing.startswith(without_whitespace(rest))
-        return [] if not rest or cut or (self._called and rest.isspace()) else [rest]
+    def finish(self) -> list[str | ParsedCall]:
+        """End the answer. An incomplete call is returned as text; an incomplete closing marker is dropped."""
+        rest, self._buffer = self._buffer, ""
+        truncated_marker = self._after_call and self.format.closing.startswith(without_whitespace(rest))
+        return [] if not rest or truncated_marker or (self._any_call and rest.isspace()) else [rest]
 
-    def _behind(self) -> Call | str:
-        """Another call, or nothing where a call ends. Raises Unfinished."""
-        joint, closing = self.format.joint, self.format.closing
-        if joint and (at := consume(self._held, 0, joint)) is not None and (found := self._read(at)):
-            return self._take(*found)
-        end = consume(self._held, 0, closing) if closing else None
-        self._held = self._held[end or 0 :]
-        self._behind_call = False
+    def _parse_after_call(self) -> ParsedCall | str:
+        """Another call, or an empty string after the closing marker. Raises Incomplete."""
+        separator, closing = self.format.separator, self.format.closing
+        if separator and (start := consume(self._buffer, 0, separator)) is not None and (match := self._read_call(start)):
+            return self._take_call(*match)
+        end = consume(self._buffer, 0, closing) if closing else None
+        self._buffer = self._buffer[end or 0 :]
+        self._after_call = False
         return ""
 
-    def _next(self) -> Call | str:
-        """The text before what may be a call, or a call, or the character that begins none. Raises Unfinished."""
-        begin = self._candidate()
-        if text := self._held[:begin].rstrip():  # blanks before a call are not the answer's
-            return self._say(len(text))
-        if begin == len(self._held):
-            raise Unfinished
-        at = consume(self._held, begin, self.format.opening)
-        found = None if at is None else self._read(at)
-        return self._take(*found) if found else self._say(begin + 1)
+    def _parse_next(self) -> ParsedCall | str:
+        """The text before a possible call, or a call, or the first character of what is not a call. Raises Incomplete."""
+        candidate = self._find_candidate()
+        if text := self._buffer[:candidate].rstrip():  # whitespace before a call does not belong to the text
+            return self._take_text(len(text))
+        if candidate == len(self._buffer):
+            raise Incomplete
+        start = consume(self._buffer, candidate, self.format.opening)
+        match = None if start is None else self._read_call(start)
+        return self._take_call(*match) if match else self._take_text(candidate + 1)
 
-    def _candidate(self) -> int:
-        """The first place where a call may begin; the length of the text if there is none."""
+    def _find_candidate(self) -> int:
+        """The first position where a call may start; the length of the buffer if there is none."""
         opening = self.format.opening
         if opening:
-            at = self._held.find(opening[0])
-            return len(self._held) if at < 0 else at
-        return len(self._held) if self._written else past_blanks(self._held, 0)
+            position = self._buffer.find(opening[0])
+            return len(self._buffer) if position < 0 else position
+        return len(self._buffer) if self._any_text else skip_whitespace(self._buffer, 0)
 
-    def _say(self, length: int) -> str:
-        text, self._held = self._held[:length], self._held[length:]
-        self._written = True
+    def _take_text(self, length: int) -> str:
+        text, self._buffer = self._buffer[:length], self._buffer[length:]
+        self._any_text = True
         return text
 
-    def _take(self, call: Call, end: int) -> Call:
-        self._held = self._held[end:]
-        self._behind_call = self._called = True
+    def _take_call(self, call: ParsedCall, end: int) -> ParsedCall:
+        self._buffer = self._buffer[end:]
+        self._after_call = self._any_call = True
         return call
 
-    def _read(self, at: int) -> tuple[Call, int] | None:
-        """The call that stands at a place, and its end; None if there is none. Raises Unfinished."""
-        found = (None, at) if self.format.between is None else self._head(at)
-        if found is None:
+    def _read_call(self, start: int) -> tuple[ParsedCall, int] | None:
+        """The call at a position and its end; None if there is no call. Raises Incomplete."""
+        head = (None, start) if self.format.name_separator is None else self._read_name(start)
+        if head is None:
             return None
-        name, begin = found[0], past_blanks(self._held, found[1])
-        if begin == len(self._held):
-            raise Unfinished
-        if self._held[begin] != "{":
+        name, object_start = head[0], skip_whitespace(self._buffer, head[1])
+        if object_start == len(self._buffer):
+            raise Incomplete
+        if self._buffer[object_start] != "{":
             return None
-        self._scan = self._scan or ObjectScan(begin)
-        end = self._scan.end(self._held)
+        self._scan = self._scan or ObjectScan(object_start)
+        end = self._scan.end(self._buffer)
         self._scan = None
-        call = _call(self._held[begin:end], name)
+        call = _parse_call(self._buffer[object_start:end], name)
         return (call, end) if call and call.name in self.names else None
 
-    def _head(self, at: int) -> tuple[str, int] | None:
-        """The name that stands at a place, and the end of what parts it from its arguments. Raises Unfinished."""
-        unfinished = False
+    def _read_name(self, start: int) -> tuple[str, int] | None:
+        """The tool name at a position, and the end of the separator after it. Raises Incomplete."""
+        incomplete = False
         for name in self.names:
             try:
-                end = consume(self._held, at, name + (self.format.between or ""))
-            except Unfinished:
-                unfinished = True
+                end = consume(self._buffer, start, name + (self.format.name_separator or ""))
+            except Incomplete:
+                incomplete = True
                 continue
-            # One name may be the beginning of another.
-            if end is not None and self._held[past_blanks(self._held, end) :][:1] in ("{", ""):
+            # One name may be a prefix of another.
+            if end is not None and self._buffer[skip_whitespace(self._buffer, end) :][:1] in ("{", ""):
                 return name, end
-        if unfinished:
-            raise Unfinished
+        if incomplete:
+            raise Incomplete
         return None
 
 
 class ObjectScan:
-    """Finds where a JSON object ends, in a text that grows: every character is looked at once.
+    """Finds the end of a JSON object in a growing text; each character is examined once.
 
     Args:
-        begin: where it begins.
+        start: position of the object.
     """
 
-    def __init__(self, begin: int) -> None:
-        self._at, self._depth, self._quoted = begin, 0, False
+    def __init__(self, start: int) -> None:
+        self._position, self._depth, self._in_string = start, 0, False
 
     def end(self, text: str) -> int:
-        """The place behind the object. Raises Unfinished."""
-        while found := (QUOTED if self._quoted else UNQUOTED).search(text, self._at):
-            mark, self._at = found[0], found.end()
-            if mark == "\\":
-                self._at += 1  # whatever is escaped; its place may not be there yet
-            elif mark == '"':
-                self._quoted = not self._quoted
+        """The position after the object. Raises Incomplete."""
+        while match := (IN_STRING if self._in_string else OUTSIDE_STRING).search(text, self._position):
+            character, self._position = match[0], match.end()
+            if character == "\\":
+                self._position += 1  # the escaped character, which may not have arrived yet
+            elif character == '"':
+                self._in_string = not self._in_string
             else:
-                self._depth += 1 if mark in "{[" else -1
+                self._depth += 1 if character in "{[" else -1
                 if self._depth == 0:
-                    return self._at
-        self._at = max(self._at, len(text))
-        raise Unfinished
+                    return self._position
+        self._position = max(self._position, len(text))
+        raise Incomplete
 
 
-def past_blanks(text: str, at: int) -> int:
-    """The first place from one on that is no blank."""
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
+def skip_whitespace(text: str, position: int) -> int:
+    """The first position from ``position`` on that is not whitespace."""
+    while position < len(text) and text[position].isspace():
+        position += 1
+    return position
 
 
-def consume(text: str, at: int, mark: str) -> int | None:
-    """The place behind a mark, blanks before and in it left aside; None if another text stands there.
+def consume(text: str, position: int, marker: str) -> int | None:
+    """The position after a marker, ignoring whitespace before and in it; None if there is other text.
 
     Raises:
-        Unfinished: the text ends before that is known.
+        Incomplete: the text ends before this is decided.
     """
-    for character in mark:
-        at = past_blanks(text, at)
-        if at == len(text):
-            raise Unfinished
-        if text[at] != character:
+    for character in marker:
+        position = skip_whitespace(text, position)
+        if position == len(text):
+            raise Incomplete
+        if text[position] != character:
             return None
-        at += 1
-    return at
+        position += 1
+    return position
 
 
-def _call(text: str, name: str | None) -> Call | None:
-    """The call in an object; where the name is known, the object is the arguments."""
+def _parse_call(text: str, name: str | None) -> ParsedCall | None:
+    """The call in a JSON object; if the name is known, the object holds the arguments."""
     try:
-        # Models break lines within strings, which JSON does not allow.
+        # Models write line breaks in strings, which strict JSON does not allow.
         content = json.loads(text, strict=False)
-        found = named(content) if name is None else (name, content)
-        return found and Call(found[0], replace_surrogates(json.dumps(found[1], ensure_ascii=False, allow_nan=False)))
+        call = name_and_arguments(content) if name is None else (name, content)
+        return call and ParsedCall(call[0], replace_surrogates(json.dumps(call[1], ensure_ascii=False, allow_nan=False)))
     except (ValueError, RecursionError):
         return None
 
 
-def _append(parts: list[str | Call], part: str | Call) -> None:
-    """Pieces of text that follow each other become one."""
+def _append(parts: list[str | ParsedCall], part: str | ParsedCall) -> None:
+    """Append a part, joining adjacent text."""
     if isinstance(part, str) and parts and isinstance(last := parts[-1], str):
         parts[-1] = last + part
     elif part:

@@ -1,8 +1,8 @@
-"""The worker process: a model, its engine, and a LitServe loop that turns messages into steps.
+"""The worker process: a model, its engine, and a LitServe loop that serves the pipe.
 
-LitServe starts the process, calls ``Worker.setup`` and then ``Loop.run``. Its own continuous-batching loop polls while nothing
-is to do, and cannot cancel; this one waits for the pipe, reads what has arrived before each step, and sends all outputs of a
-step in one message. So a cancelled request is gone before the next step, and an idle worker uses no processor time.
+LitServe starts the process, calls ``Worker.setup`` and then ``WorkerLoop.run``. LitServe's own continuous-batching loop polls
+when idle and cannot cancel. This loop waits on the pipe, reads all pending messages before each step, and sends all outputs of
+a step in one message: a cancelled request is gone before the next step, and an idle worker uses no CPU.
 """
 
 from __future__ import annotations
@@ -18,70 +18,71 @@ from typing import TYPE_CHECKING, Any
 
 import litserve
 from litserve.loops.base import LitLoop
+from litserve.specs.base import LitSpec
 from starlette.requests import Request as HTTPRequest
 
 from bumblebee.inference.request import Request
-from serve.auth import Keys
+from serve.auth import BearerAuth
 from serve.serve_options import ServeOptions
-from serve.worker_messages import Cancel, Failed, Ready, Step
+from serve.worker_messages import CancelRequest, StepOutputs, WorkerFailed, WorkerReady
 
 if TYPE_CHECKING:
     from bumblebee.inference.engine import GenerationEngine
 
 
-# On a CPU, torch and oneDNN keep a program for each number of rows that they have multiplied, 1024 of them unless told
-# otherwise: some hundred MB, which grow for thousands of requests. To make one again takes less than a millisecond.
-PROGRAMS_KEPT = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+# On a CPU, torch and oneDNN cache a compiled primitive for each number of rows they have multiplied, 1024 by default: some
+# hundred MB, growing over thousands of requests. Compiling one again takes less than a millisecond.
+PRIMITIVE_CACHE_LIMITS = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 
 
 class Worker(litserve.LitAPI):
-    """What LitServe starts in a process of its own.
+    """The LitAPI that LitServe runs in each worker process.
 
     Args:
         options: the server's.
-        keys: who may ask; looked at in the server's process.
-        spec: the routes; they stay in the server's process.
+        auth: used in the server process only.
+        spec: the routes; used in the server process only.
     """
 
-    def __init__(self, options: ServeOptions, keys: Keys, spec: Any) -> None:
-        super().__init__(loop=Loop(), spec=spec)
-        self.options, self.keys = options, keys
+    def __init__(self, options: ServeOptions, auth: BearerAuth, spec: LitSpec) -> None:
+        super().__init__(loop=WorkerLoop(), spec=spec)
+        self.options, self.auth = options, auth
 
     def authorize(self, request: HTTPRequest) -> None:
-        """LitServe asks this before each of the spec's routes."""
-        self.keys.check_host(request.headers.get("host"))
-        self.keys.check(request.headers.get("authorization"))
+        """Called by LitServe before each route of the spec, in the server process."""
+        self.auth.check_host(request.headers.get("host"))
+        self.auth.check_key(request.headers.get("authorization"))
 
     def setup(self, device: str) -> None:
-        """Load the model. What goes wrong is told by the loop: LitServe would only log it."""
-        end_with_parent()
-        os.environ.update(PROGRAMS_KEPT | os.environ)  # read when torch is imported
+        """Load the model. Errors are sent to the server process by the loop; LitServe would only log them."""
+        exit_with_parent()
+        os.environ.update(PRIMITIVE_CACHE_LIMITS | os.environ)  # read when torch is imported
         self.engine: GenerationEngine | None = None
-        self.greeting: Ready | Failed
+        self.result: WorkerReady | WorkerFailed
         try:
-            self.engine, self.greeting = self.load(device)
+            self.engine, self.result = self.load(device)
         except (ValueError, OSError) as error:
-            self.greeting = Failed(str(error))
+            self.result = WorkerFailed(str(error))
         except Exception:
             traceback.print_exc()
-            self.greeting = Failed(None)
+            self.result = WorkerFailed(None)
 
-    def load(self, device: str) -> tuple[GenerationEngine, Ready]:
-        """The engine, and what the server's process has to know about it.
+    def load(self, device: str) -> tuple[GenerationEngine, WorkerReady]:
+        """Load the model folder into an engine.
 
         Raises:
             ValueError: the folder, the device or the dtype cannot be used.
         """
-        from bumblebee.inference.generator import Generator  # torch, in this process alone
+        from bumblebee.inference.generator import Generator  # imports torch, which the server process must not
         from bumblebee.inference.kv_cache_size import PAGE_SIZE
 
         options = self.options
         generator = Generator.from_pretrained(
             options.model, device, options.dtype, options.device_map, options.trust_remote_code
         )
-        engine = generator.engine(options.limits)
+        engine = generator.engine(options.engine_config)
         cache_tokens = engine.stats().pages_total * PAGE_SIZE
-        return engine, Ready(
+        return engine, WorkerReady(
             device=", ".join(dict.fromkeys(str(weight.device) for weight in generator.model.parameters())),
             dtype=str(generator.dtype).removeprefix("torch."),
             parameters=generator.model.num_parameters(),
@@ -93,31 +94,31 @@ class Worker(litserve.LitAPI):
         )
 
 
-class Loop(LitLoop):
-    """Messages in, steps out, until the server's process says that it is over."""
+class WorkerLoop(LitLoop):
+    """Runs the engine until the server process closes the pipe."""
 
     def run(self, lit_api: Worker, device: str, worker_id: int, request_queue: Connection, *rest: Any) -> None:
-        """Called by LitServe when the model is loaded. ``request_queue`` is our pipe to the server's process."""
-        request_queue.send(lit_api.greeting)
+        """Called by LitServe after ``setup``. ``request_queue`` is the pipe to the server process."""
+        request_queue.send(lit_api.result)
         if lit_api.engine is not None:
-            with suppress(ConnectionError):  # the server has gone
-                work(lit_api.engine, request_queue)
+            with suppress(ConnectionError):  # the server process has ended
+                run_engine(lit_api.engine, request_queue)
         sys.stdout.flush()
-        os._exit(0)  # at once: tidying up an interpreter with torch takes a second, and LitServe would call this again
+        os._exit(0)  # finalizing an interpreter with torch takes a second, and LitServe would call this method again
 
 
-def work(engine: GenerationEngine, pipe: Connection) -> None:
-    """Compute what comes through a pipe until it closes."""
-    while (messages := arrived(pipe, engine.busy)) is not None:
-        refused = [refusal for message in messages if (refusal := take(engine, message))]
+def run_engine(engine: GenerationEngine, pipe: Connection) -> None:
+    """Step the engine and send its outputs, until the pipe is closed."""
+    while (messages := receive_messages(pipe, engine.busy)) is not None:
+        rejected = [rejection for message in messages if (rejection := handle_message(engine, message))]
         outputs = engine.step()
-        if outputs or refused:
-            pipe.send(Step(outputs, refused, engine.stats()))
+        if outputs or rejected:
+            pipe.send(StepOutputs(outputs, rejected, engine.stats()))
 
 
-def arrived(pipe: Connection, busy: bool) -> list[Request | Cancel] | None:
-    """The messages that are there; where nothing else is to do, wait for one. None when there will be no more."""
-    messages: list[Request | Cancel] = []
+def receive_messages(pipe: Connection, busy: bool) -> list[Request | CancelRequest] | None:
+    """All pending messages; blocks for the first one if the engine is idle. None if the pipe is closed."""
+    messages: list[Request | CancelRequest] = []
     try:
         while pipe.poll(0 if busy or messages else None):
             message = pipe.recv()
@@ -129,9 +130,9 @@ def arrived(pipe: Connection, busy: bool) -> list[Request | Cancel] | None:
     return messages
 
 
-def take(engine: GenerationEngine, message: Request | Cancel) -> tuple[str, str] | None:
-    """Tell the engine; (id, why) of a request that it refuses."""
-    if isinstance(message, Cancel):
+def handle_message(engine: GenerationEngine, message: Request | CancelRequest) -> tuple[str, str] | None:
+    """Submit or cancel a request. Returns (id, reason) if the engine rejects it."""
+    if isinstance(message, CancelRequest):
         engine.cancel(message.id)
         return None
     try:
@@ -141,8 +142,8 @@ def take(engine: GenerationEngine, message: Request | Cancel) -> tuple[str, str]
     return None
 
 
-def end_with_parent() -> None:
-    """End this process when the server's ends in any way, killed ones included: no worker is left behind."""
+def exit_with_parent() -> None:
+    """Exit as soon as the server process ends in any way, so that no worker outlives a killed server."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -150,4 +151,4 @@ def end_with_parent() -> None:
         wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+    threading.Thread(target=watch, name="exit-with-parent", daemon=True).start()

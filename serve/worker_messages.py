@@ -1,7 +1,7 @@
-"""What the server's process and a worker say to each other, over one pipe for each worker.
+"""Messages between the server process and a worker process, over one pipe for each worker.
 
-To the worker go the engine's ``Request``, ``Cancel`` and, at the end, ``None``. Back come one ``Ready`` or ``Failed``, and
-then a ``Step`` after each forward pass.
+To the worker: the engine's ``Request``, ``CancelRequest`` and, at the end, ``None``. From the worker: one ``WorkerReady`` or
+``WorkerFailed``, then ``StepOutputs`` after each engine step.
 """
 
 from __future__ import annotations
@@ -9,30 +9,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bumblebee.inference.engine_config import EngineStats
-from bumblebee.inference.request import Output
+from bumblebee.inference.request import Output, Request
 from bumblebee.inference.sampling_params import SamplingParams
 
 
 @dataclass
-class Cancel:
-    """Nobody waits for this request any more."""
+class CancelRequest:
+    """Stop computing a request."""
 
     id: str
 
 
 @dataclass
-class Ready:
+class WorkerReady:
     """The model is loaded.
 
     Args:
-        device: where it is; several, where its layers are spread.
-        dtype: of its weights.
-        parameters: how many it has.
-        vocab_size: token ids that it knows.
-        cache_tokens: positions of its key-value cache.
-        context_length: tokens that prompt and answer may have together: what the model takes, if the cache holds as many.
-        defaults: how to sample, from the folder's generation_config.json.
-        stats: the engine's, before any request.
+        device: device of the model, or a list of devices if its layers are spread.
+        dtype: dtype of the weights.
+        parameters: number of parameters.
+        vocab_size: number of token ids the model accepts.
+        cache_tokens: capacity of the KV cache in tokens.
+        context_length: maximum of prompt and completion tokens together, limited by the model and the cache.
+        defaults: sampling defaults from the model folder's generation_config.json.
+        stats: the engine's statistics before the first request.
     """
 
     device: str
@@ -46,26 +46,30 @@ class Ready:
 
 
 @dataclass
-class Failed:
+class WorkerFailed:
     """The model could not be loaded.
 
     Args:
-        message: why, for the user; None for a mistake of ours, whose traceback has been printed.
+        message: the error for the user; None for an internal error, whose traceback has been printed.
     """
 
     message: str | None
 
 
 @dataclass
-class Step:
-    """What one forward pass brought.
+class StepOutputs:
+    """The result of one engine step.
 
     Args:
-        outputs: one for each request that has grown or ended.
-        refused: (id, why) of requests that can never run.
-        stats: the engine's, after the pass.
+        outputs: one output for each request that has new tokens or has finished.
+        rejected: (id, reason) of requests that can never run.
+        stats: the engine's statistics after the step.
     """
 
     outputs: list[Output]
-    refused: list[tuple[str, str]]
+    rejected: list[tuple[str, str]]
     stats: EngineStats
+
+
+ToWorker = Request | CancelRequest | None
+FromWorker = WorkerReady | WorkerFailed | StepOutputs

@@ -91,7 +91,7 @@ RULES = (
             "callbacks",
             "datamodules",
             "bumblebee.trainer",
-            "bumblebee.distributed.deepspeed.training_engine",
+            "bumblebee.distributed.deepspeed.engine",
             "bumblebee.tasks",
         ),
     ),

@@ -27,8 +27,8 @@ from bumblebee.checkpoint.weight_files import INDEX, SINGLE, stored_tensors, wei
 from bumblebee.checkpoint.weight_loader import Device, Parameters
 from bumblebee.checkpoint.weight_mapping import Rule, as_stored, cast, cut, places, shape_of
 from bumblebee.config import BumblebeeConfig
-from bumblebee.distributed import process_group
 from bumblebee.json_files import read_json, write_json
+from bumblebee.models.load_context import current_load_context
 
 TIED_KEY = "lm_head.weight"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -195,7 +195,7 @@ def _check_shape(folder: str | Path, key: str, tensor: Tensor, shape: tuple[int,
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Build modules whose parameters take no memory until ``load_weights``; buffers are real. Not inside ZeRO-3's building."""
-    if process_group.building_in_shards:
+    if current_load_context().sharded:
         yield
         return
     register = nn.Module.register_parameter

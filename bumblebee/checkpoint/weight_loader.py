@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bumblebee.checkpoint.weight_mapping import Place
 from bumblebee.distributed import process_group
+from bumblebee.distributed.deepspeed.sharded_parameters import full_shape, local_shard
 
 Device = torch.device | Callable[[str], torch.device]
 
@@ -40,14 +41,14 @@ class Parameters:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of whole parameters."""
-        return {key: tuple(getattr(old, "ds_shape", old.shape)) for key, old in self.ours.items()}
+        return {key: full_shape(old) for key, old in self.ours.items()}
 
     def put(self, place: Place, part: Tensor) -> None:
         """Put a tensor into its place: a whole parameter or buffer, or some rows of one."""
         old = self.ours[place.key]
         dtype = (self.dtype or part.dtype) if isinstance(old, nn.Parameter) else old.dtype
-        if hasattr(old, "ds_tensor"):
-            _put_share(old.ds_tensor, place.start, part.to(dtype))
+        if (shard := local_shard(old)) is not None:
+            _put_share(shard, place.start, part.to(dtype))
             return
         if part.numel() == old.numel():
             self._replace(place.key, part.reshape(old.shape).to(device=self.device_of(place.key), dtype=dtype))

@@ -1,85 +1,81 @@
-"""Ranks: who am I, how many are we, and the few collectives that the loop needs.
+"""Rank and world size, joining and leaving the process group, and the few collectives that training needs.
 
-Ranks come from the launcher's environment (torchrun, deepspeed); without one there is a single process and no launcher is
-needed. torch is imported inside the functions: the command line asks for its rank before it pays for torch.
+Ranks come from the launcher's environment variables (torchrun, deepspeed); without a launcher there is one process. torch is
+imported inside the functions: the command line needs its rank before it pays for torch.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from torch.distributed import Store
 
-
-building_in_shards = False  # true while ZeRO-3 cuts each parameter over the ranks as soon as it is made
-_launchers_store: Store | None = None  # joined once a process
-_groups = 0  # joined so far, one after the other
-_turns = 0  # of first_on_each_machine so far
-POLL = 0.1  # seconds
+T = TypeVar("T")
+_launcher_store: Store | None = None  # joined once per process
+_groups = 0  # number of groups joined so far
+LOST_RANK_ERRORS = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "NCCL error",
+)  # fmt: skip
 
 
 class OtherRankFailed(RuntimeError):
-    """Another rank failed at something this one waits for; that rank tells why."""
+    """Another rank failed at something that this one waits for; that rank reports the reason."""
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error of torch means that another rank has ended without a word, killed by the system for instance."""
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "NCCL error")
-    return isinstance(error, RuntimeError) and world_size() > 1 and any(sign in str(error) for sign in lost)
+    """Whether an error of torch means that another rank has died without reporting why, e.g. killed by the system."""
+    return isinstance(error, RuntimeError) and world_size() > 1 and any(text in str(error) for text in LOST_RANK_ERRORS)
 
 
 def rank() -> int:
-    """This process among all, from 0."""
+    """This process's rank among all, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """This process among those of its machine, from 0."""
+    """This process's rank on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the only one that speaks and writes."""
+    """Whether this is rank 0, the only one that logs and writes files."""
     return rank() == 0
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto", "cpu", "cuda" or "cuda:N" -> the device of this rank.
+    """Return this rank's device for "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
-        ValueError: an unknown name, or a GPU that is not there.
+        ValueError: an unknown name, or a GPU that does not exist.
     """
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise ValueError(f"unknown device {name!r}; write auto, cpu, cuda or cuda:N")
-    if kind == "cpu":
+    device_type, _, number = name.partition(":")
+    if device_type not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ValueError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N")
+    if device_type == "cpu":
         return torch.device("cpu")
     index = int(number) if number else local_rank()
     if index >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} GPUs are visible")
+        raise ValueError(f"device {name!r} does not exist: {torch.cuda.device_count()} GPUs are visible")
     return torch.device("cuda", index)
 
 
 def start(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Join the other ranks; alone, a group of one that needs neither a launcher nor a free port."""
+    """Initialize the process group. A single process forms a group of one without a launcher or a port."""
     import torch
     import torch.distributed as dist
 
@@ -98,17 +94,17 @@ def start(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> N
 
 
 def store() -> Store:
-    """Keys and values that the ranks share through their launcher. It works without a group, and when one hangs."""
-    global _launchers_store
+    """The launcher's key-value store, which ranks can use without a process group, and while one hangs."""
+    global _launcher_store
     import torch.distributed as dist
 
-    if _launchers_store is None:
-        _launchers_store = next(dist.rendezvous("env://"))[0] if world_size() > 1 else dist.HashStore()
-    return _launchers_store
+    if _launcher_store is None:
+        _launcher_store = next(dist.rendezvous("env://"))[0] if world_size() > 1 else dist.HashStore()
+    return _launcher_store
 
 
 def _unused_store(timeout: timedelta) -> Store:
-    """A part of the store for the next group alone: it would read an earlier one's keys as addresses, and wait for ever."""
+    """A prefix of the store for the next group: it would take an earlier group's keys for addresses and wait forever."""
     global _groups
     import torch.distributed as dist
 
@@ -118,108 +114,60 @@ def _unused_store(timeout: timedelta) -> Store:
 
 
 def stop(orderly: bool) -> None:
-    """Leave the group. gloo threads that outlive the interpreter abort it with exit code -6, after a run that succeeded.
+    """Destroy the process group. gloo threads that outlive the interpreter would abort it with exit code -6.
 
     Args:
-        orderly: all ranks come here, so they can wait for each other; after an error nobody knows where the others are.
+        orderly: all ranks get here and can wait for each other; False after an error, when other ranks may be anywhere.
     """
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return
-    gc.collect()  # what still holds a group holds its threads
+    gc.collect()  # objects that still hold the group keep its threads alive
     if orderly:
         dist.barrier()
     dist.destroy_process_group()
 
 
-def _many() -> bool:
+def is_distributed() -> bool:
+    """Whether a process group of several ranks is initialized."""
     import torch.distributed as dist
 
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over ranks of a tensor on the run's device, in place; the tensor itself when alone."""
+    """Sum a tensor on the run's device over ranks, in place. Collective."""
     import torch.distributed as dist
 
-    if _many():
+    if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank. Collective; the GPU is waited for."""
-    if not _many():
+    """Whether the flag is set on any rank. Collective; synchronizes with the GPU."""
+    if not is_distributed():
         return flag
     import torch
 
     return bool(all_reduce_sum(torch.tensor([int(flag)], device=device)).item())
 
 
-def gathered(items: list[Any]) -> list[Any]:
-    """The lists of all ranks, one after the other. Collective."""
-    if not _many():
+def all_gather_items(items: list[T]) -> list[T]:
+    """Concatenate the lists of all ranks, in the order of ranks. Collective."""
+    if not is_distributed():
         return items
     import torch.distributed as dist
 
-    lists: list[Any] = [None] * dist.get_world_size()
+    lists: list[list[T]] = [[]] * dist.get_world_size()
     dist.all_gather_object(lists, items)
-    return [item for of_rank in lists for item in of_rank]
+    return [item for per_rank in lists for item in per_rank]
 
 
 def barrier() -> None:
-    """Wait until all ranks are here."""
+    """Wait until all ranks reach this point."""
     import torch.distributed as dist
 
-    if _many():
+    if is_distributed():
         dist.barrier()
-
-
-@contextmanager
-def first_on_each_machine() -> Iterator[bool]:
-    """Let one rank of each machine do the body before the others: ``with ... as first``. The others find its result.
-
-    It may take as long as it takes: the others look at the launcher's store meanwhile, where a collective would end the run
-    after its timeout. If one of those ranks fails, the others get OtherRankFailed instead of waiting for ever.
-    """
-    first = local_rank() == 0
-    if not _many():
-        yield True
-        return
-    turn, machines = _next_turn(first)
-    if first:
-        try:
-            yield True
-        except BaseException:
-            store().add(f"{turn}/failed", 1)
-            raise
-        store().add(f"{turn}/done", 1)
-    _wait_for(turn, machines)
-    if not first:
-        yield False
-
-
-def _wait_for(turn: str, machines: int) -> None:
-    import torch.distributed as dist
-
-    try:
-        while not (failed := store().add(f"{turn}/failed", 0)) and store().add(f"{turn}/done", 0) < machines:
-            time.sleep(POLL)
-    except dist.DistError:  # the rank that holds the store has ended
-        failed = 1
-    if failed:
-        raise OtherRankFailed("another rank failed while it prepared shared files; its message tells why")
-
-
-def _next_turn(first: bool) -> tuple[str, int]:
-    """A name that no turn has had before, and how many ranks are the first of their machine. Collective."""
-    global _turns
-    import torch
-    import torch.distributed as dist
-
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    agreed = torch.tensor([_turns + 1], device=device)
-    dist.all_reduce(agreed, dist.ReduceOp.MAX)  # a rank may have missed one that was refused
-    _turns = int(agreed.item())
-    return f"first-on-each-machine-{_turns}", int(all_reduce_sum(torch.tensor([int(first)], device=device)).item())

@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -74,14 +76,14 @@ def per_token(model: nn.Module) -> float:
     for name, parameter in model.named_parameters():
         if id(parameter) not in tables:
             each = 6 if parameter.requires_grad else 4
-            total += each * size_of(parameter) * (share if ".experts." in name else 1.0)
+            total += each * full_numel(parameter) * (share if ".experts." in name else 1.0)
     return total
 
 
 def active_parameters(model: nn.Module) -> int:
     """Parameters that one token meets: of routed experts only those that it goes to. Without any, all."""
     share = _share_of_experts(getattr(model, "config", None))
-    return round(sum(size_of(p) * (share if ".experts." in name else 1.0) for name, p in model.named_parameters()))
+    return round(sum(full_numel(p) * (share if ".experts." in name else 1.0) for name, p in model.named_parameters()))
 
 
 def of_attention(model: nn.Module, length: int) -> float:
@@ -97,11 +99,6 @@ def of_attention(model: nn.Module, length: int) -> float:
     window_of = getattr(config, "window_of", lambda layer: None)
     seen = sum(min(window_of(layer) or length, length) for layer in range(layers))
     return 12.0 * heads * width * seen
-
-
-def size_of(parameter: Any) -> int:
-    """Of the whole parameter: under ZeRO-3 a rank sees an empty one, and DeepSpeed notes the size beside it."""
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _share_of_experts(config: Any) -> float:

@@ -31,8 +31,8 @@ from bumblebee.checkpoint.weight_files import stored_keys
 from bumblebee.checkpoint.weight_loader import tied
 from bumblebee.checkpoint.weight_mapping import Rule
 from bumblebee.config import BumblebeeConfig
-from bumblebee.distributed import process_group
 from bumblebee.models.base import LanguageModel
+from bumblebee.models.load_context import current_load_context
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, choose
 from bumblebee.nn.lm_head import Head
@@ -223,7 +223,7 @@ def _build(folder: Path, trust_remote_code: bool) -> Any:
 @contextmanager
 def _left_as_they_are() -> Iterator[None]:
     """Weights cut over ranks (ZeRO-3) cannot be initialised: some models write to a row. All come from the files anyway."""
-    if not process_group.building_in_shards:
+    if not current_load_context().sharded:
         yield
         return
     from transformers.initialization import no_init_weights

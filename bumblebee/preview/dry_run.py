@@ -168,7 +168,7 @@ def _import_all(device: Any, imports: list[str]) -> None:
     """What training imports, so that it does not count as memory of the model."""
     import bumblebee.checkpoint.hf_folder
     import bumblebee.training.training_state  # noqa: F401
-    from bumblebee.distributed.deepspeed.training_engine import import_deepspeed
+    from bumblebee.distributed.deepspeed.operators import import_deepspeed
 
     import_deepspeed(device)
     for name in imports:

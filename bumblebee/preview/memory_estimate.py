@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from bumblebee.hardware.flops import size_of
+from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
 from bumblebee.nn.linear_cross_entropy import ROWS
 from bumblebee.nn.moe import Experts
 
@@ -62,13 +62,13 @@ class ModelSize:
         parameters = list(model.parameters())
         decoder: Any = getattr(model, "model", None)
         config: Any = getattr(model, "config", None)
-        blocks = [sum(map(size_of, layer.parameters())) for layer in getattr(decoder, "layers", ())]
-        matrices = {id(p): size_of(p) for m in model.modules() if isinstance(m, nn.Linear | Experts)
+        blocks = [sum(map(full_numel, layer.parameters())) for layer in getattr(decoder, "layers", ())]
+        matrices = {id(p): full_numel(p) for m in model.modules() if isinstance(m, nn.Linear | Experts)
                     for name, p in m.named_parameters(recurse=False) if name != "bias"}  # fmt: skip
         return cls(
-            sum(map(size_of, parameters)),
-            sum(size_of(p) for p in parameters if p.requires_grad),
-            max([*blocks, *map(size_of, parameters)]),
+            sum(map(full_numel, parameters)),
+            sum(full_numel(p) for p in parameters if p.requires_grad),
+            max([*blocks, *map(full_numel, parameters)]),
             sum(matrices.values()),
             sum(map(_dropped_out, model.modules())),
             config if getattr(config, "num_hidden_layers", None) and getattr(config, "intermediate_size", None) else None,

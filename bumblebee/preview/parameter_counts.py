@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 from bumblebee.checkpoint.adapters import is_adapter_key
-from bumblebee.hardware.flops import size_of
+from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
 from bumblebee.nn.lm_head import Head
 
 # By the names that Hugging Face's models have; the first that fits counts.
@@ -23,7 +23,7 @@ def parts(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, parameter in model.named_parameters():
         part = _part(name, id(parameter) in tables, id(parameter) in heads, tied)
         count, trained = found.get(part, (0, 0))
-        size = size_of(parameter)
+        size = full_numel(parameter)
         found[part] = count + size, trained + size * parameter.requires_grad
     order = ["embedding", "embedding and head", *_PARTS, "adapters", "head", "norms and others"]
     return {part: found[part] for part in order if part in found}

@@ -17,7 +17,7 @@ from torch import nn
 
 from bumblebee.datamodule import Batch
 from bumblebee.distributed import process_group
-from bumblebee.distributed.deepspeed.ds_config import HALF, deepspeed_config, read_overrides
+from bumblebee.distributed.deepspeed.ds_config import HALF_DTYPES, deepspeed_config, read_overrides
 from bumblebee.hardware import flops, memory_stats
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.attention_kernels import choose
@@ -118,7 +118,7 @@ class Preview:
     def kernel(self) -> str | None:
         """Of attention; None for a model that is not ours."""
         wanted = getattr(self.task.model, "attention", None)
-        return choose(wanted, HALF.get(self.trainer.precision, torch.float32)) if isinstance(wanted, str) else None
+        return choose(wanted, HALF_DTYPES.get(self.trainer.precision, torch.float32)) if isinstance(wanted, str) else None
 
     def computed(self, setup: Setup) -> Memory:
         """By formula."""
@@ -161,9 +161,9 @@ class Preview:
         if self.kind != self.device.type:
             return 0.0
         if self.device.type == "cpu":
-            return 1e12 * flops.measured_peak(HALF.get(self.trainer.precision, torch.float32))
+            return 1e12 * flops.measured_peak(HALF_DTYPES.get(self.trainer.precision, torch.float32))
         known = flops.peak_of(torch.cuda.get_device_name(self.device))
-        return 1e12 * (known or 0.0) / (1 if self.trainer.precision in HALF else 8)
+        return 1e12 * (known or 0.0) / (1 if self.trainer.precision in HALF_DTYPES else 8)
 
     @property
     def seconds_of_a_step(self) -> tuple[float, float] | None:

@@ -113,7 +113,7 @@ def _numbered(batch: Batch) -> list[tuple[int, int]]:
 
 def _by_index(rows: list[Any]) -> list[Any]:
     """All ranks' rows, each beginning with an index, in order. Collective."""
-    merged = sorted(process_group.gathered(rows))
+    merged = sorted(process_group.all_gather_items(rows))
     if len({row[0] for row in merged}) < len(merged):
         raise ValueError("data: two pairs have the same index: precompute_reference needs one for each pair")
     return merged

@@ -1,181 +1,218 @@
-"""The chat template of a model folder: from messages to text, and from messages to ids with the targets marked.
+"""Chat templates: from messages to text, and from messages to ids with the targets marked.
 
-Choices made:
-- A template is rendered as transformers renders it, in a sandbox, and its text is tokenised with no special token added: the
-  template writes the begin-of-text token itself where there has to be one.
-- Text of users that spells a special token stays text, in contents, names, arguments and tools alike.
-- Targets are found by text, never by token id: the assistant's turns with the special token that ends each, without the
-  newline behind it. Text is cut where a target begins and ends, because at generation the prompt is tokenised alone.
-- A template for which this does not hold is refused, and so is one that leaves out an answer, a tool call or the tools.
+Choices:
+- A template is rendered as in transformers, in a sandbox, and its text is tokenized without adding special tokens: the template
+  itself writes the begin-of-text token where one belongs.
+- User text that spells a special token stays text, in contents, names, arguments and tools alike.
+- Targets are located in the text, never by token id: the assistant turns, each including the special token that ends it but not
+  the newline after it. The text is split where a target begins and ends, because at generation the prompt is tokenized alone.
+- A template for which this does not hold is rejected, and so is one that omits an answer, a tool call or the tools.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import tokenizers
 
 from bumblebee.tokenizer.assistant_mask import (
+    CharSpan,
     Message,
-    Span,
-    closed_spans,
-    rendered_spans,
+    end_at_special_tokens,
     require_contents,
-    tagged_spans,
-    trained_turns,
+    spans_by_prefix,
+    spans_by_tags,
+    target_turns,
     without_whitespace,
 )
-from bumblebee.tokenizer.chatml import CHATML, TOKENS
-from bumblebee.tokenizer.sandbox import GENERATION, MARKS, compile_template
-from bumblebee.tokenizer.special_token_guard import Guard, mend
+from bumblebee.tokenizer.chatml import CHATML_TOKENS
+from bumblebee.tokenizer.sandbox import GENERATION, MARKS_VARIABLE, compile_template
+from bumblebee.tokenizer.special_token_guard import SpecialTokenGuard, unescape
+from bumblebee.tokenizer.template_sources import default_template, templates_by_name
 from bumblebee.tokenizer.template_tokenizer import TemplateTokenizer
 
-if TYPE_CHECKING:
-    from bumblebee.tokenizer.tokenizer import Tokenizer
+Tool = dict[str, Any]  # as in the OpenAI chat API
 
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """A conversation as ids. ``trained[i]`` says whether token i is a target."""
+    """The ids of a conversation; ``target_mask[i]`` says whether token i is a target."""
 
     ids: list[int]
-    trained: list[bool]
+    target_mask: list[bool]
 
 
 class ChatTemplate:
-    """Renders and encodes conversations.
+    """Renders and tokenizes conversations.
 
-    Messages are those of OpenAI: ``{"role", "content", "tool_calls"?, ...}``; the arguments of a call may be an object or
-    its JSON text, and a null beside calls is no text. Other keys reach the template as they are.
+    Messages have the form of the OpenAI API: ``{"role", "content", "tool_calls"?, ...}``. The arguments of a call may be an
+    object or its JSON text, and the content next to calls may be null. Other keys are passed to the template unchanged.
 
     Args:
-        tokenizer: its settings hold the template, ``chat_template``: a string, or a list of named ones, of which
-            "tool_use" is taken where tools are given and "default" otherwise. Without one the template is ChatML.
+        backend: the library's tokenizer.
+        template: ``chat_template`` of tokenizer_config.json: a template, or a list of ``{"name", "template"}``, from which
+            "tool_use" is taken if there are tools and "default" otherwise. None selects ChatML.
+        special_tokens: variables of the template, such as ``{"bos_token": "<s>"}``.
+        name_or_path: the tokenizer's folder, with which errors begin.
 
     Raises:
-        ValueError: no valid Jinja; or no template, and a tokenizer that lacks the special tokens of ChatML.
+        ValueError: the template is not valid Jinja; or there is no template and the tokenizer lacks the tokens of ChatML.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.name_or_path = tokenizer.name_or_path
-        with self._named():
-            self.sources = _named(tokenizer.settings.get("chat_template"))
-        self.sources = self.sources or _default(tokenizer)
-        self._compiled = {name: compile_template(source, self.name_or_path) for name, source in self.sources.items()}
-        self._variables = _special_tokens(tokenizer.settings)
-        self._encoder = TemplateTokenizer(tokenizer.backend)
-        self._special = tuple(self._encoder.special)
-        self._guard = Guard(self._special)
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        template: str | Sequence[Mapping[str, str]] | None,
+        special_tokens: Mapping[str, str],
+        name_or_path: str = "this tokenizer",
+    ) -> None:
+        self.name_or_path = name_or_path
+        with self._name_in_errors():
+            self.sources = templates_by_name(template)
+        self.sources = self.sources or {"default": _default_source(backend, name_or_path)}
+        self._compiled = {name: compile_template(source, name_or_path) for name, source in self.sources.items()}
+        self._backend, self._special_tokens = backend, special_tokens
+        self._tokenizer = TemplateTokenizer(backend)
+        self._spellings = tuple(self._tokenizer.special)
+        self._guard = SpecialTokenGuard(self._spellings)
 
     def render(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """The text of a conversation. In it a user's "<|im_end|>" looks like the template's: for ids, ``apply``.
+        """Render a conversation as text.
+
+        A user's "<|im_end|>" looks like the template's own here; to get ids use :meth:`apply`.
 
         Raises:
-            ValueError: the template cannot render these messages, or leaves out the tools.
+            ValueError: the template cannot render the messages, or omits the tools.
         """
-        return mend(*self._text(messages, tools, add_generation_prompt))
+        return unescape(*self._render_escaped(messages, tools, add_generation_prompt))
 
     def apply(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
     ) -> list[int]:
-        """The ids of a conversation, of which a model generates the next turn; see ``render``."""
-        text, breaker = self._text(messages, tools, add_generation_prompt)
-        return self._encoder.encode([(text, False)], breaker)[0]
-
-    def encode(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, train_on: str = "all") -> EncodedChat:
-        """The ids of a conversation, with its targets.
-
-        Args:
-            messages: at least one of them the assistant's.
-            tools: descriptions of functions, as the template wants them.
-            train_on: "all" turns of the assistant or only the "last".
+        """Render and tokenize a conversation, for example to generate the next turn.
 
         Raises:
-            ValueError: the template cannot render the messages or leaves out tools, calls or answers; it rewrites earlier
-                turns; it ends a turn with no special token; there is no assistant turn.
+            ValueError: see :meth:`render`.
         """
-        turns = trained_turns(messages, train_on)
-        source = self._source(tools)
-        tagged = GENERATION.search(self.sources[source]) is not None
-        guarded, breaker, marks = self._guarded(messages, tools, marks=2 * tagged)
-        with self._named(breaker):
-            render = partial(self._render, source, guarded[1], marks)
-            find = tagged_spans(marks) if tagged else rendered_spans
-            text, spans = find(render, guarded[0], turns)
-            spans = closed_spans(text, spans, len(turns), self._special)
-            targets = [mend(text[begin:end], breaker) for begin, end in spans]
+        text, escape = self._render_escaped(messages, tools, add_generation_prompt)
+        return self._tokenizer.encode([(text, False)], escape)[0]
+
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, train_on: str = "all") -> EncodedChat:
+        """Tokenize a conversation for training.
+
+        Args:
+            messages: the conversation, with at least one assistant message.
+            tools: function descriptions, as the template expects them.
+            train_on: make "all" assistant turns targets, or only the "last".
+
+        Raises:
+            ValueError: the template cannot render the messages, omits tools, calls or answers, rewrites earlier turns, or ends
+                a turn without a special token; or there is no assistant turn.
+        """
+        turns = target_turns(messages, train_on)
+        name = self._template_name(tools)
+        tagged = GENERATION.search(self.sources[name]) is not None
+        escaped, escaped_tools, escape, marks = self._escape(messages, tools, marks=2 * tagged)
+        with self._name_in_errors(escape):
+            render = partial(self._render, name, escaped_tools, marks)
+            text, spans = (spans_by_tags(marks) if tagged else spans_by_prefix)(render, escaped, turns)
+            spans = end_at_special_tokens(text, spans, len(turns), self._spellings)
+            targets = [unescape(text[begin:end], escape) for begin, end in spans]
             require_contents("".join(targets), [messages[turn] for turn in turns])
-            _require_tools(mend(text, breaker), tools)
-        chat = EncodedChat(*self._encoder.encode(_segments(text, spans), breaker))
-        assert self._decodes(chat, [text[begin:end] for begin, end in spans], breaker)
+            _require_tools(unescape(text, escape), tools)
+        chat = EncodedChat(*self._tokenizer.encode(_split_at(text, spans), escape))
+        assert self._decodes_to(chat, [text[begin:end] for begin, end in spans], escape)
         return chat
 
     @cached_property
     def end_of_turn_id(self) -> int:
-        """The special token that ends a turn of the assistant: generation stops there.
+        """Id of the special token that ends an assistant turn, at which generation stops.
 
         Raises:
-            ValueError: the template does not end turns so.
+            ValueError: the template does not end turns with a special token.
         """
         chat = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        return next(index for index, trained in zip(reversed(chat.ids), reversed(chat.trained), strict=True) if trained)
+        return next(token for token, is_target in zip(reversed(chat.ids), reversed(chat.target_mask), strict=True) if is_target)
 
-    def _text(self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool) -> tuple[str, str]:
-        """(text, the character that breaks spellings in it)."""
-        source = self._source(tools)
-        guarded, breaker, _ = self._guarded(messages, tools)
-        with self._named(breaker):
-            text = self._render(source, guarded[1], "", guarded[0], prompt)
-            _require_tools(mend(text, breaker), tools)
-        return text, breaker
+    def _render_escaped(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None, add_generation_prompt: bool
+    ) -> tuple[str, str]:
+        """The rendered text, and the escape character in it."""
+        name = self._template_name(tools)
+        escaped, escaped_tools, escape, _ = self._escape(messages, tools)
+        with self._name_in_errors(escape):
+            text = self._render(name, escaped_tools, "", escaped, add_generation_prompt)
+            _require_tools(unescape(text, escape), tools)
+        return text, escape
 
-    def _guarded(self, messages: Sequence[Message], tools: Sequence[Any] | None, marks: int = 0) -> tuple[Any, str, str]:
-        """([messages, tools], the character that breaks spellings in them, marks)."""
-        with self._named():
-            return self._guard.protect([_prepared(messages), tools], marks)
+    def _escape(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None, marks: int = 0
+    ) -> tuple[list[Message], Sequence[Tool] | None, str, str]:
+        """Escaped messages and tools, the escape character, and as many ``marks`` that occur in neither."""
+        with self._name_in_errors():
+            (escaped, escaped_tools), escape, unused = self._guard.escape((_normalize(messages), tools), marks)
+        return escaped, escaped_tools, escape, unused
 
-    def _source(self, tools: Sequence[Any] | None) -> str:
-        """The name of the template to use."""
+    def _template_name(self, tools: Sequence[Tool] | None) -> str:
         name = "tool_use" if tools is not None and "tool_use" in self.sources else "default"
         if name not in self.sources:
-            raise ValueError(
-                f"{self.name_or_path}: no chat template is named {name!r}, only {', '.join(map(repr, self.sources))}"
-            )
+            names = ", ".join(map(repr, self.sources))
+            raise ValueError(f"{self.name_or_path}: no chat template is named {name!r}, only {names}")
         return name
 
-    def _render(self, source: str, tools: Any, marks: str, messages: Sequence[Message], prompt: bool) -> str:
-        variables = {**self._variables, "messages": messages, "tools": tools, "documents": None, MARKS: marks}
+    def _render(
+        self, name: str, tools: Sequence[Tool] | None, marks: str, messages: Sequence[Message], add_generation_prompt: bool
+    ) -> str:
+        variables = {**self._special_tokens, "messages": messages, "tools": tools, "documents": None, MARKS_VARIABLE: marks}
         try:
-            return self._compiled[source].render(**variables, add_generation_prompt=prompt)
-        except Exception as error:  # a template is a program of others: it may raise anything
+            return self._compiled[name].render(**variables, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template is third-party code: it may raise anything
             raise ValueError(f"the chat template cannot render this conversation: {error or type(error).__name__}") from error
 
     @contextmanager
-    def _named(self, breaker: str = "") -> Iterator[None]:
-        """Errors begin with the folder."""
+    def _name_in_errors(self, escape: str = "") -> Iterator[None]:
+        """Prefix errors with the tokenizer's folder."""
         try:
             yield
         except ValueError as error:
-            raise ValueError(f"{self.name_or_path}: {mend(str(error), breaker)}") from error.__cause__
+            raise ValueError(f"{self.name_or_path}: {unescape(str(error), escape)}") from error.__cause__
 
-    def _decodes(self, chat: EncodedChat, spans: list[str], breaker: str) -> bool:
-        """Whether the targets decode to these texts, up to what this tokenizer always loses (blanks, composed characters)."""
-        decode = partial(self.tokenizer.decode, skip_special_tokens=False)
-        targets = decode([index for index, trained in zip(chat.ids, chat.trained, strict=True) if trained])
-        if targets == mend("".join(spans), breaker):
+    def _decodes_to(self, chat: EncodedChat, spans: list[str], escape: str) -> bool:
+        """Whether the targets decode to these texts, except for what the tokenizer never preserves (blanks, Unicode forms)."""
+        decode = partial(self._backend.decode, skip_special_tokens=False)
+        targets = decode([token for token, is_target in zip(chat.ids, chat.target_mask, strict=True) if is_target])
+        if targets == unescape("".join(spans), escape):
             return True
-        alone = [index for span in spans for index in self._encoder.encode([(span, True)], breaker)[0]]
-        return without_whitespace(targets) == without_whitespace(decode(alone))
+        encoded_alone = [token for span in spans for token in self._tokenizer.encode([(span, True)], escape)[0]]
+        return without_whitespace(targets) == without_whitespace(decode(encoded_alone))
 
 
-def _segments(text: str, spans: list[Span]) -> list[tuple[str, bool]]:
-    """(text, whether it is a target), in order."""
+def with_system(messages: Sequence[Message], prompt: str | None) -> list[Message]:
+    """The messages, with a system prompt in front if ``prompt`` is not None and they do not begin with one."""
+    if prompt is None or (messages and messages[0].get("role") == "system"):
+        return list(messages)
+    return [{"role": "system", "content": prompt}, *messages]
+
+
+def _default_source(backend: tokenizers.Tokenizer, name_or_path: str) -> str:
+    source = default_template(backend)
+    if source is None:
+        raise ValueError(
+            f"{name_or_path} has no chat template, and its tokenizer lacks the special tokens of the default one,"
+            f" {' and '.join(CHATML_TOKENS)}: add a chat_template.jinja to the folder"
+        )
+    return source
+
+
+def _split_at(text: str, spans: list[CharSpan]) -> list[tuple[str, bool]]:
+    """Split a text into (text, whether it is a target), in order."""
     segments, at = [], 0
     for begin, end in spans:
         segments += [(text[at:begin], False), (text[begin:end], True)]
@@ -183,97 +220,46 @@ def _segments(text: str, spans: list[Span]) -> list[tuple[str, bool]]:
     return [*segments, (text[at:], False)]
 
 
-def _prepared(messages: Sequence[Message]) -> list[Message]:
-    """The messages, the arguments of calls as objects, which templates write as JSON themselves, their content as text.
+def _normalize(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the arguments of calls as objects, which templates serialize themselves.
 
     Raises:
-        ValueError: no messages, one that is no message, or arguments that are no JSON.
+        ValueError: there are no messages, one is not a message, or arguments are not valid JSON.
     """
     if not messages:
         raise ValueError("a conversation needs at least one message")
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f'messages[{index}] must be an object with a "role", not {message!r}')
-    return [_with_objects(message) if message.get("tool_calls") else message for message in messages]
+    return [_parse_arguments(message) if message.get("tool_calls") else message for message in messages]
 
 
-def _with_objects(message: Message) -> Message:
+def _parse_arguments(message: Message) -> Message:
     calls = []
     for call in message["tool_calls"]:
-        function = _function(call, "a call")
+        function = _function_of(call, "a call")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
                 function = {**function, "arguments": json.loads(arguments)}
             except ValueError as error:
-                raise ValueError(f"the arguments of the call of {function['name']!r} are no JSON: {error}") from None
+                raise ValueError(f"the arguments of the call of {function['name']!r} are not valid JSON: {error}") from None
         calls.append({**call, "function": function} if "function" in call else function)
-    # Of the templates that are around some write a null as "None" or stumble over it, and none needs it.
+    # Some templates render a null as "None" or fail on it, and none needs it.
     content = "" if message.get("content") is None else message["content"]
     return {**message, "content": content, "tool_calls": calls}
 
 
-def _require_tools(text: str, tools: Sequence[Any] | None) -> None:
+def _require_tools(text: str, tools: Sequence[Tool] | None) -> None:
     for tool in tools or ():
-        name = _function(tool, "a tool")["name"]
+        name = _function_of(tool, "a tool")["name"]
         if name not in text:
-            raise ValueError(f"the chat template leaves out the tools ({name!r}): it knows none")
+            raise ValueError(f"the chat template omits the tools ({name!r}): it does not support them")
 
 
-def _function(value: Any, what: str) -> dict[str, Any]:
-    """What stands in "function", or the value itself where a call or tool is written without it."""
+def _function_of(value: object, what: str) -> dict[str, Any]:
+    """The "function" of a call or tool, or the value itself if it is written without that key."""
     function = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"{what} must be an object with the name of a function, not {value!r}")
     return function
-
-
-def _named(setting: Any) -> dict[str, str]:
-    """Templates by name, from the forms in which tokenizer_config.json has them.
-
-    Raises:
-        ValueError: another form.
-    """
-    if not setting:
-        return {}
-    items = [{"name": "default", "template": setting}] if isinstance(setting, str) else setting
-    try:
-        named = {item["name"]: item["template"] for item in items}
-    except (TypeError, KeyError):
-        named = {}
-    if not named or not all(isinstance(text, str) for text in (*named, *named.values())):
-        raise ValueError("chat_template must be a string or a list of {name, template}")
-    return named
-
-
-def with_system(messages: Sequence[Message], prompt: str | None) -> list[Message]:
-    """The messages, behind a system prompt if there is one and they bring none of their own."""
-    if prompt is None or (messages and messages[0].get("role") == "system"):
-        return list(messages)
-    return [{"role": "system", "content": prompt}, *messages]
-
-
-def default_for(tokenizer: Tokenizer) -> str | None:
-    """ChatML, if the tokenizer has its special tokens."""
-    return CHATML if all(tokenizer.token_to_id(token) in tokenizer.special_ids for token in TOKENS) else None
-
-
-def _default(tokenizer: Tokenizer) -> dict[str, str]:
-    source = default_for(tokenizer)
-    if source is None:
-        raise ValueError(
-            f"{tokenizer.name_or_path} has no chat template, and its tokenizer lacks the special tokens of the default one,"
-            f" {' and '.join(TOKENS)}: put a chat_template.jinja into the folder"
-        )
-    return {"default": source}
-
-
-def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """What a template knows as bos_token, eos_token and so on."""
-    named = {key: content_of(value) for key, value in settings.items() if key.endswith("_token")}
-    return {key: value for key, value in named.items() if isinstance(value, str)}
-
-
-def content_of(token: Any) -> Any:
-    """A token's spelling: Hugging Face also writes an AddedToken, as an object."""
-    return token.get("content") if isinstance(token, dict) else token

@@ -1,12 +1,12 @@
-"""The chat template of folders that bring none: ChatML, with tools in the syntax of Qwen2.
+"""The chat template of folders that do not bring one: ChatML, with tools in the syntax of Qwen2.
 
-It is an ordinary template: it is written into tokenizer_config.json and works in transformers and vLLM. It puts in no system
-prompt of its own. Calls stand as JSON between <tool_call> and </tool_call> in the assistant's turn, results between
-<tool_response> and </tool_response> in a turn of the user, several results in one turn.
+It is an ordinary template: it is saved to tokenizer_config.json and works in transformers and vLLM. It adds no system prompt
+of its own. Calls are JSON between <tool_call> and </tool_call> in the assistant's turn, results are between <tool_response> and
+</tool_response> in a user turn, and consecutive results share one turn.
 """
 
 # The special tokens that the template writes; a tokenizer without them cannot use it.
-TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 CHATML = r"""
 {%- if tools %}

@@ -1,8 +1,8 @@
-"""Compiling the Jinja templates of model folders, which are other people's programs, in a sandbox.
+"""Compiles the Jinja templates of model folders, which are third-party programs, in a sandbox.
 
-What a template may rely on is what transformers gives it: trimmed blocks, ``break`` and ``continue``, ``tojson`` that
-leaves characters as they are, ``raise_exception``, ``strftime_now`` and the tag ``{% generation %}``. The sandbox keeps it
-from changing its arguments and from reaching Python.
+Templates get the environment that transformers gives them: trimmed blocks, ``break`` and ``continue``, a ``tojson`` that does
+not escape characters, ``raise_exception``, ``strftime_now`` and the tag ``{% generation %}``. The sandbox keeps a template from
+modifying its arguments and from reaching Python internals.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -21,14 +21,14 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# The variable that holds the pair of characters to be put around what the model writes; unset: nothing is put there.
-MARKS = "_bumblebee_generation_marks"
+# The template variable with the two characters to write around generated text; if unset, nothing is written.
+MARKS_VARIABLE = "_bumblebee_generation_marks"
 
 
 class GenerationTag(Extension):
-    """``{% generation %} ... {% endgeneration %}``: the text within is the model's.
+    """``{% generation %} ... {% endgeneration %}``: encloses the text that the model generates.
 
-    The borders are put into the text itself. Whatever the template does to the text afterwards, they stay at its ends.
+    The marks become part of the text, so they stay at its ends whatever the template does with it afterwards.
     """
 
     tags = {"generation"}
@@ -36,24 +36,25 @@ class GenerationTag(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_marked", [nodes.ContextReference()])
+        call = self.call_method("_with_marks", [nodes.ContextReference()])
         return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
-    def _marked(self, context: Context, caller: Callable[[], str]) -> str:
-        begin, end = context.get(MARKS) or ("", "")
+    def _with_marks(self, context: Context, caller: Callable[[], str]) -> str:
+        begin, end = context.get(MARKS_VARIABLE) or ("", "")
         return f"{begin}{caller()}{end}"
 
 
-def compile_template(source: str, place: str) -> jinja2.Template:
-    """A template ready to render.
+def compile_template(source: str, name_or_path: str) -> jinja2.Template:
+    """Compile a template.
 
     Raises:
-        ValueError: it is no valid Jinja; the message begins with ``place``.
+        ValueError: the source is not valid Jinja; the message begins with ``name_or_path``.
     """
     try:
         return ENVIRONMENT.from_string(source)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"{place}: its chat template is no valid Jinja, line {error.lineno}: {error.message}") from None
+        reason = f"line {error.lineno}: {error.message}"
+        raise ValueError(f"{name_or_path}: the chat template is not valid Jinja, {reason}") from None
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -66,7 +67,11 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

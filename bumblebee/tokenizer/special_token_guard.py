@@ -1,8 +1,9 @@
-"""Text that spells a special token stays text, whatever a template does with it.
+"""Keeps user text that spells a special token from becoming one, whatever a template does with the text.
 
-A template only joins strings: in what it gives, a user's "<|im_end|>" looks like the one that ends the turn. So before
-rendering each spelling in users' text is broken by one character that occurs nowhere in it, and what is still whole in the
-result is the template's own. Afterwards that character is taken out again, and the text is what it was.
+A template only concatenates strings, so in its output a user's "<|im_end|>" cannot be distinguished from the one that ends
+the turn. Before rendering, each such spelling in user text is therefore broken up by inserting an escape character that occurs
+nowhere else; any spelling that is intact after rendering is the template's own. The escape character is removed again when the
+text is tokenized.
 """
 
 from __future__ import annotations
@@ -11,76 +12,77 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TypeVar, cast
 
-# Unicode's noncharacters for internal use, and, in case a text holds all of these, its planes of private characters.
-CANDIDATES = (range(0xFDD0, 0xFDF0), range(0xF0000, 0x10FFFE))
+# Unicode's noncharacters for internal use; the private-use planes follow in case a text contains all of them.
+ESCAPE_CANDIDATES = (range(0xFDD0, 0xFDF0), range(0xF0000, 0x10FFFE))
+Value = TypeVar("Value")
 
 
-def alternatives(spellings: Iterable[str]) -> str:
-    """A pattern of any of the spellings, the longest first; of nothing at all if there are none."""
+def any_of(spellings: Iterable[str]) -> str:
+    """A regular expression that matches any of the spellings, the longest first, or nothing if there are none."""
     longest_first = sorted(spellings, key=len, reverse=True)
     return "|".join(map(re.escape, longest_first)) or r"(?!)"
 
 
 def replace_surrogates(text: str) -> str:
-    """Half a UTF-16 pair is no character, cannot be written as UTF-8, and the tokenizers refuse it: U+FFFD instead."""
+    """Replace lone surrogates by U+FFFD: they cannot be encoded as UTF-8, and tokenizers reject them."""
     try:
-        text.encode()  # far faster than the repair, which next to no text needs
+        text.encode()  # much faster than the repair, which almost no text needs
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
 
 
-class Guard:
-    """Breaks the spellings of some special tokens in the strings of a JSON value.
+class SpecialTokenGuard:
+    """Escapes the spellings of special tokens in the strings of a JSON value.
 
     Args:
-        spellings: of the special tokens, each of two characters or more.
+        spellings: the special tokens, each at least two characters long.
     """
 
     def __init__(self, spellings: Iterable[str]) -> None:
-        pattern = alternatives(spellings)
-        self._spelled = re.compile(pattern)
-        # One spelling may begin within another, so it looks at every place, not behind the last find.
+        pattern = any_of(spellings)
+        self._spelling = re.compile(pattern)
+        # A lookahead, because one spelling may begin inside another one.
         self._first_character = re.compile(f"(?=(?:{pattern}))(.)", re.DOTALL)
 
-    def protect(self, value: Any, marks: int = 0) -> tuple[Any, str, str]:
-        """The value with broken spellings.
+    def escape(self, value: Value, marks: int = 0) -> tuple[Value, str, str]:
+        """Break up all spellings of special tokens.
 
         Args:
-            value: anything of JSON; it is not changed.
-            marks: how many characters that do not occur in the value the caller needs for itself.
+            value: a JSON value; it is not modified.
+            marks: number of further characters to return that do not occur in the value.
 
         Returns:
-            (the value, the character that breaks or "" where nothing is spelled, the marks).
+            The escaped value, the escape character ("" if nothing had to be escaped), and the marks.
         """
         text = "\n".join(_strings(value))
-        spelled = self._spelled.search(text) is not None
-        if not (spelled or marks):
+        found = self._spelling.search(text) is not None
+        if not (found or marks):
             return value, "", ""
-        unused = "".join(itertools.islice(_unused(text), 1 + marks))
-        broken = self._broken(value, rf"\1{unused[0]}") if spelled else value
-        return broken, unused[0] if spelled else "", unused[1:]
+        unused = "".join(itertools.islice(_unused_characters(text), 1 + marks))
+        escaped = cast(Value, self._insert(value, rf"\1{unused[0]}")) if found else value
+        return escaped, unused[0] if found else "", unused[1:]
 
-    def _broken(self, value: Any, replacement: str) -> Any:
+    def _insert(self, value: object, replacement: str) -> object:
         if isinstance(value, str):
             return self._first_character.sub(replacement, value)
         if isinstance(value, list | tuple):
-            return [self._broken(item, replacement) for item in value]
+            return [self._insert(item, replacement) for item in value]
         if isinstance(value, dict):
-            return {self._broken(key, replacement): self._broken(item, replacement) for key, item in value.items()}
+            return {self._insert(key, replacement): self._insert(item, replacement) for key, item in value.items()}
         return value
 
 
-def mend(text: str, breaker: str) -> str:
-    """The text without the character that breaks, also where a template wrote it as a JSON escape."""
-    if not breaker:
+def unescape(text: str, escape: str) -> str:
+    """Remove the escape character, also where a template has written it as a JSON escape sequence."""
+    if not escape:
         return text
-    return text.replace(breaker, "").replace(_escaped(breaker), "")
+    return text.replace(escape, "").replace(_as_json(escape), "")
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | tuple):
@@ -92,10 +94,10 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _unused(text: str) -> Iterator[str]:
-    characters = map(chr, itertools.chain(*CANDIDATES))
-    return (character for character in characters if character not in text and _escaped(character) not in text)
+def _unused_characters(text: str) -> Iterator[str]:
+    characters = map(chr, itertools.chain(*ESCAPE_CANDIDATES))
+    return (character for character in characters if character not in text and _as_json(character) not in text)
 
 
-def _escaped(character: str) -> str:
+def _as_json(character: str) -> str:
     return json.dumps(character)[1:-1]

@@ -1,31 +1,74 @@
-"""The files beside tokenizer_config.json in which a model folder may keep its chat template."""
+"""Where the source of a chat template comes from: the files of a model folder, its settings, or ChatML by default."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from bumblebee.json_files import read_json
+from bumblebee.tokenizer.chatml import CHATML, CHATML_TOKENS
 
 
-def template_files(folder: Path) -> dict[str, Any]:
-    """``{"chat_template": ...}`` in the forms of tokenizer_config.json, before which it goes; empty without such a file.
+def template_from_files(folder: Path) -> dict[str, Any]:
+    """The chat template that a model folder keeps in a file of its own, which overrides tokenizer_config.json.
+
+    Returns:
+        ``{"chat_template": ...}`` in the form that tokenizer_config.json has; empty if there is no such file.
 
     Raises:
-        ValueError: a file that is no UTF-8 or no JSON; the message names it.
+        ValueError: a file is not valid UTF-8 or JSON; the message names it.
     """
     if not (main := folder / "chat_template.jinja").is_file():
-        older = folder / "chat_template.json"
-        return {"chat_template": read_json(older).get("chat_template")} if older.is_file() else {}
-    named = {"default": _text(main)}
-    named |= {file.stem: _text(file) for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+        legacy = folder / "chat_template.json"
+        return {"chat_template": read_json(legacy).get("chat_template")} if legacy.is_file() else {}
+    named = {"default": _read(main)}
+    named |= {file.stem: _read(file) for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if len(named) == 1:
         return {"chat_template": named["default"]}
     return {"chat_template": [{"name": name, "template": source} for name, source in named.items()]}
 
 
-def _text(file: Path) -> str:
+def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def templates_by_name(setting: Any) -> dict[str, str]:
+    """Template sources by name, from the value of ``chat_template`` in tokenizer_config.json.
+
+    Raises:
+        ValueError: the value is neither a string nor a list of {name, template}.
+    """
+    if not setting:
+        return {}
+    items = [{"name": "default", "template": setting}] if isinstance(setting, str) else setting
+    try:
+        named = {item["name"]: item["template"] for item in items}
+    except (TypeError, KeyError):
+        named = {}
+    if not named or not all(isinstance(text, str) for text in (*named, *named.values())):
+        raise ValueError("chat_template must be a string or a list of {name, template}")
+    return named
+
+
+def default_template(backend: tokenizers.Tokenizer) -> str | None:
+    """ChatML if the tokenizer has its special tokens, otherwise None."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    return CHATML if special.issuperset(CHATML_TOKENS) else None
+
+
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The variables bos_token, eos_token and so on of a template, from tokenizer_config.json."""
+    named = {key: token_content(value) for key, value in settings.items() if key.endswith("_token")}
+    return {key: value for key, value in named.items() if value is not None}
+
+
+def token_content(token: object) -> str | None:
+    """The text of a token in tokenizer_config.json, where it is a string or the object form of an AddedToken."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None

@@ -1,11 +1,11 @@
-"""``bumblebee verify``: does training compute what it should on this machine, and how fast is the machine?
+"""``bumblebee verify``: check that training computes what it should on this machine, and measure how fast the machine is.
 
-Run before an expensive run, with its launcher, precision and stage. See docs/verify.md. One noun a file:
+Run it before an expensive run, with that run's launcher, precision and ZeRO stage. See docs/verify.md.
 
-    options  what the user chooses            finding  what a check came to            verification  all checks, in order
-    attention, loss                           kernels against their formulas in fp64
-    trial, plain                              a small real training run, and the same in plain torch
-    gradient, curve, resume                   what trial runs must come to
-    rates                                     measured speeds, which nothing is demanded of
-    ranks, report                             how ranks tell each other, and what the user reads
+    verify_options, context     the user's options; device, dtype and folder that follow from them
+    checks/                     one check per file; tolerances and the machine's throughput
+    check, check_result         the list of checks in their order; measurements with their bounds
+    training_run                a small real training run, and reference_loop, the same in plain PyTorch
+    verification                runs all checks on all ranks, prints verify_report
+    rank_messages, watchdog     exchange of results between ranks; ends ranks that are stuck in a collective
 """

@@ -1,4 +1,4 @@
-"""A check: what is looked at, and what to distrust when it fails. The list of all of them, in their order."""
+"""A check and what its failure means; the list of all checks in their order."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bumblebee.distributed import process_group
-from bumblebee.verify import attention_check, gradient_check, loss_check, loss_curve, machine_throughput, resume_check
-from bumblebee.verify.check_result import Measure
-from bumblebee.verify.context import Setting
-
-Measured = list[Measure] | tuple[list[Measure], str]
+from bumblebee.verify.check_result import CheckResult
+from bumblebee.verify.checks import (
+    attention_check,
+    gradient_check,
+    loss_check,
+    loss_curve_check,
+    machine_throughput,
+    resume_check,
+)
+from bumblebee.verify.context import Context
 
 
 @dataclass(frozen=True)
@@ -18,67 +23,70 @@ class Check:
     """One row of the report.
 
     Args:
-        name: of the row.
-        measures: does it, on every rank; perhaps with a note.
-        distrust: what a failure means for the user.
-        trains: it runs the model, so that a wrong kernel makes it fail too.
-        together: ranks talk to each other in it.
+        name: shown in the report.
+        run: performs the check on this rank.
+        diagnosis: what a value above its bound means; empty for throughputs, which have no bounds.
+        consequence: what the user should not rely on after a failure.
+        uses_model: trains the model, so that a broken kernel makes this check fail as well.
+        collective: ranks communicate in it.
     """
 
     name: str
-    measures: Callable[[Setting], Measured]
-    distrust: str
-    trains: bool = False
-    together: bool = False
+    run: Callable[[Context], CheckResult]
+    diagnosis: str
+    consequence: str
+    uses_model: bool = False
+    collective: bool = False
 
 
 def all_checks() -> tuple[Check, ...]:
-    """Those that can be made with this number of ranks."""
-    several = process_group.world_size() > 1
-    return CHECKS if several else tuple(check for check in CHECKS if check.name != "all-reduce")
+    """The checks that are possible with this number of ranks."""
+    return CHECKS if process_group.world_size() > 1 else tuple(check for check in CHECKS if check is not ALL_REDUCE)
 
 
 KERNELS = (
     Check(
-        "attention against its formula",
-        lambda s: attention_check.measures(s.kernel, s.dtype, s.device),
-        "this attention kernel is wrong: do not trust training or generation with it; --attention naive is the formula",
+        "attention kernel",
+        attention_check.run,
+        "the attention kernel is wrong",
+        "training and generation with it are unreliable; use --attention naive",
     ),
-    Check(
-        "loss against its formula",
-        lambda s: loss_check.measures(s.dtype, s.device),
-        "the loss or its gradient is wrong here: do not trust any training",
-    ),
+    Check("loss kernel", loss_check.run, "the loss or its gradient is wrong", "no training on this machine is reliable"),
 )
 TRAINING = (
     Check(
-        "ranks and accumulation",
-        gradient_check.measures,
-        "a step is not that of its whole batch: do not trust runs with several ranks or with trainer.accumulate above 1",
-        trains=True, together=True,
+        "gradient",
+        gradient_check.run,
+        "a step does not compute the gradient of its whole batch",
+        "runs with several ranks or trainer.accumulate above 1 are unreliable",
+        uses_model=True, collective=True,
     ),
     Check(
-        "stage and precision",
-        loss_curve.measures,
-        "training does not follow plain torch at this zero_stage and precision: do not trust its losses; try others",
-        trains=True, together=True,
+        "loss curve",
+        loss_curve_check.run,
+        "training at this zero_stage and precision diverges from plain PyTorch",
+        "its losses are unreliable; use another stage or precision",
+        uses_model=True, collective=True,
     ),
     Check(
-        "save and resume",
-        resume_check.measures,
-        "resume is not exact: do not trust runs that were interrupted",
-        trains=True, together=True,
+        "resume",
+        resume_check.run,
+        "resuming from a checkpoint is not exact",
+        "interrupted runs are unreliable",
+        uses_model=True, collective=True,
     ),
 )  # fmt: skip
-RATES = (
-    Check("matrix product", machine_throughput.matmul, "the device cannot be measured: do not plan with its speed"),
-    Check("memory", machine_throughput.memory, "the device's memory cannot be measured: do not plan with its speed"),
-    Check(
-        "all-reduce",
-        machine_throughput.all_reduce,
-        "the ranks could not add up a large tensor: do not start runs on them",
-        together=True,
-    ),
-    Check("disk", machine_throughput.disk, "the folder could not be written: do not count on checkpoints there"),
+ALL_REDUCE = Check(
+    "all-reduce bandwidth",
+    machine_throughput.all_reduce_bandwidth,
+    "",
+    "multi-rank runs will probably fail",
+    collective=True,
 )
-CHECKS = (*KERNELS, *TRAINING, *RATES)
+THROUGHPUT = (
+    Check("matmul throughput", machine_throughput.matmul_throughput, "", "the compute throughput is unknown"),
+    Check("memory bandwidth", machine_throughput.memory_bandwidth, "", "the memory bandwidth is unknown"),
+    ALL_REDUCE,
+    Check("disk write", machine_throughput.disk_write, "", "checkpoints cannot be saved in this folder"),
+)
+CHECKS = (*KERNELS, *TRAINING, *THROUGHPUT)

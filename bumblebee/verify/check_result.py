@@ -1,4 +1,4 @@
-"""What a check came to: measures, each a number with the bound it must not pass, or a rate without one."""
+"""The result of a check: measurements, each with the largest value that passes, or without a bound if it is a throughput."""
 
 from __future__ import annotations
 
@@ -8,31 +8,29 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Measure:
+class Measurement:
     """One number.
 
     Args:
-        name: of what.
-        value: an error, of which less is better; a rate, of which more is, where there is no bound.
-        bound: the largest value that passes; None for a rate. A value that is no number never passes.
+        name: what was measured.
+        value: an error (lower is better) if it has a bound, otherwise a throughput (higher is better).
+        bound: the largest value that passes; None for a throughput. NaN never passes.
         unit: of the value.
-        rank: where it was measured.
     """
 
     name: str
     value: float
     bound: float | None = None
     unit: str = ""
-    rank: int = 0
 
     @property
     def passed(self) -> bool:
-        """Whether the value keeps within its bound."""
+        """Whether the value is within its bound."""
         return self.bound is None or self.value <= self.bound
 
     @property
     def badness(self) -> tuple[bool, float]:
-        """For sorting: the worst of several ranks is the largest."""
+        """Sort key over ranks: the worst value is the largest, NaN first of all."""
         return self.value != self.value, self.value if self.bound is not None else -self.value
 
     def __str__(self) -> str:
@@ -44,53 +42,53 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What a check came to, on one rank or, joined, on all.
+class CheckResult:
+    """The result of one check, on one rank or merged over all ranks.
 
     Args:
-        measures: what it measured, in the same order on every rank.
-        seconds: how long it took.
-        error: why it could not be finished.
-        note: what a reader of the measures should know.
-        ended: when, in seconds since 1970: of several errors the earliest is the cause of the others.
-        was_run: False where an earlier failure made it impossible.
+        measurements: in the same order on every rank.
+        note: explains the measurements to the user.
+        error: why the check did not finish.
+        seconds: duration of the check.
+        finished_at: Unix time. The earliest of several errors is usually the cause of the others.
+        was_run: False if an earlier failure made the check impossible.
     """
 
-    measures: tuple[Measure, ...] = ()
-    seconds: float = 0.0
-    error: str | None = None
+    measurements: tuple[Measurement, ...] = ()
     note: str = ""
-    ended: float = 0.0
+    error: str | None = None
+    seconds: float = 0.0
+    finished_at: float = 0.0
     was_run: bool = True
 
     @property
     def passed(self) -> bool:
-        """It ended, and all measures keep within their bounds."""
-        return self.was_run and self.error is None and all(measure.passed for measure in self.measures)
+        """Whether the check ran without an error and all measurements are within their bounds."""
+        return self.was_run and self.error is None and all(measurement.passed for measurement in self.measurements)
 
     @property
-    def judged(self) -> bool:
-        """Whether anything was demanded."""
-        return self.error is not None or any(measure.bound is not None for measure in self.measures)
+    def has_verdict(self) -> bool:
+        """Whether the check can fail: it has bounds, or it ended with an error."""
+        return self.error is not None or any(measurement.bound is not None for measurement in self.measurements)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the result as JSON values."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Finding:
-        """Back from JSON values."""
-        return cls(**{**values, "measures": tuple(Measure(**measure) for measure in values["measures"])})
+    def from_json(cls, values: dict[str, Any]) -> CheckResult:
+        """Rebuild a result from the values of ``to_json``."""
+        return cls(**{**values, "measurements": tuple(Measurement(**fields) for fields in values["measurements"])})
 
     @classmethod
-    def joined(cls, findings: Sequence[Finding]) -> Finding:
-        """Of all ranks: the worst of each measure, or the earliest error with its rank."""
-        failed = [(finding.ended, rank) for rank, finding in enumerate(findings) if finding.error is not None]
+    def merge(cls, results: Sequence[CheckResult]) -> CheckResult:
+        """Merge the results of all ranks: the worst of each measurement, or the earliest error with its rank."""
+        failed = [(result.finished_at, rank) for rank, result in enumerate(results) if result.error is not None]
         if failed:
             rank = min(failed)[1]
-            where = f"rank {rank}: " if len(findings) > 1 else ""
-            return cls((), findings[0].seconds, f"{where}{findings[rank].error}")
-        columns = zip(*(finding.measures for finding in findings), strict=True)
-        worst = tuple(max(column, key=lambda measure: measure.badness) for column in columns)
-        notes = list(dict.fromkeys(finding.note for finding in findings if finding.note))
-        return cls(worst, findings[0].seconds, None, "; ".join(notes))
+            prefix = f"rank {rank}: " if len(results) > 1 else ""
+            return cls(error=f"{prefix}{results[rank].error}", seconds=results[0].seconds)
+        columns = zip(*(result.measurements for result in results), strict=True)
+        worst = tuple(max(column, key=lambda measurement: measurement.badness) for column in columns)
+        notes = list(dict.fromkeys(result.note for result in results if result.note))
+        return cls(worst, "; ".join(notes), seconds=results[0].seconds)

@@ -1,10 +1,9 @@
-"""Where a verification runs: the options, settled for this rank."""
+"""The context of a verification: the user's options resolved for this rank."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,13 +16,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What every check is given.
+class Context:
+    """Passed to every check.
 
     Args:
-        options: what the user chose.
+        options: the user's options.
         device: of this rank.
-        folder: for trial runs; shared by all ranks, gone afterwards.
+        folder: temporary folder of the training runs, shared by all ranks.
     """
 
     options: VerifyOptions
@@ -32,36 +31,44 @@ class Setting:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What matrices are multiplied in."""
+        """The dtype of matrix products."""
         return DTYPES[self.options.precision]
 
     @property
     def kernel(self) -> str:
-        """The attention kernel that such a run takes."""
+        """The attention kernel that a run with these options selects."""
         return choose(self.options.attention, self.dtype)
 
-    def trainer(self, precision: str, clip: float | None, accumulate: int, steps: int, **others: Any) -> Trainer:
-        """The trainer of a trial: the user's stage and device, two rows in a micro-batch.
+    def build_trainer(
+        self,
+        max_steps: int,
+        accumulate: int,
+        gradient_clip: float | None,
+        precision: str | None = None,
+        resume: str | None = None,
+    ) -> Trainer:
+        """Build the trainer of a training run: the user's stage and device, micro-batches of two rows.
 
-        fp16 begins with a loss scale of 2^8 on stages 1 to 3: looking for one from 2^16 down would take the trial's few steps.
+        At stages 1 to 3 fp16 starts with a loss scale of 2^8: searching down from 2^16 would skip most of the few steps.
         """
+        precision = precision or self.options.precision
         scale = {"fp16": {"initial_scale_power": 8}} if precision == "fp16" and self.options.zero_stage > 0 else None
         return Trainer(
-            max_steps=steps, micro_batch_size=2, accumulate=accumulate, precision=precision,  # type: ignore[arg-type]
-            zero_stage=self.options.zero_stage, gradient_clip=clip, device=self.options.device, deepspeed=scale,
-            **others,
+            max_steps=max_steps, micro_batch_size=2, accumulate=accumulate, precision=precision,  # type: ignore[arg-type]
+            zero_stage=self.options.zero_stage, gradient_clip=gradient_clip, device=self.options.device, deepspeed=scale,
+            resume=resume,
         )  # fmt: skip
 
 
-def settle(options: VerifyOptions) -> tuple[torch.device, Path]:
-    """The device of this rank, and the folder in which the hidden one is to be.
+def resolve_options(options: VerifyOptions) -> tuple[torch.device, Path]:
+    """Return this rank's device and the parent of the temporary folder.
 
     Raises:
-        ValueError: options that cannot be met here.
+        ValueError: the options cannot be used on this machine.
     """
     device = process_group.pick_device(options.device)
     if options.precision == "fp16" and device.type == "cpu":
-        raise ValueError("precision fp16 needs a GPU; on a CPU take bf16 or fp32")
+        raise ValueError("precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
     choose(options.attention, DTYPES[options.precision])
     if options.folder is not None:
         return device, Path(options.folder)

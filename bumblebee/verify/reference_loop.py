@@ -15,12 +15,12 @@ from bumblebee.config import BumblebeeConfig
 from bumblebee.model import Bumblebee
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.training.loader import epoch_order
-from bumblebee.verify.training_run import SEED, SHAPE, Rows
+from bumblebee.verify.training_run import SEED, SHAPE, RandomTokens
 
 Point = tuple[float, float]  # loss and gradient norm of a step
 
 
-def gradient(rows: Rows, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def gradient(rows: RandomTokens, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Of the mean loss over all targets of all rows; on the CPU."""
     model = _model(weights, device)
     _mean_loss(model, rows, list(range(rows.samples)), device).backward()
@@ -28,7 +28,7 @@ def gradient(rows: Rows, weights: Mapping[str, Tensor], device: torch.device) ->
 
 
 def adamw(
-    rows: Rows,
+    rows: RandomTokens,
     weights: Mapping[str, Tensor],
     device: torch.device,
     rows_a_step: int,
@@ -89,7 +89,7 @@ def _rows_of_steps(samples: int, rows_a_step: int, steps: int) -> list[list[int]
     return found[:steps]
 
 
-def _mean_loss(model: Bumblebee, rows: Rows, chosen: list[int], device: torch.device) -> Tensor:
+def _mean_loss(model: Bumblebee, rows: RandomTokens, chosen: list[int], device: torch.device) -> Tensor:
     batch = {name: tensor.to(device) for name, tensor in rows.collate(chosen).items()}
     logits, labels = model(batch["input_ids"], batch["position_ids"]), batch["labels"]
     total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")

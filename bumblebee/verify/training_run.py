@@ -1,6 +1,6 @@
-"""A small real training run: Bumblebee, Trainer and Engine as in any run, on rows of random tokens held in memory.
+"""A small real training run: Bumblebee, Trainer and Engine as in any run, on random tokens held in memory.
 
-The rows are made to be awkward: packed documents, numbers of targets from 0 to all, an epoch that no number of ranks divides.
+The rows are awkward on purpose: packed documents, from none to all tokens as targets, an epoch that no number of ranks divides.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bumblebee.callback import Callback
 from bumblebee.config import BumblebeeConfig
@@ -24,49 +24,49 @@ from bumblebee.optim import Schedule
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.trainer import Trainer
 
-VOCABULARY, LENGTH = 256, 32
-TARGETS = (32, 1, 7, 0, 20)  # of the rows, in turn
+VOCAB_SIZE, LENGTH = 256, 32
+NUM_TARGETS = (32, 1, 7, 0, 20)  # of the rows, in turn
 SEED = 42
 SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": LENGTH, "rope_theta": 10_000.0,
 }  # fmt: skip
 
 
-class Rows(DataModule):
-    """Rows of random tokens, each of two documents, the last ``TARGETS[i]`` tokens of row i being targets.
+class RandomTokens(DataModule):
+    """Rows of random tokens, two documents each. The last ``NUM_TARGETS[i]`` tokens of row i are targets.
 
     Args:
-        samples: how many.
+        samples: number of rows.
     """
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
 
     def setup(self, seed: int) -> None:
-        """Draw them; the same in every trial."""
+        """Draw the rows, the same in every run."""
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(VOCABULARY, (self.samples, LENGTH + 1), generator=generator)
-        cuts = torch.randint(1, LENGTH, (self.samples, 1), generator=generator)
-        places = torch.arange(LENGTH).expand(self.samples, LENGTH)
-        wanted = torch.tensor([TARGETS[i % len(TARGETS)] for i in range(self.samples)])
+        tokens = torch.randint(VOCAB_SIZE, (self.samples, LENGTH + 1), generator=generator)
+        boundaries = torch.randint(1, LENGTH, (self.samples, 1), generator=generator)
+        positions = torch.arange(LENGTH).expand(self.samples, LENGTH)
+        targets = torch.tensor([NUM_TARGETS[i % len(NUM_TARGETS)] for i in range(self.samples)])
         self.columns = {
             "input_ids": tokens[:, :-1],
-            "labels": tokens[:, 1:].masked_fill(places < LENGTH - wanted[:, None], IGNORE_INDEX),
-            "position_ids": torch.where(places < cuts, places, places - cuts),
+            "labels": tokens[:, 1:].masked_fill(positions < LENGTH - targets[:, None], IGNORE_INDEX),
+            "position_ids": torch.where(positions < boundaries, positions, positions - boundaries),
         }
         self.train = range(self.samples)
 
     def collate(self, samples: list[Any]) -> Batch:
-        """Indices -> a micro-batch."""
+        """Return the rows with these indices as a micro-batch."""
         return {name: column[samples] for name, column in self.columns.items()}
 
 
-class Noisy(LanguageModeling):
-    """A loss that draws from every random generator, as dropout would: a resumed run has to continue their series."""
+class NoisyLanguageModeling(LanguageModeling):
+    """A loss that draws from every random generator, as dropout does: a resumed run must continue all of their states."""
 
-    def training_step(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """The loss times a random number."""
+    def training_step(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss times a random number."""
         losses = super().training_step(model, batch)
         device = losses["loss"].device
         noise = float(torch.rand(())) + float(torch.rand((), device=device)) + random.random() + float(numpy.random.random())
@@ -74,67 +74,67 @@ class Noisy(LanguageModeling):
 
 
 @dataclass
-class Record(Callback):
-    """What happens in a trial; it also saves and stops where it is told to.
+class RunRecorder(Callback):
+    """Records the weights and metrics of a run; saves a checkpoint and stops at given steps.
 
     Args:
-        save_at: the step after which a checkpoint is written.
-        stop_at: the step after which the run ends before its time.
+        save_at: step after which a checkpoint is saved.
+        stop_at: step after which the run stops early.
     """
 
     save_at: int | None = None
     stop_at: int | None = None
     metrics: list[dict[str, float]] = field(default_factory=list)
-    before: dict[str, Tensor] = field(default_factory=dict)  # whole weights on the CPU, in fp32
-    after: dict[str, Tensor] = field(default_factory=dict)
+    initial_weights: dict[str, Tensor] = field(default_factory=dict)  # gathered, on the CPU, in fp32
+    final_weights: dict[str, Tensor] = field(default_factory=dict)
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Keep the weights that training begins with."""
-        self.before = _whole_weights(trainer)
+        """Record the initial weights."""
+        self.initial_weights = _gather_weights(trainer)
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """Stop in time."""
+        """Stop after ``stop_at``."""
         trainer.should_stop |= trainer.step == self.stop_at
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Keep the metrics of each step."""
+        """Record the metrics of a step."""
         self.metrics.append(metrics)
 
     def on_save(self, trainer: Trainer) -> None:
-        """Save."""
+        """Save after ``save_at``."""
         if trainer.step == self.save_at:
             trainer.save_checkpoint()
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Keep the weights. A trial that a signal has ended says nothing."""
+        """Record the final weights. Raises KeyboardInterrupt if a signal ended the run: its results mean nothing."""
         if trainer.interrupted:
             raise KeyboardInterrupt
-        self.after = _whole_weights(trainer)
+        self.final_weights = _gather_weights(trainer)
 
 
-def _whole_weights(trainer: Trainer) -> dict[str, Tensor]:
+def _gather_weights(trainer: Trainer) -> dict[str, Tensor]:
     return {name: tensor.detach().float().cpu().clone() for name, tensor in trainer.engine.full_tensors()}
 
 
-def train(
-    record: Record,
+def run_training(
+    recorder: RunRecorder,
     trainer: Trainer,
-    rows: Rows,
+    data: RandomTokens,
     optimizer: Callable[..., Any],
     folder: Path,
     attention: str,
     schedule: Schedule | None = None,
     task: type[LanguageModeling] = LanguageModeling,
-) -> Record:
-    """Run a trial on all ranks.
+) -> RunRecorder:
+    """Run a training on all ranks and return the recorder.
 
     Args:
-        record: told what happens.
-        trainer: the real one.
-        rows: to train on.
-        optimizer: from parameter groups to an optimizer.
-        folder: of the run.
-        attention: the kernel.
+        recorder: its only callback.
+        trainer: a fresh one; it is closed afterwards.
+        data: the rows.
+        optimizer: builds the optimizer from parameter groups.
+        folder: output folder of the run.
+        attention: the attention kernel.
         schedule: of the learning rate.
         task: the loss.
     """
@@ -142,7 +142,7 @@ def train(
         torch.manual_seed(SEED)
         with trainer.building():
             model = Bumblebee(BumblebeeConfig(**SHAPE), attention=attention)
-        trainer.fit(task(model), rows, optimizer, schedule, {"record": record}, folder, SEED)
+        trainer.fit(task(model), data, optimizer, schedule, {"recorder": recorder}, folder, SEED)
     finally:
         trainer.close()
-    return record
+    return recorder

@@ -1,15 +1,16 @@
-"""Verification: the checks, one after the other, on all ranks."""
+"""Run all checks in order on all ranks and print the report."""
 
 from __future__ import annotations
 
+import logging
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,160 +19,160 @@ import torch
 from bumblebee.distributed import process_group
 from bumblebee.signals import handled_by
 from bumblebee.verify.check import Check, all_checks
-from bumblebee.verify.check_result import Finding
-from bumblebee.verify.context import Setting, settle
-from bumblebee.verify.rank_messages import Ranks
+from bumblebee.verify.check_result import CheckResult
+from bumblebee.verify.context import Context, resolve_options
+from bumblebee.verify.rank_messages import RankMessages
 from bumblebee.verify.verify_options import VerifyOptions
 from bumblebee.verify.verify_report import table, verdict
+from bumblebee.verify.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 
 class Verification:
     """All checks of a machine and a launcher.
 
     Args:
-        options: what the user chose.
+        options: the user's options.
 
     Raises:
-        ValueError: options that cannot be met here.
+        ValueError: the options cannot be used on this machine.
     """
 
     def __init__(self, options: VerifyOptions) -> None:
-        self.options, self.checks, self.ranks = options, all_checks(), Ranks()
-        self.device, self._parent = settle(options)
-        self._found: list[tuple[Check, Finding]] = []
+        self.options, self.checks, self.messages = options, all_checks(), RankMessages()
+        self.device, self._parent = resolve_options(options)
+        self._results: list[tuple[Check, CheckResult]] = []
         self._folder: Path | None = None
 
     def run(self) -> bool:
-        """Do it and print the report on rank 0; whether all passed.
+        """Run the checks, print the report on rank 0 and return whether all passed.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder is not writable.
         """
-        with _terminated_by_exception():
+        with _sigterm_as_keyboard_interrupt():
             try:
-                setting = Setting(self.options, self.device, self._make_folder())
-                self._say(self._heading(setting))
-                with self.ranks.watched(self._give_up):
-                    self._run(setting)
+                context = Context(self.options, self.device, self._make_folder())
+                logger.info(self._heading(context))
+                with Watchdog(self.messages, self._give_up).running():
+                    self._run_all(context)
                 self._print_report()
             except KeyboardInterrupt:
-                self._interrupted()
+                self._report_interruption()
                 return False
             finally:
                 self._remove_folder()
-            self.ranks.part()
-        return all(finding.passed for _, finding in self._found)
+            self.messages.leave()
+        return all(result.passed for _, result in self._results)
 
-    def _run(self, setting: Setting) -> None:
-        stopped = False
-        for number, check in enumerate(self.checks):
-            if stopped and check.together:
-                self._found.append((check, Finding(was_run=False, note="the ranks may be out of step after the failure above")))
+    def _run_all(self, context: Context) -> None:
+        out_of_step = False
+        for number, check in enumerate(self.checks, start=1):
+            if out_of_step and check.collective:
+                skipped = CheckResult(was_run=False, note="ranks may be out of step after the failure above")
+                self._results.append((check, skipped))
                 continue
-            self._say(f"checking {number + 1} of {len(self.checks)}: {check.name}")
-            self.ranks.begin(self._topic)
-            mine = self._do(check, setting)
-            self.ranks.tell(self._topic, mine.to_json(), failed=mine.error is not None)
-            findings = [Finding.from_json(values) for values in self.ranks.hear(self._topic)]
-            self._found.append((check, Finding.joined(findings)))
-            # The same error everywhere leaves the ranks in step: each went equally far.
-            errors = {finding.error for finding in findings}
-            stopped |= check.together and len(errors) > 1
+            logger.info(f"check {number} of {len(self.checks)}: {check.name}")
+            self.messages.begin(self._topic)
+            own = _run_check(check, context)
+            self.messages.post(self._topic, own.to_json(), failed=own.error is not None)
+            results = [CheckResult.from_json(values) for values in self.messages.collect(self._topic)]
+            self._results.append((check, CheckResult.merge(results)))
+            # After the same error everywhere the ranks are still in step: each got equally far.
+            out_of_step |= check.collective and len({result.error for result in results}) > 1
 
     @property
     def _topic(self) -> str:
-        """What the ranks call the check that they are at."""
-        return f"check-{len(self._found)}"
+        """Message topic of the check in progress."""
+        return f"check-{len(self._results)}"
 
-    @staticmethod
-    def _do(check: Check, setting: Setting) -> Finding:
-        begin = time.perf_counter()
-        try:
-            measured = check.measures(setting)
-            measures, note = measured if isinstance(measured, tuple) else (measured, "")
-            return Finding(tuple(measures), time.perf_counter() - begin, None, note, time.time())
-        except Exception as error:  # whatever it is: the others still run
-            return Finding((), time.perf_counter() - begin, _told(error), "", time.time())
-        finally:
-            if setting.device.type == "cuda":
-                with suppress(RuntimeError):  # after an error of the GPU everything is one
-                    torch.cuda.empty_cache()
+    # -- unfinished checks ---------------------------------------------------------------------------------------------
 
-    def _interrupted(self) -> None:
-        if process_group.is_main() and len(self._found) < len(self.checks):
-            mine, others = "was told to stop, by the user or by a launcher that lost a rank", "has told nothing"
-            told = self.ranks.heard(self._topic, process_group.store())
-            self._give_up(told, [mine, *[others] * (self.ranks.size - 1)])
+    def _report_interruption(self) -> None:
+        if process_group.is_main() and len(self._results) < len(self.checks):
+            own = "was interrupted by the user, or by a launcher that lost a rank"
+            others = ["has not reported"] * (self.messages.world_size - 1)
+            self._give_up(self.messages.received(self._topic, process_group.store()), [own, *others])
 
-    def _give_up(self, told: list[Any], places: list[str]) -> None:
-        """The check that is running does not end. On rank 0, perhaps in another thread than the one that waits in it."""
-        check = self.checks[len(self._found)]
-        ends = [(rank, Finding.from_json(values)) for rank, values in enumerate(told) if values is not None]
-        errors = sorted((finding.ended, f"rank {rank}: {finding.error}") for rank, finding in ends if finding.error is not None)
-        waiting = [f"rank {rank} {places[rank]}" for rank, values in enumerate(told) if values is None]
-        why = "; ".join([error for _, error in errors[:1]] + waiting)
-        self._found.append((check, Finding(error=why, seconds=self.ranks.seconds)))
-        rest = self.checks[len(self._found) :]
-        self._found += [(check, Finding(was_run=False)) for check in rest]
+    def _give_up(self, messages: list[Any], locations: list[str]) -> None:
+        """Report the check in progress as failed. Runs on rank 0, possibly in the watchdog's thread."""
+        check = self.checks[len(self._results)]
+        results = [(rank, CheckResult.from_json(values)) for rank, values in enumerate(messages) if values is not None]
+        errors = sorted((result.finished_at, f"rank {rank}: {result.error}") for rank, result in results if result.error)
+        waiting = [f"rank {rank} {locations[rank]}" for rank, values in enumerate(messages) if values is None]
+        reason = "; ".join([error for _, error in errors[:1]] + waiting)
+        self._results.append((check, CheckResult(error=reason, seconds=self.messages.seconds)))
+        self._results += [(check, CheckResult(was_run=False)) for check in self.checks[len(self._results) :]]
         self._print_report()
         self._remove_folder()
 
-    # -- what is shown -------------------------------------------------------------------------------------------------
+    # -- output --------------------------------------------------------------------------------------------------------
 
-    def _heading(self, setting: Setting) -> str:
-        o = self.options
-        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+    def _heading(self, context: Context) -> str:
+        o, world_size = self.options, self.messages.world_size
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return (
-            f"bumblebee verify: {self.ranks.size} rank{'s' * (self.ranks.size > 1)} on {where}, precision {o.precision},"
-            f" zero_stage {o.zero_stage}, attention {setting.kernel}, torch {torch.__version__}"
+            f"bumblebee verify: {world_size} rank{'s' * (world_size > 1)} on {device}, precision {o.precision},"
+            f" zero_stage {o.zero_stage}, attention {context.kernel}, torch {torch.__version__}"
         )
-
-    def _say(self, line: str) -> None:
-        if process_group.is_main():
-            print(line, file=sys.stderr, flush=True)
 
     def _print_report(self) -> None:
         if process_group.is_main():
-            print(f"\n{table(self._found)}\n\n{verdict(self._found)}", flush=True)
+            print(f"\n{table(self._results)}\n\n{verdict(self._results)}", flush=True)
 
-    # -- the folder ----------------------------------------------------------------------------------------------------
+    # -- temporary folder ----------------------------------------------------------------------------------------------
 
     def _make_folder(self) -> Path:
-        """A fresh hidden one, made by rank 0."""
-        answer: dict[str, str] = {}
+        """Create a hidden folder on rank 0 and return its path on every rank."""
+        message: dict[str, str] = {}
         error: OSError | None = None
         if process_group.is_main():
             try:
                 self._parent.mkdir(parents=True, exist_ok=True)
                 self._folder = Path(tempfile.mkdtemp(prefix=".bumblebee-verify-", dir=self._parent.absolute()))
-                answer = {"folder": str(self._folder)}
+                message = {"folder": str(self._folder)}
             except OSError as failure:
                 error = OSError(f"folder: cannot write {self._parent}: {failure.strerror}")
-        if self.ranks.size > 1:
-            self.ranks.tell("folder", answer)
-            answer = self.ranks.hear("folder")[0]
+        if self.messages.world_size > 1:
+            self.messages.post("folder", message)
+            message = self.messages.collect("folder")[0]
         if error is not None:
             raise error
-        if not answer:
-            raise process_group.OtherRankFailed("rank 0 cannot write the folder; its message tells why")
-        return Path(answer["folder"])
+        if not message:
+            raise process_group.OtherRankFailed("rank 0 cannot write the folder; see its error message")
+        return Path(message["folder"])
 
     def _remove_folder(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _told(error: Exception) -> str:
-    """In one line, with the place in our files where it was raised."""
-    place = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if "bumblebee" in f.filename), None)
-    where = f" ({Path(place.filename).name}:{place.lineno})" if place else ""
+def _run_check(check: Check, context: Context) -> CheckResult:
+    begin = time.perf_counter()
+    try:
+        result = check.run(context)
+    except Exception as error:  # any error fails this check only
+        result = CheckResult(error=_describe(error))
+    finally:
+        if context.device.type == "cuda":
+            with suppress(RuntimeError):  # after a CUDA error every call raises
+                torch.cuda.empty_cache()
+    return replace(result, seconds=time.perf_counter() - begin, finished_at=time.time())
+
+
+def _describe(error: Exception) -> str:
+    """The error on one line, with the innermost line of bumblebee that raised it."""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    frame = next((frame for frame in frames if "bumblebee" in frame.filename), None)
+    location = f" ({Path(frame.filename).name}:{frame.lineno})" if frame else ""
     message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message[:400]}{where}"
+    return f"{type(error).__name__}: {message[:400]}{location}"
 
 
 @contextmanager
-def _terminated_by_exception() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that the folder is removed."""
+def _sigterm_as_keyboard_interrupt() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that the temporary folder is removed."""
 
     def handle(number: int, frame: object) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What the user chooses for ``bumblebee verify``."""
+"""Options of ``bumblebee verify``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """Options of a verification: those of the run that is to follow.
+    """Options of a verification. Use those of the run that follows.
 
     Args:
-        precision: bf16, fp16 (on a GPU) or fp32.
+        precision: bf16, fp16 (GPU only) or fp32.
         zero_stage: DeepSpeed's ZeRO stage, 0 to 3.
         attention: auto, flash, sdpa or naive.
         device: auto, cpu, cuda or cuda:N.
-        folder: on the disk of the runs; a hidden folder in it holds trial checkpoints and is removed. null: runs, or else here.
+        folder: on the disk of the runs; temporary checkpoints go into a hidden folder there, which is removed at the end.
+            null: runs if that folder exists, otherwise the current folder.
     """
 
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"

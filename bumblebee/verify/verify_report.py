@@ -1,4 +1,4 @@
-"""What the user reads: one table, and for each failure a line that says what to distrust."""
+"""The report of ``bumblebee verify``: a table of all checks, and one line for each failure."""
 
 from __future__ import annotations
 
@@ -6,56 +6,57 @@ import textwrap
 from collections.abc import Sequence
 
 from bumblebee.verify.check import Check
-from bumblebee.verify.check_result import Finding
+from bumblebee.verify.check_result import CheckResult
 
 WIDTH = 128
+Results = Sequence[tuple[Check, CheckResult]]
 
 
-def table(found: Sequence[tuple[Check, Finding]]) -> str:
-    """One row a check: name, result, figures, seconds."""
-    first = max(len(check.name) for check, _ in found)
+def table(results: Results) -> str:
+    """One row per check: name, status, measurements, seconds."""
+    first = max(len(check.name) for check, _ in results)
     room = WIDTH - first - len("  measured  ") - len("  seconds")
-    lines = [f"{'check':<{first}}  {'result':<8}  {'figures':<{room}}  seconds"]
-    for check, finding in found:
-        figures = _wrapped(finding, room)
-        lines.append(f"{check.name:<{first}}  {_result(finding):<8}  {figures[0]:<{room}}  {finding.seconds:7.1f}")
-        lines += [" " * (first + 12) + line for line in figures[1:]]
+    lines = [f"{'check':<{first}}  {'status':<8}  {'measurements':<{room}}  seconds"]
+    for check, result in results:
+        cell = _measurement_lines(result, room)
+        lines.append(f"{check.name:<{first}}  {_status(result):<8}  {cell[0]:<{room}}  {result.seconds:7.1f}")
+        lines += [" " * (first + 12) + line for line in cell[1:]]
     return "\n".join(lines)
 
 
-def verdict(found: Sequence[tuple[Check, Finding]]) -> str:
-    """All passed, or what to distrust."""
+def verdict(results: Results) -> str:
+    """``all checks passed``, or a line for each failure with its consequence."""
     lines = []
     kernel_failed = False
-    for check, finding in found:
-        if finding.passed or not finding.was_run:
+    for check, result in results:
+        if result.passed or not result.was_run:
             continue
-        unknown = "it could not be finished; " if finding.error is not None else ""
-        follows = " (perhaps only because of the failure above)" if check.trains and kernel_failed else ""
-        lines.append(f"FAIL {check.name}: {unknown}{check.distrust}{follows}")
-        kernel_failed |= not check.trains
-    if left_out := [check.name for check, finding in found if not finding.was_run]:
-        lines.append(f"not run: {', '.join(left_out)}")
-    return "\n".join(lines) or "all passed"
+        diagnosis = check.diagnosis if result.error is None else "did not finish"
+        follows = " (possibly a consequence of the failure above)" if check.uses_model and kernel_failed else ""
+        lines.append(f"FAIL {check.name}: {diagnosis}; {check.consequence}{follows}")
+        kernel_failed |= not check.uses_model
+    if not_run := [check.name for check, result in results if not result.was_run]:
+        lines.append(f"not run: {', '.join(not_run)}")
+    return "\n".join(lines) or "all checks passed"
 
 
-def _result(finding: Finding) -> str:
-    if not finding.was_run:
+def _status(result: CheckResult) -> str:
+    if not result.was_run:
         return "not run"
-    if not finding.passed:
+    if not result.passed:
         return "FAIL"
-    return "pass" if finding.judged else "measured"
+    return "pass" if result.has_verdict else "measured"
 
 
-def _wrapped(finding: Finding, room: int) -> list[str]:
-    """The figures in lines that end between two of them; an error or a note in lines of its own."""
+def _measurement_lines(result: CheckResult, width: int) -> list[str]:
+    """Measurements wrapped between two of them, followed by the error or note on lines of their own."""
     lines = [""]
-    for figure in map(str, finding.measures):
-        joined = f"{lines[-1]}, {figure}" if lines[-1] else figure
-        if len(joined) < room:
+    for text in map(str, result.measurements):
+        joined = f"{lines[-1]}, {text}" if lines[-1] else text
+        if len(joined) < width:
             lines[-1] = joined
         else:
             lines[-1] += ","
-            lines.append(figure)
-    prose = [line for text in (finding.error, finding.note) if text for line in textwrap.wrap(text, room)]
+            lines.append(text)
+    prose = [line for text in (result.error, result.note) if text for line in textwrap.wrap(text, width)]
     return [line for line in lines + prose if line] or [""]

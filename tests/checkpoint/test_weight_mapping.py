@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fake_shards import fake_shard
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -96,16 +97,13 @@ def test_each_rank_keeps_its_own_run_of_every_tensor(monkeypatch, ranks):
     for rank in range(ranks):
         monkeypatch.setattr("bumblebee.distributed.process_group.rank", lambda rank=rank: rank)
         model = Model()
-        for parameter in model.parameters():  # as DeepSpeed leaves them
-            parameter.ds_shape = parameter.shape
-            parameter.ds_tensor = torch.full((-(-parameter.numel() // ranks),), float("nan"))
+        for key, parameter in model.named_parameters():
+            shares[key].append(fake_shard(parameter, ranks))
         parameters = Parameters(model, None, torch.device("cpu"))
         wanted = places(RULES, parameters.shapes)
         for key, tensor in stored.items():
             for place, part in zip(wanted[key], cut(tensor, wanted[key]), strict=True):
                 parameters.put(place, part)
-        for key, parameter in model.named_parameters():
-            shares[key].append(parameter.ds_tensor)
     for key, tensor in ours.items():
         torch.testing.assert_close(torch.cat(shares[key])[: tensor.numel()], tensor.flatten(), rtol=0, atol=0)
 

@@ -35,7 +35,7 @@ def row_of(data: Preferences, record: dict, answer: str) -> tuple[list[int], lis
     """(prompt, answer with the end of its turn) as ids, from the tokenizer's own template, the prompt as for generation."""
     prompt = data.tokenizer.apply_chat_template(record["messages"], add_generation_prompt=True)
     chat = data.tokenizer.chat_template.encode([*record["messages"], record[answer]], None, "last")
-    said = [token for token, trained in zip(chat.ids, chat.trained, strict=True) if trained]
+    said = [token for token, trained in zip(chat.ids, chat.target_mask, strict=True) if trained]
     return prompt, said
 
 

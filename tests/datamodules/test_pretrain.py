@@ -330,7 +330,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(make, tokenizer_folder, t
 
 
 def test_a_folder_without_tokenizer_is_refused(make, tmp_path):
-    with pytest.raises(ValueError, match="no tokenizer folder"):
+    with pytest.raises(ValueError, match="not a tokenizer folder"):
         make(many(), tokenizer=str(tmp_path))
 
 

@@ -70,7 +70,7 @@ def wanted_rows(records: list[dict], tokenizer: Tokenizer, train_on: str = "all"
     rows = []
     for record in records:
         chat = tokenizer.chat_template.encode(record["messages"], None, train_on)
-        labels = [token if trained else IGNORE_INDEX for token, trained in zip(chat.ids, chat.trained, strict=True)]
+        labels = [token if trained else IGNORE_INDEX for token, trained in zip(chat.ids, chat.target_mask, strict=True)]
         rows.append(list(zip(chat.ids[:-1], labels[1:], strict=True)))
     return rows
 
@@ -364,7 +364,7 @@ def test_what_the_chat_template_cannot_render_is_a_bad_record(make, tokenizer_fo
     plain, with_tools = conversations(2, longest=5)
     records = [plain, {**with_tools, "tools": [tool]}]
     options = {"tokenizer": str(folder), "max_length": 900}
-    with pytest.raises(RecordError, match=r"chats\.jsonl:2: .*leaves out the tools \('get_weather'\)"):
+    with pytest.raises(RecordError, match=r"chats\.jsonl:2: .*omits the tools \('get_weather'\)"):
         make(records, **options)
     assert make(records, on_bad_record="skip", **options).summary()["bad records skipped"] == 1
 

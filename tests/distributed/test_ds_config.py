@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bumblebee.distributed.deepspeed.ds_config import EngineOptions, deepspeed_config, on_nvme, read_overrides
+from bumblebee.distributed.deepspeed.ds_config import EngineOptions, deepspeed_config, read_overrides, uses_nvme
 
 
 def options(**changes) -> EngineOptions:
@@ -54,7 +54,7 @@ def test_dotted_options_of_the_command_line_reach_as_deep_as_they_say():
     assert read_overrides(given) == wanted
 
 
-@pytest.mark.parametrize(("content", "named"), [(None, "cannot read"), ("{", "cannot read"), ("[1]", "no JSON object")])
+@pytest.mark.parametrize(("content", "named"), [(None, "cannot read"), ("{", "cannot read"), ("[1]", "is not a JSON object")])
 def test_an_unusable_file_of_overrides_is_refused_by_its_name(content, named, tmp_path):
     file = tmp_path / "ds.json"
     if content is not None:
@@ -67,11 +67,14 @@ def test_an_unusable_file_of_overrides_is_refused_by_its_name(content, named, tm
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        ({"zero_optimisation": {}}, "'zero_optimisation' is not supported; did you mean zero_optimization?"),
-        ({"tensor_parallel": {}}, "'tensor_parallel' is not supported; it may hold aio, bf16"),
-        ({"optimizer": {"type": "Adam"}}, "trainer.deepspeed.optimizer: the recipe's optimizer decides"),
-        ({"scheduler": {}}, "trainer.deepspeed.scheduler: the recipe's schedule decides"),
-        ({"train_batch_size": 64}, "trainer.deepspeed.train_batch_size: it follows from trainer.micro_batch_size"),
+        ({"zero_optimisation": {}}, "'zero_optimisation' is not supported .did you mean 'zero_optimization'"),
+        ({"tensor_parallel": {}}, "'tensor_parallel' is not supported .supported keys: aio, bf16"),
+        ({"optimizer": {"type": "Adam"}}, "trainer.deepspeed.optimizer is not supported: set by the recipe's optimizer"),
+        ({"scheduler": {}}, "trainer.deepspeed.scheduler is not supported: set by the recipe's schedule"),
+        (
+            {"train_batch_size": 64},
+            "trainer.deepspeed.train_batch_size is not supported: follows from trainer.micro_batch",
+        ),
         ({"activation_checkpointing": {}}, "add bumblebee.transforms.ActivationCheckpointing"),
     ],
 )
@@ -100,5 +103,5 @@ def test_nvme_needs_stage_3_and_a_folder():
         deepspeed_config(options(overrides=offloaded(nvme_path="/nvme")))
     with pytest.raises(ValueError, match="offload_optimizer.nvme_path is missing"):
         deepspeed_config(options(overrides=offloaded(), zero_stage=3))
-    assert on_nvme(deepspeed_config(options(overrides=offloaded(nvme_path="/nvme"), zero_stage=3)))
-    assert not on_nvme(deepspeed_config(options(zero_stage=3)))
+    assert uses_nvme(deepspeed_config(options(overrides=offloaded(nvme_path="/nvme"), zero_stage=3)))
+    assert not uses_nvme(deepspeed_config(options(zero_stage=3)))

@@ -18,7 +18,7 @@ def main(words: list[str]) -> None:
     import bumblebee
     import datamodules
     from bumblebee.cli.main import main
-    from bumblebee.distributed.deepspeed.training_engine import import_deepspeed
+    from bumblebee.distributed.deepspeed.operators import import_deepspeed
     from bumblebee.hardware.memory_stats import forget_most, held, most_held
 
     device = torch.device("cpu")

@@ -1,7 +1,7 @@
-"""Faults that ``bumblebee verify`` must find, each planted where a real one would be.
+"""Faults that ``bumblebee verify`` must detect, each injected where a real one would be.
 
-Used by the tests in their own process and, as a script, on several ranks: ``planted_faults.py FAULT OPTIONS`` plants one,
-perhaps none, and runs the command without the measured rates.
+Imported by in-process tests. As a script, for several ranks, ``planted_faults.py FAULT OPTIONS`` injects one fault and runs the
+command without the throughput measurements.
 """
 
 from __future__ import annotations
@@ -12,72 +12,71 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bumblebee import trainer
 from bumblebee.distributed import process_group
-from bumblebee.distributed.deepspeed import training_engine
+from bumblebee.distributed.deepspeed import engine, engine_state
 from bumblebee.inference import kv_cache
 from bumblebee.nn import attention_kernels, linear_cross_entropy
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.task import Task
 from bumblebee.trainer import Trainer
 from bumblebee.training import loader, training_state
-from bumblebee.verify import check, gradient_check, rank_messages
+from bumblebee.verify import check, watchdog
+from bumblebee.verify.checks import gradient_check
+from helpers.verify_rows import LOSS
 
 Patch = pytest.MonkeyPatch
-
-
-def nothing(patch: Patch) -> None:
-    pass
 
 
 def attention_too_large(patch: Patch) -> None:
     patch.setitem(attention_kernels.KERNELS, "sdpa", lambda *args: 1.01 * attention_kernels.sdpa(*args))
 
 
-def attention_sees_the_next_token(patch: Patch) -> None:
-    """In packed windows only."""
-    right = attention_kernels.AttentionMask._build
+def attention_sees_next_token(patch: Patch) -> None:
+    """In packed rows only."""
+    original = attention_kernels.AttentionMask._build
 
     def wrong(self, queries, keys, device, window):
-        seen = right(self, queries, keys, device, window)
+        seen = original(self, queries, keys, device, window)
         following = torch.eye(keys + 1, dtype=torch.bool)[1 : queries + 1, :keys]
         return seen if self.documents is None else seen | following
 
     patch.setattr(attention_kernels.AttentionMask, "_build", wrong)
 
 
-def cache_forgets_a_page(patch: Patch) -> None:
-    """Where growing texts share a call."""
-    right = kv_cache._padded
+def cache_skips_a_block(patch: Patch) -> None:
+    """Where decoding sequences share a call."""
+    original = kv_cache._padded
 
     def wrong(spans, size):
-        slots, valid = right(spans, size)
+        slots, valid = original(spans, size)
         return slots, valid & (torch.arange(valid.shape[1]) // size != 1)
 
     patch.setattr(kv_cache, "_padded", wrong)
 
 
-def gradient_of_the_loss_too_large(patch: Patch) -> None:
-    right = linear_cross_entropy._LinearCrossEntropy.backward
+def loss_gradient_too_large(patch: Patch) -> None:
+    original = linear_cross_entropy._LinearCrossEntropy.backward
 
     def wrong(ctx, *grads):
-        hidden, weight, labels = right(ctx, *grads)
+        hidden, weight, labels = original(ctx, *grads)
         return hidden, 1.01 * weight, labels
 
     patch.setattr(linear_cross_entropy._LinearCrossEntropy, "backward", staticmethod(wrong))
 
 
 def divided_by_micro_batches(patch: Patch) -> None:
-    right = Task.total
-    patch.setattr(Task, "total", lambda *args: right(*args) / gradient_check.ACCUMULATE)
+    original = Task.total
+    patch.setattr(Task, "total", lambda *args: original(*args) / gradient_check.ACCUMULATE)
 
 
 def means_of_means(patch: Patch) -> None:
-    """Each micro-batch's mean, averaged over micro-batches and ranks."""
+    """The mean of each micro-batch, averaged over micro-batches and ranks."""
     step = LanguageModeling.training_step
 
     def wrong(self, model, batch):
@@ -95,23 +94,23 @@ def counts_of_one_rank(patch: Patch) -> None:
     patch.setattr(Trainer, "count_targets", wrong)
 
 
-def averaged_once_too_often(patch: Patch) -> None:
-    """The factor that undoes DeepSpeed's average over ranks is forgotten."""
-    right = Task.total
-    patch.setattr(Task, "total", lambda *args: right(*args) / process_group.world_size())
+def averaged_twice(patch: Patch) -> None:
+    """DeepSpeed's average over ranks is not undone."""
+    original = Task.total
+    patch.setattr(Task, "total", lambda *args: original(*args) / process_group.world_size())
 
 
 def no_fp32_weights(patch: Patch) -> None:
-    """The optimizer's own weights are rounded to bf16."""
-    right = training_engine.Engine.step
+    """The optimizer keeps its weights in bf16."""
+    original = engine.TrainingEngine.step
 
     def wrong(self):
-        right(self)
+        original(self)
         for group in self.parameter_groups:
             for parameter in group["params"]:
                 parameter.data.copy_(parameter.data.bfloat16())
 
-    patch.setattr(training_engine.Engine, "step", wrong)
+    patch.setattr(engine.TrainingEngine, "step", wrong)
 
 
 def schedule_is_ignored(patch: Patch) -> None:
@@ -119,21 +118,21 @@ def schedule_is_ignored(patch: Patch) -> None:
 
 
 def optimizer_state_is_lost(patch: Patch) -> None:
-    right = training_engine.restore
+    original = engine_state.restore_shards
 
-    def wrong(spans, optimizer, reader):
-        right(spans, optimizer, reader)
+    def wrong(shards, optimizer, reader):
+        original(shards, optimizer, reader)
         for entries in getattr(optimizer, "optimizer", optimizer).state.values():
             entries["exp_avg"].zero_()
 
-    patch.setattr(training_engine, "restore", wrong)
+    patch.setattr(engine_state, "restore_shards", wrong)
 
 
 def resume_skips_a_micro_batch(patch: Patch) -> None:
-    right = loader.train_windows
+    original = loader.train_windows
 
     def wrong(data, plan, seed, rank, first_step, *others, **options):
-        windows = right(data, plan, seed, rank, first_step, *others, **options)
+        windows = original(data, plan, seed, rank, first_step, *others, **options)
         if first_step:
             yield next(windows)[1:]
         yield from windows
@@ -141,102 +140,103 @@ def resume_skips_a_micro_batch(patch: Patch) -> None:
     patch.setattr(loader, "train_windows", wrong)
 
 
-def random_numbers_are_lost(patch: Patch) -> None:
+def random_state_is_lost(patch: Patch) -> None:
     patch.setattr(training_state, "load_random_state", lambda folder, rank: None)
 
 
-def runs_differ(patch: Patch) -> None:
-    """As with kernels that add up in any order."""
-    right = training_engine.Engine.step
+def not_deterministic(patch: Patch) -> None:
+    """Like kernels with a non-deterministic order of summation."""
+    original = engine.TrainingEngine.step
     count = itertools.count()
 
     def wrong(self):
-        right(self)
+        original(self)
         vector = next(iter(self._optimizer.param_groups))["params"][0]
         vector.data.view(-1)[0] += 1e-6 * next(count)
 
-    patch.setattr(training_engine.Engine, "step", wrong)
+    patch.setattr(engine.TrainingEngine, "step", wrong)
 
 
 def signal_in_training(patch: Patch) -> None:
-    """What Ctrl-C or a launcher sends."""
-    right = LanguageModeling.training_step
+    """As sent by Ctrl-C or a launcher."""
+    original = LanguageModeling.training_step
 
     def wrong(self, model, batch):
         os.kill(os.getpid(), signal.SIGTERM)
-        return right(self, model, batch)
+        return original(self, model, batch)
 
     patch.setattr(LanguageModeling, "training_step", wrong)
 
 
-def loss_check_breaks(patch: Patch) -> None:
-    def broken(*args):
+def loss_check_raises(patch: Patch) -> None:
+    def run(context):
         raise RuntimeError("no kernel image is available")
 
-    patch.setattr(check.loss, "measures", broken)
+    checks = tuple(replace(one, run=run) if one.name == LOSS else one for one in check.CHECKS)
+    patch.setattr(check, "CHECKS", checks)
 
 
-def every_step_breaks(patch: Patch) -> None:
-    def broken(self, model, batch):
+def every_step_raises(patch: Patch) -> None:
+    def raises(self, model, batch):
         raise RuntimeError("out of memory")
 
-    patch.setattr(LanguageModeling, "training_step", broken)
+    patch.setattr(LanguageModeling, "training_step", raises)
 
 
-def one_rank_breaks(patch: Patch) -> None:
+def one_rank_raises(patch: Patch) -> None:
     """In the middle of a step."""
-    right = LanguageModeling.training_step
+    original = LanguageModeling.training_step
 
-    def broken(self, model, batch):
+    def raises(self, model, batch):
         if process_group.rank() == 1:
             raise RuntimeError("uncorrectable ECC error")
-        return right(self, model, batch)
+        return original(self, model, batch)
 
-    patch.setattr(LanguageModeling, "training_step", broken)
-    patch.setattr(rank_messages, "GRACE", 8.0)
+    patch.setattr(LanguageModeling, "training_step", raises)
+    patch.setattr(watchdog, "GRACE", 8.0)
 
 
 def one_rank_hangs(patch: Patch) -> None:
-    """In the middle of a step, and no one says anything."""
-    right = LanguageModeling.training_step
+    """In the middle of a step, without an error."""
+    original = LanguageModeling.training_step
 
     def hangs(self, model, batch):
         if process_group.rank() == 1:
             time.sleep(600)
-        return right(self, model, batch)
+        return original(self, model, batch)
 
     patch.setattr(LanguageModeling, "training_step", hangs)
-    patch.setattr(rank_messages, "LIMIT", 30.0)
-    patch.setattr(rank_messages, "GRACE", 3.0)
+    patch.setattr(watchdog, "LIMIT", 30.0)
+    patch.setattr(watchdog, "GRACE", 3.0)
 
 
 def one_rank_dies(patch: Patch) -> None:
-    """As a process does that the system takes for too large."""
-    right = LanguageModeling.training_step
+    """Like a process ended by the OOM killer."""
+    original = LanguageModeling.training_step
 
     def dies(self, model, batch):
         if process_group.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return right(self, model, batch)
+        return original(self, model, batch)
 
     patch.setattr(LanguageModeling, "training_step", dies)
 
 
 def only(patch: Patch, *names: str) -> None:
-    """Leave only these checks."""
-    chosen = [one for one in check.CHECKS if one.name in names]
-    assert len(chosen) == len(names)
-    patch.setattr(check, "CHECKS", tuple(chosen))
+    """Run only these checks."""
+    selected = tuple(one for one in check.CHECKS if one.name in names)
+    assert len(selected) == len(names)
+    patch.setattr(check, "CHECKS", selected)
 
 
 def main() -> None:
-    from bumblebee.cli.main import main as command
+    from bumblebee.cli.main import main as cli
 
     fault: Callable[[Patch], None] = globals()[sys.argv[1]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check, "CHECKS", check.KERNELS + check.TRAINING)
         fault(patch)
-        command(["verify", *sys.argv[2:]])
+        cli(["verify", *sys.argv[2:]])
 
 
 if __name__ == "__main__":

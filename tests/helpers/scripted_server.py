@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from serve import page
+from serve import chat_page
 
 CONTEXT = 4096
 
@@ -75,7 +75,7 @@ class ScriptedServer:
     def app(self) -> Starlette:
         answer = [Route(f"/v1/{name}", self._answer, methods=["POST"]) for name in ("chat/completions", "completions")]
         return Starlette(
-            routes=[*page.routes(), Route("/v1/models", self._models), Route("/ready", self._ready), *answer],
+            routes=[*chat_page.routes(), Route("/v1/models", self._models), Route("/ready", self._ready), *answer],
         )
 
     async def _models(self, request: Request) -> Response:

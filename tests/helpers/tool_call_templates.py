@@ -63,7 +63,7 @@ HEADS = (
     )
 )
 
-# Names in the place of a message's head; calls are messages of their own.
+# TokenNames in the place of a message's head; calls are messages of their own.
 GLM = (
     TOOLS
     + """

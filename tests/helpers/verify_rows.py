@@ -1,13 +1,12 @@
-"""The rows of the report, read back."""
+"""Check names of ``bumblebee verify`` and its report read back."""
 
 from __future__ import annotations
 
 import re
 
-ATTENTION, LOSS = "attention against its formula", "loss against its formula"
-STEP, CURVE, RESUME = "ranks and accumulation", "stage and precision", "save and resume"
+ATTENTION, LOSS, GRADIENT, CURVE, RESUME = "attention kernel", "loss kernel", "gradient", "loss curve", "resume"
 
 
-def results(printed: str) -> dict[str, str]:
-    """Name -> result of each row of the table."""
+def statuses(printed: str) -> dict[str, str]:
+    """Name -> status of each row of the table."""
     return dict(re.findall(r"^(\S.*?)  +(pass|FAIL|measured|not run) ", printed, flags=re.MULTILINE))

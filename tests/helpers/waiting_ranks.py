@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from bumblebee.distributed.process_group import OtherRankFailed, process_group
+from bumblebee.distributed import process_group
+from bumblebee.distributed.local_main_first import local_main_first
+from bumblebee.distributed.process_group import OtherRankFailed
 
 TIMEOUT = 3  # seconds of a collective
 
@@ -18,18 +20,18 @@ def main(folder: Path) -> None:
     """Write what this rank has seen."""
     seen = []
     process_group.start(torch.device("cpu"), timedelta(seconds=TIMEOUT))
-    with process_group.first_on_each_machine() as first:
+    with local_main_first() as first:
         if first:
             time.sleep(2 * TIMEOUT)
             (folder / "prepared").write_text("complete")
         seen.append((first, (folder / "prepared").read_text()))
     try:
-        with process_group.first_on_each_machine() as first:
+        with local_main_first() as first:
             assert first, "the others must not get here"
             raise ValueError("no such file")
     except (ValueError, OtherRankFailed) as error:
         seen.append((type(error).__name__, str(error)))
-    with process_group.first_on_each_machine() as first:
+    with local_main_first() as first:
         seen.append((first, "again"))
     (folder / f"rank-{process_group.rank()}").write_text(repr(seen))
     process_group.stop(orderly=True)

@@ -102,7 +102,7 @@ def test_the_mask_of_a_tagged_template_is_that_of_transformers(folders):
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
         expected = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
         found = ours.chat_template.encode(messages)
-        assert (found.ids, list(map(int, found.trained))) == (expected["input_ids"], expected["assistant_masks"])
+        assert (found.ids, list(map(int, found.target_mask))) == (expected["input_ids"], expected["assistant_masks"])
 
     check()
 

@@ -153,7 +153,7 @@ def test_samples_that_are_all_too_long_are_refused(recipe, capsys):
     [
         (["--data.files", "absent.jsonl"], "absent.jsonl"),
         (["--optimizer.lr", "-1"], "Invalid learning rate: -1"),
-        (["--trainer.deepspeed", "{optimizer: {}}"], "the recipe's optimizer decides"),
+        (["--trainer.deepspeed", "{optimizer: {}}"], "set by the recipe's optimizer"),
         (["--trainer.precision", "fp16"], "fp16 needs a GPU"),
         (["--task.model.config.vocab_size", "10"], "the tokenizer has"),
         (["--samples", "-1"], "samples"),

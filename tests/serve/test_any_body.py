@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from serve.api_errors import Fault
-from serve.requests import Job, Prompts
-from serve.responses import ChatReply, CompletionReply
+from serve.api_errors import APIError
+from serve.requests import ChoiceRequest, RequestBuilder
+from serve.responses import ChatResponseBuilder, CompletionResponseBuilder
 from serve.schemas import ChatRequest, CompletionRequest, parse
 
 words = st.text(max_size=8) | st.sampled_from(["user", "assistant", "tool", "system", "text", "function", "auto", "none", "c1"])
@@ -58,18 +58,18 @@ completions = st.fixed_dictionaries(
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer_folder):
-    return Prompts(Tokenizer.from_pretrained(tokenizer_folder), 256, 400, system_prompt="Be kind.")
+    return RequestBuilder(Tokenizer.from_pretrained(tokenizer_folder), 256, 400, system_prompt="Be kind.")
 
 
-def jobs_of(prompts: Prompts, chat: bool, body: dict[str, Any]) -> list[Job]:
+def jobs_of(prompts: RequestBuilder, chat: bool, body: dict[str, Any]) -> list[ChoiceRequest]:
     raw = json.dumps(body).encode()
     if chat:
         request = parse(ChatRequest, raw)
-        ChatReply(request, "m", prompts.tokenizer, prompts.calls).begin()
+        ChatResponseBuilder(request, "m", prompts.tokenizer, prompts.tool_call_format).first_chunks()
         return prompts.chat(request)
     completion = parse(CompletionRequest, raw)
     echoes = [prompts.echo(prompt) for prompt in completion.prompt] if completion.echo else None
-    CompletionReply(completion, "m", prompts.tokenizer, echoes).begin()
+    CompletionResponseBuilder(completion, "m", prompts.tokenizer, echoes).first_chunks()
     return prompts.completion(completion)
 
 
@@ -82,7 +82,7 @@ def test_any_json_gives_jobs_or_a_fault(prompts, chat, data):
     body = {**changes, **{name: start[name] for name in kept}}
     try:
         jobs = jobs_of(prompts, chat, body)
-    except Fault as fault:
+    except APIError as fault:
         assert fault.status == 400 and fault.message and json.dumps(fault.body(), allow_nan=False).isascii()
     else:
         assert jobs and all(job.prompt and len(job.prompt) + job.params.max_new_tokens <= 256 for job in jobs)
@@ -90,6 +90,6 @@ def test_any_json_gives_jobs_or_a_fault(prompts, chat, data):
 
 @given(st.binary(max_size=40))
 def test_any_bytes_are_a_fault(raw):
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(APIError) as caught:
         parse(ChatRequest, raw)
     assert caught.value.status == 400

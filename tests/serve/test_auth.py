@@ -7,67 +7,67 @@ from typing import Any
 
 import pytest
 
-from serve.api_errors import Fault
-from serve.auth import Keys
+from serve.api_errors import APIError
+from serve.auth import BearerAuth
 from serve.serve_options import ServeOptions
 
 
-def keys(**options: Any) -> Keys:
-    return Keys(ServeOptions("folder", **options))
+def auth(**options: Any) -> BearerAuth:
+    return BearerAuth(ServeOptions("folder", **options))
 
 
 @pytest.mark.parametrize("authorization", [None, "", "Bearer anything", "Basic eDp5"])
 def test_without_a_key_everybody_may_ask(authorization: str | None):
-    keys().check(authorization)
+    auth().check_key(authorization)
 
 
 @pytest.mark.parametrize("authorization", ["Bearer first", "bearer second", "Bearer  sécret ".encode().decode("latin-1")])
 def test_each_of_several_keys_opens(authorization: str):
-    keys(api_key=["first", "second", "sécret"]).check(authorization)
+    auth(api_key=["first", "second", "sécret"]).check_key(authorization)
 
 
 @pytest.mark.parametrize(
     "authorization", [None, "", "first", "Bearer", "Bearer ", "Bearer firs", "Bearer firstt", "Basic first", "Bearer \xff"]
 )
 def test_anything_else_is_refused(authorization: str | None):
-    with pytest.raises(Fault) as refused:
-        keys(api_key="first").check(authorization)
+    with pytest.raises(APIError) as refused:
+        auth(api_key="first").check_key(authorization)
     assert (refused.value.status, refused.value.code) == (401, "invalid_api_key")
     assert refused.value.headers == {"WWW-Authenticate": "Bearer"}
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_on_this_machine_no_key_is_needed(host: str):
-    keys(host=host).check(None)
+    auth(host=host).check_key(None)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
 def test_where_others_reach_it_a_key_is_needed_unless_told_so(host: str):
     with pytest.raises(ValueError, match=rf"^host {re.escape(host)} .*--api_key KEY.*--without_key"):
-        keys(host=host)
-    keys(host=host, without_key=True).check(None)
-    keys(host=host, api_key="first").check("Bearer first")
+        auth(host=host)
+    auth(host=host, without_key=True).check_key(None)
+    auth(host=host, api_key="first").check_key("Bearer first")
 
 
 @pytest.mark.parametrize(
     "host", [None, "localhost:8000", "LOCALHOST", "127.0.0.1:8000", "[::1]:8000", "a.localhost", "10.0.0.7:80"]
 )
 def test_without_a_key_this_machine_is_asked_by_its_own_names_and_addresses(host: str | None):
-    keys().check_host(host)
+    auth().check_host(host)
 
 
 @pytest.mark.parametrize(
     "host", ["evil.com", "evil.com:8000", "127.0.0.1.evil.com", "localhost.evil.com", "[", "a@b", "localhost."]
 )
 def test_without_a_key_a_name_that_another_site_may_let_lead_here_is_refused(host: str):
-    with pytest.raises(Fault, match="--api_key KEY or --without_key") as refused:
-        keys().check_host(host)
+    with pytest.raises(APIError, match="--api_key KEY or --without_key") as refused:
+        auth().check_host(host)
     assert refused.value.status == 403
-    keys(without_key=True).check_host(host)
-    keys(api_key="first").check_host(host)
+    auth(without_key=True).check_host(host)
+    auth(api_key="first").check_host(host)
 
 
 @pytest.mark.parametrize("key", ["", "  ", ["first", ""]])
 def test_an_empty_key_is_no_key(key: Any):
     with pytest.raises(ValueError, match="api_key is empty"):
-        keys(api_key=key)
+        auth(api_key=key)

@@ -31,7 +31,7 @@ def test_the_installed_version_is_the_one_that_was_read():
     )
 
 
-class Loop(LitLoop):
+class WorkerLoop(LitLoop):
     """Tells what it is called with, and ends."""
 
     def run(self, *args: Any) -> None:
@@ -71,7 +71,7 @@ class Server(LitServer):
 
 
 def server(kind: type[Server] = Server) -> Server:
-    return kind(API(loop=Loop(), spec=Spec()), accelerator="cpu", timeout=False, disable_openapi_url=True, middlewares=[])
+    return kind(API(loop=WorkerLoop(), spec=Spec()), accelerator="cpu", timeout=False, disable_openapi_url=True, middlewares=[])
 
 
 def test_the_application_has_the_routes_of_the_spec_and_no_others():

@@ -147,7 +147,7 @@ def test_faults_are_the_clients_exceptions(client):
     ask = client.chat.completions.create
     error = refused(openai.BadRequestError, ask, temperature=3)
     assert (error.param, error.code, error.type) == ("temperature", "invalid_value", "invalid_request_error")
-    assert "temperature must be at most 2" in str(error)
+    assert "Invalid value for 'temperature': must be at most 2" in str(error)
     assert refused(openai.BadRequestError, ask, extra_body={"tempreature": 1}).code == "unknown_parameter"
     assert refused(openai.BadRequestError, ask, stream=True, n=0).param == "n"
     long = [{"role": "user", "content": "long " * 5000}]

@@ -12,22 +12,22 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from serve import page
+from serve import chat_page
 
 TESTS = Path(__file__).parent
-VENDOR = page.FOLDER / "vendor"
+VENDOR = chat_page.FOLDER / "vendor"
 
 
 @pytest.fixture(scope="module")
 def client() -> TestClient:
-    return TestClient(Starlette(routes=page.routes()))
+    return TestClient(Starlette(routes=chat_page.routes()))
 
 
-@pytest.mark.parametrize("path", [route.path for route in page.routes()])
+@pytest.mark.parametrize("path", [route.path for route in chat_page.routes()])
 def test_every_file_has_its_type_and_the_policy(client: TestClient, path: str) -> None:
     answer = client.get(path)
     assert answer.status_code == 200
-    assert answer.headers["content-type"] == page.TYPES[Path(path).suffix or ".html"]
+    assert answer.headers["content-type"] == chat_page.CONTENT_TYPES[Path(path).suffix or ".html"]
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["referrer-policy"] == "no-referrer"
     policy = answer.headers["content-security-policy"]
@@ -49,10 +49,10 @@ def test_nothing_else_is_served(client: TestClient, path: str) -> None:
 
 
 def test_the_page_has_no_inline_code_and_loads_nothing_from_elsewhere() -> None:
-    html = (page.FOLDER / "index.html").read_text()
+    html = (chat_page.FOLDER / "index.html").read_text()
     assert re.findall(r"<style|\sstyle=|\son\w+=", html) == []
     assert all("src=" in tag for tag in re.findall(r"<script[^>]*>", html))
-    own = [path.read_text() for path in page.FOLDER.glob("*.*") if path.suffix in (".js", ".css", ".html")]
+    own = [path.read_text() for path in chat_page.FOLDER.glob("*.*") if path.suffix in (".js", ".css", ".html")]
     assert [found for text in own for found in re.findall(r"(?:src|href|import|from|url\()\W{0,3}https?://", text)] == []
 
 
@@ -68,7 +68,7 @@ def test_modules_keep_their_promises(tmp_path: Path) -> None:
     """Syntax of all modules, and ``page_modules.mjs`` on those that need no browser."""
     if not shutil.which("node"):
         pytest.skip("needs node: apt-get install nodejs")
-    shutil.copytree(page.FOLDER, tmp_path / "page")
+    shutil.copytree(chat_page.FOLDER, tmp_path / "page")
     (tmp_path / "package.json").write_text('{"type": "module"}')
     shutil.copy(TESTS / "page_modules.mjs", tmp_path / "page_modules.test.js")
     for path in sorted((tmp_path / "page").glob("*.js")):

@@ -18,8 +18,8 @@ from bumblebee.inference.engine_config import GenerationOptions
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.request import Output, Request, Token
 from bumblebee.model import Bumblebee
-from serve.requests import Prompts
-from serve.responses import ChatReply, CompletionReply
+from serve.requests import RequestBuilder
+from serve.responses import ChatResponseBuilder, CompletionResponseBuilder
 from serve.schemas import ChatRequest, CompletionRequest, parse
 
 SAID = "Hé 🐝!"
@@ -54,20 +54,20 @@ def outputs_of(generator: Generator, jobs: list[Any]) -> Iterator[tuple[int, Out
 def replied(generator: Generator, path: str, **changes: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(the whole object, the chunks of a stream)."""
     config = generator.model.config
-    prompts = Prompts(generator.tokenizer, config.max_position_embeddings, config.vocab_size)
-    reply: ChatReply | CompletionReply
+    prompts = RequestBuilder(generator.tokenizer, config.max_position_embeddings, config.vocab_size)
+    reply: ChatResponseBuilder | CompletionResponseBuilder
     if path == "chat":
         chat = parse(ChatRequest, json.dumps({**CHAT, **changes}).encode())
-        jobs, reply = prompts.chat(chat), ChatReply(chat, "bumblebee", generator.tokenizer, prompts.calls)
+        jobs, reply = prompts.chat(chat), ChatResponseBuilder(chat, "bumblebee", generator.tokenizer, prompts.tool_call_format)
     else:
         body = parse(CompletionRequest, json.dumps({**COMPLETION, **changes}).encode())
         echoes = [prompts.echo(prompt) for prompt in body.prompt] if body.echo else None
-        jobs, reply = prompts.completion(body), CompletionReply(body, "bumblebee", generator.tokenizer, echoes)
-    chunks = reply.begin()
+        jobs, reply = prompts.completion(body), CompletionResponseBuilder(body, "bumblebee", generator.tokenizer, echoes)
+    chunks = reply.first_chunks()
     for index, output in outputs_of(generator, jobs):
         chunks += reply.add(index, output)
-    chunks += reply.end()
-    return json.loads(json.dumps(reply.whole(), allow_nan=False)), json.loads(json.dumps(chunks, allow_nan=False))
+    chunks += reply.last_chunks()
+    return json.loads(json.dumps(reply.body(), allow_nan=False)), json.loads(json.dumps(chunks, allow_nan=False))
 
 
 def known(model: openai.BaseModel) -> openai.BaseModel:
@@ -152,9 +152,9 @@ def test_a_special_token_is_named_by_its_spelling_and_has_no_bytes(generator):
 
 
 def test_an_impossible_token_has_a_logprob_that_json_knows(generator):
-    reply = ChatReply(parse(ChatRequest, json.dumps({**CHAT, "logprobs": True}).encode()), "m", generator.tokenizer)
+    reply = ChatResponseBuilder(parse(ChatRequest, json.dumps({**CHAT, "logprobs": True}).encode()), "m", generator.tokenizer)
     reply.add(0, Output("0", "a", [Token(5, float("-inf"), [(6, float("-inf"))])], "stop", 1, 0))
-    entry = chat(reply.whole()).choices[0].logprobs.content[0]
+    entry = chat(reply.body()).choices[0].logprobs.content[0]
     assert (entry.logprob, entry.top_logprobs[0].logprob) == (-9999.0, -9999.0)
 
 

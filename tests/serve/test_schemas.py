@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.malformed_bodies import CHAT, COMPLETION
 
-from serve.api_errors import Fault
+from serve.api_errors import APIError
 from serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 
 
@@ -77,7 +77,7 @@ TOOL = {"type": "function", "function": {"name": "fly"}}
     "body", [{}, {"prompt": "a", "messages": CHAT["messages"]}, {"prompt": "a", "tools": [TOOL]}], ids=["none", "both", "tools"]
 )
 def test_tokenize_wants_one_of_both(body):
-    with pytest.raises(Fault, match="prompt or messages|tools belong to messages"):
+    with pytest.raises(APIError, match="prompt or messages|'tools': only allowed with messages"):
         parse(TokenizeRequest, json.dumps(body).encode())
 
 
@@ -86,7 +86,7 @@ def test_ids_are_detokenized():
 
 
 def test_a_fault_is_an_error_of_openai():
-    fault = Fault(429, "The queue is full.", code="queue_full", headers={"Retry-After": "2"})
+    fault = APIError(429, "The queue is full.", code="queue_full", headers={"Retry-After": "2"})
     assert fault.body() == {
         "error": {"message": "The queue is full.", "type": "rate_limit_error", "param": None, "code": "queue_full"}
     }

@@ -56,7 +56,15 @@ def answers(running: Running) -> bool:
 def test_its_lines_tell_what_it_serves_and_where(served_folder: Path):
     with serving(served_folder, "--name", "mine", "--cache_tokens", "4096") as running:
         line = running.line("ready: ")
-        for part in (running.url, str(served_folder), "'mine'", "on cpu", "float32", "4,096 positions", "2,048 for a request"):
+        for part in (
+            running.url,
+            str(served_folder),
+            "'mine'",
+            "on cpu",
+            "float32",
+            "cache of 4,096 tokens",
+            "context length 2,048",
+        ):
             assert part in line
         running.http.get("/v1/models")
         assert len(running.lines) == 2, "no line for each request"
@@ -83,7 +91,7 @@ def test_no_folder_no_model_and_no_tokenizer_are_one_line_each(served_folder: Pa
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((served_folder / "config.json").read_bytes())
-    assert "bare is no tokenizer folder: it has no tokenizer.json" in refused("--model", str(bare))
+    assert "bare is not a tokenizer folder: it has no tokenizer.json" in refused("--model", str(bare))
     (bare / "tokenizer.json").write_bytes((served_folder / "tokenizer.json").read_bytes())
     assert "has no model.safetensors" in refused("--model", str(bare), "--port", "0")
 
@@ -92,16 +100,16 @@ def test_no_folder_no_model_and_no_tokenizer_are_one_line_each(served_folder: Pa
     ("words", "said"),
     [
         (["--device", "gpu"], "unknown device 'gpu'"),
-        (["--host", "0.0.0.0"], "give an --api_key KEY"),
-        (["--host", "nowhere.invalid", "--without_key"], "is no address of this machine"),
+        (["--host", "0.0.0.0"], "set --api_key KEY"),
+        (["--host", "nowhere.invalid", "--without_key"], "is not an address of this machine"),
         (["--temperature", "-1"], "temperature must be 0 or more"),
         (["--max_queue", "-1"], "max_queue must be 0 or more"),
-        (["--examples", "[' ']"], "examples must be questions, got [' ']"),
+        (["--examples", "[' ']"], "examples must be non-empty strings, got [' ']"),
         (["--examples", "5"], "examples"),
         (["--cache_tokens", "0"], "cache_tokens must be at least 1"),
         (["--max_running", "0"], "max_running must be at least 1"),
         (["--dtype", "int4"], "dtype: expected auto, float32, bfloat16 or float16, got int4"),
-        (["--device_map", "auto", "--device", "cpu"], "device_map: auto takes all GPUs, device says cpu"),
+        (["--device_map", "auto", "--device", "cpu"], "device_map auto uses all GPUs and cannot be combined with device cpu"),
     ],
 )
 def test_an_option_that_cannot_be_is_one_line(served_folder: Path, words: list[str], said: str):
@@ -190,7 +198,7 @@ def test_a_second_ctrl_c_stops_at_once(served_folder: Path):
         children = running.children
         next(chunks)
         running.process.send_signal(signal.SIGINT)
-        running.line("stopping")
+        running.line("shutting down")
         running.process.send_signal(signal.SIGINT)
         assert running.end(5) == 128 + signal.SIGINT
         assert gone(children)
@@ -209,7 +217,7 @@ def test_a_worker_that_is_killed_while_the_server_stops_is_not_left_behind(serve
     with serving(served_folder) as running:
         for worker in running.workers:
             worker.kill()
-        running.line("bumblebee: the model's process")
+        running.line("warning: worker process")
         running.process.terminate()
         wait_for(lambda: running.process.poll() is not None, "its end", running.told, 20)
         assert running.end() == 0

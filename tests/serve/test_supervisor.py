@@ -11,16 +11,16 @@ import pytest
 
 from bumblebee.inference.engine_config import EngineStats
 from bumblebee.inference.sampling_params import SamplingParams
-from serve.engine_client import Hub
+from serve.engine_client import EngineClient
 from serve.metrics import Metrics
 from serve.serve_options import ServeOptions
-from serve.supervisor import Workers
-from serve.worker_messages import Failed, Ready
+from serve.supervisor import Supervisor
+from serve.worker_messages import WorkerFailed, WorkerReady
 
 pytestmark = pytest.mark.anyio
 
 STATS = EngineStats(0, 0, 10, 10, 0, 0, 0, 0, 0)
-READY = Ready("cpu", "float32", 1000, 400, 160, 160, SamplingParams(), STATS)
+READY = WorkerReady("cpu", "float32", 1000, 400, 160, 160, SamplingParams(), STATS)
 
 
 class Process:
@@ -43,15 +43,15 @@ class Process:
 
 
 class Played:
-    """Workers, what they have started and what was said about them."""
+    """Supervisor, what they have started and what was said about them."""
 
     def __init__(self, fails: int = 0, devices: int = 1) -> None:
         self.fails = fails  # how many of the next starts fail, after the first
         self.processes: list[Process] = []
-        self.ready: list[Ready] = []
+        self.ready: list[WorkerReady] = []
         self.errors: list[BaseException] = []
-        self.hub = Hub(ServeOptions("folder"), Metrics(lambda: []))
-        self.workers = Workers(self.hub, ["cpu"] * devices, self.launch, self.ready.append, self.errors.append)
+        self.engine_client = EngineClient(ServeOptions("folder"), Metrics(lambda: []))
+        self.workers = Supervisor(self.engine_client, ["cpu"] * devices, self.launch, self.ready.append, self.errors.append)
 
     def launch(self, index: int, pipe: Connection) -> Any:
         if self.processes and self.fails:
@@ -72,34 +72,34 @@ async def until(holds: Any) -> None:
 async def test_a_worker_that_ends_is_replaced_and_the_server_is_ready_again():
     played = Played()
     await played.workers.start()
-    assert played.hub.state == "loading"
+    assert played.engine_client.state == "loading"
     played.processes[0].pipe.send(READY)
-    await until(lambda: played.hub.state == "ready")
+    await until(lambda: played.engine_client.state == "ready")
     played.processes[0].pipe.close()
     await until(lambda: len(played.processes) == 2)
-    assert played.hub.state == "loading"
+    assert played.engine_client.state == "loading"
     played.processes[1].pipe.send(READY)
-    await until(lambda: played.hub.state == "ready")
-    assert len(played.hub.replicas) == 1 and not played.errors
+    await until(lambda: played.engine_client.state == "ready")
+    assert len(played.engine_client.replicas) == 1 and not played.errors
     await played.workers.stop()
 
 
-async def test_a_start_that_fails_is_tried_again(capsys: pytest.CaptureFixture[str]):
+async def test_a_failed_start_is_retried(caplog: pytest.LogCaptureFixture):
     played = Played(fails=1)
     await played.workers.start()
     played.processes[0].pipe.send(READY)
     await until(lambda: played.ready)
     played.processes[0].pipe.close()
     await until(lambda: len(played.processes) == 2)
-    assert "no process could be started: no memory" in capsys.readouterr().err
+    assert "cannot start a worker process: no memory" in caplog.text
     await played.workers.stop()
 
 
 @pytest.mark.parametrize(
     ("message", "kind", "said"),
     [
-        (Failed("no such folder"), ValueError, "no such folder"),
-        (Failed(None), SystemExit, "1"),
+        (WorkerFailed("no such folder"), ValueError, "no such folder"),
+        (WorkerFailed(None), SystemExit, "1"),
         (None, SystemExit, "killed by signal 9"),
     ],
     ids=["the user's", "ours", "killed"],

@@ -211,7 +211,7 @@ def test_our_servers_refusals_are_one_line_each(server: Running, talk) -> None:
     assert re.match(
         "bumblebee: 400: This model's maximum context length is 2048 tokens.*/reset starts a new conversation", lines[0]
     )
-    assert re.match("bumblebee: 400: temperature", lines[1])
+    assert re.match("bumblebee: 400: Invalid value for 'temperature'", lines[1])
     assert talk(server.url, "--name", "other", inputs="Why?")[1].startswith("bumblebee: 404: ")
 
 

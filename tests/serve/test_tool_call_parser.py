@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from bumblebee.inference.detokenizer import Detokenizer
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from serve.tool_call_format import CallFormat
-from serve.tool_call_parser import Call, CallParser
+from serve.tool_call_format import ToolCallFormat
+from serve.tool_call_parser import ParsedCall, ToolCallParser
 
 NAMES = ["fly", "fly_home", "look-up"]
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in NAMES]
@@ -38,7 +38,7 @@ def tokenizers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def formats(tokenizers):
-    return {name: CallFormat.of(tokenizer) for name, tokenizer in tokenizers.items()}
+    return {name: ToolCallFormat.detect(tokenizer) for name, tokenizer in tokenizers.items()}
 
 
 def answer_of(tokenizer, rewrite, said, called):
@@ -56,10 +56,10 @@ def answer_of(tokenizer, rewrite, said, called):
 
 
 def parsed(format, pieces, names=NAMES):
-    parser = CallParser(format, names)
+    parser = ToolCallParser(format, names)
     parts = [part for piece in pieces for part in parser.feed(piece)] + parser.finish()
     said = "".join(part for part in parts if isinstance(part, str))
-    return said, [(part.name, json.loads(part.arguments)) for part in parts if isinstance(part, Call)]
+    return said, [(part.name, json.loads(part.arguments)) for part in parts if isinstance(part, ParsedCall)]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -70,7 +70,7 @@ def test_what_the_template_writes_is_read_back_token_by_token(tokenizers, format
     if '{"name"' in said:
         said = ""  # this would be a call where objects have no marks
     called = called[:1] if name in ONE_CALL else called
-    detokenizer = Detokenizer(tokenizer, (), format.spelled)
+    detokenizer = Detokenizer(tokenizer, (), format.marker_ids)
     ids = answer_of(tokenizer, format.rewrite, said, called)
     pieces = [detokenizer.add(index) for index in ids] + [detokenizer.finish()]
     found, made = parsed(format, pieces)
@@ -133,14 +133,14 @@ def test_a_call_of_an_unknown_tool_between_two_calls_is_text(formats):
 
 
 def test_an_answer_in_json_is_given_out_as_it_comes_where_calls_begin_with_names(formats):
-    assert CallParser(formats["glm"], NAMES).feed('{"a": ') == ['{"a":']
+    assert ToolCallParser(formats["glm"], NAMES).feed('{"a": ') == ['{"a":']
 
 
 def test_text_is_given_out_as_it_comes_and_a_call_when_it_is_complete(formats):
-    parser = CallParser(formats["chatml"], NAMES)
+    parser = ToolCallParser(formats["chatml"], NAMES)
     fed = ["A <b> ", "c", " <tool", '_call>{"name": "fly"', ', "arguments": {"n": 1.50}}', "</tool_call>", "\n"]
     given_out = [parser.feed(piece) for piece in fed]
-    assert given_out == [["A <b>"], [" c"], [], [], [Call("fly", '{"n": 1.5}')], [], []]
+    assert given_out == [["A <b>"], [" c"], [], [], [ParsedCall("fly", '{"n": 1.5}')], [], []]
     assert parser.finish() == []
 
 
@@ -156,4 +156,4 @@ def test_without_a_mark_an_object_later_in_the_answer_is_no_call(formats):
 
 def test_a_template_that_writes_no_calls_has_no_format(tmp_path):
     plain = Tokenizer.from_pretrained(chat_folders.write(tmp_path, chat_folders.byte_level(), chat_folders.LLAMA))
-    assert CallFormat.of(plain) is None
+    assert ToolCallFormat.detect(plain) is None

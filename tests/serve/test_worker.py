@@ -13,8 +13,8 @@ import pytest
 
 from bumblebee.inference.request import Request
 from bumblebee.inference.sampling_params import SamplingParams
-from serve.worker import arrived, work
-from serve.worker_messages import Cancel, Step
+from serve.worker import receive_messages, run_engine
+from serve.worker_messages import CancelRequest, StepOutputs
 
 LONG = SamplingParams(max_new_tokens=1000, ignore_eos=True)
 
@@ -27,7 +27,7 @@ def pipe(served_folder: Path) -> Iterator[Connection]:
 
     engine = Generator.from_pretrained(served_folder, device="cpu").engine(GenerationOptions(cache_tokens=4096))
     ours, theirs = multiprocessing.Pipe()
-    thread = threading.Thread(target=work, args=(engine, theirs))
+    thread = threading.Thread(target=run_engine, args=(engine, theirs))
     thread.start()
     yield ours
     ours.send(None)
@@ -35,7 +35,7 @@ def pipe(served_folder: Path) -> Iterator[Connection]:
     assert not thread.is_alive()
 
 
-def received(pipe: Connection) -> Step:
+def received(pipe: Connection) -> StepOutputs:
     assert pipe.poll(30), "nothing came"
     return pipe.recv()
 
@@ -43,7 +43,7 @@ def received(pipe: Connection) -> Step:
 def test_one_message_a_step_holds_the_outputs_of_all_requests(pipe: Connection):
     for id in "ab":
         pipe.send(Request(id, [5, 6, 7], SamplingParams(max_new_tokens=20, ignore_eos=True)))
-    steps: list[Step] = []
+    steps: list[StepOutputs] = []
     while len([output for step in steps for output in step.outputs if output.finish_reason]) < 2:
         steps.append(received(pipe))
     assert {output.id for output in steps[10].outputs} == {"a", "b"}
@@ -54,7 +54,7 @@ def test_one_message_a_step_holds_the_outputs_of_all_requests(pipe: Connection):
 def test_a_cancelled_request_is_gone_with_the_next_step_that_hears_of_it(pipe: Connection):
     pipe.send(Request("a", [5, 6, 7], LONG))
     step = received(pipe)
-    pipe.send(Cancel("a"))
+    pipe.send(CancelRequest("a"))
     while step.outputs[0].finish_reason is None:
         step = received(pipe)
     assert step.outputs[0].finish_reason == "cancelled"
@@ -65,7 +65,7 @@ def test_a_cancelled_request_is_gone_with_the_next_step_that_hears_of_it(pipe: C
 @pytest.mark.parametrize("prompt", [[], [5] * 3000, [10**6]], ids=["empty", "too long", "unknown id"])
 def test_a_request_that_can_never_run_is_refused_and_the_next_one_runs(pipe: Connection, prompt: list[int]):
     pipe.send(Request("a", prompt, LONG))
-    [(id, why)] = received(pipe).refused
+    [(id, why)] = received(pipe).rejected
     assert id == "a" and why
     pipe.send(Request("b", [5], SamplingParams(max_new_tokens=1)))
     assert [output.id for output in received(pipe).outputs] == ["b"]
@@ -89,12 +89,12 @@ class Scripted:
 
 
 def test_it_waits_without_end_only_where_nothing_is_to_do():
-    idle, busy = Scripted(Cancel("a"), Cancel("b")), Scripted()
-    assert arrived(idle, busy=False) == [Cancel("a"), Cancel("b")]
-    assert arrived(busy, busy=True) == []
+    idle, busy = Scripted(CancelRequest("a"), CancelRequest("b")), Scripted()
+    assert receive_messages(idle, busy=False) == [CancelRequest("a"), CancelRequest("b")]
+    assert receive_messages(busy, busy=True) == []
     assert (idle.patience, busy.patience) == ([None, 0, 0], [0])
 
 
 @pytest.mark.parametrize("end", [None, EOFError], ids=["told", "the server is gone"])
 def test_it_ends_when_nothing_more_comes(end: Any):
-    assert arrived(Scripted(Cancel("a"), end), busy=True) is None
+    assert receive_messages(Scripted(CancelRequest("a"), end), busy=True) is None

@@ -16,4 +16,4 @@ def test_ranks_wait_longer_than_a_collective_may_take_and_hear_of_a_failure(tmp_
     first, second = (ast.literal_eval((tmp_path / f"rank-{rank}").read_text()) for rank in (0, 1))
     assert first == [(True, "complete"), ("ValueError", "no such file"), (True, "again")]
     assert second[0] == (False, "complete") and second[2] == (False, "again")
-    assert second[1][0] == "OtherRankFailed" and "prepared shared files" in second[1][1]
+    assert second[1][0] == "OtherRankFailed" and "preparing shared files" in second[1][1]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bumblebee import Tokenizer
 from bumblebee.tokenizer.chatml import CHATML
-from bumblebee.tokenizer.special_token_guard import Guard, mend
+from bumblebee.tokenizer.special_token_guard import SpecialTokenGuard, unescape
 
 BYTES = byte_level()
 TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "mistral": MISTRAL, "qwen": QWEN, "thinking": THINKING, "tagged": TAGGED}
@@ -40,7 +40,7 @@ def chat(*texts: str) -> list[dict[str, Any]]:
 def targets(tok: Tokenizer, messages: list[dict[str, Any]], **options: Any) -> str:
     """The targets as text, a bar before each run of them."""
     found = tok.chat_template.encode(messages, **options)
-    runs = itertools.groupby(zip(found.ids, found.trained, strict=True), key=lambda token: token[1])
+    runs = itertools.groupby(zip(found.ids, found.target_mask, strict=True), key=lambda token: token[1])
     trained = [[index for index, _ in run] for is_target, run in runs if is_target]
     return "".join("|" + tok.decode(run, skip_special_tokens=False) for run in trained)
 
@@ -71,7 +71,7 @@ def test_masked_text_decodes_to_the_answers(template, train_on):
     def check(pairs):
         found = tok.chat_template.encode([message for pair in pairs for message in chat(*pair)], train_on=train_on)
         end = tok.decode([tok.chat_template.end_of_turn_id], skip_special_tokens=False)
-        trained = [index for index, is_target in zip(found.ids, found.trained, strict=True) if is_target]
+        trained = [index for index, is_target in zip(found.ids, found.target_mask, strict=True) if is_target]
         answers = [answer for _, answer in pairs][-1 if train_on == "last" else 0 :]
         assert tok.decode(trained, skip_special_tokens=False) == "".join(answer + end for answer in answers)
 
@@ -87,7 +87,7 @@ def test_what_precedes_a_target_is_the_prompt_as_it_is_encoded_at_generation(bac
     @given(st.lists(ANSWERS | TEXTS.map(lambda text: "\n a" + text), min_size=2, max_size=2))
     def check(texts):
         found = tok.chat_template.encode(chat(*texts))
-        begin = found.trained.index(True)
+        begin = found.target_mask.index(True)
         assert found.ids[:begin] == tok.apply_chat_template(chat(*texts)[:1], add_generation_prompt=True)
 
     check()
@@ -186,10 +186,10 @@ def test_a_json_escape_of_the_guards_character_is_taken_out_too():
 
 @given(st.recursive(TEXTS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=5))
 def test_guarded_values_hold_no_spelling_and_mend_to_what_they_were(value):
-    guarded, breaker, marks = Guard(SPECIAL).protect(value, marks=2)
+    guarded, breaker, marks = SpecialTokenGuard(SPECIAL).escape(value, marks=2)
     text = json.dumps(guarded, ensure_ascii=False)
     assert not any(token in text for token in SPECIAL)
-    assert mend(text, breaker) == json.dumps(value, ensure_ascii=False)
+    assert unescape(text, breaker) == json.dumps(value, ensure_ascii=False)
     assert len(set(marks)) == 2 and not set(marks) & set(text)
 
 
@@ -221,9 +221,9 @@ REASONING = chat("one", "<think>\nhm\n</think>\ntwo", "three", "<think>\nso\n</t
 
 def test_a_template_that_rewrites_history_is_refused_unless_the_last_turn_alone_is_trained():
     message = refused(THINKING, REASONING)
-    assert message.startswith("FOLDER: the chat template writes turn 1 in another way when it is generated ('<think>")
-    assert "than when the conversation is complete ('two<|im_end|>" in message
-    assert "with train_on: last only the last turn has to hold" in message
+    assert message.startswith("FOLDER: the chat template renders turn 1 differently during generation ('<think>")
+    assert "and in the complete conversation ('two<|im_end|>" in message
+    assert "use train_on: last, which requires this of the last turn only" in message
     assert targets(tokenizer(THINKING), REASONING, train_on="last") == "|<think>\nso\n</think>\nfour<|im_end|>"
     assert targets(tokenizer(THINKING), REASONING[:2]) == "|<think>\nhm\n</think>\ntwo<|im_end|>"
 
@@ -233,7 +233,7 @@ def test_a_template_that_prompts_for_what_the_answer_lacks_is_refused():
     assert prompting != CHATML
     for train_on in ("all", "last"):
         message = refused(prompting, chat("a", "b"), train_on=train_on)
-        assert "writes turn 1 in another way when it is generated ('<think>')" in message and "has to hold" not in message
+        assert "renders turn 1 differently during generation ('<think>')" in message and "use train_on: last" not in message
 
 
 def test_tags_in_a_template_that_rewrites_history_do_not_hide_it():
@@ -241,7 +241,7 @@ def test_tags_in_a_template_that_rewrites_history_do_not_hide_it():
     tags = "''}}{% if message.role == 'assistant' %}{% generation %}{{ content + '<|im_end|>' }}{% endgeneration %}"
     tagged = THINKING.replace(content, f"{tags}{{% else %}}{{{{ {content}' }}}}{{% endif %}}{{{{ '")
     assert tagged != THINKING
-    assert "leaves out of the assistant turns what they say: '<think>" in refused(tagged, REASONING)
+    assert "omits part of the assistant turns: '<think>" in refused(tagged, REASONING)
     assert targets(tokenizer(tagged), REASONING, train_on="last") == "|<think>\nso\n</think>\nfour<|im_end|>"
 
 
@@ -265,7 +265,7 @@ def test_tags_that_stop_before_the_end_of_turn_are_extended_to_it():
         (
             CHATML,
             [*chat("a"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
-            "FOLDER: the arguments of the call of 'f' are no JSON",
+            "FOLDER: the arguments of the call of 'f' are not valid JSON",
         ),
         (
             MISTRAL,
@@ -280,32 +280,32 @@ def test_tags_that_stop_before_the_end_of_turn_are_extended_to_it():
         (
             LLAMA,
             [*chat("a"), {"role": "assistant", "content": "", "tool_calls": [CALL]}],
-            "the chat template leaves out of the assistant turns what they say: 'add'",
+            "the chat template omits part of the assistant turns: 'add'",
         ),
         ("{{ messages.clear() }}", chat("a", "b"), "cannot render this conversation: "),
         ("{{ ''.__class__.__mro__ }}", chat("a", "b"), "cannot render this conversation: "),
         (
             CHATML.replace("<|im_end|>", "END"),
             chat("a", "b"),
-            "the chat template ends assistant turns with no special token",
+            "the chat template ends assistant turns without a special token",
         ),
         (
             TAGGED.replace("message.content + '<|im_end|>' }}{% end", "message.content + 'END' }}{% end"),
             chat("a", "b"),
-            "the chat template ends assistant turns with no special token",
+            "the chat template ends assistant turns without a special token",
         ),
         (
             TAGGED.replace("== 'assistant'", "== 'gpt'"),
             chat("a", "b"),
-            "the chat template ends assistant turns with no special token",
+            "the chat template ends assistant turns without a special token",
         ),
         (
             LLAMA.replace("message['content'] | trim", "message['content'] | upper"),
             chat("a", "b"),
-            "the chat template leaves out of the assistant turns what they say: 'b'",
+            "the chat template omits part of the assistant turns: 'b'",
         ),
         ([{"name": "rag", "template": CHATML}], chat("a", "b"), "FOLDER: no chat template is named 'default', only 'rag'"),
-        ("{% if %}", chat("a", "b"), "FOLDER: its chat template is no valid Jinja, line 1: "),
+        ("{% if %}", chat("a", "b"), "FOLDER: the chat template is not valid Jinja, line 1: "),
     ],
 )
 def test_what_cannot_be_trained_is_refused_by_folder_and_reason(template, messages, message):
@@ -314,14 +314,14 @@ def test_what_cannot_be_trained_is_refused_by_folder_and_reason(template, messag
 
 
 def test_an_unknown_train_on_is_refused():
-    assert refused(CHATML, chat("a", "b"), train_on="first") == "train_on must be 'all' or 'last', not 'first'"
+    assert refused(CHATML, chat("a", "b"), train_on="first") == "train_on must be 'all' or 'last', got 'first'"
 
 
 @pytest.mark.parametrize("tokenize", [True, False])
 def test_a_template_that_leaves_out_the_tools_is_refused(tokenize):
-    with pytest.raises(ValueError, match=r"FOLDER: the chat template leaves out the tools \('add'\)"):
+    with pytest.raises(ValueError, match=r"FOLDER: the chat template omits the tools \('add'\)"):
         tokenizer(LLAMA).apply_chat_template(chat("a"), [TOOL], tokenize=tokenize)
-    assert "leaves out the tools" in refused(LLAMA, chat("a", "b"), tools=[TOOL])
+    assert "omits the tools" in refused(LLAMA, chat("a", "b"), tools=[TOOL])
     for tool in ({"function": {}}, "add", {"function": "add"}, {"name": 3}):
         message = f"FOLDER: a tool must be an object with the name of a function, not {tool!r}"
         assert refused(CHATML.replace("tool | tojson", "''"), chat("a", "b"), tools=[tool]) == message

@@ -140,7 +140,7 @@ def test_digits_are_single_tokens():
 
 
 def test_a_vocabulary_without_room_for_all_bytes_is_refused():
-    with pytest.raises(ValueError, match="vocab_size 258 is too small: .* need 259"):
+    with pytest.raises(ValueError, match="vocab_size must be at least 259 .*, got 258"):
         Tokenizer.train(["text"], 258)
     assert Tokenizer.train(["text"], 259).vocab_size == 259
 
@@ -158,8 +158,8 @@ def test_a_folder_without_tokenizer_config_has_no_end_token(tokenizer_folder, tm
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (None, "{folder} is no tokenizer folder: it is not there"),
-        ({}, "{folder} is no tokenizer folder: it has no tokenizer.json"),
+        (None, "{folder} is not a tokenizer folder: it does not exist"),
+        ({}, "{folder} is not a tokenizer folder: it has no tokenizer.json"),
         ({"tokenizer.json": "{"}, "{folder}/tokenizer.json: "),
         ({"tokenizer.json": None, "tokenizer_config.json": "{"}, "{folder}/tokenizer_config.json: "),
         ({"tokenizer.json": None, "tokenizer_config.json": "[]"}, "{folder}/tokenizer_config.json: "),

@@ -1,43 +1,48 @@
-"""What several ranks have found becomes one row: the worst measure, the earliest error."""
+"""Merging the results of several ranks: the worst measurement, the earliest error."""
 
 from __future__ import annotations
 
 import json
 import math
 
-from bumblebee.verify.check_result import Finding, Measure
+from bumblebee.verify.check_result import CheckResult, Measurement
 
 
-def found(*values: float, bound: float | None = 1.0, **others) -> list[Finding]:
-    return [Finding((Measure("x", value, bound),), seconds=rank + 1.0, **others) for rank, value in enumerate(values)]
+def results(*values: float, bound: float | None = 1.0) -> list[CheckResult]:
+    return [CheckResult((Measurement("x", value, bound),), seconds=rank + 1.0) for rank, value in enumerate(values)]
 
 
-def test_of_errors_the_largest_counts_and_of_rates_the_slowest():
-    assert Finding.joined(found(0.1, 2.0, 0.3)).measures[0].value == 2.0
-    assert Finding.joined(found(10.0, 2.0, 30.0, bound=None)).measures[0].value == 2.0
+def test_merge_keeps_the_largest_error_and_the_slowest_throughput():
+    assert CheckResult.merge(results(0.1, 2.0, 0.3)).measurements[0].value == 2.0
+    assert CheckResult.merge(results(10.0, 2.0, 30.0, bound=None)).measurements[0].value == 2.0
 
 
-def test_a_value_that_is_no_number_is_the_worst_and_fails():
-    joined = Finding.joined(found(0.1, math.nan, 5.0))
-    assert math.isnan(joined.measures[0].value) and not joined.passed
+def test_nan_is_the_worst_value_and_fails():
+    merged = CheckResult.merge(results(0.1, math.nan, 5.0))
+    assert math.isnan(merged.measurements[0].value) and not merged.passed
 
 
-def test_a_value_at_its_bound_passes_and_one_above_fails():
-    assert Finding.joined(found(1.0)).passed and not Finding.joined(found(1.0, 1.0000001)).passed
-    assert Finding.joined(found(0.0, bound=0.0)).passed and not Finding.joined(found(1.0, bound=0.0)).passed
+def test_value_at_its_bound_passes_and_above_fails():
+    assert CheckResult.merge(results(1.0)).passed and not CheckResult.merge(results(1.0, 1.0000001)).passed
+    assert CheckResult.merge(results(0.0, bound=0.0)).passed and not CheckResult.merge(results(1.0, bound=0.0)).passed
 
 
-def test_a_rate_is_never_judged():
-    joined = Finding.joined(found(0.0, bound=None))
-    assert joined.passed and not joined.judged
+def test_throughput_has_no_verdict():
+    merged = CheckResult.merge(results(0.0, bound=None))
+    assert merged.passed and not merged.has_verdict
 
 
-def test_of_several_errors_the_earliest_is_shown_with_its_rank():
-    findings = [Finding(error="connection closed", ended=7.0), Finding(error="out of memory", ended=5.0), *found(0.1)]
-    assert Finding.joined(findings).error == "rank 1: out of memory"
-    assert Finding.joined([Finding(error="out of memory")]).error == "out of memory"
+def test_earliest_error_is_reported_with_its_rank():
+    failed = [
+        CheckResult(error="connection closed", finished_at=7.0),
+        CheckResult(error="out of memory", finished_at=5.0),
+        *results(0.1),
+    ]
+    assert CheckResult.merge(failed).error == "rank 1: out of memory"
+    assert CheckResult.merge([CheckResult(error="out of memory")]).error == "out of memory"
 
 
-def test_a_finding_goes_through_json_unchanged():
-    finding = Finding((Measure("x", 0.25, 1.0, "s"), Measure("y", 3.0)), 2.0, None, "a note", 17.0)
-    assert Finding.from_json(json.loads(json.dumps(finding.to_json()))) == finding
+def test_result_survives_json():
+    measurements = (Measurement("x", 0.25, 1.0, "s"), Measurement("y", 3.0))
+    result = CheckResult(measurements, "a note", None, seconds=2.0, finished_at=17.0)
+    assert CheckResult.from_json(json.loads(json.dumps(result.to_json()))) == result

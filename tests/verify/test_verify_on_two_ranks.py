@@ -1,4 +1,4 @@
-"""``bumblebee verify`` on two ranks: it passes, finds what only ranks can get wrong, and never hangs when one of them fails."""
+"""``bumblebee verify`` on two ranks: passes, detects multi-rank faults, and does not hang when a single rank fails."""
 
 from __future__ import annotations
 
@@ -7,50 +7,51 @@ from pathlib import Path
 
 import pytest
 from helpers.processes import finish, run_command, start
-from helpers.verify_rows import ATTENTION, CURVE, LOSS, RESUME, STEP, results
+from helpers.verify_rows import ATTENTION, CURVE, GRADIENT, LOSS, RESUME, statuses
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("launcher", "stage"), [("torchrun", "1"), ("deepspeed", "2"), ("torchrun", "3")])
-def test_it_passes(launcher, stage, tmp_path):
+def test_passes(launcher, stage, tmp_path):
     done = run_command("verify", "--folder", str(tmp_path), "--zero_stage", stage, ranks=2, launcher=launcher, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("all passed") == 1 and "all-reduce" in results(done.stdout)
+    assert done.stdout.count("all checks passed") == 1 and "all-reduce bandwidth" in statuses(done.stdout)
     assert list(tmp_path.iterdir()) == []
 
 
-def faulty(fault: str, folder: Path) -> tuple[dict[str, str], str]:
-    """Results and output of a run with a planted fault."""
+def run_with_fault(fault: str, folder: Path) -> tuple[dict[str, str], str]:
+    """Statuses and output of a run with an injected fault."""
     script = str(Path(__file__).parents[1] / "helpers" / "planted_faults.py")
     done = finish(start([script, fault, "--precision", "fp32", "--folder", str(folder)], ranks=2), 280)
     assert done.returncode == 1, done.stdout + done.stderr[-3000:]
     assert list(folder.iterdir()) == []
-    return results(done.stdout), " ".join(done.stdout.split())
+    return statuses(done.stdout), " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("fault", ["counts_of_one_rank", "averaged_once_too_often"])
-def test_gradients_that_are_averaged_wrongly_over_ranks_are_found(fault, tmp_path):
-    rows, printed = faulty(fault, tmp_path)
-    assert rows == {ATTENTION: "pass", LOSS: "pass", STEP: "FAIL", CURVE: "FAIL", RESUME: "pass"}
-    assert "do not trust runs with several ranks" in printed
+@pytest.mark.parametrize("fault", ["counts_of_one_rank", "averaged_twice"])
+def test_wrong_gradient_average_over_ranks_is_detected(fault, tmp_path):
+    rows, printed = run_with_fault(fault, tmp_path)
+    assert rows == {ATTENTION: "pass", LOSS: "pass", GRADIENT: "FAIL", CURVE: "FAIL", RESUME: "pass"}
+    assert "runs with several ranks or trainer.accumulate above 1 are unreliable" in printed
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
-        ("one_rank_breaks", "rank 1: RuntimeError: uncorrectable ECC error"),
-        ("one_rank_hangs", r"rank 1 is still in .*hangs \(faults\.py"),
-        ("one_rank_dies", "stage and precision not run"),
+        ("one_rank_raises", "rank 1: RuntimeError: uncorrectable ECC error"),
+        ("one_rank_hangs", r"rank 1 is still in hangs .*\(planted_faults\.py"),
+        ("one_rank_dies", "loss curve not run"),
     ],
+    ids=["raises", "hangs", "dies"],
 )
-def test_a_rank_that_fails_alone_ends_the_verification_and_the_report_tells(fault, told, tmp_path):
-    rows, printed = faulty(fault, tmp_path)
-    assert rows == {ATTENTION: "pass", LOSS: "pass", STEP: "FAIL", CURVE: "not run", RESUME: "not run"}
-    assert re.search(told, printed)
+def test_failure_of_a_single_rank_ends_with_a_report(fault, message, tmp_path):
+    rows, printed = run_with_fault(fault, tmp_path)
+    assert rows == {ATTENTION: "pass", LOSS: "pass", GRADIENT: "FAIL", CURVE: "not run", RESUME: "not run"}
+    assert re.search(message, printed)
 
 
-def test_an_error_on_all_ranks_does_not_keep_the_others_from_running(tmp_path):
-    rows, printed = faulty("every_step_breaks", tmp_path)
-    assert rows == {ATTENTION: "pass", LOSS: "pass", STEP: "FAIL", CURVE: "FAIL", RESUME: "FAIL"}
+def test_checks_continue_after_an_error_on_all_ranks(tmp_path):
+    rows, printed = run_with_fault("every_step_raises", tmp_path)
+    assert rows == {ATTENTION: "pass", LOSS: "pass", GRADIENT: "FAIL", CURVE: "FAIL", RESUME: "FAIL"}
     assert printed.count("RuntimeError: out of memory") == 3

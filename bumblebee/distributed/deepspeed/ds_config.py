@@ -1,6 +1,6 @@
-"""DeepSpeed's configuration: ours, with the user's merged in. Conflicts and unknown keys are named; DeepSpeed ignores them.
+"""DeepSpeed's configuration: ours with the user's merged in.
 
-Nothing here imports deepspeed.
+Conflicts and unknown keys raise an error that names them; DeepSpeed itself would ignore them. Does not import deepspeed.
 """
 
 from __future__ import annotations
@@ -14,86 +14,87 @@ from typing import Any
 
 import torch
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precisions whose arithmetic is not fp32
-# What DeepSpeed reads and this loop can make use of.
-_KEYS = (
+DsConfig = dict[str, Any]  # a JSON object
+HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# The keys of DeepSpeed's configuration that work with this training loop.
+_SUPPORTED_KEYS = (
     "aio", "bf16", "comms_logger", "communication_data_type", "data_types", "disable_allgather", "disable_python_gc",
     "dump_state", "flops_profiler", "fp16", "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor",
     "managed_gradient_accumulation", "memory_breakdown", "prescale_gradients", "steps_per_print", "timers", "torch_autocast",
     "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
     "zero_optimization",
 )  # fmt: skip
-# What it reads too, and where the same is said here.
-_ELSEWHERE = {
-    "optimizer": "the recipe's optimizer decides",
-    "scheduler": "the recipe's schedule decides",
-    "train_batch_size": "it follows from trainer.micro_batch_size, trainer.accumulate and the number of ranks",
+# Keys that DeepSpeed reads too, and what sets the same thing here.
+_SET_ELSEWHERE = {
+    "optimizer": "set by the recipe's optimizer",
+    "scheduler": "set by the recipe's schedule",
+    "train_batch_size": "follows from trainer.micro_batch_size, trainer.accumulate and the number of ranks",
     "gradient_allreduce_op": "gradients are divided by the number of targets",
     "activation_checkpointing": "add bumblebee.transforms.ActivationCheckpointing to task.transforms",
     "compile": "add bumblebee.transforms.Compile to task.transforms",
     "tensorboard": "add callbacks.TensorBoard",
     "wandb": "add callbacks.WandB",
     "csv_monitor": "add callbacks.MetricsHistory",
-    "checkpoint": "checkpoints are callbacks.Checkpoint's",
+    "checkpoint": "add callbacks.Checkpoint",
 }
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What decides how DeepSpeed runs.
+    """The trainer's options that determine DeepSpeed's configuration.
 
     Args:
         precision: "fp32", "bf16" or "fp16".
         zero_stage: 0 to 3 (arXiv 1910.02054).
-        micro_batch_size: samples in a micro-batch.
-        gradient_clip: largest norm of a step's gradient, or None.
-        overrides: more DeepSpeed configuration, merged into ours.
-        hidden_size: of the model, which the sizes of stage 3's buckets follow from; None leaves DeepSpeed's.
+        micro_batch_size: samples per micro-batch.
+        gradient_clip: maximum gradient norm, or None.
+        overrides: further DeepSpeed configuration, merged into ours.
+        hidden_size: the model's, which sets stage 3's bucket sizes; None keeps DeepSpeed's defaults.
     """
 
     precision: str
     zero_stage: int
     micro_batch_size: int
     gradient_clip: float | None
-    overrides: dict[str, Any]
+    overrides: DsConfig
     hidden_size: int | None = None
 
     @property
-    def half(self) -> torch.dtype | None:
-        """The dtype of the arithmetic where it is not fp32."""
-        return HALF.get(self.precision)
+    def half_dtype(self) -> torch.dtype | None:
+        """The 16-bit dtype of matrix products; None in fp32."""
+        return HALF_DTYPES.get(self.precision)
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """The dtype of the weights: at stage 0 they are fp32 and the arithmetic runs under autocast."""
-        return self.half if self.half is not None and self.zero_stage > 0 else torch.float32
+        """The dtype of the model's weights. At stage 0 they are fp32 and run under autocast."""
+        return self.half_dtype if self.half_dtype is not None and self.zero_stage > 0 else torch.float32
 
 
-def deepspeed_config(options: EngineOptions) -> dict[str, Any]:
-    """The configuration handed to DeepSpeed: ours, with the user's merged in.
+def deepspeed_config(options: EngineOptions) -> DsConfig:
+    """The configuration for ``deepspeed.initialize``: ours with the user's merged in.
 
     Raises:
-        ValueError: the user's gives another value for something that the trainer's options decide; it is named.
+        ValueError: the user's configuration contradicts the trainer's options or has an unsupported key; it is named.
     """
-    ours: dict[str, Any] = {
+    ours: DsConfig = {
         "train_micro_batch_size_per_gpu": options.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": options.gradient_clip or float("inf"),  # at infinity only the norm is measured
-        # Memory-efficient linear would replace torch's linear function in the whole process.
+        "gradient_clipping": options.gradient_clip or float("inf"),  # with inf the norm is only measured
+        # The memory-efficient linear layer would replace F.linear in the whole process.
         "zero_optimization": {"stage": options.zero_stage, "memory_efficient_linear": False},
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # with offload, the recipe's own optimizer: DeepSpeed's would be compiled first
+        "zero_force_ds_cpu_optimizer": False,  # offload with the recipe's optimizer, not DeepSpeed's, which is compiled first
         "steps_per_print": 2**62,
     }
-    if options.half and options.zero_stage == 0:
-        ours["torch_autocast"] = {"enabled": True, "dtype": str(options.half).removeprefix("torch.")}
-    elif options.half:
+    if options.half_dtype and options.zero_stage == 0:
+        ours["torch_autocast"] = {"enabled": True, "dtype": str(options.half_dtype).removeprefix("torch.")}
+    elif options.half_dtype:
         ours[options.precision] = {"enabled": True}
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    theirs = _without_auto(options.overrides)
-    _check_keys(theirs)
-    merged = _merged(ours, theirs, "trainer.deepspeed")
+    overrides = _without_auto(options.overrides)
+    _check_keys(overrides)
+    merged = _merge(ours, overrides, "trainer.deepspeed")
     _check_offload(merged["zero_optimization"])
     if options.zero_stage == 3 and options.hidden_size:
         merged["zero_optimization"] = {**stage_3_buckets(options.hidden_size), **merged["zero_optimization"]}
@@ -101,7 +102,7 @@ def deepspeed_config(options: EngineOptions) -> dict[str, Any]:
 
 
 def stage_3_buckets(hidden_size: int) -> dict[str, int]:
-    """Elements moved at a time, from the hidden size: a bucket then holds about one matrix of a block."""
+    """Bucket sizes of stage 3, in elements: about one matrix of a block each."""
     return {
         "reduce_bucket_size": hidden_size**2,
         "stage3_prefetch_bucket_size": hidden_size**2 * 9 // 10,
@@ -109,78 +110,78 @@ def stage_3_buckets(hidden_size: int) -> dict[str, int]:
     }
 
 
-def on_nvme(config: dict[str, Any]) -> bool:
-    """Whether something is kept on NVMe, which takes DeepSpeed's operator for asynchronous reading and writing."""
+def uses_nvme(config: DsConfig) -> bool:
+    """Whether something is offloaded to NVMe, which needs DeepSpeed's asynchronous I/O operator."""
     settings = config["zero_optimization"].values()
     return any(isinstance(value, dict) and value.get("device") == "nvme" for value in settings)
 
 
-def _without_auto(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration made for Hugging Face's Trainer says "auto" where the trainer decides, as ours does anyway."""
-    kept = {key: _without_auto(value) if isinstance(value, Mapping) else value for key, value in theirs.items()}
+def _without_auto(overrides: Mapping[str, Any]) -> DsConfig:
+    """Drop the values "auto" of a file written for Hugging Face's Trainer: ours decides those anyway."""
+    kept = {key: _without_auto(value) if isinstance(value, Mapping) else value for key, value in overrides.items()}
     return {key: value for key, value in kept.items() if value != "auto"}
 
 
-def _check_keys(theirs: dict[str, Any]) -> None:
-    for key in theirs:
-        if key in _ELSEWHERE:
-            raise ValueError(f"trainer.deepspeed.{key}: {_ELSEWHERE[key]}; drop it")
-        if key not in _KEYS:
-            near = get_close_matches(key, _KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it may hold {', '.join(_KEYS)}"
-            raise ValueError(f"trainer.deepspeed: {key!r} is not supported; {hint}")
+def _check_keys(overrides: DsConfig) -> None:
+    for key in overrides:
+        if key in _SET_ELSEWHERE:
+            raise ValueError(f"trainer.deepspeed.{key} is not supported: {_SET_ELSEWHERE[key]}")
+        if key not in _SUPPORTED_KEYS:
+            matches = get_close_matches(key, _SUPPORTED_KEYS, n=1)
+            hint = f"did you mean {matches[0]!r}?" if matches else f"supported keys: {', '.join(_SUPPORTED_KEYS)}"
+            raise ValueError(f"trainer.deepspeed: {key!r} is not supported ({hint})")
 
 
-def _check_offload(zero: dict[str, Any]) -> None:
+def _check_offload(zero: DsConfig) -> None:
     for name in ("offload_optimizer", "offload_param"):
         device = zero.get(name, {}).get("device")
         if device == "nvme" and zero["stage"] != 3:
             raise ValueError(f"trainer.deepspeed.zero_optimization.{name}.device: nvme needs trainer.zero_stage 3")
         if device == "nvme" and not zero[name].get("nvme_path"):
-            raise ValueError(f"trainer.deepspeed.zero_optimization.{name}.nvme_path is missing: a folder on the NVMe disk")
+            raise ValueError(f"trainer.deepspeed.zero_optimization.{name}.nvme_path is missing: set a folder on the NVMe disk")
 
 
-def _merged(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> dict[str, Any]:
+def _merge(ours: DsConfig, overrides: DsConfig, path: str) -> DsConfig:
     result = dict(ours)
-    for key, value in theirs.items():
+    for key, value in overrides.items():
         if isinstance(value, dict) and isinstance(ours.get(key, {}), dict):
-            result[key] = _merged(ours.get(key, {}), value, f"{where}.{key}")
+            result[key] = _merge(ours.get(key, {}), value, f"{path}.{key}")
         elif key in ours and ours[key] != value:
-            raise ValueError(f"{where}.{key} is {value!r}, but the trainer's own options make it {ours[key]!r}: drop it")
+            raise ValueError(f"{path}.{key} is {value!r}, but the trainer's own options make it {ours[key]!r}: drop it")
         else:
             result[key] = value
     return result
 
 
-def read_overrides(value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """``trainer.deepspeed``: nothing, a dict, or the path of a JSON file.
+def read_overrides(value: DsConfig | str | None) -> DsConfig:
+    """Read ``trainer.deepspeed``: None, a dict, or the path of a JSON file.
 
     Raises:
-        ValueError: no such file, or no JSON object in it.
+        ValueError: the file cannot be read, or does not hold a JSON object.
     """
     if value is None or isinstance(value, dict):
-        return _nested(value or {})
+        return _nest(value or {})
     try:
         content = json.loads(Path(value).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"trainer.deepspeed: cannot read {value}: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"trainer.deepspeed: {value} holds no JSON object")
+        raise ValueError(f"trainer.deepspeed: {value} is not a JSON object")
     return content
 
 
-def _nested(options: dict[str, Any]) -> dict[str, Any]:
-    """What the command line makes of ``--trainer.deepspeed.a.b 2``, which is {"a.b": "2"}, as {"a": {"b": 2}}."""
-    result: dict[str, Any] = {}
+def _nest(options: DsConfig) -> DsConfig:
+    """Expand dotted keys: jsonargparse parses ``--trainer.deepspeed.a.b 2`` as {"a.b": "2"}; returns {"a": {"b": 2}}."""
+    result: DsConfig = {}
     for key, value in options.items():
         *parents, last = key.split(".")
-        place = result
+        target = result
         for parent in parents:
-            place = place.setdefault(parent, {})
+            target = target.setdefault(parent, {})
         if isinstance(value, dict):
-            place[last] = {**place.get(last, {}), **_nested(value)}
+            target[last] = {**target.get(last, {}), **_nest(value)}
         else:
-            place[last] = _from_text(value) if isinstance(value, str) else value
+            target[last] = _from_text(value) if isinstance(value, str) else value
     return result
 
 

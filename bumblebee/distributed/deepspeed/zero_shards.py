@@ -1,13 +1,13 @@
-"""Where ZeRO keeps the optimizer's numbers, and how to take them out and put them back.
+"""Where ZeRO keeps each parameter's optimizer state, and how to save and restore it.
 
-ZeRO (arXiv 1910.02054) flattens parameters and cuts them over ranks; the optimizer then sees long vectors instead of
-parameters. ``spans`` says which run of which vector is which run of which parameter on this rank, at every stage alike. It
-reads DeepSpeed's private attributes, which is why the version of DeepSpeed is fixed.
+ZeRO (arXiv 1910.02054) flattens parameters and partitions them over ranks; the optimizer then updates long flat tensors
+instead of parameters. A ``Shard`` maps a range of a parameter to a range of a flat tensor on this rank, the same way at every
+stage. This reads DeepSpeed's private attributes, which is why its version is pinned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,157 +17,160 @@ import torch
 from torch import Tensor, nn
 
 from bumblebee.checkpoint.sharded_state import WEIGHTS, Piece, PieceReader
+from bumblebee.distributed.deepspeed.sharded_parameters import full_numel, full_shape
 
 
 @dataclass(frozen=True)
-class Span:
-    """A run of a parameter's elements, and the vector of the optimizer that holds them.
+class Shard:
+    """A range of a parameter's elements, and where the optimizer keeps it.
 
     Args:
-        name: of the parameter.
-        parameter: itself; at stage 3 perhaps empty at the moment.
+        name: the parameter's.
         shape: of the whole parameter.
         start: index of the first element in the flattened parameter.
-        numel: how many elements.
-        vector: what the optimizer updates, in fp32.
-        offset: index of the first element in it.
+        numel: number of elements.
+        flat: the fp32 tensor that the optimizer updates.
+        offset: index of the first element in ``flat``.
     """
 
     name: str
-    parameter: nn.Parameter
     shape: tuple[int, ...]
     start: int
     numel: int
-    vector: Tensor
+    flat: Tensor
     offset: int
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """The span's part of a tensor with the vector's elements."""
-        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+    def view(self, flat: Tensor) -> Tensor:
+        """The shard's elements of ``flat``, or of optimizer state with as many elements: (numel,)."""
+        return flat.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
-def spans(model: nn.Module, optimizer: Any, stage: int, rank: int) -> list[Span]:
-    """This rank's spans of all trainable parameters.
+def iter_shards(model: nn.Module, optimizer: Any, stage: int, rank: int) -> Iterator[Shard]:
+    """Yield this rank's shard of each trainable parameter that it has one of.
 
     Args:
         model: the module that DeepSpeed trains.
-        optimizer: what ``deepspeed.initialize`` returned.
+        optimizer: what ``deepspeed.initialize`` returned for it.
         stage: of ZeRO.
-        rank: this one.
+        rank: this process's.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if stage == 0:
-        return [Span(name, p, tuple(p.shape), 0, p.numel(), p, 0) for name, p in named]
-    if stage == 3:
-        return [span for name, p in named if (span := _span_at_stage_3(name, p, optimizer, rank)).numel > 0]
-    vectors = getattr(optimizer, "fp32_groups_flat_partition", None) or optimizer.single_partition_of_fp32_groups
-    return [_span_by_mapping(name, p, vectors) for name, p in named if p._hp_mapping is not None]  # type: ignore[attr-defined]
+        yield from (Shard(name, tuple(p.shape), 0, p.numel(), p, 0) for name, p in named)
+    elif stage == 3:
+        yield from (shard for name, p in named if (shard := _shard_at_stage_3(name, p, optimizer, rank)).numel > 0)
+    else:
+        flats = getattr(optimizer, "fp32_groups_flat_partition", None) or optimizer.single_partition_of_fp32_groups
+        yield from (_shard_at_stage_1_or_2(name, p, flats) for name, p in named if p._hp_mapping is not None)  # type: ignore[attr-defined]
 
 
-def _span_by_mapping(name: str, parameter: Any, vectors: list[Tensor]) -> Span:
-    mapping = parameter._hp_mapping
-    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-    vector = vectors[mapping.param_group_index]
-    return Span(name, parameter, tuple(parameter.shape), here.start, here.numel, vector, there.start)
+def _shard_at_stage_1_or_2(name: str, parameter: Any, flats: list[Tensor]) -> Shard:
+    mapping = parameter._hp_mapping  # lp: the model's weights in low precision; hp: the optimizer's in high precision
+    in_parameter, in_flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+    flat = flats[mapping.param_group_index]
+    return Shard(name, tuple(parameter.shape), in_parameter.start, in_parameter.numel, flat, in_flat.start)
 
 
-def _span_at_stage_3(name: str, parameter: Any, optimizer: Any, rank: int) -> Span:
+def _shard_at_stage_3(name: str, parameter: nn.Parameter, optimizer: Any, rank: int) -> Shard:
     group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    start = rank * size  # every rank has a share of equal size; the last ones may hold padding
-    numel = max(0, min(size, parameter.ds_numel - start))
-    return Span(name, parameter, tuple(parameter.ds_shape), start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
+    start = rank * size  # every rank has a shard of the same size; those of the last ranks may hold padding
+    numel = max(0, min(size, full_numel(parameter) - start))
+    return Shard(name, full_shape(parameter), start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
 
 
-def pieces(found: list[Span], optimizer: Any) -> Iterator[Piece]:
-    """The spans' weights and optimizer state, valid until the next one is asked for.
+def saved_pieces(shards: Iterable[Shard], optimizer: Any) -> Iterator[Piece]:
+    """Yield the weights and optimizer state of each shard; valid until the next one is yielded.
 
     Raises:
-        ValueError: the optimizer keeps something that is neither one number nor one for each element.
+        ValueError: the optimizer keeps state that is neither a number nor a number per element.
     """
-    for vector, run in _by_vector(found):
-        with in_memory(vector, optimizer):
-            yield from (_piece(span, optimizer) for span in run)
+    for flat, group in _by_flat(shards):
+        with in_memory(flat, optimizer):
+            yield from (_piece(shard, optimizer) for shard in group)
 
 
-def _piece(span: Span, optimizer: Any) -> Piece:
-    tensors = {WEIGHTS: span.of(span.vector)}
-    for kind, value in state_of(optimizer, span.vector).items():
-        if torch.is_tensor(value) and value.numel() == span.vector.numel() and value.dim():
-            tensors[kind] = span.of(value)
+def _piece(shard: Shard, optimizer: Any) -> Piece:
+    tensors = {WEIGHTS: shard.view(shard.flat)}
+    for kind, value in state_of(optimizer, shard.flat).items():
+        if torch.is_tensor(value) and value.numel() == shard.flat.numel() and value.dim():
+            tensors[kind] = shard.view(value)
         elif torch.is_tensor(value) and value.numel() == 1:
             tensors[kind] = value.reshape(())
-        elif isinstance(value, int):  # DeepSpeed's own optimizers count their steps so
+        elif isinstance(value, int):  # the step count of DeepSpeed's own optimizers
             tensors[kind] = torch.tensor(value)
         else:
-            raise ValueError(f"{type(base_of(optimizer)).__name__} keeps {kind!r}, which is not one number an element")
-    return Piece(span.name, span.shape, span.start, span.numel, tensors)
+            raise ValueError(
+                f"cannot save {kind!r} of {type(base_optimizer(optimizer)).__name__}:"
+                " optimizer state must be a number, or a tensor with a number per element"
+            )
+    return Piece(shard.name, shard.shape, shard.start, shard.numel, tensors)
 
 
-def restore(found: list[Span], optimizer: Any, reader: PieceReader) -> None:
-    """Put a checkpoint's pieces, whoever wrote them, into this rank's vectors and optimizer state."""
-    for vector, run in _by_vector(found):
-        with in_memory(vector, optimizer, changed=True):
-            for span in run:
-                _restore_span(span, base_of(optimizer).state.setdefault(vector, {}), reader)
-    if hasattr(optimizer, "_hp_optimizer_states_linked"):  # stages 1 and 2 look at the state through views of it
+def restore_shards(shards: Iterable[Shard], optimizer: Any, reader: PieceReader) -> None:
+    """Copy a checkpoint's weights and optimizer state into this rank's shards, whatever ranks and stage wrote them."""
+    for flat, group in _by_flat(shards):
+        with in_memory(flat, optimizer, changed=True):
+            for shard in group:
+                _restore(shard, base_optimizer(optimizer).state.setdefault(flat, {}), reader)
+    if hasattr(optimizer, "_hp_optimizer_states_linked"):  # stages 1 and 2 keep views of the state
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _restore_span(span: Span, entries: dict[str, Any], reader: PieceReader) -> None:
-    span.of(span.vector).copy_(reader.read(WEIGHTS, span.name, span.start, span.numel))
-    for kind in reader.kinds(span.name):
-        value = reader.read(kind, span.name, span.start, span.numel)
+def _restore(shard: Shard, state: dict[str, Any], reader: PieceReader) -> None:
+    shard.view(shard.flat).copy_(reader.read(WEIGHTS, shard.name, shard.start, shard.numel))
+    for kind in reader.kinds(shard.name):
+        value = reader.read(kind, shard.name, shard.start, shard.numel)
         if value.dim() == 0:
-            entries[kind] = value.item() if value.dtype == torch.int64 else value
+            state[kind] = value.item() if value.dtype == torch.int64 else value
             continue
-        if kind not in entries:
-            entries[kind] = torch.zeros_like(span.vector, dtype=value.dtype, requires_grad=False)
-        span.of(entries[kind]).copy_(value)
+        if kind not in state:
+            state[kind] = torch.zeros_like(shard.flat, dtype=value.dtype, requires_grad=False)
+        shard.view(state[kind]).copy_(value)
 
 
-def _by_vector(found: list[Span]) -> Iterator[tuple[Tensor, list[Span]]]:
-    for _, run in groupby(found, key=lambda span: id(span.vector)):
-        spans_of_it = list(run)
-        yield spans_of_it[0].vector, spans_of_it
+def _by_flat(shards: Iterable[Shard]) -> Iterator[tuple[Tensor, list[Shard]]]:
+    for _, group in groupby(shards, key=lambda shard: id(shard.flat)):
+        of_flat = list(group)
+        yield of_flat[0].flat, of_flat
 
 
 @contextmanager
-def in_memory(vector: Tensor, optimizer: Any, changed: bool = False) -> Iterator[None]:
-    """Inside, a vector and its optimizer state are in memory, also where they otherwise lie on NVMe.
+def in_memory(flat: Tensor, optimizer: Any, changed: bool = False) -> Iterator[None]:
+    """Hold a flat tensor and its optimizer state in memory, swapping them in from NVMe if they are offloaded.
 
     Args:
-        vector: of the optimizer.
+        flat: a flat tensor of the optimizer.
         optimizer: what ``deepspeed.initialize`` returned.
-        changed: write them back.
+        changed: write them back afterwards.
     """
-    number = _number_on_nvme(vector, optimizer)
-    if number is None:
+    index = _swapped_index(flat, optimizer)
+    if index is None:
         yield
         return
-    optimizer._optimizer_states_and_gradient_swap_in(number)
+    optimizer._optimizer_states_and_gradient_swap_in(index)
     try:
         yield
     finally:
         if changed:
-            optimizer._writeback_swap_state(number, write_opt_state=True, write_gradients=False)
+            optimizer._writeback_swap_state(index, write_opt_state=True, write_gradients=False)
         else:
-            optimizer._release_swap_buffers(number)
+            optimizer._release_swap_buffers(index)
 
 
-def _number_on_nvme(vector: Tensor, optimizer: Any) -> int | None:
-    """Which of stage 3's vectors it is, if that one is kept on NVMe: small ones are not."""
+def _swapped_index(flat: Tensor, optimizer: Any) -> int | None:
+    """The index of a flat tensor that is offloaded to NVMe; None for one in memory, as small ones are."""
     if not getattr(optimizer, "swap_optimizer", False):
         return None
-    number = next(i for i, other in enumerate(optimizer.fp32_partitioned_groups_flat) if other is vector)
-    return number if optimizer._swappable_optimizer_subgroup(number) else None
+    index = next(i for i, other in enumerate(optimizer.fp32_partitioned_groups_flat) if other is flat)
+    return index if optimizer._swappable_optimizer_subgroup(index) else None
 
 
-def base_of(optimizer: Any) -> Any:
-    """The optimizer that DeepSpeed wraps, or the optimizer itself at stage 0."""
+def base_optimizer(optimizer: Any) -> Any:
+    """The optimizer that DeepSpeed wraps; at stage 0, the optimizer itself."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def state_of(optimizer: Any, vector: Tensor) -> dict[str, Any]:
-    """What the optimizer keeps for a vector; nothing before the first step."""
-    return base_of(optimizer).state.get(vector, {})
+def state_of(optimizer: Any, flat: Tensor) -> dict[str, Any]:
+    """The optimizer's state of a flat tensor; empty before the first step."""
+    return base_optimizer(optimizer).state.get(flat, {})

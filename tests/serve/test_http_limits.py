@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 import uvicorn
-from starlette.applications import Starlette
+from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from serve import body, connection, errors
-from serve.connection import HEAD_SIZE, Connection
-from serve.console import say
-from serve.http import listening
+from serve import http_limits
+from serve.api_errors import install_exception_handlers
+from serve.http_limits import MAX_HEAD_SIZE, BoundedHTTPProtocol, read_json_body
+from serve.http_server import open_listening_socket
+from serve.server import print_line
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
@@ -30,15 +32,15 @@ def address() -> Iterator[tuple[str, int]]:
 
     async def answer(request: Request) -> PlainTextResponse:
         if request.method == "POST":
-            await body.read(request, 1000)
+            await read_json_body(request, 1000)
         return PlainTextResponse("ok")
 
-    app = Starlette(routes=[Route("/", answer, methods=["GET", "POST"])])
-    errors.install(app)
-    with pytest.MonkeyPatch.context() as patch, listening("127.0.0.1", 0) as bound:
-        patch.setattr(connection, "HEAD_TIME", 0.3)
-        patch.setattr(body, "TIME", 0.3)
-        server = uvicorn.Server(uvicorn.Config(app, http=Connection, log_level="error", timeout_keep_alive=1))
+    app = FastAPI(routes=[Route("/", answer, methods=["GET", "POST"])])
+    install_exception_handlers(app)
+    with pytest.MonkeyPatch.context() as patch, open_listening_socket("127.0.0.1", 0) as bound:
+        patch.setattr(http_limits, "HEAD_TIMEOUT", 0.3)
+        patch.setattr(http_limits, "BODY_TIMEOUT", 0.3)
+        server = uvicorn.Server(uvicorn.Config(app, http=BoundedHTTPProtocol, log_level="error", timeout_keep_alive=1))
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         yield bound.getsockname()
@@ -74,7 +76,7 @@ def test_a_head_that_trickles_has_no_more_time(address: tuple[str, int]):
             time.sleep(0.05)
 
 
-@pytest.mark.parametrize("head", [GET + b"X: " + b"x" * HEAD_SIZE * 4, GET + b"X: x\r\n" * HEAD_SIZE])
+@pytest.mark.parametrize("head", [GET + b"X: " + b"x" * MAX_HEAD_SIZE * 4, GET + b"X: x\r\n" * MAX_HEAD_SIZE])
 def test_a_head_of_any_size_is_not_taken(address: tuple[str, int], head: bytes):
     with socket.create_connection(address) as client:
         try:
@@ -103,16 +105,17 @@ def test_a_body_that_does_not_arrive_is_an_error(address: tuple[str, int]):
 
 
 def test_two_servers_cannot_have_one_address():
-    with listening("127.0.0.1", 0) as first:
+    with open_listening_socket("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
         with pytest.raises(ValueError, match=f"^port {port} is in use on 127.0.0.1"):
-            listening("127.0.0.1", port)
+            open_listening_socket("127.0.0.1", port)
 
 
-def test_a_reader_of_the_lines_that_has_left_is_no_error():
+def test_printing_to_a_closed_pipe_is_not_an_error(monkeypatch: pytest.MonkeyPatch):
     read, write = os.pipe()
     os.close(read)
     file = open(write, "w")
-    say("ready", file)
+    monkeypatch.setattr(sys, "stdout", file)
+    print_line("ready")
     with pytest.raises(BrokenPipeError):
         file.close()  # what it could not write is still there

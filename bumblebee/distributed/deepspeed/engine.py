@@ -1,0 +1,194 @@
+"""TrainingEngine: the model, the optimizer and DeepSpeed, so that the training loop is forward, backward, step.
+
+What is particular about DeepSpeed is handled here:
+
+- ``managed_gradient_accumulation`` is off: ``backward`` accumulates, ``step`` reduces and updates. DeepSpeed's own counter
+  would divide by the accumulation and never apply a partial window.
+- bf16 at stage 0 keeps no fp32 weights for the optimizer and trains wrongly: there fp32 weights run under autocast instead.
+- Gradients are accumulated in fp32: in bf16, many micro-batches lose bits.
+- Stage 0 measures the gradient norm only where it clips, and in another function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bumblebee.distributed.deepspeed import engine_state
+from bumblebee.distributed.deepspeed.ds_config import EngineOptions
+from bumblebee.distributed.deepspeed.gathering import gathered_model, iter_full_tensors
+from bumblebee.distributed.deepspeed.operators import import_deepspeed, quiet_initialization, usable_config
+from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
+from bumblebee.distributed.deepspeed.zero_shards import base_optimizer
+
+
+class TrainingEngine:
+    """A DeepSpeed engine with a plain interface.
+
+    Args:
+        model: on the CPU or already on the device.
+        optimizer: from parameter groups to an optimizer.
+        groups: its parameter groups.
+        device: where to train.
+        options: see EngineOptions.
+
+    Raises:
+        ValueError: overrides contradict the trainer's options, or fp16 on a CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[[list[dict[str, Any]]], Any],
+        groups: list[dict[str, Any]],
+        device: torch.device,
+        options: EngineOptions,
+    ) -> None:
+        if options.precision == "fp16" and device.type == "cpu":
+            raise ValueError("trainer.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+        deepspeed = import_deepspeed(device)
+        self.options = options
+        self.device = device
+        self.group_sizes = [sum(full_numel(p) for p in group["params"]) for group in groups]  # before DeepSpeed flattens them
+        # Weights from a folder have the file's dtype. For bf16 at stages 1 to 3 DeepSpeed casts, and keeps an fp32 copy.
+        model.to(device=device, dtype=torch.float32 if options.weights_dtype == torch.float32 else None)
+        config = usable_config(options)
+        with quiet_initialization(deepspeed):
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer(groups), config=config, dist_init_required=False
+            )
+        if options.zero_stage == 3:
+            _register_external_parameters(deepspeed, model)
+        if options.zero_stage == 0:
+            self._engine.clip_fp32_gradients = self._clip_at_stage_0
+        self.model: nn.Module = self._engine.module
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a scalar loss."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """Average the accumulated gradient over ranks, clip it, update the weights, and zero it."""
+        self._engine.step()
+
+    def train(self) -> None:
+        """Set training mode."""
+        self._engine.train()
+
+    def eval(self) -> None:
+        """Set evaluation mode, without dropout."""
+        self._engine.eval()
+
+    @property
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups; a changed ``lr`` takes effect at the next step."""
+        return self._optimizer.param_groups
+
+    @property
+    def dtype(self) -> str:
+        """Name of the trained weights' dtype, e.g. "bfloat16"."""
+        return str(next(p for p in self.model.parameters() if p.requires_grad).dtype).removeprefix("torch.")
+
+    @property
+    def optimizer_name(self) -> str:
+        """Class name of the optimizer that DeepSpeed wraps."""
+        return type(base_optimizer(self._optimizer)).__name__
+
+    def gradient_norm(self) -> float:
+        """The last step's gradient norm before clipping. Synchronizes with the GPU."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def _clip_at_stage_0(self) -> None:
+        limit = self.options.gradient_clip or float("inf")
+        self._engine._global_grad_norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
+
+    # -- loss scaling in fp16 --------------------------------------------------------------------------------------------
+
+    @property
+    def _autocast_scaler(self) -> Any:
+        """torch's scaler at stage 0; None at higher stages, where DeepSpeed's optimizer scales."""
+        return getattr(self._engine, "torch_autocast_z0_gradscaler", None)
+
+    def loss_scale(self) -> dict[str, float]:
+        """In fp16, the current loss scale and the number of steps skipped because it was too large; else empty."""
+        if self.options.precision != "fp16":
+            return {}
+        scaler = self._autocast_scaler
+        scale = scaler.get_scale() if scaler else self._optimizer.cur_scale
+        return {"loss_scale": float(scale), "skipped_steps": float(self._engine.skipped_steps)}
+
+    def scaler_state(self) -> dict[str, int | float | bool]:
+        """In fp16, the loss scaler's state as JSON values; else empty."""
+        if self.options.precision != "fp16":
+            return {}
+        scaler = self._autocast_scaler
+        state = scaler.state_dict() if scaler else vars(self._optimizer.loss_scaler)
+        return {name: value for name, value in state.items() if isinstance(value, int | float | bool)}
+
+    def load_scaler_state(self, state: dict[str, int | float | bool]) -> None:
+        """Restore ``scaler_state``; a state saved in another precision is empty and changes nothing."""
+        if self.options.precision != "fp16" or not state:
+            return
+        if scaler := self._autocast_scaler:
+            scaler.load_state_dict(state)
+        else:
+            vars(self._optimizer.loss_scaler).update(state)
+
+    # -- weights and state -----------------------------------------------------------------------------------------------
+
+    def full_tensors(self, select: Callable[[str], bool] = lambda key: True) -> Iterator[tuple[str, Tensor]]:
+        """Yield (key, whole tensor) for every selected key of the state dict. Collective: all ranks iterate together."""
+        return iter_full_tensors(self.model, self.options.zero_stage, select)
+
+    def whole_model(self) -> AbstractContextManager[nn.Module]:
+        """A context in which the model can be called as if there were no ZeRO, by any rank alone. Collective.
+
+        At stage 3 every device holds all weights meanwhile.
+        """
+        if self.options.zero_stage < 3:
+            return nullcontext(self.model)
+        return gathered_model(self.model, self._optimizer)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's shards of weights and optimizer state into an existing folder.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        engine_state.save(folder, self.model, self._optimizer, self.options.zero_stage)
+
+    def load(self, folder: Path) -> None:
+        """Restore what ``save`` wrote, at any number of ranks and any stage. Collective.
+
+        Raises:
+            ValueError: the folder holds no training state, or that of another model.
+        """
+        engine_state.load(folder, self.model, self._optimizer, self.options.zero_stage)
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers, and the process groups that it would hand to the next engine."""
+        from deepspeed.utils import groups
+
+        self._engine.destroy()
+        groups._release_process_group_references()
+        del self._engine, self._optimizer, self.model
+
+
+def _register_external_parameters(deepspeed: Any, model: nn.Module) -> None:
+    """Tell DeepSpeed which modules use the weights of others: those that list them in an attribute ``reads``."""
+    for module in model.modules():
+        for other in getattr(module, "reads", ()):
+            for parameter in other.parameters(recurse=False):
+                deepspeed.zero.register_external_parameter(module, parameter)

@@ -1,0 +1,107 @@
+"""Importing DeepSpeed: quietly, and without compiling operators that nobody needs.
+
+DeepSpeed compiles its operators when they are first used. On a CPU it would compile one for shared memory at every first
+start, and fail without a C++ compiler; its own optimizers and NVMe offload really need theirs.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from subprocess import CalledProcessError
+from typing import Any
+
+import torch
+
+from bumblebee.distributed import process_group
+from bumblebee.distributed.deepspeed.ds_config import DsConfig, EngineOptions, deepspeed_config, uses_nvme
+
+logger = logging.getLogger(__name__)
+SLOW = 3.0  # seconds; a load that takes longer is a compilation
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for a type of device, with its log messages below ERROR hidden."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+
+    # Its messages are for its developers. What a user must know, we log ourselves.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    return deepspeed
+
+
+@contextmanager
+def quiet_initialization(deepspeed: Any) -> Iterator[None]:
+    """Initialize DeepSpeed inside: nothing is printed, and only operators that are used are compiled.
+
+    Raises:
+        ValueError: an operator is needed and cannot be compiled.
+    """
+    with _without_shm_operator(deepspeed), _reported_compilation(), redirect_stdout(io.StringIO()):  # it prints its memory
+        yield
+
+
+@contextmanager
+def _without_shm_operator(deepspeed: Any) -> Iterator[None]:
+    """Mark the shared-memory operator as incompatible: gloo does its work, and no compiler is needed."""
+    compatible = deepspeed.ops.__compatible_ops__
+    before = compatible.get("deepspeed_shm_comm")
+    compatible["deepspeed_shm_comm"] = False
+    try:
+        yield
+    finally:
+        compatible["deepspeed_shm_comm"] = before
+
+
+@contextmanager
+def _reported_compilation() -> Iterator[None]:
+    """Log when an operator is being compiled, and turn a failure into a ValueError."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    load = OpBuilder.jit_load
+    OpBuilder.jit_load = lambda builder, *args, **kwargs: _compile(load, builder, *args, **kwargs)
+    try:
+        yield
+    finally:
+        OpBuilder.jit_load = load
+
+
+def _compile(load: Callable[..., Any], builder: Any, *args: Any, **kwargs: Any) -> Any:
+    timer = threading.Timer(
+        SLOW, logger.info, ["compiling DeepSpeed's %s operator, once on this machine; this takes minutes", builder.name]
+    )
+    if process_group.is_main():
+        timer.start()
+    try:
+        return load(builder, *args, **kwargs)
+    except (RuntimeError, OSError, CalledProcessError) as error:
+        last = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"DeepSpeed's {builder.name} operator cannot be compiled here: {last}"
+            " Optimizers of torch.optim and offload to the CPU need no compiler"
+        ) from error
+    finally:
+        timer.cancel()
+
+
+def usable_config(options: EngineOptions) -> DsConfig:
+    """DeepSpeed's configuration, checked against what can be compiled on this machine.
+
+    Raises:
+        ValueError: offload to NVMe is configured, and its operator cannot be compiled.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    config = deepspeed_config(options)
+    if uses_nvme(config) and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(
+            "trainer.deepspeed: device nvme needs libaio (on Debian and Ubuntu: apt install libaio-dev) and a C++ compiler;"
+            " use device cpu without them"
+        )
+    return config
