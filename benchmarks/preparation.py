@@ -18,13 +18,18 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common import header, median, table
 
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from datamodules import SFT, python_docs, python_docs_pairs, worker_pool
+from datamodules import SFT, worker_pool
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "quickstart"))
+import questions  # noqa: E402
+import stdlib_docs  # noqa: E402
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
@@ -36,11 +41,22 @@ TEMPLATE = (
 def prepare(folder: Path, phrasings: int, vocab_size: int) -> tuple[Path, Path]:
     """The file and the tokenizer's folder."""
     file, tokenizer = folder / "chats.jsonl", folder / "tokenizer"
+    entries = stdlib_docs.entries()
     with open(file, "w", encoding="utf-8") as out:
-        for record in python_docs_pairs.conversations("whole", phrasings):
+        for record in chats(entries, phrasings):
             out.write(json.dumps(record) + "\n")
-    Tokenizer.train(python_docs.documents(), vocab_size).save_pretrained(tokenizer)
+    Tokenizer.train([entry.document for entry in entries], vocab_size).save_pretrained(tokenizer)
     return file, tokenizer
+
+
+def chats(entries: list[stdlib_docs.Entry], phrasings: int) -> Iterator[dict[str, Any]]:
+    """Conversations of one question, answered by the whole docstring."""
+    askable = questions.askable(entries)
+    texts = {entry.name: entry.text for entry, _ in askable}
+    for subject in questions.select(askable, len(askable)):
+        for question in subject.phrasings(phrasings):
+            answer = {"role": "assistant", "content": texts[subject.name]}
+            yield {"messages": [{"role": "user", "content": question}, answer]}
 
 
 Seconds = tuple[float, float]  # by the clock; of processors
@@ -98,7 +114,7 @@ def check(data: SFT, peer: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--phrasings", type=int, default=python_docs_pairs.PHRASINGS)
+    parser.add_argument("--phrasings", type=int, default=questions.MAX_PHRASINGS)
     parser.add_argument("--vocab_size", type=int, default=16_000)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of the peer; ours takes one for each core")

@@ -37,6 +37,7 @@ RATES, ARRIVALS = (0.5, 2.0, 8.0), 30  # requests a second; requests at each rat
 FIRST, FURTHER = 1.0, 0.1  # seconds that an answer may take to be good: to its first token, to each further one
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 THREADS = "2"
+QUICKSTART = str(Path(__file__).parents[1] / "recipes" / "quickstart")  # reads the text that the tokenizer is trained on
 END = 0  # id of the end-of-text token, which is forbidden: all answers are of one length
 
 
@@ -68,8 +69,10 @@ def make_folder(folder: Path) -> None:
     """A model folder with random weights and a tokenizer."""
     import torch
 
+    sys.path.insert(0, QUICKSTART)
+    import stdlib_docs
+
     from bumblebee import Bumblebee, BumblebeeConfig, Tokenizer
-    from datamodules import record_files
 
     torch.manual_seed(0)
     shape = {
@@ -78,8 +81,7 @@ def make_folder(folder: Path) -> None:
     }  # fmt: skip
     config = BumblebeeConfig(**shape, initializer_range=0.1)  # so that texts vary
     Bumblebee(config).save_pretrained(folder)
-    texts = (record_files.text_of(record) for file in record_files.expand("python_docs") for record in record_files.read(file))
-    tokenizer = Tokenizer.train(texts, VOCABULARY)
+    tokenizer = Tokenizer.train([entry.document for entry in stdlib_docs.entries()], VOCABULARY)
     assert tokenizer.eos_token_id == END
     tokenizer.save_pretrained(folder)
 

@@ -1,9 +1,9 @@
-"""Checkpoint: when to save a run, and how many checkpoints stay on the disk.
+"""Checkpoint: when to save a run, and which checkpoints to keep.
 
-How a checkpoint is written is the trainer's business. Rotation looks at the disk, not at a list of its own, so that it also
-finds what earlier runs in the same folder have left. The best ones are outside of it: a checkpoint has the value of the
-validation at its own step, and a validation that is among the best so far is a reason to save. Which these are is kept in the
-checkpoints themselves, and the best one's name in ``output_dir/best.json``.
+The trainer writes the checkpoints. Rotation lists the folder instead of a list of its own, so that it also covers checkpoints
+of earlier runs in the same folder. The best checkpoints are exempt from it: the value of a checkpoint is that of the validation
+at the same step, and a validation among the best so far triggers a save. Their ranking is part of the checkpoints themselves;
+``output_dir/best.json`` names the best one.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from typing import TYPE_CHECKING, Any, Literal
 from bumblebee.callback import Callback
 from bumblebee.checkpoint.atomic import remove
 from bumblebee.json_files import write_json
-from bumblebee.training.metric_monitor import check_held_out, check_mode, measured
+from bumblebee.training.metric_monitor import MetricMonitor
 from bumblebee.training.run_folder import SavedCheckpoint, checkpoints
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
 
-Ranking = list[tuple[int, float]]  # (step, value), the best first; of equal values the older
+Ranking = list[tuple[int, float]]  # (step, value), best first; the older one first if values are equal
 
 
 class Checkpoint(Callback):
-    """Saves the run every few steps or minutes and when it ends, and deletes the oldest checkpoints.
+    """Saves the run every few steps or minutes and at its end, and deletes the oldest checkpoints.
 
     Args:
-        every: optimizer steps between two checkpoints; null does not go by steps.
-        keep: how many of the newest checkpoints stay, beside the best and the one saved when a run ended; null keeps all.
-        save_last: save when the run ends; an interrupted run is saved in any case.
-        minutes: save also when this long has passed since the last checkpoint; null does not go by the clock.
-        best: how many of the best checkpoints stay; a validation that is among the best so far is then saved.
-        metric: what makes a checkpoint good, under the name that validations give it.
-        mode: min where smaller values of the metric are better, max where larger ones are.
+        every: optimizer steps between two checkpoints; null does not save by steps.
+        keep: number of newest checkpoints to keep, in addition to the best and the one saved when a run ended; null keeps all.
+        save_last: save when the run ends; an interrupted run is always saved.
+        minutes: also save if this much time has passed since the last checkpoint; null does not save by time.
+        best: number of best checkpoints to keep; a validation that is among the best so far triggers a save.
+        metric: validation metric that ranks checkpoints.
+        mode: min if lower values of the metric are better, max if higher values are better.
         model: write the model folder into each checkpoint, not only the training state.
 
     Raises:
-        ValueError: a number out of its range, or an unknown mode.
+        ValueError: a number is out of range, or mode is unknown.
     """
 
     def __init__(
@@ -59,82 +59,83 @@ class Checkpoint(Callback):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or null, got {value}")
         if minutes is not None and not minutes > 0:
-            raise ValueError(f"minutes must be more than 0 or null, got {minutes}")
+            raise ValueError(f"minutes must be greater than 0 or null, got {minutes}")
         if best < 0:
-            raise ValueError(f"best must not be negative, got {best}")
+            raise ValueError(f"best must be at least 0, got {best}")
         self.every, self.keep, self.save_last, self.minutes = every, keep, save_last, minutes
-        self.best, self.metric, self.mode, self.model = best, metric, check_mode(mode), model
+        self.best, self.model = best, model
+        self.monitor = MetricMonitor("Checkpoint", metric, mode)
         self._ranking: Ranking = []
-        self._validated: tuple[int, float] | None = None  # step and value of the newest validation
+        self._validated: tuple[int, float] | None = None  # step and value of the latest validation
         self._saved_step: int | None = None
         self._saved_time = time.monotonic()
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Nothing has been saved by this run; the best ones of the run that it continues are still there, or forgotten.
+        """Reset the clock. A resumed run keeps the ranking of the checkpoints that still exist.
 
         Raises:
-            ValueError: the best are to be kept, and nothing is held out.
+            ValueError: best is set and the data has no validation samples.
         """
         self._saved_step, self._saved_time, self._validated = None, time.monotonic(), None
         if self.best:
-            check_held_out(trainer, "Checkpoint.best")
-            self._ranking = self._still_there(trainer) if trainer.step and self._ranking else []
+            self.monitor.require_validation_data(trainer)
+            self._ranking = self._existing(trainer) if trainer.step and self._ranking else []
             self._write_best(trainer)
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Note the value.
+        """Remember the value of the metric.
 
         Raises:
-            ValueError: the metric is not measured.
+            ValueError: the validation does not report the metric.
         """
         if self.best:
-            self._validated = (trainer.step, measured(metrics, self.metric, "Checkpoint"))
+            self._validated = (trainer.step, self.monitor.value(metrics))
 
     def on_save(self, trainer: Trainer) -> None:
-        """Save if it is time, then delete what is too much."""
+        """Save if due, then rotate."""
         ends = trainer.step == trainer.plan.max_steps or trainer.should_stop
         last = ends and (self.save_last or trainer.interrupted)
-        ranking = self._with(trainer.step)
+        ranking = self._ranking_with(trainer.step)
         due = (self.every is not None and trainer.step % self.every == 0) or ranking != self._ranking
-        if last or due or self._late(trainer):
-            self._ranking = ranking  # before saving: the checkpoint then knows of itself
+        if last or due or self._time_is_up(trainer):
+            self._ranking = ranking  # before saving, so that the checkpoint contains itself
             if trainer.step != self._saved_step:
                 trainer.save_checkpoint(last=last, model=self.model)
             self._write_best(trainer)
             self._rotate(trainer)
 
     def on_checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
-        """Note step and time, whoever saved it."""
+        """Remember step and time, also of checkpoints that others saved."""
         self._saved_step, self._saved_time = trainer.step, time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """The best checkpoints."""
-        return {"metric": self.metric, "mode": self.mode, "best": [list(entry) for entry in self._ranking]}
+        """The ranking of the best checkpoints."""
+        ranking = [list(entry) for entry in self._ranking]
+        return {"metric": self.monitor.metric, "mode": self.monitor.mode, "best": ranking}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with these, unless it was another metric that was looked at."""
-        if (state.get("metric"), state.get("mode")) == (self.metric, self.mode):
+        """Restore the ranking, unless it is of another metric or mode."""
+        if (state.get("metric"), state.get("mode")) == (self.monitor.metric, self.monitor.mode):
             self._ranking = [(step, value) for step, value in state["best"]][: self.best]
 
-    def _late(self, trainer: Trainer) -> bool:
-        """Whether the minutes have passed on rank 0, whose clock counts for all. Collective where minutes are asked for."""
+    def _time_is_up(self, trainer: Trainer) -> bool:
+        """Whether ``minutes`` have passed by the clock of rank 0. Collective if minutes is set."""
         if self.minutes is None:
             return False
-        late = trainer.is_main and time.monotonic() - self._saved_time >= 60 * self.minutes
-        return trainer.reduce_sums({"late": late})["late"] > 0
+        due = trainer.is_main and time.monotonic() - self._saved_time >= 60 * self.minutes
+        return trainer.reduce_sums({"due": due})["due"] > 0
 
-    def _with(self, step: int) -> Ranking:
-        """The best checkpoints if this step were saved; the same as before if it is none of them."""
+    def _ranking_with(self, step: int) -> Ranking:
+        """The ranking if this step is saved; unchanged if the step is not among the best."""
         if self._validated is None or self._validated[0] != step or not math.isfinite(self._validated[1]):
             return self._ranking
-        sign = 1 if self.mode == "min" else -1
-        return sorted([*self._ranking, self._validated], key=lambda entry: sign * entry[1])[: self.best]
+        return sorted([*self._ranking, self._validated], key=lambda entry: self.monitor.sort_key(entry[1]))[: self.best]
 
-    def _still_there(self, trainer: Trainer) -> Ranking:
-        """Those that nobody has deleted since, as rank 0 sees its disk. Collective."""
-        there = {checkpoint.step for checkpoint in checkpoints(trainer.output_dir)} if trainer.is_main else set()
-        found = trainer.reduce_sums({str(step): step in there for step, _ in self._ranking})
-        return [(step, value) for step, value in self._ranking if found[str(step)]]
+    def _existing(self, trainer: Trainer) -> Ranking:
+        """The entries whose checkpoints still exist on the disk of rank 0. Collective."""
+        steps = {checkpoint.step for checkpoint in checkpoints(trainer.output_dir)} if trainer.is_main else set()
+        exists = trainer.reduce_sums({str(step): step in steps for step, _ in self._ranking})
+        return [(step, value) for step, value in self._ranking if exists[str(step)]]
 
     def _write_best(self, trainer: Trainer) -> None:
         if not (self.best and trainer.is_main):
@@ -142,33 +143,35 @@ class Checkpoint(Callback):
         file = trainer.output_dir / "best.json"
         if self._ranking:
             step, value = self._ranking[0]
-            write_json(file, {"checkpoint": f"checkpoint-{step}", "metric": self.metric, "value": value})
+            write_json(file, {"checkpoint": f"checkpoint-{step}", "metric": self.monitor.metric, "value": value})
         else:
             file.unlink(missing_ok=True)
 
     def _rotate(self, trainer: Trainer) -> None:
         if not trainer.is_main:
             return
-        # Later steps are there when a run was resumed from an older checkpoint: they are not this run's to count.
-        found = [checkpoint for checkpoint in checkpoints(trainer.output_dir) if checkpoint.step <= trainer.step]
-        for checkpoint in surplus(found, self.keep, {step for step, _ in self._ranking}):
+        # A run that was resumed from an older checkpoint leaves later ones alone.
+        existing = [checkpoint for checkpoint in checkpoints(trainer.output_dir) if checkpoint.step <= trainer.step]
+        for checkpoint in checkpoints_to_delete(existing, self.keep, {step for step, _ in self._ranking}):
             delete(checkpoint.path)
 
 
-def surplus(found: list[SavedCheckpoint], keep: int | None, best: Collection[int] = ()) -> list[SavedCheckpoint]:
-    """Those of ``found`` (oldest first) that rotation deletes: all but the newest ``keep`` and the steps in ``best``.
+def checkpoints_to_delete(
+    existing: list[SavedCheckpoint], keep: int | None, best: Collection[int] = ()
+) -> list[SavedCheckpoint]:
+    """Select the checkpoints (oldest first) that rotation deletes: all but the newest ``keep`` and the steps in ``best``.
 
-    The newest one that was saved because a run ended is outside of the count, as the best are. An older one of that kind, from
-    a run that was continued since, counts like any other.
+    The newest checkpoint that was saved at the end of a run is exempt, like the best ones. Older ones of that kind, from runs
+    that have been resumed since, count like any other.
     """
     if keep is None:
         return []
-    ends = [checkpoint for checkpoint in found if checkpoint.last]
-    return [checkpoint for checkpoint in found if checkpoint not in ends[-1:] and checkpoint.step not in best][:-keep]
+    ends = [checkpoint for checkpoint in existing if checkpoint.last]
+    return [checkpoint for checkpoint in existing if checkpoint not in ends[-1:] and checkpoint.step not in best][:-keep]
 
 
 def delete(checkpoint: Path) -> None:
-    """Rename, then delete. A kill in between leaves no half checkpoint, and the next run sweeps up what is hidden."""
+    """Rename, then delete: a kill in between leaves no incomplete checkpoint, and the next run removes hidden ones."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.deleted.partial")
     remove(hidden)
     os.rename(checkpoint, hidden)

@@ -1,7 +1,7 @@
-"""Consolidate: turns each checkpoint into a model folder from the pieces that the ranks have saved, without gathering.
+"""Consolidate: write the model folder of each checkpoint from the shards that the ranks saved, without a gather.
 
-For runs that are too large to gather at every save: ``callbacks.checkpoint.model: false`` writes only the pieces, and this
-callback puts them together on rank 0, in memory for about one output file, while the others train on.
+For runs that are too large to gather at every save: ``callbacks.checkpoint.model: false`` saves only the training state, and
+this callback merges its shards on rank 0 while the other ranks continue. It needs memory for about one output file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Consolidate(Callback):
     """Writes the weights of each checkpoint as safetensors, from its training state.
 
     Args:
-        dtype: auto for the precision that is trained in, or float32, bfloat16, float16.
+        dtype: auto for the training precision, or float32, bfloat16, float16.
         max_shard_size: largest file, such as "5GB".
     """
 
@@ -27,7 +27,7 @@ class Consolidate(Callback):
         self.dtype, self.max_shard_size = dtype, max_shard_size
 
     def on_checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
-        """The checkpoint is complete; add the model's files to it."""
+        """Add the model files to a complete checkpoint."""
         from bumblebee.checkpoint.consolidate import consolidate
 
         if trainer.is_main:

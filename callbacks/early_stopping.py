@@ -1,4 +1,4 @@
-"""EarlyStopping: ends a run that no longer gets better on the held-out samples."""
+"""EarlyStopping: stop training when a validation metric no longer improves."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
 from bumblebee.formatting import number
-from bumblebee.training.metric_formatting import say
-from bumblebee.training.metric_monitor import check_held_out, check_mode, improves, measured
+from bumblebee.training.metric_formatting import print_line
+from bumblebee.training.metric_monitor import MetricMonitor
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
 
 
 class EarlyStopping(Callback):
-    """Stops when one validation after the other brings no improvement.
+    """Stops training after several validations in a row without improvement.
 
     Args:
-        metric: what is looked at, under the name that validations give it.
-        patience: validations in a row without improvement after which the run ends.
-        min_delta: by how much a value must beat the best one to be an improvement.
-        mode: min where smaller values are better, max where larger ones are.
+        metric: name of the validation metric.
+        patience: number of validations in a row without improvement after which training stops.
+        min_delta: smallest difference to the best value that counts as an improvement.
+        mode: min if lower values are better, max if higher values are better.
 
     Raises:
-        ValueError: patience is less than 1, min_delta is negative, or an unknown mode.
+        ValueError: patience is less than 1, min_delta is negative, or mode is unknown.
     """
 
     def __init__(
@@ -35,44 +35,45 @@ class EarlyStopping(Callback):
     ) -> None:
         if patience < 1:
             raise ValueError(f"patience must be at least 1, got {patience}")
-        if not min_delta >= 0:
-            raise ValueError(f"min_delta must not be negative, got {min_delta}")
-        self.metric, self.patience, self.min_delta, self.mode = metric, patience, min_delta, check_mode(mode)
+        self.monitor = MetricMonitor("EarlyStopping", metric, mode, min_delta)
+        self.patience = patience
         self._best: float | None = None
-        self._in_vain = 0
+        self._without_improvement = 0
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """A run from the start has no best value yet.
+        """Forget earlier values unless the run is resumed.
 
         Raises:
-            ValueError: nothing is held out.
+            ValueError: the data has no validation samples.
         """
-        check_held_out(trainer, "EarlyStopping")
+        self.monitor.require_validation_data(trainer)
         if trainer.step == 0:
-            self._best, self._in_vain = None, 0
+            self._best, self._without_improvement = None, 0
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Better, or one more in vain. Metrics are those of all ranks, so all decide alike.
+        """Stop if patience is exhausted. Metrics are reduced over ranks, so that all ranks decide alike.
 
         Raises:
-            ValueError: the metric is not measured.
+            ValueError: the validation does not report the metric.
         """
-        value = measured(metrics, self.metric, "EarlyStopping")
-        if improves(value, self._best, self.mode, self.min_delta):
-            self._best, self._in_vain = value, 0
+        value = self.monitor.value(metrics)
+        if self.monitor.improves(value, self._best):
+            self._best, self._without_improvement = value, 0
             return
-        self._in_vain += 1
-        if self._in_vain >= self.patience:
+        self._without_improvement += 1
+        if self._without_improvement >= self.patience:
             trainer.should_stop = True
             if trainer.is_main:
-                best = "a finite value" if self._best is None else number(self._best)
-                say(f"stopping early: {self.metric} has not improved on {best} in {self._in_vain} validations")
+                best = "no finite value yet" if self._best is None else f"best {number(self._best)}"
+                count = self._without_improvement
+                print_line(f"early stopping: {self.monitor.metric} did not improve in {count} validations ({best})")
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value, and how many validations have not beaten it."""
-        return {"metric": self.metric, "mode": self.mode, "best": self._best, "in_vain": self._in_vain}
+        """The best value and the number of validations since then."""
+        monitor = self.monitor
+        return {"metric": monitor.metric, "mode": monitor.mode, "best": self._best, "in_vain": self._without_improvement}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting, unless it was another metric that was looked at."""
-        if (state["metric"], state["mode"]) == (self.metric, self.mode):
-            self._best, self._in_vain = state["best"], state["in_vain"]
+        """Restore the values, unless they belong to another metric or mode."""
+        if (state["metric"], state["mode"]) == (self.monitor.metric, self.monitor.mode):
+            self._best, self._without_improvement = state["best"], state["in_vain"]

@@ -1,4 +1,4 @@
-"""FileLog: what happened when, for reading. Each start of a run adds to the same file."""
+"""FileLog: a readable log file with timestamps. Each start of a run appends to it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from bumblebee.training.metric_formatting import progress, sentence, validation_sentence
+from bumblebee.training.metric_formatting import format_metrics, format_progress, format_validation
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
 
 
 class FileLog(Callback):
-    """Writes a log with times: beginning, metrics, validations, checkpoints, errors with their traceback, end.
+    """Logs start, metrics, validations, checkpoints, exceptions with their traceback, and end to a file.
 
     Args:
-        file: its name in output_dir.
-        every: optimizer steps between two lines of metrics; null goes by the clock.
-        interval: seconds between two lines of metrics, where every is null.
+        file: file name in output_dir.
+        every: optimizer steps between two lines of metrics; null uses interval.
+        interval: seconds between two lines of metrics if every is null.
 
     Raises:
-        ValueError: an empty name, every less than 1, or a negative interval.
+        ValueError: file is empty, every is less than 1, or interval is negative.
     """
 
     def __init__(self, file: str = "log.txt", every: int | None = None, interval: float = 30.0) -> None:
@@ -33,41 +33,41 @@ class FileLog(Callback):
         if every is not None and every < 1:
             raise ValueError(f"every must be at least 1 or null, got {every}")
         if not interval >= 0:
-            raise ValueError(f"interval must not be negative, got {interval}")
+            raise ValueError(f"interval must be at least 0, got {interval}")
         self.file, self.every, self.interval = file, every, interval
         self._next_step, self._next_time = 0, 0.0
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Begin, or go on."""
+        """Log the start."""
         self._next_step, self._next_time = 0, 0.0
-        how = f"resume from step {trainer.step:,}" if trainer.step else "begin"
-        self._write(trainer, f"{how}: {trainer.plan.max_steps:,} steps on {trainer.plan.world_size} x {trainer.device}")
+        event = f"resume from step {trainer.step:,}" if trainer.step else "start"
+        self._write(trainer, f"{event}: {trainer.plan.max_steps:,} steps on {trainer.plan.world_size} x {trainer.device}")
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """A line if it is time for one, and for the last step."""
+        """Log the metrics if a line is due, and always after the last step."""
         now, step = time.monotonic(), trainer.step
         due = now >= self._next_time if self.every is None else step >= self._next_step
         if due or step == trainer.plan.max_steps:
             self._next_time, self._next_step = now + self.interval, step + (self.every or 0)
-            self._write(trainer, sentence(metrics))
+            self._write(trainer, format_metrics(metrics))
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """A line."""
-        self._write(trainer, validation_sentence(trainer.step, metrics))
+        """Log the results."""
+        self._write(trainer, format_validation(trainer.step, metrics))
 
     def on_checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
-        """A line."""
+        """Log the path."""
         self._write(trainer, f"checkpoint: {path}")
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        """The error with its traceback."""
+        """Log the traceback."""
         text = "".join(traceback.format_exception(error)).rstrip()
         self._write(trainer, f"failed after step {trainer.step:,}\n{text}")
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """How the run ended."""
-        how = "interrupted" if trainer.interrupted else "stopped" if trainer.should_stop else "end"
-        self._write(trainer, f"{how}: {progress(trainer)}")
+        """Log how the run ended."""
+        event = "interrupted" if trainer.interrupted else "stopped early" if trainer.should_stop else "finished"
+        self._write(trainer, f"{event}: {format_progress(trainer)}")
 
     def _write(self, trainer: Trainer, text: str) -> None:
         if trainer.is_main:

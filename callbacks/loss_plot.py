@@ -1,9 +1,9 @@
-"""LossPlot: the loss curve as a picture that is kept up to date while the run goes on.
+"""LossPlot: a picture of the loss curve, updated during training.
 
-Thin: the loss as logged. Thick: its exponential moving average, corrected for its start at zero as in Adam (arXiv 1412.6980,
-section 3). Points: validations. Dashed, with its own axis: the learning rate. Where preferences are learnt there is a second
-panel with accuracies and margins. The points are kept in memory and in checkpoints; the average is taken before they are
-thinned out, so that it stays the same in long runs.
+Thin line: the logged loss. Thick line: its exponential moving average, bias-corrected as in Adam (arXiv 1412.6980, section 3).
+Points: validation loss. Dashed, on its own axis: the learning rate. Preference training has a second panel with reward
+accuracies and margins. The points are kept in memory and in checkpoints. They are downsampled in long runs, after smoothing, so
+that the average does not change.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from bumblebee.callback import Callback
-from bumblebee.plotting.curves import Average, draw, save
+from bumblebee.plotting.curves import MovingAverage, plot_run, save_figure
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
 
 _REWARDS = ("rewards/accuracies", "rewards/margins")
-_LIMIT = 5_000  # points of a curve, more than a picture has columns
+_MAX_POINTS = 5_000  # of a curve; more than a picture has columns
 
 
 class LossPlot(Callback):
     """Draws loss.png in output_dir.
 
     Args:
-        every: optimizer steps between two drawings; there is one at the end in any case.
-        smoothing: how much of the smoothed loss each logged step keeps; 0 draws no smoothed curve.
+        every: optimizer steps between two updates; the picture is always updated at the end.
+        smoothing: weight of the previous average in the exponential moving average, in [0, 1); 0 draws no smoothed curve.
 
     Raises:
         ValueError: every is less than 1, or smoothing is not in [0, 1).
@@ -42,13 +42,13 @@ class LossPlot(Callback):
         self._clear()
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """A run from the start has an empty picture."""
+        """Start with an empty picture unless the run is resumed."""
         if trainer.step == 0:
             self._clear()
         self._drawn_at = trainer.step
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """One more point; draw if it is time."""
+        """Add a point; draw if due."""
         if math.isfinite(metrics.get("loss", math.nan)):
             smooth = self._average.add(metrics["loss"], self.smoothing)
             self._training.add(trainer.step, metrics["loss"], smooth, metrics["lr"])
@@ -58,42 +58,42 @@ class LossPlot(Callback):
             self._draw(trainer)
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """One more validation point."""
+        """Add a validation point."""
         if math.isfinite(metrics.get("validation_loss", math.nan)):
             self._validation.add(trainer.step, metrics["validation_loss"])
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """The final picture."""
+        """Draw the final picture."""
         self._draw(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The points, and the average."""
+        """The points and the moving average."""
         return {name: copy.deepcopy(vars(part)) for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with these points."""
+        """Restore the points and the moving average."""
         for name, part in self._parts().items():
             vars(part).update(state.get(name, {}))
 
     def _clear(self) -> None:
-        self._training, self._validation, self._average = _Points(4), _Points(2), Average()
-        self._rewards = _Points(3)
+        self._training, self._validation, self._rewards = _Series(4), _Series(2), _Series(3)
+        self._average = MovingAverage()
         self._drawn_at = 0
 
-    def _parts(self) -> dict[str, _Points | Average]:
-        points = {"training": self._training, "validation": self._validation, "rewards": self._rewards}
-        return {**points, "average": self._average}
+    def _parts(self) -> dict[str, _Series | MovingAverage]:
+        series = {"training": self._training, "validation": self._validation, "rewards": self._rewards}
+        return {**series, "average": self._average}
 
     def _draw(self, trainer: Trainer) -> None:
         self._drawn_at = trainer.step
         if trainer.is_main and self._training.columns[0]:
-            figure = draw(self._training.columns, self._validation.columns, self.smoothing, self._rewards.columns)
+            figure = plot_run(self._training.columns, self._validation.columns, self.smoothing, self._rewards.columns)
             figure.suptitle(trainer.output_dir.resolve().name, x=0.01, ha="left", fontsize=13, fontweight="bold")
-            save(figure, trainer.output_dir / "loss.png")
+            save_figure(figure, trainer.output_dir / "loss.png")
 
 
-class _Points:
-    """Columns of numbers. When they are full every second row goes, and from then on only every second is taken."""
+class _Series:
+    """Columns of numbers of limited length. A full series drops every second row and halves its sampling rate."""
 
     def __init__(self, width: int) -> None:
         self.columns: list[list[float]] = [[] for _ in range(width)]
@@ -104,6 +104,6 @@ class _Points:
             for column, value in zip(self.columns, row, strict=True):
                 column.append(float(f"{value:.6g}") if isinstance(value, float) else value)
         self.seen += 1
-        if len(self.columns[0]) > _LIMIT:
+        if len(self.columns[0]) > _MAX_POINTS:
             self.columns = [column[::2] for column in self.columns]
             self.stride *= 2

@@ -1,4 +1,4 @@
-"""ProgressBar: how far the run is. A bar where somebody watches a terminal, a plain line now and then where nobody does."""
+"""ProgressBar: a tqdm bar on a terminal, plain lines at intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from bumblebee.callback import Callback
 from bumblebee.formatting import duration, number, short
-from bumblebee.training.metric_formatting import validation_sentence
+from bumblebee.training.metric_formatting import format_validation
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
 
-_SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "lr": "lr"}  # of the metrics
+_SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "lr": "lr"}  # metric -> label
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}, {remaining} left{postfix}]"
 
 
@@ -23,8 +23,8 @@ class ProgressBar(Callback):
     """Shows step, loss, learning rate, tokens per second and the time left.
 
     Args:
-        refresh: seconds between two drawings of the bar on a terminal.
-        interval: seconds between two lines where the output is not a terminal.
+        refresh: seconds between two updates of the bar on a terminal.
+        interval: seconds between two lines if the output is not a terminal.
 
     Raises:
         ValueError: a negative number of seconds.
@@ -33,52 +33,52 @@ class ProgressBar(Callback):
     def __init__(self, refresh: float = 0.2, interval: float = 30.0) -> None:
         for name, value in (("refresh", refresh), ("interval", interval)):
             if not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
+                raise ValueError(f"{name} must be at least 0, got {value}")
         self.refresh, self.interval = refresh, interval
-        self._display: _Bar | _Lines | None = None
-        self._marks: deque[tuple[float, int]] = deque(maxlen=20)  # (time, tokens) of the last lines of metrics
-        self._tokens_per_second = 0.0  # not known yet
+        self._display: _Display | None = None
+        self._marks: deque[tuple[float, int]] = deque(maxlen=20)  # (time, tokens) of the latest logged steps
+        self._tokens_per_second = 0.0  # unknown yet
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Choose how to show it; nothing is drawn yet, since other callbacks may have something to say first."""
+        """Choose the display. Nothing is drawn yet, since other callbacks may print first."""
         if trainer.is_main:
-            watched = sys.stdout.isatty() and sys.stderr.isatty()
+            is_terminal = sys.stdout.isatty() and sys.stderr.isatty()
             total, done = trainer.plan.max_steps, trainer.step
-            self._display = _Bar(total, done, self.refresh) if watched else _Lines(total, done, self.interval)
+            self._display = _Bar(total, done, self.refresh) if is_terminal else _Lines(total, done, self.interval)
         self._restart_clock(trainer)
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """New numbers beside the bar, or a line if it is time for one."""
+        """Show the metrics."""
         if self._display is not None:
             self._measure(trainer)
             shown = [f"{label} {number(metrics[name])}" for name, label in _SHOWN.items() if name in metrics]
             if self._tokens_per_second:
                 shown.append(f"{short(self._tokens_per_second)} tokens/s")
-            self._display.numbers(trainer.step, " · ".join(shown))
+            self._display.show_metrics(trainer.step, " · ".join(shown))
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """A line of its own."""
+        """Print the results on a line of their own."""
         if self._display is not None:
-            self._display.note(validation_sentence(trainer.step, metrics))
+            self._display.print_line(format_validation(trainer.step, metrics))
         self._restart_clock(trainer)
 
     def on_checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
-        """Tokens per second are those of training alone."""
+        """Exclude the time of saving from tokens per second."""
         self._restart_clock(trainer)
 
     def on_save(self, trainer: Trainer) -> None:
-        """Move the bar; here and not when the step ends, so that it is drawn together with the step's numbers."""
+        """Advance the bar; in this hook so that it is drawn together with the metrics of the step."""
         if self._display is not None:
-            self._display.move(trainer.step)
+            self._display.advance(trainer.step)
         if trainer.step == trainer.plan.max_steps or trainer.should_stop:
-            self._close()  # before other callbacks say what they say at the end
+            self._close()  # before other callbacks print at the end of the run
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        """Leave the terminal to the error message."""
+        """Close the bar before the error message."""
         self._close()
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """For a run that had no step left to do."""
+        """Close the bar of a run that had no steps left."""
         self._close()
 
     def _close(self) -> None:
@@ -92,31 +92,38 @@ class ProgressBar(Callback):
 
     def _measure(self, trainer: Trainer) -> None:
         self._marks.append((time.monotonic(), trainer.tokens))
-        (began, before), (now, tokens) = self._marks[0], self._marks[-1]
-        if tokens > before:  # not in the step of a restart
-            self._tokens_per_second = (tokens - before) / max(now - began, 1e-9)
+        (began, tokens_before), (now, tokens) = self._marks[0], self._marks[-1]
+        if tokens > tokens_before:  # not so in the step of a restart of the clock
+            self._tokens_per_second = (tokens - tokens_before) / max(now - began, 1e-9)
+
+
+class _Display(Protocol):
+    def show_metrics(self, step: int, text: str) -> None: ...
+    def advance(self, step: int) -> None: ...
+    def print_line(self, text: str) -> None: ...
+    def close(self) -> None: ...
 
 
 class _Bar:
-    """tqdm's bar on standard error."""
+    """A tqdm bar on stderr."""
 
     def __init__(self, total: int, done: int, refresh: float) -> None:
         from tqdm import tqdm
 
-        # miniters=1: the clock alone decides when to draw; else steps that become slower freeze the bar.
-        # delay: above zero it keeps tqdm from drawing at once.
+        # miniters=1: only the clock decides when to draw; otherwise the bar freezes when steps get slower.
+        # delay > 0: tqdm does not draw immediately.
         self._tqdm = tqdm(
             total=total, initial=done, mininterval=refresh, miniters=1, delay=1e-9,
             dynamic_ncols=True, bar_format=_BAR, file=sys.stderr,
         )  # fmt: skip
 
-    def numbers(self, step: int, text: str) -> None:
+    def show_metrics(self, step: int, text: str) -> None:
         self._tqdm.set_postfix_str(text, refresh=False)
 
-    def move(self, step: int) -> None:
+    def advance(self, step: int) -> None:
         self._tqdm.update(step - self._tqdm.n)
 
-    def note(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         self._tqdm.write(text)
 
     def close(self) -> None:
@@ -124,32 +131,32 @@ class _Bar:
 
 
 class _Lines:
-    """Plain lines on standard output: the first, the last, and one an interval."""
+    """Plain lines on stdout: the first and the last step, and one line per interval."""
 
     def __init__(self, total: int, done: int, interval: float) -> None:
         self._total, self._done, self._interval = total, done, interval
         self._began = time.monotonic()
         self._next = self._began
-        self._waiting: str | None = None
+        self._pending: str | None = None
 
-    def numbers(self, step: int, text: str) -> None:
+    def show_metrics(self, step: int, text: str) -> None:
         now = time.monotonic()
         left = (now - self._began) / (step - self._done) * (self._total - step)
-        self._waiting = f"step {step:,}/{self._total:,} · {text} · {duration(left)} left"
+        self._pending = f"step {step:,}/{self._total:,} · {text} · {duration(left)} left"
         if now >= self._next or step == self._total:
             self._next = now + self._interval
-            self._show_waiting()
+            self._print_pending()
 
-    def move(self, step: int) -> None:
-        """A line has no place to move to."""
+    def advance(self, step: int) -> None:
+        """Nothing to draw."""
 
-    def note(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         print(text, flush=True)
 
     def close(self) -> None:
-        self._show_waiting()
+        self._print_pending()
 
-    def _show_waiting(self) -> None:
-        if self._waiting is not None:
-            print(self._waiting, flush=True)
-        self._waiting = None
+    def _print_pending(self) -> None:
+        if self._pending is not None:
+            print(self._pending, flush=True)
+        self._pending = None

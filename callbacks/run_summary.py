@@ -1,212 +1,39 @@
-"""RunSummary: what is about to be trained, on what, how: one block to read before the first step, and summary.json.
-
-``summarize`` collects plain values; ``block`` makes sentences of them.
-"""
+"""RunSummary: describe the run before the first step, and its outcome at the end."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import bumblebee
 from bumblebee.callback import Callback
-from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
-from bumblebee.formatting import number, short
-from bumblebee.hardware.flops import active_parameters
 from bumblebee.json_files import write_json
-from bumblebee.training.metric_formatting import progress
+from bumblebee.training.metric_formatting import format_progress
+from bumblebee.training.run_summary import format_summary, summarize
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
 
-Section = dict[str, Any]
-
-# In the summary: in a model's config. Hugging Face's names, which other models have too.
-_SHAPE = {
-    "layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "vocabulary": "vocab_size",
-}
-
 
 class RunSummary(Callback):
-    """Prints what the run consists of, and writes it to summary.json; at the end, what has become of it."""
+    """Prints what the run consists of and writes it to summary.json; prints the outcome at the end."""
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Everything is set up now, and nothing has been trained."""
+        """Print and write the summary."""
         if trainer.is_main:
-            # What a DataModule or a schedule says of itself need not be JSON.
+            # The options of DataModules and schedules need not be JSON values.
             summary = json.loads(json.dumps(summarize(trainer), default=str))
             write_json(trainer.output_dir / "summary.json", summary)
-            print(block(summary), flush=True)
+            print(format_summary(summary), flush=True)
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """What has become of it, and how to go on."""
+        """Print the outcome and, for an interrupted run, how to resume it."""
         if trainer.is_main:
-            print(ending(trainer), flush=True)
+            print(format_outcome(trainer), flush=True)
 
 
-def ending(trainer: Trainer) -> str:
-    """The run in one line."""
+def format_outcome(trainer: Trainer) -> str:
+    """The outcome of the run on one line."""
     if trainer.interrupted:
-        return f"interrupted: {progress(trainer)}; go on with --trainer.resume auto"
-    return f"{'stopped' if trainer.should_stop else 'done'}: {progress(trainer)}; the model is in {trainer.output_dir}"
-
-
-# -- collecting --------------------------------------------------------------------------------------------------------
-
-
-def summarize(trainer: Trainer) -> dict[str, Section]:
-    """Sections of plain values."""
-    return {
-        "run": {
-            "bumblebee": bumblebee.__version__,
-            "output_dir": str(trainer.output_dir),
-            "seed": trainer.seed,
-            "resumed_from_step": trainer.step or None,
-        },
-        "model": _model(trainer),
-        "task": {"class": type(trainer.task).__name__, **trainer.task.summary()},
-        "data": {"class": type(trainer.data).__name__, **trainer.data.summary()},
-        "plan": _plan(trainer),
-        "device": _device(trainer),
-        "optimizer": _optimizer(trainer),
-        "schedule": {"class": type(trainer.schedule).__name__, **vars(trainer.schedule)},
-        "callbacks": {name: type(callback).__name__ for name, callback in trainer.callbacks.items()},
-    }
-
-
-def _model(trainer: Trainer) -> Section:
-    model = trainer.task.model
-    config = getattr(model, "config", None)
-    shape = {name: getattr(config, field, None) for name, field in _SHAPE.items()}
-    return {
-        "class": type(model).__name__,
-        "parameters": sum(full_numel(p) for p in model.parameters()),
-        "trainable_parameters": sum(full_numel(p) for p in model.parameters() if p.requires_grad),
-        "active_parameters": active_parameters(model),
-        **{name: value for name, value in shape.items() if value is not None},
-        "attention": _attention(trainer),
-    }
-
-
-def _attention(trainer: Trainer) -> str | None:
-    """The kernel that attention runs on, None for a model that is not ours."""
-    import torch
-
-    from bumblebee.model import Bumblebee
-    from bumblebee.nn.attention_kernels import choose
-
-    model = trainer.task.model
-    if not isinstance(model, Bumblebee):
-        return None
-    return choose(model.attention, torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
-
-
-def _plan(trainer: Trainer) -> Section:
-    plan = trainer.plan
-    return {
-        "epochs": round(plan.epoch(plan.max_steps), 6),
-        "steps_per_epoch": plan.steps_per_epoch,
-        "steps": plan.max_steps,
-        "micro_batch_size": plan.micro_batch_size,
-        "accumulate": plan.accumulate,
-        "ranks": plan.world_size,
-        "samples_per_step": plan.samples_per_step,
-    }
-
-
-def _device(trainer: Trainer) -> Section:
-    import torch
-
-    name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else None
-    return {
-        "device": str(trainer.device),
-        "name": name,
-        "precision": trainer.precision,
-        "zero_stage": trainer.zero_stage,
-    }
-
-
-def _optimizer(trainer: Trainer) -> Section:
-    engine = trainer.engine
-    groups = [
-        {
-            "learning_rate": group.get("initial_lr", group["lr"]),  # the schedule changes "lr"
-            "weight_decay": group.get("weight_decay", 0.0),
-            "parameters": size,
-        }
-        for group, size in zip(engine.parameter_groups, engine.group_sizes, strict=True)
-    ]
-    return {"class": engine.optimizer_name, "groups": groups, "gradient_clip": trainer.gradient_clip}
-
-
-# -- telling -----------------------------------------------------------------------------------------------------------
-
-
-def block(summary: dict[str, Section]) -> str:
-    """The summary as lines to read."""
-    run = summary["run"]
-    lines = {
-        "model": _model_line(summary["model"]),
-        "task": _named(summary["task"]),
-        "data": _named(summary["data"]),
-        "plan": _plan_line(summary["plan"]),
-        "device": _device_line(summary["device"], summary["plan"]["ranks"]),
-        "optimizer": _optimizer_line(summary["optimizer"]),
-        "schedule": _named(summary["schedule"]),
-        "callbacks": ", ".join(summary["callbacks"].values()) or "none",
-        "output": run["output_dir"],
-    }
-    if run["resumed_from_step"]:
-        lines["resumed"] = f"from step {number(run['resumed_from_step'])}"
-    return "\n".join([f"Bumblebee {run['bumblebee']}", *(f"  {name:<10} {line}" for name, line in lines.items())])
-
-
-def _model_line(model: Section) -> str:
-    count, trained = model["parameters"], model["trainable_parameters"]
-    share = "all trained" if trained == count else f"{short(trained)} ({trained / count:.2%}) trained"
-    active = f" ({short(model['active_parameters'])} active)" if model["active_parameters"] < count else ""
-    parts = [f"{model['class']}, {short(count)} parameters{active}, {share}"]
-    parts += [f"{name.replace('_', ' ')} {number(model[name])}" for name in _SHAPE if name in model]
-    if model["attention"]:
-        parts.append(f"attention {model['attention']}")
-    return ", ".join(parts)
-
-
-def _plan_line(plan: Section) -> str:
-    return (
-        f"{plan['epochs']:.3g} epochs of {number(plan['steps_per_epoch'])} steps = {number(plan['steps'])} steps"
-        f" of {number(plan['samples_per_step'])} samples (micro batch {plan['micro_batch_size']}"
-        f" x accumulate {plan['accumulate']} x ranks {plan['ranks']})"
-    )
-
-
-def _device_line(device: Section, ranks: int) -> str:
-    name = device["name"] or device["device"]
-    return f"{ranks} x {name}, {device['precision']}, ZeRO stage {device['zero_stage']}"
-
-
-def _optimizer_line(optimizer: Section) -> str:
-    groups = [
-        f"lr {group['learning_rate']:g} and weight decay {group['weight_decay']:g} on {short(group['parameters'])}"
-        for group in optimizer["groups"]
-    ]
-    clip = optimizer["gradient_clip"]
-    return "; ".join([f"{optimizer['class']}: {groups[0]}", *groups[1:], f"gradient clip {clip:g}" if clip else "no clip"])
-
-
-def _named(section: Section) -> str:
-    """A class and what it says of itself."""
-    rest = [
-        f"{key.replace('_', ' ')} {_shown(value)}" for key, value in section.items() if key != "class" and value is not None
-    ]
-    return ", ".join([section["class"], *rest])
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return number(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return f"interrupted at {format_progress(trainer)}; resume with --trainer.resume auto"
+    event = "stopped early" if trainer.should_stop else "finished"
+    return f"{event} at {format_progress(trainer)}; model saved in {trainer.output_dir}"

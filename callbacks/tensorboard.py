@@ -1,4 +1,4 @@
-"""TensorBoard: the run's metrics as event files, shown by ``tensorboard --logdir runs``."""
+"""TensorBoard: metrics as event files, displayed by ``tensorboard --logdir runs``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from bumblebee.training.metric_formatting import without_prefix
+from bumblebee.training.metric_formatting import strip_validation_prefix
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -18,10 +18,10 @@ class TensorBoard(Callback):
     """Writes metrics for TensorBoard as ``train/...`` and ``validation/...``.
 
     Args:
-        folder: where in output_dir the event files go.
+        folder: folder of the event files in output_dir.
 
     Raises:
-        ValueError: an empty name.
+        ValueError: folder is empty.
     """
 
     def __init__(self, folder: str = "tensorboard") -> None:
@@ -31,7 +31,7 @@ class TensorBoard(Callback):
         self._writer: SummaryWriter | None = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Open an event file; TensorBoard then forgets what an earlier start logged after the step we go on from."""
+        """Open an event file. TensorBoard discards what an earlier start logged after the step that is resumed from."""
         if trainer.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -39,19 +39,19 @@ class TensorBoard(Callback):
             self._writer = SummaryWriter(str(trainer.output_dir / self.folder), purge_step=purge_step)
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """One point a metric."""
+        """Add training metrics."""
         self._add(trainer.step, "train", {name: value for name, value in metrics.items() if name != "step"})
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """One point a metric."""
-        self._add(trainer.step, "validation", without_prefix(metrics))
+        """Add validation metrics."""
+        self._add(trainer.step, "validation", strip_validation_prefix(metrics))
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        """Close the file."""
+        """Close the event file."""
         self._close()
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Close the file."""
+        """Close the event file."""
         self._close()
 
     def _add(self, step: int, group: str, metrics: Mapping[str, float]) -> None:

@@ -1,13 +1,14 @@
-"""Throughput: how fast a run trains, and how much of its devices that uses.
+"""Throughput: tokens per second, FLOP/s, MFU and peak memory.
 
-Only steps are timed, from waiting for their data to the end of the optimizer's work; what callbacks do in between, such as
-saving, drawing and generating, is not. A step in which a validation came in between is left out, and so is the first one of
-each start, in which kernels are compiled and memory is found.
+Only training steps are timed, from waiting for data to the end of the optimizer step; saving, plotting and generating are not.
+Steps that include a validation are left out, and so is the first step of each start, which compiles kernels and allocates
+memory.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bumblebee.callback import Callback
@@ -17,150 +18,154 @@ from bumblebee.hardware import flops
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
     from bumblebee.trainer import Trainer
+
+
+@dataclass
+class _Work:
+    """Training work and the time it took."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    flops: float = 0.0
+
+    def add(self, work: _Work) -> None:
+        self.seconds += work.seconds
+        self.tokens += work.tokens
+        self.flops += work.flops
 
 
 class Throughput(Callback):
     """Adds tokens_per_second, tflops, mfu and memory_gb to the metrics.
 
-    tokens_per_second counts the targets of all devices. tflops are each device's, by the rule of PaLM (arXiv 2204.02311,
-    appendix B), prompts and padding included; mfu is their share of what the device could do. memory_gb is the most that the
-    fullest device has held so far; on a CPU, its process.
+    tokens_per_second counts the targets of all devices. tflops are per device, by the rule of PaLM (arXiv 2204.02311, appendix
+    B), prompts and padding included; mfu is their share of the device's peak. memory_gb is the peak memory of the fullest
+    device so far; on a CPU, of its process.
 
     Args:
-        every: optimizer steps that are taken together.
-        peak_tflops: of one device in the precision that is trained in; null looks GPUs up, and measures a CPU.
+        every: optimizer steps to average over.
+        peak_tflops: peak of one device in the training precision; null looks GPUs up in a table, and measures a CPU.
 
     Raises:
-        ValueError: every is less than 1, or peak_tflops is not more than 0.
+        ValueError: every is less than 1, or peak_tflops is not greater than 0.
     """
 
     _recent: _Work  # since the last report, of this rank
     _total: _Work  # of this start, of all ranks
-    _began: float | None  # when the step that is timed began
+    _began: float | None  # start of the step that is timed
     _warm: bool  # the first step is over
     _memory: float
     _peak: float | None
-    _handle: Any
+    _handle: RemovableHandle | None
 
     def __init__(self, every: int = 10, peak_tflops: float | None = None) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         if peak_tflops is not None and not peak_tflops > 0:
-            raise ValueError(f"peak_tflops must be more than 0 or null, got {peak_tflops}")
+            raise ValueError(f"peak_tflops must be greater than 0 or null, got {peak_tflops}")
         self.every, self.peak_tflops = every, peak_tflops
         self._clear()
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Find out what can be reached, and count from now on what goes through the model."""
+        """Determine the peak, and count FLOPs of forward passes from here on."""
         self._clear()
-        self._peak = self.peak_tflops or _known_peak(trainer)
-        self._per_token = flops.per_token(trainer.task.model)
-        self._handle = trainer.engine.model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._peak = self.peak_tflops or _peak_tflops(trainer)
+        self._flops_per_token = flops.weight_flops_per_token(trainer.task.model)
+        self._handle = trainer.engine.model.register_forward_pre_hook(self._count_flops, with_kwargs=True)
 
     def on_step_start(self, trainer: Trainer) -> None:
-        """Start the clock; the device is idle, since the ranks have just talked to each other."""
-        self._began, self._tokens_before, self._operations = time.perf_counter(), trainer.tokens, 0.0
+        """Start the clock. The device is idle: the ranks have just exchanged their target counts."""
+        self._began, self._tokens_before, self._step_flops = time.perf_counter(), trainer.tokens, 0.0
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """What the clock shows is no training step any more."""
+        """Discard the step: its time includes the validation."""
         self._began = None
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """Stop the clock; report if it is time."""
+        """Stop the clock; log the averages if due."""
         if self._began is not None and self._warm:
-            _wait_for(trainer.device)
+            _synchronize(trainer.device)
             seconds = time.perf_counter() - self._began
-            self._recent.add(seconds, trainer.tokens - self._tokens_before, self._operations)
+            self._recent.add(_Work(seconds, trainer.tokens - self._tokens_before, self._step_flops))
         self._began, self._warm = None, True
         if trainer.step % self.every == 0 or trainer.step == trainer.plan.max_steps:
             for name, value in self._collect(trainer).items():
                 trainer.log(name, value)
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        """Let go of the model."""
-        self._let_go()
+        """Remove the hook from the model."""
+        self._remove_hook()
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """One line about the whole run."""
-        self._let_go()
-        self._collect(trainer)  # what a run that stopped early has left
-        figures = self._figures(self._total, trainer)
-        if trainer.is_main and figures:
-            print(f"throughput: {_sentence(figures, self._memory, self._peak)}", flush=True)
+        """Print the averages over the whole run."""
+        self._remove_hook()
+        self._collect(trainer)  # steps since the last report of a run that stopped early
+        averages = self._averages(self._total, trainer)
+        if trainer.is_main and averages:
+            print(f"throughput: {_describe(averages, self._memory, self._peak)}", flush=True)
 
     def _clear(self) -> None:
         self._recent, self._total = _Work(), _Work()
         self._began, self._warm = None, False
         self._memory, self._peak, self._handle = 0.0, None, None
 
-    def _let_go(self) -> None:
+    def _remove_hook(self) -> None:
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
 
-    def _count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Each pass that is trained on, by the shape (B, T) of its ids."""
+    def _count_flops(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: add the FLOPs of each pass with gradients, from the shape (B, T) of its input ids."""
         import torch
 
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if torch.is_tensor(ids) and torch.is_grad_enabled():
-            self._operations += ids.numel() * (self._per_token + flops.of_attention(module, ids.shape[-1]))
+        if isinstance(ids, torch.Tensor) and torch.is_grad_enabled():
+            self._step_flops += ids.numel() * (self._flops_per_token + flops.attention_flops_per_token(module, ids.shape[-1]))
 
     def _collect(self, trainer: Trainer) -> dict[str, float]:
-        """The figures since the last time, with the work of all ranks. Collective."""
+        """The metrics since the last report, over all ranks. Collective."""
         ranks = trainer.plan.world_size
-        memory = {f"memory {rank}": _memory(trainer.device) * (rank == process_group.rank()) for rank in range(ranks)}
-        sums = trainer.reduce_sums({"operations": self._recent.operations, **memory})
+        memory = {f"memory {rank}": _peak_memory(trainer.device) * (rank == process_group.rank()) for rank in range(ranks)}
+        sums = trainer.reduce_sums({"flops": self._recent.flops, **memory})
         self._memory = max(sums[name] for name in memory)
-        recent = _Work(self._recent.seconds, self._recent.tokens, sums["operations"])
-        self._total.add(recent.seconds, recent.tokens, recent.operations)
+        recent = _Work(self._recent.seconds, self._recent.tokens, sums["flops"])
+        self._total.add(recent)
         self._recent = _Work()
-        figures = self._figures(recent, trainer)
-        return {**figures, "memory_gb": self._memory} if figures else {}
+        averages = self._averages(recent, trainer)
+        return {**averages, "memory_gb": self._memory} if averages else {}
 
-    def _figures(self, work: _Work, trainer: Trainer) -> dict[str, float]:
+    def _averages(self, work: _Work, trainer: Trainer) -> dict[str, float]:
         if not work.seconds:
             return {}
-        figures = {"tokens_per_second": work.tokens / work.seconds}
-        if work.operations:
-            figures["tflops"] = work.operations / work.seconds / trainer.plan.world_size / 1e12
+        averages = {"tokens_per_second": work.tokens / work.seconds}
+        if work.flops:
+            averages["tflops"] = work.flops / work.seconds / trainer.plan.world_size / 1e12
             if self._peak is not None:
-                figures["mfu"] = figures["tflops"] / self._peak
-        return figures
+                averages["mfu"] = averages["tflops"] / self._peak
+        return averages
 
 
-class _Work:
-    """What was done in how long."""
-
-    def __init__(self, seconds: float = 0.0, tokens: int = 0, operations: float = 0.0) -> None:
-        self.seconds, self.tokens, self.operations = seconds, tokens, operations
-
-    def add(self, seconds: float, tokens: int, operations: float) -> None:
-        self.seconds += seconds
-        self.tokens += tokens
-        self.operations += operations
-
-
-def _known_peak(trainer: Trainer) -> float | None:
-    """TFLOP/s of one device; None for a GPU that is not in the table, or in fp32, for which there is none."""
+def _peak_tflops(trainer: Trainer) -> float | None:
+    """Peak TFLOP/s of one device; None for a GPU that is not in the table, and in fp32, which the table lacks."""
     import torch
 
     if trainer.device.type == "cpu":
-        return flops.measured_peak(torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
-    return None if trainer.precision == "fp32" else flops.peak_of(torch.cuda.get_device_name(trainer.device))
+        return flops.measure_peak_tflops(torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
+    return None if trainer.precision == "fp32" else flops.peak_tflops(torch.cuda.get_device_name(trainer.device))
 
 
-def _wait_for(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     import torch
 
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # the trainer waits at the end of each step anyway
+        torch.cuda.synchronize(device)  # the trainer synchronizes at the end of each step anyway
 
 
-def _memory(device: torch.device) -> float:
-    """The most gigabytes held at any time so far."""
+def _peak_memory(device: torch.device) -> float:
+    """Peak memory so far in GB."""
     import torch
 
     if device.type == "cuda":
@@ -172,9 +177,10 @@ def _memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def _sentence(figures: dict[str, float], memory: float, peak: float | None) -> str:
-    parts = [f"{short(figures['tokens_per_second'])} tokens/s"]
-    if "tflops" in figures:
-        share = f", {figures['mfu']:.1%} of {peak:.4g}" if "mfu" in figures else ""
-        parts.append(f"{figures['tflops']:.3g} TFLOP/s a device{share}")
-    return " · ".join([*parts, f"{memory:.3g} GB at most"])
+def _describe(averages: dict[str, float], memory: float, peak: float | None) -> str:
+    parts = [f"{short(averages['tokens_per_second'])} tokens/s"]
+    if "tflops" in averages:
+        parts.append(f"{averages['tflops']:.3g} TFLOP/s per device")
+    if "mfu" in averages:
+        parts.append(f"MFU {averages['mfu']:.1%} of {peak:.4g} TFLOP/s")
+    return " · ".join([*parts, f"peak memory {memory:.3g} GB"])

@@ -1,4 +1,4 @@
-"""Validation: when the held-out samples are looked at. How is the task's business; what comes out goes to all callbacks."""
+"""Validation: when to validate. The task computes the metrics; all callbacks receive them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 class Validation(Callback):
-    """Measures the model on the data's validation samples while it trains.
+    """Evaluates the model on the validation samples during training.
 
     Args:
         every: optimizer steps between two validations; null validates at the end of each epoch.
-        at_start: validate before the first step, too.
-        at_end: validate after the last step, too.
+        at_start: also validate before the first step.
+        at_end: also validate after the last step.
 
     Raises:
         ValueError: every is less than 1.
@@ -28,25 +28,25 @@ class Validation(Callback):
         self.every, self.at_start, self.at_end = every, at_start, at_end
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Refuse data that has nothing to validate on.
+        """Check the data.
 
         Raises:
-            ValueError: what to set.
+            ValueError: the data has no validation samples.
         """
         if not len(trainer.data.validation or ()):
             raise ValueError(
-                "callbacks: Validation has no validation samples: set data.validation_ratio or data.validation_files,"
+                "callbacks: Validation needs validation samples: set data.validation_ratio or data.validation_files,"
                 " or remove the callback"
             )
 
     def on_step_start(self, trainer: Trainer) -> None:
-        """The model as it was; a resumed run has seen that already."""
+        """Validate the initial model. A resumed run has done so before."""
         if self.at_start and trainer.step == 0:
             trainer.validate()
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """Validate if it is time: several reasons at one step are one validation."""
-        # Not a multiple of steps_per_epoch: a run that was resumed on other ranks has other steps.
+        """Validate if due; several reasons at one step give one validation."""
+        # Not a multiple of steps_per_epoch: a run that is resumed on other ranks has other steps.
         due = trainer.plan.epoch(trainer.step) % 1 == 0 if self.every is None else trainer.step % self.every == 0
         if due or (self.at_end and trainer.step == trainer.plan.max_steps):
             trainer.validate()

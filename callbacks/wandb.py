@@ -1,6 +1,6 @@
-"""WandB: the run's metrics at Weights & Biases, or in a folder that ``wandb sync`` sends there later.
+"""WandB: metrics sent to Weights & Biases, or written to a folder for ``wandb sync``.
 
-The only file that imports wandb. A run that is continued is continued there as well: its id is kept in the checkpoints.
+The only module that imports wandb. A resumed run continues the same W&B run, whose id is part of the checkpoints.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
-from bumblebee.training.metric_formatting import without_prefix
-from callbacks.run_summary import summarize
+from bumblebee.training.metric_formatting import strip_validation_prefix
+from bumblebee.training.run_summary import summarize
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
@@ -25,18 +25,18 @@ class WandB(Callback):
     """Sends metrics to Weights & Biases as ``train/...`` and ``validation/...``.
 
     Args:
-        project: its name there.
-        name: of the run; null lets wandb think of one.
+        project: W&B project.
+        name: name of the run; null lets W&B choose one.
         offline: write to output_dir/wandb only; needs neither network nor account.
-        log_every: optimizer steps between two points; fewer are there where trainer.log_every is larger.
+        log_every: optimizer steps between two points, at least trainer.log_every.
         log_model: upload the model folder when the run is complete.
-        log_code: upload the Python and YAML files below the working folder.
-        watch: also histograms of gradients, parameters or all (both).
+        log_code: upload the Python and YAML files of the working directory.
+        watch: also log histograms of gradients, parameters or all (both).
         watch_every: optimizer steps between two histograms.
-        tags: of the run.
+        tags: tags of the run.
 
     Raises:
-        ValueError: an empty project, an unknown watch, or a number of steps less than 1.
+        ValueError: project is empty, watch is unknown, or a number of steps is less than 1.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class WandB(Callback):
         self._run: Any = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Open the run, or go on with it.
+        """Start or resume the W&B run.
 
         Raises:
-            ValueError: wandb is not installed, cannot start, or is to watch a model that ZeRO has cut into pieces.
+            ValueError: wandb is not installed or cannot start, or watch is set at ZeRO stage 3.
         """
         if find_spec("wandb") is None:
             raise ValueError("callbacks: WandB needs the wandb package: pip install 'bumblebee[wandb]'")
         if self.watch and trainer.zero_stage == 3:
-            raise ValueError(f"callbacks: WandB.watch {self.watch!r} sees only pieces at trainer.zero_stage 3: set it to null")
+            raise ValueError(f"callbacks: WandB.watch {self.watch!r} sees only shards at trainer.zero_stage 3; set it to null")
         if trainer.step == 0:
             self._id = None
         if not trainer.is_main:
@@ -81,36 +81,36 @@ class WandB(Callback):
         self._run = self._open(trainer)
         self._id = self._run.id
         if self.watch:
-            passes = self.watch_every * trainer.plan.accumulate
-            self._run.watch(trainer.engine.model, log=self.watch, log_freq=passes)
+            forward_passes = self.watch_every * trainer.plan.accumulate
+            self._run.watch(trainer.engine.model, log=self.watch, log_freq=forward_passes)
         if self.log_code:
-            self._run.log_code(".", include_fn=_is_source, exclude_fn=_is_not_ours)
+            self._run.log_code(".", include_fn=_is_source, exclude_fn=_is_excluded)
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """One point a metric."""
+        """Log training metrics."""
         if trainer.step % self.log_every == 0 or trainer.step == trainer.plan.max_steps:
             self._add(trainer.step, "train", {name: value for name, value in metrics.items() if name != "step"})
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """One point a metric."""
-        self._add(trainer.step, "validation", without_prefix(metrics))
+        """Log validation metrics."""
+        self._add(trainer.step, "validation", strip_validation_prefix(metrics))
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        """Close the run as failed."""
+        """Finish the W&B run as failed."""
         self._close(failed=True)
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Upload the model if that was asked for, and close the run."""
+        """Upload the model if log_model is set, and finish the W&B run."""
         if self._run is not None and self.log_model and not trainer.interrupted:
             self._run.log_artifact(_model_artifact(trainer.output_dir, f"model-{self._id}"))
         self._close(failed=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """The run's id at wandb."""
+        """The id of the W&B run."""
         return {"id": self._id}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with that run."""
+        """Restore the id."""
         self._id = state["id"]
 
     def _open(self, trainer: Trainer) -> Any:
@@ -127,7 +127,7 @@ class WandB(Callback):
             ) from error
 
     def _add(self, step: int, group: str, metrics: Mapping[str, float]) -> None:
-        # What is logged for the same step is one point there. Points of steps that are done again are refused: they are there.
+        # W&B merges metrics of the same step, and ignores earlier steps, which a resumed run repeats.
         if self._run is not None:
             self._run.log({f"{group}/{name}": value for name, value in metrics.items()}, step=step)
 
@@ -140,7 +140,7 @@ class WandB(Callback):
 
 
 def _configuration(trainer: Trainer) -> dict[str, Any]:
-    """What the run consists of: the resolved recipe where there is one, else what RunSummary tells."""
+    """The resolved recipe if there is one, otherwise the run summary."""
     recipe = trainer.output_dir / "recipe.yaml"
     if recipe.is_file():
         import yaml
@@ -154,7 +154,7 @@ def _model_artifact(folder: Path, name: str) -> Any:
 
     artifact = wandb.Artifact(name, type="model")
     for path in sorted(path for pattern in _MODEL_FILES for path in folder.glob(pattern)):
-        artifact.add_file(str(path), policy="immutable")  # no copy: nobody changes it any more
+        artifact.add_file(str(path), policy="immutable")  # no copy: the file does not change any more
     return artifact
 
 
@@ -162,6 +162,6 @@ def _is_source(path: str) -> bool:
     return path.endswith((".py", ".yaml"))
 
 
-def _is_not_ours(path: str, root: str) -> bool:
+def _is_excluded(path: str, root: str) -> bool:
     parts = Path(path).resolve().relative_to(Path(root).resolve()).parts
     return any(part.startswith(".") or part in ("site-packages", "wandb", "__pycache__") for part in parts[:-1])

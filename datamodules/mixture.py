@@ -1,7 +1,7 @@
 """Mixes: what ``files`` in a recipe means, and how often each sample comes in an epoch.
 
     files: a.jsonl                                        one path or glob
-    files: [a.jsonl, "more/*.json", python_docs]          several
+    files: [a.jsonl, "more/*.json"]                       several
     files:                                                several, with weights
       - a.jsonl
       - {path: "more/*.json", weight: 2}                  each sample twice an epoch
@@ -13,7 +13,6 @@ A share of a sample's kind is chosen by content, so that it depends neither on t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +33,11 @@ class Entry:
         path: as it was written.
         files: what it means.
         weight: passes over its samples in an epoch.
-        options: of the corpus ``python_docs``.
     """
 
     path: str
     files: list[str]
     weight: float
-    options: dict[str, Any]
 
 
 class Mix:
@@ -48,18 +45,16 @@ class Mix:
 
     Args:
         files: a path, or a list of paths and {path, weight}.
-        corpus_options: keys that an entry may have where its path is ``python_docs``.
 
     Raises:
         ValueError: a path that cannot be used, an unknown key, a weight that is no number above 0.
     """
 
-    def __init__(self, files: Files, corpus_options: Sequence[str] = ()) -> None:
+    def __init__(self, files: Files) -> None:
         written = [files] if isinstance(files, str) else files
         self.entries: list[Entry] = []
         for item in written:
-            entry = _entry(item, corpus_options)
-            self._add(entry)
+            self._add(_entry(item))
         self.files = [file for entry in self.entries for file in entry.files]
         if not self.files:
             raise ValueError("files: no files were given")
@@ -68,18 +63,11 @@ class Mix:
         """A file that is named twice counts once, at its first place, as long as nothing contradicts."""
         for other in self.entries:
             both = {record_files.identity(file) for file in entry.files} & {record_files.identity(file) for file in other.files}
-            if both and (entry.weight, entry.options) != (other.weight, other.options):
+            if both and entry.weight != other.weight:
                 raise ValueError(f"files: {entry.path!r} and {other.path!r} name the same file in two ways: name it once")
-            entry = Entry(
-                entry.path, [f for f in entry.files if record_files.identity(f) not in both], entry.weight, entry.options
-            )
+            entry = Entry(entry.path, [f for f in entry.files if record_files.identity(f) not in both], entry.weight)
         if entry.files:
             self.entries.append(entry)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of the corpus."""
-        return next((entry.options for entry in self.entries if record_files.CORPUS in entry.files), {})
 
     def members(self, samples: np.ndarray, sources: np.ndarray) -> list[np.ndarray]:
         """For each entry those of the samples that are its own."""
@@ -109,13 +97,13 @@ def _repeated(samples: np.ndarray, weight: float, digests: np.ndarray) -> np.nda
     return np.concatenate([np.repeat(samples, whole), part])
 
 
-def _entry(item: str | dict[str, Any], corpus_options: Sequence[str]) -> Entry:
+def _entry(item: str | dict[str, Any]) -> Entry:
     if isinstance(item, str):
-        return Entry(item, record_files.expand(item), 1.0, {})
+        return Entry(item, record_files.expand(item), 1.0)
     path = item.get("path")
     if not isinstance(path, str) or not path:
         raise ValueError(f"files: expected a path in each entry, such as {{path: data.jsonl, weight: 2}}, got {item!r}")
-    allowed = ["path", "weight", *(corpus_options if path == record_files.CORPUS else ())]
+    allowed = ["path", "weight"]
     for key in item:
         if key not in allowed:
             near = hint(str(key), allowed)
@@ -123,4 +111,4 @@ def _entry(item: str | dict[str, Any], corpus_options: Sequence[str]) -> Entry:
     weight = item.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
         raise ValueError(f"files: the weight of {path!r} must be a number above 0, got {weight!r}")
-    return Entry(path, record_files.expand(path), float(weight), {key: item[key] for key in item if key in corpus_options})
+    return Entry(path, record_files.expand(path), float(weight))

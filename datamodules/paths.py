@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from datamodules.readers import READERS, compressed, reader_of, suffix_of
 
-CORPUS = "python_docs"  # the word that stands for the corpus of `datamodules.python_docs`
 PLACEHOLDER = re.compile(r"(^|/)path/to(/|$)|<[^<>]+>|(^|[/_-])your[_-]|\.\.\.", re.IGNORECASE)
 
 
@@ -16,7 +15,7 @@ def expand(files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> 
     """The files that a path, a list of paths, or a glob means (`*`, `?`, `[...]`, and `**` for folders in folders).
 
     The matches of a glob are sorted; a file that is named twice is kept once, at its first place. `~` is the home
-    folder. The word `python_docs` is returned as it is; a file of that name is `./python_docs`.
+    folder.
 
     Raises:
         ValueError: nothing given, a path that does not exist, a placeholder, a folder, a glob without a match, or a
@@ -34,12 +33,10 @@ def expand(files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> 
 
 def identity(path: str) -> str:
     """What two names of the same file have in common."""
-    return path if path == CORPUS else os.path.realpath(path)
+    return os.path.realpath(path)
 
 
 def _matches(path: str) -> list[str]:
-    if path == CORPUS:
-        return [path]
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         raise ValueError(f"{path!r} is a folder; name the files in it, for example {_example(path)!r}")

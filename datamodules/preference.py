@@ -6,17 +6,15 @@ two rows for each pair: 2i prompt and chosen answer, 2i + 1 the same prompt and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from bumblebee.datamodule import Batch
-from datamodules import python_docs_pairs, record_files
 from datamodules.collate import tensors, width_of
 from datamodules.mixture import Files
-from datamodules.record_files import Record
 from datamodules.token_cache import Piece, TokenCache
 from datamodules.token_data import TokenData
 from datamodules.tokenize_chat import PreferenceEncoder
@@ -67,10 +65,7 @@ class Preferences(TokenData):
 
     Args:
         files: a path or glob of .json, .jsonl and .parquet files, or a list of them and of {path, weight} entries, where
-            weight is how often each pair comes in an epoch (a part of 1: that share of them). The word python_docs stands
-            for questions about the running Python, the right answer preferred to another's; its entry may have answer:
-            first_sentence or whole, phrasings, the number of questions about each thing, and things, of which how many are
-            asked about.
+            weight is how often each pair comes in an epoch (a part of 1: that share of them).
         tokenizer: folder with tokenizer.json, and perhaps a chat template; without one it is ChatML.
         max_length: tokens in a row.
         system: system prompt of prompts that bring none; null adds none.
@@ -85,7 +80,6 @@ class Preferences(TokenData):
         ValueError: a number out of its range, or a folder without tokenizer.
     """
 
-    corpus_options = ("answer", "phrasings", "things")
     records_are = "pairs"
 
     def __init__(
@@ -116,14 +110,6 @@ class Preferences(TokenData):
     def encoder(self) -> PreferenceEncoder:
         """Prompts and answers to ids."""
         return PreferenceEncoder(self.tokenizer_folder, self.tokenizer, self.system)
-
-    def corpus(self, answer: Any = "first_sentence", phrasings: Any = 1, things: Any = None) -> Iterator[Record]:
-        """Questions about Python, each with a right and a wrong answer."""
-        return record_files.numbered(python_docs_pairs.preferences(answer, phrasings, things))
-
-    def reading(self) -> list[Any]:
-        """See the base class."""
-        return [*super().reading(), python_docs_pairs.FORMAT]
 
     def samples(self, cache: TokenCache, numbers: np.ndarray) -> Pairs:
         """Those that fit."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bumblebee.inference.prompt_record import PromptRecord
+from bumblebee.inference.batch import PromptRecord
 from datamodules import record_files
 from datamodules.chat_formats import FORMATS
 from datamodules.conversations import question

@@ -4,7 +4,6 @@
     .json             an array of objects; objects one after another (JSON Lines under the wrong name); a single object
     .parquet          one record a row, its columns are the keys
     .txt .md          the whole file is one document, {"text": ...}
-    python_docs       not a file: the corpus of `datamodules.python_docs`
 
 each file but Parquet also compressed, with .gz behind its suffix. Text is UTF-8, with or without a byte order mark.
 
@@ -17,15 +16,13 @@ Choices made:
 This is the face of `paths`, `readers` and `records`, and all that the rest of the code needs.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-from datamodules import python_docs
-from datamodules.paths import CORPUS, expand, identity
+from datamodules.paths import expand, identity
 from datamodules.readers import reader_of, records
 from datamodules.records import OnError, Record, RecordError, fail, kind
 
-__all__ = ["CORPUS", "OnError", "Record", "RecordError", "expand", "fail", "identity", "kind", "numbered", "read", "text_of"]
+__all__ = ["OnError", "Record", "RecordError", "expand", "fail", "identity", "kind", "read", "text_of"]
 
 
 def read(path: str, on_error: OnError = fail) -> Iterator[Record]:
@@ -39,7 +36,7 @@ def read(path: str, on_error: OnError = fail) -> Iterator[Record]:
         RecordError: bad JSON, bad UTF-8, a truncated file, a record that is not an object.
         ValueError: a file of an unsupported kind.
     """
-    return _corpus() if path == CORPUS else records(path, reader_of(path), on_error)
+    return records(path, reader_of(path), on_error)
 
 
 def text_of(record: Record) -> str:
@@ -57,13 +54,3 @@ def text_of(record: Record) -> str:
     if not text.strip():
         raise RecordError(record.file, record.line, "'text' is empty")
     return text
-
-
-def numbered(values: Iterable[dict[str, Any]]) -> Iterator[Record]:
-    """What is made of the corpus, as records."""
-    for number, value in enumerate(values, 1):
-        yield Record(CORPUS, number, value)
-
-
-def _corpus() -> Iterator[Record]:
-    return numbered({"text": text} for text in python_docs.documents())

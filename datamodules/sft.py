@@ -6,17 +6,14 @@ the ids. Conversations are packed into windows, whole, or batched with others of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 
 from bumblebee.datamodule import Batch
-from datamodules import python_docs_pairs, record_files
 from datamodules.collate import Packed, Single, tensors, width_of
 from datamodules.mixture import Files
 from datamodules.packing import pack
-from datamodules.record_files import Record
 from datamodules.token_cache import Piece, TokenCache
 from datamodules.token_data import TokenData
 from datamodules.tokenize_chat import ConversationEncoder
@@ -28,10 +25,7 @@ class SFT(TokenData):
 
     Args:
         files: a path or glob of .json, .jsonl and .parquet files, or a list of them and of {path, weight} entries, where
-            weight is how often each conversation comes in an epoch (a part of 1: that share of them). The word python_docs
-            stands for questions about the running Python; its entry may have answer: first_sentence or whole, phrasings, the
-            number of questions about each thing, things, of which how many are asked about, turns, the most questions in a
-            conversation, and times, how often each question is asked, among others each time.
+            weight is how often each conversation comes in an epoch (a part of 1: that share of them).
         tokenizer: folder with tokenizer.json, and perhaps a chat template; without one it is ChatML.
         max_length: tokens in a window or row.
         train_on: "all" turns of the assistant, or only the "last" of each conversation.
@@ -49,7 +43,6 @@ class SFT(TokenData):
         ValueError: a number out of its range, or a folder without tokenizer.
     """
 
-    corpus_options = ("answer", "phrasings", "things", "turns", "times")
     records_are = "conversations"
 
     def __init__(
@@ -83,16 +76,6 @@ class SFT(TokenData):
     def encoder(self) -> ConversationEncoder:
         """Conversations to ids."""
         return ConversationEncoder(self.tokenizer_folder, self.tokenizer, self.system, self.train_on)
-
-    def corpus(
-        self, answer: Any = "first_sentence", phrasings: Any = 1, things: Any = None, turns: Any = 1, times: Any = 1
-    ) -> Iterator[Record]:
-        """Questions about Python."""
-        return record_files.numbered(python_docs_pairs.conversations(answer, phrasings, things, turns, times))
-
-    def reading(self) -> list[Any]:
-        """See the base class."""
-        return [*super().reading(), python_docs_pairs.FORMAT]
 
     def samples(self, cache: TokenCache, numbers: np.ndarray) -> Packed | Single:
         """Windows or rows."""

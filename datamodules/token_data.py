@@ -20,7 +20,7 @@ from bumblebee.datamodule import DataModule
 from bumblebee.distributed import process_group
 from bumblebee.distributed.local_main_first import local_main_first
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from datamodules import python_docs, record_files
+from datamodules import record_files
 from datamodules.cache_writer import build
 from datamodules.mixture import Files, Mix
 from datamodules.record_files import Record, RecordError
@@ -36,8 +36,7 @@ class TokenData(DataModule):
 
     Args:
         files: a path or glob, or a list of them and of {path, weight} entries, where weight is how often each sample comes in
-            an epoch (a part of 1: that share of the samples). Kinds are .json, .jsonl, .parquet, .txt and .md. The word
-            python_docs stands for the documentation of the running Python.
+            an epoch (a part of 1: that share of the samples). Kinds are .json, .jsonl, .parquet, .txt and .md.
         tokenizer: folder with tokenizer.json.
         max_length: tokens in a window.
         validation_files: held-out files.
@@ -50,7 +49,6 @@ class TokenData(DataModule):
         ValueError: a number out of its range, or a folder without tokenizer.
     """
 
-    corpus_options: tuple[str, ...] = ()  # keys that the entry of python_docs may have
     records_are = "documents"
 
     cache: TokenCache  # of ``files``
@@ -91,7 +89,7 @@ class TokenData(DataModule):
     def setup(self, seed: int) -> None:
         """Tokenise (or find the cache), hold out, mix. See the class for what may be wrong."""
         self.tokenizer = Tokenizer.from_pretrained(self.tokenizer_folder)
-        self.mix = Mix(self.files, self.corpus_options)
+        self.mix = Mix(self.files)
         self.cache = self.open_cache(self.mix)
         self.kept, self.held_out = self.split(self.cache)
         if not len(self.kept):
@@ -127,12 +125,10 @@ class TokenData(DataModule):
     def cache_name(self, mix: Mix, encoder: Encoder) -> str:
         """Of the folder: a hash of everything its content follows from."""
         memory = self.cache_dir / "digests"
-        digests = [
-            python_docs.fingerprint() if file == record_files.CORPUS else file_digest(file, memory) for file in mix.files
-        ]
+        digests = [file_digest(file, memory) for file in mix.files]
         paths = [Path(self.tokenizer_folder) / name for name in TOKENIZER_FILES]
         tokenizer = [file_digest(str(path)) if path.is_file() else None for path in paths]
-        return cache_key(digests, mix.files, mix.options, tokenizer, encoder.identity(), *self.reading())
+        return cache_key(digests, mix.files, tokenizer, encoder.identity(), *self.reading())
 
     def tokenise(self, folder: Path, mix: Mix, encoder: Encoder) -> None:
         """Write the cache of some files, unless another run has done so in the meantime."""
@@ -160,9 +156,7 @@ class TokenData(DataModule):
         bad: list[RecordError] = []
         try:
             for file in mix.files:
-                for record in (
-                    self.corpus(**mix.options) if file == record_files.CORPUS else record_files.read(file, bad.append)
-                ):
+                for record in record_files.read(file, bad.append):
                     yield from bad
                     bad.clear()
                     yield record
@@ -170,10 +164,6 @@ class TokenData(DataModule):
             yield from bad
             raise
         yield from bad
-
-    def corpus(self) -> Iterator[Record]:
-        """The records of python_docs. A subclass may take ``corpus_options``."""
-        return record_files.read(record_files.CORPUS)
 
     def split(self, cache: TokenCache) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the samples to train on and to hold out. By content: the same text is never on both sides."""
@@ -224,7 +214,4 @@ class TokenData(DataModule):
 
 def size_of(files: list[str]) -> int:
     """About how many bytes of text there are."""
-    return sum(
-        1 << 22 if f == record_files.CORPUS else os.path.getsize(f) * (4 if f.endswith((".gz", ".parquet")) else 1)
-        for f in files
-    )
+    return sum(os.path.getsize(file) * (4 if file.endswith((".gz", ".parquet")) else 1) for file in files)

@@ -11,18 +11,15 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from bumblebee.inference.engine_config import EngineStats
-from bumblebee.inference.request import Output, Request
+from bumblebee.inference.request import EngineRequest, RequestOutput
 from serve.api_errors import APIError
 from serve.metrics import Metrics
+from serve.requests import ChoiceRequest
 from serve.serve_options import ServeOptions
 from serve.worker_messages import CancelRequest, StepOutputs, WorkerReady
-
-if TYPE_CHECKING:
-    from serve.requests import ChoiceRequest
-    from serve.worker_pipe import WorkerPipe
+from serve.worker_pipe import WorkerPipe
 
 RETRY_SOON = {"Retry-After": "1"}
 DO_NOT_RETRY = {"x-should-retry": "false"}  # OpenAI's clients retry after every 5xx unless this header is set
@@ -68,14 +65,14 @@ class OutputStream:
         self._new_tokens = dict.fromkeys(self.choices, 0)
         self._unfinished = dict.fromkeys(self.choices)
         self._undelivered = len(requests)
-        self._queue: asyncio.Queue[Output | APIError] = asyncio.Queue()
+        self._queue: asyncio.Queue[RequestOutput | APIError] = asyncio.Queue()
         timed_out = APIError(504, f"request timed out after {timeout:g} s", code="timeout", headers=DO_NOT_RETRY)
         self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, timed_out)
 
     def __aiter__(self) -> OutputStream:
         return self
 
-    async def __anext__(self) -> tuple[int, Output]:
+    async def __anext__(self) -> tuple[int, RequestOutput]:
         if not self._undelivered:
             raise StopAsyncIteration
         output = await self._queue.get()
@@ -85,7 +82,7 @@ class OutputStream:
         self._undelivered -= output.finish_reason is not None
         return self.choices[output.id], output
 
-    def deliver(self, output: Output) -> None:
+    def deliver(self, output: RequestOutput) -> None:
         """Queue the output of an engine step."""
         self._measure(output)
         if output.finish_reason is not None:
@@ -105,7 +102,7 @@ class OutputStream:
                 self.replica.pipe.send(CancelRequest(id))
         self._unfinished.clear()
 
-    def _measure(self, output: Output) -> None:
+    def _measure(self, output: RequestOutput) -> None:
         now, new_tokens = time.monotonic(), len(output.tokens)
         self._new_tokens[output.id] += new_tokens
         if new_tokens and output.id not in self._first_token:
@@ -151,7 +148,7 @@ class EngineClient:
         stream = OutputStream(replica, requests, self.options.request_timeout, self.metrics)
         for id, request in zip(stream.choices, requests, strict=True):
             replica.streams[id] = stream
-            replica.pipe.send(Request(id, request.prompt, request.params))
+            replica.pipe.send(EngineRequest(id, request.prompt, request.params))
         return stream
 
     def admit(self, count: int = 1) -> Replica:

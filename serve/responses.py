@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from itertools import count, repeat
 from typing import Any
 
-from bumblebee.inference.request import Output, Token
+from bumblebee.inference.request import RequestOutput, SampledToken
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from serve.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from serve.tool_call_format import ToolCallFormat
@@ -88,7 +88,7 @@ class ResponseBuilder:
         """The chunks after all choices: the usage, if requested."""
         return [{**self._head(self.chunk_object), "choices": [], "usage": self.usage()}] if self.include_usage else []
 
-    def _count(self, index: int, output: Output) -> None:
+    def _count(self, index: int, output: RequestOutput) -> None:
         self.prompt_tokens[index], self.cached_tokens[index] = output.prompt_tokens, output.cached_tokens
         self.new_tokens[index] += len(output.tokens)
 
@@ -131,7 +131,7 @@ class ChatResponseBuilder(ResponseBuilder):
         """The chunks before the first token: the role."""
         return [self._delta(index, {"role": "assistant", "content": ""}) for index in range(self.samples)]
 
-    def add(self, index: int, output: Output) -> list[JSONObject]:
+    def add(self, index: int, output: RequestOutput) -> list[JSONObject]:
         """Add an output to a choice. Returns the chunks for a stream."""
         self._count(index, output)
         deltas = [self._part_delta(index, part) for part in _parts(self._parsers[index], output)]
@@ -174,7 +174,7 @@ class ChatResponseBuilder(ResponseBuilder):
         message |= {"tool_calls": calls} if calls else {}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reasons[index]}
 
-    def _logprobs_of(self, index: int, tokens: Sequence[Token]) -> JSONObject | None:
+    def _logprobs_of(self, index: int, tokens: Sequence[SampledToken]) -> JSONObject | None:
         if self._logprobs is None or not tokens:
             return None
         content = [self._token_logprob(token.id, token.logprob, token.top) for token in tokens]
@@ -215,7 +215,7 @@ class CompletionResponseBuilder(ResponseBuilder):
         """The chunks before the first token: the prompts, if requested."""
         return [self._chunk(self._choice_text(index, texts[0])) for index, texts in enumerate(self._texts) if texts[0]]
 
-    def add(self, index: int, output: Output) -> list[JSONObject]:
+    def add(self, index: int, output: RequestOutput) -> list[JSONObject]:
         """Add an output to a choice. Returns the chunks for a stream."""
         self._count(index, output)
         self._texts[index].append(output.text)
@@ -234,7 +234,7 @@ class CompletionResponseBuilder(ResponseBuilder):
     def _choice_text(self, index: int, text: str, logprobs: JSONObject | None = None) -> JSONObject:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reasons[index]}
 
-    def _logprobs_of(self, index: int, tokens: Sequence[Token]) -> JSONObject | None:
+    def _logprobs_of(self, index: int, tokens: Sequence[SampledToken]) -> JSONObject | None:
         if self._logprobs is None or not tokens:
             return None
         new = _empty_logprobs()
@@ -263,7 +263,7 @@ def _empty_logprobs() -> JSONObject:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
-def _parts(parser: ToolCallParser | None, output: Output) -> list[str | ParsedCall]:
+def _parts(parser: ToolCallParser | None, output: RequestOutput) -> list[str | ParsedCall]:
     """The text and the tool calls that are complete."""
     if parser is None:
         return [output.text] if output.text else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bumblebee.inference.engine_config import GenerationOptions
+from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.inference.sampling_params import SamplingParams
 
 
@@ -86,9 +86,9 @@ class ServeOptions:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
 
     @property
-    def engine_config(self) -> GenerationOptions:
+    def engine_config(self) -> EngineConfig:
         """Limits of each worker's engine."""
-        return GenerationOptions(self.cache_tokens, self.max_running, self.step_tokens, self.prefix_reuse)
+        return EngineConfig(self.cache_tokens, self.max_running, self.step_tokens, self.prefix_reuse)
 
     @property
     def devices(self) -> list[str]:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import litserve
 from litserve.loops.base import LitLoop
 from litserve.specs.base import LitSpec
-from starlette.requests import Request as HTTPRequest
+from starlette.requests import Request
 
-from bumblebee.inference.request import Request
+from bumblebee.inference.request import EngineRequest
 from serve.auth import BearerAuth
 from serve.serve_options import ServeOptions
 from serve.worker_messages import CancelRequest, StepOutputs, WorkerFailed, WorkerReady
@@ -48,7 +48,7 @@ class Worker(litserve.LitAPI):
         super().__init__(loop=WorkerLoop(), spec=spec)
         self.options, self.auth = options, auth
 
-    def authorize(self, request: HTTPRequest) -> None:
+    def authorize(self, request: Request) -> None:
         """Called by LitServe before each route of the spec, in the server process."""
         self.auth.check_host(request.headers.get("host"))
         self.auth.check_key(request.headers.get("authorization"))
@@ -74,14 +74,13 @@ class Worker(litserve.LitAPI):
             ValueError: the folder, the device or the dtype cannot be used.
         """
         from bumblebee.inference.generator import Generator  # imports torch, which the server process must not
-        from bumblebee.inference.kv_cache_size import PAGE_SIZE
 
         options = self.options
         generator = Generator.from_pretrained(
             options.model, device, options.dtype, options.device_map, options.trust_remote_code
         )
         engine = generator.engine(options.engine_config)
-        cache_tokens = engine.stats().pages_total * PAGE_SIZE
+        cache_tokens = engine.cache_tokens
         return engine, WorkerReady(
             device=", ".join(dict.fromkeys(str(weight.device) for weight in generator.model.parameters())),
             dtype=str(generator.dtype).removeprefix("torch."),
@@ -116,9 +115,9 @@ def run_engine(engine: GenerationEngine, pipe: Connection) -> None:
             pipe.send(StepOutputs(outputs, rejected, engine.stats()))
 
 
-def receive_messages(pipe: Connection, busy: bool) -> list[Request | CancelRequest] | None:
+def receive_messages(pipe: Connection, busy: bool) -> list[EngineRequest | CancelRequest] | None:
     """All pending messages; blocks for the first one if the engine is idle. None if the pipe is closed."""
-    messages: list[Request | CancelRequest] = []
+    messages: list[EngineRequest | CancelRequest] = []
     try:
         while pipe.poll(0 if busy or messages else None):
             message = pipe.recv()
@@ -130,7 +129,7 @@ def receive_messages(pipe: Connection, busy: bool) -> list[Request | CancelReque
     return messages
 
 
-def handle_message(engine: GenerationEngine, message: Request | CancelRequest) -> tuple[str, str] | None:
+def handle_message(engine: GenerationEngine, message: EngineRequest | CancelRequest) -> tuple[str, str] | None:
     """Submit or cancel a request. Returns (id, reason) if the engine rejects it."""
     if isinstance(message, CancelRequest):
         engine.cancel(message.id)

@@ -1,7 +1,7 @@
 """Messages between the server process and a worker process, over one pipe for each worker.
 
-To the worker: the engine's ``Request``, ``CancelRequest`` and, at the end, ``None``. From the worker: one ``WorkerReady`` or
-``WorkerFailed``, then ``StepOutputs`` after each engine step.
+To the worker: the engine's ``EngineRequest``, ``CancelRequest`` and, at the end, ``None``. From the worker: one ``WorkerReady``
+or ``WorkerFailed``, then ``StepOutputs`` after each engine step.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bumblebee.inference.engine_config import EngineStats
-from bumblebee.inference.request import Output, Request
+from bumblebee.inference.request import EngineRequest, RequestOutput
 from bumblebee.inference.sampling_params import SamplingParams
 
 
@@ -66,10 +66,10 @@ class StepOutputs:
         stats: the engine's statistics after the step.
     """
 
-    outputs: list[Output]
+    outputs: list[RequestOutput]
     rejected: list[tuple[str, str]]
     stats: EngineStats
 
 
-ToWorker = Request | CancelRequest | None
+ToWorker = EngineRequest | CancelRequest | None
 FromWorker = WorkerReady | WorkerFailed | StepOutputs

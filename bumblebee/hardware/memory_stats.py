@@ -1,70 +1,56 @@
-"""How much memory a process holds on its device, has held at most, and could have. On a CPU that is resident memory."""
+"""Memory of one process, its peak, and what is available: allocated bytes on a GPU, resident set size (RSS) on a CPU."""
 
 from __future__ import annotations
 
 import re
+import resource
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 _STATUS = Path("/proc/self/status")
-_RESET = Path("/proc/self/clear_refs")
+_MEMINFO = Path("/proc/meminfo")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-def held(device: torch.device) -> int:
-    """Bytes held now."""
-    import torch
-
+def memory_allocated(device: torch.device) -> int:
+    """Bytes in use now: allocated tensors on a GPU, the RSS on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return _of_process("VmRSS") or most_held(device)
+    return _proc_bytes(_STATUS, "VmRSS") or max_memory_allocated(device)
 
 
-def most_held(device: torch.device) -> int:
-    """The most bytes held at any time since the start, or since ``forget_most``."""
-    import torch
-
+def max_memory_allocated(device: torch.device) -> int:
+    """Peak of ``memory_allocated`` in bytes, since the start of the process or the last ``reset_peak_memory_stats``."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if peak := _of_process("VmHWM"):
+    if peak := _proc_bytes(_STATUS, "VmHWM"):
         return peak
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def forget_most(device: torch.device) -> None:
-    """Let ``most_held`` begin anew, where the system can: on Linux, and on a GPU."""
-    import torch
-
+def reset_peak_memory_stats(device: torch.device) -> None:
+    """Reset the peak. Does nothing on a CPU where the system does not support it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif _RESET.exists():
+    elif _CLEAR_REFS.exists():
         try:
-            _RESET.write_text("5")
-        except OSError:  # not everywhere may a process do that
+            _CLEAR_REFS.write_text("5")
+        except OSError:  # some containers do not permit it
             return
 
 
-def free(device: torch.device) -> int | None:
-    """Bytes that are left on the device for another process; None where that is not known."""
-    import torch
-
+def memory_available(device: torch.device) -> int | None:
+    """Bytes that another process could allocate on the device; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return _in_file(Path("/proc/meminfo"), "MemAvailable")
+    return _proc_bytes(_MEMINFO, "MemAvailable")
 
 
-def _of_process(field: str) -> int | None:
-    return _in_file(_STATUS, field)
-
-
-def _in_file(file: Path, field: str) -> int | None:
-    """Bytes of a line such as ``VmRSS:  1234 kB``."""
+def _proc_bytes(file: Path, field: str) -> int | None:
+    """Bytes from a line such as ``VmRSS:  1234 kB`` of a file in /proc."""
     if not file.exists():
         return None
-    found = re.search(rf"^{field}:\s+(\d+) kB", file.read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    match = re.search(rf"^{field}:\s+(\d+) kB", file.read_text(), re.MULTILINE)
+    return int(match[1]) * 1024 if match else None

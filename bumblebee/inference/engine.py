@@ -1,12 +1,12 @@
-"""GenerationEngine: many requests at once, one forward pass a step.
+"""GenerationEngine: continuous batching, one forward pass per step.
 
     submit(request) ... -> [ step() -> outputs ] while busy
 
-A step drops what was cancelled or is late, lets the scheduler choose tokens, the runner compute them and the sampler choose
-what follows. The engine belongs to one thread.
+A step drops cancelled and expired requests, lets the scheduler choose tokens, the model runner compute them and the sampler
+choose the next ones. The engine is not thread-safe.
 
-When a step raises, nothing has advanced: no page that it wrote is remembered, so the pool is as sound as before. Step again to
-compute the same anew, or ``reset`` to drop all requests and everything that is cached.
+If a step raises, no sequence has advanced and no block that it wrote is registered, so the block pool stays consistent. Step
+again to retry, or ``reset`` to drop all requests and the cached blocks.
 """
 
 from __future__ import annotations
@@ -14,23 +14,21 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable
 
-from bumblebee.inference.block_pool import Pages
+from bumblebee.inference.block_pool import BlockPool
 from bumblebee.inference.detokenizer import Detokenizer
-from bumblebee.inference.engine_config import EngineStats, GenerationOptions
-from bumblebee.inference.kv_cache_size import PAGE_SIZE, pages_for
-from bumblebee.inference.model_runner import Runner
-from bumblebee.inference.request import FinishReason, Output, Request, Token
+from bumblebee.inference.engine_config import EngineConfig, EngineStats
+from bumblebee.inference.kv_cache import BLOCK_SIZE, num_blocks
+from bumblebee.inference.model_runner import ModelRunner
+from bumblebee.inference.request import EngineRequest, FinishReason, RequestOutput, SampledToken
 from bumblebee.inference.sampler import SamplerState, sample
 from bumblebee.inference.scheduler import Scheduler
-from bumblebee.inference.sequence import Sequence, check_prompt
+from bumblebee.inference.sequence import Sequence, validate_prompt
 from bumblebee.models.base import LanguageModel
 from bumblebee.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["EngineStats", "GenerationEngine", "GenerationOptions"]
 
-
-class _Growing:
-    """What grows of one request: its tokens, the choice of the next, and the text of the new ones."""
+class _RequestState:
+    """A request in the engine: its sequence, sampler state and detokenizer."""
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
         request = sequence.request
@@ -43,13 +41,13 @@ class GenerationEngine:
     """Generates for many requests at once.
 
     Args:
-        model: on its device; it is put into evaluation mode.
-        tokenizer: the model's.
-        stop_ids: ids that end a text, unless a request ignores them.
-        options: limits.
+        model: on its device; put into evaluation mode.
+        tokenizer: of the model.
+        stop_ids: token ids that end a sequence, unless a request ignores them.
+        config: limits.
 
     Raises:
-        ValueError: an option that cannot be.
+        ValueError: the KV cache does not fit in memory.
     """
 
     def __init__(
@@ -57,125 +55,130 @@ class GenerationEngine:
         model: LanguageModel,
         tokenizer: Tokenizer,
         stop_ids: Collection[int] = (),
-        options: GenerationOptions | None = None,
+        config: EngineConfig | None = None,
     ) -> None:
-        options = options or GenerationOptions()
+        config = config or EngineConfig()
         self.tokenizer, self.stop_ids = tokenizer, frozenset(stop_ids)
-        self.config = model.config
-        self.pages = Pages(pages_for(model, options), PAGE_SIZE, options.prefix_reuse)
-        self.scheduler = Scheduler(self.pages, options.max_running, options.step_tokens)
-        self.runner = Runner(model.eval(), self.pages.total, PAGE_SIZE)
-        self._growing: dict[str, _Growing] = {}
+        self.model_config = model.config
+        self.block_pool = BlockPool(num_blocks(model, config), BLOCK_SIZE, config.prefix_reuse)
+        self.scheduler = Scheduler(self.block_pool, config.max_running, config.step_tokens)
+        self.model_runner = ModelRunner(model.eval(), self.block_pool.num_blocks, BLOCK_SIZE)
+        self._states: dict[str, _RequestState] = {}
         self._cancelled: set[str] = set()
-        self._outputs: list[Output] = []  # of the step that is being computed
+        self._outputs: list[RequestOutput] = []  # of the step being computed
         self._counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "new_tokens", "steps"), 0)
 
     @property
     def busy(self) -> bool:
-        """Whether a step has something to do."""
-        return bool(self._growing)
+        """Whether there are unfinished requests."""
+        return bool(self._states)
 
-    def submit(self, request: Request) -> None:
-        """Put a request into the queue.
+    @property
+    def cache_tokens(self) -> int:
+        """Positions of the KV cache."""
+        return self.block_pool.num_blocks * self.block_pool.block_size
+
+    def submit(self, request: EngineRequest) -> None:
+        """Add a request to the waiting queue.
 
         Raises:
-            ValueError: it can never run, or one of the same id is there.
+            ValueError: the request can never run, or its id is in use.
         """
-        sequence = self.check(request)
-        if request.id in self._growing:
-            raise ValueError(f"a request with the id {request.id!r} is there already")
-        self._growing[request.id] = _Growing(sequence, self.tokenizer)
+        sequence = self.validate(request)
+        if request.id in self._states:
+            raise ValueError(f"duplicate request id {request.id!r}")
+        self._states[request.id] = _RequestState(sequence, self.tokenizer)
         self.scheduler.waiting.append(sequence)
 
-    def check(self, request: Request) -> Sequence:
-        """The request's sequence.
+    def validate(self, request: EngineRequest) -> Sequence:
+        """Return the request's sequence.
 
         Raises:
-            ValueError: an empty prompt, ids that the model does not have, a prompt that leaves no position for a new token, or
-                more positions needed than the cache has.
+            ValueError: the prompt is empty or too long, an id is out of the vocabulary, or the request needs more positions
+                than the KV cache has.
         """
-        check_prompt(request.prompt, self.config)
-        request.params.check_ids(self.config.vocab_size)
-        sequence = Sequence(request, self.config.max_position_embeddings, self.pages.size)
-        if sequence.pages_needed > self.pages.total:
-            new = sequence.limit - sequence.prompt_tokens
+        validate_prompt(request.prompt, self.model_config)
+        request.params.check_ids(self.model_config.vocab_size)
+        sequence = Sequence(request, self.model_config.max_position_embeddings, self.block_pool.block_size)
+        if sequence.blocks_needed > self.block_pool.num_blocks:
+            new = sequence.max_length - sequence.num_prompt_tokens
             raise ValueError(
-                f"the prompt's {sequence.prompt_tokens} tokens and {new} new ones need"
-                f" {sequence.pages_needed * self.pages.size} positions of the key-value cache, which has"
-                f" {self.pages.total * self.pages.size}: set a smaller max_new_tokens or a larger cache_tokens"
+                f"the prompt's {sequence.num_prompt_tokens} tokens and {new} new ones need"
+                f" {sequence.blocks_needed * self.block_pool.block_size} positions of the KV cache, which has"
+                f" {self.cache_tokens}: set a smaller max_new_tokens or a larger cache_tokens"
             )
         return sequence
 
     def cancel(self, id: str) -> None:
-        """End a request in the next step, whose output for it says "cancelled"; unknown ids are ignored."""
-        if id in self._growing:
+        """End a request at the next step, with finish reason "cancelled"; unknown ids are ignored."""
+        if id in self._states:
             self._cancelled.add(id)
 
     def reset(self) -> None:
-        """Drop all requests without any output, and everything that is cached."""
-        for id in list(self._growing):
+        """Drop all requests without output, and all cached blocks."""
+        for id in list(self._states):
             self._drop(id)
         self._cancelled.clear()
         self._outputs.clear()
-        self.pages.forget()
+        self.block_pool.reset()
 
-    def step(self) -> list[Output]:
-        """One forward pass: what it brought each request that got a token or ended; [] when there is nothing to do."""
-        self._end_those(self._cancelled, "cancelled")
-        self._end_those(self._late(), "timeout")
-        if chunks := sorted(self.scheduler.plan(), key=lambda chunk: chunk.count > 1):
-            growing = [self._growing[chunk.sequence.request.id] for chunk in chunks if chunk.is_last]
-            logits = self.runner.run(chunks)
-            tokens = sample(logits, [each.sampler for each in growing]) if growing else []
+    def step(self) -> list[RequestOutput]:
+        """Run one forward pass; returns the outputs of all requests that got a token or ended, [] if there is nothing to do."""
+        self._finish_all(self._cancelled, "cancelled")
+        self._finish_all(self._expired(), "timeout")
+        if chunks := sorted(self.scheduler.schedule(), key=lambda chunk: chunk.num_tokens > 1):
+            states = [self._states[chunk.sequence.request.id] for chunk in chunks if chunk.is_last]
+            logits = self.model_runner.run(chunks)
+            tokens = sample(logits, [state.sampler for state in states]) if states else []
             self._counts["steps"] += 1
             for chunk in chunks:
                 self.scheduler.advance(chunk)
-            for each, token in zip(growing, tokens, strict=True):
-                self._grow(each, token)
+            for state, token in zip(states, tokens, strict=True):
+                self._append(state, token)
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def stats(self) -> EngineStats:
-        """Where it stands."""
-        pages = self.pages
+        """Current queue lengths, cache usage and totals."""
+        pool = self.block_pool
         queue = (len(self.scheduler.running), len(self.scheduler.waiting))
-        return EngineStats(*queue, pages.total, pages.free, pages.cached, **self._counts)
+        return EngineStats(*queue, pool.num_blocks, pool.num_free, pool.num_cached, **self._counts)
 
-    def _grow(self, growing: _Growing, token: Token) -> None:
-        """A new token: its text, and whether it is the last."""
-        sequence, params = growing.sequence, growing.sequence.request.params
-        if len(sequence.tokens) == sequence.prompt_tokens:
-            self._counts["prompt_tokens"] += sequence.prompt_tokens
-            self._counts["cached_tokens"] += sequence.cached_tokens
+    def _append(self, state: _RequestState, token: SampledToken) -> None:
+        """Append a sampled token to its sequence and finish the request if it is the last."""
+        sequence, params = state.sequence, state.sequence.request.params
+        if len(sequence.token_ids) == sequence.num_prompt_tokens:
+            self._counts["prompt_tokens"] += sequence.num_prompt_tokens
+            self._counts["cached_tokens"] += sequence.num_cached
         self._counts["new_tokens"] += 1
-        sequence.tokens.append(token.id)
-        ends = token.id in params.stop_ids or (token.id in self.stop_ids and not params.ignore_eos)
-        text = "" if ends else growing.detokenizer.add(token.id)
-        if ends or growing.detokenizer.stopped:
-            self._end(growing, [token], text, "stop")
-        elif len(sequence.tokens) == sequence.limit:
-            self._end(growing, [token], text, "length")
+        sequence.token_ids.append(token.id)
+        is_stop = token.id in params.stop_ids or (token.id in self.stop_ids and not params.ignore_eos)
+        text = "" if is_stop else state.detokenizer.add(token.id)
+        if is_stop or state.detokenizer.stopped:
+            self._finish(state, [token], text, "stop")
+        elif len(sequence.token_ids) == sequence.max_length:
+            self._finish(state, [token], text, "length")
         else:
             self._outputs.append(self._output(sequence, text, [token], None))
 
-    def _late(self) -> list[str]:
+    def _expired(self) -> list[str]:
         now = time.monotonic()
-        deadlines = ((id, each.sequence.request.deadline) for id, each in self._growing.items())
+        deadlines = ((id, state.sequence.request.deadline) for id, state in self._states.items())
         return [id for id, deadline in deadlines if deadline is not None and deadline <= now]
 
-    def _end_those(self, ids: Iterable[str], reason: FinishReason) -> None:
+    def _finish_all(self, ids: Iterable[str], reason: FinishReason) -> None:
         for id in list(ids):
-            self._end(self._growing[id], [], "", reason)
+            self._finish(self._states[id], [], "", reason)
 
-    def _end(self, growing: _Growing, tokens: list[Token], text: str, reason: FinishReason) -> None:
-        """The request's last output; its pages are given back."""
-        text += growing.detokenizer.finish()
-        self._outputs.append(self._output(growing.sequence, text, tokens, reason))
-        self._drop(growing.sequence.request.id)
+    def _finish(self, state: _RequestState, tokens: list[SampledToken], text: str, reason: FinishReason) -> None:
+        """Emit the request's last output and release its blocks."""
+        text += state.detokenizer.finish()
+        self._outputs.append(self._output(state.sequence, text, tokens, reason))
+        self._drop(state.sequence.request.id)
 
     def _drop(self, id: str) -> None:
-        self.scheduler.remove(self._growing.pop(id).sequence)
+        self.scheduler.remove(self._states.pop(id).sequence)
         self._cancelled.discard(id)
 
-    def _output(self, sequence: Sequence, text: str, tokens: list[Token], reason: FinishReason | None) -> Output:
-        return Output(sequence.request.id, text, tokens, reason, sequence.prompt_tokens, sequence.cached_tokens)
+    def _output(self, sequence: Sequence, text: str, tokens: list[SampledToken], reason: FinishReason | None) -> RequestOutput:
+        return RequestOutput(sequence.request.id, text, tokens, reason, sequence.num_prompt_tokens, sequence.num_cached)

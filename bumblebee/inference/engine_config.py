@@ -1,4 +1,4 @@
-"""What an engine may use, and what it has done: plain data. Torch is not imported."""
+"""EngineConfig and EngineStats: plain data, without importing torch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 
 @dataclass
-class GenerationOptions:
+class EngineConfig:
     """Limits of an engine.
 
     Args:
-        cache_tokens: positions of the key-value cache, rounded up to whole pages; null chooses by the memory there is.
-        max_running: requests that grow at the same time; others wait.
-        step_tokens: tokens computed in one step at most: a long prompt is computed in chunks beside the others' next tokens.
-        prefix_reuse: do not compute again what an earlier request began with.
+        cache_tokens: positions of the KV cache, rounded up to whole blocks; null chooses by the available memory.
+        max_running: requests that run at the same time; others wait.
+        step_tokens: maximum tokens per step; long prompts are prefilled in chunks, next to the decode tokens of other requests.
+        prefix_reuse: reuse cached blocks of earlier prompts with the same prefix.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number is below 1.
     """
 
     cache_tokens: int | None = None
@@ -33,25 +33,25 @@ class GenerationOptions:
 
 @dataclass
 class EngineStats:
-    """Where an engine stands, and what it has done since it was made.
+    """Current state of an engine, and totals since its start.
 
     Args:
-        running: requests that are being computed.
-        waiting: requests that are not yet.
-        pages_total: pages of the key-value cache.
-        pages_free: pages that hold nothing.
-        pages_cached: pages that no request uses, kept for prompts that begin in the same way.
-        prompt_tokens: tokens of the prompts that have got their first new token, the cached ones included.
-        cached_tokens: how many of them were taken from the cache.
+        running: requests being computed.
+        waiting: requests in the queue.
+        blocks_total: blocks of the KV cache.
+        blocks_free: blocks without content.
+        blocks_cached: unused blocks kept for prompts with the same prefix.
+        prompt_tokens: prompt tokens of all requests that have got their first new token, cached ones included.
+        cached_tokens: of these, tokens taken from the prefix cache.
         new_tokens: tokens generated.
         steps: forward passes.
     """
 
     running: int
     waiting: int
-    pages_total: int
-    pages_free: int
-    pages_cached: int
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int

@@ -1,6 +1,6 @@
 """Generator: continues texts with a model folder.
 
-``generate`` and ``stream`` each run an engine of their own, just large enough; ``engine`` gives one that stays.
+``generate`` and ``stream`` run an engine sized for their prompts; ``engine`` returns one that serves many calls.
 """
 
 from __future__ import annotations
@@ -14,57 +14,58 @@ from typing import Any, Literal
 import torch
 
 from bumblebee.distributed import process_group
-from bumblebee.inference.cpu_prepack import pack
-from bumblebee.inference.device_map import devices_for, spread
-from bumblebee.inference.engine import GenerationEngine, GenerationOptions
-from bumblebee.inference.generation_config import read_settings, sampling_of, stop_ids_of
-from bumblebee.inference.kv_cache_size import PAGE_SIZE, pages_for
-from bumblebee.inference.request import FinishReason, Output, Request, Token
+from bumblebee.inference.cpu_prepack import prepack
+from bumblebee.inference.device_map import available_devices, load_on_devices
+from bumblebee.inference.engine import GenerationEngine
+from bumblebee.inference.engine_config import EngineConfig
+from bumblebee.inference.generation_config import default_sampling, read_generation_config, stop_ids_of
+from bumblebee.inference.kv_cache import BLOCK_SIZE, num_blocks
+from bumblebee.inference.request import EngineRequest, FinishReason, RequestOutput, SampledToken
 from bumblebee.inference.sampling_params import SamplingParams
-from bumblebee.inference.sequence import check_prompt, pages_needed
+from bumblebee.inference.sequence import blocks_needed, validate_prompt
 from bumblebee.models.base import LanguageModel
 from bumblebee.models.loading import load_model
 from bumblebee.tokenizer.chat_template import with_system
 from bumblebee.tokenizer.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]  # a text, or the ids of one: a chat's, for instance, that its template has made
+Prompt = str | Sequence[int]  # a text, or token ids, such as those of ``encode_chat``
 
 
 @dataclass
-class Generation:
+class Completion:
     """What was generated for one prompt.
 
     Args:
         text: without the prompt and without special tokens.
-        tokens: the new tokens, with log-probabilities where they were asked for; one that ended them is the last.
+        tokens: new tokens, with log-probabilities if requested; a token that ended the sequence is the last of them.
         finish_reason: "stop" at an end-of-text token, a stop id or a stop string; "length" at max_new_tokens or the model's
             last position.
     """
 
     text: str
-    tokens: list[Token]
+    tokens: list[SampledToken]
     finish_reason: FinishReason
 
     @property
     def token_ids(self) -> list[int]:
-        """The new tokens' ids."""
+        """Ids of the new tokens."""
         return [token.id for token in self.tokens]
 
-    def add(self, output: Output) -> None:
-        """What one more step brought."""
+    def add(self, output: RequestOutput) -> None:
+        """Append the output of one engine step."""
         self.text += output.text
         self.tokens += output.tokens
         self.finish_reason = output.finish_reason or self.finish_reason
 
 
 class Generator:
-    """Continues texts.
+    """A model with its tokenizer and generation defaults.
 
     Args:
-        model: in evaluation mode, on its device.
-        tokenizer: the model's.
-        stop_ids: ids that end a text, beside the config's and the tokenizer's.
-        defaults: how to choose tokens where a call does not say; None takes the most likely ones.
+        model: on its device; put into evaluation mode.
+        tokenizer: of the model.
+        stop_ids: token ids that end a sequence, in addition to those of the config and the tokenizer.
+        defaults: how to sample when a call passes no params; None is greedy.
     """
 
     def __init__(
@@ -91,110 +92,103 @@ class Generator:
         device_map: Literal["auto"] | None = None,
         trust_remote_code: bool = False,
     ) -> Generator:
-        """Read a model folder with its tokenizer. On a CPU the weights are packed: the model generates, it does not train.
+        """Load a model folder with its tokenizer. On a CPU the weights are prepacked, so the model cannot be trained.
 
         Args:
-            folder: the model folder.
+            folder: model folder or adapter folder.
             device: auto, cpu, cuda or cuda:N.
-            dtype: auto for the file's, or float32, bfloat16, float16.
-            device_map: auto spreads the layers over the GPUs there are, if one of them is too small.
-            trust_remote_code: run code that the folder names or holds.
+            dtype: auto for the checkpoint's dtype, or float32, bfloat16, float16.
+            device_map: auto spreads the layers over all GPUs if one of them is too small.
+            trust_remote_code: run code that the folder names or contains.
 
         Raises:
-            ValueError: no model or tokenizer there, an unknown device or dtype, or a model too large for all devices.
+            ValueError: the folder has no model or tokenizer, the device or dtype is unknown, or the model does not fit.
         """
         if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"unknown dtype {dtype!r}; write auto, float32, bfloat16 or float16")
-        chosen = dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else getattr(torch, dtype)
+        torch_dtype = dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else getattr(torch, dtype)
         if device_map is None:
-            model = load_model(folder, chosen, process_group.pick_device(device), trust_remote_code)
-            pack(model)
+            model = load_model(folder, torch_dtype, process_group.pick_device(device), trust_remote_code)
+            prepack(model)
         else:
-            model = spread(folder, *devices_for(device_map, device), chosen, trust_remote_code)
+            model = load_on_devices(folder, *available_devices(device_map, device), torch_dtype, trust_remote_code)
         tokenizer = Tokenizer.from_pretrained(folder)
-        settings = read_settings(folder)
-        return cls(model, tokenizer, stop_ids_of(settings), sampling_of(settings))
+        generation_config = read_generation_config(folder)
+        return cls(model, tokenizer, stop_ids_of(generation_config), default_sampling(generation_config))
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """A text's ids, after the begin-of-text token where the tokenizer puts one; ids as they are."""
+        """Encode a text, with the begin-of-text token if the tokenizer adds one; token ids are returned unchanged."""
         return self.tokenizer.prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def ask(self, question: str, system: str | None = None) -> list[int]:
-        """A question as a prompt: the ids that the tokenizer's chat template makes of it, up to where the answer begins.
-
-        Raises:
-            ValueError: the template cannot be rendered.
-        """
-        return self.converse([{"role": "user", "content": question}], None, system)
-
-    def converse(
+    def encode_chat(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: str | Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None = None,
         system: str | None = None,
     ) -> list[int]:
-        """A conversation as a prompt, up to where the answer begins.
+        """Apply the tokenizer's chat template, up to where the assistant's answer begins.
 
         Args:
-            messages: of the conversation so far.
-            tools: that the answer may call.
-            system: the system prompt, if the conversation brings none.
+            messages: the conversation so far; a string is a single user message.
+            tools: tools that the answer may call.
+            system: system prompt of a conversation that has none.
 
         Raises:
             ValueError: the template cannot be rendered.
         """
-        return self.tokenizer.chat_template.apply(with_system(messages, system), tools, True)
+        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return self.tokenizer.chat_template.apply(with_system(conversation, system), tools, True)
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> list[int]:
-        """The prompt's ids, if they can be continued.
+    def prepare(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """Encode a prompt and check that the model can continue it with these parameters.
 
         Raises:
-            ValueError: an empty prompt, one that leaves no position for a new token, or ids that the model does not have.
+            ValueError: the prompt is empty or too long, or an id is out of the vocabulary.
         """
         ids = self.encode(prompt)
-        check_prompt(ids, self.model.config)
+        validate_prompt(ids, self.model.config)
         params.check_ids(self.model.config.vocab_size)
         return ids
 
-    def engine(self, options: GenerationOptions | None = None) -> GenerationEngine:
-        """An engine for many requests, which keeps its cache."""
-        return GenerationEngine(self.model, self.tokenizer, self.stop_ids, options)
+    def engine(self, config: EngineConfig | None = None) -> GenerationEngine:
+        """An engine for many requests, which keeps its KV cache between them."""
+        return GenerationEngine(self.model, self.tokenizer, self.stop_ids, config)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[Generation]:
-        """Continue each prompt; the results are in the prompts' order.
+    ) -> list[Completion]:
+        """Continue each prompt; the completions are in the order of the prompts.
 
         Args:
-            prompts: texts or ids.
-            params: of all prompts, or of each; None for ``defaults``.
+            prompts: texts or token ids.
+            params: for all prompts, or one for each; None for ``defaults``.
 
         Raises:
-            ValueError: a prompt that cannot be continued; not as many params as prompts.
+            ValueError: a prompt cannot be continued, or the numbers of params and prompts differ.
         """
         requests = self._requests(prompts, params)
-        found = {request.id: Generation("", [], "length") for request in requests}
+        completions = {request.id: Completion("", [], "length") for request in requests}
         for output in self.outputs(requests):
-            found[output.id].add(output)
-        return list(found.values())
+            completions[output.id].add(output)
+        return list(completions.values())
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
-        """Continue one prompt, giving out text as soon as it is complete. Joined, the pieces are ``generate``'s text.
+        """Continue one prompt, yielding text as soon as it is complete. The pieces, joined, are the text of ``generate``.
 
-        Whoever leaves the iterator early frees all that it holds.
+        Closing the iterator early frees its KV cache.
 
         Raises:
-            ValueError: a prompt that cannot be continued; at the first piece.
+            ValueError: the prompt cannot be continued; raised at the first piece.
         """
         yield from (output.text for output in self.outputs(self._requests([prompt], params)) if output.text)
 
-    def outputs(self, requests: Sequence[Request]) -> Iterator[Output]:
-        """Compute requests; what each step brings each of them.
+    def outputs(self, requests: Sequence[EngineRequest]) -> Iterator[RequestOutput]:
+        """Run requests to their end, yielding what each engine step produces.
 
-        However many they are, only some are in the engine at a time, since each takes memory there.
+        Only a part of them is in the engine at any time, since each takes memory there.
 
         Raises:
-            ValueError: a request that can never run.
+            ValueError: a request can never run.
         """
         engine, waiting = self._engine_for(requests), iter(requests)
         for request in islice(waiting, 2 * engine.scheduler.max_running):
@@ -206,23 +200,25 @@ class Generator:
                     for request in islice(waiting, 1):
                         engine.submit(request)
 
-    def _requests(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Request]:
+    def _requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[EngineRequest]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or self.defaults] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"params has {len(params)} entries for {len(prompts)} prompts: give one for each, or one for all")
-        many = len(prompts) > 1
         requests = []
-        for number, (prompt, chosen) in enumerate(zip(prompts, params, strict=True), start=1):
+        for number, (prompt, prompt_params) in enumerate(zip(prompts, params, strict=True), start=1):
             try:
-                requests.append(Request(str(number), self.check(prompt, chosen), chosen))
+                requests.append(EngineRequest(str(number), self.prepare(prompt, prompt_params), prompt_params))
             except ValueError as error:
-                raise ValueError(f"prompt {number} of {len(prompts)}: {error}" if many else str(error)) from None
+                place = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
+                raise ValueError(f"{place}{error}") from None
         return requests
 
-    def _engine_for(self, requests: Sequence[Request]) -> GenerationEngine:
-        """An engine for these requests, with no larger a cache than they can fill."""
-        options, longest = GenerationOptions(), self.model.config.max_position_embeddings
-        needs = sorted((pages_needed(request, longest, PAGE_SIZE) for request in requests), reverse=True)
-        wanted = min(sum(needs[: options.max_running]), pages_for(self.model, options))
-        return self.engine(GenerationOptions(cache_tokens=PAGE_SIZE * max(wanted, *needs[:1], 1)))
+    def _engine_for(self, requests: Sequence[EngineRequest]) -> GenerationEngine:
+        """An engine whose KV cache is no larger than these requests can fill."""
+        config, max_positions = EngineConfig(), self.model.config.max_position_embeddings
+        needs = sorted((blocks_needed(request, max_positions, BLOCK_SIZE) for request in requests), reverse=True)
+        blocks = min(sum(needs[: config.max_running]), num_blocks(self.model, config))
+        return self.engine(EngineConfig(cache_tokens=BLOCK_SIZE * max(blocks, *needs[:1], 1)))

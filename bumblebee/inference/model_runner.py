@@ -1,58 +1,60 @@
-"""One forward pass over a step's chunks: a flat row of tokens in, logits out, for those sequences that are to grow."""
+"""ModelRunner: one forward pass over a step's chunks, a flat row of tokens in, logits of the tokens to sample out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from bumblebee.inference.attention_metadata import AttentionMetadata
 from bumblebee.inference.device_map import layer_devices
-from bumblebee.inference.kv_cache import KVCache, Layout
-from bumblebee.inference.sequence import Chunk
+from bumblebee.inference.kv_cache import KVCache
+from bumblebee.inference.sequence import ScheduledChunk
 from bumblebee.models.base import LanguageModel
 
-PADDING = 2.0  # positions that a CPU may read for each that is there, so that single tokens share a call
+MAX_CPU_PADDING = 2.0  # see AttentionMetadata.build
 
 
-class Runner:
-    """The model with its cache.
+class ModelRunner:
+    """A model with its KV cache.
 
     Args:
         model: in evaluation mode.
-        pages: pages of the cache.
-        page_size: positions of a page.
+        num_blocks: blocks of the cache.
+        block_size: positions per block.
     """
 
-    def __init__(self, model: LanguageModel, pages: int, page_size: int) -> None:
+    def __init__(self, model: LanguageModel, num_blocks: int, block_size: int) -> None:
         self.model = model
         weight = next(model.parameters())
-        self.cache = KVCache(model.config, pages, page_size, weight.dtype, layer_devices(model))
-        self.padding = PADDING if weight.device.type == "cpu" else math.inf  # see Layout.of
+        self.kv_cache = KVCache(model.config, num_blocks, block_size, weight.dtype, layer_devices(model))
+        self.max_padding = MAX_CPU_PADDING if weight.device.type == "cpu" else math.inf
 
     @torch.inference_mode()
-    def run(self, chunks: Several[Chunk]) -> Tensor:
-        """Compute the chunks, single tokens first; logits (n, V) of the n that are their sequence's last, in their order."""
-        ids: list[int] = []
-        places: list[int] = []
+    def run(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
+        """Compute the chunks, decode first; returns logits (n, V) after the n chunks that are their sequence's last."""
+        token_ids: list[int] = []
+        positions: list[int] = []
         last: list[int] = []
         for chunk in chunks:
-            done, end = chunk.sequence.computed, chunk.sequence.computed + chunk.count
-            ids += chunk.sequence.tokens[done:end]
-            places += range(done, end)
+            begin, end = chunk.sequence.num_computed, chunk.sequence.num_computed + chunk.num_tokens
+            token_ids += chunk.sequence.token_ids[begin:end]
+            positions += range(begin, end)
             if chunk.is_last:
-                last.append(len(ids) - 1)
-        input_ids, position_ids, logits_at = (torch.tensor(x, device=self.cache.device) for x in (ids, places, last))
-        layers = self.cache.at(self._layout(chunks))
+                last.append(len(token_ids) - 1)
+        device = self.kv_cache.device
+        input_ids, position_ids, logits_at = (torch.tensor(x, device=device) for x in (token_ids, positions, last))
+        layers = self.kv_cache.prepare(self._metadata(chunks))
         return self.model(input_ids[None], position_ids[None], cache=layers, logits_at=logits_at.long())
 
-    def _layout(self, chunks: Several[Chunk]) -> Layout:
-        return Layout.of(
-            [chunk.sequence.pages for chunk in chunks],
-            [chunk.sequence.computed + chunk.count for chunk in chunks],
-            [chunk.count for chunk in chunks],
-            self.cache.page_size,
-            self.cache.device,
-            self.padding,
+    def _metadata(self, chunks: Sequence[ScheduledChunk]) -> AttentionMetadata:
+        return AttentionMetadata.build(
+            [chunk.sequence.block_table for chunk in chunks],
+            [chunk.sequence.num_computed + chunk.num_tokens for chunk in chunks],
+            [chunk.num_tokens for chunk in chunks],
+            self.kv_cache.block_size,
+            self.kv_cache.device,
+            self.max_padding,
         )

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: plain data that can be sent between processes. Torch is not imported."""
+"""Input and output of the engine: plain data that can be sent between processes, without importing torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
 
 @dataclass
-class Request:
-    """One prompt to be continued.
+class EngineRequest:
+    """One prompt to continue.
 
     Args:
-        id: the caller's name for it; no two requests in the engine have the same.
+        id: chosen by the caller; unique among the requests in the engine.
         prompt: token ids.
-        params: how to choose the new tokens.
-        deadline: when it ends at the latest, on the clock of ``time.monotonic()``; None for never.
+        params: how to sample the new tokens.
+        deadline: when the request times out, on the clock of ``time.monotonic()``; None for never.
     """
 
     id: str
@@ -28,13 +28,13 @@ class Request:
 
 
 @dataclass
-class Token:
+class SampledToken:
     """A new token.
 
     Args:
-        id: its id.
-        logprob: its log probability, where the request wants it; see ``sampler.py`` for which distribution.
-        top: (id, logprob) of the most likely tokens, best first, as many as the request wants.
+        id: token id.
+        logprob: log-probability, if requested; ``sampler.py`` says of which distribution.
+        top: (id, logprob) of the most likely tokens, best first, as many as requested.
     """
 
     id: int
@@ -43,22 +43,23 @@ class Token:
 
 
 @dataclass
-class Output:
-    """What one step brought one request.
+class RequestOutput:
+    """What one engine step produced for one request.
 
     Args:
-        id: the request's.
-        text: what is complete now; joined, the texts of all outputs are the whole, without special tokens and stop strings.
-        tokens: new tokens; one that ended the text is the last of them.
-        finish_reason: None while it goes on; "stop" at an end-of-text token, a stop id or a stop string; "length" at
+        id: the request's id.
+        text: newly completed text. The texts of all outputs, joined, are the completion without special tokens and stop
+            strings.
+        tokens: new tokens; a token that ended the sequence is the last of them.
+        finish_reason: None while the request runs; "stop" at an end-of-text token, a stop id or a stop string; "length" at
             max_new_tokens or the model's last position; "cancelled"; "timeout" at the deadline.
-        prompt_tokens: length of the prompt.
-        cached_tokens: how many of them were not computed again, since an earlier request began in the same way.
+        prompt_tokens: length of the prompt in tokens.
+        cached_tokens: prompt tokens taken from the prefix cache.
     """
 
     id: str
     text: str
-    tokens: list[Token]
+    tokens: list[SampledToken]
     finish_reason: FinishReason | None
     prompt_tokens: int
     cached_tokens: int

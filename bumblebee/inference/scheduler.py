@@ -1,91 +1,99 @@
-"""Which tokens does the next step compute? First come, first served, with continuous batching and chunked prompts.
+"""First-come-first-served scheduler with continuous batching, chunked prefill and prefix caching.
 
-A request is admitted when all pages that it can ever need are there, so none ends midway for lack of memory. The first in the
-queue is never overtaken. Each step computes the next token of every growing sequence, and spends the rest of its tokens on
-prompts, the oldest first. No more sequences run than a step has tokens, so some are always left for the oldest prompt.
+A request is admitted when every block that it can ever need is available, so none is preempted for lack of memory. The head of
+the queue is never overtaken. Each step decodes one token of every running sequence and spends the rest of its token budget on
+prefill, oldest sequence first. At most as many sequences run as a step has tokens, so the oldest prefill always makes progress.
 
-Prompts that begin alike are computed once: while an older sequence computes a page that a younger one needs next, the younger
-one waits, and takes the page over when it is there. Who is waited for always runs in the same step, so nobody waits for ever;
-if it is cancelled, the younger one computes the page itself.
+Prompts with a common prefix are computed once: while an older sequence computes a block that a younger one needs next, the
+younger one waits and then reuses it. The older sequence is part of the same step, so there is no deadlock; if it is cancelled,
+the younger one computes the block itself.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
-from bumblebee.inference.block_pool import Key, Pages
-from bumblebee.inference.sequence import Chunk, Sequence
+from bumblebee.inference.block_pool import BlockKey, BlockPool
+from bumblebee.inference.sequence import ScheduledChunk, Sequence
 
 
 class Scheduler:
-    """The queue and those who run.
+    """Waiting queue and running sequences.
 
     Args:
-        pages: the pool.
+        block_pool: blocks of the KV cache.
         max_running: sequences that run at the same time.
-        step_tokens: tokens of a step.
+        step_tokens: tokens per step.
     """
 
-    def __init__(self, pages: Pages, max_running: int, step_tokens: int) -> None:
-        self.pages, self.max_running, self.step_tokens = pages, min(max_running, step_tokens), step_tokens
+    def __init__(self, block_pool: BlockPool, max_running: int, step_tokens: int) -> None:
+        self.block_pool, self.max_running, self.step_tokens = block_pool, min(max_running, step_tokens), step_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of admission
 
-    def plan(self) -> list[Chunk]:
-        """The chunks of the next step: single tokens first; changes nothing but admissions and pages taken over."""
+    def schedule(self) -> list[ScheduledChunk]:
+        """Admit sequences and return the next step's chunks, decode before prefill. Advances no sequence."""
         while self.waiting and len(self.running) < self.max_running and self._admit(self.waiting[0]):
             self.running.append(self.waiting.popleft())
-        chunks = [Chunk(sequence, 1) for sequence in self.running if sequence.remaining == 1]
-        budget, being_computed = self.step_tokens - len(chunks), set[Key]()
-        for sequence in self.running:
-            if sequence.remaining > 1 and budget:
-                self._take_over(sequence)
-                key = sequence.next_page()
-                if key in being_computed and sequence.computed == sequence.kept:
-                    continue
-                if key is not None and self.pages.reuse:
-                    being_computed.add(key)
-                chunks.append(Chunk(sequence, min(budget, sequence.remaining)))
-                budget -= chunks[-1].count
-        return chunks
+        chunks = [ScheduledChunk(sequence, 1) for sequence in self.running if sequence.num_remaining == 1]
+        return chunks + self._schedule_prefill(self.step_tokens - len(chunks))
 
-    def advance(self, chunk: Chunk) -> None:
-        """The chunk is computed: pages that it filled are remembered."""
-        sequence, size = chunk.sequence, self.pages.size
-        sequence.computed += chunk.count
-        while (end := sequence.kept + size) <= sequence.computed:
-            key = (sequence.identity, tuple(sequence.tokens[sequence.kept : end]))
-            sequence.identity = self.pages.keep(sequence.pages[sequence.kept // size], key)
-            sequence.kept = end
+    def advance(self, chunk: ScheduledChunk) -> None:
+        """Account for a computed chunk and register the blocks that it filled."""
+        sequence, size = chunk.sequence, self.block_pool.block_size
+        sequence.num_computed += chunk.num_tokens
+        while (end := sequence.num_registered + size) <= sequence.num_computed:
+            key = (sequence.content_id, tuple(sequence.token_ids[sequence.num_registered : end]))
+            sequence.content_id = self.block_pool.register(sequence.block_table[sequence.num_registered // size], key)
+            sequence.num_registered = end
 
     def remove(self, sequence: Sequence) -> None:
-        """It has ended, or will not begin."""
+        """Remove a finished or cancelled sequence and release its blocks."""
         (self.waiting if sequence in self.waiting else self.running).remove(sequence)
-        self._give_back(sequence)
+        self._release(sequence)
+
+    def _schedule_prefill(self, budget: int) -> list[ScheduledChunk]:
+        """Chunks of prompts within a token budget."""
+        chunks, being_computed = list[ScheduledChunk](), set[BlockKey]()
+        for sequence in self.running:
+            if sequence.num_remaining > 1 and budget:
+                self._reuse_cached(sequence)
+                key = sequence.next_block_key()
+                if key in being_computed and sequence.num_computed == sequence.num_registered:
+                    continue
+                if key is not None and self.block_pool.prefix_caching:
+                    being_computed.add(key)
+                chunks.append(ScheduledChunk(sequence, min(budget, sequence.num_remaining)))
+                budget -= chunks[-1].num_tokens
+        return chunks
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Reserve all its pages, those of a known prefix among them."""
-        self._take_over(sequence)
-        new = self.pages.allocate(sequence.pages_needed - len(sequence.pages))
-        if new is None:
-            self._give_back(sequence)
-            sequence.restart()
+        """Reserve all blocks of a sequence, cached prefix included."""
+        self._reuse_cached(sequence)
+        blocks = self.block_pool.allocate(sequence.blocks_needed - len(sequence.block_table))
+        if blocks is None:
+            self._release(sequence)
+            sequence.reset()
             return False
-        sequence.pages += new
+        sequence.block_table += blocks
         return True
 
-    def _take_over(self, sequence: Sequence) -> None:
-        """Go on behind pages that are computed already: the sequence's own are given back for them."""
-        size = self.pages.size
-        while sequence.computed == sequence.kept and (key := sequence.next_page()) and (found := self.pages.find(key)):
-            page, sequence.identity = found
-            self.pages.hold(page)
-            place = sequence.kept // size
-            self.pages.release(sequence.pages[place : place + 1])
-            sequence.pages[place : place + 1] = [page]
-            sequence.computed = sequence.kept = sequence.kept + size
-            sequence.cached_tokens += size
+    def _reuse_cached(self, sequence: Sequence) -> None:
+        """Skip prompt blocks that are already computed, replacing the sequence's own blocks by the cached ones."""
+        size = self.block_pool.block_size
+        while (
+            sequence.num_computed == sequence.num_registered
+            and (key := sequence.next_block_key())
+            and (hit := self.block_pool.lookup(key))
+        ):
+            block, sequence.content_id = hit
+            self.block_pool.acquire(block)
+            index = sequence.num_registered // size
+            self.block_pool.release(sequence.block_table[index : index + 1])
+            sequence.block_table[index : index + 1] = [block]
+            sequence.num_computed = sequence.num_registered = sequence.num_registered + size
+            sequence.num_cached += size
 
-    def _give_back(self, sequence: Sequence) -> None:
-        self.pages.release(reversed(sequence.pages))
-        sequence.pages = []
+    def _release(self, sequence: Sequence) -> None:
+        self.block_pool.release(reversed(sequence.block_table))
+        sequence.block_table = []

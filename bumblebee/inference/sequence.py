@@ -1,91 +1,91 @@
-"""A request on its way through the engine: its tokens, how many of them are computed, and the pages that hold them."""
+"""State of one request inside the engine: its tokens, how many of them are computed, and its block table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from bumblebee.config import BumblebeeConfig
-from bumblebee.inference.block_pool import ROOT, Key
-from bumblebee.inference.request import Request
+from bumblebee.inference.block_pool import ROOT, BlockKey
+from bumblebee.inference.request import EngineRequest
 
 
-def check_prompt(prompt: list[int], config: BumblebeeConfig) -> None:
-    """Refuse what a model cannot continue.
+def validate_prompt(prompt: list[int], config: BumblebeeConfig) -> None:
+    """Check that a model can continue a prompt.
 
     Raises:
-        ValueError: an empty prompt, one that leaves no position for a new token, or ids that the model does not have.
+        ValueError: the prompt is empty, leaves no position for a new token, or has an id that is out of the vocabulary.
     """
-    longest = config.max_position_embeddings
+    max_positions = config.max_position_embeddings
     if not prompt:
         raise ValueError("the prompt is empty: there is nothing to continue")
-    if len(prompt) >= longest:
-        raise ValueError(f"the prompt has {len(prompt)} tokens; the model takes {longest}, new ones included")
-    for index in (min(prompt), max(prompt)):
-        if not 0 <= index < config.vocab_size:
-            raise ValueError(f"the prompt has the id {index}; the model's ids go from 0 to {config.vocab_size - 1}")
+    if len(prompt) >= max_positions:
+        raise ValueError(f"the prompt has {len(prompt)} tokens; the model takes {max_positions}, including new ones")
+    for token_id in (min(prompt), max(prompt)):
+        if not 0 <= token_id < config.vocab_size:
+            raise ValueError(f"the prompt has token id {token_id}; the model's ids are 0 to {config.vocab_size - 1}")
 
 
-def limit(request: Request, longest: int) -> int:
-    """Tokens that it ends with at the latest, where the model has ``longest`` positions."""
-    return min(longest, len(request.prompt) + request.params.max_new_tokens)
+def max_length(request: EngineRequest, max_positions: int) -> int:
+    """Length in tokens, prompt included, at which a request ends at the latest."""
+    return min(max_positions, len(request.prompt) + request.params.max_new_tokens)
 
 
-def pages_needed(request: Request, longest: int, page_size: int) -> int:
-    """Pages for all it can ever hold: the last token's keys are not needed."""
-    return -(-(limit(request, longest) - 1) // page_size)
+def blocks_needed(request: EngineRequest, max_positions: int, block_size: int) -> int:
+    """Blocks for the longest completion of a request. The last token's keys and values are never stored."""
+    return -(-(max_length(request, max_positions) - 1) // block_size)
 
 
 class Sequence:
-    """One request's tokens.
+    """Tokens and blocks of one request.
 
     Args:
         request: the request.
-        longest: positions that the model has.
-        page_size: positions of a page.
+        max_positions: positions of the model.
+        block_size: positions per block.
     """
 
-    def __init__(self, request: Request, longest: int, page_size: int) -> None:
-        self.request, self.page_size = request, page_size
-        self.tokens = list(request.prompt)
-        self.limit = limit(request, longest)
-        self.pages_needed = pages_needed(request, longest, page_size)
-        self.pages: list[int] = []
-        self.restart()
+    def __init__(self, request: EngineRequest, max_positions: int, block_size: int) -> None:
+        self.request, self.block_size = request, block_size
+        self.token_ids = list(request.prompt)
+        self.max_length = max_length(request, max_positions)
+        self.blocks_needed = blocks_needed(request, max_positions, block_size)
+        self.block_table: list[int] = []
+        self.reset()
 
-    def restart(self) -> None:
-        """Nothing is computed."""
-        self.computed = 0  # tokens whose keys and values are in the pages
-        self.kept = 0  # of them, those in pages whose content the pool knows; a multiple of the page size
-        self.identity = ROOT  # of the last such page
-        self.cached_tokens = 0  # of the prompt, taken from the pool
+    def reset(self) -> None:
+        """Mark every token as not computed."""
+        self.num_computed = 0  # tokens whose keys and values are in the blocks
+        self.num_registered = 0  # of these, tokens in blocks that the pool knows; a multiple of the block size
+        self.content_id = ROOT  # of the last registered block
+        self.num_cached = 0  # prompt tokens taken from the prefix cache
 
     @property
-    def prompt_tokens(self) -> int:
+    def num_prompt_tokens(self) -> int:
         """Length of the prompt."""
         return len(self.request.prompt)
 
     @property
-    def remaining(self) -> int:
-        """Tokens to compute; 1 while the sequence grows by a token at a time."""
-        return len(self.tokens) - self.computed
+    def num_remaining(self) -> int:
+        """Tokens to compute; 1 in decode."""
+        return len(self.token_ids) - self.num_computed
 
-    def next_page(self) -> Key | None:
-        """What the first page that the pool does not know will hold, where it lies in the prompt before its last token.
+    def next_block_key(self) -> BlockKey | None:
+        """Key of the first prompt block that is not registered, or None.
 
-        The last token is always computed, since its logits are what is wanted.
+        The block that holds the last prompt token has no key: its logits are needed, so it is always computed.
         """
-        end = self.kept + self.page_size
-        return (self.identity, tuple(self.tokens[self.kept : end])) if end < self.prompt_tokens else None
+        end = self.num_registered + self.block_size
+        return (self.content_id, tuple(self.token_ids[self.num_registered : end])) if end < self.num_prompt_tokens else None
 
 
 @dataclass
-class Chunk:
-    """Some tokens of a sequence that one step computes: the next ``count`` that are not computed."""
+class ScheduledChunk:
+    """Part of a sequence that one step computes: its next ``num_tokens`` tokens."""
 
     sequence: Sequence
-    count: int
+    num_tokens: int
 
     @property
     def is_last(self) -> bool:
-        """Whether the sequence's next token can be chosen after it."""
-        return self.count == self.sequence.remaining
+        """Whether the sequence's next token can be sampled after this chunk."""
+        return self.num_tokens == self.sequence.num_remaining

@@ -1,4 +1,4 @@
-"""Curves as pictures: one run's loss while it trains, several runs' metrics beside each other. Only here is matplotlib."""
+"""Plots of metrics: one run's loss curve during training, and several runs' metrics for comparison."""
 
 from __future__ import annotations
 
@@ -12,56 +12,56 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of Okabe and Ito, told apart by people who do not see all colours alike; then the same again, dashed.
+# The palette of Okabe and Ito, distinguishable with colour blindness; repeated with dashed lines for more runs.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
 
 
-class Average:
-    """An exponential moving average that is right from the first value on."""
+class MovingAverage:
+    """An exponential moving average with bias correction."""
 
     def __init__(self) -> None:
         self.total, self.weight = 0.0, 0.0
 
-    def add(self, value: float, keep: float) -> float:
-        """The average with one more value, of which ``keep`` is the share of all earlier ones."""
-        self.total = keep * self.total + (1 - keep) * value
-        self.weight = keep * self.weight + (1 - keep)
+    def add(self, value: float, smoothing: float) -> float:
+        """Add a value and return the average; ``smoothing`` is the weight of all earlier values."""
+        self.total = smoothing * self.total + (1 - smoothing) * value
+        self.weight = smoothing * self.weight + (1 - smoothing)
         return self.total / self.weight
 
 
 @dataclass
-class Curve:
+class MetricCurve:
     """A metric of a run.
 
     Args:
-        name: for the legend.
-        at: where along the axis each value was logged.
+        name: of the run, for the legend.
+        x: position of each value on the horizontal axis.
         values: the values.
-        held_out: the same metric on held-out data, drawn as points: its columns of places and values.
+        validation: positions and values of the same metric on the validation samples, drawn as points.
     """
 
     name: str
-    at: list[float]
+    x: list[float]
     values: list[float]
-    held_out: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    validation: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a picture, in the format of the file's ending, as a whole."""
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, format=path.suffix[1:])
-    os.replace(aside, path)
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture atomically, in the format of the file's suffix."""
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format=path.suffix[1:])
+    os.replace(partial, path)
 
 
-def formats() -> list[str]:
-    """Endings of files that a picture can be written to."""
+def picture_formats() -> list[str]:
+    """Suffixes of supported picture files, without the dot."""
     from matplotlib.figure import Figure
 
     return sorted(Figure().canvas.get_supported_filetypes())
 
 
-def _figure(panels: int) -> Figure:
+def _new_figure(panels: int) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(9, 2 + 3 * panels), dpi=130, layout="constrained")
@@ -70,89 +70,89 @@ def _figure(panels: int) -> Figure:
 # -- several runs ----------------------------------------------------------------------------------------------------------
 
 
-def draw_runs(panels: dict[str, list[Curve]], along: str, whole: bool, smoothing: float) -> Figure:
-    """One panel for each metric, one colour for each run.
+def plot_runs(panels: dict[str, list[MetricCurve]], xlabel: str, integer_x: bool, smoothing: float) -> Figure:
+    """Plot one panel per metric, one colour per run.
 
     Args:
-        panels: curves by the name of their metric; every panel has the same runs, in the same order.
-        along: what the horizontal axis counts.
-        whole: whether it counts in whole numbers.
-        smoothing: of the thick lines; at 0 the values themselves are drawn thick.
+        panels: curves by the name of their metric; every panel has the same runs in the same order.
+        xlabel: label of the horizontal axis.
+        integer_x: whether the horizontal axis has whole numbers.
+        smoothing: of the thick lines; with 0 the values themselves are drawn thick.
     """
-    figure = _figure(len(panels))
+    figure = _new_figure(len(panels))
     first = None
-    for place, (metric, curves) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(len(panels), 1, place, sharex=first)
+    for row, (metric, curves) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(len(panels), 1, row, sharex=first)
         first = first or axes
         for index, curve in enumerate(curves):
-            _draw_curve(axes, curve, index, smoothing)
+            _plot_curve(axes, curve, index, smoothing)
         axes.set_ylabel(metric)
-        _draw_frame(axes, along, whole)
-        if any(curve.held_out[0] for curve in curves):
-            axes.plot([], [], color="#888888", linestyle="", marker="D", markersize=5, label="held out")
+        _style_axes(axes, xlabel, integer_x)
+        if any(curve.validation[0] for curve in curves):
+            axes.plot([], [], color="#888888", linestyle="", marker="D", markersize=5, label="validation")
         axes.legend(frameon=False)
     return figure
 
 
-def _draw_curve(axes: Axes, curve: Curve, index: int, smoothing: float) -> None:
+def _plot_curve(axes: Axes, curve: MetricCurve, index: int, smoothing: float) -> None:
     colour, dashes = _COLOURS[index % len(_COLOURS)], _DASHES[index // len(_COLOURS) % len(_DASHES)]
-    marker = "o" if len(curve.values) < 10 else ""  # a line of one point is not seen
+    marker = "o" if len(curve.values) < 10 else ""  # a line through a single point is invisible
     if smoothing:
-        axes.plot(curve.at, curve.values, color=colour, linewidth=0.7, alpha=0.3)
-    values = smoothed(curve.values, smoothing)
-    axes.plot(curve.at, values, color=colour, linestyle=dashes, linewidth=1.8, marker=marker, label=curve.name)
-    if curve.held_out[0]:
-        axes.plot(*curve.held_out, color=colour, linestyle="", marker="D", markersize=5)
+        axes.plot(curve.x, curve.values, color=colour, linewidth=0.7, alpha=0.3)
+    values = smooth(curve.values, smoothing)
+    axes.plot(curve.x, values, color=colour, linestyle=dashes, linewidth=1.8, marker=marker, label=curve.name)
+    if curve.validation[0]:
+        axes.plot(*curve.validation, color=colour, linestyle="", marker="D", markersize=5)
 
 
-def smoothed(values: Sequence[float], keep: float) -> list[float]:
-    """The moving average of all values up to each."""
-    average = Average()
-    return [average.add(value, keep) for value in values]
+def smooth(values: Sequence[float], smoothing: float) -> list[float]:
+    """The exponential moving average at each value."""
+    average = MovingAverage()
+    return [average.add(value, smoothing) for value in values]
 
 
 # -- one run ---------------------------------------------------------------------------------------------------------------
 
 
-def draw(
+def plot_run(
     training: list[list[float]], validation: list[list[float]], smoothing: float, rewards: list[list[float]] | None = None
 ) -> Figure:
-    """The picture.
+    """Plot the loss curve of a run.
 
     Args:
         training: columns of step, loss, smoothed loss and learning rate.
         validation: columns of step and loss.
-        smoothing: for the legend; 0 leaves the smoothed curve out.
-        rewards: columns of step, accuracy and margin; None or no steps: there is no second panel.
+        smoothing: for the legend; 0 omits the smoothed curve.
+        rewards: columns of step, accuracy and margin; without any the second panel is omitted.
     """
-    preferences = bool(rewards and rewards[0])
-    figure = _figure(2 if preferences else 1)
-    axes = figure.add_subplot(2 if preferences else 1, 1, 1)
-    _draw_losses(axes, training, validation, smoothing)
-    axes.set_ylabel("loss" if preferences else "loss (nats per token)")
-    _draw_learning_rate(axes, training[0], training[3])
+    has_rewards = bool(rewards and rewards[0])
+    figure = _new_figure(2 if has_rewards else 1)
+    axes = figure.add_subplot(2 if has_rewards else 1, 1, 1)
+    _plot_losses(axes, training, validation, smoothing)
+    axes.set_ylabel("loss" if has_rewards else "loss (nats per token)")
+    _plot_learning_rate(axes, training[0], training[3])
     axes.legend(frameon=False, loc="upper right")
-    if rewards and preferences:
-        _draw_rewards(figure.add_subplot(2, 1, 2, sharex=axes), *rewards)
+    if rewards and has_rewards:
+        _plot_rewards(figure.add_subplot(2, 1, 2, sharex=axes), *rewards)
     return figure
 
 
-def _draw_losses(axes: Axes, training: list[list[float]], validation: list[list[float]], smoothing: float) -> None:
-    steps, losses, smooth, _ = training
-    marker = "o" if len(steps) < 10 else ""  # a line of one point is not seen
+def _plot_losses(axes: Axes, training: list[list[float]], validation: list[list[float]], smoothing: float) -> None:
+    steps, losses, smoothed, _ = training
+    marker = "o" if len(steps) < 10 else ""  # a line through a single point is invisible
     axes.plot(steps, losses, color="#4c78a8", linewidth=0.8, alpha=0.45 if smoothing else 1.0, marker=marker, label="training")
     if smoothing:
-        axes.plot(steps, smooth, color="#1f4e79", linewidth=2.2, label=f"training, smoothed ({smoothing:g})")
+        axes.plot(steps, smoothed, color="#1f4e79", linewidth=2.2, label=f"training, smoothed ({smoothing:g})")
     if validation[0]:
         axes.plot(*validation, color="#e45756", marker="o", markersize=4.5, linewidth=1.2, label="validation")
-    _draw_frame(axes)
+    _style_axes(axes)
 
 
-def _draw_frame(axes: Axes, along: str = "optimizer steps", whole: bool = True) -> None:
+def _style_axes(axes: Axes, xlabel: str = "optimizer steps", integer_x: bool = True) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlabel(along)
-    if whole:
+    axes.set_xlabel(xlabel)
+    if integer_x:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(color="#e4e4e4", linewidth=0.6)
@@ -160,22 +160,22 @@ def _draw_frame(axes: Axes, along: str = "optimizer steps", whole: bool = True) 
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_rewards(axes: Axes, steps: list[float], accuracies: list[float], margins: list[float]) -> None:
-    """How often the chosen response has the larger reward, and by how much on average."""
+def _plot_rewards(axes: Axes, steps: list[float], accuracies: list[float], margins: list[float]) -> None:
+    """Share of pairs whose chosen response has the higher reward, and the mean difference of rewards."""
     axes.plot(steps, accuracies, color="#54a24b", linewidth=1.2, label="accuracy")
     axes.set_ylim(-0.02, 1.02)
-    axes.set_ylabel("accuracy of rewards", color="#3b7a34")
-    _draw_frame(axes)
+    axes.set_ylabel("reward accuracy", color="#3b7a34")
+    _style_axes(axes)
     right = axes.twinx()
     right.plot(steps, margins, color="#b279a2", linewidth=1.2, label="margin")
-    right.set_ylabel("margin of rewards", color="#8a5680")
+    right.set_ylabel("reward margin", color="#8a5680")
     right.spines["top"].set_visible(False)
     right.margins(x=0.01)
 
 
-def _draw_learning_rate(axes: Axes, steps: list[float], rates: list[float]) -> None:
+def _plot_learning_rate(axes: Axes, steps: list[float], learning_rates: list[float]) -> None:
     right = axes.twinx()
-    right.plot(steps, rates, color="#bbbbbb", linewidth=1.0, linestyle=(0, (4, 3)))
+    right.plot(steps, learning_rates, color="#bbbbbb", linewidth=1.0, linestyle=(0, (4, 3)))
     right.margins(x=0.01)
     right.set_ylabel("learning rate (dashed)", color="#999999")
     right.set_ylim(bottom=0)
@@ -184,5 +184,5 @@ def _draw_learning_rate(axes: Axes, steps: list[float], rates: list[float]) -> N
     for side, spine in right.spines.items():
         spine.set_visible(side == "right")
         spine.set_color("#cccccc")
-    axes.set_zorder(right.get_zorder() + 1)  # the losses above the rate
+    axes.set_zorder(right.get_zorder() + 1)  # the loss in front of the learning rate
     axes.patch.set_visible(False)

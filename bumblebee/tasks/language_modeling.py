@@ -1,4 +1,4 @@
-"""Language modelling: predict each next token. Pretraining and supervised fine-tuning differ only in their labels."""
+"""Language modelling: predict the next token. Pretraining and supervised fine-tuning differ only in their labels."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.nn import IGNORE_INDEX
-from bumblebee.tasks.task import Task
+from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length
 
 
 class LanguageModeling(Task):
-    """Cross-entropy of the next token.
+    """Next-token cross-entropy.
 
-    Batches hold ``input_ids``, ``labels`` (already shifted; -100 is no target) and ``position_ids``, each (B, T) int64.
+    Batches hold ``input_ids``, ``labels`` (already shifted; -100 is ignored) and ``position_ids``, each (B, T) int64.
 
     Args:
         model: called as ``model(input_ids, position_ids=..., labels=...)``, returns token losses (B, T).
-        transforms: called with the model one after the other, such as bumblebee.transforms.ActivationCheckpointing.
+        transforms: applied to the model in order, such as bumblebee.transforms.ActivationCheckpointing.
     """
 
     def __init__(self, model: nn.Module, transforms: list[Callable[[nn.Module], Any]] | None = None) -> None:
@@ -30,26 +30,26 @@ class LanguageModeling(Task):
         for transform in transforms or []:
             transform(model)
         self.weights = {"loss": 1.0}
-        self._token_lengths: Tensor | None = None  # bytes of each token id, for bits per byte
+        self._token_lengths: Tensor | None = None  # (V,) bytes of each token, for bits per byte
 
     def setup(self, data: DataModule) -> None:
-        """Check that the tokenizer fits the model, take over its special ids, and note the bytes of each token."""
+        """Check that the data fits the model, and adopt the tokenizer's special ids."""
         check_length(self.model, data)
         if data.tokenizer is None:
             return
         adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
-        self._token_lengths = torch.tensor([len(piece) for piece in data.tokenizer.token_bytes])
+        self._token_lengths = torch.tensor([len(token) for token in data.tokenizer.token_bytes])
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
-        """Targets of the batch."""
+        """Number of targets."""
         return {"loss": (batch["labels"] != IGNORE_INDEX).sum()}
 
-    def training_step(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """The sum of token losses."""
+    def training_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
+        """Sum of token losses."""
         return {"loss": self._token_losses(model, batch).sum()}
 
-    def validation_step(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """Sums of losses, targets and bytes of the targets' text."""
+    def validation_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
+        """Sums of token losses, of targets, and of bytes of the targets' text."""
         labels = batch["labels"]
         sums = {"loss": self._token_losses(model, batch).double().sum(), "targets": (labels != IGNORE_INDEX).sum()}
         if self._token_lengths is not None:
@@ -66,5 +66,5 @@ class LanguageModeling(Task):
         return metrics
 
     @staticmethod
-    def _token_losses(model: Any, batch: Batch) -> Tensor:
+    def _token_losses(model: ForwardFn, batch: Batch) -> Tensor:
         return model(batch["input_ids"], position_ids=batch["position_ids"], labels=batch["labels"])

@@ -1,7 +1,7 @@
-"""References: the model that a policy is compared with, and its log-probabilities of the responses.
+"""Reference models: what DPO compares the policy with.
 
-A reference is called with a batch and the name of the samples it comes from ("train" or "validation"), and gives the sums of
-log-probabilities of each pair's responses, (P, 2) in fp32. It never drops out and has no gradient.
+A reference is called with a batch and the split that it comes from ("train" or "validation"), and returns the log-probability
+of each response, (P, 2) in fp32, without dropout and without gradients.
 """
 
 from __future__ import annotations
@@ -9,74 +9,75 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bumblebee.datamodule import Batch
-from bumblebee.tasks.pair_log_probs import response_log_probabilities, sums
+from bumblebee.tasks.pair_log_probs import response_log_probs, token_log_probs
+from bumblebee.tasks.task import ForwardFn
 
 
 class Reference(ABC):
-    """What the policy is compared with."""
+    """Log-probabilities of a reference model."""
 
     @abstractmethod
-    def __call__(self, model: Any, batch: Batch, samples: str) -> Tensor:
-        """log p of the responses: (P, 2). At stage 3 collective.
+    def __call__(self, model: ForwardFn, batch: Batch, split: str) -> Tensor:
+        """Log-probability of each response: (P, 2). Collective at stage 3.
 
         Args:
-            model: the one that is trained, as the task is given it.
+            model: the trained model, as ``training_step`` receives it.
             batch: on the model's device.
-            samples: "train" or "validation".
+            split: "train" or "validation".
         """
 
     def close(self) -> None:  # noqa: B027  (optional)
-        """Let go of a model that nothing else needs."""
+        """Release a model that nothing else needs."""
 
 
-class Policy(Reference):
-    """The trained model itself, as a context makes it: with its adapters off, or before it has learnt anything.
+class PolicyReference(Reference):
+    """The trained model itself inside a context: with its adapters disabled, or before its first step.
 
     Args:
         module: the model.
-        context: called with it.
+        context: called with it, returns the context manager.
     """
 
-    def __init__(self, module: nn.Module, context: Callable[[nn.Module], AbstractContextManager[Any]]) -> None:
+    def __init__(self, module: nn.Module, context: Callable[[nn.Module], AbstractContextManager[object]]) -> None:
         self.module, self.context = module, context
 
     @torch.no_grad()
-    def __call__(self, model: Any, batch: Batch, samples: str) -> Tensor:
-        with evaluating(self.module), self.context(self.module):
-            return sums(response_log_probabilities(model, batch))
+    def __call__(self, model: ForwardFn, batch: Batch, split: str) -> Tensor:
+        with evaluation_mode(self.module), self.context(self.module):
+            return response_log_probs(token_log_probs(model, batch))
 
 
-class Frozen(Reference):
+class FrozenReference(Reference):
     """Another model.
 
     Args:
-        model: what ``Trainer.frozen`` gives.
+        model: in evaluation mode.
+        close: releases the model.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: ForwardFn, close: Callable[[], None] = lambda: None) -> None:
+        self.model, self._close = model, close
 
     @torch.no_grad()
-    def __call__(self, model: Any, batch: Batch, samples: str) -> Tensor:
-        return sums(response_log_probabilities(self.model, batch))
+    def __call__(self, model: ForwardFn, batch: Batch, split: str) -> Tensor:
+        return response_log_probs(token_log_probs(self.model, batch))
 
     def close(self) -> None:
-        self.model.close()
+        self._close()
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards each part is in the mode it was in."""
-    before = [(part, part.training) for part in module.modules()]
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Set evaluation mode, and restore each submodule's mode afterwards."""
+    before = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        for part, training in before:
-            part.training = training
+        for submodule, training in before:
+            submodule.training = training

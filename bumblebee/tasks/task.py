@@ -1,19 +1,19 @@
-"""Task: a model, and losses that are sums over targets.
+"""Task: a model and its losses, which are sums over targets.
 
-The gradient of a step is  sum over terms of  weight * (sum of the term's losses) / (number of its targets),  sums and numbers
-taken over all micro-batches and ranks. So a task never averages: it returns sums and says how many targets there are, before
-the first backward. Means of means would weigh short samples more (huggingface/transformers#34191).
+The loss of a step is  sum over terms of  weight * (sum of the term's losses) / (number of its targets),  where sums and numbers
+are over all micro-batches and ranks. So a task never averages: it returns sums, and counts the targets before the first
+backward. Means of means would weigh short samples more (huggingface/transformers#34191).
 
-A model may add terms of its own to any task's, which are counted and summed in the same way: ``auxiliary``.
+A model may add auxiliary loss terms of its own to any task, which are counted and summed in the same way: ``auxiliary``.
 
-Beside its losses a step may return sums that are logged and not trained, such as rewards; ``units`` says what each of them is
-divided by.
+Besides its losses, a step may return sums that are logged and not trained, such as rewards; ``units`` names the count that
+each of them is divided by.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -27,16 +27,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bumblebee.nn.router_losses import RouterLosses
-    from bumblebee.trainer import Trainer
+    from bumblebee.tasks.run_context import RunContext
+
+ForwardFn = Callable[..., "Tensor"]  # a model, or an engine that wraps it
 
 
 class Task(ABC):
     """A model and its losses.
 
     Attributes:
-        model: the module that is trained; what the trainer hands to ``training_step`` wraps it.
-        weights: for each named loss term its weight in the total.
-        units: for each sum that is logged and not trained, the name of the count that it is divided by.
+        model: the trained module; ``training_step`` receives an engine that wraps it.
+        weights: weight of each loss term in the total, by name.
+        units: name of the count that a sum is divided by, for each sum that is logged and not trained.
     """
 
     model: nn.Module
@@ -44,80 +46,81 @@ class Task(ABC):
     units: Mapping[str, str] = MappingProxyType({})
 
     def setup(self, data: DataModule) -> None:  # noqa: B027  (optional)
-        """Look at the prepared data before training. The model is as the recipe describes it, on no device yet.
+        """Check the prepared data before training. The model has not been moved to a device yet.
 
         Raises:
             ValueError: the data does not fit the model.
         """
 
-    def begin(self, trainer: Trainer) -> None:  # noqa: B027  (optional)
-        """Prepare what needs the run's devices. ``trainer.engine`` is there, and a checkpoint that the run continues from is
-        not loaded yet: the weights are those of a new run. Collective.
+    def begin(self, run: RunContext, /) -> None:  # noqa: B027  (optional)
+        """Prepare what needs the run's devices or its engine. Collective.
+
+        No checkpoint has been loaded yet: also in a resumed run, the weights are those of a new run.
 
         Raises:
             ValueError: an option that cannot be used.
         """
 
     def begin_validation(self, device: torch.device) -> None:  # noqa: B027  (optional)
-        """Prepare for ``validation_step`` where there is no trainer.
+        """Prepare for ``validation_step`` outside of a training run.
 
         Raises:
-            ValueError: an option that only a run can meet.
+            ValueError: an option that only works in a training run.
         """
 
-    def models_beside(self) -> list[nn.Module]:
-        """After ``setup``, the frozen models that a run holds beside the trained one, to know what memory they take."""
+    def frozen_models(self) -> list[nn.Module]:
+        """After ``setup``, the frozen models that a run keeps in memory besides the trained one."""
         return []
 
     def summary(self) -> dict[str, Any]:
-        """What to tell the user about the task, in the order it is shown."""
+        """What the run summary shows about the task, in order."""
         return {}
 
     @abstractmethod
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
-        """For each loss term, the number of its targets in a micro-batch that is still on the CPU.
+        """Number of targets of each loss term in a micro-batch on the CPU, by name.
 
-        Further counts may stand beside them, for ``units`` and ``tokens``.
+        May contain further counts, for ``units`` and ``tokens``.
         """
 
     def tokens(self, counts: dict[str, float]) -> int:
-        """How many target tokens there are in counts, for the log; by default each target of the task's own terms is one."""
+        """Number of target tokens in counts, for the log; by default each target of the task's own terms is a token."""
         return int(sum(counts[name] for name in self.weights))
 
     @abstractmethod
-    def training_step(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """For each loss term, the scalar sum of its losses over the micro-batch's targets; for each of ``units`` some sum."""
+    def training_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
+        """Scalar sums over a micro-batch: of each loss term's losses over its targets, and one for each name in ``units``."""
 
     @abstractmethod
-    def validation_step(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """Named scalar sums over a batch, to be added over batches and ranks."""
+    def validation_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
+        """Named scalar sums over a batch, which are then added over batches and ranks."""
 
     @abstractmethod
     def validation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """From the added sums to metrics, whose names begin with ``validation_``."""
+        """Turn the added sums into metrics, whose names start with ``validation_``."""
 
     def total(self, losses: dict[str, Tensor], counts: dict[str, float]) -> Tensor:
-        """The weighted sum of ``loss / count``; a term without targets adds nothing, nor does what is only logged."""
+        """Weighted sum of ``loss / count`` over loss terms; a term without targets adds nothing."""
         weights = {**self.weights, **(self.auxiliary.weights if self.auxiliary else {})}
         trained = [name for name in losses if name not in self.units]
         terms = [weights[name] * losses[name] / max(counts[name], 1) for name in trained]
         return sum(terms[1:], start=terms[0])
 
-    # -- with what the model adds, for the trainer -----------------------------------------------------------------------
+    # -- including the model's auxiliary losses, for the trainer -----------------------------------------------------------
 
     @cached_property
     def auxiliary(self) -> RouterLosses | None:
-        """What the model adds to the loss, by its own word; None for most models."""
-        of_model: Any = getattr(self.model, "auxiliary_losses", None)
-        return of_model() if of_model else None
+        """The model's auxiliary losses, from its method ``auxiliary_losses``; None for most models."""
+        auxiliary_losses: Any = getattr(self.model, "auxiliary_losses", None)
+        return auxiliary_losses() if auxiliary_losses else None
 
     def all_counts(self, batch: Batch) -> dict[str, int | Tensor]:
-        """``counts``, and those of what the model adds."""
-        more = self.auxiliary.counts(counted_tokens(batch)) if self.auxiliary else {}
-        return {**self.counts(batch), **more}
+        """``counts``, and those of the auxiliary losses."""
+        auxiliary = self.auxiliary.counts(counted_tokens(batch)) if self.auxiliary else {}
+        return {**self.counts(batch), **auxiliary}
 
-    def all_losses(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """``training_step``, and what the model adds."""
+    def all_losses(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
+        """``training_step``, and the auxiliary losses."""
         if self.auxiliary is None:
             return self.training_step(model, batch)
         with self.auxiliary.recorded():
@@ -125,22 +128,22 @@ class Task(ABC):
         return {**losses, **self.auxiliary.losses(counted_tokens(batch))}
 
     def after_step(self) -> None:
-        """Called after each optimizer step. Collective."""
+        """Called after each optimizer step, e.g. to adjust router biases. Collective."""
         if self.auxiliary is not None:
             self.auxiliary.after_step(process_group.all_reduce_sum)
 
     def metrics(self) -> dict[str, float]:
-        """What is logged beside means of sums, since the last call. Collective."""
+        """Further metrics since the last call, besides means of sums. Collective."""
         return self.auxiliary.metrics(process_group.all_reduce_sum) if self.auxiliary is not None else {}
 
 
 def counted_tokens(batch: Batch) -> Tensor:
-    """Which positions of a batch are text that is trained on: (B, T) bool.
+    """Which positions of a batch hold tokens of samples: (B, T) bool.
 
-    Not padding, each place of which is a document of its own without a target; and nothing of a row that has no target, which
-    stands for no sample.
+    Excludes padding, where each position is a document of its own without a target, and rows without any target, which only
+    fill up a rank's share of micro-batches.
     """
-    wanted, begins = batch["labels"] != IGNORE_INDEX, batch["position_ids"] == 0
-    alone = begins.clone()
-    alone[:, :-1] &= begins[:, 1:]
-    return ~(alone & ~wanted) & wanted.any(1, keepdim=True)
+    targets, starts = batch["labels"] != IGNORE_INDEX, batch["position_ids"] == 0
+    single = starts.clone()  # documents of a single token
+    single[:, :-1] &= starts[:, 1:]
+    return ~(single & ~targets) & targets.any(1, keepdim=True)

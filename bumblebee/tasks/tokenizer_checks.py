@@ -1,4 +1,4 @@
-"""What a model takes over from its data's tokenizer, and whether it has room for the data."""
+"""Checks that a model fits its data's tokenizer and length, and adoption of the tokenizer's special ids."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from bumblebee.tokenizer.tokenizer import Tokenizer
 
 
 def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer, stop_ids: Sequence[int] = ()) -> None:
-    """Check that the model has a row for each of the tokenizer's ids, and take over special ids that it does not know.
+    """Check that the model has an embedding for each of the tokenizer's ids, and adopt special ids that its config lacks.
 
     Args:
-        model: its config learns the ids.
-        tokenizer: of the data.
-        stop_ids: more ids that end a text, such as the one that ends an answer.
+        model: its config receives the ids.
+        tokenizer: the data's.
+        stop_ids: further end-of-sequence ids, such as the end-of-turn token.
 
     Raises:
-        ValueError: the tokenizer has more ids, or others than the one in the folder that the model was read from.
+        ValueError: the tokenizer has more ids than the model, or other ids than the tokenizer in the model's folder.
     """
     config: Any = getattr(model, "config", None)
     if config is None:
         return
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}: take the model's own"
-            f" tokenizer, or make a new model larger: --task.model.config.vocab_size {tokenizer.vocab_size}"
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}; use the model's own"
+            f" tokenizer, or a larger new model: --task.model.config.vocab_size {tokenizer.vocab_size}"
         )
     _check_folder(getattr(model, "source", None), tokenizer)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # a new model learns them from its tokenizer
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # a new model has none
         if getattr(config, name) is None:
             setattr(config, name, getattr(tokenizer, name))
     if new := [index for index in stop_ids if index not in config.eos_token_ids]:
@@ -40,23 +40,23 @@ def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer, stop_ids: Sequence[i
 
 
 def check_length(model: nn.Module, data: DataModule) -> None:
-    """Refuse texts for which a model has no positions. Positions that are turned, not looked up, have no end.
+    """Check that learned position embeddings cover data.max_length. Rotary embeddings have no hard length limit.
 
     Raises:
-        ValueError: data.max_length is longer than the table of positions.
+        ValueError: data.max_length exceeds the number of position embeddings.
     """
-    longest, config = getattr(data, "max_length", None), getattr(model, "config", None)
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    if longest is None or config is None or len(tables) < 2 or longest <= config.max_position_embeddings:
+    max_length, config = getattr(data, "max_length", None), getattr(model, "config", None)
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if max_length is None or config is None or len(embeddings) < 2 or max_length <= config.max_position_embeddings:
         return
     raise ValueError(
-        f"data.max_length is {longest}, and the model has a table of {config.max_position_embeddings} positions:"
-        f" take --data.max_length {config.max_position_embeddings}"
+        f"data.max_length is {max_length}, but the model has {config.max_position_embeddings} position embeddings;"
+        f" use --data.max_length {config.max_position_embeddings}"
     )
 
 
 def _check_folder(folder: Path | None, tokenizer: Tokenizer) -> None:
-    """An id must stand for what it stood for when the model was trained; new tokens may be added."""
+    """Check that ids mean what they meant when the model was trained; new tokens may have been added."""
     if (
         folder is None
         or not (folder / "tokenizer.json").is_file()
@@ -64,9 +64,9 @@ def _check_folder(folder: Path | None, tokenizer: Tokenizer) -> None:
     ):
         return
     ids = tokenizer.backend.get_vocab(with_added_tokens=True)
-    learned = Tokenizer.from_pretrained(folder).backend.get_vocab(with_added_tokens=True)
-    if other := next((token for token, index in learned.items() if ids.get(token) != index), None):
+    trained_ids = Tokenizer.from_pretrained(folder).backend.get_vocab(with_added_tokens=True)
+    if other := next((token for token, index in trained_ids.items() if ids.get(token) != index), None):
         raise ValueError(
-            f"data.tokenizer is not that of the model in {folder}, where {other!r} has the id {learned[other]}:"
-            f" take --data.tokenizer {folder}"
+            f"data.tokenizer differs from that of the model in {folder}, where {other!r} has the id {trained_ids[other]};"
+            f" use --data.tokenizer {folder}"
         )

@@ -1,4 +1,4 @@
-"""How metrics are written for people. No callback: several of them use it. Numbers: ``bumblebee/formatting.py``."""
+"""Formatting of metrics for console and log file. Numbers: ``bumblebee/formatting.py``."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
 
 
-def say(text: str) -> None:
-    """Print in the middle of a run: above the progress bar, where there is one."""
+def print_line(text: str) -> None:
+    """Print to stdout during training without tearing the progress bar."""
     from tqdm import tqdm
 
     tqdm.write(text)
     sys.stdout.flush()
 
 
-def progress(trainer: Trainer) -> str:
-    """How far a run has come."""
-    return f"{trainer.step:,} of {trainer.plan.max_steps:,} steps, {trainer.tokens:,} tokens"
+def format_progress(trainer: Trainer) -> str:
+    """``step 100/1,000, 51,200 tokens``."""
+    return f"step {trainer.step:,}/{trainer.plan.max_steps:,}, {trainer.tokens:,} tokens"
 
 
-def sentence(metrics: Mapping[str, float]) -> str:
+def format_metrics(metrics: Mapping[str, float]) -> str:
     """Names and values on one line."""
     return " · ".join(f"{name} {number(value)}" for name, value in metrics.items())
 
 
-def validation_sentence(step: int, metrics: Mapping[str, float]) -> str:
-    """What a validation gave, on one line."""
-    return f"validation at step {step:,}: " + sentence(without_prefix(metrics))
+def format_validation(step: int, metrics: Mapping[str, float]) -> str:
+    """The results of a validation on one line."""
+    return f"validation at step {step:,}: " + format_metrics(strip_validation_prefix(metrics))
 
 
-def without_prefix(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of a validation, whose names all begin with ``validation_``, under their short names."""
+def strip_validation_prefix(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The results of a validation without the ``validation_`` prefix of their names."""
     return {name.removeprefix("validation_"): value for name, value in metrics.items()}

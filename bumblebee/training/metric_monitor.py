@@ -1,51 +1,64 @@
-"""What counts as better, for callbacks that look at one metric of the validations. No callback: several of them use it."""
+"""MetricMonitor: a validation metric that a callback acts on, and what counts as an improvement of it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
 
 
-def check_mode(mode: str) -> str:
-    """The mode itself.
+class MetricMonitor:
+    """Reads a metric from validations and compares its values.
+
+    Args:
+        owner: the callback, as error messages name it.
+        metric: name of the metric in the results of a validation.
+        mode: min if lower values are better, max if higher values are better.
+        min_delta: smallest difference to the best value that counts as an improvement.
 
     Raises:
-        ValueError: neither min nor max.
+        ValueError: an unknown mode or a negative min_delta.
     """
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode must be min or max, got {mode!r}")
-    return mode
 
+    def __init__(self, owner: str, metric: str, mode: str, min_delta: float = 0.0) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be min or max, got {mode!r}")
+        if not min_delta >= 0:
+            raise ValueError(f"min_delta must be at least 0, got {min_delta}")
+        self.owner, self.metric, self.mode, self.min_delta = owner, metric, mode, min_delta
 
-def check_held_out(trainer: Trainer, name: str) -> None:
-    """Refuse data on which nothing can be validated.
+    def require_validation_data(self, trainer: Trainer) -> None:
+        """Raise if the data has no validation samples.
 
-    Raises:
-        ValueError: what to set, in the words of callback ``name``.
-    """
-    if not len(trainer.data.validation or ()):
-        raise ValueError(
-            f"callbacks: {name} looks at validations, and there are no validation samples: set data.validation_ratio or"
-            " data.validation_files, and use callbacks.Validation"
-        )
+        Raises:
+            ValueError: names the options to set.
+        """
+        if not len(trainer.data.validation or ()):
+            raise ValueError(
+                f"callbacks: {self.owner} needs validation samples: set data.validation_ratio or data.validation_files,"
+                " and add callbacks.Validation"
+            )
 
+    def value(self, metrics: Mapping[str, float]) -> float:
+        """Return the metric's value in the results of a validation.
 
-def measured(metrics: dict[str, float], metric: str, name: str) -> float:
-    """The metric's value in a validation.
+        Raises:
+            ValueError: the validation does not report this metric; the message lists those it does.
+        """
+        if self.metric not in metrics:
+            known = ", ".join(metrics)
+            raise ValueError(f"callbacks: {self.owner}: unknown metric {self.metric!r}; validation reports {known}")
+        return metrics[self.metric]
 
-    Raises:
-        ValueError: it is not measured; the message has what is, in the words of callback ``name``.
-    """
-    if metric not in metrics:
-        raise ValueError(f"callbacks: {name}.metric {metric!r} is not measured; a validation gives {', '.join(metrics)}")
-    return metrics[metric]
+    def improves(self, value: float, best: float | None) -> bool:
+        """Whether ``value`` is better than ``best`` by more than ``min_delta``. NaN and infinity never are."""
+        if not math.isfinite(value):
+            return False
+        return best is None or (best - value if self.mode == "min" else value - best) > self.min_delta
 
-
-def improves(value: float, best: float | None, mode: str, min_delta: float = 0.0) -> bool:
-    """Whether ``value`` is better than ``best`` by more than ``min_delta``. NaN and infinity never are."""
-    if not math.isfinite(value):
-        return False
-    return best is None or (best - value if mode == "min" else value - best) > min_delta
+    def sort_key(self, value: float) -> float:
+        """Sort key that puts the best value first."""
+        return value if self.mode == "min" else -value

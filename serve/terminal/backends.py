@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bumblebee.inference.engine_config import GenerationOptions
-from bumblebee.inference.request import Request
+from bumblebee.inference.engine_config import EngineConfig
+from bumblebee.inference.request import EngineRequest
 
 if TYPE_CHECKING:
     from bumblebee.inference.generator import Generator
@@ -82,8 +82,8 @@ class LocalBackend:
         self.generator, self.source = generator, source
         has_template = bool(generator.tokenizer.settings.get("chat_template"))
         self.raw = not has_template if raw is None else raw
-        self.engine = generator.engine(GenerationOptions(max_running=1))
-        cache_tokens = self.engine.pages.total * self.engine.pages.size
+        self.engine = generator.engine(EngineConfig(max_running=1))
+        cache_tokens = self.engine.cache_tokens
         self.context_length = min(generator.model.config.max_position_embeddings, cache_tokens)
         self._ids = count()
 
@@ -109,7 +109,7 @@ class LocalBackend:
             self.engine.cancel(request.id)
             self.engine.step()  # releases the cancelled request's cache; computes nothing
 
-    def _submit(self, messages: Sequence[Message], sampling: Sampling) -> Request:
+    def _submit(self, messages: Sequence[Message], sampling: Sampling) -> EngineRequest:
         try:
             request = self._request(messages, sampling)
             self.engine.submit(request)
@@ -117,7 +117,7 @@ class LocalBackend:
             raise ChatError(str(error)) from error
         return request
 
-    def _request(self, messages: Sequence[Message], sampling: Sampling) -> Request:
+    def _request(self, messages: Sequence[Message], sampling: Sampling) -> EngineRequest:
         """The engine request; ``max_new_tokens`` defaults to the rest of the context in a chat."""
         prompt = self._prompt(messages)
         remaining = self.context_length - len(prompt)
@@ -127,12 +127,12 @@ class LocalBackend:
         params = replace(self.generator.defaults, **sampling)
         if self.raw:  # plain text has no end that the model would recognise
             limited = replace(params, max_new_tokens=min(params.max_new_tokens, remaining))
-            return Request(str(next(self._ids)), prompt, limited)
+            return EngineRequest(str(next(self._ids)), prompt, limited)
         max_new_tokens = min(sampling.get("max_new_tokens", remaining), remaining)
         params = params.ending_with(self.generator.tokenizer.end_of_turn_ids)
-        return Request(str(next(self._ids)), prompt, replace(params, max_new_tokens=max_new_tokens))
+        return EngineRequest(str(next(self._ids)), prompt, replace(params, max_new_tokens=max_new_tokens))
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         if self.raw:
             return self.generator.encode(messages[-1]["content"])
-        return self.generator.converse(messages)
+        return self.generator.encode_chat(messages)

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import questions
+import stdlib_docs
 import yaml
 from jsonargparse import Namespace
+from make_data import SUBJECTS
 
-from bumblebee.cli.main import main, recipe_parser
+from bumblebee.cli.main import main
+from bumblebee.cli.recipe_options import recipe_parser
 from bumblebee.config import PRESETS, BumblebeeConfig
-from datamodules.python_docs_pairs import askable
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "models")
-OVERLAYS = [path for path in RECIPES if path.parent.name in ("memory", "speed")]  # go behind another recipe
+OVERLAYS = [path for path in RECIPES if path.parent.name in ("memory", "speed")]  # added to another recipe
 MODELS = sorted((ROOT / "recipes" / "models").glob("*.yaml"))
 
 
@@ -67,11 +70,11 @@ def test_files_in_a_recipe_are_there(recipe: Path) -> None:
         assert (ROOT / path).is_file()
 
 
-def test_the_quickstart_offers_to_ask_what_it_has_taught() -> None:
-    serve, sft = (yaml.safe_load((ROOT / "recipes" / "quickstart" / name).read_text()) for name in ("serve.yaml", "sft.yaml"))
-    taught = {entry.name for files in sft["data"]["init_args"]["files"] for entry, _ in askable(files["things"])}
-    offered = {re.findall("`(.+)`", question)[0] for question in serve["examples"]}
-    assert offered <= taught and len(offered) >= 3
+def test_quickstart_suggests_questions_it_was_trained_on() -> None:
+    serve = yaml.safe_load((ROOT / "recipes" / "quickstart" / "serve.yaml").read_text())
+    taught = {subject.name for subject in questions.select(questions.askable(stdlib_docs.entries()), SUBJECTS)}
+    suggested = {re.findall("`(.+)`", question)[0] for question in serve["examples"]}
+    assert suggested <= taught and len(suggested) >= 3
 
 
 def test_every_published_size_has_a_recipe() -> None:
@@ -102,7 +105,7 @@ def test_each_number_of_a_model_that_a_recipe_builds_is_a_flag(recipe: Path) -> 
         "rope_theta": 5e4, "tie_word_embeddings": False, "qk_norm": True,
     }  # fmt: skip
     flags = [word for name, value in shape.items() for word in (f"--task.model.config.{name}", str(value).lower())]
-    parser = recipe_parser("fit", "")
+    parser = recipe_parser("fit")
     cfg = parser.parse(["--config", str(recipe), *flags, "--output_dir", "runs/a"])
     model = parser.instantiate(Namespace(task=cfg.task)).task.model
     assert {name: getattr(model.config, name) for name in shape} == shape and cfg.output_dir == "runs/a"

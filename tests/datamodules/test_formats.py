@@ -124,12 +124,6 @@ def test_lone_surrogates_are_replaced_everywhere_and_pairs_are_kept(suffix, chun
     assert found == [(1, {"a\ufffd": ["\ufffdx", {"b": "\U0001f600 \u00e9"}], "n": 1})]
 
 
-def test_the_corpus_is_read_like_a_file():
-    records = list(itertools.islice(read("python_docs"), 3))
-    assert [(record.file, record.line) for record in records] == [("python_docs", line) for line in (1, 2, 3)]
-    assert all(text_of(record) for record in records)
-
-
 def test_an_array_is_read_in_the_memory_of_a_record(tmp_path):
     path = tmp_path / "large.json"
     path.write_text(json.dumps([{"text": "bee " * 250, "n": n} for n in range(8000)]))  # 8 MB
@@ -282,8 +276,6 @@ def folder(tmp_path, monkeypatch):
         ("[ab].jsonl", ["a.jsonl", "b.jsonl"]),
         ("**/*.json*", ["a.jsonl", "b.jsonl", "sub/c.jsonl.gz", "sub/deep/d.json"]),
         (["b.jsonl", "*.jsonl", "./a.jsonl"], ["b.jsonl", "a.jsonl"]),
-        ("python_docs", ["python_docs"]),
-        (["a.jsonl", "python_docs", "python_docs"], ["a.jsonl", "python_docs"]),
     ],
 )
 def test_paths_lists_and_globs_are_expanded(folder, files, expected):
@@ -319,7 +311,6 @@ def test_the_home_folder_may_be_written_as_a_tilde(folder, monkeypatch):
         ("table.csv", "'table.csv': files of kind '.csv' cannot be read; supported: .jsonl"),
         ("*.csv", "'table.csv': files of kind"),
         ("rows.parquet.gz", "'rows.parquet.gz': Parquet, which compresses by itself, cannot be read from a .gz file"),
-        ("./python_docs", "'./python_docs' does not exist"),
     ],
 )
 def test_a_wrong_path_gets_a_helpful_answer(folder, files, message):

@@ -175,15 +175,6 @@ def test_the_summary_counts_the_answers_tokens(make):
     assert data.summary()["answers' tokens"] == f"{targets} of {tokens} ({targets / tokens:.1%})"
 
 
-def test_python_docs_gives_a_right_answer_and_anothers(make):
-    data = make(files=[{"path": "python_docs", "weight": 0.01}])
-    _, (chosen, _), (rejected, _) = data.train[0]
-    assert "`" in data.tokenizer.decode(chosen.tolist())
-    assert chosen.tolist() != rejected.tolist()
-    with pytest.raises(ValueError, match="phrasings of 'python_docs' must be a number from 1 to"):
-        make(files=[{"path": "python_docs", "phrasings": 99}])
-
-
 TELLTALE = (
     "{{ messages[-1].content | length }}{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
     "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"

@@ -18,7 +18,7 @@ from bumblebee.model import Bumblebee
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.training.loader import epoch_order
-from datamodules import SFT, python_docs_pairs
+from datamodules import SFT
 from datamodules.record_files import RecordError
 
 LONG = {"role": "assistant", "content": "of to " * 300}
@@ -342,15 +342,6 @@ def test_each_sample_names_its_records(make, tmp_path):
     packed = make(conversations(9, longest=5), max_length=400)
     named = [word for index in range(len(packed.train)) for word in packed.origin(index).split()]
     assert sorted(named) == [f"{tmp_path / 'chats.jsonl'}:{line}" for line in range(1, 10)]
-
-
-def test_python_docs_gives_questions_with_their_documentation(make):
-    data = make(files=[{"path": "python_docs", "answer": "whole", "weight": 0.02}], max_length=2000, packing=False)
-    text = data.tokenizer.decode(data.train[0][0][0].tolist())
-    whole = {record["messages"][1]["content"] for record in python_docs_pairs.conversations("whole")}
-    assert any(answer in text for answer in whole)
-    with pytest.raises(ValueError, match="answer of 'python_docs' must be first_sentence or whole, got 'half'"):
-        make(files=[{"path": "python_docs", "answer": "half"}])
 
 
 def test_what_the_chat_template_cannot_render_is_a_bad_record(make, tokenizer_folder, tmp_path):

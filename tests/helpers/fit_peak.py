@@ -1,6 +1,6 @@
-"""Trains, and prints the bytes that the process held at most above what it held with everything imported.
+"""Run ``bumblebee fit`` and print its peak memory in bytes, above the memory of a process that has imported everything.
 
-python peak_of_a_fit.py WORDS
+python tests/helpers/fit_peak.py ARGUMENTS
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 
 
 def main(words: list[str]) -> None:
-    """``bumblebee fit WORDS``, watched."""
+    """Run the command and print the peak."""
     import bumblebee
     import datamodules
     from bumblebee.cli.main import main
     from bumblebee.distributed.deepspeed.operators import import_deepspeed
-    from bumblebee.hardware.memory_stats import forget_most, held, most_held
+    from bumblebee.hardware.memory_stats import max_memory_allocated, memory_allocated, reset_peak_memory_stats
 
     device = torch.device("cpu")
     import_deepspeed(device)
@@ -31,10 +31,10 @@ def main(words: list[str]) -> None:
     import tokenizers  # noqa: F401
 
     gc.collect()
-    before = held(device)
-    forget_most(device)
+    baseline = memory_allocated(device)
+    reset_peak_memory_stats(device)
     main(["fit", *words])
-    print(most_held(device) - before)
+    print(max_memory_allocated(device) - baseline)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ import torch
 from bumblebee import trainer
 from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed import engine, engine_state
-from bumblebee.inference import kv_cache
+from bumblebee.inference import attention_metadata
 from bumblebee.nn import attention_kernels, linear_cross_entropy
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.task import Task
 from bumblebee.trainer import Trainer
-from bumblebee.training import loader, training_state
+from bumblebee.training import loader, random_state
 from bumblebee.verify import check, watchdog
 from bumblebee.verify.checks import gradient_check
 from helpers.verify_rows import LOSS
@@ -51,13 +51,13 @@ def attention_sees_next_token(patch: Patch) -> None:
 
 def cache_skips_a_block(patch: Patch) -> None:
     """Where decoding sequences share a call."""
-    original = kv_cache._padded
+    original = attention_metadata._padded_decode
 
     def wrong(spans, size):
         slots, valid = original(spans, size)
         return slots, valid & (torch.arange(valid.shape[1]) // size != 1)
 
-    patch.setattr(kv_cache, "_padded", wrong)
+    patch.setattr(attention_metadata, "_padded_decode", wrong)
 
 
 def loss_gradient_too_large(patch: Patch) -> None:
@@ -141,7 +141,7 @@ def resume_skips_a_micro_batch(patch: Patch) -> None:
 
 
 def random_state_is_lost(patch: Patch) -> None:
-    patch.setattr(training_state, "load_random_state", lambda folder, rank: None)
+    patch.setattr(random_state, "load_random_state", lambda folder, rank: None)
 
 
 def not_deterministic(patch: Patch) -> None:

@@ -15,8 +15,7 @@ import torch
 
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
 from bumblebee.cli.main import main
-from bumblebee.inference.batch import Texts
-from bumblebee.inference.prompt_record import PromptRecord
+from bumblebee.inference.batch import BatchGeneration, PromptRecord
 from datamodules.prompts import read_prompts
 
 PROMPTS = ["The bee", "A", "In the garden there are many flowers", "Ünïcödé 🐝", "x y"]
@@ -158,12 +157,12 @@ def test_a_single_prompt_is_printed_with_its_text(folder, capsys):
         ('{"prompt": ""}', "'prompt' is empty"),
         ('{"prompt": 7}', "'prompt' must be a string, not a number"),
         ('{"prompt": null}', "'prompt' must be a string, not null"),
-        ('{"prompt": "a", "text": "b"}', "the answer is written with the key 'text': give the record's another name"),
+        ('{"prompt": "a", "text": "b"}', "the output uses the key 'text': rename the record's key"),
         ('{"messages": []}', "'messages' is empty"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "'assistant' cannot stand at the beginning"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "ends with 'user'"),
         ('{"messages": [{"role": "robot", "content": "a"}]}', "robot"),
-        ('{"prompt": "' + "bee " * 500 + '"}', "the model takes 256, new ones included"),
+        ('{"prompt": "' + "bee " * 500 + '"}', "the model takes 256, including new ones"),
         ('{"prompt": "\xff"}', "UTF-8"),
     ],
 )
@@ -187,12 +186,12 @@ def test_a_bad_record_is_named_with_file_and_line_and_nothing_is_written(folder,
         (["--prompt", ""], "prompt: the prompt is empty: there is nothing to continue"),
         (["--prompt", "a", "--system", "b"], "prompt: a system prompt needs a chat: add --chat true, or write messages"),
         (["--prompt", "a", "--num_samples", "0"], "num_samples must be at least 1, got 0"),
-        (["--prompt", "a", "--output", "{tmp}/empty.jsonl"], "empty.jsonl is already there: add --overwrite to replace it"),
+        (["--prompt", "a", "--output", "{tmp}/empty.jsonl"], "empty.jsonl already exists: add --overwrite to replace it"),
         (["--prompt", "a", "--output", "{tmp}"], "output: {tmp} is a folder; name a file in it"),
-        (["--prompts", "{tmp}/p.jsonl", "--output", "{tmp}/p.jsonl", "--overwrite"], "p.jsonl is the file of prompts"),
+        (["--prompts", "{tmp}/p.jsonl", "--output", "{tmp}/p.jsonl", "--overwrite"], "p.jsonl is the prompts file"),
         (["--prompt", "a", "--top_p", "2"], "top_p must be more than 0 and at most 1, got 2.0"),
-        (["--prompt", "a", "--logit_bias", "{{400: 1}}"], "logit_bias names token 400; the model has the tokens 0 to 399"),
-        (["--prompt", "a", "--seed", str(2**64 - 1), "--num_samples", "2"], "seed must be a whole number of 64 bits"),
+        (["--prompt", "a", "--logit_bias", "{{400: 1}}"], "logit_bias: token id 400 is out of the vocabulary"),
+        (["--prompt", "a", "--seed", str(2**64 - 1), "--num_samples", "2"], "seed must be a 64-bit integer"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_in_one_line(folder, words, message, tmp_path, capsys):
@@ -230,9 +229,11 @@ def test_a_chat_ends_with_its_turn_also_where_the_folder_does_not_say_so(folder)
     generator = Generator.from_pretrained(folder)
     [end] = generator.tokenizer.end_of_turn_ids
     assert end not in generator.stop_ids
-    chat = Texts(generator, [PromptRecord.of("a")], SamplingParams(), chat=True)
-    plain = Texts(generator, [PromptRecord.of("a")], SamplingParams())
+    chat = BatchGeneration(generator, [PromptRecord.of("a")], SamplingParams(), chat=True)
+    plain = BatchGeneration(generator, [PromptRecord.of("a")], SamplingParams())
     assert chat.requests[0].params.stop_ids == [end] and plain.requests[0].params.stop_ids == []
     forced = SamplingParams(logit_bias={end: 100.0}, max_new_tokens=5)
-    [text] = [output for output in generator.outputs(Texts(generator, [PromptRecord.of("a")], forced, chat=True).requests)]
+    [text] = [
+        output for output in generator.outputs(BatchGeneration(generator, [PromptRecord.of("a")], forced, chat=True).requests)
+    ]
     assert (len(text.tokens), text.finish_reason) == (1, "stop")

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
-from bumblebee.inference.device_map import devices_for, layer_devices, part_sizes, plan, spread
-from bumblebee.inference.kv_cache import KVCache, Layout
+from bumblebee.inference.attention_metadata import AttentionMetadata
+from bumblebee.inference.device_map import assign_parts, available_devices, layer_devices, load_on_devices, part_sizes
+from bumblebee.inference.kv_cache import KVCache
 
 CPU, META = torch.device("cpu"), torch.device("meta")  # on meta nothing is computed, but devices that differ are refused
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
@@ -31,20 +32,20 @@ PROMPTS = ["The bee", "A", "In the garden there are many flowers, and the bees"]
     ],
 )
 def test_parts_are_spread_over_the_first_devices_that_hold_them(sizes, memory, expected):
-    assert plan(sizes, memory) == expected
+    assert assign_parts(sizes, memory) == expected
 
 
 @pytest.mark.parametrize(("sizes", "memory"), [([10, 5, 5, 10], [14, 15]), ([10], [9]), ([3, 3, 3], [4, 4])])
 def test_a_model_too_large_for_all_devices_is_refused(sizes, memory):
     with pytest.raises(ValueError, match=f"{len(memory)} devices with .* GB of free memory cannot hold them"):
-        plan(sizes, memory)
+        assign_parts(sizes, memory)
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=20), st.lists(st.integers(1, 400), min_size=1, max_size=5))
 def test_a_plan_keeps_the_order_fits_and_is_found_where_there_is_one(sizes, memory):
     """Filling each device in turn as far as it goes finds a plan if any does."""
     try:
-        placed = plan(sizes, memory)
+        placed = assign_parts(sizes, memory)
     except ValueError:
         rest = list(sizes)
         for room in memory:
@@ -66,10 +67,10 @@ def test_a_tied_head_takes_no_memory(tiny):
 
 
 def test_a_device_beside_a_map_and_an_unknown_map_are_refused():
-    with pytest.raises(ValueError, match="device_map: auto takes all GPUs, device says cpu"):
-        devices_for("auto", "cpu")
+    with pytest.raises(ValueError, match="device_map: auto uses all GPUs, but device is cpu"):
+        available_devices("auto", "cpu")
     with pytest.raises(ValueError, match="device_map must be auto or null, got 'balanced'"):
-        devices_for("balanced", "auto")
+        available_devices("balanced", "auto")
 
 
 # -- the model -----------------------------------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ def folders(tiny, tokenizer_folder, tmp_path_factory):
 def halves(folder, first: torch.device, second: torch.device) -> Bumblebee:
     """Spread over two devices, each of which is too small for the whole."""
     whole = Bumblebee.from_pretrained(folder).num_parameters() * 4
-    return spread(folder, [first, second], [int(whole * 0.9), int(whole * 0.9)])
+    return load_on_devices(folder, [first, second], [int(whole * 0.9), int(whole * 0.9)])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -116,9 +117,9 @@ def test_what_a_layer_reads_comes_to_its_device(cached, folders):
         cache = KVCache(model.config, 4, 16, torch.float32, layer_devices(model))
         assert [layer.keys.device for layer in cache.layers] == layer_devices(model)
         for together in (True, False):  # a single token and eleven of another sequence
-            layout = Layout.of([[0], [1]], [5, 11], [1, 11], 16, CPU, together)
+            layout = AttentionMetadata.build([[0], [1]], [5, 11], [1, 11], 16, CPU, together)
             places = torch.tensor([4, *range(11)])[None]
-            assert model(ids, places, cache=cache.at(layout), logits_at=torch.tensor([0, 11])).shape == (2, 400)
+            assert model(ids, places, cache=cache.prepare(layout), logits_at=torch.tensor([0, 11])).shape == (2, 400)
 
 
 def test_without_hooks_the_second_device_would_be_missed(folders):

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee import Bumblebee, SamplingParams, Tokenizer
-from bumblebee.inference.engine import GenerationEngine, GenerationOptions
-from bumblebee.inference.request import Output, Request
+from bumblebee.inference.engine import EngineConfig, GenerationEngine
+from bumblebee.inference.request import EngineRequest, RequestOutput
 
 V, LONGEST = 64, 96
 PADDINGS = [0.0, 1.3, math.inf]  # each single token has its own call of attention; those alike share one; all share one
@@ -61,43 +61,43 @@ def engine_of(model, tokenizer):
     made: list[GenerationEngine] = []
 
     def make(stop_ids=(), **options) -> GenerationEngine:
-        made.append(GenerationEngine(model, tokenizer, stop_ids, GenerationOptions(**options)))
+        made.append(GenerationEngine(model, tokenizer, stop_ids, EngineConfig(**options)))
         return made[-1]
 
     yield make
     for engine in made:
         finish(engine)
-        check_pages(engine)
+        check_blocks(engine)
         stats = engine.stats()
-        assert (stats.running, stats.waiting) == (0, 0) and stats.pages_free + stats.pages_cached == stats.pages_total
+        assert (stats.running, stats.waiting) == (0, 0) and stats.blocks_free + stats.blocks_cached == stats.blocks_total
 
 
-def check_pages(engine: GenerationEngine) -> None:
-    pages = engine.pages
-    assert pages.free + pages.cached + pages.used == pages.total
-    held = {page for sequence in engine.scheduler.running for page in sequence.pages}
-    assert pages.used == len(held)
+def check_blocks(engine: GenerationEngine) -> None:
+    pool = engine.block_pool
+    assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks
+    held = {page for sequence in engine.scheduler.running for page in sequence.block_table}
+    assert pool.num_used == len(held)
 
 
-def finish(engine: GenerationEngine, steps: int = 2000) -> dict[str, list[Output]]:
+def finish(engine: GenerationEngine, steps: int = 2000) -> dict[str, list[RequestOutput]]:
     """Step until nothing is left; the outputs of each request."""
-    found: dict[str, list[Output]] = {}
+    found: dict[str, list[RequestOutput]] = {}
     for _ in range(steps):
         if not engine.busy:
             return found
         for output in engine.step():
             found.setdefault(output.id, []).append(output)
-        check_pages(engine)
+        check_blocks(engine)
     raise AssertionError("it does not end")
 
 
-def ids(outputs: list[Output]) -> list[int]:
+def ids(outputs: list[RequestOutput]) -> list[int]:
     return [token.id for output in outputs for token in output.tokens]
 
 
 def run(engine: GenerationEngine, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
     for number, prompt in enumerate(prompts):
-        engine.submit(Request(str(number), prompt, params))
+        engine.submit(EngineRequest(str(number), prompt, params))
     found = finish(engine)
     return [ids(found[str(number)]) for number in range(len(prompts))]
 
@@ -123,14 +123,14 @@ def test_together_with_prompts_in_chunks_of_any_size(engine_of, naive, step_toke
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_single_tokens_in_one_call_or_each_in_its_own(engine_of, naive, padding):
     engine = engine_of(step_tokens=20)
-    engine.runner.padding = padding
+    engine.model_runner.max_padding = padding
     assert run(engine, PROMPTS, greedy()) == [naive(prompt, 12) for prompt in PROMPTS]
 
 
 def test_requests_that_join_and_leave_midway(engine_of, naive):
     engine, found = engine_of(), {}
     for number, prompt in enumerate(PROMPTS):
-        engine.submit(Request(str(number), prompt, greedy(3 + 2 * number)))
+        engine.submit(EngineRequest(str(number), prompt, greedy(3 + 2 * number)))
         for _ in range(3):
             for output in engine.step():
                 found.setdefault(output.id, []).append(output)
@@ -142,10 +142,10 @@ def test_requests_that_join_and_leave_midway(engine_of, naive):
 
 def test_a_known_prefix_is_not_computed_again(engine_of, naive):
     engine = engine_of()
-    engine.submit(Request("first", COMMON, greedy()))
+    engine.submit(EngineRequest("first", COMMON, greedy()))
     finish(engine)
     before = engine.stats().steps
-    engine.submit(Request("second", [*COMMON, 1, 2], greedy()))
+    engine.submit(EngineRequest("second", [*COMMON, 1, 2], greedy()))
     outputs = finish(engine)["second"]
     assert outputs[-1].cached_tokens == 32 and outputs[-1].prompt_tokens == 42
     assert ids(outputs) == naive([*COMMON, 1, 2], 12)
@@ -155,7 +155,7 @@ def test_a_known_prefix_is_not_computed_again(engine_of, naive):
 def test_the_next_turn_of_a_chat_takes_over_the_answer_before(engine_of, naive):
     engine = engine_of()
     (answer,) = run(engine, [COMMON], greedy(30))
-    engine.submit(Request("next", [*COMMON, *answer, 8, 9], greedy()))
+    engine.submit(EngineRequest("next", [*COMMON, *answer, 8, 9], greedy()))
     outputs = finish(engine)["next"]
     assert outputs[0].cached_tokens == 64, "of 40 + 30 tokens four whole pages"
     assert ids(outputs) == naive([*COMMON, *answer, 8, 9], 12)
@@ -164,14 +164,14 @@ def test_the_next_turn_of_a_chat_takes_over_the_answer_before(engine_of, naive):
 def test_a_cancelled_request_frees_its_pages_in_the_next_step_and_the_others_go_on(engine_of, naive):
     engine = engine_of(prefix_reuse=False)
     for name, prompt in (("a", COMMON), ("b", [*COMMON, 1]), ("c", [9, 8, 7])):
-        engine.submit(Request(name, prompt, greedy()))
+        engine.submit(EngineRequest(name, prompt, greedy()))
     seen = [output for _ in range(3) for output in engine.step()]
     engine.cancel("a")
     engine.cancel("nobody")
-    used = engine.pages.used
+    used = engine.block_pool.num_used
     after = engine.step()
     (last,) = [output for output in after if output.id == "a"]
-    assert last.finish_reason == "cancelled" and last.tokens == [] and engine.pages.used == used - 4
+    assert last.finish_reason == "cancelled" and last.tokens == [] and engine.block_pool.num_used == used - 4
     seen += after
     engine.cancel("a")  # it is gone: nothing happens
     seen += [output for outputs in finish(engine).values() for output in outputs]
@@ -182,8 +182,8 @@ def test_a_cancelled_request_frees_its_pages_in_the_next_step_and_the_others_go_
 
 def test_a_request_is_cancelled_while_another_waits_for_its_prefix(engine_of, naive):
     engine = engine_of(step_tokens=5)
-    engine.submit(Request("first", COMMON, greedy()))
-    engine.submit(Request("second", [*COMMON, 1], greedy()))
+    engine.submit(EngineRequest("first", COMMON, greedy()))
+    engine.submit(EngineRequest("second", [*COMMON, 1], greedy()))
     for _ in range(5):
         assert engine.step() == []
     engine.cancel("first")
@@ -192,8 +192,8 @@ def test_a_request_is_cancelled_while_another_waits_for_its_prefix(engine_of, na
 
 def test_a_waiting_request_can_be_cancelled(engine_of):
     engine = engine_of(max_running=1)
-    engine.submit(Request("first", [1], greedy()))
-    engine.submit(Request("second", [2], greedy()))
+    engine.submit(EngineRequest("first", [1], greedy()))
+    engine.submit(EngineRequest("second", [2], greedy()))
     engine.step()
     engine.cancel("second")
     found = finish(engine)
@@ -206,7 +206,7 @@ def test_after_pages_were_taken_from_others(engine_of, naive):
     for round_ in range(3):
         for number, prompt in enumerate([COMMON, [1] * 40, [*COMMON, 5], [2, 3] * 20]):
             name = f"{round_} {number}"
-            engine.submit(Request(name, prompt, greedy()))
+            engine.submit(EngineRequest(name, prompt, greedy()))
             assert ids(finish(engine)[name]) == naive(prompt, 12)
     assert engine.stats().cached_tokens > 0
 
@@ -219,17 +219,17 @@ def half(tiny) -> Bumblebee:
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_bf16_logits_are_those_of_one_pass_within_rounding(half, tokenizer, padding, monkeypatch):
     """bf16 is up to 0.5 away from fp32 here; two ways to add up in bf16 may differ by nearly as much."""
-    engine = GenerationEngine(half, tokenizer, (), GenerationOptions(step_tokens=11))
-    engine.runner.padding = padding
-    logits, run_ = {}, engine.runner.run
+    engine = GenerationEngine(half, tokenizer, (), EngineConfig(step_tokens=11))
+    engine.model_runner.max_padding = padding
+    logits, run_ = {}, engine.model_runner.run
 
     def kept(chunks):
         out = run_(chunks)
         rows = [chunk.sequence for chunk in chunks if chunk.is_last]
-        logits.update({(each.request.id, len(each.tokens)): row for each, row in zip(rows, out, strict=True)})
+        logits.update({(each.request.id, len(each.token_ids)): row for each, row in zip(rows, out, strict=True)})
         return out
 
-    monkeypatch.setattr(engine.runner, "run", kept)
+    monkeypatch.setattr(engine.model_runner, "run", kept)
     found = run(engine, PROMPTS, greedy())
     assert len(logits) == 12 * len(PROMPTS)
     for (name, length), row in logits.items():
@@ -241,7 +241,7 @@ def test_bf16_logits_are_those_of_one_pass_within_rounding(half, tokenizer, padd
 @given(data=st.data())
 def test_any_schedule(data, model, tokenizer, naive):
     """Random prompts over a few tokens, options, moments of arrival and cancellations."""
-    options = GenerationOptions(
+    options = EngineConfig(
         cache_tokens=data.draw(st.sampled_from([96, 160, 400])),
         max_running=data.draw(st.integers(1, 5)),
         step_tokens=data.draw(st.sampled_from([1, 3, 8, 20, 64])),
@@ -253,15 +253,15 @@ def test_any_schedule(data, model, tokenizer, naive):
     )
     prompts = data.draw(st.lists(prompt.filter(bool), min_size=1, max_size=6))
     lengths = [data.draw(st.integers(1, 12)) for _ in prompts]
-    engine.runner.padding = data.draw(st.sampled_from(PADDINGS))
-    found: dict[str, list[Output]] = {str(number): [] for number in range(len(prompts))}
+    engine.model_runner.max_padding = data.draw(st.sampled_from(PADDINGS))
+    found: dict[str, list[RequestOutput]] = {str(number): [] for number in range(len(prompts))}
     cancelled = set()
     for number, prompt in enumerate(prompts):
-        engine.submit(Request(str(number), prompt, greedy(lengths[number])))
+        engine.submit(EngineRequest(str(number), prompt, greedy(lengths[number])))
         for _ in range(data.draw(st.integers(0, 4))):
             for output in engine.step():
                 found[output.id].append(output)
-            check_pages(engine)
+            check_blocks(engine)
         if data.draw(st.integers(0, 4)) == 0:
             cancelled.add(str(name := data.draw(st.integers(0, number))))
             engine.cancel(str(name))
@@ -272,7 +272,7 @@ def test_any_schedule(data, model, tokenizer, naive):
         assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
         assert ids(outputs) == expected[: len(ids(outputs))]
         assert outputs[-1].finish_reason == "length" and ids(outputs) == expected or str(number) in cancelled
-    assert engine.pages.free + engine.pages.cached == engine.pages.total
+    assert engine.block_pool.num_free + engine.block_pool.num_cached == engine.block_pool.num_blocks
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(engine_of):
@@ -293,15 +293,15 @@ def test_stop_ids_and_strings_end_a_text_before_themselves(engine_of, naive, tok
         (engine_of(), greedy(stop_ids=[tokens[place]], ignore_eos=True)),
         (engine_of(stop_ids=[tokens[place]]), greedy()),
     ):
-        engine.submit(Request("a", COMMON, params))
+        engine.submit(EngineRequest("a", COMMON, params))
         outputs = finish(engine)["a"]
         assert ids(outputs) == tokens[: place + 1] and outputs[-1].finish_reason == "stop"
         assert "".join(output.text for output in outputs) == before
     engine = engine_of(stop_ids=[tokens[place]])
-    engine.submit(Request("a", COMMON, greedy(ignore_eos=True)))
+    engine.submit(EngineRequest("a", COMMON, greedy(ignore_eos=True)))
     assert ids(finish(engine)["a"]) == tokens
     letter = next(character for character in before if character.isascii())
-    engine.submit(Request("a", COMMON, greedy(stop=[letter])))
+    engine.submit(EngineRequest("a", COMMON, greedy(stop=[letter])))
     outputs = finish(engine)["a"]
     assert outputs[-1].finish_reason == "stop"
     assert "".join(output.text for output in outputs) == before[: before.index(letter)]
@@ -311,7 +311,7 @@ def test_a_deadline_ends_running_and_waiting_requests(engine_of, monkeypatch):
     now = time.monotonic()
     engine = engine_of(max_running=1)
     for name, deadline in (("running", now + 50), ("waiting", now + 50), ("free", None), ("later", now + 500)):
-        engine.submit(Request(name, [1, 2], greedy(), deadline))
+        engine.submit(EngineRequest(name, [1, 2], greedy(), deadline))
     assert [output.id for output in engine.step()] == ["running"]
     monkeypatch.setattr(time, "monotonic", lambda: now + 100)
     found = finish(engine)
@@ -323,7 +323,7 @@ def test_a_deadline_ends_running_and_waiting_requests(engine_of, monkeypatch):
 def test_the_order_of_first_tokens_is_the_order_of_submission(engine_of):
     engine = engine_of(max_running=2, cache_tokens=96, step_tokens=8)
     for number in range(8):
-        engine.submit(Request(str(number), [number] * (30 if number % 3 == 0 else 4), greedy(3)))
+        engine.submit(EngineRequest(str(number), [number] * (30 if number % 3 == 0 else 4), greedy(3)))
     first: list[str] = []
     while engine.busy:
         first += [output.id for output in engine.step() if output.id not in first]
@@ -333,7 +333,7 @@ def test_the_order_of_first_tokens_is_the_order_of_submission(engine_of):
 
 def test_logprobs_are_those_of_the_model(engine_of, model):
     engine = engine_of()
-    engine.submit(Request("a", COMMON, greedy(4, logprobs=3)))
+    engine.submit(EngineRequest("a", COMMON, greedy(4, logprobs=3)))
     tokens = [token for output in finish(engine)["a"] for token in output.tokens]
     text = [*COMMON, *(token.id for token in tokens)]
     with torch.no_grad():
@@ -349,13 +349,13 @@ def test_logprobs_are_those_of_the_model(engine_of, model):
     ("prompt", "params", "message"),
     [
         ([], greedy(), "the prompt is empty: there is nothing to continue"),
-        ([1] * 96, greedy(), "the prompt has 96 tokens; the model takes 96, new ones included"),
-        ([1, 64], greedy(), "the prompt has the id 64; the model's ids go from 0 to 63"),
-        ([1, -1], greedy(), "the prompt has the id -1; the model's ids go from 0 to 63"),
-        ([1], greedy(stop_ids=[64]), "stop_ids names token 64; the model has the tokens 0 to 63"),
+        ([1] * 96, greedy(), "the prompt has 96 tokens; the model takes 96, including new ones"),
+        ([1, 64], greedy(), "the prompt has token id 64; the model's ids are 0 to 63"),
+        ([1, -1], greedy(), "the prompt has token id -1; the model's ids are 0 to 63"),
+        ([1], greedy(stop_ids=[64]), "stop_ids: token id 64 is out of the vocabulary; the model's ids are 0 to 63"),
         (
             [1] * 40, greedy(50),
-            "the prompt's 40 tokens and 50 new ones need 96 positions of the key-value cache, which has 64:"
+            "the prompt's 40 tokens and 50 new ones need 96 positions of the KV cache, which has 64:"
             " set a smaller max_new_tokens or a larger cache_tokens",
         ),
     ],
@@ -363,35 +363,35 @@ def test_logprobs_are_those_of_the_model(engine_of, model):
 def test_what_can_never_run_is_refused_with_the_numbers(engine_of, prompt, params, message):
     engine = engine_of(cache_tokens=60)
     with pytest.raises(ValueError) as caught:
-        engine.submit(Request("a", prompt, params))
+        engine.submit(EngineRequest("a", prompt, params))
     assert str(caught.value) == message
     assert not engine.busy and engine.step() == []
 
 
 def test_an_id_that_is_in_use_is_refused(engine_of):
     engine = engine_of()
-    engine.submit(Request("a", [1], greedy(1)))
-    with pytest.raises(ValueError, match="a request with the id 'a' is there already"):
-        engine.submit(Request("a", [2], greedy(1)))
+    engine.submit(EngineRequest("a", [1], greedy(1)))
+    with pytest.raises(ValueError, match="duplicate request id 'a'"):
+        engine.submit(EngineRequest("a", [2], greedy(1)))
     finish(engine)
-    engine.submit(Request("a", [2], greedy(1)))
+    engine.submit(EngineRequest("a", [2], greedy(1)))
 
 
 def test_a_broken_step_changes_nothing_and_can_be_computed_again(engine_of, naive, monkeypatch):
     engine = engine_of(step_tokens=20)
     for number, prompt in enumerate(PROMPTS):
-        engine.submit(Request(str(number), prompt, greedy()))
-    engine.submit(Request("late", [1], greedy()))
-    found: dict[str, list[Output]] = {}
-    forward, broken = engine.runner.model.forward, 0
+        engine.submit(EngineRequest(str(number), prompt, greedy()))
+    engine.submit(EngineRequest("late", [1], greedy()))
+    found: dict[str, list[RequestOutput]] = {}
+    forward, broken = engine.model_runner.model.forward, 0
     while engine.busy:
-        monkeypatch.setattr(engine.runner.model, "forward", breaks_after_the_first_layer(engine.runner.model))
+        monkeypatch.setattr(engine.model_runner.model, "forward", breaks_after_the_first_layer(engine.model_runner.model))
         engine.cancel("late")
         with pytest.raises(MemoryError):
             engine.step()
         broken += 1
-        monkeypatch.setattr(engine.runner.model, "forward", forward)
-        check_pages(engine)
+        monkeypatch.setattr(engine.model_runner.model, "forward", forward)
+        check_blocks(engine)
         for output in engine.step():
             found.setdefault(output.id, []).append(output)
     assert broken > 12
@@ -411,27 +411,27 @@ def breaks_after_the_first_layer(model: Bumblebee):
 def test_a_reset_drops_everything(engine_of, naive):
     engine = engine_of()
     for number, prompt in enumerate(PROMPTS):
-        engine.submit(Request(str(number), prompt, greedy()))
+        engine.submit(EngineRequest(str(number), prompt, greedy()))
     engine.step()
     engine.cancel("1")
     engine.reset()
     assert not engine.busy and engine.step() == []
-    assert engine.pages.free == engine.pages.total
+    assert engine.block_pool.num_free == engine.block_pool.num_blocks
     assert run(engine, [COMMON], greedy()) == [naive(COMMON, 12)]
 
 
 def test_the_stats_tell_what_was_done(engine_of):
     engine = engine_of(max_running=1, cache_tokens=100)
     stats = engine.stats()
-    assert (stats.pages_total, stats.pages_free, stats.steps) == (7, 7, 0)
-    engine.submit(Request("a", COMMON, greedy(5)))
-    engine.submit(Request("b", COMMON, greedy(5)))
+    assert (stats.blocks_total, stats.blocks_free, stats.steps) == (7, 7, 0)
+    engine.submit(EngineRequest("a", COMMON, greedy(5)))
+    engine.submit(EngineRequest("b", COMMON, greedy(5)))
     engine.step()
     assert (engine.stats().running, engine.stats().waiting) == (1, 1)
     finish(engine)
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.cached_tokens, stats.new_tokens, stats.steps) == (80, 32, 10, 10)
-    assert (stats.pages_free, stats.pages_cached) == (5, 2)
+    assert (stats.blocks_free, stats.blocks_cached) == (5, 2)
 
 
 def test_a_cache_larger_than_the_memory_is_refused_before_anything_is_reserved(engine_of):
@@ -444,4 +444,4 @@ def test_a_cache_larger_than_the_memory_is_refused_before_anything_is_reserved(e
 @pytest.mark.parametrize("name", ["cache_tokens", "max_running", "step_tokens"])
 def test_a_limit_below_one_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        GenerationOptions(**{name: 0})
+        EngineConfig(**{name: 0})

@@ -12,9 +12,9 @@ import torch
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
 from bumblebee.inference import engine as module
 from bumblebee.inference import generator as generators
-from bumblebee.inference.engine_config import GenerationOptions
+from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.inference.kv_cache import bytes_per_position
-from bumblebee.inference.request import Token
+from bumblebee.inference.request import SampledToken
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
 PROMPTS = ["The bee", "A", "In the garden there are many flowers, and the bees", "Ünïcödé 🐝", "x y"]
@@ -58,7 +58,7 @@ def test_a_batch_of_ragged_prompts_equals_the_loop_without_cache(generator):
 
 
 def test_more_prompts_than_run_at_once_come_back_in_order(generator, monkeypatch):
-    monkeypatch.setattr(generators, "GenerationOptions", lambda **limits: GenerationOptions(max_running=2, **limits))
+    monkeypatch.setattr(generators, "EngineConfig", lambda **limits: EngineConfig(max_running=2, **limits))
     outs = generator.generate(PROMPTS, GREEDY)
     assert [out.token_ids for out in outs] == [naive(generator, prompt, 12) for prompt in PROMPTS]
 
@@ -82,7 +82,7 @@ def test_a_character_cut_across_tokens_is_streamed_whole(generator, monkeypatch)
     """The model is made to say 🐝, one byte a token."""
     pieces = generator.tokenizer.token_bytes
     script = iter([pieces.index(bytes([byte])) for byte in "a🐝b".encode()])
-    monkeypatch.setattr(module, "sample", lambda *args: [Token(next(script))])
+    monkeypatch.setattr(module, "sample", lambda *args: [SampledToken(next(script))])
     assert list(generator.stream("x", SamplingParams(max_new_tokens=6))) == ["a", "🐝", "b"]
 
 
@@ -187,7 +187,7 @@ def test_prompts_that_cannot_be_continued_are_refused(generator, run):
         run(generator, "")
     long = "q" * 256
     assert len(generator.encode(long)) == 256
-    with pytest.raises(ValueError, match="the prompt has 256 tokens; the model takes 256, new ones included"):
+    with pytest.raises(ValueError, match="the prompt has 256 tokens; the model takes 256, including new ones"):
         run(generator, long)
 
 
@@ -197,7 +197,7 @@ def test_a_prompt_that_leaves_one_position_gets_one_token(generator):
 
 
 def test_a_prompt_that_spells_a_special_token_is_text(generator):
-    assert not generator.tokenizer.special_ids.intersection(generator.check("<|im_end|>", GREEDY))
+    assert not generator.tokenizer.special_ids.intersection(generator.prepare("<|im_end|>", GREEDY))
 
 
 def test_ids_as_a_prompt_are_the_text_they_stand_for(generator):
@@ -209,10 +209,10 @@ def test_ids_as_a_prompt_are_the_text_they_stand_for(generator):
 def test_a_question_is_put_into_the_chat_template(generator, tokenizer):
     system = {"role": "system", "content": "Be brief."}
     messages = [system, {"role": "user", "content": "Who lays <|im_end|> eggs?"}]
-    assert generator.ask("Who lays <|im_end|> eggs?", "Be brief.") == tokenizer.apply_chat_template(
+    assert generator.encode_chat("Who lays <|im_end|> eggs?", system="Be brief.") == tokenizer.apply_chat_template(
         messages, add_generation_prompt=True
     )
-    assert generator.ask("Who?") == tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], None, True)
+    assert generator.encode_chat("Who?") == tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], None, True)
 
 
 def test_each_prompt_can_have_params_of_its_own(generator):
@@ -227,7 +227,7 @@ def test_each_prompt_can_have_params_of_its_own(generator):
 def test_of_several_prompts_the_one_that_cannot_be_continued_is_named(generator):
     with pytest.raises(ValueError, match="^prompt 2 of 3: the prompt is empty"):
         generator.generate(["a", "", "b"], GREEDY)
-    with pytest.raises(ValueError, match="^prompt 3 of 3: the prompt has the id 400; the model's ids go from 0 to 399"):
+    with pytest.raises(ValueError, match="^prompt 3 of 3: the prompt has token id 400; the model's ids are 0 to 399"):
         generator.generate(["a", "b", [400]], GREEDY)
 
 
@@ -243,11 +243,11 @@ def test_a_small_batch_takes_a_small_cache(generator, monkeypatch):
     original = generator.engine
     monkeypatch.setattr(generator, "engine", lambda options=None: made.append(original(options)) or made[-1])
     generator.generate(PROMPTS, GREEDY)
-    assert made[0].pages.total == sum(-(-(len(generator.encode(prompt)) + 11) // 16) for prompt in PROMPTS)
+    assert made[0].block_pool.num_blocks == sum(-(-(len(generator.encode(prompt)) + 11) // 16) for prompt in PROMPTS)
     config = generator.model.config
-    assert original().pages.total == config.max_position_embeddings * 64 // 16  # of all that can run at the same time
-    big = GenerationOptions(max_running=10**6)
-    assert original(big).pages.total == 2**29 // (bytes_per_position(config, generator.dtype) * 16)
+    assert original().block_pool.num_blocks == config.max_position_embeddings * 64 // 16  # of all that can run at the same time
+    big = EngineConfig(max_running=10**6)
+    assert original(big).block_pool.num_blocks == 2**29 // (bytes_per_position(config, generator.dtype) * 16)
 
 
 def test_what_was_in_the_caches_memory_before_is_never_read(generator, monkeypatch):
@@ -257,7 +257,7 @@ def test_what_was_in_the_caches_memory_before_is_never_read(generator, monkeypat
 
     def full_of_nan(options=None):
         engines.append(original(options))
-        for layer in engines[-1].runner.cache.layers:
+        for layer in engines[-1].model_runner.kv_cache.layers:
             layer.keys.fill_(float("nan"))
             layer.values.fill_(float("nan"))
         return engines[-1]

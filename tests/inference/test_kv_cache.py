@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee import Bumblebee
-from bumblebee.inference.kv_cache import KVCache, Layout, bytes_per_position
+from bumblebee.inference.attention_metadata import AttentionMetadata
+from bumblebee.inference.kv_cache import KVCache, bytes_per_position
 
 CPU = torch.device("cpu")
 V, SIZE, PAGES = 64, 4, 12
@@ -57,7 +58,7 @@ def over_the_cache(model: Bumblebee, texts: list[list[int]], pages, chunks, padd
         rows = sorted((row for row in range(len(texts)) if step < len(chunks[row])), key=lambda row: chunks[row][step] > 1)
         counts = [chunks[row][step] for row in rows]
         ends = [done[row] + count for row, count in zip(rows, counts, strict=True)]
-        layers = cache.at(Layout.of([pages[row] for row in rows], ends, counts, SIZE, CPU, padding))
+        layers = cache.prepare(AttentionMetadata.build([pages[row] for row in rows], ends, counts, SIZE, CPU, padding))
         ids = [index for row, end in zip(rows, ends, strict=True) for index in texts[row][done[row] : end]]
         places = [place for row, end in zip(rows, ends, strict=True) for place in range(done[row], end)]
         out = model(torch.tensor([ids]), torch.tensor([places]), cache=layers)[0].split(counts)
@@ -89,10 +90,12 @@ def test_a_padded_row_reads_nothing_of_others_not_even_what_is_no_number(model):
     cache = cache_of(model, filler=float("nan"))
     long, short = list(range(9)), [5]
     for pages, text in (([0, 1, 2], long), ([3], short)):
-        layers = cache.at(Layout.of([pages], [len(text) - 1 or 1], [len(text) - 1 or 1], SIZE, CPU, math.inf))
+        layers = cache.prepare(
+            AttentionMetadata.build([pages], [len(text) - 1 or 1], [len(text) - 1 or 1], SIZE, CPU, math.inf)
+        )
         part = text[:-1] or text
         model(torch.tensor([part]), torch.arange(len(part))[None], cache=layers)
-    layers = cache.at(Layout.of([[0, 1, 2], [3]], [9, 2], [1, 1], SIZE, CPU, math.inf))
+    layers = cache.prepare(AttentionMetadata.build([[0, 1, 2], [3]], [9, 2], [1, 1], SIZE, CPU, math.inf))
     out = model(torch.tensor([[8, 6]]), torch.tensor([[8, 1]]), cache=layers)[0]
     tolerance = TOLERANCE[out.dtype]
     torch.testing.assert_close(out[0], model(torch.tensor([long]))[0, -1], rtol=0, atol=tolerance)
@@ -101,7 +104,7 @@ def test_a_padded_row_reads_nothing_of_others_not_even_what_is_no_number(model):
 
 def test_the_cache_has_the_shape_dtype_and_bytes_that_are_promised(tiny):
     config = tiny(head_dim=16)
-    cache = KVCache(config, pages=3, page_size=5, dtype=torch.bfloat16, devices=[CPU] * config.num_hidden_layers)
+    cache = KVCache(config, num_blocks=3, block_size=5, dtype=torch.bfloat16, devices=[CPU] * config.num_hidden_layers)
     assert len(cache.layers) == 2
     assert {tuple(layer.keys.shape) for layer in cache.layers} == {(3, 5, 2, 16)}
     assert {layer.values.dtype for layer in cache.layers} == {torch.bfloat16}

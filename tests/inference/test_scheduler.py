@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bumblebee.inference.block_pool import Pages
-from bumblebee.inference.request import Request
+from bumblebee.inference.block_pool import BlockPool
+from bumblebee.inference.request import EngineRequest
 from bumblebee.inference.sampling_params import SamplingParams
 from bumblebee.inference.scheduler import Scheduler
 from bumblebee.inference.sequence import Sequence
@@ -19,29 +19,29 @@ names = itertools.count()
 
 
 def sequence(prompt: list[int], new: int = 4) -> Sequence:
-    return Sequence(Request(str(next(names)), prompt, SamplingParams(max_new_tokens=new)), LONGEST, SIZE)
+    return Sequence(EngineRequest(str(next(names)), prompt, SamplingParams(max_new_tokens=new)), LONGEST, SIZE)
 
 
 def scheduler(*sequences: Sequence, pages: int = 64, running: int = 16, tokens: int = 8, reuse: bool = True) -> Scheduler:
-    made = Scheduler(Pages(pages, SIZE, reuse), running, tokens)
+    made = Scheduler(BlockPool(pages, SIZE, reuse), running, tokens)
     made.waiting.extend(sequences)
     return made
 
 
 def step(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
     """Compute what is planned: tokens of growing sequences are all 7; who is at its limit leaves."""
-    planned = [(chunk.sequence, chunk.count, chunk.is_last, chunk) for chunk in scheduler.plan()]
+    planned = [(chunk.sequence, chunk.num_tokens, chunk.is_last, chunk) for chunk in scheduler.schedule()]
     for sequence, _, is_last, chunk in planned:
         scheduler.advance(chunk)
         if is_last:
-            sequence.tokens.append(7)
-            if len(sequence.tokens) == sequence.limit:
+            sequence.token_ids.append(7)
+            if len(sequence.token_ids) == sequence.max_length:
                 scheduler.remove(sequence)
     return [(sequence, count) for sequence, count, *_ in planned]
 
 
 def finished(sequence: Sequence) -> bool:
-    return len(sequence.tokens) == sequence.limit
+    return len(sequence.token_ids) == sequence.max_length
 
 
 def test_a_long_prompt_is_computed_in_chunks_beside_the_next_tokens_of_others():
@@ -74,9 +74,9 @@ def test_the_first_of_the_queue_is_not_overtaken_by_one_that_would_fit():
 def test_all_pages_are_reserved_at_admission():
     first = sequence([0] * 8, new=9)
     queue = scheduler(first, sequence([1] * 8, new=9), pages=7)
-    queue.plan()
-    assert len(first.pages) == first.pages_needed == 4
-    assert (queue.pages.used, queue.pages.free) == (4, 3) and len(queue.waiting) == 1
+    queue.schedule()
+    assert len(first.block_table) == first.blocks_needed == 4
+    assert (queue.block_pool.num_used, queue.block_pool.num_free) == (4, 3) and len(queue.waiting) == 1
 
 
 def test_prompts_that_begin_alike_are_computed_once_when_they_come_together():
@@ -89,7 +89,7 @@ def test_prompts_that_begin_alike_are_computed_once_when_they_come_together():
             computed[each] += count
     assert all(map(finished, sequences))
     assert [computed[each] for each in sequences] == [18 + 3, 2 + 3, 2 + 3, 2 + 3], "the last new token is not computed"
-    assert [each.cached_tokens for each in sequences] == [0, 16, 16, 16]
+    assert [each.num_cached for each in sequences] == [0, 16, 16, 16]
 
 
 def test_who_waits_for_a_cancelled_one_computes_the_prefix_itself():
@@ -100,7 +100,7 @@ def test_who_waits_for_a_cancelled_one_computes_the_prefix_itself():
     assert step(queue) == [(first, 8)]
     queue.remove(first)
     assert step(queue) == [(second, 8)]
-    assert second.cached_tokens == 16 and second.computed == 24
+    assert second.num_cached == 16 and second.num_computed == 24
 
 
 def test_without_reuse_nobody_waits_for_a_prefix():
@@ -116,7 +116,7 @@ def test_the_last_token_of_a_prompt_is_computed_even_if_all_of_it_is_known():
         step(queue)
     queue.waiting.append(second)
     assert step(queue) == [(second, 4)], "its second page holds its last token"
-    assert second.cached_tokens == 4
+    assert second.num_cached == 4
 
 
 @pytest.mark.parametrize("reuse", [True, False])
@@ -132,22 +132,22 @@ def test_in_every_history_all_are_admitted_in_their_order_and_end(reuse, wishes,
     sequences = [sequence(*wish) for wish in wishes]
     queue = scheduler(*sequences, pages=pages, running=running, tokens=tokens, reuse=reuse)
     cancelled: set[Sequence] = set()
-    for _ in range(sum(each.limit for each in sequences) + 1):
+    for _ in range(sum(each.max_length for each in sequences) + 1):
         if data.draw(st.integers(0, 9)) == 0 and (there := [*queue.running, *queue.waiting]):
             chosen = data.draw(st.sampled_from(there))
             cancelled.add(chosen)
             queue.remove(chosen)
         oldest = queue.running[:1]
-        growing = [each for each in queue.running if each.remaining == 1]
-        before, queued = {each: each.computed for each in sequences}, list(queue.waiting)
+        growing = [each for each in queue.running if each.num_remaining == 1]
+        before, queued = {each: each.num_computed for each in sequences}, list(queue.waiting)
         planned = step(queue)
         assert sum(count for _, count in planned) <= tokens
-        assert bool(planned) == any(each not in cancelled and before[each] < each.limit - 1 for each in sequences)
+        assert bool(planned) == any(each not in cancelled and before[each] < each.max_length - 1 for each in sequences)
         assert list(queue.waiting) == queued[len(queued) - len(queue.waiting) :], "admitted in their order"
         running_now = [each for each, _ in planned]
-        assert all(each.computed > before[each] for each in running_now)
+        assert all(each.num_computed > before[each] for each in running_now)
         assert set(growing) <= set(running_now)
         assert set(oldest) <= set(running_now)
-        assert queue.pages.free + queue.pages.cached + queue.pages.used == pages
+        assert queue.block_pool.num_free + queue.block_pool.num_cached + queue.block_pool.num_used == pages
     assert all(finished(each) or each in cancelled for each in sequences)
-    assert queue.pages.free + queue.pages.cached == pages
+    assert queue.block_pool.num_free + queue.block_pool.num_cached == pages

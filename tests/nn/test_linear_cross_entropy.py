@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks equals torch's over the whole logits, with its gradients, however small the chunks."""
+"""The chunked cross-entropy and its gradients equal torch's on full logits, for any chunk size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy as whole_cross_entropy
 
-from bumblebee.nn.linear_cross_entropy import Weighing, _cut, linear_cross_entropy
+from bumblebee.nn.linear_cross_entropy import LossWeighting, _cut, linear_cross_entropy
 
 MODULE = "bumblebee.nn.linear_cross_entropy"
 D, V = 8, 11
@@ -37,10 +37,10 @@ def naive(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> t
 def test_losses_and_gradients_equal_those_of_the_whole_logits(chunk, rows, weights, dtype, tolerance):
     hidden, weight, labels = inputs(rows, dtype)
     slopes = torch.linspace(0.5, 0.5 if weights == "alike" else 2.0, rows)
-    ours, theirs = linear_cross_entropy(hidden, weight, labels), naive(hidden, weight, labels)
+    ours, reference = linear_cross_entropy(hidden, weight, labels), naive(hidden, weight, labels)
     assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    pairs = [torch.autograd.grad(losses, (hidden, weight), slopes) for losses in (ours, theirs)]
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-5)
+    pairs = [torch.autograd.grad(losses, (hidden, weight), slopes) for losses in (ours, reference)]
     assert [grad.dtype for grad in pairs[0]] == [dtype, dtype]
     torch.testing.assert_close(pairs[0], pairs[1], rtol=tolerance, atol=tolerance)
 
@@ -62,15 +62,15 @@ def test_huge_logits_give_finite_losses_and_gradients(chunk):
 def test_what_the_backward_passes_found_changes_no_gradient(chunk):
     """Whether slopes were taken in the forward pass, in the backward pass, or in both."""
     hidden, weight, labels = inputs(10)
-    weighing = Weighing()
+    weighting = LossWeighting()
     alike, own = torch.full((10,), 0.3), torch.linspace(0.5, 2.0, 10)
-    found = []
+    actual = []
     for slopes in (alike, own, own, alike, alike):
-        losses = linear_cross_entropy(hidden, weight, labels, weighing)
-        found.append(torch.autograd.grad(losses, (hidden, weight), slopes))
-        assert weighing.alike == (slopes is alike)
+        losses = linear_cross_entropy(hidden, weight, labels, weighting)
+        actual.append(torch.autograd.grad(losses, (hidden, weight), slopes))
+        assert weighting.uniform == (slopes is alike)
     for first, second in ((0, 3), (0, 4), (1, 2)):
-        assert all(torch.equal(a, b) for a, b in zip(found[first], found[second], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(actual[first], actual[second], strict=True))
 
 
 def test_a_second_backward_pass_gives_the_same_gradients(chunk):

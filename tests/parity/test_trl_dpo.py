@@ -11,7 +11,7 @@ import torch
 from helpers.training_runs import Pairs, small_model
 
 from bumblebee.tasks.dpo import DPO
-from bumblebee.tasks.reference import Frozen
+from bumblebee.tasks.reference import FrozenReference
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -81,7 +81,7 @@ def test_loss_gradients_and_metrics_equal_trl(name, pairs, trainer, monkeypatch)
 
     policy = small_model(0)
     task = DPO(policy, **options)
-    task.compared_with = Frozen(small_model(1).eval().requires_grad_(False))
+    task.reference_model = FrozenReference(small_model(1).eval().requires_grad_(False))
     batch = pairs.collate(pairs.train)
     counts = {name: float(count) for name, count in task.counts(batch).items()}
     sums = task.training_step(policy, batch)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bumblebee.inference.kv_cache import LayerCache, Layout
+from bumblebee.inference.attention_metadata import AttentionMetadata
+from bumblebee.inference.kv_cache import PagedLayerCache
 from bumblebee.nn.attention_kernels import KERNELS, AttentionMask
 from bumblebee.verify.check_result import CheckResult, Measurement
 from bumblebee.verify.checks.tolerances import (
@@ -111,16 +112,16 @@ def _cache_error(dtype: torch.dtype, head_dim: int, padding: float, device: torc
     Args:
         dtype: of queries, keys and values.
         head_dim: D.
-        padding: whether decoding sequences share a call, see ``Layout.of``.
+        padding: whether decoding sequences share a call, see ``AttentionMetadata.build``.
         device: of the cache.
     """
     generator = torch.Generator().manual_seed(head_dim)
     q, k, v = (torch.randn((B, S, heads, head_dim), generator=generator).to(device, dtype) for heads in (H, K, K))
-    cache = LayerCache((B * NUM_BLOCKS, BLOCK_SIZE, K, head_dim), dtype, device)
+    cache = PagedLayerCache((B * NUM_BLOCKS, BLOCK_SIZE, K, head_dim), dtype, device)
     tables = [list(range(row * NUM_BLOCKS, (row + 1) * NUM_BLOCKS))[::-1] for row in range(B)]  # out of order on purpose
     outputs = []
     for begin, end in [(0, S - 3), *((position, position + 1) for position in range(S - 3, S))]:
-        cache.layout = Layout.of(tables, [end] * B, [end - begin] * B, BLOCK_SIZE, device, padding)
+        cache.metadata = AttentionMetadata.build(tables, [end] * B, [end - begin] * B, BLOCK_SIZE, device, padding)
         queries, keys, values = (x[:, begin:end].flatten(0, 1)[None] for x in (q, k, v))
         outputs.append(cache.attend(queries, keys, values)[0].unflatten(0, (B, -1)))
     positions = torch.arange(S, device=device)

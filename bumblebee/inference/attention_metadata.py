@@ -1,0 +1,144 @@
+"""Attention metadata of one engine step: where keys and values are written, which blocks are read, and what is masked.
+
+A step is one flat row of tokens: the next tokens, one or many, of several sequences. What all layers have in common is computed
+once per step, here, and read by ``kv_cache.py``.
+
+All decode tokens share one attention call, padded to the longest sequence, since a call costs more than its work. Where lengths
+differ so much that a CPU would mostly read padding, each sequence has a call of its own.
+
+Shapes: N tokens of the step, B decode tokens, S positions of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class QuerySpan:
+    """The tokens of one sequence in the flat row.
+
+    Args:
+        offset: index of its first token in the row.
+        num_queries: tokens of the sequence in this step.
+        length: positions of the sequence, these tokens included: S.
+        block_table: (blocks,) int64.
+        mask: (num_queries, S - start) bool, true where a token attends; None for a decode token, which attends to all.
+        start: first position attended to, counted like ``length`` from the first entry of ``block_table``; 0 without a window.
+    """
+
+    offset: int
+    num_queries: int
+    length: int
+    block_table: Tensor
+    mask: Tensor | None
+    start: int = 0
+
+    def windowed(self, window: int, block_size: int) -> QuerySpan:
+        """The span for a layer whose tokens attend to the last ``window`` positions; blocks before them are skipped."""
+        start = max(self.length - self.num_queries - window + 1, 0)
+        skipped = start // block_size
+        length, start = self.length - skipped * block_size, start - skipped * block_size
+        mask = self.mask
+        if mask is not None:
+            mask = mask[:, -(length - start) :].triu(length - start - self.num_queries - window + 1)
+        return QuerySpan(self.offset, self.num_queries, length, self.block_table[skipped:], mask, start)
+
+    def to(self, device: torch.device) -> QuerySpan:
+        """The span with its tensors on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, block_table=self.block_table.to(device), mask=mask)
+
+
+@dataclass
+class AttentionMetadata:
+    """One step's tokens, for every layer.
+
+    Args:
+        slot_mapping: (N,) int64, the slot (block * block_size + offset) that each token's key and value are written to.
+        spans: one per sequence, in the order of the row: decode tokens first.
+        decode: slots (B, S) of the decode tokens' sequences and a bool mask (B, S), false at padding, if they share one call;
+            None if each has its own.
+        block_size: positions per block.
+    """
+
+    slot_mapping: Tensor
+    spans: list[QuerySpan]
+    decode: tuple[Tensor, Tensor] | None
+    block_size: int
+    _windowed: dict[int, AttentionMetadata] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls,
+        block_tables: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        query_counts: Sequence[int],
+        block_size: int,
+        device: torch.device,
+        max_padding: float,
+    ) -> AttentionMetadata:
+        """Metadata of some sequences, decode tokens first.
+
+        Args:
+            block_tables: of each sequence; at least the blocks that its ``length`` positions need.
+            lengths: positions of each sequence, new ones included.
+            query_counts: new tokens of each sequence.
+            block_size: positions per block.
+            device: of the cache.
+            max_padding: decode tokens share one call if it reads at most this many times the positions that they have.
+        """
+        spans, slots, offset = [], [], 0
+        for block_table, length, count in zip(block_tables, lengths, query_counts, strict=True):
+            blocks = list(block_table[: -(-length // block_size)])
+            slots += [blocks[at // block_size] * block_size + at % block_size for at in range(length - count, length)]
+            spans.append(QuerySpan(offset, count, length, torch.tensor(blocks, device=device), _causal(length, count, device)))
+            offset += count
+        lengths = [span.length for span in spans if span.num_queries == 1]
+        share = len(lengths) > 1 and max(lengths) * len(lengths) <= max_padding * sum(lengths)
+        return cls(torch.tensor(slots, device=device), spans, _padded_decode(spans, block_size) if share else None, block_size)
+
+    def to(self, device: torch.device) -> AttentionMetadata:
+        """The metadata for layers on another device."""
+        if device == self.slot_mapping.device:
+            return self
+        decode = None if self.decode is None else (self.decode[0].to(device), self.decode[1].to(device))
+        return AttentionMetadata(
+            self.slot_mapping.to(device), [span.to(device) for span in self.spans], decode, self.block_size
+        )
+
+    def windowed(self, window: int | None) -> AttentionMetadata:
+        """The metadata for layers with a sliding window, computed once per step; None is no window."""
+        if window is None:
+            return self
+        if window not in self._windowed:
+            spans = [span.windowed(window, self.block_size) for span in self.spans]
+            decode = None if self.decode is None else _padded_decode(spans, self.block_size)
+            self._windowed[window] = AttentionMetadata(self.slot_mapping, spans, decode, self.block_size)
+        return self._windowed[window]
+
+
+def _causal(length: int, count: int, device: torch.device) -> Tensor | None:
+    """Causal mask aligned to the lower right: the last new token attends to every position."""
+    if count == 1:
+        return None
+    return torch.ones(count, length, dtype=torch.bool, device=device).tril(length - count)
+
+
+def _padded_decode(spans: list[QuerySpan], block_size: int) -> tuple[Tensor, Tensor]:
+    """Slots (B, S) of the decode tokens' sequences, at least one, and their validity mask.
+
+    Padding repeats a sequence's own first slot, so that no row reads another sequence's values.
+    """
+    decode = [span for span in spans if span.num_queries == 1]
+    tables = torch.nn.utils.rnn.pad_sequence([span.block_table for span in decode], batch_first=True)
+    starts = torch.tensor([[span.start] for span in decode], device=tables.device)
+    lengths = torch.tensor([[span.length] for span in decode], device=tables.device)
+    positions = starts + torch.arange(max(span.length - span.start for span in decode), device=tables.device)
+    valid = positions < lengths
+    positions = torch.where(valid, positions, starts)
+    return tables.gather(1, positions // block_size) * block_size + positions % block_size, valid
