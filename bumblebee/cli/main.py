@@ -247,7 +247,7 @@ def generate(words: list[str]) -> None:
         from bumblebee.cli.sampling_options import given_sampling
         from bumblebee.inference.batch import BatchGeneration, PromptRecord, check_files, open_output
         from bumblebee.inference.generator import Generator
-        from datamodules.prompts import read_prompts
+        from datamodules.prompt_files import read_prompts
 
         given = given_sampling(cfg)
         check_files(cfg.prompt, cfg.prompts, cfg.output, cfg.overwrite)

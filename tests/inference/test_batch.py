@@ -16,7 +16,7 @@ import torch
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
 from bumblebee.cli.main import main
 from bumblebee.inference.batch import BatchGeneration, PromptRecord
-from datamodules.prompts import read_prompts
+from datamodules.prompt_files import read_prompts
 
 PROMPTS = ["The bee", "A", "In the garden there are many flowers", "Ünïcödé 🐝", "x y"]
 
