@@ -24,11 +24,11 @@ def parts(dtype: str) -> dict:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    from bumblebee.nn.mlp import GatedFFN
-    from bumblebee.nn.moe import mixture
+    from bumblebee.nn.mlp import GatedMLP
+    from bumblebee.nn.moe import mixture_of_experts
 
     torch.manual_seed(0)
-    ours = mixture(HIDDEN, INNER, EXPERTS, CHOSEN)
+    ours = mixture_of_experts(HIDDEN, INNER, EXPERTS, CHOSEN)
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN}
     blocks = {}
     for name in ("eager", "grouped_mm"):
@@ -40,7 +40,7 @@ def parts(dtype: str) -> dict:
             parameter.normal_(std=0.02)
     for block in blocks.values():
         block.load_state_dict(ours.state_dict())
-    found = {"dense": GatedFFN(HIDDEN, CHOSEN * INNER), "ours": ours, **blocks}
+    found = {"dense": GatedMLP(HIDDEN, CHOSEN * INNER), "ours": ours, **blocks}
     return {name: part.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]) for name, part in found.items()}
 
 

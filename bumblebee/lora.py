@@ -33,7 +33,7 @@ from bumblebee.checkpoint.weight_mapping import Rule
 from bumblebee.config import BumblebeeConfig
 from bumblebee.models.load_context import current_load_context
 from bumblebee.models.loading import load_model
-from bumblebee.nn.lm_head import Head
+from bumblebee.nn.lm_head import LMHead
 from bumblebee.nn.moe import Experts
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -127,7 +127,9 @@ def _matched(model: nn.Module, targets: str | list[str]) -> str | list[str]:
         ValueError: one that matches nothing, or something else than a linear layer of a block.
     """
     adapted: set[str] = set()
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not isinstance(module, Head)}
+    linear = {
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not isinstance(module, LMHead)
+    }
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in sorted(linear)))
     if targets == "all-linear":
         targets = [name for name in ALL_LINEAR if name in ends]

@@ -1,11 +1,18 @@
-"""Bumblebee: a decoder-only transformer, assembled from the parts in ``bumblebee/nn``.
+"""Bumblebee: a decoder-only transformer, assembled from the building blocks in ``bumblebee/nn``.
 
-    tokens -> embedding -> [ x + attention(norm(x)) -> x + ffn(norm(x)) ] * layers -> norm -> head -> logits
+    tokens -> embedding -> [ x + attention(norm(x)) -> x + mlp(norm(x)) ] * layers -> norm -> lm_head -> logits
 
-Choices: RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU, no dropout, embedding and head tied for
-small sizes. What else there is stands in ``bumblebee/config.py``. Modules and state-dict keys have Hugging Face's names.
-Research changes one part: override one of the ``build_`` methods in a subclass (docs/research.md).
-Shapes: B rows, T positions, V vocabulary.
+Design choices (the defaults; ``bumblebee/config.py`` has the alternatives):
+
+- pre-norm residual blocks with RMSNorm
+- rotary position embeddings
+- grouped-query attention, with biases on q, k and v as in Qwen2
+- SwiGLU feed-forward layers, optionally a mixture of experts
+- no dropout
+- embedding and head tied for small sizes
+
+Module names and state-dict keys are Hugging Face's. To change one part, override a ``build_`` method in a subclass
+(docs/research.md). Shapes: B rows, T positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,30 +25,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bumblebee.checkpoint.hf_folder import load_config, load_weights
 from bumblebee.config import BumblebeeConfig
-from bumblebee.models.base import LanguageModel
-from bumblebee.models.custom_class import class_for, path_of
+from bumblebee.models.base import LanguageModel, class_path_of, resolve_model_class
+from bumblebee.models.load_context import meta_parameters
 from bumblebee.nn.attention import Attention, LayerCache
-from bumblebee.nn.attention_kernels import AttentionMask, choose
-from bumblebee.nn.lm_head import Head
-from bumblebee.nn.mlp import GatedFFN, PlainFFN
-from bumblebee.nn.moe import Experts, MixtureOfExperts, Router, mixture
+from bumblebee.nn.attention_kernels import AttentionMask, select_kernel
+from bumblebee.nn.lm_head import LMHead
+from bumblebee.nn.mlp import MLP, GatedMLP
+from bumblebee.nn.moe import Experts, MixtureOfExperts, Router, mixture_of_experts
 from bumblebee.nn.norm import NORMS
 from bumblebee.nn.rope import rotary_embedding
 from bumblebee.nn.router_losses import RouterLosses
 
 
 class Block(nn.Module):
-    """One layer, made of parts that are handed to it.
+    """One transformer layer, composed of the modules passed to it.
 
     Args:
-        input_layernorm: before attention.
+        input_layernorm: norm before attention.
         self_attn: called as ``attention(x, rotary, mask, cache)``.
-        post_attention_layernorm: before the feed-forward part.
-        mlp: the feed-forward part.
-        post_self_attn_layernorm: behind attention; None for none.
-        post_mlp_layernorm: behind the feed-forward part; None for none.
-        dropout: on what is added to the stream, in training.
+        post_attention_layernorm: norm before the MLP.
+        mlp: the feed-forward layer.
+        post_self_attn_layernorm: norm after attention; None for no norm.
+        post_mlp_layernorm: norm after the MLP; None for no norm.
+        dropout: dropout probability of both residual branches, in training.
     """
 
     def __init__(
@@ -73,15 +81,15 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below the head: embedding, blocks, last norm. Its name in a state dict is ``model``.
+    """Everything below the head: embedding, blocks and final norm. Its prefix in a state dict is ``model``.
 
     Args:
         embed_tokens: token ids (B, T) -> (B, T, hidden_size).
         layers: the blocks.
-        norm: behind the last of them.
-        rotary: position ids (B, T) -> what attention turns queries and keys by; None to turn nothing.
-        positions: position ids (B, T) -> (B, T, hidden_size), added to the embedded tokens; None for nothing.
-        dropout: on what goes into the first block, in training.
+        norm: norm after the last block.
+        rotary: position ids (B, T) -> rotary cosines and sines for attention; None for no rotary embedding.
+        positions: position ids (B, T) -> (B, T, hidden_size), added to the token embeddings; None for no position embedding.
+        dropout: dropout probability of the embeddings, in training.
     """
 
     def __init__(
@@ -100,10 +108,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.rotary = rotary
-        self.checkpoint_every = 0  # activations are computed again in every n-th block; 0 in none
+        self.checkpoint_every = 0  # recompute activations of every n-th block; 0 disables
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, mask: AttentionMask, cache: list[Any] | None = None) -> Tensor:
-        """``input_ids``, ``position_ids``: (B, T) -> hidden states (B, T, hidden_size)."""
+        """``input_ids`` and ``position_ids`` (B, T) -> hidden states (B, T, hidden_size)."""
         x = self.embed_tokens(input_ids)
         x = self.dropout(x if self.positions is None else x + self.positions(position_ids))
         rotary = None if self.rotary is None else self.rotary(position_ids)
@@ -116,40 +124,46 @@ class Decoder(nn.Module):
 
 
 class Bumblebee(LanguageModel):
-    """The language model.
+    """A decoder-only language model.
 
     Args:
-        config: its shape; a dict of BumblebeeConfig's fields in a recipe.
+        config: shape of the model; in a recipe, a dict of BumblebeeConfig's fields.
         attention: ``auto``, ``flash``, ``sdpa`` or ``naive`` (see ``bumblebee/nn/attention_kernels.py``).
 
     Raises:
-        ValueError: an attention that cannot run here.
+        ValueError: the attention kernel cannot run on this machine.
     """
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Reject overrides under a former name, which would be ignored silently."""
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "build_ffn"):
+            raise TypeError(f"{cls.__qualname__}.build_ffn is never called: the method was renamed to build_mlp")
 
     def __init__(self, config: BumblebeeConfig, attention: str = "auto") -> None:
         super().__init__()
-        choose(attention, torch.bfloat16)  # refuses early; the true dtype is known only when the model runs, and checked then
-        # A subclass computes something else: its folders say so.
-        self.config = config if type(self) is Bumblebee else replace(config, model_class=path_of(type(self)))
+        select_kernel(attention, torch.bfloat16)  # fails early; checked again in forward, where the dtype is known
+        # A subclass computes something else, so its class path is saved in config.json.
+        self.config = config if type(self) is Bumblebee else replace(config, model_class=class_path_of(type(self)))
         self.attention = attention
         self.model = self.build_decoder()
         self.lm_head = self.build_head()
         self.apply(self.init_weights)
         self.tie_weights()
 
-    # -- parts, each to be overridden on its own -----------------------------------------------------------------------
+    # -- builders, each of which a subclass can override -----------------------------------------------------------------------
 
     def build_norm(self) -> nn.Module:
-        """The normalisation before attention, before the feed-forward part and before the head."""
+        """Norm before attention, before the MLP and before the head."""
         return NORMS[self.config.norm](self.config.hidden_size, eps=self.config.rms_norm_eps)
 
     def build_head_norm(self) -> nn.Module | None:
-        """The normalisation of each query or key head; None for none."""
+        """Norm of each query or key head (QK-norm); None for no norm."""
         c = self.config
         return NORMS[c.norm](c.head_dim, eps=c.rms_norm_eps) if c.qk_norm else None
 
     def build_attention(self, layer: int) -> nn.Module:
-        """The attention of a layer, called as ``attention(x, rotary, mask, cache)``."""
+        """Attention of a layer, called as ``attention(x, rotary, mask, cache)``."""
         c = self.config
         assert c.head_dim is not None
         return Attention(
@@ -159,42 +173,42 @@ class Bumblebee(LanguageModel):
             window=c.window_of(layer), dropout=c.attention_dropout,
         )  # fmt: skip
 
-    def build_ffn(self, layer: int) -> nn.Module:
-        """The feed-forward part of a layer, or a mixture of experts where the config says so."""
+    def build_mlp(self, layer: int) -> nn.Module:
+        """Feed-forward layer: gated or plain MLP, or a mixture of experts in sparse layers."""
         c = self.config
         if c.is_sparse(layer):
-            return mixture(
+            return mixture_of_experts(
                 c.hidden_size, c.moe_intermediate_size or c.intermediate_size, c.num_experts or 0, c.num_experts_per_tok,
                 normalise=c.norm_topk_prob, bias=c.router_bias_update_rate is not None, activation=c.hidden_act,
                 n_shared_experts=c.n_shared_experts, shared_expert_gate=c.shared_expert_gate,
             )  # fmt: skip
-        return (GatedFFN if c.mlp_gated else PlainFFN)(c.hidden_size, c.intermediate_size, c.hidden_act, bias=c.mlp_bias)
+        return (GatedMLP if c.mlp_gated else MLP)(c.hidden_size, c.intermediate_size, c.hidden_act, bias=c.mlp_bias)
 
     def build_block(self, layer: int) -> nn.Module:
-        """A layer of the parts above."""
+        """One transformer layer from the modules above."""
         c = self.config
         return Block(
-            self.build_norm(), self.build_attention(layer), self.build_norm(), self.build_ffn(layer),
+            self.build_norm(), self.build_attention(layer), self.build_norm(), self.build_mlp(layer),
             post_self_attn_layernorm=self.build_norm() if c.post_norms else None,
             post_mlp_layernorm=self.build_norm() if c.post_norms else None,
             dropout=c.residual_dropout,
         )  # fmt: skip
 
     def build_rotary(self) -> nn.Module | None:
-        """Position ids (B, T) -> what attention turns queries and keys by: cosines and sines. None turns nothing."""
+        """Module from position ids (B, T) to rotary cosines and sines; None for no rotary embedding."""
         c = self.config
         return rotary_embedding(c.rotary_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings)
 
     def build_positions(self) -> nn.Module | None:
-        """Position ids (B, T) -> (B, T, hidden_size), added to the embedded tokens. None, as here, adds nothing."""
+        """Module from position ids (B, T) to (B, T, hidden_size), added to the token embeddings; None by default."""
         return None
 
     def build_head(self) -> nn.Module:
-        """Hidden states -> logits, or token losses where it is called with labels."""
-        return Head(self.config.hidden_size, self.config.vocab_size)
+        """Module from hidden states to logits, or to token losses if called with labels."""
+        return LMHead(self.config.hidden_size, self.config.vocab_size)
 
     def build_decoder(self) -> Decoder:
-        """All layers with the embedding below and a norm above."""
+        """Embedding, all layers and the final norm."""
         c = self.config
         return Decoder(
             embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
@@ -206,7 +220,7 @@ class Bumblebee(LanguageModel):
         )
 
     def init_weights(self, module: nn.Module) -> None:
-        """Normal weights with the config's standard deviation, zero biases. Norms begin at one."""
+        """Initialize a module: weights from N(0, initializer_range^2), biases zero. Norm weights stay one."""
         if isinstance(module, nn.Linear | nn.Embedding | Router):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, Experts):
@@ -216,12 +230,12 @@ class Bumblebee(LanguageModel):
             nn.init.zeros_(module.bias)
 
     def tie_weights(self) -> None:
-        """Make the head use the embedding table where the config says so."""
+        """Share the embedding table with the head if ``tie_word_embeddings`` is set."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = cast(nn.Embedding, self.model.embed_tokens).weight
 
     def auxiliary_losses(self) -> RouterLosses | None:
-        """What the model adds to any task's loss: the losses of its routers; None without any."""
+        """Loss terms that the model adds to any task: the router losses of MoE layers; None without MoE layers."""
         c, layers = self.config, [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
         if not layers:
             return None
@@ -239,26 +253,26 @@ class Bumblebee(LanguageModel):
         cache: list[Any] | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
-        """Logits, or token losses where labels are given.
+        """Return logits, or token losses if labels are passed.
 
         Args:
             input_ids: (B, T) int64.
-            position_ids: (B, T); None means 0 ... T-1. Without a cache a position of 0 begins a new document, which
-                attends to itself alone: that is how several documents share a row.
-            labels: (B, T) the token to follow each position, -100 where there is no target. Already shifted: position t's
-                label is the token at t + 1.
-            cache: one layer cache for each layer, which knows the sequence that each token belongs to; ``position_ids`` are
-                then places in these sequences.
-            logits_at: (n,) the tokens, as indices into all B * T, whose logits are wanted; the head is not computed elsewhere.
+            position_ids: (B, T); None means 0 ... T-1. Without a cache, position 0 begins a new document that attends only to
+                itself: this is how several documents are packed into a row.
+            labels: (B, T) next token of each position, -100 without a target. Already shifted: the label of position t is the
+                token at t + 1.
+            cache: one LayerCache per layer, which knows the sequence of each token; ``position_ids`` are then positions in
+                these sequences.
+            logits_at: (n,) indices into the B * T tokens; the head is computed only for these.
 
         Returns:
-            Logits (B, T, V), or (n, V) with ``logits_at``; with labels, ``-log p(label)`` (B, T) in fp32.
+            Logits (B, T, V), or (n, V) with ``logits_at``. With labels, ``-log p(label)`` (B, T) in fp32.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             mask = AttentionMask()
         else:
-            mask = AttentionMask.packed(position_ids) if cache is None else AttentionMask()  # a cache does without
+            mask = AttentionMask.packed(position_ids) if cache is None else AttentionMask()  # a cache ignores the mask
         hidden = self.model(input_ids, position_ids, mask, cache)
         if logits_at is not None:
             hidden = hidden.flatten(0, 1)[logits_at]
@@ -276,34 +290,32 @@ class Bumblebee(LanguageModel):
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ) -> Bumblebee:
-        """Read a model folder of a supported Hugging Face architecture, or an adapter folder: merged with its base model.
+        """Load a model folder of a supported Hugging Face architecture, or an adapter folder merged with its base model.
 
         Args:
-            folder: path to config.json and safetensors, or to an adapter.
-            dtype: of the weights; None keeps the file's.
-            device: where they go.
+            folder: path to config.json and safetensors files, or to an adapter.
+            dtype: dtype of the weights; None keeps the dtype of the files.
+            device: device of the weights.
             attention: as for the constructor.
-            trust_remote_code: a folder that was written by a subclass names it: import that class, which runs its code.
-            allow_pickle: read pytorch_model.bin where there are no safetensors: tensors alone, no code of theirs is run.
+            trust_remote_code: import the subclass that config.json names, which runs its code.
+            allow_pickle: read pytorch_model.bin if there are no safetensors files. Only tensors are unpickled.
 
         Raises:
-            ValueError: no model folder, an unsupported architecture or setting, weights that do not fit the model, or a
-                subclass's folder where its class may not be imported.
+            ValueError: not a model folder, an unsupported architecture or setting, weights that do not match the model, or a
+                subclass that may not be imported.
         """
-        from bumblebee.checkpoint.hf_folder import load_config, load_weights, parameters_on_meta
-
         config = load_config(folder)
-        with parameters_on_meta():
-            model = class_for(cls, folder, config, trust_remote_code)(config, attention=attention)
+        with meta_parameters():
+            model = resolve_model_class(cls, folder, config, trust_remote_code)(config, attention=attention)
         load_weights(folder, model, dtype=dtype, device=torch.device(device), allow_pickle=allow_pickle)
         model.source = Path(folder)
         return model
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Its layers, in order."""
+        """The transformer layers, in order."""
         return list(self.model.layers)
 
     def checkpoint_activations(self, every: int) -> None:
-        """Compute every n-th block again in the backward pass (arXiv 1604.06174)."""
+        """Recompute the activations of every n-th block in the backward pass (arXiv 1604.06174)."""
         self.model.checkpoint_every = every

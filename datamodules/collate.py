@@ -6,12 +6,13 @@ segments do not attend to each other; each padding position is a segment of its 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from bumblebee.datamodule import Batch
+from bumblebee.datamodule import Batch, SampleT
 from bumblebee.nn import IGNORE_INDEX
 from datamodules.packing import Chunks, PackedWindows
 from datamodules.token_cache import Segment, TokenCache
@@ -19,7 +20,19 @@ from datamodules.token_cache import Segment, TokenCache
 PAD_TO_MULTIPLE_OF = 8  # of the width of padded batches: faster kernels, and fewer different shapes
 
 
-class PackedDataset(Sequence[list[Segment]]):
+class TokenDataset(Sequence[SampleT]):
+    """A sequence of training samples that knows which records each comes from."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> SampleT:  # type: ignore[override]  # no slices
+        """A sample."""
+
+    @abstractmethod
+    def origin(self, index: int) -> str:
+        """FILE:LINE of each record in a sample."""
+
+
+class PackedDataset(TokenDataset[list[Segment]]):
     """Windows as samples: each is the list of its segments.
 
     Args:
@@ -38,13 +51,13 @@ class PackedDataset(Sequence[list[Segment]]):
         return [self.cache.segment(start, length) for start, length in self.windows.chunks(index)]
 
     def origin(self, index: int) -> str:
-        """FILE:LINE of each record in a window."""
+        """See the base class."""
         starts = [start for start, _ in self.windows.chunks(index)]
         sequences = np.searchsorted(self.cache.ends, starts, side="right")
         return " ".join(dict.fromkeys(self.cache.origin(sequence) for sequence in sequences.tolist()))
 
 
-class PaddedDataset(Sequence[list[Segment]]):
+class PaddedDataset(TokenDataset[list[Segment]]):
     """Chunks as samples: each is a list of one segment, to be padded to the longest of its batch.
 
     Args:
@@ -62,7 +75,7 @@ class PaddedDataset(Sequence[list[Segment]]):
         return [self.cache.segment(int(self.chunks.starts[index]), int(self.chunks.lengths[index]))]
 
     def origin(self, index: int) -> str:
-        """FILE:LINE of a sample."""
+        """See the base class."""
         return self.cache.origin(int(np.searchsorted(self.cache.ends, self.chunks.starts[index], side="right")))
 
 

@@ -6,14 +6,13 @@ for each pair: 2i is prompt and chosen answer, 2i + 1 the same prompt and the re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
 from bumblebee.datamodule import Batch
-from datamodules.collate import collate_rows, padded_width
+from datamodules.collate import TokenDataset, collate_rows, padded_width
 from datamodules.mixture import Files
 from datamodules.token_cache import Segment, TokenCache
 from datamodules.token_datamodule import TokenDataModule
@@ -22,7 +21,7 @@ from datamodules.tokenize import PreferenceTokenizer
 Pair = tuple[int, Segment, Segment]  # index among the training samples; prompt + chosen and prompt + rejected answer
 
 
-class PairDataset(Sequence[Pair]):
+class PairDataset(TokenDataset[Pair]):
     """Pairs that fit into rows of ``max_length`` positions.
 
     Args:
@@ -56,11 +55,11 @@ class PairDataset(Sequence[Pair]):
         return int(index), chosen, rejected
 
     def origin(self, index: int) -> str:
-        """FILE:LINE of a pair."""
+        """See the base class."""
         return self.cache.origin(int(self.samples[index]))
 
 
-class Preferences(TokenDataModule[PairDataset]):
+class Preferences(TokenDataModule[Pair, PairDataset]):
     """Preference pairs.
 
     Args:
@@ -126,7 +125,7 @@ class Preferences(TokenDataModule[PairDataset]):
         batch = collate_rows(rows, padded_width(rows), self.pad_token_id)
         return {**batch, "index": torch.tensor([index for index, *_ in samples])}
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Pairs, tokens of the answers, omitted pairs."""
         lines = super().summary()
         tokens = int(self.train.row_lengths.sum())

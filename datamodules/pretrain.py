@@ -6,8 +6,6 @@ to each other; see packing.py and collate.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from bumblebee.datamodule import Batch
@@ -18,7 +16,7 @@ from datamodules.token_datamodule import TokenDataModule
 from datamodules.tokenize import TextTokenizer
 
 
-class Pretrain(TokenDataModule[PackedDataset]):
+class Pretrain(TokenDataModule[list[Segment], PackedDataset]):
     """Text files, packed. Records are {"text": ...}."""
 
     train: PackedDataset
@@ -42,7 +40,7 @@ class Pretrain(TokenDataModule[PackedDataset]):
         """Windows -> ``input_ids``, ``labels``, ``position_ids``, each (B, max_length) int64."""
         return collate_rows(samples, self.max_length, self.pad_token_id)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Documents, targets, windows."""
         lines = super().summary()
         lines["targets"] = int(self.train.windows.lengths.sum())

@@ -6,7 +6,7 @@ Conversations are packed whole into windows, or padded in batches of similar len
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from datamodules.token_datamodule import TokenDataModule
 from datamodules.tokenize import ConversationTokenizer
 
 
-class SFT(TokenDataModule["PackedDataset | PaddedDataset"]):
+class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
     """Conversations.
 
     Args:
@@ -92,7 +92,7 @@ class SFT(TokenDataModule["PackedDataset | PaddedDataset"]):
         """
         return collate_rows(samples, self.max_length if self.packing else padded_width(samples), self.pad_token_id)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Conversations, targets, omitted samples, and how full the windows are."""
         lines = super().summary()
         chunks = chunks_of(self.train)

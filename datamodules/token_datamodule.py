@@ -11,16 +11,18 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
 from bumblebee.cache_dir import resolve_cache_dir
-from bumblebee.datamodule import DataModule
+from bumblebee.datamodule import DataModule, SampleT
 from bumblebee.distributed import process_group
+from bumblebee.distributed.local_main_first import local_main_first
 from bumblebee.json_files import JSON
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from datamodules import record_files
+from datamodules.collate import TokenDataset
 from datamodules.mixture import Files, Mixture
 from datamodules.records import Record, RecordError
 from datamodules.token_cache import (
@@ -38,19 +40,11 @@ from datamodules.worker_pool import worker_count
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-class SampleSet(Protocol):
-    """Training samples by index, with their origin. PackedDataset, PaddedDataset and PairDataset are such."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: Any, /) -> Any: ...
-    def origin(self, index: int) -> str: ...
+DatasetT = TypeVar("DatasetT", bound=TokenDataset[Any])
 
 
-DatasetT = TypeVar("DatasetT", bound=SampleSet)
-
-
-class TokenDataModule(DataModule, Generic[DatasetT]):
-    """Samples from files of records, tokenized once.
+class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
+    """Samples from files of records, tokenized once. Generic over the sample and the dataset, a sequence of samples.
 
     Args:
         files: a path or glob, or a list of them and of {path, weight} entries, where weight is how often each sample occurs in
@@ -75,8 +69,8 @@ class TokenDataModule(DataModule, Generic[DatasetT]):
     held_out: np.ndarray  # indices of the held-out samples, in the cache of ``validation_files`` if there are such
     epoch_samples: np.ndarray  # ``kept`` after applying the weights
     tokenizer: Tokenizer
-    train: Any  # DatasetT
-    validation: Any  # DatasetT | None
+    train: DatasetT
+    validation: DatasetT | None = None
 
     def __init__(
         self,
@@ -144,9 +138,9 @@ class TokenDataModule(DataModule, Generic[DatasetT]):
     def open_cache(self, mixture: Mixture) -> TokenCache:
         """The tokens of some files; if they are not cached, one rank of each machine tokenizes them."""
         tokenizer = self.record_tokenizer()
-        with process_group.first_on_each_machine() as first:
+        with local_main_first() as is_first:
             folder = self.cache_dir / "tokens" / self.cache_name(mixture, tokenizer)
-            if first and not is_complete(folder):
+            if is_first and not is_complete(folder):
                 self.write_cache(folder, mixture, tokenizer)
         return TokenCache(folder)
 
@@ -221,9 +215,9 @@ class TokenDataModule(DataModule, Generic[DatasetT]):
         """Counts of what was truncated or omitted from a dataset."""
         return {}
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Files and counts of their records. Subclasses add counts of their samples."""
-        lines: dict[str, Any] = {"files": ", ".join(self.mixture.files), self.record_noun: len(self.kept)}
+        lines: dict[str, object] = {"files": ", ".join(self.mixture.files), self.record_noun: len(self.kept)}
         if self.cache.about["bad_records"]:
             lines["bad records skipped"] = self.cache.about["bad_records"]
         if self.deduplicate:

@@ -17,18 +17,19 @@ from bumblebee.inference.engine_config import EngineStats
 FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)  # histogram buckets in seconds
 FURTHER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)  # seconds
 
+# Metric name -> field of EngineStats and help text.
 GAUGES = {
-    "running": "Requests that are running.",
-    "waiting": "Requests that are queued.",
-    "pages_total": "Blocks of the KV cache.",
-    "pages_free": "Unused blocks of the KV cache.",
-    "pages_cached": "Blocks that no request uses, kept for prompts with the same prefix.",
+    "running": ("running", "Requests that are running."),
+    "waiting": ("waiting", "Requests that are queued."),
+    "pages_total": ("blocks_total", "Blocks of the KV cache."),
+    "pages_free": ("blocks_free", "Unused blocks of the KV cache."),
+    "pages_cached": ("blocks_cached", "Blocks that no request uses, kept for prompts with the same prefix."),
 }
 COUNTERS = {
-    "prompt_tokens": "Prompt tokens processed, including cached ones.",
-    "cached_tokens": "Prompt tokens taken from the prefix cache.",
-    "new_tokens": "Tokens generated.",
-    "steps": "Forward passes.",
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens processed, including cached ones."),
+    "cached_tokens": ("cached_tokens", "Prompt tokens taken from the prefix cache."),
+    "new_tokens": ("new_tokens", "Tokens generated."),
+    "steps": ("steps", "Engine steps, one forward pass each."),
 }
 
 
@@ -61,6 +62,13 @@ class Metrics:
         return generate_latest(self._registry)
 
 
+Family = GaugeMetricFamily | CounterMetricFamily
+
+
+def _family(kind: type[Family], name: str, text: str) -> Family:
+    return kind(f"bumblebee_{name}", text, labels=["worker"])
+
+
 class _EngineCollector(Collector):
     """Reads the engines' statistics when the metrics are scraped."""
 
@@ -68,13 +76,12 @@ class _EngineCollector(Collector):
         self._stats = stats
 
     def collect(self) -> Iterable[Metric]:
-        families: list[tuple[str, GaugeMetricFamily | CounterMetricFamily]] = [
-            *((name, GaugeMetricFamily(f"bumblebee_{name}", help, labels=["worker"])) for name, help in GAUGES.items()),
-            *((name, CounterMetricFamily(f"bumblebee_{name}", help, labels=["worker"])) for name, help in COUNTERS.items()),
-        ]
+        gauges = [(attribute, _family(GaugeMetricFamily, name, text)) for name, (attribute, text) in GAUGES.items()]
+        counters = [(attribute, _family(CounterMetricFamily, name, text)) for name, (attribute, text) in COUNTERS.items()]
+        families = [*gauges, *counters]
         for worker, stats in self._stats():
-            for name, family in families:
-                family.add_metric([str(worker)], getattr(stats, name.replace("pages_", "blocks_")))
+            for attribute, family in families:
+                family.add_metric([str(worker)], getattr(stats, attribute))
         return [family for _, family in families]
 
 

@@ -74,7 +74,7 @@ class ResponseBuilder:
         self.prompt_tokens, self.cached_tokens, self.new_tokens = [0] * choices, [0] * choices, [0] * choices
 
     def usage(self) -> JSONObject:
-        """SampledToken counts; a prompt counts once for all its samples."""
+        """Token counts; a prompt counts once for all its samples."""
         prompt, cached = (sum(counts[:: self.samples]) for counts in (self.prompt_tokens, self.cached_tokens))
         new = sum(self.new_tokens)
         return {

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic_core
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, ValidationError, model_validator
 
-from bumblebee.inference.sampling_params import BIASES, STOP_LENGTH, STOPS
+from bumblebee.inference.sampling_params import MAX_BIASES, MAX_STOP_LENGTH, MAX_STOPS
 from serve.api_errors import APIError, invalid, quoted
 from serve.schema_types import (
     StrictModel,
@@ -35,7 +35,7 @@ FUNCTION_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 Body = TypeVar("Body", bound=BaseModel)
 Bias = Annotated[float, Field(ge=-100, le=100)]
-StopText = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 PromptList = Annotated[list[str | list[int]], PlainValidator(as_prompts)]
 
 
@@ -162,13 +162,13 @@ class TextFormat(StrictModel):
     type: Literal["text"]
 
 
-def _text_only(value: Any) -> Any:
+def _text_only(value: object) -> object:
     if isinstance(value, dict) and value.get("type") in ("json_object", "json_schema"):
         raise value_error('must be {"type": "text"}, because structured output is not supported', "unsupported_value")
     return value
 
 
-def _auto_or_none(value: Any) -> Any:
+def _auto_or_none(value: object) -> object:
     if value == "required" or isinstance(value, dict):
         raise value_error("must be 'auto' or 'none', because tool calls cannot be forced", "unsupported_value")
     return value
@@ -190,11 +190,11 @@ class GenerationRequest(StrictModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: Annotated[
-        Annotated[dict[int, Bias], Field(max_length=BIASES)] | None,
+        Annotated[dict[int, Bias], Field(max_length=MAX_BIASES)] | None,
         BeforeValidator(as_biases),
     ] = None
     stop: Annotated[
-        Annotated[list[StopText], Field(max_length=STOPS)] | None,
+        Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None,
         BeforeValidator(as_list),
     ] = None
     seed: Annotated[int, Field(ge=-INT64, le=INT64 - 1)] | None = None

@@ -14,8 +14,8 @@ from bumblebee import Bumblebee, BumblebeeConfig, Generator, SamplingParams
 from bumblebee.config import PRESETS
 from bumblebee.model import Block
 from bumblebee.nn import IGNORE_INDEX
-from bumblebee.nn.lm_head import Head
-from bumblebee.nn.mlp import GatedFFN, PlainFFN
+from bumblebee.nn.lm_head import LMHead
+from bumblebee.nn.mlp import MLP, GatedMLP
 
 B, T, V = 2, 9, 64
 
@@ -79,7 +79,7 @@ def test_an_attention_that_cannot_run_is_refused_when_the_model_is_built(tiny):
     with pytest.raises(ValueError, match="unknown attention 'fast'"):
         Bumblebee(tiny(), attention="fast")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r"'flash' needs .*no GPU is visible"):
+        with pytest.raises(ValueError, match=r"'flash' requires .*no visible GPU"):
             Bumblebee(tiny(), attention="flash")
 
 
@@ -138,16 +138,16 @@ class Research(Bumblebee):
     def build_norm(self) -> nn.Module:
         return nn.LayerNorm(self.config.hidden_size)
 
-    def build_ffn(self, layer: int) -> nn.Module:
+    def build_mlp(self, layer: int) -> nn.Module:
         size = self.config.hidden_size
         plain = nn.Sequential(nn.Linear(size, 2 * size), nn.ReLU(), nn.Linear(2 * size, size))
-        return plain if layer % 2 else super().build_ffn(layer)
+        return plain if layer % 2 else super().build_mlp(layer)
 
 
 def test_a_subclass_that_overrides_norm_and_ffn_works_and_trains(tiny, input_ids):
     torch.manual_seed(0)
     model = Research(tiny(vocab_size=V))
-    assert isinstance(model.model.layers[0].mlp, GatedFFN) and isinstance(model.model.layers[1].mlp, nn.Sequential)
+    assert isinstance(model.model.layers[0].mlp, GatedMLP) and isinstance(model.model.layers[1].mlp, nn.Sequential)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(30):
@@ -178,8 +178,8 @@ class OtherAttention(Bumblebee):
 
 
 class OtherFFN(Bumblebee):
-    def build_ffn(self, layer: int) -> nn.Module:
-        return PlainFFN(self.config.hidden_size, 48, "relu2")
+    def build_mlp(self, layer: int) -> nn.Module:
+        return MLP(self.config.hidden_size, 48, "relu2")
 
 
 class Parallel(Block):
@@ -192,10 +192,10 @@ class Parallel(Block):
 
 class OtherBlock(Bumblebee):
     def build_block(self, layer: int) -> nn.Module:
-        return Parallel(self.build_norm(), self.build_attention(layer), nn.Identity(), self.build_ffn(layer))
+        return Parallel(self.build_norm(), self.build_attention(layer), nn.Identity(), self.build_mlp(layer))
 
 
-class Capped(Head):
+class Capped(LMHead):
     """Logits between -5 and 5."""
 
     def forward(self, hidden, labels=None):
@@ -272,7 +272,7 @@ def test_the_code_of_a_subclass_is_imported_only_where_that_is_asked_for(tiny, i
     model = Scaled(tiny(vocab_size=V, extra={"scale": 0.5}))
     model.save_pretrained(tmp_path / "m")
     monkeypatch.delitem(sys.modules, __name__)
-    with pytest.raises(ValueError, match=rf"holds a {__name__}.Scaled, whose code would have to be imported"):
+    with pytest.raises(ValueError, match=rf"was saved by {__name__}.Scaled, whose code would have to be imported"):
         Bumblebee.from_pretrained(tmp_path / "m")
     assert __name__ not in sys.modules
     again = Bumblebee.from_pretrained(tmp_path / "m", trust_remote_code=True)
@@ -285,7 +285,7 @@ def test_a_subclass_that_cannot_be_found_is_named(tiny, tmp_path, path):
     Bumblebee(tiny()).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["BumblebeeForCausalLM"], "model_class": path}))
-    with pytest.raises(ValueError, match=f"holds a {path}, which cannot be imported here"):
+    with pytest.raises(ValueError, match=f"was saved by {path}, which cannot be imported"):
         Bumblebee.from_pretrained(tmp_path, trust_remote_code=True)
 
 
@@ -299,3 +299,8 @@ def test_another_models_weights_are_where_a_subclass_begins(tiny, tmp_path):
         pass
 
     assert Same.from_pretrained(tmp_path).config.model_class.endswith("Same")
+
+
+def test_overriding_the_former_build_ffn_is_refused():
+    with pytest.raises(TypeError, match="build_ffn is never called: the method was renamed to build_mlp"):
+        type("Old", (Bumblebee,), {"build_ffn": lambda self, layer: None})

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from helpers.documents import RESEARCH, ROOT, commands, run_in_shell, served, shell_environment
 from safetensors.torch import load_file
-from test_docs import RESEARCH, ROOT, as_typed, commands, served, typing
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def write_files(page: str, folder: Path) -> None:
 def done(command: str, folder: Path) -> str:
     """Run a command; of a server, what it answers."""
     if not command.startswith("bumblebee serve"):
-        return as_typed(command, folder, timeout=240)
+        return run_in_shell(command, folder, timeout=240)
     with served(command, folder) as port:
         asked = {"model": "bumblebee", "prompt": "The bees", "max_tokens": 4}
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=60)
@@ -101,20 +101,22 @@ def test_the_next_stage_keeps_the_class_and_others_load_it_only_where_they_are_t
 
 
 def test_other_commands_take_its_recipe_and_its_adapters(place: Path) -> None:
-    assert "validation_loss" in as_typed("bumblebee validate --config runs/sparse/recipe.yaml", place, timeout=120)
+    assert "validation_loss" in run_in_shell("bumblebee validate --config runs/sparse/recipe.yaml", place, timeout=120)
     lora = """bumblebee fit --config recipes/sft_lora.yaml --task.model research.Sparse.from_pretrained
         --task.model.folder runs/sparse --data.tokenizer runs/sparse --trainer.precision fp32 --trainer.max_steps 2
         --output_dir runs/adapter"""
-    as_typed(" ".join(lora.split()), place, timeout=240)
+    run_in_shell(" ".join(lora.split()), place, timeout=240)
     merge = "bumblebee merge --adapter runs/adapter --output runs/merged --overwrite"
     refused = typed(merge, place)
     assert refused.returncode == 2 and "holds a research.Sparse" in refused.stderr and "Traceback" not in refused.stderr
-    assert "computed in float32" in as_typed(f"{merge} --trust_remote_code", place, timeout=120)
+    assert "computed in float32" in run_in_shell(f"{merge} --trust_remote_code", place, timeout=120)
     assert config(place, "merged")["model_class"] == "research.Sparse"
 
 
 def typed(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", "-c", command], cwd=folder, env=typing(folder), capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=shell_environment(folder), capture_output=True, text=True, timeout=120
+    )
 
 
 def test_two_runs_are_in_one_tensorboard_folder_and_in_one_plot(place: Path) -> None:

@@ -1,8 +1,8 @@
-"""How many floating-point operations a training step has, and how many a device could do.
+"""FLOPs per token of a model, and the peak FLOP/s of a device: the two parts of model FLOPs utilisation (MFU).
 
-The count is PaLM's (arXiv 2204.02311, appendix B): for each token, 6 for each weight that multiplies it, two each for the
-output, the gradient of the input and the gradient of the weight; and 12 * layers * heads * head width * sequence for attention.
-Work that is done twice to save memory is not counted, a causal mask and packed documents are not taken off.
+Counted as in PaLM (arXiv 2204.02311, appendix B): per token 6 FLOPs for each weight in a matmul (2 each for the output, the
+gradient of the input and the gradient of the weight), plus 12 * layers * heads * head_dim * sequence length for attention.
+Recomputation is not counted; causal masks and document boundaries are not subtracted.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Dense TFLOP/s of 16-bit matrix products with sums in fp32, from NVIDIA's data sheets. A name that holds all words of an entry
-# is that device; the first entry counts.
+# Dense TFLOP/s of 16-bit matmuls with fp32 accumulation, from NVIDIA's data sheets. An entry matches device names that contain
+# all its words; the first match counts.
 PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("B200",), 2250.0),
     (("H200", "NVL"), 836.0),
@@ -43,14 +43,14 @@ PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
 
 
 def peak_tflops(name: str) -> float | None:
-    """TFLOP/s of the device with this name in bf16 or fp16, None where it is not in the table."""
+    """Peak TFLOP/s in bf16 or fp16 of the device with this name; None if it is not in the table."""
     words = name.replace("-", " ").split()
     return next((peak for entry, peak in PEAKS if all(part in words for word in entry for part in word.split())), None)
 
 
 def measure_peak_tflops(dtype: torch.dtype, seconds: float = 0.3, size: int = 512) -> float:
-    """TFLOP/s of this process on the CPU in a plain matrix product, the best of several."""
-    import torch
+    """Measure the TFLOP/s of a matmul in this process on the CPU, the best of several."""
+    import torch  # late, as below: the command line imports this module before it needs torch
 
     matrix = torch.ones(size, size, dtype=dtype)
     best, end = float("inf"), time.perf_counter() + seconds
@@ -62,48 +62,49 @@ def measure_peak_tflops(dtype: torch.dtype, seconds: float = 0.3, size: int = 51
 
 
 def weight_flops_per_token(model: nn.Module) -> float:
-    """Operations for a token in the weights of a model: forward, and backward where it is trained.
+    """FLOPs per token in the weights of a model: forward, and backward where it is trained.
 
-    The embedding table counts only where it is the head as well: looking up a row multiplies nothing. A frozen weight needs no
-    gradient, 4 instead of 6. Of routed experts only those that a token goes to count.
+    An embedding table counts only if it is tied to the head, since a lookup multiplies nothing. A frozen weight has no
+    gradient: 4 FLOPs instead of 6. Of routed experts only the active ones count.
     """
     from torch import nn
 
     heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - heads
-    share = _share_of_experts(getattr(model, "config", None))
+    active = _active_expert_fraction(model)
     total = 0.0
     for name, parameter in model.named_parameters():
         if id(parameter) not in tables:
-            each = 6 if parameter.requires_grad else 4
-            total += each * full_numel(parameter) * (share if ".experts." in name else 1.0)
+            flops = 6 if parameter.requires_grad else 4
+            total += flops * full_numel(parameter) * (active if ".experts." in name else 1.0)
     return total
 
 
 def num_active_parameters(model: nn.Module) -> int:
-    """Parameters that one token meets: of routed experts only those that it goes to. Without any, all."""
-    share = _share_of_experts(getattr(model, "config", None))
-    return round(sum(full_numel(p) * (share if ".experts." in name else 1.0) for name, p in model.named_parameters()))
+    """Parameters that take part in a token's forward pass: all, except routed experts that the token is not sent to."""
+    active = _active_expert_fraction(model)
+    return round(sum(full_numel(p) * (active if ".experts." in name else 1.0) for name, p in model.named_parameters()))
 
 
 def attention_flops_per_token(model: nn.Module, length: int) -> float:
-    """Operations of attention for one token of a sequence of ``length``; 0 where the model's config does not say.
+    """FLOPs of attention per token of a sequence of ``length`` tokens; 0 if the model's config lacks the dimensions.
 
-    In a layer with a sliding window no more positions count than it has.
+    A layer with a sliding window counts at most the window's positions.
     """
     config: Any = getattr(model, "config", None)
     layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
     if not layers or not heads:
         return 0.0
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     window_of = getattr(config, "window_of", lambda layer: None)
-    seen = sum(min(window_of(layer) or length, length) for layer in range(layers))
-    return 12.0 * heads * width * seen
+    positions = sum(min(window_of(layer) or length, length) for layer in range(layers))
+    return 12.0 * heads * head_dim * positions
 
 
-def _share_of_experts(config: Any) -> float:
-    """The part of the routed experts that one token is sent to, by Hugging Face's names."""
-    chosen = getattr(config, "num_experts_per_tok", None)
-    names = ("n_routed_experts", "num_experts", "num_local_experts")
-    total = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
-    return chosen / total if chosen and total else 1.0
+def _active_expert_fraction(model: nn.Module) -> float:
+    """Fraction of the routed experts that a token is sent to, by Hugging Face's config keys; 1 without experts."""
+    config = getattr(model, "config", None)
+    active = getattr(config, "num_experts_per_tok", None)
+    keys = ("n_routed_experts", "num_experts", "num_local_experts")
+    total = next((getattr(config, key) for key in keys if getattr(config, key, None)), None)
+    return active / total if active and total else 1.0

@@ -1,13 +1,15 @@
-"""Weights in the layout that the CPU's matrix products want, and one product where several have the same input.
+"""Prepacked weights for CPU inference: oneDNN's blocked layout, and one matmul for layers with the same input.
 
-oneDNN can read a weight as it lies in a model folder, but then it reads it slowly, or copies it into its own order at every
-call. Packed once, a product with up to 16 rows, which is what growing texts consist of, takes a third to nine tenths of the
-time. Queries, keys and values are one product, and so are the two that a gated feed-forward part begins with: with few rows a
-call costs about as much as its work (figures: docs/lab-log.md). The layers keep their names, and in a state dict their weights.
+oneDNN reads a weight in the checkpoint's layout slowly, or reorders it at every call. Prepacked, a matmul with up to 16 rows,
+as in decode, takes a third to nine tenths of the time. The query, key and value projections are one matmul, and so are the gate
+and up
+projections: with few rows a call costs about as much as its work (figures: docs/lab-log.md). Layers keep their names, and the
+    state
+dict keeps its keys and values.
 
-One weight is packed after the other and the plain one is let go of, so no second model is held; only a head that shares the
-embedding's table gets a copy of it. The operators are torch's own, which torch.compile uses when it freezes a model; they have
-no public name.
+Weights are packed one after the other and each original is freed, so there is never a second model in memory; only a head tied
+to the embedding gets a copy. The operators are torch's own, used by torch.compile when it freezes a model; they have no public
+name.
 """
 
 from __future__ import annotations
@@ -20,29 +22,29 @@ import torch
 from torch import Tensor, nn
 
 from bumblebee.nn.attention import Attention
-from bumblebee.nn.lm_head import Head
-from bumblebee.nn.mlp import GatedFFN
+from bumblebee.nn.lm_head import LMHead
+from bumblebee.nn.mlp import GatedMLP
 
-TOGETHER: dict[type[nn.Module], tuple[str, ...]] = {  # layers that are called with the same input
+SAME_INPUT: dict[type[nn.Module], tuple[str, ...]] = {  # layers that are called with the same input
     Attention: ("q_proj", "k_proj", "v_proj"),
-    GatedFFN: ("gate_proj", "up_proj"),
+    GatedMLP: ("gate_proj", "up_proj"),
 }
 
 
 @dataclass(slots=True)
-class _Computed:
-    """What a product has computed, until each layer has asked for its part. Not the module's own: setting those takes long."""
+class _Pending:
+    """Outputs of a fused matmul that its layers have not asked for yet. Not attributes of the module: setting those is slow."""
 
     input: Tensor | None = None
     outputs: dict[int, Tensor] = field(default_factory=dict)
 
 
-class Product(nn.Module):
-    """One matrix product for some linear layers. The first of them that is called with an input computes it for all.
+class PrepackedMatmul(nn.Module):
+    """One matmul for one or several linear layers. The first layer called with an input computes the outputs of all.
 
     Args:
-        layers: linear layers of the same input width, all with a bias or none.
-        shared: the weight is another module's too: this one is no parameter of the model, which is counted once.
+        layers: linear layers of the same input width, all with a bias or all without.
+        shared: another module holds the weight too; it is then not a parameter here, so that it is counted once.
     """
 
     def __init__(self, layers: list[nn.Linear], shared: bool = False) -> None:
@@ -52,81 +54,81 @@ class Product(nn.Module):
         self.weight = packed if shared else nn.Parameter(packed, requires_grad=False)
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-        self._computed = _Computed()
+        self._pending = _Pending()
 
-    def of(self, x: Tensor, number: int) -> Tensor:
-        """The output of one of the layers: (..., in_features) -> (..., its out_features)."""
+    def output(self, x: Tensor, index: int) -> Tensor:
+        """Output of one of the layers: (..., in_features) -> (..., its out_features)."""
         if len(self.widths) == 1:
-            return self._of_all(x)
-        computed = self._computed
-        if x is not computed.input or number not in computed.outputs:
-            computed.input, computed.outputs = x, dict(enumerate(self._of_all(x).split(self.widths, dim=-1)))
-        wanted = computed.outputs.pop(number)
-        if not computed.outputs:
-            computed.input = None
-        return wanted
+            return self._matmul(x)
+        pending = self._pending
+        if x is not pending.input or index not in pending.outputs:
+            pending.input, pending.outputs = x, dict(enumerate(self._matmul(x).split(self.widths, dim=-1)))
+        out = pending.outputs.pop(index)
+        if not pending.outputs:
+            pending.input = None
+        return out
 
-    def _of_all(self, x: Tensor) -> Tensor:
+    def _matmul(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Its layers save themselves."""
+        """Save nothing: the layers save their own parts."""
 
 
-class PackedLinear(nn.Module):
-    """A linear layer that only computes: its weight cannot be trained. In a state dict it is a plain one.
+class PrepackedLinear(nn.Module):
+    """A linear layer for inference; in a state dict it is an ordinary one.
 
     Args:
-        product: of the layer and its like.
-        number: which of the product's layers it is.
+        matmul: shared by the layers with the same input.
+        index: of this layer in ``matmul``.
     """
 
-    def __init__(self, product: Product, number: int) -> None:
+    def __init__(self, matmul: PrepackedMatmul, index: int) -> None:
         super().__init__()
-        self.product, self.number = product, number
+        self.matmul, self.index = matmul, index
 
     def forward(self, x: Tensor, labels: None = None) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        assert labels is None, "a packed head gives logits, no losses"
-        return self.product.of(x, self.number)  # not called as a module: with few rows even that would count
+        assert labels is None, "a prepacked head computes logits, not losses"
+        return self.matmul.output(x, self.index)  # not matmul(...): with few rows even a module call takes noticeable time
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        product = self.product
-        destination[prefix + "weight"] = product.weight.detach().to_dense().split(product.widths)[self.number].clone()
-        if product.bias is not None:
-            destination[prefix + "bias"] = product.bias.detach().split(product.widths)[self.number].clone()
+        matmul = self.matmul
+        destination[prefix + "weight"] = matmul.weight.detach().to_dense().split(matmul.widths)[self.index].clone()
+        if matmul.bias is not None:
+            destination[prefix + "bias"] = matmul.bias.detach().split(matmul.widths)[self.index].clone()
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies packed weights of the dtype. Others than x86 were not tried."""
+def can_prepack(dtype: torch.dtype) -> bool:
+    """Whether this CPU supports prepacked weights of a dtype. Untested outside x86, so disabled there."""
     if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
         return False
     supported = {torch.float32: True, torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}
     return supported.get(dtype, False)
 
 
-def pack(model: nn.Module) -> None:
-    """Pack the weights of all plain linear layers on the CPU, in place; those that it cannot be done for stay as they are."""
+def prepack(model: nn.Module) -> None:
+    """Prepack all plain linear layers on the CPU, in place; layers that cannot be prepacked stay unchanged."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in list(model.modules()):
-        for kind, names in TOGETHER.items():
-            if isinstance(module, kind):
-                _pack_together(module, names)
+        for parent, names in SAME_INPUT.items():
+            if isinstance(module, parent):
+                _prepack_together(module, names)
         for name, child in list(module.named_children()):
-            if _fits(child):
-                setattr(module, name, PackedLinear(Product([child], shared=id(child.weight) in tables), 0))
+            if _is_prepackable(child):
+                setattr(module, name, PrepackedLinear(PrepackedMatmul([child], shared=id(child.weight) in tables), 0))
 
 
-def _pack_together(module: nn.Module, names: tuple[str, ...]) -> None:
-    layers = [layer for name in names if _fits(layer := getattr(module, name, None))]
+def _prepack_together(module: nn.Module, names: tuple[str, ...]) -> None:
+    layers = [layer for name in names if _is_prepackable(layer := getattr(module, name, None))]
     if len(layers) == len(names) and len({(layer.bias is None, layer.weight.dtype) for layer in layers}) == 1:
-        product = Product(layers)
-        for number, name in enumerate(names):
-            setattr(module, name, PackedLinear(product, number))
+        matmul = PrepackedMatmul(layers)
+        for index, name in enumerate(names):
+            setattr(module, name, PrepackedLinear(matmul, index))
 
 
-def _fits(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
-    """Whether it is a plain linear layer that can be packed."""
-    if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, Head):
+def _is_prepackable(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether a module is a plain linear layer on the CPU, not a subclass with a forward of its own."""
+    if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, LMHead):
         return False
-    return layer.weight.device.type == "cpu" and can_pack(layer.weight.dtype)
+    return layer.weight.device.type == "cpu" and can_prepack(layer.weight.dtype)

@@ -1,9 +1,14 @@
-"""DeviceMap: the layers of a model that is too large for one device, spread over several.
+"""Device map of a model that is too large for one GPU: consecutive layers on several devices.
 
-Embedding, layers, and last norm with head are cut into runs that follow each other, one for each device; a device gets a share
-of them that fits its memory. As few devices as can hold the model are used: one computes while the others wait, so more make
-nothing faster. A tied head stays with the embedding. Tensors are read from the folder straight to their device; hidden states
-move in hooks before the first layer of a device, and the key-value cache of a layer lies where its weights are.
+The parts - embedding, layers, final norm with head - are assigned in order, to as few devices as can hold the model, since only
+one of them computes at a time, and balanced over those. A tied head stays with the embedding. Tensors are read from the folder
+straight to their device; pre-hooks on the first modules of a device move the hidden states; each layer's KV cache is where its
+weights are.
+
+Why not accelerate's planner (1.15): ``infer_auto_device_map`` reserves room for offloading and sends layers to the disk
+although the model fits (two devices of 0.6 of its size each), and ``get_balanced_memory`` uses every GPU even if one is enough.
+Neither raises if the model does not fit. Both need visible GPUs; this planner is plain arithmetic and is tested on CPU and meta
+devices.
 """
 
 from __future__ import annotations
@@ -15,38 +20,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bumblebee.adapter_folders import base_model_folder
-from bumblebee.checkpoint.hf_folder import is_ours, load_config, load_weights, parameters_on_meta, weight_files
+from bumblebee.checkpoint.hf_folder import is_ours, load_config, load_weights, weight_files
 from bumblebee.model import Bumblebee
-from bumblebee.models.base import LanguageModel
-from bumblebee.models.custom_class import class_for
+from bumblebee.models.base import LanguageModel, resolve_model_class
+from bumblebee.models.load_context import meta_parameters
 from bumblebee.nn.attention_kernels import AttentionMask
 
-SHARE = 0.8  # of a device's free memory for weights; the rest is for the cache and what is being computed
+MEMORY_FRACTION = 0.8  # of a device's free memory, for weights; the rest is for the KV cache and activations
 GIGABYTE = 1e9
 
 
 @dataclass(frozen=True)
 class DeviceMap:
-    """Where the parts of a model are.
+    """Devices of the parts of a model.
 
     Args:
-        embedding: device of the embedding table, the positions and what goes in.
+        embedding: device of the embedding table, the positions and the model's inputs.
         layers: device of each layer.
-        head: device of the head and what comes out.
+        head: device of the final norm, the head and the model's outputs.
     """
 
     embedding: torch.device
     layers: tuple[torch.device, ...]
     head: torch.device
 
-    def of(self, key: str) -> torch.device:
+    def device_of(self, key: str) -> torch.device:
         """Device of a parameter or buffer, by its key in the state dict."""
         match key.split("."):
-            case ["model", "layers", number, *_]:
-                return self.layers[int(number)]
+            case ["model", "layers", index, *_]:
+                return self.layers[int(index)]
             case ["model", "norm", *_] | ["lm_head", *_]:
                 return self.head
             case _:
@@ -59,20 +64,20 @@ def layer_devices(model: LanguageModel) -> list[torch.device]:
     return [next(block.parameters(), first).device for block in model.blocks]
 
 
-def devices_for(device_map: str, device: str) -> tuple[list[torch.device], list[int]]:
-    """The devices that a model may be spread over, with the free bytes of each: all GPUs, or the CPU where there are none.
+def available_devices(device_map: str, device: str) -> tuple[list[torch.device], list[int]]:
+    """Return the devices that a model may be spread over, with the free bytes of each: all GPUs, or the CPU if there are none.
 
     Raises:
-        ValueError: an unknown map, or a device that is named beside it.
+        ValueError: the map is unknown, or a device is named as well.
     """
     if device_map != "auto":
         raise ValueError(f"device_map must be auto or null, got {device_map!r}")
     if device not in ("auto", "cuda"):
-        raise ValueError(f"device_map: auto takes all GPUs, device says {device}: leave one of them out")
-    found = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-    if not found:
+        raise ValueError(f"device_map: auto uses all GPUs, but device is {device}: leave one of them out")
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if not gpus:
         return [torch.device("cpu")], [2**62]
-    return found, [torch.cuda.mem_get_info(each)[0] for each in found]
+    return gpus, [torch.cuda.mem_get_info(gpu)[0] for gpu in gpus]
 
 
 def load_on_devices(
@@ -82,135 +87,143 @@ def load_on_devices(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Bumblebee:
-    """Read a model folder onto several devices.
+    """Load a model folder onto several devices.
 
     Args:
-        folder: the model folder.
-        devices: in the order in which they are to be used.
-        memory: free bytes of each.
-        dtype: of the weights; None keeps the file's.
+        folder: model folder.
+        devices: in the order of use.
+        memory: free bytes of each device.
+        dtype: of the weights; None keeps the checkpoint's.
         trust_remote_code: import the class that the folder names.
 
     Raises:
-        ValueError: no model folder, a model that Bumblebee does not compute itself, or one too large for all of them.
+        ValueError: the folder has no model, its architecture is not one of Bumblebee's own, or it does not fit.
     """
     if not is_ours(base_model_folder(folder)):
-        raise ValueError(f"device_map: only models that Bumblebee computes itself can be spread, and {folder} holds another")
+        raise ValueError(f"device_map: only Bumblebee's own architectures can be spread, and {folder} has another one")
     config = load_config(folder)
-    with parameters_on_meta():
-        model = class_for(Bumblebee, folder, config, trust_remote_code)(config)
+    with meta_parameters():
+        model = resolve_model_class(Bumblebee, folder, config, trust_remote_code)(config)
     sizes = part_sizes(model, _bytes_per_parameter(folder, model) if dtype is None else dtype.itemsize)
-    numbers = plan(sizes, [int(SHARE * each) for each in memory])
-    places = [devices[number] for number in numbers]
-    tied = config.tie_word_embeddings
-    placement = DeviceMap(places[0], tuple(places[1:-1]), places[0] if tied else places[-1])
-    load_weights(folder, model, dtype, placement.of)
+    assigned = [devices[index] for index in assign_parts(sizes, [int(MEMORY_FRACTION * free) for free in memory])]
+    head = assigned[0] if config.tie_word_embeddings else assigned[-1]
+    device_map = DeviceMap(assigned[0], tuple(assigned[1:-1]), head)
+    load_weights(folder, model, dtype, device_map.device_of)
     model.source = Path(folder)
-    if len(set(places)) > 1:
-        connect(model, placement)
+    if len(set(assigned)) > 1:
+        add_transfer_hooks(model, device_map)
     return model
 
 
+# -- planning ------------------------------------------------------------------------------------------------------------
+
+
 def part_sizes(model: Bumblebee, bytes_per_parameter: float) -> list[int]:
-    """Bytes of the embedding, of each layer, and of the norm and head; a tied head takes none."""
-    decoder, seen = model.model, set[nn.Parameter]()
-    below = [part for part in (decoder.embed_tokens, decoder.positions, decoder.rotary) if part is not None]
-    parts: list[list[Any]] = [below, *([layer] for layer in decoder.layers)]
+    """Bytes of the embedding, of each layer, and of the norm with the head; a tied head takes none."""
+    decoder, counted = model.model, set[nn.Parameter]()
+    inputs = [module for module in (decoder.embed_tokens, decoder.positions, decoder.rotary) if module is not None]
+    parts: list[list[nn.Module]] = [inputs, *([layer] for layer in _layers(model)), [decoder.norm, model.lm_head]]
     sizes = []
-    for part in [*parts, [decoder.norm, model.lm_head]]:
-        weights = {weight for module in part for weight in module.parameters()} - seen
-        seen |= weights
+    for part in parts:
+        weights = {weight for module in part for weight in module.parameters()} - counted
+        counted |= weights
         sizes.append(round(bytes_per_parameter * sum(weight.numel() for weight in weights)))
     return sizes
 
 
-def plan(sizes: Sequence[int], memory: Sequence[int]) -> list[int]:
-    """Which device each part goes to: the first few that hold all, each filled to about the same share of its memory.
+def assign_parts(sizes: Sequence[int], memory: Sequence[int]) -> list[int]:
+    """Assign consecutive parts to the fewest devices that hold them all, each filled to about the same fraction.
 
     Args:
-        sizes: bytes of the parts, in the order in which they are computed.
+        sizes: bytes of the parts, in the order of computation.
         memory: bytes that each device has for them.
 
     Returns:
-        A device's number for each part; the numbers never fall.
+        The device index of each part, non-decreasing.
 
     Raises:
         ValueError: the devices are too small.
     """
     for count in range(1, len(memory) + 1):
-        if placed := _evenly(sizes, memory[:count]):
-            return placed
-    needed, there = sum(sizes) / GIGABYTE, sum(memory) / SHARE / GIGABYTE
+        if assigned := _balanced(sizes, memory[:count]):
+            return assigned
+    needed, free = sum(sizes) / GIGABYTE, sum(memory) / MEMORY_FRACTION / GIGABYTE
     raise ValueError(
-        f"the model's weights take {needed:.3g} GB; {len(memory)} devices with {there:.3g} GB of free memory cannot hold them:"
-        f" each is filled to {SHARE:.0%}, layer by layer"
+        f"the model's weights take {needed:.3g} GB; {len(memory)} devices with {free:.3g} GB of free memory cannot hold them:"
+        f" each is filled to {MEMORY_FRACTION:.0%}, layer by layer"
     )
 
 
-def _evenly(sizes: Sequence[int], memory: Sequence[int]) -> list[int] | None:
-    """The plan with the smallest share of every device's memory, found by halving; None if there is none."""
-    best, low, high = _filled(sizes, memory), 0.0, 1.0
+def _balanced(sizes: Sequence[int], memory: Sequence[int]) -> list[int] | None:
+    """The assignment with the smallest fraction of every device's memory, by bisection; None if there is none."""
+    best, low, high = _greedy(sizes, memory), 0.0, 1.0
     for _ in range(40 if best else 0):
         middle = (low + high) / 2
-        if placed := _filled(sizes, [round(middle * each) for each in memory]):
-            best, high = placed, middle
+        if assigned := _greedy(sizes, [round(middle * room) for room in memory]):
+            best, high = assigned, middle
         else:
             low = middle
     return best
 
 
-def _filled(sizes: Sequence[int], memory: Sequence[int]) -> list[int] | None:
-    """Each device in turn takes as many parts as fit."""
-    placed: list[int] = []
-    number, used = 0, 0
+def _greedy(sizes: Sequence[int], memory: Sequence[int]) -> list[int] | None:
+    """Fill each device in turn with as many parts as fit."""
+    assigned: list[int] = []
+    index, used = 0, 0
     for size in sizes:
-        while used + size > memory[number]:
-            number, used = number + 1, 0
-            if number == len(memory):
+        while used + size > memory[index]:
+            index, used = index + 1, 0
+            if index == len(memory):
                 return None
-        placed.append(number)
+        assigned.append(index)
         used += size
-    return placed
+    return assigned
 
 
 def _bytes_per_parameter(folder: str | Path, model: Bumblebee) -> float:
-    """Of the folder's files, so that nothing has to be read; an adapter is small beside its base model."""
+    """From the sizes of the base model's files, without reading them; an adapter is small in comparison."""
     return sum(file.stat().st_size for file in weight_files(base_model_folder(folder))) / model.num_parameters()
 
 
-# -- moving between devices ----------------------------------------------------------------------------------------------
+# -- transfers -----------------------------------------------------------------------------------------------------------
 
 
-def connect(model: Bumblebee, placement: DeviceMap) -> None:
-    """Let every layer's input come to its device, and the model's results to the head's."""
+def add_transfer_hooks(model: Bumblebee, device_map: DeviceMap) -> None:
+    """Add pre-hooks that move every layer's inputs to its device, and labels to the head's."""
     names = list(inspect.signature(model.forward).parameters)
+    targets = {
+        "input_ids": device_map.embedding,
+        "position_ids": device_map.embedding,
+        "labels": device_map.head,
+        "logits_at": device_map.head,
+    }
 
-    def bring_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        goals = {"input_ids": placement.embedding, "position_ids": placement.embedding}
-        goals |= {"labels": placement.head, "logits_at": placement.head}
-        return (), {name: moved(value, goals[name]) if name in goals else value for name, value in given.items()}
+    def move_model_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        return (), {name: to_device(value, targets[name]) if name in targets else value for name, value in inputs.items()}
 
-    model.register_forward_pre_hook(bring_inputs, with_kwargs=True)
-    layers: Any = model.model.layers
-    for layer, device in zip(layers, placement.layers, strict=True):
-        layer.register_forward_pre_hook(_Bring(device), with_kwargs=True)
-    norm: nn.Module = model.model.norm
-    norm.register_forward_pre_hook(_Bring(placement.head), with_kwargs=True)
+    model.register_forward_pre_hook(move_model_inputs, with_kwargs=True)
+    for layer, device in zip(_layers(model), device_map.layers, strict=True):
+        layer.register_forward_pre_hook(_MoveInputs(device), with_kwargs=True)
+    model.model.norm.register_forward_pre_hook(_MoveInputs(device_map.head), with_kwargs=True)
 
 
-class _Bring:
-    """A hook that moves what a module is called with to a device."""
+def _layers(model: Bumblebee) -> list[nn.Module]:
+    return list(model.model.layers)
+
+
+class _MoveInputs:
+    """Forward pre-hook that moves a module's inputs to a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return moved(args, self.device), {name: moved(value, self.device) for name, value in kwargs.items()}
+        return to_device(args, self.device), {name: to_device(value, self.device) for name, value in kwargs.items()}
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """Tensors and masks, also in tuples, on a device; anything else, such as a cache, as it is."""
-    if isinstance(value, torch.Tensor | AttentionMask):
+def to_device(value: object, device: torch.device) -> Any:
+    """Move tensors and masks, also in tuples; anything else, such as a cache, is returned unchanged."""
+    if isinstance(value, Tensor | AttentionMask):
         return value.to(device)
-    return tuple(moved(each, device) for each in value) if isinstance(value, tuple) else value
+    return tuple(to_device(item, device) for item in value) if isinstance(value, tuple) else value

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 
 from bumblebee.distributed import process_group
-from bumblebee.inference.cpu_prepack import pack
-from bumblebee.inference.device_map import devices_for, load_on_devices
+from bumblebee.inference.cpu_prepack import prepack
+from bumblebee.inference.device_map import available_devices, load_on_devices
 from bumblebee.inference.engine import GenerationEngine
 from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.inference.generation_config import default_sampling, read_generation_config, stop_ids_of
@@ -109,9 +109,9 @@ class Generator:
         torch_dtype = dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else getattr(torch, dtype)
         if device_map is None:
             model = load_model(folder, torch_dtype, process_group.pick_device(device), trust_remote_code)
-            pack(model)
+            prepack(model)
         else:
-            model = load_on_devices(folder, *devices_for(device_map, device), torch_dtype, trust_remote_code)
+            model = load_on_devices(folder, *available_devices(device_map, device), torch_dtype, trust_remote_code)
         tokenizer = Tokenizer.from_pretrained(folder)
         generation_config = read_generation_config(folder)
         return cls(model, tokenizer, stop_ids_of(generation_config), default_sampling(generation_config))

@@ -1,3 +1,3 @@
-"""The parts a model is assembled from. They import torch and each other, nothing else."""
+"""Building blocks of the models. They import torch and each other, nothing else."""
 
-IGNORE_INDEX = -100  # the label of a position that is no target, as everywhere in the field
+IGNORE_INDEX = -100  # label of a position without a target, as in PyTorch and transformers

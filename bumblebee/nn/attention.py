@@ -9,18 +9,18 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, choose
-from bumblebee.nn.rope import rotate, rotate_interleaved
+from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, select_kernel
+from bumblebee.nn.rope import apply_rotary, apply_rotary_interleaved
 
 
 class LayerCache(Protocol):
-    """What attention asks of a key-value cache: store the new keys and values, and attend over all that is stored."""
+    """Interface of one layer's KV cache: store new keys and values, and attend over everything stored."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """``q``: (B, T, H, D), ``k``, ``v``: (B, T, K, D) of the new positions -> (B, T, H, D).
 
-        Each query sees the positions of its own sequence up to itself, earlier ones from the cache among them; with a
-        ``window`` the last so many of them.
+        Each query attends to its own sequence up to its own position, cached positions included, or to the last ``window`` of
+        these positions.
         """
         ...
 
@@ -34,13 +34,13 @@ class Attention(nn.Module):
         num_kv_heads: K; divides H.
         head_dim: D.
         bias: biases on the query, key and value projections.
-        output_bias: a bias on the output projection.
-        kernel: ``auto``, ``flash``, ``sdpa`` or ``naive``. ``auto`` is settled at the first forward, when the dtype is known.
-        q_norm: on each query head before it is turned (arXiv 2302.05442); None for none.
-        k_norm: on each key head.
-        interleaved: rotary pairs are neighbours, see ``bumblebee/nn/rope.py``.
-        window: how many positions a query sees, its own among them; None for all.
-        dropout: share of attention weights that is zeroed in training.
+        output_bias: bias on the output projection.
+        kernel: ``auto``, ``flash``, ``sdpa`` or ``naive``. ``auto`` is resolved in forward, where the dtype is known.
+        q_norm: norm of each query head before rotation (QK-norm, arXiv 2302.05442); None for no norm.
+        k_norm: norm of each key head.
+        interleaved: rotate adjacent pairs, as in GLM; see ``bumblebee/nn/rope.py``.
+        window: sliding window: number of positions that a query attends to, its own included; None for all.
+        dropout: dropout probability of attention weights, in training.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.kernel = kernel
-        self.rotate = rotate_interleaved if interleaved else rotate
+        self.rotate = apply_rotary_interleaved if interleaved else apply_rotary
         self.window = window
         self.dropout = dropout
         self.q_norm = q_norm or nn.Identity()
@@ -74,11 +74,13 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: AttentionMask, cache: LayerCache | None = None
     ) -> Tensor:
-        """``x`` (B, T, hidden_size); ``rotary``: cosines and sines, (B, T, 1, D/2) or narrower. Returns (B, T, hidden_size).
+        """(B, T, hidden_size) -> (B, T, hidden_size).
 
-        Without ``rotary`` nothing is turned: tokens know only what comes before them, not where it is.
-
-        With a cache it is the cache that attends, and ``mask`` is not looked at.
+        Args:
+            x: hidden states.
+            rotary: cosines and sines, (B, T, 1, D/2) or narrower; None for no rotation (no positional encoding).
+            mask: which keys each query attends to. Ignored with a cache.
+            cache: stores the new keys and values and computes the attention.
         """
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
@@ -88,5 +90,5 @@ class Attention(nn.Module):
             out = cache.attend(q, k, v, self.window)
         else:
             dropout = self.dropout if self.training else 0.0
-            out = KERNELS[choose(self.kernel, q.dtype)](q, k, v, mask, self.window, dropout)
+            out = KERNELS[select_kernel(self.kernel, q.dtype)](q, k, v, mask, self.window, dropout)
         return self.o_proj(out.flatten(-2))

@@ -1,8 +1,8 @@
-"""Linear layers of several experts over rows that lie expert by expert: no loop over rows, none left out.
+"""Grouped linear layer: one weight matrix per expert, applied to rows that are sorted by expert.
 
-In bf16 on an H100 or newer this is torch's grouped matrix product, one kernel for all experts. Elsewhere it is one plain
-product for each expert that has rows, written straight into the result: on a CPU as fast as a dense layer of the same
-work, up to a tenth, where torch's own fallback copies.
+In bf16 on an H100 or newer this is torch's ``grouped_mm``, one kernel for all experts. Elsewhere it is one matmul per expert
+that has rows, written directly into the output: on a CPU within a tenth of a dense layer of the same FLOPs, where torch's
+own fallback copies.
 Shapes: R rows, E experts, D inputs, F outputs.
 """
 
@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """``x @ weight[e].T`` for the rows of each expert e.
+    """Compute ``x @ weight[e].T`` for the rows of each expert e.
 
     Args:
-        x: (R, D), the rows of expert 0 first, then those of expert 1 and so on.
+        x: (R, D), rows sorted by expert.
         weight: (E, F, D), in the dtype of ``x``.
-        counts: (E,) int64, how many rows each expert has; they add up to R.
+        counts: (E,) int64, number of rows of each expert; sums to R.
 
     Returns:
         (R, F) in the dtype of ``x``.
@@ -32,8 +32,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def has_grouped_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch has one kernel for all experts here: on a GPU of compute capability 9.0 (H100) or above, in bf16, for rows
-    of whole 16 bytes."""
+    """Whether ``grouped_mm`` can run: a GPU of compute capability 9.0 (H100) or above, bf16, rows of a multiple of 16 bytes."""
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not hasattr(torch.nn.functional, "grouped_mm"):
         return False
     return torch.cuda.get_device_capability(x.device) >= (9, 0) and not any(size % 8 for size in weight.shape[1:])
@@ -53,17 +52,17 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for expert, rows in ctx.bounds:
-            if of_x is not None:
-                torch.mm(grad[rows], weight[expert], out=of_x[rows])
-            if of_weight is not None:
-                torch.mm(grad[rows].T, x[rows], out=of_weight[expert])
-        return of_x, of_weight, None
+            if grad_x is not None:
+                torch.mm(grad[rows], weight[expert], out=grad_x[rows])
+            if grad_weight is not None:
+                torch.mm(grad[rows].T, x[rows], out=grad_weight[expert])
+        return grad_x, grad_weight, None
 
 
 def _bounds(counts: Tensor) -> list[tuple[int, slice]]:
-    """(expert, its rows) of the experts that have any. A GPU is waited for."""
+    """(expert, slice of its rows) of each expert that has rows. Synchronizes with the GPU."""
     ends = [0, *accumulate(counts.tolist())]
     return [(expert, slice(first, last)) for expert, (first, last) in enumerate(pairwise(ends)) if first < last]

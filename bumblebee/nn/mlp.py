@@ -1,4 +1,4 @@
-"""The feed-forward part of a block."""
+"""Feed-forward layers: gated (SwiGLU, GEGLU) and plain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by Hugging Face's names
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # keys are Hugging Face's names
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
@@ -18,12 +18,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by Hugging Face's name
 }
 
 
-class GatedFFN(nn.Module):
-    """``down(act(gate(x)) * up(x))``; with silu it is a SwiGLU, with gelu a GEGLU (arXiv 2002.05202).
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))``; SwiGLU with silu, GEGLU with gelu (arXiv 2002.05202).
 
     Args:
         hidden_size: width of input and output.
-        intermediate_size: width in between.
+        intermediate_size: width of the inner layer.
         activation: one of ``ACTIVATIONS``.
         bias: whether the three layers have biases.
     """
@@ -40,12 +40,12 @@ class GatedFFN(nn.Module):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
-class PlainFFN(nn.Module):
+class MLP(nn.Module):
     """``down(act(up(x)))`` (arXiv 1706.03762).
 
     Args:
         hidden_size: width of input and output.
-        intermediate_size: width in between.
+        intermediate_size: width of the inner layer.
         activation: one of ``ACTIVATIONS``.
         bias: whether both layers have biases.
     """

@@ -1,13 +1,13 @@
-"""Mixture of experts: a feed-forward part of which each token uses a few of many, chosen by a router.
+"""Mixture of experts: feed-forward layers of which a router selects a few for each token.
 
     p = softmax(W x)                                  in fp32 (arXiv 2101.03961, section 2.4)
-    S = the k experts with the largest p + b          b: a bias that keeps them evenly used, or zero (arXiv 2408.15664)
+    S = the k experts with the largest p + b          b: a bias that balances the load, or zero (arXiv 2408.15664)
     y = sum over e in S of  g_e expert_e(x)  +  shared(x)         g_e = p_e, or p_e / sum over S of p
 
-Choices: tokens are sorted by expert and every expert computes all of its tokens at once. No expert has a capacity, so no token
-is dropped. All experts of a layer are one tensor for each projection, as in transformers: ZeRO-3 gathers all of them on every
-rank, whichever ones its tokens chose. What the routers' losses need is put into a list while there is one: ``routing.py``.
-Shapes: N tokens, E experts, k of them for each token, D hidden size, I intermediate size of an expert.
+Choices: tokens are sorted by expert, and each expert processes all of its tokens at once. Experts have no capacity limit, so no
+token is dropped. All experts of a layer share one tensor per projection, as in transformers: ZeRO-3 gathers all experts on
+every rank, whichever its tokens selected. Router outputs are recorded for the auxiliary losses in ``router_losses.py``.
+Shapes: N tokens, E experts, k experts per token, D hidden size, I intermediate size of an expert.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from bumblebee.nn.grouped_linear import grouped_linear
-from bumblebee.nn.mlp import ACTIVATIONS, GatedFFN
+from bumblebee.nn.mlp import ACTIVATIONS, GatedMLP
 
 
-class Routed(NamedTuple):
-    """Where tokens go.
+class RouterOutput(NamedTuple):
+    """Routing of a batch of tokens.
 
     Args:
         logits: (N, E) fp32.
-        experts: (N, k) int64, of each token.
-        weights: (N, k) fp32, of their outputs.
+        experts: (N, k) int64, the selected experts of each token.
+        weights: (N, k) fp32, the weights of their outputs.
     """
 
     logits: Tensor
@@ -36,26 +36,26 @@ class Routed(NamedTuple):
 
 
 class Router(nn.Module):
-    """Chooses experts.
+    """Selects the top-k experts of each token.
 
     Args:
         hidden_size: D.
         num_experts: E.
         top_k: k.
-        normalise: weights of a token's experts add up to one.
-        bias: add a bias to the probabilities for the choice alone. It has no gradient; ``Routing`` moves it.
+        normalise: scale the weights of a token's experts to sum to one.
+        bias: add a bias to the probabilities for the selection only. It has no gradient; ``RouterLosses`` updates it.
     """
 
-    e_score_correction_bias: Tensor | None  # DeepSeek-V3's name of it in transformers
+    e_score_correction_bias: Tensor | None  # named as in transformers' DeepSeek-V3
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, normalise: bool = True, bias: bool = False) -> None:
         super().__init__()
         self.top_k, self.normalise = top_k, normalise
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        # ZeRO-3 makes all new tensors in half precision while a model is built.
+        # float(): ZeRO-3 creates new tensors in half precision while a model is built.
         self.register_buffer("e_score_correction_bias", torch.zeros(num_experts).float() if bias else None)
 
-    def forward(self, x: Tensor) -> Routed:
+    def forward(self, x: Tensor) -> RouterOutput:
         """``x``: (N, D)."""
         with torch.autocast(x.device.type, enabled=False):
             logits = nn.functional.linear(x.float(), self.weight.float())
@@ -65,10 +65,10 @@ class Router(nn.Module):
             weights = scores.gather(1, experts)
             if self.normalise:
                 weights = weights / weights.sum(-1, keepdim=True)
-        return Routed(logits, experts, weights)
+        return RouterOutput(logits, experts, weights)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """A cast of the model leaves the bias in fp32: its steps are smaller than bf16 can tell apart."""
+        """Keep the bias in fp32 when the model is cast: its updates are below bf16's resolution."""
         before = self.e_score_correction_bias
         super()._apply(fn, recurse)
         if before is not None and self.e_score_correction_bias is not None:
@@ -77,13 +77,13 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E times ``down(act(gate(x)) * up(x))`` without biases, in two tensors.
+    """E gated MLPs ``down(act(gate(x)) * up(x))`` without biases, stored in two tensors.
 
     Args:
         num_experts: E.
         hidden_size: D.
         intermediate_size: I.
-        activation: one of ``ffn.ACTIVATIONS``.
+        activation: one of ``mlp.ACTIVATIONS``.
     """
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, activation: str = "silu") -> None:
@@ -93,11 +93,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sum of each token's experts.
+        """Return the weighted sum of the outputs of each token's experts.
 
         Args:
             x: (N, D).
-            experts: (N, k) int64, all different for a token.
+            experts: (N, k) int64, distinct for each token.
             weights: (N, k).
 
         Returns:
@@ -109,23 +109,23 @@ class Experts(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
         order = experts.flatten().argsort(stable=True)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         counts = experts.flatten().bincount(minlength=len(gate_up))
-        rows = _Sorted.apply(x, order, place)
+        rows = _SortByExpert.apply(x, order, position)
         gate, up = grouped_linear(rows, gate_up, counts).chunk(2, dim=-1)
         rows = grouped_linear(self.activation(gate) * up, down, counts)
-        each = _Unsorted.apply(rows, order, place).view(*experts.shape, -1)
-        return (each * weights[..., None].to(each.dtype)).sum(1)
+        outputs = _RestoreOrder.apply(rows, order, position).view(*experts.shape, -1)
+        return (outputs * weights[..., None].to(outputs.dtype)).sum(1)
 
 
 class MixtureOfExperts(nn.Module):
-    """The feed-forward part of a layer, with a router, its experts, and perhaps experts that all tokens share.
+    """A sparse feed-forward layer: router, routed experts, and optional shared experts.
 
     Args:
         gate: the router.
         experts: called as ``experts(x, experts, weights)``.
-        shared_experts: a feed-forward part for every token, or None.
-        shared_expert_gate: (N, D) -> (N, 1), whose sigmoid the shared part is multiplied with, or None.
+        shared_experts: an MLP applied to every token, or None.
+        shared_expert_gate: (N, D) -> (N, 1), whose sigmoid scales the shared output; None for no gate.
     """
 
     def __init__(
@@ -140,22 +140,22 @@ class MixtureOfExperts(nn.Module):
         self.experts = experts
         self.shared_experts = shared_experts
         self.shared_expert_gate = shared_expert_gate
-        self.record: list[Routed] | None = None  # while it is a list, where tokens go is put there
+        self.record: list[RouterOutput] | None = None  # router outputs are appended while it is a list
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         tokens = x.flatten(0, -2)
-        routed = self.gate(tokens)
+        routing = self.gate(tokens)
         if self.record is not None and torch.is_grad_enabled():
-            self.record.append(routed)
-        out = self.experts(tokens, routed.experts, routed.weights)
+            self.record.append(routing)
+        out = self.experts(tokens, routing.experts, routing.weights)
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens)
             out = out + (shared if self.shared_expert_gate is None else self.shared_expert_gate(tokens).sigmoid() * shared)
         return out.view(x.shape)
 
 
-def mixture(
+def mixture_of_experts(
     hidden_size: int,
     intermediate_size: int,
     num_experts: int,
@@ -166,38 +166,38 @@ def mixture(
     shared_expert_gate: bool = False,
     activation: str = "silu",
 ) -> MixtureOfExperts:
-    """The usual one; shared experts are one feed-forward part as wide as all of them together."""
+    """Build the standard layer. Shared experts are one MLP of their combined width."""
     shared = n_shared_experts > 0
     return MixtureOfExperts(
         Router(hidden_size, num_experts, top_k, normalise, bias),
         Experts(num_experts, hidden_size, intermediate_size, activation),
-        GatedFFN(hidden_size, n_shared_experts * intermediate_size, activation) if shared else None,
+        GatedMLP(hidden_size, n_shared_experts * intermediate_size, activation) if shared else None,
         nn.Linear(hidden_size, 1, bias=False) if shared and shared_expert_gate else None,
     )
 
 
-class _Sorted(torch.autograd.Function):
-    """(N, D) -> (N k, D), tokens by expert. Its gradient is a lookup and a sum: torch's own adds row by row."""
+class _SortByExpert(torch.autograd.Function):
+    """(N, D) -> (N k, D), rows sorted by expert. The backward pass is a gather and a sum; index_select's adds row by row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
+    def forward(ctx: Any, x: Tensor, order: Tensor, position: Tensor) -> Tensor:
+        ctx.save_for_backward(position)
         ctx.tokens = len(x)
         return x.index_select(0, order // (len(order) // len(x)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (place,) = ctx.saved_tensors
-        return grads[0].index_select(0, place).view(ctx.tokens, -1, grads[0].shape[1]).sum(1), None, None
+        (position,) = ctx.saved_tensors
+        return grads[0].index_select(0, position).view(ctx.tokens, -1, grads[0].shape[1]).sum(1), None, None
 
 
-class _Unsorted(torch.autograd.Function):
-    """(N k, D) by expert -> (N k, D) by token."""
+class _RestoreOrder(torch.autograd.Function):
+    """(N k, D) sorted by expert -> (N k, D) in token order."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, order: Tensor, position: Tensor) -> Tensor:
         ctx.save_for_backward(order)
-        return rows.index_select(0, place)
+        return rows.index_select(0, position)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

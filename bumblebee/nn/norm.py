@@ -1,4 +1,4 @@
-"""Normalisation: by the root mean square (arXiv 1910.07467), or torch's LayerNorm (arXiv 1607.06450)."""
+"""Normalization layers: RMSNorm (arXiv 1910.07467), and torch's LayerNorm (arXiv 1607.06450) by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, with the statistics in fp32.
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, statistics in fp32.
 
     Args:
         size: width of the last dimension.
@@ -20,8 +20,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``: (..., size) in any floating dtype, which is also the result's."""
-        # fp32 inside, cast, then the weight: the order that Hugging Face's Qwen2 and Llama use, so that bf16 logits agree.
+        """(..., size) -> (..., size) in the dtype of ``x``."""
+        # Normalize in fp32, cast, then multiply: the order of Hugging Face's Qwen2 and Llama, so that bf16 logits agree.
         normed = nn.functional.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
         return self.weight * normed.to(x.dtype)
 

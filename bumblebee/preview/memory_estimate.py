@@ -1,14 +1,14 @@
-"""How much memory training takes on a device, computed: from the sizes of a model, not from a model.
+"""Memory of a training run on each device, computed from the size of the model.
 
-    weights       s W                      s bytes each: 2 where the weights are bf16 or fp16 (stages 1 to 3), else 4
-    gradients     4 T, or (4 + s) T at stage 1 in half precision, where both kinds are kept
-    optimizer     b T + 4 T                b: 8 for Adam; on stages 1 to 3 also fp32 copies of the trained weights
-    step          what DeepSpeed and the optimizer take in passing (``_IN_PASSING``)
-    activations   what the backward pass needs of each token and layer (``activations``), and the head's chunk
+    weights       s W                      s bytes per weight: 2 if the weights are in bf16 or fp16 (stages 1 to 3), else 4
+    gradients     4 T, or (4 + s) T at stage 1 in half precision, which keeps both
+    optimizer     b T + 4 T                b: 8 for Adam; stages 1 to 3 add fp32 copies of the trained weights
+    step          temporary memory of DeepSpeed and the optimizer (``_TEMPORARY``)
+    activations   what autograd keeps for each token and layer (``activation_bytes``), and the logits chunk of the LM head
 
-W parameters, T of them trained. ZeRO (arXiv 1910.02054) cuts the optimizer over the ranks from stage 1 on, gradients from 2,
-weights at 3. Sums are exact up to rounding for a GPU's allocator; a CPU's allocator leaves holes, which is a factor found by
-measuring (``_HOLES``). Numbers in bytes, of one device.
+W parameters, T of them trained. ZeRO (arXiv 1910.02054) partitions the optimizer over ranks from stage 1, gradients from stage
+2, weights at stage 3. The sums are exact for a GPU up to the rounding of its allocator; the allocator of a CPU fragments, which
+is a measured factor (``_FRAGMENTATION``). All results are in bytes per device.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
 from bumblebee.nn.linear_cross_entropy import ROWS
 from bumblebee.nn.moe import Experts
 
-# Bytes for each trained weight beyond what stays: (during the backward pass, during the optimizer's step), by stage. Found by
-# measuring with AdamW on a CPU, models of 25 and 60 M against each other. Of several ranks each has its share of the second.
-_IN_PASSING = {
+# Bytes per trained weight of temporary memory (during the backward pass, during the optimizer step), by stage. Measured with
+# AdamW on a CPU, on models of 25 M and 60 M parameters. The second is partitioned over ranks.
+_TEMPORARY = {
     "fp32": ((0.8, 4.0), (0.9, 16.9), (7.7, 12.1), (3.6, 15.6)),
     "half": ((1.1, 4.0), (0.0, 8.0), (6.2, 9.0), (2.6, 14.0)),
 }
-_HOLES = {"cpu": 1.6, "cuda": 1.0}  # what the allocator holds for each byte of activations
-_LIBRARIES = {"cpu": 100e6, "cuda": 20e6}  # what is loaded and made when training begins
-BUCKET = 5e8  # numbers that DeepSpeed sends at a time, unless it is told otherwise
+_FRAGMENTATION = {"cpu": 1.6, "cuda": 1.0}  # bytes held by the allocator per byte of activations
+_LIBRARIES = {"cpu": 100e6, "cuda": 20e6}  # loaded and allocated when training begins
+BUCKET_SIZE = 5e8  # numbers that DeepSpeed communicates at a time by default
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What memory depends on.
+    """The properties of a model that memory depends on.
 
     Args:
         parameters: of the whole model.
-        trained: of these.
-        largest_block: parameters that ZeRO-3 needs in one place at a time.
-        matrices: parameters of linear layers and experts; autocast keeps a copy of them.
-        dropped_out: numbers of each token that adapters drop some of, over all layers.
-        config: with Hugging Face's names; None for a model whose activations are not known.
-        checkpoint_every: of ``Decoder``.
+        trained: parameters that are trained.
+        largest_block: parameters that ZeRO-3 gathers at a time.
+        matrices: parameters of linear layers and experts, of which autocast keeps a copy.
+        adapter_dropout_width: total width of the inputs of LoRA dropouts, over all layers.
+        config: with Hugging Face's names; None for a model whose activations are unknown.
+        checkpoint_every: activation checkpointing, as in ``Decoder``.
     """
 
     parameters: int
     trained: int
     largest_block: int
     matrices: int
-    dropped_out: int
+    adapter_dropout_width: int
     config: Any
     checkpoint_every: int = 0
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelSize:
-        """Of a model, which may be on the meta device."""
+        """Measure a model, which may be on the meta device."""
         parameters = list(model.parameters())
         decoder: Any = getattr(model, "model", None)
         config: Any = getattr(model, "config", None)
@@ -70,32 +70,32 @@ class ModelSize:
             sum(full_numel(p) for p in parameters if p.requires_grad),
             max([*blocks, *map(full_numel, parameters)]),
             sum(matrices.values()),
-            sum(map(_dropped_out, model.modules())),
+            sum(map(_adapter_dropout_width, model.modules())),
             config if getattr(config, "num_hidden_layers", None) and getattr(config, "intermediate_size", None) else None,
             getattr(decoder, "checkpoint_every", 0),
         )
 
 
-def _dropped_out(layer: Any) -> int:
-    """The width of what LoRA's dropouts see in a layer of PEFT's; without dropout an adapter's input is kept anyway."""
+def _adapter_dropout_width(layer: Any) -> int:
+    """Width of the inputs of a PEFT layer's LoRA dropouts. Without dropout the adapter shares the layer's input."""
     if not hasattr(layer, "lora_A"):
         return 0
     return sum(layer.in_features for dropout in layer.lora_dropout.values() if getattr(dropout, "p", 0.0))
 
 
 @dataclass(frozen=True)
-class Setup:
-    """How it is trained.
+class TrainingSetup:
+    """The options of a run that memory depends on.
 
     Args:
         precision: "fp32", "bf16" or "fp16".
-        stage: of ZeRO.
-        ranks: devices.
+        stage: ZeRO stage.
+        ranks: number of devices.
         device: "cpu" or "cuda".
-        optimizer_bytes: what the optimizer keeps for each weight: 8 for Adam.
-        offload_optimizer: its numbers are not on the device.
-        offload_weights: weights are not on the device.
-        bucket: numbers that DeepSpeed sends at a time.
+        optimizer_bytes: optimizer state in bytes per weight; 8 for Adam.
+        offload_optimizer: the optimizer state is not on the device.
+        offload_weights: the weights are not on the device.
+        bucket_size: numbers that DeepSpeed communicates at a time.
     """
 
     precision: str
@@ -105,7 +105,7 @@ class Setup:
     optimizer_bytes: float = 8.0
     offload_optimizer: bool = False
     offload_weights: bool = False
-    bucket: float = BUCKET
+    bucket_size: float = BUCKET_SIZE
 
     @property
     def half(self) -> bool:
@@ -114,14 +114,14 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """What goes through at a time.
+class BatchShape:
+    """Shape of a micro-batch.
 
     Args:
-        rows: of a batch; two for a pair.
-        length: places in a row.
-        targets: tokens that the head looks at.
-        kernel: of attention: "naive", "sdpa" or "flash".
+        rows: of the batch; two for a preference pair.
+        length: tokens in a row.
+        targets: tokens with a label.
+        kernel: attention kernel: "naive", "sdpa" or "flash".
     """
 
     rows: int
@@ -131,111 +131,118 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on a device, where they are the most."""
+class MemoryEstimate:
+    """Bytes on a device, at their peak."""
 
     weights: float
     gradients: float
     optimizer: float
-    beside: float  # other models
-    activations: float  # and what the backward pass takes in passing
-    step: float
-    kept: bool  # the allocator keeps what activations took, as a CPU's does
+    frozen_models: float
+    activations: float  # with the temporary memory of the backward pass
+    step: float  # temporary memory of the optimizer step
+    activations_stay: bool  # the allocator does not return the memory of activations, as on a CPU
 
     @property
-    def lasting(self) -> float:
-        """What is there all the time."""
-        return self.weights + self.gradients + self.optimizer + self.beside
+    def persistent(self) -> float:
+        """Memory that is held all the time."""
+        return self.weights + self.gradients + self.optimizer + self.frozen_models
 
     @property
     def total(self) -> float:
-        """The most at any time. The backward pass and the optimizer's step do not meet, but see ``kept``."""
-        return self.lasting + (self.activations + self.step if self.kept else max(self.activations, self.step))
+        """The peak: of the backward pass or of the optimizer step, or their sum if activations stay."""
+        temporary = self.activations + self.step if self.activations_stay else max(self.activations, self.step)
+        return self.persistent + temporary
 
 
-def estimate(size: ModelSize, setup: Setup, batch: MicroBatch, beside: Iterable[ModelSize] = ()) -> Memory:
-    """Bytes on each device.
+def estimate_memory(
+    size: ModelSize, setup: TrainingSetup, batch: BatchShape, frozen_models: Iterable[ModelSize] = ()
+) -> MemoryEstimate:
+    """Estimate the memory of each device.
 
     Args:
-        size: of the model.
-        setup: how it is trained.
+        size: of the trained model.
+        setup: options of the run.
         batch: the largest micro-batch.
-        beside: frozen models beside it, as a reference.
+        frozen_models: frozen models, such as a reference.
     """
-    share = 1 / setup.ranks
-    each = 2 if setup.half else 4
-    cut = [share if setup.stage >= stage else 1.0 for stage in (1, 2, 3)]
-    in_backward, in_step = _IN_PASSING["half" if setup.precision != "fp32" else "fp32"][setup.stage]
-    kept = 0 if setup.offload_optimizer else (setup.optimizer_bytes + (4 if setup.stage > 0 else 0)) * cut[0]
-    gradients = 4 * cut[1] + (each if setup.half and setup.stage == 1 else 0)
-    gathered = min(size.parameters, 2 * size.largest_block) * each if setup.stage == 3 else 0
-    passing = min(in_backward * size.trained, in_backward * setup.bucket) + gathered
-    if setup.device == "cuda" and setup.stage in (1, 2):  # on a CPU only what is written to of a bucket takes memory
-        passing += each * setup.bucket
-    return Memory(
-        weights=0 if setup.offload_weights else each * size.parameters * cut[2],
+    weight_bytes = 2 if setup.half else 4
+    # Share of each device in optimizer state (stage 1), gradients (stage 2) and weights (stage 3).
+    optimizer_share, gradient_share, weight_share = (1 / setup.ranks if setup.stage >= stage else 1.0 for stage in (1, 2, 3))
+    in_backward, in_step = _TEMPORARY["half" if setup.precision != "fp32" else "fp32"][setup.stage]
+    state = 0 if setup.offload_optimizer else (setup.optimizer_bytes + (4 if setup.stage > 0 else 0)) * optimizer_share
+    gradients = 4 * gradient_share + (weight_bytes if setup.half and setup.stage == 1 else 0)
+    gathered = min(size.parameters, 2 * size.largest_block) * weight_bytes if setup.stage == 3 else 0
+    temporary = min(in_backward * size.trained, in_backward * setup.bucket_size) + gathered
+    if setup.device == "cuda" and setup.stage in (1, 2):  # on a CPU only the written part of a bucket takes memory
+        temporary += weight_bytes * setup.bucket_size
+    return MemoryEstimate(
+        weights=0 if setup.offload_weights else weight_bytes * size.parameters * weight_share,
         gradients=(0 if setup.offload_optimizer and setup.stage >= 2 else gradients) * size.trained,
-        optimizer=kept * size.trained,
-        beside=sum(each * other.parameters * cut[2] for other in beside),
-        activations=activations(size, setup, batch) + passing + _LIBRARIES[setup.device],
-        step=0 if setup.offload_optimizer else in_step * cut[0] * size.trained,
-        kept=setup.device == "cpu",
+        optimizer=state * size.trained,
+        frozen_models=sum(weight_bytes * other.parameters * weight_share for other in frozen_models),
+        activations=activation_bytes(size, setup, batch) + temporary + _LIBRARIES[setup.device],
+        step=0 if setup.offload_optimizer else in_step * optimizer_share * size.trained,
+        activations_stay=setup.device == "cpu",
     )
 
 
-def activations(size: ModelSize, setup: Setup, batch: MicroBatch) -> float:
-    """What the forward pass leaves for the backward pass; 0 for a model whose shape is not known."""
+def activation_bytes(size: ModelSize, setup: TrainingSetup, batch: BatchShape) -> float:
+    """What the forward pass keeps for the backward pass; 0 for a model of unknown shape."""
     if size.config is None:
         return 0.0
     c, tokens = size.config, batch.rows * batch.length
-    layer = _of_a_layer(c, setup, batch)
-    whole = c.num_hidden_layers * layer
+    layer = layer_bytes(c, setup, batch)
+    all_layers = c.num_hidden_layers * layer
     residual = c.hidden_size * (2 if setup.half else 4)
-    if size.checkpoint_every:  # of these blocks only their input is kept, and one at a time is computed again
-        skipped = -(-c.num_hidden_layers // size.checkpoint_every)
-        whole = (c.num_hidden_layers - skipped) * layer + skipped * residual + layer
+    if size.checkpoint_every:  # checkpointed blocks keep their input only; one at a time is recomputed
+        checkpointed = -(-c.num_hidden_layers // size.checkpoint_every)
+        all_layers = (c.num_hidden_layers - checkpointed) * layer + checkpointed * residual + layer
     s = 2 if setup.precision != "fp32" else 4
-    adapters = size.dropped_out * (s + (1 if setup.device == "cuda" else s))  # what is left, and the mask
+    adapters = size.adapter_dropout_width * (s + (1 if setup.device == "cuda" else s))  # output and mask of the dropout
     autocast = 2 * size.matrices if setup.precision != "fp32" and setup.stage == 0 else 0
-    return _HOLES[setup.device] * tokens * (whole + adapters + 4 * residual) + autocast + _of_the_head(c, setup, batch)
+    per_token = all_layers + adapters + 4 * residual
+    return _FRAGMENTATION[setup.device] * tokens * per_token + autocast + _lm_head_bytes(c, setup, batch)
 
 
-def _of_a_layer(c: Any, setup: Setup, batch: MicroBatch) -> float:
-    """Bytes for each token: what autograd keeps in ``Block``, see ``bumblebee/nn``."""
+def layer_bytes(c: Any, setup: TrainingSetup, batch: BatchShape) -> float:
+    """Bytes per token that autograd keeps in a ``Block``, see ``bumblebee/nn``."""
     s = 2 if setup.precision != "fp32" else 4  # of matrix products
-    r = 2 if setup.half else 4  # of the stream between blocks
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    queries, keys = c.num_attention_heads * head, c.num_key_value_heads * head
-    outputs = 2 * r if s == r else 5 * s  # under autocast each of the five projections behind a norm makes a copy of its own
+    r = 2 if setup.half else 4  # of the residual stream
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    queries, keys = c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim
+    outputs = 2 * r if s == r else 5 * s  # under autocast each of the five projections after a norm copies its input
     norm = (4 if getattr(c, "norm", "rmsnorm") == "rmsnorm" else 0) + r
     norms = c.hidden_size * ((4 if getattr(c, "post_norms", False) else 2) * norm + outputs)
     if getattr(c, "qk_norm", False):
         norms += (queries + keys) * norm
-    mask = 1 if setup.device == "cuda" else s  # of each number that may be dropped
-    dropped = 2 * c.hidden_size * mask if getattr(c, "residual_dropout", 0.0) else 0
+    dropout_mask = 1 if setup.device == "cuda" else s  # per number
+    dropout = 2 * c.hidden_size * dropout_mask if getattr(c, "residual_dropout", 0.0) else 0
     attention = s * (2 * queries + 2 * keys) + 4 * c.num_attention_heads
     if batch.kernel == "sdpa":
         attention += s * batch.length  # the mask, as numbers
-        attention += s * 2 * (queries - keys) if setup.device == "cuda" else 0  # heads repeated, see kernels.sdpa
+        attention += s * 2 * (queries - keys) if setup.device == "cuda" else 0  # repeated heads, see attention_kernels.sdpa
     elif batch.kernel == "naive":
         attention += (4 + s) * c.num_attention_heads * batch.length + s * 2 * (queries - keys)
     if getattr(c, "attention_dropout", 0.0) and setup.device == "cpu":
-        attention += 16 * c.num_attention_heads * batch.length  # torch's fused kernel for a CPU does not drop
-    return norms + attention + dropped + s * _of_a_feed_forward_part(c)
+        attention += 16 * c.num_attention_heads * batch.length  # PyTorch's fused kernel for CPUs has no dropout
+    return norms + attention + dropout + s * _mlp_numbers(c)
 
 
-def _of_a_feed_forward_part(c: Any) -> float:
-    """Numbers for each token, the mean of all layers: four inner ones, two without a gate; each expert's input and output."""
+def _mlp_numbers(c: Any) -> float:
+    """Numbers per token of an MLP, averaged over layers: four of the inner width, two without a gate.
+
+    Experts of a mixture add their input and output.
+    """
     sparse = sum(map(c.is_sparse, range(c.num_hidden_layers))) / c.num_hidden_layers if getattr(c, "is_sparse", None) else 0
     if not sparse:
         return (4 if getattr(c, "mlp_gated", True) else 2) * c.intermediate_size
     inner = 4 * c.moe_intermediate_size
-    of_experts = c.num_experts_per_tok * (inner + 2 * c.hidden_size) + c.n_shared_experts * inner
-    return sparse * of_experts + (1 - sparse) * 4 * c.intermediate_size
+    experts = c.num_experts_per_tok * (inner + 2 * c.hidden_size) + c.n_shared_experts * inner
+    return sparse * experts + (1 - sparse) * 4 * c.intermediate_size
 
 
-def _of_the_head(c: Any, setup: Setup, batch: MicroBatch) -> float:
-    """The chunk of logits, in training's precision and in fp32, and the gradients of weight and hidden states."""
+def _lm_head_bytes(c: Any, setup: TrainingSetup, batch: BatchShape) -> float:
+    """The chunk of logits in the training precision and in fp32, and the gradients of weight and hidden states."""
     s = 2 if setup.precision != "fp32" else 4
     rows = min(ROWS, batch.targets)
     logits = rows * c.vocab_size * (s + (4 if setup.device == "cuda" else 0))

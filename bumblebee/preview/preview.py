@@ -1,237 +1,192 @@
-"""Preview: what a recipe would do, collected as plain values and told as lines.
+"""Collect what a recipe would do.
 
-The model is built without weights. Where it fits the machine, ``dry_run.py`` measures memory and time; elsewhere, and for
-more ranks than one, ``memory_estimate.py`` and the FLOP count compute them. Each figure says which it is.
+The model is built without weights. If it fits this machine, a dry run measures memory and time; otherwise, and for more than
+one rank, they are computed from ``memory_estimate`` and the FLOP count. The report says which.
 """
 
 from __future__ import annotations
 
-import sys
-from dataclasses import replace
+import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
 from torch import nn
 
-from bumblebee.datamodule import Batch
+from bumblebee.datamodule import Batch, DataModule
 from bumblebee.distributed import process_group
-from bumblebee.distributed.deepspeed.ds_config import HALF_DTYPES, deepspeed_config, read_overrides
-from bumblebee.hardware import flops, memory_stats
-from bumblebee.nn import IGNORE_INDEX
-from bumblebee.nn.attention_kernels import choose
-from bumblebee.optim import Constant, parameter_groups
-from bumblebee.preview.dry_run import MOST, Failed, Rehearsal, places, rehearse
-from bumblebee.preview.memory_estimate import BUCKET, Memory, MicroBatch, ModelSize, Setup, estimate
-from bumblebee.recipe import Run, dump
+from bumblebee.distributed.deepspeed.ds_config import deepspeed_config
+from bumblebee.hardware import memory_stats
+from bumblebee.optim import Constant, Schedule, parameter_groups
+from bumblebee.preview.data_subset import select_micro_batches
+from bumblebee.preview.dry_run import MAX_MICRO_BATCHES, DryRunError, DryRunResult, dry_run
+from bumblebee.preview.workload import Workload
+from bumblebee.recipe import OptimizerFactory, Run, dump
+from bumblebee.tasks.task import Task
 from bumblebee.training.run_folder import check_free, find_resume
+from bumblebee.training.setup import engine_options, make_plan
 
-QUICK = 60.0  # seconds that a rehearsal may be expected to take where nobody asked for it
-_STEPS = 4  # of a rehearsal, at least
+logger = logging.getLogger(__name__)
+
+AUTO_LIMIT = 60.0  # seconds that a dry run may take with --measure auto
+_MIN_STEPS = 4  # of a dry run
 
 
+@dataclass(frozen=True)
 class Preview:
-    """What there is to know before training. ``report`` prints it.
+    """What a recipe would do, as ``preview_report`` prints it.
 
     Args:
-        run: what the recipe describes; the model without weights.
+        data: the DataModule, set up.
+        workload: plan, memory and FLOPs of the run.
+        schedule: of the learning rate.
+        learning_rate: of the optimizer; None if it does not tell.
+        output_dir: folder of the run.
+        dry_run: its measurements; None if memory and time are computed.
+        why_computed: why there is no dry run.
+        warnings: reasons why a training run would not start that are not errors of the recipe.
+    """
+
+    data: DataModule
+    workload: Workload
+    schedule: Schedule
+    learning_rate: float | None
+    output_dir: Path
+    dry_run: DryRunResult | None
+    why_computed: str
+    warnings: list[str]
+
+    @property
+    def total_memory(self) -> float:
+        """Bytes of each device. For several ranks, the measurement of one less what the estimates say that ZeRO saves."""
+        estimate = self.workload.memory()
+        if self.dry_run is None:
+            return estimate.total
+        single_rank = self.workload.memory(ranks=1)
+        return max(self.dry_run.peak + estimate.total - single_rank.total, estimate.persistent)
+
+    @property
+    def step_seconds(self) -> tuple[float, float] | None:
+        """Shortest and longest likely duration of a step; None if unknown."""
+        if self.dry_run is None:
+            return self.workload.estimated_step_seconds()
+        return 0.95 * min(self.dry_run.step_seconds), 1.05 * max(self.dry_run.step_seconds)
+
+
+def collect(
+    run: Run,
+    config: Namespace,
+    ranks: int | None = None,
+    measure: Literal["auto", "always", "never"] = "auto",
+    gpu: bool = False,
+    overwrite: bool = False,
+) -> Preview:
+    """Set the run up without weights and collect its preview.
+
+    Args:
+        run: built from the recipe, the model without weights.
         config: the parsed recipe.
-        ranks: to plan for; None for those of the launcher.
-        measure: "auto", "always" or "never".
-        gpu: compute the memory of GPUs, wherever this runs.
-        overwrite: the training may delete an earlier run.
+        ranks: number of devices to plan for; None for those of the launcher.
+        measure: whether to do a dry run; auto does one if it fits and is quick.
+        gpu: estimate the memory of GPUs, whatever device this machine has.
+        overwrite: an earlier run in the output folder may be deleted.
 
     Raises:
-        ValueError: data, folder or options that cannot be used, as in a training.
+        ValueError: data, folder or options that a training run would refuse.
     """
-
-    def __init__(
-        self,
-        run: Run,
-        config: Namespace,
-        ranks: int | None = None,
-        measure: str = "auto",
-        gpu: bool = False,
-        overwrite: bool = False,
-    ) -> None:
-        self.trainer, self.task, self.data = run.trainer, run.task, run.data
-        self.schedule = run.schedule or Constant(warmup_ratio=0.0)
-        self.output_dir, self.seed, self.config = Path(run.output_dir), run.seed, config
-        self.device = process_group.pick_device(self.trainer.device_name)
-        self.overwrite = overwrite
-        self.kind = "cuda" if gpu else self.device.type
-        if self.trainer.precision == "fp16" and self.kind == "cpu":
-            raise ValueError("trainer.precision fp16 needs a GPU; on a CPU take bf16 or fp32")
-        self.data.setup(self.seed)
-        self.task.setup(self.data)
-        self.ranks = ranks or process_group.world_size()
-        self.plan = self.trainer.plan_for(self.data, self.seed, self.ranks, find_resume(self.trainer.resume, self.output_dir))
-        self.learning_rate, self.optimizer_bytes = probed(run.optimizer, config.optimizer)
-        self.size, self.beside = ModelSize.of(self.task.model), [ModelSize.of(model) for model in self.task.frozen_models()]
-        self._check_options()
-        self.batch = self._largest_batch()
-        self._check_targets()
-        self.rate = self._matmul_rate()
-        self.rehearsal: Rehearsal | None = None
-        self.why_not = self._why_not(measure)
-        if not self.why_not:
-            self._rehearse()
-
-    def _check_options(self) -> None:
-        """Refuse what a training would refuse."""
-        parameter_groups(self.task.model, self.trainer.groups)
-        deepspeed_config(self.trainer.engine_options(getattr(self.size.config, "hidden_size", None)))
-
-    # -- data ----------------------------------------------------------------------------------------------------------
-
-    def _largest_batch(self) -> Batch:
-        first = places(self.data, self.trainer.micro_batch_size, self.seed)[0]
-        return self.data.collate([self.data.train[index] for index in first])
-
-    def _check_targets(self) -> None:
-        """Refuse data of which nothing is learned: every step would be left out."""
-        if self._has_targets(self.batch):
-            return
-        print("looking for a sample with a target ...", file=sys.stderr, flush=True)
-        samples = self.data.train
-        if not any(self._has_targets(self.data.collate([samples[index]])) for index in range(len(samples))):
-            raise ValueError(f"data: there is nothing to train on: none of {len(samples)} training samples has a target")
-
-    def _has_targets(self, batch: Batch) -> bool:
-        return any(int(count) > 0 for count in self.task.counts(batch).values())
-
-    # -- memory --------------------------------------------------------------------------------------------------------
-
-    @property
-    def setup(self) -> Setup:
-        """How it is trained."""
-        zero = read_overrides(self.trainer.deepspeed).get("zero_optimization", {})
-        return Setup(
-            self.trainer.precision, self.trainer.zero_stage, self.ranks, self.kind, self.optimizer_bytes,
-            offload_optimizer="device" in zero.get("offload_optimizer", {}),
-            offload_weights="device" in zero.get("offload_param", {}),
-            bucket=float(zero.get("reduce_bucket_size", BUCKET)),
-        )  # fmt: skip
-
-    @property
-    def kernel(self) -> str | None:
-        """Of attention; None for a model that is not ours."""
-        wanted = getattr(self.task.model, "attention", None)
-        return choose(wanted, HALF_DTYPES.get(self.trainer.precision, torch.float32)) if isinstance(wanted, str) else None
-
-    def computed(self, setup: Setup) -> Memory:
-        """By formula."""
-        rows, length = self.batch["input_ids"].shape
-        targets = int((self.batch["labels"] != IGNORE_INDEX).sum())
-        return estimate(self.size, setup, MicroBatch(rows, length, targets, self.kernel or "sdpa"), self.beside)
-
-    @property
-    def memory(self) -> Memory:
-        """By formula, on each of the ranks."""
-        return self.computed(self.setup)
-
-    @property
-    def total(self) -> float:
-        """Bytes on each device: measured, with what more ranks save by formula; or computed."""
-        if self.rehearsal is None:
-            return self.memory.total
-        alone = self.computed(replace(self.setup, ranks=1)).total
-        return max(self.rehearsal.peak + self.memory.total - alone, self.memory.lasting)
-
-    # -- time ----------------------------------------------------------------------------------------------------------
-
-    @property
-    def micro_batches(self) -> float:
-        """Of a step on one rank, on average: the last step of an epoch may have fewer."""
-        across = self.plan.micro_batch_size * self.plan.world_size
-        return -(-self.plan.samples // across) / self.plan.steps_per_epoch
-
-    @property
-    def operations(self) -> float:
-        """Floating-point operations of one rank in a micro-batch like the largest one."""
-        rows, length = self.batch["input_ids"].shape
-        model = self.task.model
-        each = flops.weight_flops_per_token(model) + flops.attention_flops_per_token(model, length)
-        looked_at = 4 / 3 if self.beside or getattr(self.task, "reference", None) == "adapters_off" else 1.0
-        return rows * length * each * looked_at
-
-    def _matmul_rate(self) -> float:
-        """Operations a second in large matrix products; 0 where that cannot be told."""
-        if self.kind != self.device.type:
-            return 0.0
-        if self.device.type == "cpu":
-            return 1e12 * flops.measure_peak_tflops(HALF_DTYPES.get(self.trainer.precision, torch.float32))
-        known = flops.peak_tflops(torch.cuda.get_device_name(self.device))
-        return 1e12 * (known or 0.0) / (1 if self.trainer.precision in HALF_DTYPES else 8)
-
-    @property
-    def seconds_of_a_step(self) -> tuple[float, float] | None:
-        """From, to; None where it cannot be told."""
-        if self.rehearsal is not None:
-            return 0.95 * min(self.rehearsal.seconds), 1.05 * max(self.rehearsal.seconds)
-        if not self.rate:
-            return None
-        best = self.operations * self.micro_batches / self.rate
-        return best / 0.6, best / 0.2
-
-    # -- measuring -----------------------------------------------------------------------------------------------------
-
-    def _why_not(self, measure: str) -> str:
-        """Why nothing is measured; empty where it is."""
-        if self.kind != self.device.type:
-            return "no GPU is visible here"
-        if measure != "auto":
-            return "as asked for" if measure == "never" else ""
-        alone, free = self.computed(replace(self.setup, ranks=1)).total, memory_stats.memory_available(self.device)
-        if free is not None and alone > 0.8 * free:
-            return f"it needs {amount(alone)}, {amount(free)} are free"
-        expected = min(self.micro_batches, MOST) * _STEPS * self.operations / 0.3 / self.rate if self.rate else 0.0
-        return f"it would take about {expected:,.0f} seconds, see --measure" if expected > QUICK else ""
-
-    def _rehearse(self) -> None:
-        print("measuring a few steps in a process of its own ...", file=sys.stderr, flush=True)
+    workload, learning_rate = _set_up(run, config, ranks, gpu)
+    result, why_computed = None, _why_computed(workload, measure)
+    if not why_computed:
+        logger.info("dry run: measuring a few steps in a subprocess ...")
         try:
-            self.rehearsal = rehearse(dump(self.config), self.micro_batches)
-        except Failed as error:
-            self.why_not = str(error)
-
-    @property
-    def warnings(self) -> list[str]:
-        """What a training would refuse, and no mistake of the recipe."""
-        try:
-            check_free(self.output_dir, self.trainer.resume, self.overwrite)
-        except ValueError as error:
-            return [str(error)]
-        return []
+            result = dry_run(dump(config), workload.micro_batches_per_step)
+        except DryRunError as error:
+            why_computed = str(error)
+    return Preview(
+        run.data, workload, run.schedule or Constant(warmup_ratio=0.0), learning_rate, Path(run.output_dir),
+        result, why_computed, _warnings(run, overwrite),
+    )  # fmt: skip
 
 
-def probed(optimizer: Any, described: Namespace) -> tuple[float | None, float]:
-    """(learning rate, bytes kept for each weight) of an optimizer, tried on a matrix.
+def _set_up(run: Run, config: Namespace, ranks: int | None, gpu: bool) -> tuple[Workload, float | None]:
+    trainer, data, task = run.trainer, run.data, run.task
+    device = process_group.pick_device(trainer.device_name)
+    device_type = "cuda" if gpu else device.type
+    if trainer.precision == "fp16" and device_type == "cpu":
+        raise ValueError("trainer.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    data.setup(run.seed)
+    task.setup(data)
+    ranks = ranks or process_group.world_size()
+    plan = make_plan(trainer, data, run.seed, ranks, find_resume(trainer.resume, Path(run.output_dir)))
+    learning_rate, optimizer_bytes = probe_optimizer(run.optimizer, config.optimizer)
+    parameter_groups(task.model, trainer.groups)
+    hidden_size = getattr(getattr(task.model, "config", None), "hidden_size", None)
+    deepspeed_config(engine_options(trainer, hidden_size))
+    largest = select_micro_batches(data, trainer.micro_batch_size, run.seed)[0]
+    batch = data.collate([data.train[index] for index in largest])
+    _require_targets(task, data, batch)
+    return Workload(task, trainer, plan, batch, ranks, device, device_type, optimizer_bytes), learning_rate
 
-    DeepSpeed's own ones want a GPU or a compiler: they are taken for Adam.
+
+def _require_targets(task: Task, data: DataModule, batch: Batch) -> None:
+    """Raise if no training sample has a target: every step would be skipped."""
+
+    def has_targets(batch: Batch) -> bool:
+        return any(int(count) > 0 for count in task.counts(batch).values())
+
+    if has_targets(batch):
+        return
+    logger.info("looking for a sample with a target ...")
+    if not any(has_targets(data.collate([data.train[index]])) for index in range(len(data.train))):
+        raise ValueError(f"data: nothing to train on: none of the {len(data.train)} training samples has a target")
+
+
+def _why_computed(workload: Workload, measure: str) -> str:
+    """Why memory and time are computed; empty if a dry run measures them."""
+    if workload.device_type != workload.device.type:
+        return "this machine has no GPU"
+    if measure != "auto":
+        return "--measure never" if measure == "never" else ""
+    needed, free = workload.memory(ranks=1).total, memory_stats.memory_available(workload.device)
+    if free is not None and needed > 0.8 * free:
+        return f"the run needs {format_bytes(needed)}, {format_bytes(free)} are free"
+    if not workload.peak_flops:
+        return ""
+    micro_batches = min(workload.micro_batches_per_step, MAX_MICRO_BATCHES) * _MIN_STEPS
+    seconds = micro_batches * workload.flops_per_micro_batch / 0.3 / workload.peak_flops
+    return f"a dry run would take about {seconds:,.0f} seconds, see --measure" if seconds > AUTO_LIMIT else ""
+
+
+def _warnings(run: Run, overwrite: bool) -> list[str]:
+    try:
+        check_free(Path(run.output_dir), run.trainer.resume, overwrite)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def probe_optimizer(factory: OptimizerFactory, config: Namespace) -> tuple[float | None, float]:
+    """Return the learning rate and the bytes of optimizer state per weight, by one step on a small matrix.
+
+    DeepSpeed's own optimizers need a GPU or a compiler; they are assumed to be Adam.
 
     Args:
-        optimizer: from parameters to an optimizer.
-        described: what it was made of.
+        factory: builds the optimizer from parameters.
+        config: class path and options of the optimizer.
     """
-    if described.class_path.startswith("deepspeed."):
-        return described.init_args.get("lr"), 8.0
+    if config.class_path.startswith("deepspeed."):
+        return config.init_args.get("lr"), 8.0
     weight = nn.Parameter(torch.zeros(64, 64))
-    made = optimizer([weight])
+    optimizer: Any = factory([weight])
     weight.grad = torch.ones_like(weight)
-    made.step()
-    kept = sum(value.nbytes for value in made.state[weight].values() if torch.is_tensor(value) and value.dim())
-    return made.param_groups[0]["lr"], kept / weight.numel()
+    optimizer.step()
+    tensors = [value for value in optimizer.state[weight].values() if torch.is_tensor(value) and value.dim()]
+    state_bytes = sum(tensor.nbytes for tensor in tensors)
+    return optimizer.param_groups[0]["lr"], state_bytes / weight.numel()
 
 
-def amount(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes as MB (10^6) or GB (10^9)."""
     return f"{count / 1e6:,.0f} MB" if count < 999.5e6 else f"{count / 1e9:,.2f} GB"
-
-
-def report(preview: Preview, samples: int) -> None:
-    """Print everything."""
-    from bumblebee.preview.preview_report import lines
-
-    print("\n".join(lines(preview, samples)), flush=True)

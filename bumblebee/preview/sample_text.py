@@ -1,7 +1,7 @@
-"""Samples as text, the trained tokens marked. From batches alone: any DataModule's samples can be shown.
+"""Samples as text with their targets highlighted. Needs nothing but batches, so that it works with any DataModule.
 
-A batch's row is ``input_ids`` and ``labels`` (T,), where labels[t] is what position t is to predict, -100 for nothing. So the
-token at t is trained if labels[t - 1] asks for it; a label that no position holds, as at the end of a row, is shown too.
+A row of a batch has ``input_ids`` and ``labels`` (T,): labels[t] is the target at position t, -100 for none. So the token at t
+is a target if labels[t - 1] equals it. A label that no position holds, as at the end of a row, is shown too.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.nn import IGNORE_INDEX
@@ -19,26 +19,27 @@ from bumblebee.nn import IGNORE_INDEX
 if TYPE_CHECKING:
     from bumblebee.tokenizer.tokenizer import Tokenizer
 
-Cell = tuple[str, bool]  # a character, and whether it belongs to a trained token
+Cell = tuple[str, bool]  # a character, and whether it belongs to a target
+Run = tuple[list[int], bool] | None  # consecutive token ids, and whether they are targets; None separates packed documents
 
 
 @dataclass(frozen=True)
-class Marks:
-    """What stands around trained text."""
+class Highlight:
+    """Text around targets."""
 
     begin: str
     end: str
 
     @classmethod
-    def of_terminal(cls) -> Marks:
-        """Green and bold on a terminal; brackets elsewhere, and where NO_COLOR is set (no-color.org)."""
-        plain = bool(os.environ.get("NO_COLOR")) or not sys.stdout.isatty()
-        return cls("⟦", "⟧") if plain else cls("\033[1;32m", "\033[0m")
+    def for_stdout(cls) -> Highlight:
+        """Bold green on a terminal; brackets elsewhere and if NO_COLOR is set (no-color.org)."""
+        no_color = bool(os.environ.get("NO_COLOR")) or not sys.stdout.isatty()
+        return cls("⟦", "⟧") if no_color else cls("\033[1;32m", "\033[0m")
 
     @property
     def legend(self) -> str:
-        """What they mean."""
-        return f"{self.begin}trained{self.end} tokens are targets; ⏎ is a line's end, │ the end of a packed text"
+        """One line that explains the symbols."""
+        return f"{self.begin}targets{self.end} are trained on; ⏎ is a line break, │ the end of a packed document"
 
 
 @dataclass(frozen=True)
@@ -46,165 +47,164 @@ class Row:
     """A row of a batch.
 
     Args:
-        runs: (ids, trained) one after the other; None ends a packed text.
-        padding: places at the end that hold nothing.
+        runs: token ids, split where targets begin or end.
+        padding: number of padding tokens at the end.
     """
 
-    runs: list[tuple[list[int], bool] | None]
+    runs: list[Run]
     padding: int
 
     @property
     def tokens(self) -> int:
-        """What is not padding."""
+        """Number of tokens without padding."""
         return sum(len(run[0]) for run in self.runs if run is not None)
 
 
-def rows(batch: Batch) -> list[Row]:
-    """The rows of a batch."""
+def rows_of(batch: Batch) -> list[Row]:
+    """Split a batch into rows."""
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
     positions = batch["position_ids"].tolist() if "position_ids" in batch else [[None] * len(row) for row in ids]
     return [_row(*row) for row in zip(ids, labels, positions, strict=True)]
 
 
-def _row(ids: list[int], labels: list[int], positions: list[Any]) -> Row:
+def _row(ids: list[int], labels: list[int], positions: Sequence[int | None]) -> Row:
     end = len(ids) - _padding(ids, labels, positions)
-    runs: list[tuple[list[int], bool] | None] = []
-    asked = IGNORE_INDEX  # by the position before
+    runs: list[Run] = []
+    label = IGNORE_INDEX  # of the previous position
 
-    def add(token: int, trained: bool) -> None:
+    def add(token: int, is_target: bool) -> None:
         last = runs[-1] if runs else None
-        if last is None or last[1] != trained:
-            runs.append(([token], trained))
+        if last is None or last[1] != is_target:
+            runs.append(([token], is_target))
         else:
             last[0].append(token)
 
-    for place in range(end):
-        begins = place > 0 and positions[place] == 0
-        if asked != IGNORE_INDEX and (begins or asked != ids[place]):
-            add(asked, True)
-            asked = IGNORE_INDEX
-        if begins:
+    for index in range(end):
+        starts_document = index > 0 and positions[index] == 0
+        if label != IGNORE_INDEX and (starts_document or label != ids[index]):
+            add(label, True)
+            label = IGNORE_INDEX
+        if starts_document:
             runs.append(None)
-        add(ids[place], asked != IGNORE_INDEX)
-        asked = labels[place]
-    if asked != IGNORE_INDEX:
-        add(asked, True)
+        add(ids[index], label != IGNORE_INDEX)
+        label = labels[index]
+    if label != IGNORE_INDEX:
+        add(label, True)
     return Row(runs, len(ids) - end)
 
 
-def _padding(ids: list[int], labels: list[int], positions: list[Any]) -> int:
-    """Places at the end with one and the same token, of which nothing is asked and which nobody is to predict."""
+def _padding(ids: list[int], labels: list[int], positions: Sequence[int | None]) -> int:
+    """Number of identical tokens at the end that neither have a label nor are targets."""
     end = len(ids)
     while end > 0 and ids[end - 1] == ids[-1] and labels[end - 1] == IGNORE_INDEX:
         if end > 1 and labels[end - 2] != IGNORE_INDEX and positions[end - 1] != 0:
-            break  # the position before predicts it
+            break  # a target
         end -= 1
     return len(ids) - end
 
 
-def cells(row: Row, tokenizer: Tokenizer | None) -> list[Cell]:
-    """A row's characters; ids where there is no tokenizer. Special tokens are spelled out."""
-    found: list[Cell] = []
-    for run in _whole_characters(row.runs, tokenizer):
+def cells_of(row: Row, tokenizer: Tokenizer | None) -> list[Cell]:
+    """The characters of a row, special tokens spelled out; token ids without a tokenizer."""
+    cells: list[Cell] = []
+    for run in _split_at_characters(row.runs, tokenizer):
         if run is None:
-            found.append(("│", False))
+            cells.append(("│", False))
             continue
-        ids, trained = run
+        ids, is_target = run
         text = " ".join(map(str, ids)) + " " if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=False)
-        found += [(_visible(character), trained) for character in text]
-    return found
+        cells += [(_printable(character), is_target) for character in text]
+    return cells
 
 
-def _whole_characters(runs: list[Any], tokenizer: Tokenizer | None) -> Iterator[tuple[list[int], bool] | None]:
-    """The runs, cut where characters begin: one whose bytes are tokens of both kinds goes to the later run."""
+def _split_at_characters(runs: list[Run], tokenizer: Tokenizer | None) -> Iterator[Run]:
+    """Move run boundaries to character boundaries: a character whose tokens are in two runs belongs to the later one."""
     held: list[int] = []
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         if run is None or tokenizer is None:
             yield run
             continue
         ids, held = [*held, *run[0]], []
-        later = place + 1 < len(runs) and runs[place + 1] is not None
-        while later and ids and len(held) < 3 and tokenizer.decode(ids[-4:], skip_special_tokens=False).endswith("\ufffd"):
+        has_next = index + 1 < len(runs) and runs[index + 1] is not None
+        while has_next and ids and len(held) < 3 and tokenizer.decode(ids[-4:], skip_special_tokens=False).endswith("\ufffd"):
             held.insert(0, ids.pop())
         yield ids, run[1]
 
 
-def _visible(character: str) -> str:
+def _printable(character: str) -> str:
     if character == "\n":
         return "⏎"
     return " " if character == "\t" else character if character.isprintable() else "·"
 
 
-def columns(found: list[Cell]) -> int:
-    """How wide it is on a terminal, where some characters take two columns and some none."""
-    return sum(_width(character) for character, _ in found)
+def display_width(cells: list[Cell]) -> int:
+    """Columns on a terminal, where some characters take two and some none."""
+    return sum(_width(character) for character, _ in cells)
 
 
 def _width(character: str) -> int:
     return 0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def _first(found: list[Cell], limit: int) -> int:
-    """How many of the first cells fit into so many columns, at least one."""
-    taken = 0
-    for place, (character, _) in enumerate(found):
-        taken += _width(character)
-        if taken > limit and place:
-            return place
-    return len(found)
+def _count_that_fit(cells: list[Cell], width: int) -> int:
+    """How many of the first cells fit into ``width`` columns, at least one."""
+    used = 0
+    for index, (character, _) in enumerate(cells):
+        used += _width(character)
+        if used > width and index:
+            return index
+    return len(cells)
 
 
-def shortened(found: list[Cell], limit: int) -> list[Cell]:
-    """At most so many columns: the beginning, and where that holds nothing trained, the first trained characters as well."""
-    if columns(found) <= limit:
-        return found
-    dots = ("…", False)
-    trained = next((place for place, cell in enumerate(found) if cell[1]), 0)
-    if trained < _first(found, limit * 3 // 4):
-        return [*found[: _first(found, limit - 1)], dots]
-    head, rest = found[: _first(found, limit // 3)], found[max(0, trained - limit // 12) :]
-    shown_rest = rest[: _first(rest, limit - limit // 3 - 2)]
-    return [*head, dots, *shown_rest, *([dots] if len(shown_rest) < len(rest) else [])]
+def shorten(cells: list[Cell], width: int) -> list[Cell]:
+    """Shorten to ``width`` columns: the beginning, and the first targets if the beginning has none."""
+    if display_width(cells) <= width:
+        return cells
+    ellipsis = ("…", False)
+    first_target = next((index for index, (_, is_target) in enumerate(cells) if is_target), 0)
+    if first_target < _count_that_fit(cells, width * 3 // 4):
+        return [*cells[: _count_that_fit(cells, width - 1)], ellipsis]
+    head, rest = cells[: _count_that_fit(cells, width // 3)], cells[max(0, first_target - width // 12) :]
+    tail = rest[: _count_that_fit(rest, width - width // 3 - 2)]
+    return [*head, ellipsis, *tail, *([ellipsis] if len(tail) < len(rest) else [])]
 
 
-def lines(found: list[Cell], marks: Marks, width: int) -> list[str]:
-    """Cells as lines of so many columns, the marks not counted."""
-    text = []
-    while found:
-        count = _first(found, width)
-        text.append(_marked(found[:count], marks))
-        found = found[count:]
-    return text
+def wrap(cells: list[Cell], highlight: Highlight, width: int) -> list[str]:
+    """Wrap cells into lines of ``width`` columns, not counting highlights."""
+    lines = []
+    while cells:
+        count = _count_that_fit(cells, width)
+        lines.append(_highlighted(cells[:count], highlight))
+        cells = cells[count:]
+    return lines
 
 
-def _marked(found: list[Cell], marks: Marks) -> str:
+def _highlighted(cells: list[Cell], highlight: Highlight) -> str:
     text, inside = "", False
-    for character, trained in found:
-        if trained != inside:
-            text += marks.begin if trained else marks.end
-        text, inside = text + character, trained
-    return text + (marks.end if inside else "")
+    for character, is_target in cells:
+        if is_target != inside:
+            text += highlight.begin if is_target else highlight.end
+        text, inside = text + character, is_target
+    return text + (highlight.end if inside else "")
 
 
-def shown(data: DataModule, count: int, marks: Marks, width: int, height: int = 4) -> list[str]:
-    """The first samples: where each came from, and its rows. A pair of responses has two.
+def format_samples(data: DataModule, count: int, highlight: Highlight, width: int, height: int = 4) -> list[str]:
+    """Format the first training samples: their origin and their rows, two for a preference pair.
 
     Args:
-        data: set up.
-        count: of samples.
-        marks: around trained tokens.
-        width: of a line.
+        data: a DataModule that has been set up.
+        count: number of samples.
+        highlight: around targets.
+        width: columns of a line.
         height: lines of a row.
     """
-    text = []
-    for number in range(min(count, len(data.train))):
-        batch = data.collate([data.train[number]])
-        found = rows(batch)
-        names = ["chosen", "rejected"] if len(found) == 2 else [""] * len(found)
-        for name, row in zip(names, found, strict=True):
-            padding = f", {row.padding} of padding" if row.padding else ""
-            head = f"{number + 1}  {name + ': ' if name else ''}{row.tokens} tokens{padding}  {data.origin(number)}"
-            text.append(head if len(head) <= width else head[: width - 1] + "…")
-            body = shortened(cells(row, data.tokenizer), (width - 6) * (height if len(found) == 1 else height - 1))
-            text += [f"   {line}" for line in lines(body, marks, width - 5)]
-    return text
+    lines = []
+    for index in range(min(count, len(data.train))):
+        rows = rows_of(data.collate([data.train[index]]))
+        names = ["chosen", "rejected"] if len(rows) == 2 else [""] * len(rows)
+        for name, row in zip(names, rows, strict=True):
+            padding = f", {row.padding} padding" if row.padding else ""
+            head = f"{index + 1}  {name + ': ' if name else ''}{row.tokens} tokens{padding}  {data.origin(index)}"
+            lines.append(head if len(head) <= width else head[: width - 1] + "…")
+            text = shorten(cells_of(row, data.tokenizer), (width - 6) * (height if len(rows) == 1 else height - 1))
+            lines += [f"   {line}" for line in wrap(text, highlight, width - 5)]
+    return lines

@@ -8,11 +8,14 @@ _LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 def sparkline(value: Callable[[int], float], count: int, width: int = 60) -> str:
-    """The values at 0 to count - 1, from 0 (blank) to their largest (a whole block), each column the largest of its share."""
+    """Draw value(0) ... value(count - 1), scaled from 0 (blank) to their maximum (full block).
+
+    Each column shows the maximum of a few values in its range.
+    """
     width = min(width, count)
     edges = [column * count // width for column in range(width + 1)]
     columns = [
-        max(value(place) for place in {begin, (begin + end) // 2, end - 1})
+        max(value(index) for index in {begin, (begin + end) // 2, end - 1})
         for begin, end in zip(edges, edges[1:], strict=False)
     ]
     top = max(columns)

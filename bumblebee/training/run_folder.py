@@ -1,8 +1,8 @@
-"""The folder of a run: what lies in it, and the checkpoints found there.
+"""The output folder of a run, and the checkpoints in it.
 
-output_dir/recipe.yaml metrics.jsonl loss.png ...      written while the run goes on
-output_dir/checkpoint-<step>/                          a model folder, and the training state beside it
-output_dir/config.json model.safetensors ...           the trained model, when the run is complete; with LoRA instead
+output_dir/recipe.yaml metrics.jsonl loss.png ...      written during the run
+output_dir/checkpoint-<step>/                          a model folder with the training state
+output_dir/config.json model.safetensors ...           the trained model, once the run is complete; with LoRA instead
 output_dir/adapter_config.json adapter_model.safetensors
 """
 
@@ -15,21 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TRAINER_STATE = "trainer_state.json"  # written last into a checkpoint
-_OF_A_RUN = ("recipe.yaml", "metrics.jsonl", "log.txt", "loss.png", "summary.json", "tensorboard", "config.json",
+TRAINER_STATE = "trainer_state.json"  # written last: a checkpoint with it is complete
+_RUN_FILES = ("recipe.yaml", "metrics.jsonl", "log.txt", "loss.png", "summary.json", "tensorboard", "config.json",
              "generation_config.json", "tokenizer.json", "tokenizer_config.json", "best.json", "samples.jsonl", "trace.json",
              "profile.txt", "wandb", "adapter_config.json", "adapter_model.safetensors")  # fmt: skip
-_GLOBS = ("checkpoint-*", ".checkpoint-*.partial", "model*.safetensors*")
+_RUN_GLOBS = ("checkpoint-*", ".checkpoint-*.partial", "model*.safetensors*")
 
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A complete checkpoint on the disk.
+    """A complete checkpoint on disk.
 
     Args:
         path: its folder.
-        step: optimizer steps done.
-        last: whether it was written because a run ended.
+        step: number of optimizer steps done.
+        last: whether it was saved at the end of a run.
     """
 
     path: Path
@@ -38,66 +38,66 @@ class SavedCheckpoint:
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """What the trainer wrote about a checkpoint.
+    """Read trainer_state.json of a checkpoint.
 
     Raises:
-        ValueError: the folder is no checkpoint.
+        ValueError: the folder is not a checkpoint.
     """
     try:
         return json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{checkpoint} is no checkpoint that can be resumed: {error}") from error
+        raise ValueError(f"{checkpoint} is not a checkpoint that can be resumed: {error}") from error
 
 
 def checkpoints(output_dir: Path) -> list[SavedCheckpoint]:
     """The complete checkpoints of a run, oldest first."""
-    found = []
+    complete = []
     for path in output_dir.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
         if match and (path / TRAINER_STATE).is_file():
-            found.append(SavedCheckpoint(path, int(match[1]), bool(read_trainer_state(path).get("last"))))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+            complete.append(SavedCheckpoint(path, int(match[1]), bool(read_trainer_state(path).get("last"))))
+    return sorted(complete, key=lambda checkpoint: checkpoint.step)
 
 
 def holds_a_run(output_dir: Path) -> bool:
-    """Whether a run has come so far here that something would be lost: metrics, a checkpoint or a model."""
-    marks = ("metrics.jsonl", "config.json", "adapter_config.json")
-    return any((output_dir / name).exists() for name in marks) or bool(checkpoints(output_dir))
+    """Whether the folder holds results of a run: metrics, a checkpoint or a model."""
+    results = ("metrics.jsonl", "config.json", "adapter_config.json")
+    return any((output_dir / name).exists() for name in results) or bool(checkpoints(output_dir))
 
 
 def clear(output_dir: Path) -> None:
-    """Delete what a run wrote, and nothing else that lies there."""
-    for path in _files_of_a_run(output_dir):
+    """Delete a run's files, and no others."""
+    for path in _run_files(output_dir):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _files_of_a_run(output_dir: Path) -> list[Path]:
-    named = [output_dir / name for name in _OF_A_RUN if (output_dir / name).exists()]
-    return named + [path for pattern in _GLOBS for path in output_dir.glob(pattern)]
+def _run_files(output_dir: Path) -> list[Path]:
+    named = [output_dir / name for name in _RUN_FILES if (output_dir / name).exists()]
+    return named + [path for pattern in _RUN_GLOBS for path in output_dir.glob(pattern)]
 
 
 def find_resume(resume: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint that ``trainer.resume`` means: None, ``auto`` (the newest here, if any), or a path.
+    """The checkpoint to resume from: none for None, the newest one if any for ``auto``, or the given path.
 
     Raises:
-        ValueError: a path that is no checkpoint, with those that are there.
+        ValueError: the path is not a complete checkpoint; the message lists those of the run.
     """
     if resume is None:
         return None
-    found = checkpoints(output_dir)
+    complete = checkpoints(output_dir)
     if resume == "auto":
-        return found[-1].path if found else None
+        return complete[-1].path if complete else None
     if not (Path(resume) / TRAINER_STATE).is_file():
-        names = ", ".join(str(checkpoint.path) for checkpoint in found) or "none"
-        raise ValueError(f"trainer.resume: {resume} is no complete checkpoint; in {output_dir} there are: {names}")
+        names = ", ".join(str(checkpoint.path) for checkpoint in complete) or "none"
+        raise ValueError(f"trainer.resume: {resume} is not a complete checkpoint; checkpoints in {output_dir}: {names}")
     return Path(resume)
 
 
 def check_free(output_dir: Path, resume: str | None, overwrite: bool) -> None:
-    """Refuse to mix two runs.
+    """Check that a new run does not mix with an earlier one.
 
     Raises:
-        ValueError: a run is there and neither resume nor overwrite was asked for, or the path is no folder.
+        ValueError: the folder holds a run, and neither resume nor overwrite is set; or the path is not a folder.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir: {output_dir} is a file, not a folder")

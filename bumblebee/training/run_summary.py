@@ -66,12 +66,12 @@ def _attention(trainer: Trainer) -> str | None:
     import torch
 
     from bumblebee.model import Bumblebee
-    from bumblebee.nn.attention_kernels import choose
+    from bumblebee.nn.attention_kernels import select_kernel
 
     model = trainer.task.model
     if not isinstance(model, Bumblebee):
         return None
-    return choose(model.attention, torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
+    return select_kernel(model.attention, torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
 
 
 def _plan(trainer: Trainer) -> Section:

@@ -1,20 +1,20 @@
-"""Running a task over held-out batches without learning from them."""
+"""Evaluating a task on held-out batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from bumblebee.datamodule import Batch
-from bumblebee.tasks.task import Task
+from bumblebee.tasks.task import ForwardFn, Task
 
 
 @torch.no_grad()
-def validation_sums(task: Task, model: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """The task's validation sums over batches that are on the model's device; of this rank only."""
-    sums: dict[str, Any] = {}
+def validation_sums(task: Task, model: ForwardFn, batches: Iterable[Batch]) -> dict[str, float]:
+    """Add a task's validation sums over batches on the model's device; of this rank only."""
+    sums: dict[str, Tensor] = {}
     for batch in batches:
         for name, value in task.validation_step(model, batch).items():
             sums[name] = sums.get(name, 0) + value  # stays on the device

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bumblebee.distributed import process_group
-from bumblebee.nn.attention_kernels import choose
+from bumblebee.nn.attention_kernels import select_kernel
 from bumblebee.trainer import Trainer
 from bumblebee.verify.verify_options import VerifyOptions
 
@@ -37,7 +37,7 @@ class Context:
     @property
     def kernel(self) -> str:
         """The attention kernel that a run with these options selects."""
-        return choose(self.options.attention, self.dtype)
+        return select_kernel(self.options.attention, self.dtype)
 
     def build_trainer(
         self,
@@ -69,7 +69,7 @@ def resolve_options(options: VerifyOptions) -> tuple[torch.device, Path]:
     device = process_group.pick_device(options.device)
     if options.precision == "fp16" and device.type == "cpu":
         raise ValueError("precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    choose(options.attention, DTYPES[options.precision])
+    select_kernel(options.attention, DTYPES[options.precision])
     if options.folder is not None:
         return device, Path(options.folder)
     return device, Path("runs") if Path("runs").is_dir() else Path()

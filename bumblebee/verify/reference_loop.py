@@ -1,96 +1,96 @@
-"""The reference for trial runs: a loop of plain torch on one device, in fp32, each step's rows as one batch.
+"""Reference loop: training in plain PyTorch on one device, each step's samples as one batch.
 
-Of the project it uses the model with the naive attention, for logits only, and the permutation of an epoch.
+From Bumblebee it uses the model, for logits only, and the permutation of an epoch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bumblebee.config import BumblebeeConfig
-from bumblebee.model import Bumblebee
+from bumblebee.datamodule import Batch
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.training.loader import epoch_order
-from bumblebee.verify.training_run import SEED, SHAPE, RandomTokens
-
-Point = tuple[float, float]  # loss and gradient norm of a step
 
 
-def gradient(rows: RandomTokens, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Of the mean loss over all targets of all rows; on the CPU."""
-    model = _model(weights, device)
-    _mean_loss(model, rows, list(range(rows.samples)), device).backward()
-    return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+class StepMetrics(NamedTuple):
+    """Metrics of one optimizer step."""
+
+    loss: float  # mean over the targets of the step
+    grad_norm: float  # before clipping
 
 
-def adamw(
-    rows: RandomTokens,
-    weights: Mapping[str, Tensor],
-    device: torch.device,
-    rows_a_step: int,
-    steps: int,
-    lr: float,
-    decay: float,
-    clip: float,
-    warmup: int,
-    skipped: Collection[int] = (),
-) -> tuple[list[Point], dict[str, Tensor]]:
-    """AdamW (arXiv 1711.05101) with a warm-up, half a cosine and clipping. Each step's point, and the weights, on the CPU.
-
-    Args:
-        rows: to train on.
-        weights: to begin with.
-        device: where.
-        rows_a_step: rows of a whole step; an epoch's last step has what is left.
-        steps: how many.
-        lr: highest learning rate.
-        decay: weight decay of the matrices.
-        clip: largest gradient norm.
-        warmup: steps in which the rate rises from 0.
-        skipped: steps whose update is left out, as fp16 does while it looks for its loss scale.
-    """
-    model = _model(weights, device)
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr)
-    points = []
-    for step, chosen in enumerate(_rows_of_steps(rows.samples, rows_a_step, steps)):
-        loss = _mean_loss(model, rows, chosen, device)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-        rising, falling = step / warmup, 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (rising if step < warmup else falling)
-        if step not in skipped:
-            optimizer.step()
-        points.append((loss.item(), norm.item()))
-    return points, {name: p.detach().cpu() for name, p in model.named_parameters()}
-
-
-def _model(weights: Mapping[str, Tensor], device: torch.device) -> Bumblebee:
-    model = Bumblebee(BumblebeeConfig(**SHAPE), attention="naive")
-    model.load_state_dict(dict(weights))
-    return model.to(device)
-
-
-def _rows_of_steps(samples: int, rows_a_step: int, steps: int) -> list[list[int]]:
-    found: list[list[int]] = []
+def sample_indices(num_samples: int, samples_per_step: int, steps: int, seed: int) -> list[list[int]]:
+    """Sample indices of each step: shuffled epochs, whose last step has the remaining samples."""
+    indices: list[list[int]] = []
     epoch = 0
-    while len(found) < steps:
-        order = epoch_order(samples, SEED, epoch).tolist()
-        found += [order[first : first + rows_a_step] for first in range(0, samples, rows_a_step)]
+    while len(indices) < steps:
+        order = epoch_order(num_samples, seed, epoch).tolist()
+        indices += [order[begin : begin + samples_per_step] for begin in range(0, num_samples, samples_per_step)]
         epoch += 1
-    return found[:steps]
+    return indices[:steps]
 
 
-def _mean_loss(model: Bumblebee, rows: RandomTokens, chosen: list[int], device: torch.device) -> Tensor:
-    batch = {name: tensor.to(device) for name, tensor in rows.collate(chosen).items()}
+def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy averaged over all targets of a batch."""
     logits, labels = model(batch["input_ids"], batch["position_ids"]), batch["labels"]
     total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     return total / (labels != IGNORE_INDEX).sum()
+
+
+def gradient(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Gradient of the mean loss of a batch, on the CPU."""
+    mean_loss(model, batch).backward()
+    return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def train_adamw(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    lr: float,
+    weight_decay: float,
+    clip: float,
+    lr_factor: Callable[[int], float],
+    skipped: Collection[int] = (),
+) -> list[StepMetrics]:
+    """Train with AdamW (arXiv 1711.05101) and gradient clipping. Embeddings and vectors have no weight decay.
+
+    Args:
+        model: changed in place.
+        batches: one per step. Steps without targets are left out, also of the result.
+        lr: learning rate before ``lr_factor``.
+        weight_decay: of the matrices.
+        clip: maximum gradient norm.
+        lr_factor: of each step, counted from 0.
+        skipped: steps without an update, as fp16 skips them while it searches for its loss scale.
+    """
+    parameters = dict(model.named_parameters())
+    decayed = [p for name, p in parameters.items() if p.ndim == 2 and "embed" not in name]
+    not_decayed = [p for name, p in parameters.items() if p.ndim == 1 or "embed" in name]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr)
+    metrics = []
+    for step, batch in enumerate(batches):
+        if not bool((batch["labels"] != IGNORE_INDEX).any()):
+            continue
+        loss = mean_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * lr_factor(step)
+        if step not in skipped:
+            optimizer.step()
+        metrics.append(StepMetrics(loss.item(), norm.item()))
+    return metrics
+
+
+def cosine_factor(step: int, warmup: int, steps: int) -> float:
+    """Linear warm-up from 0, then half a cosine (arXiv 1608.03983, without restarts)."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

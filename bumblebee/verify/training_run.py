@@ -6,7 +6,7 @@ The rows are awkward on purpose: packed documents, from none to all tokens as ta
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,27 @@ from bumblebee.trainer import Trainer
 VOCAB_SIZE, LENGTH = 256, 32
 NUM_TARGETS = (32, 1, 7, 0, 20)  # of the rows, in turn
 SEED = 42
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": LENGTH, "rope_theta": 10_000.0,
-}  # fmt: skip
+
+
+def build_model(attention: str) -> Bumblebee:
+    """Build the model of the run, randomly initialized."""
+    config = BumblebeeConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=LENGTH, rope_theta=10_000.0,
+    )  # fmt: skip
+    return Bumblebee(config, attention=attention)
+
+
+def reference_model(weights: Mapping[str, Tensor], device: torch.device) -> Bumblebee:
+    """Build the same model with naive attention and these weights."""
+    model = build_model("naive")
+    model.load_state_dict(dict(weights))
+    return model.to(device)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch to a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 class RandomTokens(DataModule):
@@ -142,7 +159,7 @@ def run_training(
     try:
         torch.manual_seed(SEED)
         with trainer.building():
-            model = Bumblebee(BumblebeeConfig(**SHAPE), attention=attention)
+            model = build_model(attention)
         trainer.fit(task(model), data, optimizer, schedule, {"recorder": recorder}, folder, SEED)
     finally:
         trainer.close()

@@ -1,6 +1,6 @@
 /**
- * One answer on its way: sends the request, writes the text into a message as it arrives, keeps time, and can be stopped.
- * Dispatches "change" whenever there is something new to show.
+ * A streaming answer: sends the request, appends the text to a message as it arrives, measures time, and can be stopped.
+ * Dispatches "change" on every update.
  */
 
 import { Failure } from "./failure.js";
@@ -13,7 +13,7 @@ export class Answer extends EventTarget {
 
   /**
    * @param {import("./connection.js").Connection} connection
-   * @param {import("./conversation.js").Message} message the answer's text is appended to its content
+   * @param {import("./conversation.js").Message} message receives the text, finish reason, error and statistics
    */
   constructor(connection, message) {
     super();
@@ -21,13 +21,13 @@ export class Answer extends EventTarget {
     this.message = message;
   }
 
-  /** Leaving the request frees the server's slot. What has arrived is kept. */
+  /** Aborts the request, which also cancels it at the server. The text so far is kept. */
   stop() {
     this.#abort.abort();
   }
 
   /**
-   * Ends when the answer does, well or not; how, is written in the message.
+   * Resolves when the answer has ended. Errors are stored in the message.
    * @param {"chat"|"completion"} mode
    * @param {object} body
    */
@@ -43,7 +43,7 @@ export class Answer extends EventTarget {
     this.dispatchEvent(new Event("change"));
   }
 
-  /** @returns {Promise<boolean>} false when the server is not ready, so that it is worth waiting and asking again */
+  /** @returns {Promise<boolean>} false if the server is not ready and the request should be retried */
   async #attempt(mode, body) {
     delete this.message.error;
     this.#clock = { sent: performance.now(), first: 0, last: 0, chunks: 0 };
@@ -75,7 +75,7 @@ export class Answer extends EventTarget {
     this.#clock.chunks += 1;
   }
 
-  /** Until the usage arrives with the last chunk, a chunk counts as a token. */
+  /** Counts chunks as tokens until the usage arrives with the last chunk. */
   #stats(usage) {
     const { sent, first, last, chunks } = this.#clock;
     const tokens = usage?.completion_tokens ?? chunks;

@@ -1,4 +1,4 @@
-/** The page: makes its parts and lets them know of each other. */
+/** Entry point: creates the components and connects them. */
 
 import { showBanner } from "./banner.js";
 import { Chat } from "./chat.js";
@@ -19,8 +19,8 @@ import { showTheme } from "./theme.js";
 import { Thread } from "./thread.js";
 import { Writer } from "./writer.js";
 
-const CURRENT = "bumblebee.current";  // the conversation that a reload shows again
-const FULL = "The browser's storage is full: new text is lost when this page is closed. Export or delete conversations.";
+const CURRENT = "bumblebee.current";  // the conversation to restore on reload
+const FULL = "The browser's storage is full: new messages will be lost when this page is closed. Export or delete conversations.";
 
 const storage = browserStorage();
 const settings = new Settings(storage);
@@ -33,7 +33,7 @@ const helpers = { key: () => dialog.open("key"), new: () => begin(), completion:
 const actions = {
   regenerate: (id) => chat.regenerate(id),
   resend: (id, text) => (chat.resend(id, text), composer.focus()),
-  goOn: () => chat.goOn(),
+  continueAnswer: () => chat.continueAnswer(),
   help: (kind) => helpers[kind](),
 };
 const thread = new Thread(byId("scroller"), byId("thread"), byId("jump"), actions);
@@ -58,7 +58,7 @@ function draw() {
   composer.draw();
   writer.draw();
   drawList();
-  drawFigures();
+  drawStats();
   remember(conversation.id);
 }
 
@@ -67,7 +67,7 @@ function drawList() {
   sidebar.draw();
 }
 
-function drawFigures() {
+function drawStats() {
   const { id, max_model_len: limit } = chat.model;
   byId("model").textContent = connection.models.length ? id : "";
   showMeter(chat.conversation, limit);
@@ -77,14 +77,14 @@ function progress() {
   if (!chat.running) return;
   if (chat.conversation.mode === "chat") thread.refresh();
   else writer.refresh();
-  drawFigures();
+  drawStats();
 }
 
-/** The address stays as it is; where the reader was is a matter of this tab alone. */
+/** Kept in the session storage of this tab, not in the URL. */
 function remember(id) {
   try {
     sessionStorage.setItem(CURRENT, id);
-  } catch { /* the browser allows no storage: a reload begins anew */ }
+  } catch { /* storage is blocked: a reload starts a new conversation */ }
 }
 
 function remembered() {
@@ -116,7 +116,7 @@ function toggleTheme() {
   settings.update({ theme: document.documentElement.dataset.theme === "dark" ? "light" : "dark" });
 }
 
-/** Escape ends the nearest thing: the drawer, then the answer. */
+/** Escape closes the drawer if it is open, otherwise it stops the answer. */
 function escape() {
   if (document.querySelector(":popover-open")) return;
   if (sidebar.over) sidebar.toggle(false);
@@ -168,9 +168,9 @@ chat.addEventListener("progress", progress);
 connection.addEventListener("change", () => {
   showBanner(connection, helpers.key);
   showExamples(chat.model, (text) => composer.put(text));
-  drawFigures();
+  drawStats();
 });
-settings.addEventListener("change", () => (showTheme(settings.theme), drawFigures()));
+settings.addEventListener("change", () => (showTheme(settings.theme), drawStats()));
 for (const source of [store, settings]) source.addEventListener("full", () => notify(FULL));
 addEventListener("online", () => connection.connect());
 addEventListener("pagehide", () => chat.keep());
@@ -182,7 +182,7 @@ addEventListener("storage", ({ key }) => {
   else drawList();
 });
 
-if (storage instanceof MemoryStorage) notify("This browser keeps nothing: conversations are lost when the page is closed.");
+if (storage instanceof MemoryStorage) notify("Storage is blocked in this browser: conversations will be lost when the page is closed.");
 chat.open(remembered());
 focusInput();
 connection.connect();

@@ -1,14 +1,14 @@
-/** The line at the top that tells when the server cannot be used, and what is done about it. */
+/** The banner that is shown while the server is not available. */
 
 import { byId } from "./dom.js";
 import { announce } from "./notices.js";
 
 const TEXTS = {
-  loading: ["The model is not ready: it is being loaded, or the server is about to stop. This page waits for it.", "Ask now"],
-  offline: ["The server cannot be reached. This page keeps trying.", "Try now"],
-  key: ["This server asks for an API key.", "Enter the key"],
+  loading: ["The model is not ready: it is loading, or the server is shutting down. Waiting…", "Retry now"],
+  offline: ["Cannot reach the server. Reconnecting…", "Retry now"],
+  key: ["This server requires an API key.", "Enter API key"],
 };
-const OTHER = ["The server does not answer as expected.", "Try again"];
+const OTHER = ["Unexpected response from the server.", "Retry"];
 const QUIET = ["ready", "connecting"];
 
 /**

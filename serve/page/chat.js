@@ -1,38 +1,38 @@
 /**
- * What a reader does with conversations: ask, stop, ask again, edit, continue, rename, delete. It knows the store, the settings
- * and the connection, and nothing of the page, which listens: "change" when a conversation or the list is another, "progress"
- * when an answer has grown. Answers go on while another conversation is shown.
+ * The user's operations on conversations: send, stop, regenerate, edit, continue, rename, delete. Uses the store, the settings
+ * and the connection, but not the DOM. Dispatches "change" when a conversation or the list has changed, and "progress" when
+ * an answer has grown. Answers continue in the background while another conversation is shown.
  */
 
 import { Answer } from "./answer.js";
 import { isEmpty, newConversation, newMessage, titleOf } from "./conversation.js";
 import { chatRequest, completionRequest } from "./request.js";
 
-const SAVE_EVERY = 1000;  // milliseconds, while an answer comes
-const GO_ON = "Please continue exactly where you stopped.";
+const SAVE_EVERY = 1000;  // milliseconds, during an answer
+const CONTINUE_PROMPT = "Please continue exactly where you stopped.";
 
 export class Chat extends EventTarget {
-  /** @type {Map<string, Answer>} the answers on their way, by conversation */
+  /** @type {Map<string, Answer>} running answers by conversation id */
   answers = new Map();
 
   /**
    * @param {import("./store.js").Store} store
    * @param {import("./settings.js").Settings} settings
    * @param {import("./connection.js").Connection} connection
-   * @param {(text: string, undo?: () => void) => void} tell what has been done, and how to undo it
+   * @param {(text: string, undo?: () => void) => void} notify shows what has been done, and an undo action
    */
-  constructor(store, settings, connection, tell) {
+  constructor(store, settings, connection, notify) {
     super();
-    Object.assign(this, { store, settings, connection, tell });
+    Object.assign(this, { store, settings, connection, notify });
     this.conversation = newConversation();
   }
 
-  /** Whether the conversation that is shown has an answer on its way. */
+  /** Whether the current conversation has a running answer. */
   get running() {
     return this.answers.has(this.conversation.id);
   }
 
-  /** The model that will be asked: the chosen one, while the server has it. */
+  /** The selected model if the server has it, otherwise its first one. */
   get model() {
     const { models } = this.connection;
     return models.find(({ id }) => id === this.settings.model) ?? models[0] ?? { id: "bumblebee" };
@@ -57,30 +57,30 @@ export class Chat extends EventTarget {
     this.#answer();
   }
 
-  /** Answers a question anew; what came after it goes. */
+  /** Regenerates an answer; later messages are removed. */
   regenerate(id) {
     if (this.conversation.mode === "completion") return this.#completeAgain();
     const index = this.#indexOf(id);
     if (index < 0) return;
-    this.#cut(index, "The answer was replaced.");
+    this.#cut(index, "Answer replaced.");
     this.#answer();
   }
 
-  /** Replaces a question and answers it; what came after it goes. */
+  /** Replaces a question and sends it; later messages are removed. */
   resend(id, text) {
     const index = this.#indexOf(id);
     if (index < 0) return;
-    this.#cut(index, "The question was replaced.");
+    this.#cut(index, "Message replaced.");
     this.send(text);
   }
 
-  /** Asks for the rest of an answer that was cut off. */
-  goOn() {
+  /** Continues an answer that was cut off. */
+  continueAnswer() {
     if (this.conversation.mode === "completion") this.complete();
-    else this.send(GO_ON);
+    else this.send(CONTINUE_PROMPT);
   }
 
-  /** Lets the model write on after the text of a completion. */
+  /** Lets the model continue the text, in completion mode. */
   complete() {
     const { conversation } = this;
     if (this.running) return;
@@ -89,8 +89,8 @@ export class Chat extends EventTarget {
     this.#run(conversation, conversation.answer, completionRequest(conversation.text, this.settings, this.model.id));
   }
 
-  /** Gives back the text as it was before the model wrote on. */
-  takeBack() {
+  /** Restores the text before the last completion. */
+  undoCompletion() {
     const { conversation } = this;
     if (this.running || conversation.before === undefined) return;
     conversation.text = conversation.before;
@@ -99,7 +99,7 @@ export class Chat extends EventTarget {
     this.#save(conversation);
   }
 
-  /** The text of a completion, as the reader has changed it. */
+  /** Saves the edited text, in completion mode. */
   write(conversation, text) {
     conversation.text = text;
     this.#save(conversation);
@@ -123,7 +123,7 @@ export class Chat extends EventTarget {
     this.store.remove(id);
     if (id === this.conversation.id) this.conversation = newConversation(conversation.mode);
     this.#changed();
-    this.tell(`“${titleOf(conversation)}” was deleted.`, () => {
+    this.notify(`Deleted “${titleOf(conversation)}”.`, () => {
       this.store.save(conversation);
       this.open(id);
     });
@@ -131,11 +131,11 @@ export class Chat extends EventTarget {
 
   /** @param {import("./conversation.js").Conversation[]} conversations */
   add(conversations) {
-    for (const each of conversations) this.store.save(each);
+    for (const conversation of conversations) this.store.save(conversation);
     if (conversations.length) this.open(conversations[0].id);
   }
 
-  /** Writes down what is on its way: the page is about to close. */
+  /** Saves running answers; called when the page is about to close. */
   keep() {
     for (const id of this.answers.keys()) if (this.store.get(id)) this.store.save(this.store.get(id));
   }
@@ -144,12 +144,12 @@ export class Chat extends EventTarget {
     return this.running ? -1 : this.conversation.messages.findIndex((message) => message.id === id);
   }
 
-  /** Drops messages from `index` on, in a way that can be undone. */
+  /** Removes the messages from `index` on, and offers to undo it. */
   #cut(index, text) {
     const { conversation } = this;
     const before = conversation.messages;
     conversation.messages = before.slice(0, index);
-    this.tell(text, () => {
+    this.notify(text, () => {
       this.stop(conversation.id);
       conversation.messages = before;
       this.#save(conversation);
@@ -165,7 +165,7 @@ export class Chat extends EventTarget {
   }
 
   #completeAgain() {
-    this.takeBack();
+    this.undoCompletion();
     this.complete();
   }
 

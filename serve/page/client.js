@@ -1,6 +1,5 @@
 /**
- * The server's HTTP interface: OpenAI's routes, and /ready. Every error leaves here as a Failure, but for an abort,
- * which the caller asked for.
+ * HTTP client for OpenAI's routes and /ready. All errors are thrown as Failure, except an abort by the caller.
  */
 
 import { Failure, failureOf } from "./failure.js";
@@ -8,8 +7,8 @@ import { events } from "./sse.js";
 
 export class Client {
   /**
-   * @param {string} base the address of the page, which the routes are relative to
-   * @param {() => string} key gives the API key, "" for none
+   * @param {string} base URL of the page; routes are relative to it
+   * @param {() => string} key returns the API key, "" for none
    */
   constructor(base, key) {
     this.base = base;
@@ -22,7 +21,7 @@ export class Client {
     return (await response.json()).data;
   }
 
-  /** Whether the server takes requests. A server without this route is taken to be ready. */
+  /** Whether the server accepts requests. A server without this route counts as ready. */
   async ready() {
     try {
       await this.#fetch("ready", { cache: "no-store" });
@@ -36,7 +35,7 @@ export class Client {
    * @param {string} path "v1/chat/completions" or "v1/completions"
    * @param {object} body
    * @param {AbortSignal} signal
-   * @returns {AsyncGenerator<object>} the chunks of the answer
+   * @returns {AsyncGenerator<object>} the chunks of the response
    */
   async *stream(path, body, signal) {
     const response = await this.#fetch(path, {
@@ -53,7 +52,7 @@ export class Client {
     } catch (error) {
       throw signal.aborted || error instanceof Failure ? error : new Failure("lost", error.message);
     }
-    throw new Failure("lost", "The stream ended before the answer did.");
+    throw new Failure("lost", "The stream ended before the answer was complete.");
   }
 
   async #fetch(path, options = {}) {
@@ -70,7 +69,7 @@ export class Client {
   }
 }
 
-/** A stream that has begun can tell of an error only in an event. */
+/** After a stream has started, errors are sent as events. */
 function checked(chunk) {
   if (chunk.error) throw new Failure("server", chunk.error.message ?? "");
   return chunk;

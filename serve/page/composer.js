@@ -1,11 +1,11 @@
-/** The box where a question is written: it grows with its text, Enter sends, and its button stops an answer that comes. */
+/** The message box: grows with its text, Enter sends, and the button stops a running answer. */
 
 import { byId } from "./dom.js";
 
 export class Composer {
   /**
    * @param {import("./chat.js").Chat} chat
-   * @param {() => void} sent called when a question is on its way
+   * @param {() => void} sent called after a message was sent
    */
   constructor(chat, sent) {
     Object.assign(this, { chat, sent });
@@ -17,7 +17,7 @@ export class Composer {
     byId("stop").onclick = () => (chat.stop(), this.focus());
   }
 
-  /** Shows whether there is something to send or to stop. */
+  /** Shows the send or the stop button. */
   draw() {
     const { running, conversation } = this.chat;
     const stopHadFocus = document.activeElement === byId("stop");
@@ -31,7 +31,7 @@ export class Composer {
     this.area.focus();
   }
 
-  /** Puts text into the box, to be sent or changed. */
+  /** Fills in a text, to be edited or sent. */
   put(text) {
     this.area.value = text;
     this.#grow();
@@ -39,7 +39,7 @@ export class Composer {
   }
 
   #key(event) {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;  // an input method ends a word with Enter
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;  // Enter confirms a word in an input method
     event.preventDefault();
     this.#submit();
   }

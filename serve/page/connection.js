@@ -1,11 +1,11 @@
 /**
- * Whether there is a server, and what it serves. Dispatches "change".
+ * The state of the server, and its models. Dispatches "change".
  *
- * `state` is "connecting", "ready", or the kind of the Failure that stands in the way.
+ * `state` is "connecting", "ready", or the kind of the Failure.
  */
 
-const PAUSE = 2000;  // milliseconds between two questions whether the server is ready
-const WAITED_ON = ["loading", "offline"];
+const PAUSE = 2000;  // milliseconds between two readiness checks
+const RETRIED = ["loading", "offline"];
 
 export class Connection extends EventTarget {
   /** @type {{id: string, max_model_len?: number, defaults?: Record<string, number>, examples?: string[]}[]} */
@@ -19,20 +19,20 @@ export class Connection extends EventTarget {
     this.client = client;
   }
 
-  /** Asks until the server is there and ready, or says something that waiting does not change. */
+  /** Polls until the server is ready, or until it returns an error that is not temporary. */
   async connect() {
-    const round = ++this.#round;  // a newer call takes over from one that still waits
+    const round = ++this.#round;  // a newer call replaces an older one that is still waiting
     for (;;) {
-      const state = await this.#look();
+      const state = await this.#check();
       if (round !== this.#round) return;
-      if (state !== this.state) this.#become(state);
-      if (!WAITED_ON.includes(state)) return;
+      if (state !== this.state) this.#setState(state);
+      if (!RETRIED.includes(state)) return;
       await pause(PAUSE);
     }
   }
 
   /**
-   * Resolves once the server takes requests.
+   * Resolves when the server accepts requests.
    * @param {AbortSignal} signal
    */
   async ready(signal) {
@@ -40,9 +40,9 @@ export class Connection extends EventTarget {
     if (this.state !== "ready") this.connect();
   }
 
-  async #look() {
+  async #check() {
     try {
-      const ready = await this.client.ready();  // first: a model that is ready tells more of itself
+      const ready = await this.client.ready();  // first, because the model card has more fields once the model is ready
       this.models = await this.client.models();
       return ready ? "ready" : "loading";
     } catch (failure) {
@@ -50,7 +50,7 @@ export class Connection extends EventTarget {
     }
   }
 
-  #become(state) {
+  #setState(state) {
     this.state = state;
     this.dispatchEvent(new Event("change"));
   }

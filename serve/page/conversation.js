@@ -1,31 +1,31 @@
 /**
- * A conversation: what it is, its title, and its way into files and back. Plain data, no browser needed.
+ * Conversations: data types, titles, search, export and import. No DOM.
  *
  * @typedef {object} Message
  * @property {string} id
  * @property {"user"|"assistant"} role
  * @property {string} content
  * @property {string} [model]
- * @property {string} [finish] of an answer: "stop", "length", "stopped" (by the reader), "failed"; absent while it comes
+ * @property {string} [finish] of an answer: "stop", "length", "stopped" (by the user), "failed"; absent while it is streaming
  * @property {{kind: string, message: string, retryAfter?: number}} [error]
  * @property {{prompt?: number, tokens?: number, first?: number, rate?: number}} [stats] tokens; seconds; tokens per second
  *
  * @typedef {object} Conversation
  * @property {string} id
  * @property {"chat"|"completion"} mode
- * @property {string} name given by the reader; "" takes the title from the text
+ * @property {string} name set by the user; "" derives the title from the text
  * @property {number} created milliseconds since 1970
  * @property {number} updated
  * @property {Message[]} messages
- * @property {string} text of a completion: what was written, and what the model wrote on
- * @property {string} [before] the text before the model wrote on the last time
- * @property {Message} [answer] what it wrote on then, with its end and its figures
+ * @property {string} in completion mode: the user's text and the model's continuation
+ * @property {string} [before] the text before the last completion
+ * @property {Message} [answer] the last completion, with its finish reason and statistics
  */
 
 const FORMAT = "bumblebee-conversations";
 const TITLE_LENGTH = 60;
 
-/** 72 random bits: `crypto.randomUUID` is missing where the page comes over plain HTTP from another machine. */
+/** 72 random bits; `crypto.randomUUID` is not available over plain HTTP from another machine. */
 export function newId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(9)), (byte) => byte.toString(36).padStart(2, "0")).join("");
 }
@@ -46,14 +46,14 @@ export function isEmpty({ messages, text }) {
   return messages.length === 0 && text === "";
 }
 
-/** The reader's name for it, or its first line. */
+/** The name, or the first line. */
 export function titleOf({ name, messages, text, mode }) {
   const line = (messages[0]?.content ?? text).trim().split("\n", 1)[0].trimEnd();
   const short = line.length > TITLE_LENGTH ? `${line.slice(0, TITLE_LENGTH - 1).trimEnd()}…` : line;
   return name || short || (mode === "chat" ? "New chat" : "New text");
 }
 
-/** Whether every word of the query is somewhere in the title or the text. */
+/** Whether the title or the text contains every word of the query. */
 export function matches(conversation, query) {
   const all = [conversation.name, conversation.text, ...conversation.messages.map((message) => message.content)];
   const text = all.join("\n").toLowerCase();
@@ -73,10 +73,10 @@ export function toJson(conversations) {
 }
 
 /**
- * Reads what `toJson` wrote, or objects with OpenAI's "messages". Each gets a new id, so that nothing is overwritten.
+ * Parses the output of `toJson`, or objects with OpenAI's "messages". Each gets a new id, so that nothing is overwritten.
  * @param {string} text
  * @returns {Conversation[]}
- * @throws {Error} whose message says what is wrong with the file
+ * @throws {Error} with a message for the user
  */
 export function fromJson(text) {
   let data;
@@ -87,17 +87,17 @@ export function fromJson(text) {
   }
   const list = Array.isArray(data) ? data : (data?.conversations ?? [data]);
   if (!Array.isArray(list) || !list.every(isConversation)) {
-    throw new Error("This file holds no conversations: a list of objects with “messages” was expected.");
+    throw new Error("This file contains no conversations: expected a list of objects with “messages”.");
   }
   return list.map(restored);
 }
 
 function isConversation(value) {
-  const fine = (message) => ["user", "assistant", "system"].includes(message?.role) && typeof message.content === "string";
-  return Array.isArray(value?.messages) ? value.messages.every(fine) : typeof value?.text === "string";
+  const isMessage = (message) => ["user", "assistant", "system"].includes(message?.role) && typeof message.content === "string";
+  return Array.isArray(value?.messages) ? value.messages.every(isMessage) : typeof value?.text === "string";
 }
 
-/** Only the fields known here, of the types they must have: a file may come from anybody. */
+/** Copies known fields with valid types only: the file is untrusted. */
 function restored({ mode, name, created, updated, messages = [], text }) {
   const fresh = newConversation(mode === "completion" ? "completion" : "chat");
   return {

@@ -1,21 +1,21 @@
-/** Small tools for making elements. */
+/** DOM helpers. */
 
 const SVG = "http://www.w3.org/2000/svg";
 
 /**
  * @param {string} tag
- * @param {object} properties set on the element; `dataset` and `aria` are objects of their own
+ * @param {object} properties set on the element; `dataset` and `aria` are nested objects
  * @param {...(Node|string)} children
  */
 export function element(tag, { dataset = {}, aria = {}, ...properties } = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  Object.assign(made.dataset, dataset);
-  for (const [name, value] of Object.entries(aria)) made.setAttribute(`aria-${name}`, value);
-  made.append(...children);
-  return made;
+  const node = Object.assign(document.createElement(tag), properties);
+  Object.assign(node.dataset, dataset);
+  for (const [name, value] of Object.entries(aria)) node.setAttribute(`aria-${name}`, value);
+  node.append(...children);
+  return node;
 }
 
-/** One of the drawings at the top of index.html. */
+/** An icon from the SVG symbols at the top of index.html. */
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("class", "icon");
@@ -28,7 +28,7 @@ export function icon(name) {
 
 /**
  * @param {string} name of the icon
- * @param {string} label what the button does; shown on hover, said by screen readers
+ * @param {string} label tooltip and accessible name
  */
 export function iconButton(name, label, onclick, properties = {}) {
   const { aria = {}, ...more } = properties;
@@ -40,14 +40,14 @@ export function byId(id) {
   return document.getElementById(id);
 }
 
-/** Offers text as a file. */
+/** Downloads text as a file. */
 export function download(name, text, type) {
-  const address = URL.createObjectURL(new Blob([text], { type }));
-  element("a", { href: address, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(address), 1000);
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  element("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
 }
 
-/** Copies text, also where the page comes over plain HTTP and the clipboard's modern interface is missing. */
+/** Copies text, also over plain HTTP, where `navigator.clipboard` is not available. */
 export async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
   const area = element("textarea", { value: text, className: "visually-hidden" });
@@ -59,15 +59,15 @@ export async function copy(text) {
   focused?.focus();
 }
 
-/** At most one call a frame, however often it is asked for; a slow call makes the next one wait. */
+/** Limits `work` to one call per frame; after a slow call the next one is delayed. */
 export function throttled(work) {
   let due = false;
   let cost = 0;
   const run = () => {
     due = false;
-    const begin = performance.now();
+    const start = performance.now();
     work();
-    cost = performance.now() - begin;
+    cost = performance.now() - start;
   };
   return () => {
     if (due) return;

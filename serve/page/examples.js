@@ -1,8 +1,8 @@
-/** Questions to begin with, each a button that puts it into the box: the server's own, or some that suit any model. */
+/** Example questions as buttons that fill in the message box: the server's, or generic ones. */
 
 import { byId, element } from "./dom.js";
 
-const GENERAL = [
+const GENERIC = [
   "Explain attention in three sentences.",
   "Write a Python function that reverses a list.",
   "Compare lists and tuples in a table.",
@@ -12,7 +12,7 @@ const GENERAL = [
  * @param {{examples?: string[]}} model
  * @param {(text: string) => void} put
  */
-export function showExamples({ examples = GENERAL }, put) {
+export function showExamples({ examples = GENERIC }, put) {
   const buttons = examples.map((text) => element("button", { type: "button", onclick: () => put(text) }, text));
   byId("examples").replaceChildren(...buttons);
 }

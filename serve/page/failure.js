@@ -1,6 +1,6 @@
 /**
- * What can go wrong between the page and the server, as one kind of error with words for the reader.
- * The server's errors have OpenAI's shape: {"error": {"message", "type", "param", "code"}}.
+ * Errors of the connection and the server as one class, with messages for the user.
+ * The server's errors have OpenAI's format: {"error": {"message", "type", "param", "code"}}.
  */
 
 /** @typedef {"key"|"busy"|"loading"|"offline"|"lost"|"too_long"|"no_template"|"refused"|"server"} Kind */
@@ -8,22 +8,22 @@
 const KINDS = { 401: "key", 403: "key", 413: "too_long", 429: "busy", 502: "offline", 503: "loading" };
 const CODES = { context_length_exceeded: "too_long", no_chat_template: "no_template" };
 
-const WORDS = {
-  key: ["The server asks for an API key", "Enter the key that its operator gave you. It is kept in this browser."],
-  busy: ["The server is busy", "It has as many requests as it can take."],
-  loading: ["The model is not ready", "Waiting; the question is sent as soon as the server can take it."],
-  offline: ["The server cannot be reached", "Check that it runs and that this device is connected."],
-  lost: ["The connection was lost", "What had arrived is kept."],
+const TEXTS = {
+  key: ["The server requires an API key", "Enter the key from the operator of the server. It is stored in this browser."],
+  busy: ["The server is busy", "Its request queue is full."],
+  loading: ["The model is not ready", "Waiting; the message is sent as soon as the server is ready."],
+  offline: ["Cannot reach the server", "Check that it is running and that this device is online."],
+  lost: ["The connection was lost", "The partial answer was kept."],
   too_long: ["The conversation is too long for the model", ""],
-  no_template: ["This model has no chat template", "It continues text: use the completion mode."],
-  refused: ["The server refused the request", ""],
+  no_template: ["This model has no chat template", "Use the completion mode instead."],
+  refused: ["The server rejected the request", ""],
   server: ["The server could not finish the answer", ""],
 };
 
 export class Failure extends Error {
   /**
    * @param {Kind} kind
-   * @param {string} message the server's own words, or ""
+   * @param {string} message the server's message, or ""
    * @param {{retryAfter?: number, param?: string}} more retryAfter in seconds
    */
   constructor(kind, message = "", { retryAfter, param } = {}) {
@@ -31,14 +31,14 @@ export class Failure extends Error {
     Object.assign(this, { kind, retryAfter, param });
   }
 
-  /** What is stored with a message. */
+  /** The fields that are stored with a message. */
   record() {
     return { kind: this.kind, message: this.message, retryAfter: this.retryAfter };
   }
 }
 
 /**
- * @param {Response} response one whose status is not 2xx
+ * @param {Response} response with a status other than 2xx
  * @returns {Promise<Failure>}
  */
 export async function failureOf(response) {
@@ -59,10 +59,10 @@ function seconds(value) {
 
 /**
  * @param {{kind: Kind, message: string}} failure
- * @returns {{title: string, text: string, detail: string}} `detail`: the server's own words, where they say more
+ * @returns {{title: string, text: string, detail: string}} `detail`: the server's message, if it adds information
  */
 export function describe({ kind, message }) {
-  const [title, text] = WORDS[kind] ?? WORDS.server;
-  const telling = ["too_long", "refused", "server", "loading", "no_template"].includes(kind);
-  return { title, text, detail: telling ? message : "" };
+  const [title, text] = TEXTS[kind] ?? TEXTS.server;
+  const informative = ["too_long", "refused", "server", "loading", "no_template"].includes(kind);
+  return { title, text, detail: informative ? message : "" };
 }

@@ -1,13 +1,13 @@
-/** Shortcuts of the whole page; the dialog in index.html lists them. None is a lone letter, which would be in the way of typing. */
+/** Global keyboard shortcuts, listed in a dialog of index.html. None is a single letter, which would interfere with typing. */
 
 /**
- * @param {Record<string, () => void>} actions by shortcut, "ctrl+k" for example; Ctrl is Command on a Mac
+ * @param {Record<string, () => void>} actions by shortcut, such as "ctrl+k"; Ctrl also matches Command on a Mac
  */
 export function listen(actions) {
   document.addEventListener("keydown", (event) => {
     const name = nameOf(event);
     if (!actions[name] || event.defaultPrevented) return;
-    if (document.querySelector("dialog[open]")) return;  // Escape closes it, the rest can wait
+    if (document.querySelector("dialog[open]")) return;  // Escape closes the dialog; other shortcuts are disabled
     if (name !== "escape") event.preventDefault();
     actions[name]();
   });

@@ -1,12 +1,12 @@
 /**
- * Markdown that a model wrote, to elements that are safe to show.
+ * Renders a model's Markdown to safe elements.
  *
- * marked makes HTML, in which a model's own tags are text but for the simplest; highlight.js colours code; and DOMPurify keeps of
- * the result the elements and attributes listed here.
- * What is left cannot run, cannot load (pictures from elsewhere become links: fetching one would tell its server what was
- * asked), cannot pose as a part of the page (no class, id or style of its own) and can link only to the web and to mail.
+ * marked converts it to HTML, where all but the simplest HTML tags are escaped; highlight.js highlights code; and DOMPurify
+ * removes all elements and attributes that are not listed here. The result cannot run scripts, cannot load resources (remote
+ * images become links, because fetching one would leak the conversation to its server), cannot imitate the page (no class, id
+ * or style) and can only link to the web and to mail addresses.
  *
- * `MarkdownView` shows text that grows: it parses from the last blocks on and touches only the elements that changed.
+ * `MarkdownView` renders growing text: it parses only the last blocks again and replaces only the elements that changed.
  */
 
 import { copy, element, icon } from "./dom.js";
@@ -14,7 +14,7 @@ import hljs from "./vendor/highlight.js";
 import { Marked } from "./vendor/marked.js";
 import DOMPurify from "./vendor/purify.js";
 
-const LONGEST_COLOURED = 20_000;  // characters of code; above, colours would cost more than they tell
+const MAX_HIGHLIGHTED = 20_000;  // characters of code; highlighting more would be too slow
 
 const ALLOWED = {
   ALLOWED_TAGS: [
@@ -30,14 +30,14 @@ const ALLOWED = {
 };
 const PLAIN_TAGS = new Set(["br", "hr", "b", "i", "u", "s", "em", "strong", "sub", "sup", "kbd", "mark", "small", "details", "summary"]);
 const TAG = /<\/?([a-z]+)\s*\/?>|[<>]/gi;  // without attributes
-const OWN_CLASS = /^(?:hljs[\w-]*|language-[\w+#.-]+)$/;
-const DRAWN_PICTURE = /^data:image\/(?:png|jpeg|gif|webp);/i;
+const ALLOWED_CLASS = /^(?:hljs[\w-]*|language-[\w+#.-]+)$/;
+const INLINE_IMAGE = /^data:image\/(?:png|jpeg|gif|webp);/i;
 
 const marked = new Marked({ gfm: true, breaks: true });
 marked.use({
   renderer: {
-    code: ({ text, lang }) => `<pre><code class="hljs language-${language(lang)}">${coloured(text, language(lang))}</code></pre>`,
-    // The page's own headings are the title and who speaks.
+    code: ({ text, lang }) => `<pre><code class="hljs language-${language(lang)}">${highlighted(text, language(lang))}</code></pre>`,
+    // Levels 1 and 2 are the page's own: the title, and the role of each message.
     heading({ tokens, depth }) {
       const level = Math.min(6, depth + 2);
       return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>`;
@@ -49,52 +49,52 @@ marked.use({
 
 DOMPurify.addHook("uponSanitizeAttribute", (node, data) => {
   if (data.attrName !== "class") return;
-  data.attrValue = data.attrValue.split(/\s+/).filter((name) => OWN_CLASS.test(name)).join(" ");
+  data.attrValue = data.attrValue.split(/\s+/).filter((name) => ALLOWED_CLASS.test(name)).join(" ");
   data.keepAttr = data.attrValue !== "";
 });
 
-/** HTML among Markdown: the simplest tags count, all else is shown as it was written. */
+/** HTML within Markdown: keeps the simplest tags and escapes all others. */
 function plainTags(text) {
-  const shown = { "<": "&lt;", ">": "&gt;" };
-  return text.replace(TAG, (tag, name) => (PLAIN_TAGS.has(name?.toLowerCase()) ? tag : tag.replace(/[<>]/g, (sign) => shown[sign])));
+  const escaped = { "<": "&lt;", ">": "&gt;" };
+  return text.replace(TAG, (tag, name) => (PLAIN_TAGS.has(name?.toLowerCase()) ? tag : tag.replace(/[<>]/g, (sign) => escaped[sign])));
 }
 
-/** @returns {string} a name that highlight.js knows, or "plaintext" */
+/** @returns {string} a language of highlight.js, or "plaintext" */
 function language(info) {
   const name = info?.trim().split(/\s/, 1)[0].toLowerCase() ?? "";
   return hljs.getLanguage(name) ? name : "plaintext";
 }
 
-function coloured(text, name) {
-  const known = text.length > LONGEST_COLOURED ? "plaintext" : name;
+function highlighted(text, name) {
+  const known = text.length > MAX_HIGHLIGHTED ? "plaintext" : name;
   return hljs.highlight(text, { language: known, ignoreIllegals: true }).value;
 }
 
 /**
- * @param {string} html from anybody
- * @returns {DocumentFragment} without anything that could do harm
+ * @param {string} html untrusted
+ * @returns {DocumentFragment} safe to insert
  */
-export function harmless(html) {
+export function sanitize(html) {
   const fragment = DOMPurify.sanitize(html, ALLOWED);
-  for (const picture of fragment.querySelectorAll("img")) {
-    if (!DRAWN_PICTURE.test(picture.getAttribute("src") ?? "")) picture.replaceWith(linkTo(picture));
+  for (const image of fragment.querySelectorAll("img")) {
+    if (!INLINE_IMAGE.test(image.getAttribute("src") ?? "")) image.replaceWith(linkTo(image));
   }
   for (const link of fragment.querySelectorAll("a")) {
     if (link.hasAttribute("href")) Object.assign(link, { target: "_blank", rel: "noopener noreferrer nofollow" });
-    else link.replaceWith(...link.childNodes);  // it led somewhere that is not allowed
+    else link.replaceWith(...link.childNodes);  // its target is not allowed
   }
   return fragment;
 }
 
-/** In a picture's place: its address, to be opened by who wants to. */
-function linkTo(picture) {
-  const [address, text] = [picture.getAttribute("src"), `[image: ${picture.alt || "without description"}]`];
-  return address && !picture.closest("a") ? element("a", { href: address }, text) : element("span", {}, text);
+/** A link that replaces a remote image. */
+function linkTo(image) {
+  const [url, text] = [image.getAttribute("src"), `[image: ${image.alt || "without description"}]`];
+  return url && !image.closest("a") ? element("a", { href: url }, text) : element("span", {}, text);
 }
 
-/** The elements of one block of Markdown, with their buttons. */
+/** The elements of a Markdown block, with copy buttons. */
 function blockOf(html) {
-  const block = element("div", { className: "block" }, harmless(html));
+  const block = element("div", { className: "block" }, sanitize(html));
   for (const pre of block.querySelectorAll("pre")) frame(pre);
   for (const table of block.querySelectorAll("table")) {
     const scroller = element("div", { className: "table" });
@@ -104,11 +104,11 @@ function blockOf(html) {
   return block;
 }
 
-/** Puts code under a line with its language and a button to copy it. */
+/** Adds a bar with the language and a copy button to a code block. */
 function frame(pre) {
   const name = /language-(\S+)/.exec(pre.firstElementChild?.className ?? "")?.[1] ?? "plaintext";
   const label = element("span", {}, "Copy");
-  const button = element("button", { type: "button", className: "quiet", aria: { label: "Copy the code" } }, icon("copy"), label);
+  const button = element("button", { type: "button", className: "quiet", aria: { label: "Copy code" } }, icon("copy"), label);
   button.onclick = async () => {
     await copy(pre.textContent.replace(/\n$/, ""));
     label.textContent = "Copied";
@@ -124,16 +124,16 @@ function surround(node, wrapper) {
   wrapper.append(node);
 }
 
-/** What may be wider than the page can be reached, and so scrolled, from the keyboard. */
+/** Makes an element that may be wider than the page focusable, so that it can be scrolled with the keyboard. */
 function scrollable(node, label) {
   Object.assign(node, { tabIndex: 0, role: "region", ariaLabel: label });
 }
 
-/** Text that grows, shown as Markdown in an element. */
+/** Growing text, rendered as Markdown in an element. */
 export class MarkdownView {
   #text = "";
   #growing = true;
-  #blocks = [];  // {html, start, node}: the blocks shown, and where each begins in the text
+  #blocks = [];  // {html, start, node}: the rendered blocks and their positions in the text
 
   /** @param {HTMLElement} root */
   constructor(root) {
@@ -141,9 +141,9 @@ export class MarkdownView {
   }
 
   /**
-   * @param {string} text all of it
-   * @param {boolean} growing whether more is to come; else all of it is parsed once more, which also finds the links that
-   *     are defined at its end
+   * @param {string} text the whole text
+   * @param {boolean} growing whether more text follows; if not, everything is parsed again, which also resolves links that
+   *     are defined at the end
    */
   update(text, growing) {
     const clean = text.replace(/\r\n?/g, "\n");
@@ -155,28 +155,28 @@ export class MarkdownView {
     this.#show(keep, parse(clean.slice(start), start));
   }
 
-  /** The text of the blocks that will not change any more, from the `from`th on: for reading aloud. */
+  /** The text of the blocks that are final, from block `from` on, for screen readers. */
   finished(from, growing) {
     return this.#blocks.slice(from, growing ? -2 : undefined).map(({ node }) => node.innerText ?? node.textContent);
   }
 
-  #show(keep, found) {
-    found.forEach((block, index) => {
+  #show(keep, blocks) {
+    blocks.forEach((block, index) => {
       const old = this.#blocks[keep + index];
       block.node = old?.html === block.html ? old.node : blockOf(block.html);
       if (!old) this.root.append(block.node);
       else if (old.node !== block.node) old.node.replaceWith(block.node);
     });
-    for (const { node } of this.#blocks.slice(keep + found.length)) node.remove();
-    this.#blocks.splice(keep, Infinity, ...found);
+    for (const { node } of this.#blocks.slice(keep + blocks.length)) node.remove();
+    this.#blocks.splice(keep, Infinity, ...blocks);
   }
 }
 
 function parse(text, start) {
-  const found = [];
+  const blocks = [];
   for (const token of marked.lexer(text)) {
-    if (token.type !== "space" && token.type !== "def") found.push({ html: marked.parser([token]), start });
+    if (token.type !== "space" && token.type !== "def") blocks.push({ html: marked.parser([token]), start });
     start += token.raw.length;
   }
-  return found;
+  return blocks;
 }

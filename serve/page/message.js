@@ -1,28 +1,28 @@
-/** One message on the page: a question as it was typed, or an answer as Markdown, with its buttons, its figures and its errors. */
+/** A message: a question as plain text, or an answer as Markdown with buttons, statistics and errors. */
 
 import { copy, element, icon, iconButton } from "./dom.js";
 import { describe } from "./failure.js";
 import { MarkdownView } from "./markdown.js";
 import { announce } from "./notices.js";
 
-const THINKING = /^\s*<think>([\s\S]*?)(?:<\/think>\s*|$)/;  // what reasoning models write before their answer
-const ENDS = {
-  length: "Cut off: the answer reached the limit of tokens.",
+const THINKING = /^\s*<think>([\s\S]*?)(?:<\/think>\s*|$)/;  // the reasoning before an answer
+const FINISH_TEXTS = {
+  length: "Cut off: the token limit was reached.",
   stopped: "Stopped.",
 };
 
 /**
- * What a reader can do with a message; `Chat` does it.
+ * Operations on a message, implemented by `Chat`.
  * @typedef {object} Actions
  * @property {(id: string) => void} regenerate
  * @property {(id: string, text: string) => void} resend
- * @property {() => void} goOn
- * @property {(kind: string) => void} help what the buttons of an error do: "key", "new", "completion"
+ * @property {() => void} continueAnswer
+ * @property {(kind: string) => void} help action of an error's button: "key", "new", "completion"
  */
 
 export class MessageView {
   #spoken = 0;
-  #live = false;  // whether the answer has been seen coming, and so is spoken
+  #live = false;  // whether the answer was streamed while shown, and is announced to screen readers
   #ended = "";
 
   /**
@@ -32,19 +32,19 @@ export class MessageView {
   constructor(message, actions) {
     this.message = message;
     this.actions = actions;
-    const mine = message.role === "user";
-    const heading = element("h2", { className: "visually-hidden" }, mine ? "You" : "Bumblebee");
-    this.body = element("div", { className: mine ? "question" : "prose" });
+    const isUser = message.role === "user";
+    const heading = element("h2", { className: "visually-hidden" }, isUser ? "You" : "Bumblebee");
+    this.body = element("div", { className: isUser ? "question" : "prose" });
     this.ends = element("div", { className: "ends" });
     this.tools = element("div", { className: "tools" });
-    this.root = element("article", { className: `message ${mine ? "of-user" : "of-model"}`, dataset: { id: message.id } },
+    this.root = element("article", { className: `message ${isUser ? "of-user" : "of-model"}`, dataset: { id: message.id } },
       heading, this.body, this.ends, this.tools);
-    if (mine) this.#showQuestion();
+    if (isUser) this.#showQuestion();
     else this.#prepareAnswer();
   }
 
   /**
-   * Shows an answer as it is now.
+   * Renders the current state of an answer.
    * @param {{running: boolean, last: boolean}} state
    */
   update({ running, last }) {
@@ -58,23 +58,23 @@ export class MessageView {
     this.root.classList.toggle("waiting", running && message.content === "" && !message.error);
     this.root.setAttribute("aria-busy", String(running));
     this.#showEnd(running, last);
-    this.#showFigures(running);
+    this.#showStats(running);
     this.tools.hidden = running || message.content === "";
     this.#live ||= running;
-    if (this.#live) this.#speak(running);
+    if (this.#live) this.#announce(running);
   }
 
   #showQuestion() {
     const { message, actions } = this;
     this.body.replaceChildren(message.content);
     this.tools.replaceChildren(
-      copyButton("Copy the question", () => message.content),
-      iconButton("edit", "Edit and send again", () => this.#edit(actions)),
+      copyButton("Copy message", () => message.content),
+      iconButton("edit", "Edit and resend", () => this.#edit(actions)),
     );
   }
 
   #edit(actions) {
-    const area = element("textarea", { value: this.message.content, rows: 1, aria: { label: "Edit the question" } });
+    const area = element("textarea", { value: this.message.content, rows: 1, aria: { label: "Edit message" } });
     const done = () => (this.#showQuestion(), this.tools.lastElementChild.focus());
     const send = (event) => (event.preventDefault(), area.value.trim() && actions.resend(this.message.id, area.value));
     const form = element("form", { className: "edit", onsubmit: send }, area,
@@ -97,33 +97,33 @@ export class MessageView {
     this.markdown = new MarkdownView(text);
     this.figures = element("span", { className: "figures" });
     this.tools.append(
-      copyButton("Copy the answer", () => message.content.replace(THINKING, "")),
-      iconButton("again", "Answer again", () => actions.regenerate(message.id)),
+      copyButton("Copy answer", () => message.content.replace(THINKING, "")),
+      iconButton("again", "Regenerate", () => actions.regenerate(message.id)),
       this.figures,
     );
   }
 
-  #showThoughts(found, running) {
-    if (!found?.[1].trim()) return this.thoughts.remove();
+  #showThoughts(match, running) {
+    if (!match?.[1].trim()) return this.thoughts.remove();
     if (!this.thoughts.isConnected) this.body.prepend(this.thoughts);
-    this.thoughts.firstChild.textContent = running && !found[0].includes("</think>") ? "Thinking…" : "Thoughts";
-    this.thoughts.lastChild.textContent = found[1].trim();
+    this.thoughts.firstChild.textContent = running && !match[0].includes("</think>") ? "Thinking…" : "Thoughts";
+    this.thoughts.lastChild.textContent = match[1].trim();
   }
 
-  /** Why the answer ended, where it is not plain, and what can be done about it. */
+  /** Shows why the answer ended early, and what the user can do. */
   #showEnd(running, last) {
     const { message } = this;
     const state = JSON.stringify([running, last, message.error, message.finish]);
     if (state === this.#ended) return;
     this.#ended = state;
     this.root.classList.toggle("failed", Boolean(message.error));
-    if (message.error) return this.ends.replaceChildren(this.#endedBox(message.error, last, running));
+    if (message.error) return this.ends.replaceChildren(this.#errorBox(message.error, last, running));
     const cut = message.finish ?? (running ? undefined : "lost");
-    const words = cut === "lost" ? describe({ kind: "lost", message: "" }).title : ENDS[cut];
-    this.ends.replaceChildren(...(words && !running ? [element("p", {}, words), ...(last ? this.#goOn() : [])] : []));
+    const words = cut === "lost" ? describe({ kind: "lost", message: "" }).title : FINISH_TEXTS[cut];
+    this.ends.replaceChildren(...(words && !running ? [element("p", {}, words), ...(last ? this.#continueButton() : [])] : []));
   }
 
-  #endedBox(error, last, running) {
+  #errorBox(error, last, running) {
     const { title, text, detail } = describe(error);
     const box = element("div", { className: "fault", role: "alert", dataset: { kind: error.kind } }, element("strong", {}, title));
     if (detail) box.append(element("p", { className: "detail" }, detail));
@@ -137,28 +137,28 @@ export class MessageView {
     const help = (label, what) => element("button", { type: "button", onclick: () => actions.help(what) }, label);
     const again = element("button", { type: "button", onclick: () => actions.regenerate(message.id) }, "Try again");
     if (retryAfter) countDown(again, retryAfter);
-    const first = { key: [help("Enter the key", "key")], too_long: [help("New conversation", "new")], no_template: [help("Completion mode", "completion")] };
-    return [...(first[kind] ?? []), ...(message.content ? this.#goOn() : []), again];
+    const remedies = { key: [help("Enter API key", "key")], too_long: [help("New conversation", "new")], no_template: [help("Completion mode", "completion")] };
+    return [...(remedies[kind] ?? []), ...(message.content ? this.#continueButton() : []), again];
   }
 
-  #goOn() {
-    const { goOn } = this.actions;
-    return this.message.content ? [element("button", { type: "button", onclick: () => goOn() }, "Continue")] : [];
+  #continueButton() {
+    const { continueAnswer } = this.actions;
+    return this.message.content ? [element("button", { type: "button", onclick: () => continueAnswer() }, "Continue")] : [];
   }
 
-  #showFigures(running) {
+  #showStats(running) {
     const { stats = {}, model } = this.message;
     const figures = [
       model,
       stats.tokens && `${stats.tokens} tokens`,
       stats.rate && `${stats.rate.toFixed(stats.rate < 100 ? 1 : 0)} tokens/s`,
-      stats.first && `first after ${stats.first.toFixed(2)} s`,
+      stats.first && `first token after ${stats.first.toFixed(2)} s`,
     ];
     this.figures.textContent = running ? "" : figures.filter(Boolean).join(" · ");
   }
 
-  /** Whole blocks as they are finished: a screen reader that gets every token reads nothing to its end. */
-  #speak(running) {
+  /** Announces whole blocks when they are final: a screen reader that receives every token never finishes a sentence. */
+  #announce(running) {
     const texts = this.markdown.finished(this.#spoken, running);
     this.#spoken += texts.length;
     texts.forEach(announce);
@@ -175,7 +175,7 @@ function copyButton(label, text) {
   return button;
 }
 
-/** A button that can be pressed once the time is over. */
+/** Disables a button for some seconds. */
 function countDown(button, seconds) {
   button.disabled = seconds > 0;
   button.textContent = seconds > 0 ? `Try again in ${seconds} s` : "Try again";

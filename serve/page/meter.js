@@ -1,13 +1,13 @@
-/** How much of the model's context a conversation fills. */
+/** Shows how much of the model's context a conversation uses. */
 
 import { byId } from "./dom.js";
 
-const FULL = 0.9;  // from here on the meter warns
+const FULL = 0.9;  // share from which the meter warns
 const number = new Intl.NumberFormat("en");
 
 /**
  * @param {import("./conversation.js").Conversation} conversation
- * @returns {number} tokens of the last request and its answer; an answer on its way is counted on top of the last known
+ * @returns {number} tokens of the last request with usage and its answer, plus those of later answers
  */
 export function tokensOf({ messages, answer }) {
   const answers = (answer ? [answer] : messages).filter(({ stats }) => stats);

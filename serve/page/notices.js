@@ -1,12 +1,12 @@
-/** What the page says outside of the conversation: passing notes with an undo, and words for screen readers alone. */
+/** Toast notifications with an optional action, and announcements for screen readers. */
 
 import { byId, element, icon } from "./dom.js";
 
-const SHOWN = 8000;  // milliseconds; longer while the pointer or the focus is on it
+const SHOWN = 8000;  // milliseconds; longer while hovered or focused
 
 /**
  * @param {string} text
- * @param {{label: string, run: () => void}} [action] a button, "Undo" for example
+ * @param {{label: string, run: () => void}} [action] a button, such as "Undo"
  */
 export function notify(text, action) {
   const note = element("div", { className: "note" }, element("span", {}, text));
@@ -17,7 +17,7 @@ export function notify(text, action) {
   byId("notes").replaceChildren(note);
 }
 
-/** Text that a screen reader speaks and nobody sees. */
+/** Announces text to screen readers. */
 export function announce(text) {
   const line = element("p", {}, text);
   byId("spoken").append(line);

@@ -1,10 +1,10 @@
-/** The bodies of requests, from conversations and settings. Pure functions. */
+/** Builds request bodies from conversations and settings. */
 
-const TEXT_TOKENS = 128;  // OpenAI's own default for texts is 16, of which nobody has much
+const TEXT_TOKENS = 128;  // OpenAI's default for completions, 16, is too short for a page
 const STREAMED = { stream: true, stream_options: { include_usage: true } };
 
 /**
- * @param {import("./conversation.js").Message[]} messages up to the question; answers without text are left out
+ * @param {import("./conversation.js").Message[]} messages up to the question; empty answers are omitted
  * @param {import("./settings.js").Settings} settings
  * @param {string} model
  */

@@ -1,14 +1,14 @@
 /**
- * What the reader has set, in the browser's storage. A setting that is absent is the server's to decide: it is not sent.
- * The API key lies under a key of its own and is part of no export.
+ * The user's settings in the browser's storage. Settings that are not set are not sent, so the server's defaults apply.
+ * The API key has a storage key of its own and is never exported.
  */
 
 const NUMBERS = [
   "temperature", "top_p", "top_k", "min_p", "max_tokens", "seed",
   "repetition_penalty", "presence_penalty", "frequency_penalty",
 ];
-const PLACE = "bumblebee.settings";
-const KEY_PLACE = "bumblebee.key";
+const STORAGE_KEY = "bumblebee.settings";
+const API_KEY_STORAGE_KEY = "bumblebee.key";
 
 export class Settings extends EventTarget {
   /** @param {Storage} storage */
@@ -28,47 +28,47 @@ export class Settings extends EventTarget {
     return this.values.theme ?? "system";
   }
 
-  /** The model's id as chosen; "" for the server's first. */
+  /** The selected model's id; "" for the server's first model. */
   get model() {
     return this.values.model ?? "";
   }
 
   get key() {
-    return this.storage.getItem(KEY_PLACE) ?? "";
+    return this.storage.getItem(API_KEY_STORAGE_KEY) ?? "";
   }
 
   set key(value) {
-    this.#keep(KEY_PLACE, value);
+    this.#store(API_KEY_STORAGE_KEY, value);
   }
 
-  /** The fields of a request that are set: numbers, under the names they have there. */
+  /** The sampling fields of a request that are set. */
   sampling() {
     const set = NUMBERS.filter((name) => Number.isFinite(this.values[name]));
     return Object.fromEntries(set.map((name) => [name, this.values[name]]));
   }
 
   /**
-   * @param {Record<string, string>} changes as a form gives them; "" takes a setting back
+   * @param {Record<string, string>} changes values of form fields; "" removes a setting
    */
   update(changes) {
     for (const [name, text] of Object.entries(changes)) {
       if (text === "") delete this.values[name];
       else this.values[name] = NUMBERS.includes(name) ? Number(text) : text;
     }
-    this.#keep(PLACE, JSON.stringify(this.values));
+    this.#store(STORAGE_KEY, JSON.stringify(this.values));
     this.dispatchEvent(new Event("change"));
   }
 
-  /** Takes over what another tab has set. */
+  /** Loads changes from another tab. */
   reload() {
     this.values = read(this.storage);
     this.dispatchEvent(new Event("change"));
   }
 
-  #keep(place, text) {
+  #store(key, text) {
     try {
-      if (text) this.storage.setItem(place, text);
-      else this.storage.removeItem(place);
+      if (text) this.storage.setItem(key, text);
+      else this.storage.removeItem(key);
     } catch {
       this.dispatchEvent(new Event("full"));
     }
@@ -77,7 +77,7 @@ export class Settings extends EventTarget {
 
 function read(storage) {
   try {
-    return JSON.parse(storage.getItem(PLACE)) ?? {};
+    return JSON.parse(storage.getItem(STORAGE_KEY)) ?? {};
   } catch {
     return {};
   }

@@ -1,4 +1,4 @@
-/** The dialog of settings. A change counts at once, if it is valid; an empty field is the server's to decide. */
+/** The settings dialog. Valid changes apply immediately; an empty field uses the server's default. */
 
 import { fromJson, toJson } from "./conversation.js";
 import { byId, download, element } from "./dom.js";
@@ -14,14 +14,14 @@ export class SettingsDialog {
     this.dialog = byId("settings");
     this.form = byId("settings-form");
     this.form.addEventListener("submit", (event) => (event.preventDefault(), this.dialog.close()));
-    this.form.addEventListener("change", ({ target }) => this.#take(target));
+    this.form.addEventListener("change", ({ target }) => this.#apply(target));
     byId("reset").onclick = () => this.#reset();
     byId("export-all").onclick = () => download("bumblebee-conversations.json", toJson(chat.store.list()), "application/json");
     byId("import").onclick = () => byId("import-file").click();
     byId("import-file").onchange = ({ target }) => this.#import(target);
   }
 
-  /** @param {string} [field] the name of the one to begin with */
+  /** @param {string} [field] name of the field to focus */
   open(field) {
     this.#fill();
     this.dialog.showModal();
@@ -47,7 +47,7 @@ export class SettingsDialog {
     else control.value = values[control.name] ?? "";
   }
 
-  #take(control) {
+  #apply(control) {
     if (!control.name || !control.reportValidity()) return;
     if (control.name === "key") {
       this.settings.key = control.value.trim();

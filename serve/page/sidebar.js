@@ -1,4 +1,4 @@
-/** The list of conversations: search, choose, rename, delete. On a phone it is a drawer. */
+/** The conversation list: search, open, rename, delete. On a phone it is a drawer. */
 
 import { matches, titleOf } from "./conversation.js";
 import { byId, element, icon, iconButton } from "./dom.js";
@@ -37,20 +37,20 @@ export class Sidebar {
     return !this.root.inert;
   }
 
-  /** Whether it lies over the conversation, as on a phone. */
+  /** Whether it covers the conversation, as on a phone. */
   get over() {
     return NARROW.matches && this.open;
   }
 
   /** @param {boolean} open */
   toggle(open = !this.open) {
-    const [menu, had] = [byId("menu"), this.root.contains(document.activeElement)];
+    const [menu, hadFocus] = [byId("menu"), this.root.contains(document.activeElement)];
     this.root.inert = !open;
     document.body.classList.toggle("with-sidebar", open);
     menu.setAttribute("aria-expanded", String(open));
     byId("main").inert = this.over;
     if (this.over) byId("close-sidebar").focus();
-    else if (had && !open) menu.focus();
+    else if (hadFocus && !open) menu.focus();
   }
 
   focusSearch() {
@@ -59,21 +59,21 @@ export class Sidebar {
     this.search.select();
   }
 
-  /** Draws the list; `current` and `running` are read. */
+  /** Draws the list, with the `current` conversation and the `running` ones marked. */
   draw() {
     if (this.#renaming) return;
     const query = this.search.value.trim();
-    const found = this.store.list().filter((conversation) => matches(conversation, query));
+    const results = this.store.list().filter((conversation) => matches(conversation, query));
     const focused = this.#focused();
-    this.list.replaceChildren(...grouped(found).flatMap(([name, group]) => [
-      element("li", { className: "group" }, element("h2", {}, name), element("ul", {}, ...group.map((each) => this.#item(each)))),
+    this.list.replaceChildren(...grouped(results).flatMap(([name, group]) => [
+      element("li", { className: "group" }, element("h2", {}, name), element("ul", {}, ...group.map((conversation) => this.#item(conversation)))),
     ]));
-    byId("none-found").hidden = found.length > 0;
-    byId("none-found").textContent = query ? "Nothing found." : "No conversations yet.";
+    byId("no-results").hidden = results.length > 0;
+    byId("no-results").textContent = query ? "No results." : "No conversations yet.";
     if (focused) this.list.querySelector(focused)?.focus();
   }
 
-  /** Where the focus is in the list, as a selector that finds it again. */
+  /** A selector of the focused element in the list. */
   #focused() {
     const active = document.activeElement;
     const item = this.list.contains(active) && active.closest("[data-id]");
@@ -84,7 +84,7 @@ export class Sidebar {
     const { id } = conversation;
     const title = titleOf(conversation);
     const part = (name) => ({ dataset: { part: name } });
-    const open = element("button", { type: "button", className: "title open", title, onclick: () => this.#choose(id), ...part("open") },
+    const open = element("button", { type: "button", className: "title open", title, onclick: () => this.#open(id), ...part("open") },
       ...(conversation.mode === "completion" ? [icon("text")] : []), element("span", {}, title));
     if (id === this.current) open.setAttribute("aria-current", "true");
     const item = element("li", { className: "item", dataset: { id } }, open);
@@ -100,7 +100,7 @@ export class Sidebar {
     return item;
   }
 
-  #choose(id) {
+  #open(id) {
     if (this.over) this.toggle(false);
     this.actions.open(id);
   }
@@ -108,9 +108,9 @@ export class Sidebar {
   #rename(item, title) {
     const { id } = item.dataset;
     this.#renaming = id;
-    const input = element("input", { value: title, className: "renaming", aria: { label: "Name of the conversation" } });
+    const input = element("input", { value: title, className: "renaming", aria: { label: "Conversation name" } });
     const end = (name) => {
-      if (!this.#renaming) return;  // taking the field away also takes its focus
+      if (!this.#renaming) return;  // removing the field also blurs it
       this.#renaming = "";
       if (name !== undefined && name !== title) this.actions.rename(id, name);
       this.draw();
@@ -127,11 +127,13 @@ export class Sidebar {
   }
 }
 
-/** @returns {[string, import("./conversation.js").Conversation[]][]} by the day of the last change */
+/** @returns {[string, import("./conversation.js").Conversation[]][]} grouped by the day of the last change */
 function grouped(conversations) {
   const today = new Date().setHours(0, 0, 0, 0);
   const bounds = [[today, "Today"], [today - DAY, "Yesterday"], [today - 7 * DAY, "Previous 7 days"], [-Infinity, "Older"]];
   const groups = new Map(bounds.map(([, name]) => [name, []]));
-  for (const each of conversations) groups.get(bounds.find(([since]) => each.updated >= since)[1]).push(each);
+  for (const conversation of conversations) {
+    groups.get(bounds.find(([since]) => conversation.updated >= since)[1]).push(conversation);
+  }
   return [...groups].filter(([, group]) => group.length);
 }

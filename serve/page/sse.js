@@ -1,25 +1,25 @@
 /**
- * Server-sent events: bytes of a response to the data of its events.
+ * Parser for server-sent events.
  * The format: https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
- * Only `data` lines matter here; event names, ids, retry times and comments (a server's sign of life) are passed over.
+ * Only `data` lines are used; event names, ids, retry times and comments (keep-alives) are ignored.
  */
 
-/** Cuts text that comes in pieces of any size into events. */
+/** Splits text that arrives in chunks of any size into events. */
 export class EventSplitter {
   #rest = "";
   #data = [];
 
   /**
-   * @param {string} text the next piece
-   * @returns {string[]} the data of each event that is complete now
+   * @param {string} text the next chunk
+   * @returns {string[]} the data of each complete event
    */
   push(text) {
     const lines = (this.#rest + text).split(/\r\n|\n|\r(?!$)/);  // a last \r may be half of a \r\n
     this.#rest = lines.pop();
-    return lines.flatMap((line) => this.#take(line));
+    return lines.flatMap((line) => this.#parse(line));
   }
 
-  #take(line) {
+  #parse(line) {
     if (line === "") {
       const data = this.#data.splice(0);
       return data.length ? [data.join("\n")] : [];
@@ -32,7 +32,7 @@ export class EventSplitter {
 
 /**
  * @param {ReadableStream<Uint8Array>} stream
- * @returns {AsyncGenerator<string>} the data of one event after the other; leaving the loop cancels the stream
+ * @returns {AsyncGenerator<string>} the data of each event; leaving the loop cancels the stream
  */
 export async function* events(stream) {
   const reader = stream.getReader();

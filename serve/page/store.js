@@ -1,7 +1,7 @@
 /**
- * The conversations in the browser's local storage, one key each, so that saving one never rewrites the others and two
- * tabs do not undo each other's work. Local storage holds about 5 MB; when it is full, "full" is dispatched, and what does not
- * fit stays in memory until the page is closed.
+ * Stores conversations in the browser's local storage under one key each, so that saving one does not rewrite the others and
+ * two tabs do not overwrite each other. Local storage holds about 5 MB; when it is full, "full" is dispatched, and new data
+ * stays in memory until the page is closed.
  */
 
 /** @typedef {import("./conversation.js").Conversation} Conversation */
@@ -19,7 +19,7 @@ export class Store extends EventTarget {
     for (const key of Object.keys(storage)) this.reload(key);
   }
 
-  /** @returns {Conversation[]} the last changed first */
+  /** @returns {Conversation[]} last modified first */
   list() {
     return [...this.#conversations.values()].sort((a, b) => b.updated - a.updated);
   }
@@ -44,7 +44,7 @@ export class Store extends EventTarget {
     this.storage.removeItem(PREFIX + id);
   }
 
-  /** Takes over what another tab wrote under this key; a value that cannot be read is left alone. */
+  /** Loads a key that another tab has changed; invalid values are ignored. */
   reload(key) {
     if (!key.startsWith(PREFIX)) return;
     const text = this.storage.getItem(key);
@@ -52,11 +52,11 @@ export class Store extends EventTarget {
     try {
       if (text === null) this.#conversations.delete(id);
       else this.#conversations.set(id, JSON.parse(text));
-    } catch { /* left alone */ }
+    } catch { /* invalid */ }
   }
 }
 
-/** The browser's storage; one that forgets where the browser allows none. */
+/** The browser's local storage, or an in-memory one if it is blocked. */
 export function browserStorage() {
   try {
     localStorage.setItem("bumblebee.probe", "");
@@ -67,7 +67,7 @@ export function browserStorage() {
   }
 }
 
-/** As much of Storage as is used here; its keys are its own properties, as a Storage's are. */
+/** The subset of Storage used here; as in Storage, keys are own properties. */
 export class MemoryStorage {
   getItem(key) {
     return Object.hasOwn(this, key) ? this[key] : null;

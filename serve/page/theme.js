@@ -1,4 +1,4 @@
-/** Light, dark, or as the system has it: `data-theme` on the root, which style.css reads. Loaded first, so that nothing flashes. */
+/** Sets `data-theme` on the root for style.css: light, dark, or the system's. Loaded first, to avoid a flash. */
 
 /** @param {"system"|"light"|"dark"} theme */
 export function showTheme(theme) {

@@ -1,12 +1,12 @@
 /**
- * The messages of the conversation that is shown. Only what changed is made anew, and the view follows the text as long as the
- * reader is at its end.
+ * The messages of the current conversation. Only changed messages are rendered again, and the view scrolls with the text while
+ * it is at the end.
  */
 
 import { throttled } from "./dom.js";
 import { MessageView } from "./message.js";
 
-const NEAR = 48;  // pixels from the end that still count as being there
+const NEAR = 48;  // pixels from the end that count as at the end
 
 export class Thread {
   /** @type {Map<string, MessageView>} */
@@ -17,21 +17,21 @@ export class Thread {
 
   /**
    * @param {HTMLElement} scroller
-   * @param {HTMLElement} list inside of the scroller
-   * @param {HTMLElement} jump the button that leads to the end
+   * @param {HTMLElement} list inside the scroller
+   * @param {HTMLElement} jump the button that scrolls to the end
    * @param {import("./message.js").Actions} actions
    */
   constructor(scroller, list, jump, actions) {
     Object.assign(this, { scroller, list, jump, actions });
     this.refresh = throttled(() => this.#draw());
-    scroller.addEventListener("scroll", () => this.#look(), { passive: true });
+    scroller.addEventListener("scroll", () => this.#updatePosition(), { passive: true });
     new ResizeObserver(() => this.#follow()).observe(scroller);
     jump.onclick = () => this.toEnd();
   }
 
   /**
    * @param {import("./conversation.js").Conversation} conversation
-   * @param {boolean} running whether its last message is an answer on its way
+   * @param {boolean} running whether the last message is a running answer
    */
   show(conversation, running) {
     if (conversation.id !== this.#conversation?.id) {
@@ -61,14 +61,14 @@ export class Thread {
     for (const message of messages) {
       const view = this.#views.get(message.id);
       if (view?.message === message) continue;
-      const made = new MessageView(message, this.actions);
-      if (view) view.root.replaceWith(made.root);
-      else this.list.append(made.root);
-      this.#views.set(message.id, made);
+      const replacement = new MessageView(message, this.actions);
+      if (view) view.root.replaceWith(replacement.root);
+      else this.list.append(replacement.root);
+      this.#views.set(message.id, replacement);
     }
   }
 
-  /** While an answer comes only the last message changes. */
+  /** During an answer only the last message changes. */
   #draw(all = false) {
     const { messages } = this.#conversation;
     const from = all ? 0 : Math.max(0, messages.length - 1);
@@ -79,7 +79,7 @@ export class Thread {
     this.#follow();
   }
 
-  #look() {
+  #updatePosition() {
     const { scrollHeight, scrollTop, clientHeight } = this.scroller;
     this.#atEnd = scrollHeight - scrollTop - clientHeight < NEAR;
     this.jump.hidden = this.#atEnd;
@@ -87,6 +87,6 @@ export class Thread {
 
   #follow() {
     if (this.#atEnd) this.scroller.scrollTop = this.scroller.scrollHeight;
-    this.#look();
+    this.#updatePosition();
   }
 }

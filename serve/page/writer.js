@@ -1,13 +1,13 @@
-/** Completion: one text, which the reader and the model write in turns. For base models, which know no roles. */
+/** Completion mode: the user and the model write one text in turns, for base models without a chat template. */
 
 import { byId, throttled } from "./dom.js";
 import { MessageView } from "./message.js";
 
-const SAVE_AFTER = 400;  // milliseconds after the first unsaved key
+const SAVE_AFTER = 400;  // milliseconds after the first unsaved change
 
 export class Writer {
   #view = null;
-  #unsaved = null;  // the conversation whose text has changed in the box and not yet in the store
+  #unsaved = null;  // the conversation with changes that are not in the store yet
   #conversation = null;
 
   /**
@@ -23,7 +23,7 @@ export class Writer {
     this.area.addEventListener("keydown", (event) => this.#key(event));
     this.form.addEventListener("submit", (event) => (event.preventDefault(), this.#complete()));
     byId("stop-text").onclick = () => (chat.stop(), this.area.focus());
-    byId("take-back").onclick = () => chat.takeBack();
+    byId("undo-completion").onclick = () => chat.undoCompletion();
   }
 
   draw() {
@@ -36,11 +36,11 @@ export class Writer {
     area.readOnly = running;
     byId("complete").hidden = running;
     byId("stop-text").hidden = !running;
-    byId("take-back").disabled = running || conversation.before === undefined;
+    byId("undo-completion").disabled = running || conversation.before === undefined;
     this.#showEnd(conversation.answer, running);
   }
 
-  /** Writes down what is only in the box so far. */
+  /** Saves unsaved changes. */
   save() {
     const conversation = this.#unsaved;
     this.#unsaved = null;
@@ -55,7 +55,7 @@ export class Writer {
     if (running && atEnd) area.scrollTop = area.scrollHeight;
   }
 
-  /** Of the answer the text is above; its end, its error and its figures are here. */
+  /** Shows the finish reason, error and statistics of the completion; its text is in the box. */
   #showEnd(answer, running) {
     if (this.#view?.message !== answer) {
       this.#view = answer ? new MessageView(answer, this.actions) : null;

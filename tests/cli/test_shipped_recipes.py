@@ -13,12 +13,13 @@ import yaml
 from jsonargparse import Namespace
 from make_data import SUBJECTS
 
-from bumblebee.cli.main import main, recipe_parser
+from bumblebee.cli.main import main
+from bumblebee.cli.recipe_options import recipe_parser
 from bumblebee.config import PRESETS, BumblebeeConfig
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "models")
-OVERLAYS = [path for path in RECIPES if path.parent.name in ("memory", "speed")]  # go behind another recipe
+OVERLAYS = [path for path in RECIPES if path.parent.name in ("memory", "speed")]  # added to another recipe
 MODELS = sorted((ROOT / "recipes" / "models").glob("*.yaml"))
 
 
@@ -104,7 +105,7 @@ def test_each_number_of_a_model_that_a_recipe_builds_is_a_flag(recipe: Path) -> 
         "rope_theta": 5e4, "tie_word_embeddings": False, "qk_norm": True,
     }  # fmt: skip
     flags = [word for name, value in shape.items() for word in (f"--task.model.config.{name}", str(value).lower())]
-    parser = recipe_parser("fit", "")
+    parser = recipe_parser("fit")
     cfg = parser.parse(["--config", str(recipe), *flags, "--output_dir", "runs/a"])
     model = parser.instantiate(Namespace(task=cfg.task)).task.model
     assert {name: getattr(model.config, name) for name in shape} == shape and cfg.output_dir == "runs/a"

@@ -1,6 +1,6 @@
-"""Run a training command and print the peak bytes allocated beyond what the imports take.
+"""Run ``bumblebee fit`` and print its peak memory in bytes, above the memory of a process that has imported everything.
 
-python peak_of_a_fit.py WORDS
+python tests/helpers/fit_peak.py ARGUMENTS
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 def main(words: list[str]) -> None:
-    """``bumblebee fit WORDS``, watched."""
+    """Run the command and print the peak."""
     import bumblebee
     import datamodules
     from bumblebee.cli.main import main
@@ -31,10 +31,10 @@ def main(words: list[str]) -> None:
     import tokenizers  # noqa: F401
 
     gc.collect()
-    before = memory_allocated(device)
+    baseline = memory_allocated(device)
     reset_peak_memory_stats(device)
     main(["fit", *words])
-    print(max_memory_allocated(device) - before)
+    print(max_memory_allocated(device) - baseline)
 
 
 if __name__ == "__main__":

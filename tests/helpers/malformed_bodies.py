@@ -1,4 +1,4 @@
-"""Bodies of requests that are wrong, and what is said about each: one table for the schemas and for the running server."""
+"""Malformed request bodies and the expected errors, for tests of the schemas and of the running server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COMPLETION: dict[str, Any] = {"model": "bumblebee", "prompt": "Hello"}
 
 @dataclass(frozen=True)
 class Malformed:
-    """A body, the path it is posted to, the field that is named, and words of the message."""
+    """A body, its path, the expected param, and a part of the message."""
 
     name: str
     path: str
@@ -54,7 +54,7 @@ MALFORMED = [
     # The body as a whole.
     _raw("empty", b"", "not valid JSON"),
     _raw("cut off", b'{"model": "bumblebee", "messages"', "not valid JSON"),
-    _raw("no object", b"[1, 2]", "expected an object"),
+    _raw("not an object", b"[1, 2]", "expected an object"),
     _raw("null", b"null", "expected an object"),
     _raw("bad UTF-8", b'{"model": "bumblebee", "messages": [{"role": "user", "content": "\xff\xfe"}]}', "not valid JSON"),
     _raw("half a surrogate pair", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "not valid JSON"),
@@ -96,7 +96,7 @@ MALFORMED = [
     # Messages.
     _message("no messages", "messages", "at least 1 items"),
     _message("more messages than OpenAI takes", "messages", "at most 2048 items", *[USER] * 2049),
-    _message("a message that is none", "messages[0]", "an object", 5),
+    _message("a message that is a number", "messages[0]", "an object", 5),
     _message("no role", "messages[0].role", "Missing required parameter", {"content": "Hello"}),
     _message("an unknown role", "messages[1].role", "'tool', got \"robot\"", USER, {"role": "robot", "content": "Hello"}),
     _message("no content", "messages[0].content", "a string or a list", {"role": "user"}),
@@ -112,9 +112,9 @@ MALFORMED = [
         {"role": "tool", "content": "2", "tool_call_id": "call_2"},
     ),
     _message("arguments as object", "messages[0].tool_calls[0].function.arguments", "a string", _call({})),
-    _message("arguments that are no JSON", "messages[0].tool_calls[0].function.arguments", "a JSON object encoded", _call("{")),
+    _message("invalid JSON arguments", "messages[0].tool_calls[0].function.arguments", "a JSON object encoded", _call("{")),
     _message("deep arguments", "messages[0].tool_calls[0].function.arguments", "a JSON object encoded", _call("[" * 50_000)),
-    # What is not there.
+    # Unknown and unsupported fields.
     _chat("a misspelled field", "tempreature", "did you mean 'temperature'?", tempreature=1),
     _chat("an unknown field", "beam_width", "Unknown parameter", beam_width=4),
     _chat("an unknown field within", "stream_options.usage", "Unknown parameter", stream=True, stream_options={"usage": True}),

@@ -25,7 +25,7 @@ from bumblebee.nn import attention_kernels, linear_cross_entropy
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.task import Task
 from bumblebee.trainer import Trainer
-from bumblebee.training import loader, training_state
+from bumblebee.training import loader, random_state
 from bumblebee.verify import check, watchdog
 from bumblebee.verify.checks import gradient_check
 from helpers.verify_rows import LOSS
@@ -141,7 +141,7 @@ def resume_skips_a_micro_batch(patch: Patch) -> None:
 
 
 def random_state_is_lost(patch: Patch) -> None:
-    patch.setattr(training_state, "load_random_state", lambda folder, rank: None)
+    patch.setattr(random_state, "load_random_state", lambda folder, rank: None)
 
 
 def not_deterministic(patch: Patch) -> None:

@@ -1,4 +1,4 @@
-"""A program at a pseudo terminal: type, and see what comes."""
+"""Runs a command at a pseudo terminal, types keys and reads the output."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class PseudoTerminal:
     """``bumblebee WORDS`` at a terminal of 100 by 30 characters.
 
     Args:
-        words: of the command line.
-        state: the user's folder for state.
+        words: command-line arguments.
+        state: the user's state directory.
     """
 
     def __init__(self, *words: str, state: Path, **environment: str) -> None:
@@ -34,43 +34,43 @@ class PseudoTerminal:
             command, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True, preexec_fn=_take_terminal
         )
         os.close(slave)
-        self.raw = ""  # all that came
-        self._seen = 0  # of what is told by ``expect``
+        self.raw = ""  # the output so far
+        self._seen = 0  # length of the text that ``expect`` has consumed
 
     @property
     def text(self) -> str:
-        """What came, without the moves of the cursor."""
+        """The output without cursor movements."""
         return _MOVES.sub("", self.raw)
 
     def type(self, *keys: str) -> None:
-        """Text, or the names of KEYS."""
+        """Type text, or keys by their names in KEYS."""
         for key in keys:
             os.write(self.master, KEYS.get(key, key).encode())
-            time.sleep(0.05)  # a person's fingers; Alt-Enter would otherwise be read with what follows
+            time.sleep(0.05)  # typing speed; otherwise Alt-Enter is read together with the next key
 
-    def expect(self, wanted: str, seconds: float = 20) -> str:
-        """Wait until a text comes that was not told before. Returns what came up to its end."""
+    def expect(self, expected: str, seconds: float = 20) -> str:
+        """Wait for text after the last match. Returns the output up to its end."""
         until = time.monotonic() + seconds
-        while (at := self.text.find(wanted, self._seen)) < 0:
+        while (at := self.text.find(expected, self._seen)) < 0:
             if time.monotonic() > until or not self._read(until - time.monotonic()):
-                raise AssertionError(f"{wanted!r} did not come; this did:\n{self.text[self._seen :]}")
-        told, self._seen = self.text[self._seen : at + len(wanted)], at + len(wanted)
-        return told
+                raise AssertionError(f"{expected!r} was not printed; the output was:\n{self.text[self._seen :]}")
+        output, self._seen = self.text[self._seen : at + len(expected)], at + len(expected)
+        return output
 
     def more(self, seconds: float) -> None:
-        """Whatever comes in this time."""
+        """Read output for some seconds."""
         until = time.monotonic() + seconds
         while self._read(until - time.monotonic()):
             pass
 
     def end(self) -> int:
-        """Wait for its end; its exit code."""
+        """Wait for the process; returns its exit code."""
         while self._read(30):
             pass
         return self.process.wait(30)
 
     def close(self) -> None:
-        """End it, whatever it does."""
+        """Kill the process."""
         self.process.kill()
         self.process.wait()
         os.close(self.master)
@@ -80,14 +80,14 @@ class PseudoTerminal:
             return False
         try:
             piece = os.read(self.master, 65536)
-        except OSError:  # the other side is closed
+        except OSError:  # the process has exited
             return False
         self.raw += piece.decode(errors="replace")
         return bool(piece)
 
 
 def _take_terminal() -> None:
-    """Make the terminal the process's own, so that Ctrl-C reaches it."""
+    """Make the terminal the controlling terminal, so that Ctrl-C reaches the process."""
     import fcntl
     import termios
 

@@ -1,7 +1,7 @@
-"""A server that speaks OpenAI's protocol and says what a test has told it to say: the chat page's counterpart in its tests.
+"""An OpenAI-compatible server with scripted replies, for the tests of the chat page.
 
-It serves the page itself too. What a real server does by chance or under load (429, a dropped connection, a slow answer) it
-does on demand. No model, no torch.
+It serves the page as well. What a real server does by chance or under load (429, a dropped connection, a slow answer) it does
+on demand, without a model.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ CONTEXT = 4096
 
 @dataclass
 class Reply:
-    """One answer: text in pieces, or an error.
+    """One reply: streamed text, or an error.
 
     Args:
-        text: what is said, a word a chunk.
-        status: of HTTP; other than 200 it is an error with `message` and `code`.
+        text: the text, one word per chunk.
+        status: HTTP status; other than 200, an error with `message` and `code`.
         pause: seconds before each chunk.
-        drop: break the connection after this many chunks.
-        fault: end the stream with an error event that says this.
-        prompt_tokens: as the usage tells it; the answer's tokens are its chunks.
+        drop: drop the connection after this many chunks.
+        fault: end the stream with an error event with this message.
+        prompt_tokens: prompt tokens in the usage; completion tokens are the chunks.
     """
 
     text: str = "Fine, thank you."
@@ -56,7 +56,7 @@ class Reply:
 
 
 class ScriptedServer:
-    """What a test sees: `replies` to come, and what has been asked."""
+    """The next `replies`, and the requests so far."""
 
     url: str
 
@@ -67,10 +67,10 @@ class ScriptedServer:
         self.replies: deque[Reply] = deque()
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
-        self.key = ""  # asked for, where set
+        self.key = ""  # required if set
         self.ready = True
         self.examples: list[str] | None = None
-        self.left = 0  # answers that the client did not wait for
+        self.left = 0  # aborted responses
 
     def app(self) -> Starlette:
         answer = [Route(f"/v1/{name}", self._answer, methods=["POST"]) for name in ("chat/completions", "completions")]
@@ -87,13 +87,13 @@ class ScriptedServer:
         return JSONResponse({"object": "list", "data": [card]})
 
     async def _ready(self, request: Request) -> Response:
-        return JSONResponse({}, 200) if self.ready else error(Reply(status=503, message="the model is being loaded"))
+        return JSONResponse({}, 200) if self.ready else error(Reply(status=503, message="The model is loading"))
 
     async def _answer(self, request: Request) -> Response:
         if refused := self._refused(request):
             return refused
         if not self.ready:
-            return error(Reply(status=503, message="the model is being loaded", headers={"Retry-After": "1"}))
+            return error(Reply(status=503, message="The model is loading", headers={"Retry-After": "1"}))
         self.paths.append(request.url.path)
         self.bodies.append(await request.json())
         reply = self.replies.popleft() if self.replies else Reply()
@@ -111,7 +111,7 @@ class ScriptedServer:
         try:
             for index, piece in enumerate(pieces):
                 if index == reply.drop:
-                    await asyncio.sleep(0.2)  # what was said before is on its way
+                    await asyncio.sleep(0.2)  # lets the earlier chunks arrive
                     raise ConnectionResetError("as the test asked")
                 await asyncio.sleep(reply.pause)
                 yield event(choice(chat, piece))
@@ -143,18 +143,18 @@ def error(reply: Reply) -> Response:
 
 @contextmanager
 def running() -> Iterator[ScriptedServer]:
-    """The server on a free port of this machine, in a thread."""
+    """Run the server on a free port, in a thread."""
     scripted = ScriptedServer()
     config = uvicorn.Config(scripted.app(), port=0, log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     started = threading.Event()
     startup = server.startup
 
-    async def announced(sockets: Any = None) -> None:
+    async def startup_and_signal(sockets: Any = None) -> None:
         await startup(sockets)
         started.set()
 
-    server.startup = announced  # type: ignore[method-assign]
+    server.startup = startup_and_signal  # type: ignore[method-assign]
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     assert started.wait(20), "the scripted server did not start"

@@ -1,4 +1,4 @@
-"""A server in a process of its own, as the tests see it."""
+"""A server in its own process, for tests."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import psutil
 
 from helpers.processes import start
 
-PATIENCE = 60  # seconds
+TIMEOUT = 60  # seconds
 
 
 class Running:
-    """A server: its process, what it has written, and ways to ask it.
+    """A running server: its process, its output, and requests to it.
 
     Args:
         process: ``bumblebee serve``.
@@ -32,28 +32,28 @@ class Running:
         self.lines: list[str] = []
         threading.Thread(target=self._listen, daemon=True).start()
         self.url = re.search(r"http://[^ ,]+", self.line("loading "))[0]
-        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE, headers={"Authorization": "Bearer key"})
+        self.http = httpx.Client(base_url=self.url, timeout=TIMEOUT, headers={"Authorization": "Bearer key"})
 
     def _listen(self) -> None:
         for line in self.process.stdout:
             self.lines.append(line.rstrip("\n"))
 
     def line(self, begin: str, count: int = 1) -> str:
-        """The line that begins so, once it has been written ``count`` times."""
-        wait_for(lambda: self.count(begin) >= count or self.process.poll() is not None, f"a line {begin!r}", self.told)
-        assert self.count(begin) >= count, self.told()
+        """Wait until ``count`` lines start like this; returns the first one."""
+        wait_for(lambda: self.count(begin) >= count or self.process.poll() is not None, f"a line {begin!r}", self.output)
+        assert self.count(begin) >= count, self.output()
         return next(line for line in self.lines if line.startswith(begin))
 
     def count(self, begin: str) -> int:
         return sum(line.startswith(begin) for line in self.lines)
 
-    def told(self) -> str:
-        """All that it has written."""
+    def output(self) -> str:
+        """The output so far."""
         return "\n".join(self.lines)
 
     @property
     def workers(self) -> list[psutil.Process]:
-        """The processes with the model."""
+        """The worker processes."""
         return [child for child in self.children if any("spawn_main" in word for word in child.cmdline())]
 
     @property
@@ -68,23 +68,23 @@ class Running:
 
     @contextmanager
     def stream(self, prompt: str = "Hello", **fields: Any) -> Iterator[Iterator[dict[str, Any]]]:
-        """The chunks of a completion that is streamed."""
+        """Stream a completion; yields its chunks."""
         body = completion(prompt, stream=True, **fields)
         with self.http.stream("POST", "/v1/completions", json=body) as response:
             assert response.status_code == 200, response.read()
             yield events(response.iter_lines())
 
     def metric(self, name: str) -> float:
-        """A figure of /metrics, summed over its labels."""
-        found = re.findall(rf"^{name}(?:\{{.*\}})? (.+)$", self.http.get("/metrics").text, re.MULTILINE)
-        assert found, name
-        return sum(map(float, found))
+        """A value of /metrics, summed over its labels."""
+        values = re.findall(rf"^{name}(?:\{{.*\}})? (.+)$", self.http.get("/metrics").text, re.MULTILINE)
+        assert values, name
+        return sum(map(float, values))
 
     def wait_for_metric(self, name: str, value: float) -> None:
-        wait_for(lambda: self.metric(name) == value, f"{name} {value}", self.told)
+        wait_for(lambda: self.metric(name) == value, f"{name} {value}", self.output)
 
     def end(self, timeout: float = 30) -> int:
-        """Wait for its exit code."""
+        """Wait for the process; returns its exit code."""
         return self.process.wait(timeout)
 
 
@@ -93,7 +93,7 @@ def completion(prompt: str = "Hello", **fields: Any) -> dict[str, Any]:
 
 
 def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """The objects of server-sent events, up to [DONE]."""
+    """The data of server-sent events, up to [DONE]."""
     for line in lines:
         if line == "data: [DONE]":
             return
@@ -101,23 +101,23 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line.removeprefix("data: "))
 
 
-def wait_for(holds: Callable[[], bool], what: str, told: Callable[[], str] = str, seconds: float = PATIENCE) -> None:
-    """Until something holds; the test fails if it takes too long."""
+def wait_for(holds: Callable[[], bool], what: str, output: Callable[[], str] = str, seconds: float = TIMEOUT) -> None:
+    """Wait until a condition holds; fails after a timeout."""
     until = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < until, f"{what} did not come\n{told()}"
+        assert time.monotonic() < until, f"timed out waiting for {what}\n{output()}"
         time.sleep(0.02)
 
 
 @contextmanager
 def serving(folder: Path | str, *words: str, ready: bool = True, **options: Any) -> Iterator[Running]:
-    """``bumblebee serve`` on a free port; it is gone afterwards, and so is whatever it has started.
+    """Run ``bumblebee serve`` on a free port; stops it and its child processes afterwards.
 
     Args:
-        folder: the model's.
-        words: further options.
-        ready: wait until it answers.
-        options: of the process, such as the folder it is started in.
+        folder: model folder.
+        words: additional options.
+        ready: wait until the server is ready.
+        options: of the process, such as its working directory.
     """
     words = ("--model", str(folder), "--port", "0", "--device", "cpu", *words)
     process = start(["-m", "bumblebee", "serve", *words], stderr=subprocess.STDOUT, **options)

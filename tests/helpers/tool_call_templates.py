@@ -1,4 +1,4 @@
-"""Chat templates that write calls of tools, each in the manner of a family of models, with the special tokens they need."""
+"""Chat templates with tool calls in the formats of several model families, and the special tokens they need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers import chat_folders
 
 TOOLS = "{%- if tools %}<|start|>tools{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|eot|>{% endif %}"
 
-# One call, an object without marks.
+# One call, an object without markers.
 LLAMA = (
     TOOLS
     + """
@@ -31,7 +31,7 @@ LLAMA = (
 """
 )
 
-# A list of objects behind a special token; ids of nine characters, which stand in the objects too.
+# A list of objects after a special token; the objects contain the ids, which have nine characters.
 MISTRAL = """
 {{- bos_token }}
 {%- if tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
@@ -63,7 +63,7 @@ HEADS = (
     )
 )
 
-# TokenNames in the place of a message's head; calls are messages of their own.
+# The name follows the role; each call is a separate message.
 GLM = (
     TOOLS
     + """
@@ -74,7 +74,7 @@ GLM = (
 """
 )
 
-# Marks around all calls and around each, a block of code for the arguments.
+# Markers around all calls and around each one, arguments in a code block.
 DEEPSEEK = (
     TOOLS
     + """
@@ -94,7 +94,7 @@ DEEPSEEK = (
 """
 )
 
-# Reasoning in the answers behind the last question, empty where there was none.
+# A reasoning block, possibly empty, in the answers after the last question.
 THINKING = """
 {%- set ns = namespace(last=0) %}
 {%- for message in messages %}{% if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
@@ -117,13 +117,13 @@ TEMPLATES = {
     "chatml": CHATML, "qwen": chat_folders.QWEN, "llama": LLAMA, "mistral": MISTRAL, "heads": HEADS, "glm": GLM,
     "deepseek": DEEPSEEK, "thinking": THINKING,
 }  # fmt: skip
-ONE_CALL = ("llama", "glm")  # in an answer, at most
-NO_TEXT = ("llama", "glm")  # beside a call
-MARKS = ["[TOOL_CALLS]", "[ARGS]", "[CALLS]", "[CALL]", "[SEP]", "[/CALL]", "[/CALLS]", "[AVAILABLE_TOOLS]"]
+ONE_CALL = ("llama", "glm")  # at most one call per answer
+NO_TEXT = ("llama", "glm")  # no text next to a call
+MARKERS = ["[TOOL_CALLS]", "[ARGS]", "[CALLS]", "[CALL]", "[SEP]", "[/CALL]", "[/CALLS]", "[AVAILABLE_TOOLS]"]
 
 
 def tokenizer_of(name: str, folder: Path) -> Tokenizer:
-    """A tokenizer with one of these templates."""
+    """Write a tokenizer folder with one of these templates, and load it."""
     backend = chat_folders.byte_level()
-    backend.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
+    backend.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in MARKERS])
     return Tokenizer.from_pretrained(chat_folders.write(folder, backend, TEMPLATES[name]))

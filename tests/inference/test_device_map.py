@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
 from bumblebee.inference.attention_metadata import AttentionMetadata
-from bumblebee.inference.device_map import devices_for, layer_devices, load_on_devices, part_sizes, plan
+from bumblebee.inference.device_map import assign_parts, available_devices, layer_devices, load_on_devices, part_sizes
 from bumblebee.inference.kv_cache import KVCache
 
 CPU, META = torch.device("cpu"), torch.device("meta")  # on meta nothing is computed, but devices that differ are refused
@@ -32,20 +32,20 @@ PROMPTS = ["The bee", "A", "In the garden there are many flowers, and the bees"]
     ],
 )
 def test_parts_are_spread_over_the_first_devices_that_hold_them(sizes, memory, expected):
-    assert plan(sizes, memory) == expected
+    assert assign_parts(sizes, memory) == expected
 
 
 @pytest.mark.parametrize(("sizes", "memory"), [([10, 5, 5, 10], [14, 15]), ([10], [9]), ([3, 3, 3], [4, 4])])
 def test_a_model_too_large_for_all_devices_is_refused(sizes, memory):
     with pytest.raises(ValueError, match=f"{len(memory)} devices with .* GB of free memory cannot hold them"):
-        plan(sizes, memory)
+        assign_parts(sizes, memory)
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=20), st.lists(st.integers(1, 400), min_size=1, max_size=5))
 def test_a_plan_keeps_the_order_fits_and_is_found_where_there_is_one(sizes, memory):
     """Filling each device in turn as far as it goes finds a plan if any does."""
     try:
-        placed = plan(sizes, memory)
+        placed = assign_parts(sizes, memory)
     except ValueError:
         rest = list(sizes)
         for room in memory:
@@ -67,10 +67,10 @@ def test_a_tied_head_takes_no_memory(tiny):
 
 
 def test_a_device_beside_a_map_and_an_unknown_map_are_refused():
-    with pytest.raises(ValueError, match="device_map: auto takes all GPUs, device says cpu"):
-        devices_for("auto", "cpu")
+    with pytest.raises(ValueError, match="device_map: auto uses all GPUs, but device is cpu"):
+        available_devices("auto", "cpu")
     with pytest.raises(ValueError, match="device_map must be auto or null, got 'balanced'"):
-        devices_for("balanced", "auto")
+        available_devices("balanced", "auto")
 
 
 # -- the model -----------------------------------------------------------------------------------------------------------

@@ -352,7 +352,7 @@ def test_logprobs_are_those_of_the_model(engine_of, model):
         ([1] * 96, greedy(), "the prompt has 96 tokens; the model takes 96, including new ones"),
         ([1, 64], greedy(), "the prompt has token id 64; the model's ids are 0 to 63"),
         ([1, -1], greedy(), "the prompt has token id -1; the model's ids are 0 to 63"),
-        ([1], greedy(stop_ids=[64]), "stop_ids names token 64; the model has the tokens 0 to 63"),
+        ([1], greedy(stop_ids=[64]), "stop_ids: token id 64 is out of the vocabulary; the model's ids are 0 to 63"),
         (
             [1] * 40, greedy(50),
             "the prompt's 40 tokens and 50 new ones need 96 positions of the KV cache, which has 64:"

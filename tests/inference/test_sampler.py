@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from bumblebee import SamplingParams
 from bumblebee.inference import sampler
-from bumblebee.inference.penalties import Penalties, penalise
+from bumblebee.inference.penalties import Penalties, apply_penalties
 from bumblebee.inference.request import SampledToken
 from bumblebee.inference.sampler import SamplerState, sample
 
@@ -274,7 +274,7 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits_
     request = Penalties(seen[:cut], SamplingParams(repetition_penalty=penalty))
     for token in seen[cut:]:
         request.add(token)
-    assert penalise(torch.tensor([logits]), [request])[0].tolist() == pytest.approx(expected, rel=1e-5)
+    assert apply_penalties(torch.tensor([logits]), [request])[0].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("penalty", [5e-324, 1e-44, 1e-38, 1e-30])
@@ -291,7 +291,7 @@ def test_presence_and_frequency_count_generated_tokens_only():
     request = Penalties([0, 1], SamplingParams(presence_penalty=0.5, frequency_penalty=0.25))
     for token in (1, 2, 2, 2):
         request.add(token)
-    assert penalise(torch.zeros(1, 4), [request]).tolist() == [[0, -0.75, -1.25, 0]]
+    assert apply_penalties(torch.zeros(1, 4), [request]).tolist() == [[0, -0.75, -1.25, 0]]
 
 
 def test_penalties_count_on_through_a_long_answer():
@@ -299,7 +299,7 @@ def test_penalties_count_on_through_a_long_answer():
     for token in [*range(1000), *range(500)]:
         request.add(token)
     expected = [[-2.0] * 500 + [-1.0] * 500 + [0.0]]
-    assert penalise(torch.zeros(1, 1001), [request]).tolist() == expected
+    assert apply_penalties(torch.zeros(1, 1001), [request]).tolist() == expected
 
 
 def test_penalties_come_before_everything_else():
@@ -363,7 +363,7 @@ def test_more_logprobs_than_tokens_are_all_of_them():
 def test_logits_that_are_no_numbers_are_an_error_and_no_text(wrong, options):
     logits = torch.zeros(2, 300)
     logits[1, 17] = wrong
-    with pytest.raises(FloatingPointError, match="logits are no numbers"):
+    with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
         sample(logits, [state(**options), state(**options)])
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from bumblebee import SamplingParams
 
 NAN, INFINITY = float("nan"), float("inf")
-BIASES = "up to 1024 token ids, 0 or more, each with a number between -100 and 100"
-TEXTS = "a list of up to 16 texts of 1 to 256 characters"
+BIASES = "a mapping of up to 1024 token ids to numbers between -100 and 100"
+TEXTS = "a list of up to 16 strings of 1 to 256 characters"
 IDS = "a list of token ids, 0 or more"
 
 
@@ -33,7 +33,7 @@ IDS = "a list of token ids, 0 or more"
         ("stop_ids", IDS, [[-1], [1.0], [True], 5, None]),
         ("spelled_ids", IDS, [[-1], [True], 5]),
         ("logprobs", "between 0 and 100", [-1, 101, True, 1.0]),
-        ("seed", "a whole number of 64 bits", [2**64, -(2**63) - 1, 1.0, "x", True]),
+        ("seed", "a 64-bit integer", [2**64, -(2**63) - 1, 1.0, "x", True]),
         ("ignore_eos", "true or false", [1, None, "yes"]),
     ],
 )
@@ -93,5 +93,5 @@ def test_requests_do_not_share_their_lists():
 def test_ids_that_the_model_does_not_have_are_refused(name, values):
     params = SamplingParams(**{name: values})
     params.check_ids(11)
-    with pytest.raises(ValueError, match=f"{name} names token 10; the model has the tokens 0 to 9"):
+    with pytest.raises(ValueError, match=f"{name}: token id 10 is out of the vocabulary; the model.s ids are 0 to 9"):
         params.check_ids(10)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.reference_loop import steps_of
 from helpers.training_runs import VOCABULARY, Rows, adapter_bytes, train, weight_bytes, weights
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -24,6 +23,7 @@ from bumblebee.checkpoint.consolidate import consolidate  # noqa: E402
 from bumblebee.checkpoint.merge import merge  # noqa: E402
 from bumblebee.lora import differences  # noqa: E402
 from bumblebee.models.loading import load_model  # noqa: E402
+from bumblebee.verify.reference_loop import sample_indices
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -51,9 +51,9 @@ REFUSED = {
         "attention cannot be replaced by ours",
     ),
     "mamba": ("Mamba", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}, REPLACED),
-    "gemma2": ("Gemma2", SHAPE | {"head_dim": 8}, "its attention has softcap"),
+    "gemma2": ("Gemma2", SHAPE | {"head_dim": 8}, "its attention uses softcap"),
     "olmoe": ("Olmoe", SHAPE, "transformers converts its weights"),
-    "nemotron": ("Nemotron", SHAPE, "does not tell it of packed documents"),
+    "nemotron": ("Nemotron", SHAPE, "does not pass keyword arguments to its attention"),
 }
 
 
@@ -165,7 +165,7 @@ def plain_loop(folder: Path, steps: int) -> list[float]:
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     optimizer, rows, losses = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1), Rows(), []
     rows.setup(0)
-    for chosen in steps_of(len(rows.train), 4, steps, 42):
+    for chosen in sample_indices(len(rows.train), 4, steps, 42):
         inputs, labels = (torch.stack(part) for part in zip(*(rows.train[index] for index in chosen), strict=True))
         if not (targets := int((labels != -100).sum())):
             continue

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee.nn.attention import Attention
-from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, choose, flash, naive, sdpa
+from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, flash, naive, sdpa, select_kernel
 
 B, T, H, D = 2, 7, 4, 8
 PACKED = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]])  # the last two of row 0 are padding
@@ -116,7 +116,7 @@ def test_a_packed_mask_shows_each_query_its_own_document_up_to_itself(rows):
 @given(rows_of_documents())
 def test_cumulative_lengths_are_those_of_the_documents_of_all_rows(rows):
     position_ids = torch.tensor([[place for length in row for place in range(length)] for row in rows])
-    ends, longest = AttentionMask.packed(position_ids).cumulative_lengths
+    ends, longest = AttentionMask.packed(position_ids).cu_seqlens
     lengths = [length for row in rows for length in row]
     assert ends.dtype == torch.int32
     assert ends.diff().tolist() == lengths and ends[0] == 0 and longest == max(lengths)
@@ -181,17 +181,17 @@ def test_gpu_kernels_equal_naive(kernel, layout, groups, window):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_flash_without_a_gpu_is_refused_and_the_message_says_what_it_needs(dtype):
-    with pytest.raises(ValueError, match=r"'flash' needs the flash-attn package \(pip install .*no GPU is visible"):
-        choose("flash", dtype)
+    with pytest.raises(ValueError, match=r"'flash' requires the flash-attn package \(pip install .*no visible GPU"):
+        select_kernel("flash", dtype)
 
 
 def test_auto_is_sdpa_where_flash_cannot_run():
-    assert choose("auto", torch.float32) == "sdpa"
+    assert select_kernel("auto", torch.float32) == "sdpa"
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown attention 'flsh'; known are auto, naive, sdpa, flash"):
-        choose("flsh", torch.float32)
+    with pytest.raises(ValueError, match=r"unknown attention 'flsh'; available: auto, naive, sdpa, flash"):
+        select_kernel("flsh", torch.float32)
 
 
 @settings(deadline=None, max_examples=20)

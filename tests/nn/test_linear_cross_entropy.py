@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy as whole_cross_entropy
 
-from bumblebee.nn.linear_cross_entropy import Weighing, _cut, linear_cross_entropy
+from bumblebee.nn.linear_cross_entropy import LossWeighting, _cut, linear_cross_entropy
 
 MODULE = "bumblebee.nn.linear_cross_entropy"
 D, V = 8, 11
@@ -62,13 +62,13 @@ def test_huge_logits_give_finite_losses_and_gradients(chunk):
 def test_what_the_backward_passes_found_changes_no_gradient(chunk):
     """Whether slopes were taken in the forward pass, in the backward pass, or in both."""
     hidden, weight, labels = inputs(10)
-    weighing = Weighing()
+    weighting = LossWeighting()
     alike, own = torch.full((10,), 0.3), torch.linspace(0.5, 2.0, 10)
     found = []
     for slopes in (alike, own, own, alike, alike):
-        losses = linear_cross_entropy(hidden, weight, labels, weighing)
+        losses = linear_cross_entropy(hidden, weight, labels, weighting)
         found.append(torch.autograd.grad(losses, (hidden, weight), slopes))
-        assert weighing.alike == (slopes is alike)
+        assert weighting.uniform == (slopes is alike)
     for first, second in ((0, 3), (0, 4), (1, 2)):
         assert all(torch.equal(a, b) for a, b in zip(found[first], found[second], strict=True))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bumblebee.nn import IGNORE_INDEX
-from bumblebee.nn.lm_head import Head
+from bumblebee.nn.lm_head import LMHead
 
 B, T, C, V = 2, 5, 8, 11
 
@@ -14,7 +14,7 @@ B, T, C, V = 2, 5, 8, 11
 @pytest.fixture
 def head():
     torch.manual_seed(0)
-    return Head(C, V)
+    return LMHead(C, V)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import silu
 
-from bumblebee.nn.moe import MixtureOfExperts, mixture
+from bumblebee.nn.moe import MixtureOfExperts, mixture_of_experts
 
 D, INNER = 6, 5
 
@@ -33,7 +33,7 @@ def naive(moe: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
 
 
 def build(seed: int = 0, **options) -> MixtureOfExperts:
-    moe = mixture(D, INNER, **options)
+    moe = mixture_of_experts(D, INNER, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in moe.parameters():
@@ -118,5 +118,8 @@ def test_in_bf16_the_router_is_computed_in_fp32(how):
 
 
 def test_shared_experts_are_as_wide_as_all_of_them_together():
-    assert mixture(D, INNER, num_experts=2, top_k=1, n_shared_experts=3).shared_experts.up_proj.weight.shape == (3 * INNER, D)
-    assert mixture(D, INNER, num_experts=2, top_k=1).shared_experts is None
+    assert mixture_of_experts(D, INNER, num_experts=2, top_k=1, n_shared_experts=3).shared_experts.up_proj.weight.shape == (
+        3 * INNER,
+        D,
+    )
+    assert mixture_of_experts(D, INNER, num_experts=2, top_k=1).shared_experts is None

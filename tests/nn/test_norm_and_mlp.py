@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bumblebee import config
-from bumblebee.nn.mlp import ACTIVATIONS, GatedFFN, PlainFFN
+from bumblebee.nn.mlp import ACTIVATIONS, MLP, GatedMLP
 from bumblebee.nn.norm import NORMS, RMSNorm
 
 
@@ -32,7 +32,7 @@ def test_rms_norm_of_a_huge_bf16_input_is_finite():
 
 def test_swiglu_equals_its_formula():
     torch.manual_seed(0)
-    ffn, x = GatedFFN(8, 12), torch.randn(2, 3, 8)
+    ffn, x = GatedMLP(8, 12), torch.randn(2, 3, 8)
     gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
     torch.testing.assert_close(ffn(x), ((x @ gate.T) * torch.sigmoid(x @ gate.T) * (x @ up.T)) @ down.T)
 
@@ -51,7 +51,7 @@ def test_each_activation_is_transformers(name):
 
 def test_a_gated_ffn_equals_its_formula_with_another_activation_and_biases():
     torch.manual_seed(0)
-    ffn, x = GatedFFN(8, 12, "relu2", bias=True), torch.randn(2, 3, 8)
+    ffn, x = GatedMLP(8, 12, "relu2", bias=True), torch.randn(2, 3, 8)
     gate, up = (layer.weight @ x[..., None] + layer.bias[:, None] for layer in (ffn.gate_proj, ffn.up_proj))
     inner = (gate.clamp(min=0) ** 2 * up)[..., 0]
     torch.testing.assert_close(ffn(x), inner @ ffn.down_proj.weight.T + ffn.down_proj.bias)
@@ -59,6 +59,6 @@ def test_a_gated_ffn_equals_its_formula_with_another_activation_and_biases():
 
 def test_a_plain_ffn_equals_its_formula():
     torch.manual_seed(0)
-    ffn, x = PlainFFN(8, 12, "relu", bias=True), torch.randn(2, 3, 8)
+    ffn, x = MLP(8, 12, "relu", bias=True), torch.randn(2, 3, 8)
     inner = (x @ ffn.up_proj.weight.T + ffn.up_proj.bias).clamp(min=0)
     torch.testing.assert_close(ffn(x), inner @ ffn.down_proj.weight.T + ffn.down_proj.bias)

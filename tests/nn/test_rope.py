@@ -14,9 +14,9 @@ from bumblebee.nn.rope import (
     SCALINGS,
     DynamicRotaryEmbedding,
     RotaryEmbedding,
+    apply_rotary,
+    apply_rotary_interleaved,
     rotary_frequencies,
-    rotate,
-    rotate_interleaved,
 )  # fmt: skip
 
 D, THETA = 16, 10_000.0
@@ -41,7 +41,7 @@ def test_rotation_equals_multiplication_by_a_complex_number():
     x = torch.randn(2, 5, 3, D, dtype=torch.float64)
     cos, sin = RotaryEmbedding(D, THETA)(torch.arange(5).expand(2, 5))
     turned = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * torch.complex(cos.double(), sin.double())
-    torch.testing.assert_close(rotate(x, cos, sin), torch.cat((turned.real, turned.imag), -1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(apply_rotary(x, cos, sin), torch.cat((turned.real, turned.imag), -1), rtol=0, atol=1e-5)
 
 
 def test_scores_depend_on_the_distance_only():
@@ -49,7 +49,7 @@ def test_scores_depend_on_the_distance_only():
     rope = RotaryEmbedding(D, THETA)
 
     def score(query: int, key: int) -> float:
-        return float((rotate(q, *rope(torch.tensor([[query]]))) * rotate(k, *rope(torch.tensor([[key]])))).sum())
+        return float((apply_rotary(q, *rope(torch.tensor([[query]]))) * apply_rotary(k, *rope(torch.tensor([[key]])))).sum())
 
     assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-4)
     assert abs(score(9, 4) - score(9, 8)) > 1e-2
@@ -57,7 +57,7 @@ def test_scores_depend_on_the_distance_only():
 
 def test_rotate_keeps_the_dtype():
     cos, sin = RotaryEmbedding(D, THETA)(torch.tensor([[3]]))
-    assert rotate(torch.randn(1, 1, 1, D, dtype=torch.bfloat16), cos, sin).dtype == torch.bfloat16
+    assert apply_rotary(torch.randn(1, 1, 1, D, dtype=torch.bfloat16), cos, sin).dtype == torch.bfloat16
 
 
 def test_llama3_keeps_short_wavelengths_and_stretches_long_ones():
@@ -92,7 +92,7 @@ def test_a_config_knows_the_scalings_that_there_are():
     assert config.ROPE_TYPES.keys() == {*SCALINGS, "dynamic"}
 
 
-@pytest.mark.parametrize("turn", [rotate, rotate_interleaved])
+@pytest.mark.parametrize("turn", [apply_rotary, apply_rotary_interleaved])
 def test_what_lies_behind_the_rotary_dimensions_is_kept(turn):
     x = torch.randn(2, 5, 3, D)
     cos, sin = RotaryEmbedding(6, THETA)(torch.arange(5).expand(2, 5))
@@ -106,8 +106,8 @@ def test_interleaved_pairs_are_neighbours():
     """Neighbours put half a head apart, turned, and put back."""
     x, order = torch.randn(2, 5, 3, D), torch.arange(D).view(-1, 2).T.flatten()
     cos, sin = RotaryEmbedding(D, THETA)(torch.arange(5).expand(2, 5))
-    expected = rotate(x[..., order], cos, sin)[..., order.argsort()]
-    torch.testing.assert_close(rotate_interleaved(x, cos, sin), expected, rtol=0, atol=0)
+    expected = apply_rotary(x[..., order], cos, sin)[..., order.argsort()]
+    torch.testing.assert_close(apply_rotary_interleaved(x, cos, sin), expected, rtol=0, atol=0)
 
 
 def test_dynamic_frequencies_depend_on_the_longest_text_of_this_batch_alone():

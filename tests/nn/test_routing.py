@@ -14,9 +14,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # noqa: E402
 
-from bumblebee.nn.balance_losses import batch_balance, entropy, loads, sequence_balance, z_loss  # noqa: E402
-from bumblebee.nn.moe import mixture  # noqa: E402
-from bumblebee.nn.router_losses import RouterLosses  # noqa: E402
+from bumblebee.nn.moe import mixture_of_experts  # noqa: E402
+from bumblebee.nn.router_losses import (  # noqa: E402
+    RouterLosses,  # noqa: E402
+    batch_balance_loss,
+    entropy,
+    expert_load,
+    sequence_balance_loss,
+    z_loss,
+)
 
 
 def routed(rows: int, positions: int, num_experts: int, top_k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,21 +55,21 @@ def test_balance_equals_its_formula_over_what_is_no_padding(rows, positions, num
     logits, experts = routed(rows, positions, num_experts, top_k, seed)
     lengths = data.draw(st.lists(st.integers(0, positions), min_size=rows, max_size=rows))
     counted = torch.arange(positions) < torch.tensor(lengths)[:, None]
-    found = sequence_balance(logits, experts, counted)
+    found = sequence_balance_loss(logits, experts, counted)
     for row, length in enumerate(lengths):
         wanted = plain_balance(logits[row, :length], experts[row, :length]) if length else 0.0
         assert found[row].item() == pytest.approx(wanted, abs=1e-5)
     whole = plain_balance(logits[counted], experts[counted]) if counted.any() else 0.0
-    assert batch_balance(logits, experts, counted).item() == pytest.approx(whole, abs=1e-5)
+    assert batch_balance_loss(logits, experts, counted).item() == pytest.approx(whole, abs=1e-5)
 
 
 def test_even_use_gives_one_whatever_the_length_and_one_expert_for_all_gives_their_number():
     logits = torch.zeros(2, 512, 8)
     even = torch.arange(512 * 2).view(1, 512, 2).expand(2, -1, -1) % 8
-    torch.testing.assert_close(sequence_balance(logits, even, torch.ones(2, 512, dtype=torch.bool)), torch.ones(2))
+    torch.testing.assert_close(sequence_balance_loss(logits, even, torch.ones(2, 512, dtype=torch.bool)), torch.ones(2))
     one = torch.full((2, 512, 8), -99.0)
     one[..., 3] = 99.0
-    found = sequence_balance(one, torch.full((2, 512, 1), 3), torch.ones(2, 512, dtype=torch.bool))
+    found = sequence_balance_loss(one, torch.full((2, 512, 1), 3), torch.ones(2, 512, dtype=torch.bool))
     torch.testing.assert_close(found, torch.full((2,), 8.0))
 
 
@@ -73,7 +79,7 @@ def test_batch_balance_is_transformers_loss_of_one_layer_over_k(top_k, padded):
     logits, experts = routed(3, 20, 4, top_k)
     counted = torch.arange(20) < torch.tensor([[20], [7], [12]]) if padded else torch.ones(3, 20, dtype=torch.bool)
     theirs = load_balancing_loss_func((logits.flatten(0, 1),), 4, top_k, counted.long() if padded else None)
-    torch.testing.assert_close(top_k * batch_balance(logits, experts, counted), theirs)
+    torch.testing.assert_close(top_k * batch_balance_loss(logits, experts, counted), theirs)
 
 
 def test_z_loss_and_entropy_equal_their_formulas():
@@ -86,14 +92,14 @@ def test_z_loss_and_entropy_equal_their_formulas():
 
 def test_loads_count_each_choice_of_each_token():
     experts = torch.tensor([[[0, 1], [1, 3], [2, 3]]])
-    assert loads(experts, torch.tensor([[True, True, False]]), 4).tolist() == [[1, 2, 0, 1]]
+    assert expert_load(experts, torch.tensor([[True, True, False]]), 4).tolist() == [[1, 2, 0, 1]]
 
 
 def test_huge_logits_give_finite_losses_and_gradients():
     logits = (1e4 * routed(2, 6, 4, 2)[0]).requires_grad_()
     counted = torch.ones(2, 6, dtype=torch.bool)
     experts = logits.topk(2).indices
-    (sequence_balance(logits, experts, counted).sum() + 1e-9 * z_loss(logits, counted).sum()).backward()
+    (sequence_balance_loss(logits, experts, counted).sum() + 1e-9 * z_loss(logits, counted).sum()).backward()
     assert logits.grad.isfinite().all() and entropy(logits, counted).isfinite().all()
 
 
@@ -102,7 +108,7 @@ def test_huge_logits_give_finite_losses_and_gradients():
 
 def losses_of(layers: int = 2, **options) -> RouterLosses:
     torch.manual_seed(0)
-    moes = [mixture(6, 5, 4, 2, bias=options.get("bias_update_rate") is not None) for _ in range(layers)]
+    moes = [mixture_of_experts(6, 5, 4, 2, bias=options.get("bias_update_rate") is not None) for _ in range(layers)]
     for parameter in (p for moe in moes for p in moe.parameters()):
         torch.nn.init.normal_(parameter)
     return RouterLosses(moes, **{"balance": "sequence", "balance_weight": 0.1, "z_weight": 0.01, **options})
@@ -125,7 +131,7 @@ def test_terms_are_sums_whose_means_are_the_published_losses():
     found, counts = record(losses, x, counted), losses.counts(counted)
     assert {name: int(count) for name, count in counts.items()} == {"router/balance": 2 * 2, "router/z": 2 * 11}
     of_layers = [layer.gate(x.flatten(0, 1)) for layer in losses.layers]
-    balance = [sequence_balance(r.logits.view(3, 7, 4), r.experts.view(3, 7, 2), counted)[:2].mean() for r in of_layers]
+    balance = [sequence_balance_loss(r.logits.view(3, 7, 4), r.experts.view(3, 7, 2), counted)[:2].mean() for r in of_layers]
     z = [z_loss(r.logits.view(3, 7, 4), counted).sum() / 11 for r in of_layers]
     total = sum(losses.weights[name] * found[name] / counts[name] for name in found)
     torch.testing.assert_close(total, 0.1 * sum(balance) + 0.01 * sum(z))
@@ -136,7 +142,7 @@ def test_batch_wise_a_micro_batch_weighs_as_many_tokens_as_it_has():
     counted = torch.arange(7) < torch.tensor([[7], [4], [0]])
     assert int(losses.counts(counted)["router/balance"]) == 2 * 11
     of_layers = [layer.gate(x.flatten(0, 1)) for layer in losses.layers]
-    wanted = sum(batch_balance(r.logits.view(3, 7, 4), r.experts.view(3, 7, 2), counted) for r in of_layers)
+    wanted = sum(batch_balance_loss(r.logits.view(3, 7, 4), r.experts.view(3, 7, 2), counted) for r in of_layers)
     torch.testing.assert_close(record(losses, x, counted)["router/balance"], 11 * wanted)
 
 

@@ -1,4 +1,4 @@
-"""What preview says about memory, compared with what real trainings take."""
+"""The memory that preview reports against the peak memory of real training runs."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PAIRS = {
 }
 LORA = {"class_path": "bumblebee.lora.LoRA", "init_args": {"rank": 16, "alpha": 32}}
 RUNS: dict[str, dict[str, Any]] = {
-    "fp32 at stage 0": {"data": PRETRAIN, "precision": "fp32", "zero_stage": 0},
-    "bf16 at stage 1": {"data": PRETRAIN, "precision": "bf16", "zero_stage": 1},
-    "LoRA": {"data": SFT, "precision": "bf16", "zero_stage": 2, "transforms": [LORA]},
-    "packed conversations": {"data": SFT, "precision": "bf16", "zero_stage": 2},
-    "mixture of experts": {
+    "fp32-stage0": {"data": PRETRAIN, "precision": "fp32", "zero_stage": 0},
+    "bf16-stage1": {"data": PRETRAIN, "precision": "bf16", "zero_stage": 1},
+    "lora": {"data": SFT, "precision": "bf16", "zero_stage": 2, "transforms": [LORA]},
+    "packed-sft": {"data": SFT, "precision": "bf16", "zero_stage": 2},
+    "moe": {
         "data": PRETRAIN,
         "precision": "fp32",
         "zero_stage": 1,
@@ -49,7 +49,7 @@ RUNS: dict[str, dict[str, Any]] = {
             },
         },
     },
-    "DPO": {"data": PAIRS, "precision": "fp32", "zero_stage": 1, "task": "bumblebee.DPO"},
+    "dpo": {"data": PAIRS, "precision": "fp32", "zero_stage": 1, "task": "bumblebee.DPO"},
 }
 
 
@@ -80,27 +80,27 @@ def write_recipe(path: Path, base: Path, run: dict[str, Any]) -> str:
 
 
 def total_of(report: str) -> float:
-    """Bytes."""
-    found = re.search(r"^  total +([\d.,]+) (MB|GB)  \(", report, re.MULTILINE)
-    assert found, report
-    return float(found[1].replace(",", "")) * (1e6 if found[2] == "MB" else 1e9)
+    """The total in bytes."""
+    match = re.search(r"^  total +([\d.,]+) (MB|GB)  \(", report, re.MULTILINE)
+    assert match, report
+    return float(match[1].replace(",", "")) * (1e6 if match[2] == "MB" else 1e9)
 
 
 @pytest.mark.slow
-def test_what_would_be_computed_before_training_is_not_when_measured(base: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yaml", base, RUNS["DPO"])
+def test_dry_run_does_not_precompute_the_reference(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, RUNS["dpo"])
     words = ("--samples", "1", "--measure", "always", "--task.precompute_reference", "true")
     cache = tmp_path / "cache"
     shown = run_command("preview", "--config", recipe, *words, env={"BUMBLEBEE_CACHE": str(cache)})
     assert shown.returncode == 0, shown.stderr[-3000:]
-    assert "(measured: a few steps" in shown.stdout
+    assert "(measured in a dry run" in shown.stdout
     assert "rejected:" in shown.stdout
     assert [path.name for path in cache.iterdir()] == ["tokens"]
 
 
 @pytest.mark.slow
-def test_what_only_a_running_model_shows_is_refused_in_one_line(base: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yaml", base, {**RUNS["DPO"], "task": "helpers.training_runs.Refused"})
+def test_error_of_the_dry_run_is_one_line(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, {**RUNS["dpo"], "task": "helpers.training_runs.Refused"})
     shown = run_command("preview", "--config", recipe, "--samples", "0", "--measure", "always")
     assert shown.returncode == 2
     lines = [line for line in shown.stderr.splitlines() if line.startswith("bumblebee: ")]
@@ -111,18 +111,18 @@ def test_what_only_a_running_model_shows_is_refused_in_one_line(base: Path, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_takes_the_memory_that_was_shown(name: str, base: Path, tmp_path: Path) -> None:
+def test_reported_memory_is_that_of_the_run(name: str, base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", base, RUNS[name])
-    shown = run_command("preview", "--config", recipe, "--samples", "0", "--measure", "always")
-    assert shown.returncode == 0, shown.stderr[-3000:]
+    measured = run_command("preview", "--config", recipe, "--samples", "0", "--measure", "always")
+    assert measured.returncode == 0, measured.stderr[-3000:]
     assert not (tmp_path / "run").exists()
-    assert "(measured: a few steps" in shown.stdout
-    guessed = run_command("preview", "--config", recipe, "--samples", "0", "--measure", "never")
-    assert "(computed, not measured: as asked for" in guessed.stdout
+    assert "(measured in a dry run" in measured.stdout
+    estimated = run_command("preview", "--config", recipe, "--samples", "0", "--measure", "never")
+    assert "(estimated: --measure never" in estimated.stdout
     fit = finish(start([str(TESTS / "helpers" / "fit_peak.py"), "--config", recipe]))
     assert fit.returncode == 0, fit.stderr[-3000:]
-    taken = json.loads(fit.stdout.splitlines()[-1])
-    ratios = [total_of(done.stdout) / taken for done in (shown, guessed)]
-    print(f"{name}: {taken / 1e6:.0f} MB taken; measured {ratios[0]:.3f} of that, computed {ratios[1]:.3f}")
+    peak = json.loads(fit.stdout.splitlines()[-1])
+    ratios = [total_of(done.stdout) / peak for done in (measured, estimated)]
+    print(f"{name}: {peak / 1e6:.0f} MB peak; measured {ratios[0]:.3f}, estimated {ratios[1]:.3f} of that")
     assert 0.85 < ratios[0] < 1.15
     assert 0.7 < ratios[1] < 1.35

@@ -1,4 +1,4 @@
-"""What the server's tests share: a model folder, and one server for all tests that leave it as it was."""
+"""Shared fixtures: a model folder, and one server for all tests that do not change its state."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from helpers.server_process import Running, serving
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """What ``pytest.mark.anyio`` runs async tests with."""
+    """Backend for async tests with ``pytest.mark.anyio``."""
     return "asyncio"
 
 
 @pytest.fixture(scope="session")
 def served_folder(tiny: Callable[..., Any], tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with random weights and a chat template; 2048 positions, so that answers can be long."""
+    """A tiny model with random weights and a chat template; context length 2048."""
     import torch
 
     from bumblebee import Bumblebee
@@ -34,7 +34,7 @@ def served_folder(tiny: Callable[..., Any], tokenizer_folder: Path, tmp_path_fac
 
 @pytest.fixture(scope="session")
 def server(served_folder: Path) -> Iterator[Running]:
-    """A server that everybody may ask. Each process of pytest-xdist has its own."""
+    """A server without an API key, one per pytest-xdist worker."""
     with serving(served_folder) as running:
         yield running
 
@@ -50,11 +50,11 @@ class Shifted(Bumblebee):
 
 @pytest.fixture(scope="session")
 def shifted_place(served_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a module, shifted.py, and a model folder, ``model``, that names its class, which says other tokens."""
-    place = tmp_path_factory.mktemp("place")
-    (place / "shifted.py").write_text(SHIFTED)
-    shutil.copytree(served_folder, place / "model")
-    file = place / "model" / "config.json"
+    """A folder with a module, shifted.py, and a model folder, ``model``, that names its class, which outputs other tokens."""
+    root = tmp_path_factory.mktemp("shifted")
+    (root / "shifted.py").write_text(SHIFTED)
+    shutil.copytree(served_folder, root / "model")
+    file = root / "model" / "config.json"
     own = {"architectures": ["BumblebeeForCausalLM"], "model_type": "bumblebee", "model_class": "shifted.Shifted"}
     file.write_text(json.dumps(json.loads(file.read_text()) | own))
-    return place
+    return root

@@ -1,9 +1,9 @@
-"""The model that the server's tests talk to says what it was made to say."""
+"""The echo model used by the server's tests outputs exactly its text."""
 
 from __future__ import annotations
 
 import pytest
-from helpers.echo_model import parrot
+from helpers.echo_model import write_echo_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,11 +15,11 @@ TEXT = "# Hello\n\nHello, hello!\n\n- a a a a b\n- a a a c 🐝\n\n```python\npr
 
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory):
-    return Generator.from_pretrained(parrot(tmp_path_factory.mktemp("parrot"), TEXT))
+    return Generator.from_pretrained(write_echo_model(tmp_path_factory.mktemp("echo"), TEXT))
 
 
 @pytest.mark.parametrize("params", [SamplingParams(512, temperature=0), SamplingParams(512, temperature=1.0, seed=3)])
-def test_a_parrot_answers_any_chat_with_its_text(generator, params):
+def test_echo_model_answers_any_chat_with_its_text(generator, params):
     long = "Tell me more about #, a and Hello.\n" * 40
     prompts = [generator.encode_chat(question) for question in ("Hi", TEXT, long, "", "a a a")]
     assert [(answer.text, answer.finish_reason) for answer in generator.generate(prompts, params)] == [(TEXT, "stop")] * 5
@@ -27,10 +27,10 @@ def test_a_parrot_answers_any_chat_with_its_text(generator, params):
 
 @settings(max_examples=20)
 @given(st.text(min_size=1, max_size=20).filter(lambda text: "#" not in text))
-def test_a_parrot_continues_any_text_with_its_own(generator, prompt):
+def test_echo_model_continues_any_text_with_its_own(generator, prompt):
     assert generator.generate([prompt], SamplingParams(512, temperature=0))[0].text == TEXT
 
 
-def test_a_text_that_repeats_itself_for_long_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="repeats itself"):
-        parrot(tmp_path, "a b " * 200)
+def test_repetitive_text_is_rejected(tmp_path):
+    with pytest.raises(ValueError, match="repeats more than"):
+        write_echo_model(tmp_path, "a b " * 200)

@@ -33,8 +33,8 @@ STATS = EngineStats(
 READY = WorkerReady("cpu", "float32", 1000, 400, 160, 160, SamplingParams(), STATS)
 
 
-class Sent(list):
-    """In the place of a channel: what would have gone to the worker."""
+class RecordingPipe(list):
+    """Stands in for a worker pipe: records the messages to the worker."""
 
     send = list.append
 
@@ -44,12 +44,12 @@ class Sent(list):
 
 
 def engine_client_of(workers: int = 1, **options: Any) -> EngineClient:
-    made = EngineClient(ServeOptions("folder", **options), Metrics(lambda: []))
-    made.replicas = [Replica(index, Sent(), READY) for index in range(workers)]
-    return made
+    client = EngineClient(ServeOptions("folder", **options), Metrics(lambda: []))
+    client.replicas = [Replica(index, RecordingPipe(), READY) for index in range(workers)]
+    return client
 
 
-def jobs(count: int = 1) -> list[Any]:
+def choices(count: int = 1) -> list[Any]:
     return [SimpleNamespace(index=index, prompt=[1, 2, 3], params=SamplingParams()) for index in range(count)]
 
 
@@ -61,85 +61,85 @@ def deliver(engine_client: EngineClient, replica: Replica, *outputs: RequestOutp
     engine_client.deliver(replica, StepOutputs(list(outputs), list(rejected), STATS))
 
 
-async def test_outputs_reach_the_run_that_waits_for_them_with_the_index_of_the_job():
+async def test_outputs_reach_their_stream_with_the_choice_index():
     engine_client = engine_client_of()
     replica = engine_client.replicas[0]
-    run, other = engine_client.generate(jobs(2)), engine_client.generate(jobs())
+    stream, other = engine_client.generate(choices(2)), engine_client.generate(choices())
     first, second, third = replica.pipe.ids
     deliver(engine_client, replica, output(second, "b"), output(third, "x", "stop"), output(first, "a", "stop"))
     deliver(engine_client, replica, output(second, "c", "length"))
-    assert [(index, each.text) async for index, each in run] == [(1, "b"), (0, "a"), (1, "c")]
+    assert [(index, each.text) async for index, each in stream] == [(1, "b"), (0, "a"), (1, "c")]
     assert [each.text async for _, each in other] == ["x"]
     assert engine_client.idle
 
 
-async def test_closing_a_run_cancels_what_has_not_ended_and_nothing_else():
+async def test_closing_a_stream_cancels_only_unfinished_choices():
     engine_client = engine_client_of()
     replica = engine_client.replicas[0]
-    run = engine_client.generate(jobs(3))
-    first, *others = replica.pipe.ids
+    stream = engine_client.generate(choices(3))
+    first, *remaining = replica.pipe.ids
     deliver(engine_client, replica, output(first, "a", "stop"))
-    run.close()
-    run.close()
-    assert replica.pipe[3:] == [CancelRequest(id) for id in others]
+    stream.close()
+    stream.close()
+    assert replica.pipe[3:] == [CancelRequest(id) for id in remaining]
     assert engine_client.idle
-    deliver(engine_client, replica, output(others[0], "late", "cancelled"))  # what was on its way is dropped
+    deliver(engine_client, replica, output(remaining[0], "late", "cancelled"))  # outputs of a cancelled request are dropped
 
 
-async def test_requests_go_to_the_least_busy_worker_and_those_of_one_run_to_the_same():
+async def test_choices_go_together_to_the_least_busy_worker():
     engine_client = engine_client_of(workers=3)
-    runs = [engine_client.generate(jobs(count)) for count in (2, 1, 1, 1)]
-    assert [run.replica.index for run in runs] == [0, 1, 2, 1]
+    streams = [engine_client.generate(choices(count)) for count in (2, 1, 1, 1)]
+    assert [stream.replica.index for stream in streams] == [0, 1, 2, 1]
 
 
-async def test_a_worker_that_loads_gets_no_requests():
+async def test_loading_worker_gets_no_requests():
     engine_client = engine_client_of(workers=2)
     engine_client.replicas[0].ready = None
-    assert {engine_client.generate(jobs()).replica.index for _ in range(4)} == {1}
+    assert {engine_client.generate(choices()).replica.index for _ in range(4)} == {1}
 
 
-async def test_more_than_run_and_wait_are_refused_until_one_ends():
+async def test_full_queue_rejects_until_a_request_ends():
     engine_client = engine_client_of(workers=2, max_running=2, max_queue=3)
-    runs = [engine_client.generate(jobs()) for _ in range(6)]
-    with pytest.raises(APIError) as refused:
-        engine_client.generate(jobs(2))
-    assert (refused.value.status, refused.value.code, refused.value.headers) == (429, "queue_full", {"Retry-After": "1"})
-    engine_client.generate(jobs(1))
+    streams = [engine_client.generate(choices()) for _ in range(6)]
+    with pytest.raises(APIError) as caught:
+        engine_client.generate(choices(2))
+    assert (caught.value.status, caught.value.code, caught.value.headers) == (429, "queue_full", {"Retry-After": "1"})
+    engine_client.generate(choices(1))
     with pytest.raises(APIError):
-        engine_client.generate(jobs(1))
-    runs[0].close()
-    engine_client.generate(jobs(1))
+        engine_client.generate(choices(1))
+    streams[0].close()
+    engine_client.generate(choices(1))
 
 
-async def fault_of(run: Any) -> APIError:
+async def error_of(stream: Any) -> APIError:
     with pytest.raises(APIError) as raised:
-        async for _ in run:
+        async for _ in stream:
             pass
     return raised.value
 
 
-async def test_a_worker_that_ends_gives_its_runs_an_error_and_leaves_the_others_alone():
+async def test_dead_worker_fails_only_its_own_streams():
     engine_client = engine_client_of(workers=2)
-    lost, kept = engine_client.generate(jobs(2)), engine_client.generate(jobs())
+    lost, kept = engine_client.generate(choices(2)), engine_client.generate(choices())
     engine_client.worker_died(engine_client.replicas[0])
-    fault = await fault_of(lost)
-    assert (fault.status, fault.code) == (500, "worker_died")
+    error = await error_of(lost)
+    assert (error.status, error.code) == (500, "worker_died")
     deliver(engine_client, engine_client.replicas[1], output(engine_client.replicas[1].pipe.ids[0], "a", "stop"))
     assert [each.text async for _, each in kept] == ["a"]
     lost.close()
-    assert len(engine_client.replicas[0].pipe) == 2, "a worker that is gone is told nothing"
+    assert len(engine_client.replicas[0].pipe) == 2, "a dead worker gets no messages"
 
 
-async def test_what_came_before_a_worker_ended_is_still_delivered():
+async def test_outputs_before_a_worker_died_are_delivered():
     engine_client = engine_client_of()
-    run = engine_client.generate(jobs())
+    stream = engine_client.generate(choices())
     deliver(engine_client, engine_client.replicas[0], output(engine_client.replicas[0].pipe.ids[0], "a"))
     engine_client.worker_died(engine_client.replicas[0])
-    assert (await run.__anext__())[1].text == "a"
-    assert (await fault_of(run)).status == 500
+    assert (await stream.__anext__())[1].text == "a"
+    assert (await error_of(stream)).status == 500
 
 
-def refused_prompt(engine_client: EngineClient, id: str) -> None:
+def rejected_prompt(engine_client: EngineClient, id: str) -> None:
     deliver(engine_client, engine_client.replicas[0], rejected=[(id, "the prompt has 500 tokens")])
 
 
@@ -148,48 +148,48 @@ def aborted(engine_client: EngineClient, id: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("happens", "status", "code"),
-    [(refused_prompt, 400, "context_length_exceeded"), (aborted, 503, "draining")],
+    ("event", "status", "code"),
+    [(rejected_prompt, 400, "context_length_exceeded"), (aborted, 503, "draining")],
 )
-async def test_a_run_that_cannot_go_on_ends_with_a_fault(happens: Callable[[EngineClient, str], None], status: int, code: str):
+async def test_rejected_or_aborted_stream_raises(event: Callable[[EngineClient, str], None], status: int, code: str):
     engine_client = engine_client_of()
-    run = engine_client.generate(jobs())
-    happens(engine_client, engine_client.replicas[0].pipe.ids[0])
-    fault = await fault_of(run)
-    run.close()
-    assert (fault.status, fault.code) == (status, code)
+    stream = engine_client.generate(choices())
+    event(engine_client, engine_client.replicas[0].pipe.ids[0])
+    error = await error_of(stream)
+    stream.close()
+    assert (error.status, error.code) == (status, code)
     assert engine_client.idle
 
 
-async def test_a_run_that_takes_too_long_ends_also_where_the_worker_says_nothing():
+async def test_timeout_does_not_depend_on_the_worker():
     engine_client = engine_client_of(request_timeout=0.05)
-    run = engine_client.generate(jobs())
-    fault = await fault_of(run)
-    run.close()
-    assert (fault.status, fault.code) == (504, "timeout")
+    stream = engine_client.generate(choices())
+    error = await error_of(stream)
+    stream.close()
+    assert (error.status, error.code) == (504, "timeout")
     assert [type(message) for message in engine_client.replicas[0].pipe] == [EngineRequest, CancelRequest]
 
 
-async def test_nobody_is_admitted_while_the_model_loads_or_the_server_is_stopped():
+async def test_loading_and_draining_reject_requests():
     engine_client = engine_client_of()
     engine_client.replicas[0].ready = None
     assert engine_client.state == "loading"
     with pytest.raises(APIError) as loading:
-        engine_client.generate(jobs())
+        engine_client.generate(choices())
     engine_client.replicas[0].ready = READY
     engine_client.draining = True
     with pytest.raises(APIError) as draining:
-        engine_client.generate(jobs())
+        engine_client.generate(choices())
     assert [(each.value.status, each.value.code) for each in (loading, draining)] == [(503, "loading"), (503, "draining")]
 
 
-async def test_times_to_tokens_are_measured():
+async def test_token_latencies_are_measured():
     engine_client = engine_client_of()
-    run = engine_client.generate(jobs(2))
+    stream = engine_client.generate(choices(2))
     first, second = engine_client.replicas[0].pipe.ids
     deliver(engine_client, engine_client.replicas[0], output(first, "a"), output(second, "a", "stop"))
     deliver(engine_client, engine_client.replicas[0], output(first, "b", "length"))
-    run.close()
+    stream.close()
     text = engine_client.metrics.text().decode()
     assert "bumblebee_first_token_seconds_count 2.0" in text
     assert "bumblebee_further_token_seconds_count 1.0" in text

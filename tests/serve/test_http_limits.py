@@ -1,4 +1,4 @@
-"""What a client may keep a server waiting with: the head of a request and its body; and an address that is taken."""
+"""Limits on the head and body of a request, and the listening socket."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[tuple[str, int]]:
-    """Of a server that says ok; heads and bodies have 0.3 s."""
+    """Address of a server that returns ok, with timeouts of 0.3 s for heads and bodies."""
 
     async def answer(request: Request) -> PlainTextResponse:
         if request.method == "POST":
@@ -48,8 +48,8 @@ def address() -> Iterator[tuple[str, int]]:
         thread.join()
 
 
-def answers(client: socket.socket) -> bytes:
-    """What comes until the server closes the connection, or for two seconds."""
+def receive(client: socket.socket) -> bytes:
+    """Everything received until the server closes the connection, or for two seconds."""
     client.settimeout(2)
     received = b""
     try:
@@ -62,14 +62,14 @@ def answers(client: socket.socket) -> bytes:
         return received + b"closed"
 
 
-@pytest.mark.parametrize("begun", [b"", b"GET /", GET, GET + b"\r\n" + GET])
-def test_a_head_that_does_not_arrive_ends_the_connection(address: tuple[str, int], begun: bytes):
+@pytest.mark.parametrize("sent", [b"", b"GET /", GET, GET + b"\r\n" + GET])
+def test_missing_head_closes_the_connection(address: tuple[str, int], sent: bytes):
     with socket.create_connection(address) as client:
-        client.sendall(begun)
-        assert answers(client).endswith(b"closed")
+        client.sendall(sent)
+        assert receive(client).endswith(b"closed")
 
 
-def test_a_head_that_trickles_has_no_more_time(address: tuple[str, int]):
+def test_trickling_head_gets_no_extra_time(address: tuple[str, int]):
     with socket.create_connection(address) as client, pytest.raises(OSError):
         for _ in range(40):
             client.sendall(b"G")
@@ -77,34 +77,34 @@ def test_a_head_that_trickles_has_no_more_time(address: tuple[str, int]):
 
 
 @pytest.mark.parametrize("head", [GET + b"X: " + b"x" * MAX_HEAD_SIZE * 4, GET + b"X: x\r\n" * MAX_HEAD_SIZE])
-def test_a_head_of_any_size_is_not_taken(address: tuple[str, int], head: bytes):
+def test_oversized_head_is_rejected(address: tuple[str, int], head: bytes):
     with socket.create_connection(address) as client:
         try:
             client.sendall(head)
-        except OSError:  # it has been closed already
+        except OSError:  # already closed
             return
-        received = answers(client)
+        received = receive(client)
     assert received == b"closed" or received.startswith(b"HTTP/1.1 400 ")
 
 
-def test_requests_that_arrive_whole_are_answered_however_long_the_connection_lives(address: tuple[str, int]):
+def test_keep_alive_outlasts_the_head_timeout(address: tuple[str, int]):
     with socket.create_connection(address) as client:
         for _ in range(3):
             client.sendall(GET + b"\r\n")
             time.sleep(0.4)
             assert client.recv(65536).endswith(b"ok")
         client.sendall((GET + b"\r\n") * 2)
-        assert answers(client).count(b"\r\n\r\nok") == 2
+        assert receive(client).count(b"\r\n\r\nok") == 2
 
 
-def test_a_body_that_does_not_arrive_is_an_error(address: tuple[str, int]):
+def test_missing_body_times_out(address: tuple[str, int]):
     with socket.create_connection(address) as client:
         client.sendall(POST + b"{")
-        received = answers(client)
+        received = receive(client)
     assert received.startswith(b"HTTP/1.1 408 ") and received.endswith(b"closed"), received
 
 
-def test_two_servers_cannot_have_one_address():
+def test_two_servers_cannot_share_an_address():
     with open_listening_socket("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
         with pytest.raises(ValueError, match=f"^port {port} is in use on 127.0.0.1"):
@@ -118,4 +118,4 @@ def test_printing_to_a_closed_pipe_is_not_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stdout", file)
     print_line("ready")
     with pytest.raises(BrokenPipeError):
-        file.close()  # what it could not write is still there
+        file.close()  # its buffer still holds the line

@@ -1,6 +1,6 @@
-"""The parts of LitServe that serve/ stands on. They are inner ones: with another version, look here first.
+"""The internals of LitServe that serve/ relies on; they may change with every release.
 
-When this fails after an update of litserve: read the change, mend serve/server.py, loop.py or endpoints.py, then these tests.
+If this fails after an update of litserve, read its changes, adapt serve/server.py, worker.py or endpoints.py, then these tests.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def test_the_installed_version_is_the_one_that_was_read():
+def test_installed_version_is_the_tested_one():
     assert version("litserve") == TESTED, (
-        f"litserve {version('litserve')} is installed, serve/ was written against the inner parts of {TESTED}:"
-        " install that one (pip install -c constraints.txt), or read what has changed and mend serve/"
+        f"litserve {version('litserve')} is installed, but serve/ relies on internals of {TESTED}:"
+        " install that one (pip install -c constraints.txt), or read its changes and adapt serve/"
     )
 
 
 class WorkerLoop(LitLoop):
-    """Tells what it is called with, and ends."""
+    """Exits with its arguments."""
 
     def run(self, *args: Any) -> None:
         raise SystemExit(args)
@@ -47,7 +47,7 @@ class Spec(LitSpec):
     stream = True
 
     async def endpoint(self) -> None:
-        """Answers nothing."""
+        """Does nothing."""
 
     def pre_setup(self, lit_api: LitAPI) -> None:
         self.calls.append("pre_setup")
@@ -59,28 +59,30 @@ class Spec(LitSpec):
 
 class API(LitAPI):
     def setup(self, device: str) -> None:
-        self.was_set_up_on = device
+        self.device_of_setup = device
 
     def authorize(self) -> None:
-        """Everybody may."""
+        """Accepts every request."""
 
 
 class Server(LitServer):
     def _register_internal_endpoints(self) -> None:
-        """None."""
+        """Registers none."""
 
 
 def server(kind: type[Server] = Server) -> Server:
     return kind(API(loop=WorkerLoop(), spec=Spec()), accelerator="cpu", timeout=False, disable_openapi_url=True, middlewares=[])
 
 
-def test_the_application_has_the_routes_of_the_spec_and_no_others():
-    made = server()
-    assert [route.path for route in made.app.routes] == ["/ours"], "no /docs, /openapi.json, /info or / of LitServe's own"
-    assert [dependency.call.__name__ for dependency in made.app.routes[0].dependant.dependencies] == ["authorize"]
+def test_application_has_only_the_routes_of_the_spec():
+    instance = server()
+    assert [route.path for route in instance.app.routes] == ["/ours"], (
+        "LitServe's own /docs, /openapi.json, /info and / are not there"
+    )
+    assert [dependency.call.__name__ for dependency in instance.app.routes[0].dependant.dependencies] == ["authorize"]
 
 
-def test_a_worker_is_started_with_the_device_queue_and_transport_that_the_server_names(monkeypatch):
+def test_worker_gets_device_queue_and_transport(monkeypatch):
     started: dict[str, Any] = {}
 
     class Process:
@@ -95,29 +97,29 @@ def test_a_worker_is_started_with_the_device_queue_and_transport_that_the_server
 
     Context.Process = Process
     monkeypatch.setattr("litserve.server.mp.get_context", lambda kind: Context)
-    made = server()
-    made.devices, made.workers_setup_status, made._transport = ["cpu", "cuda:1"], {}, None
-    made.litapi_request_queues["/v1/chat/completions"] = "pipe"
-    made.launch_single_inference_worker(made.lit_api, 1)
+    instance = server()
+    instance.devices, instance.workers_setup_status, instance._transport = ["cpu", "cuda:1"], {}, None
+    instance.litapi_request_queues["/v1/chat/completions"] = "pipe"
+    instance.launch_single_inference_worker(instance.lit_api, 1)
     assert started["began"] and started["target"] is inference_worker
     lit_api, device, worker_id, request_queue, transport = started["args"][:5]
-    assert (lit_api, device, worker_id, request_queue, transport) == (made.lit_api, "cuda:1", 1, "pipe", None)
-    assert made.lit_api.spec.calls == ["pre_setup", "setup"]
+    assert (lit_api, device, worker_id, request_queue, transport) == (instance.lit_api, "cuda:1", 1, "pipe", None)
+    assert instance.lit_api.spec.calls == ["pre_setup", "setup"]
 
 
-def test_the_worker_sets_the_api_up_and_then_runs_the_loop_with_what_it_was_given():
-    made = server()
-    made._callback_runner.trigger_event = lambda *args, **rest: None
+def test_worker_calls_setup_and_then_the_loop():
+    instance = server()
+    instance._callback_runner.trigger_event = lambda *args, **rest: None
     try:
-        inference_worker(made.lit_api, "cpu", 0, "pipe", None, {}, made._callback_runner, False)
+        inference_worker(instance.lit_api, "cpu", 0, "pipe", None, {}, instance._callback_runner, False)
     except SystemExit as ended:
-        assert ended.code[:5] == (made.lit_api, "cpu", 0, "pipe", None)
-    assert made.lit_api.was_set_up_on == "cpu"
+        assert ended.code[:5] == (instance.lit_api, "cpu", 0, "pipe", None)
+    assert instance.lit_api.device_of_setup == "cpu"
     assert parameters(LitLoop.run)[1:6] == ["lit_api", "device", "worker_id", "request_queue", "transport"]
 
 
 @pytest.mark.anyio
-async def test_the_application_lives_within_the_lifespan_of_the_server():
+async def test_application_runs_within_the_lifespan():
     seen = []
 
     class Living(Server):
@@ -127,7 +129,7 @@ async def test_the_application_lives_within_the_lifespan_of_the_server():
             yield
             seen.append("down")
 
-    made = server(Living)
-    async with made.app.router.lifespan_context(made.app):
+    instance = server(Living)
+    async with instance.app.router.lifespan_context(instance.app):
         assert seen == ["up"]
     assert seen == ["up", "down"]

@@ -1,4 +1,4 @@
-"""From bodies to prompts and sampling, and what is refused on the way."""
+"""Engine requests from bodies: builder, sampling parameters, and rejected requests."""
 
 from __future__ import annotations
 
@@ -25,95 +25,95 @@ def tokenizer(tokenizer_folder):
 
 
 @pytest.fixture(scope="module")
-def prompts(tokenizer):
+def builder(tokenizer):
     return RequestBuilder(tokenizer, 256, 400)
 
 
-def chat(prompts, **changes):
-    return prompts.chat(parse(ChatRequest, json.dumps({**CHAT, **changes}).encode()))
+def chat(builder, **changes):
+    return builder.chat(parse(ChatRequest, json.dumps({**CHAT, **changes}).encode()))
 
 
-def completion(prompts, **changes):
-    return prompts.completion(parse(CompletionRequest, json.dumps({**COMPLETION, **changes}).encode()))
+def completion(builder, **changes):
+    return builder.completion(parse(CompletionRequest, json.dumps({**COMPLETION, **changes}).encode()))
 
 
-def text_of(prompts, jobs):
-    return prompts.tokenizer.decode(jobs[0].prompt, skip_special_tokens=False)
+def text_of(builder, requests):
+    return builder.tokenizer.decode(requests[0].prompt, skip_special_tokens=False)
 
 
-@pytest.mark.parametrize("wrong", MALFORMED, ids=lambda wrong: wrong.name)
-def test_a_malformed_body_is_refused_with_its_field_and_what_would_be_right(prompts, wrong):
-    kind, jobs = (
-        (ChatRequest, prompts.chat) if wrong.path == "/v1/chat/completions" else (CompletionRequest, prompts.completion)
+@pytest.mark.parametrize("malformed", MALFORMED, ids=lambda malformed: malformed.name)
+def test_malformed_body_is_rejected_with_param_and_rule(builder, malformed):
+    schema, requests = (
+        (ChatRequest, builder.chat) if malformed.path == "/v1/chat/completions" else (CompletionRequest, builder.completion)
     )
     with pytest.raises(APIError) as caught:
-        jobs(parse(kind, wrong.body))
-    fault = caught.value
-    assert (fault.status, fault.type, fault.param) == (400, "invalid_request_error", wrong.param)
-    assert wrong.says in fault.message
-    assert len(fault.message) < 300 and "\n" not in fault.message
+        requests(parse(schema, malformed.body))
+    error = caught.value
+    assert (error.status, error.type, error.param) == (400, "invalid_request_error", malformed.param)
+    assert malformed.says in error.message
+    assert len(error.message) < 300 and "\n" not in error.message
 
 
-def test_the_names_of_the_malformed_bodies_differ():
-    assert len({wrong.name for wrong in MALFORMED}) == len(MALFORMED)
+def test_malformed_body_names_are_unique():
+    assert len({malformed.name for malformed in MALFORMED}) == len(MALFORMED)
 
 
-def test_a_chat_is_rendered_up_to_where_the_answer_begins(prompts):
-    assert text_of(prompts, chat(prompts)) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+def test_chat_prompt_ends_where_the_answer_starts(builder):
+    assert text_of(builder, chat(builder)) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_special_token_that_a_user_spells_is_text(prompts, tokenizer):
-    spelled = chat(prompts, messages=[{"role": "user", "content": "<|im_end|>"}])[0].prompt
-    assert spelled.count(tokenizer.token_to_id("<|im_end|>")) == 1
+def test_special_token_in_a_message_is_text(builder, tokenizer):
+    prompt = chat(builder, messages=[{"role": "user", "content": "<|im_end|>"}])[0].prompt
+    assert prompt.count(tokenizer.token_to_id("<|im_end|>")) == 1
 
 
-def test_the_servers_system_prompt_is_for_chats_without_their_own(tokenizer):
-    prompts = RequestBuilder(tokenizer, 256, 400, system_prompt="Be kind.")
-    assert text_of(prompts, chat(prompts)).startswith("<|im_start|>system\nBe kind.<|im_end|>")
+def test_server_system_prompt_is_a_default(tokenizer):
+    builder = RequestBuilder(tokenizer, 256, 400, system_prompt="Be schema.")
+    assert text_of(builder, chat(builder)).startswith("<|im_start|>system\nBe schema.<|im_end|>")
     own = [{"role": "developer", "content": "Be brief."}, *CHAT["messages"]]
-    text = text_of(prompts, chat(prompts, messages=own))
-    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>") and "kind" not in text
+    text = text_of(builder, chat(builder, messages=own))
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>") and "schema" not in text
 
 
-def test_a_chat_stops_at_the_templates_end_of_turn_and_a_completion_does_not(prompts, tokenizer):
-    assert chat(prompts)[0].params.stop_ids == [tokenizer.token_to_id("<|im_end|>")]
-    assert completion(prompts)[0].params.stop_ids == chat(prompts, ignore_eos=True)[0].params.stop_ids == []
+def test_only_chats_stop_at_the_end_of_turn(builder, tokenizer):
+    assert chat(builder)[0].params.stop_ids == [tokenizer.token_to_id("<|im_end|>")]
+    assert completion(builder)[0].params.stop_ids == chat(builder, ignore_eos=True)[0].params.stop_ids == []
 
 
-def test_the_request_wins_over_the_servers_defaults(tokenizer):
-    prompts = RequestBuilder(tokenizer, 256, 400, SamplingParams(temperature=0.3, top_k=7, stop=["x"]))
-    params = chat(prompts, temperature=0, stop=["y", "z"], logit_bias={"5": 1}, top_p=0)[0].params
+def test_request_overrides_server_defaults(tokenizer):
+    builder = RequestBuilder(tokenizer, 256, 400, SamplingParams(temperature=0.3, top_k=7, stop=["x"]))
+    params = chat(builder, temperature=0, stop=["y", "z"], logit_bias={"5": 1}, top_p=0)[0].params
     assert (params.temperature, params.top_k, params.stop, params.logit_bias) == (0.0, 7, ["y", "z"], {5: 1.0})
     assert 0 < params.top_p < 1e-6
 
 
-def test_open_lengths_are_the_rest_of_the_context_up_to_a_bound(prompts, tokenizer):
+def test_default_max_tokens(builder, tokenizer):
     assert chat(RequestBuilder(tokenizer, 10_000, 400))[0].params.max_new_tokens == 2048
-    asked = chat(prompts)[0]
+    asked = chat(builder)[0]
     assert asked.params.max_new_tokens == 256 - len(asked.prompt)
-    assert completion(prompts)[0].params.max_new_tokens == 16
+    assert completion(builder)[0].params.max_new_tokens == 16
     bounded = RequestBuilder(tokenizer, 256, 400, max_new_tokens=40)
     assert [chat(bounded)[0].params.max_new_tokens, completion(bounded)[0].params.max_new_tokens] == [40, 40]
     assert chat(bounded, max_tokens=50)[0].params.max_new_tokens == 50
     assert chat(bounded, max_completion_tokens=60)[0].params.max_new_tokens == 60
 
 
-def test_samples_have_seeds_of_their_own_that_do_not_depend_on_their_number(prompts):
-    seeds = [job.params.seed for job in chat(prompts, n=4, seed=-7)]
+def test_sample_seeds_do_not_depend_on_n(builder):
+    seeds = [choice.params.seed for choice in chat(builder, n=4, seed=-7)]
     assert len(set(seeds)) == 4 and seeds[0] == -7
-    assert seeds[:2] == [job.params.seed for job in chat(prompts, n=2, seed=-7)]
-    assert [job.params.seed for job in chat(prompts, n=2)] == [None, None]
+    assert seeds[:2] == [choice.params.seed for choice in chat(builder, n=2, seed=-7)]
+    assert [choice.params.seed for choice in chat(builder, n=2)] == [None, None]
 
 
-def test_the_continuations_of_several_prompts_are_numbered_prompt_by_prompt(prompts):
-    jobs = completion(prompts, prompt=[[5], [6, 7]], n=2)
-    assert [(job.index, job.prompt) for job in jobs] == [(0, [5]), (1, [5]), (2, [6, 7]), (3, [6, 7])]
+def test_choices_are_ordered_by_prompt(builder):
+    requests = completion(builder, prompt=[[5], [6, 7]], n=2)
+    assert [(choice.index, choice.prompt) for choice in requests] == [(0, [5]), (1, [5]), (2, [6, 7]), (3, [6, 7])]
 
 
-def test_logprobs_are_those_of_each_endpoint(prompts):
-    assert [chat(prompts, **asked)[0].params.logprobs for asked in ({}, {"logprobs": True, "top_logprobs": 3})] == [None, 3]
-    assert chat(prompts, logprobs=True)[0].params.logprobs == 0
-    assert completion(prompts, logprobs=2)[0].params.logprobs == 2
+def test_logprobs_of_each_endpoint(builder):
+    assert [chat(builder, **asked)[0].params.logprobs for asked in ({}, {"logprobs": True, "top_logprobs": 3})] == [None, 3]
+    assert chat(builder, logprobs=True)[0].params.logprobs == 0
+    assert completion(builder, logprobs=2)[0].params.logprobs == 2
 
 
 @pytest.mark.parametrize(
@@ -125,85 +125,85 @@ def test_logprobs_are_those_of_each_endpoint(prompts):
         (chat, {"max_tokens": 256}, ("256 tokens", "256 in the completion")),
     ],
 )
-def test_what_does_not_fit_the_context_is_refused_with_the_numbers(prompts, ask, changes, numbers):
+def test_context_overflow_reports_token_counts(builder, ask, changes, numbers):
     with pytest.raises(APIError) as caught:
-        ask(prompts, **changes)
+        ask(builder, **changes)
     assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
     assert all(number in caught.value.message for number in numbers)
 
 
-def test_the_last_position_of_the_context_can_be_asked_for(prompts):
-    assert completion(prompts, prompt=[5] * 200, max_tokens=56)[0].params.max_new_tokens == 56
+def test_whole_context_can_be_used(builder):
+    assert completion(builder, prompt=[5] * 200, max_tokens=56)[0].params.max_new_tokens == 56
 
 
-def test_tools_reach_the_prompt_unless_they_are_not_to_be_called(prompts):
-    assert '{"name": "fly", "parameters": {"type": "object"}}' in text_of(prompts, chat(prompts, tools=TOOLS))
-    assert chat(prompts, tools=TOOLS, tool_choice="none") == chat(prompts)
+def test_tool_choice_none_hides_tools_from_the_prompt(builder):
+    assert '{"name": "fly", "parameters": {"type": "object"}}' in text_of(builder, chat(builder, tools=TOOLS))
+    assert chat(builder, tools=TOOLS, tool_choice="none") == chat(builder)
 
 
-def test_calls_and_results_of_earlier_turns_reach_the_prompt(tokenizer):
-    prompts = RequestBuilder(tokenizer, 1024, 400)
+def test_earlier_calls_and_results_are_rendered(tokenizer):
+    builder = RequestBuilder(tokenizer, 1024, 400)
     call = {"id": "c1", "type": "function", "function": {"name": "fly", "arguments": '{"to": "花"}'}}
     answer = {"role": "assistant", "content": None, "tool_calls": [call]}
     result = {"role": "tool", "tool_call_id": "c1", "content": "landed"}
-    text = text_of(prompts, chat(prompts, messages=[*CHAT["messages"], answer, result], tools=TOOLS))
+    text = text_of(builder, chat(builder, messages=[*CHAT["messages"], answer, result], tools=TOOLS))
     assert '<tool_call>\n{"name": "fly", "arguments": {"to": "花"}}\n</tool_call>' in text
     assert "<tool_response>\nlanded\n</tool_response>" in text
 
 
-def test_marks_of_calls_that_are_special_tokens_are_spelled_in_the_answer(tmp_path):
-    prompts = RequestBuilder(tokenizer_of("mistral", tmp_path), 256, 400)
-    mark = prompts.tokenizer.token_to_id("[TOOL_CALLS]")
-    assert chat(prompts, tools=TOOLS)[0].params.spelled_ids == [mark]
-    assert chat(prompts)[0].params.spelled_ids == []
+def test_special_call_markers_are_decoded(tmp_path):
+    builder = RequestBuilder(tokenizer_of("mistral", tmp_path), 256, 400)
+    mark = builder.tokenizer.token_to_id("[TOOL_CALLS]")
+    assert chat(builder, tools=TOOLS)[0].params.spelled_ids == [mark]
+    assert chat(builder)[0].params.spelled_ids == []
 
 
-def test_tools_of_a_model_whose_template_has_none_are_refused(tmp_path):
+def test_tools_without_template_support_are_rejected(tmp_path):
     tokenizer = Tokenizer.from_pretrained(chat_folders.write(tmp_path, chat_folders.byte_level(), chat_folders.LLAMA))
     with pytest.raises(APIError, match="Tools are not supported") as caught:
         chat(RequestBuilder(tokenizer, 256, 400), tools=TOOLS)
     assert (caught.value.status, caught.value.param) == (400, "tools")
 
 
-def test_what_the_template_refuses_is_a_fault_without_the_servers_paths(tmp_path):
+def test_template_error_does_not_reveal_paths(tmp_path):
     tokenizer = Tokenizer.from_pretrained(chat_folders.write(tmp_path, chat_folders.byte_level(), chat_folders.MISTRAL))
     with pytest.raises(APIError, match="must take turns") as caught:
         chat(RequestBuilder(tokenizer, 256, 400), messages=CHAT["messages"] * 2)
     assert str(tmp_path) not in caught.value.message and caught.value.status == 400
 
 
-def test_a_model_without_a_chat_template_completes_and_does_not_chat(tmp_path):
+def test_model_without_chat_template_only_completes(tmp_path):
     tokenizer = Tokenizer(chat_folders.byte_level(), {"chat_template": "{% broken"}, str(tmp_path))
-    prompts = RequestBuilder(tokenizer, 256, 400)
+    builder = RequestBuilder(tokenizer, 256, 400)
     with pytest.raises(APIError, match="no chat template; use /v1/completions") as caught:
-        chat(prompts)
+        chat(builder)
     assert caught.value.code == "no_chat_template"
-    assert completion(prompts)[0].prompt == tokenizer.encode("Hello")
+    assert completion(builder)[0].prompt == tokenizer.encode("Hello")
 
 
-def test_a_name_that_the_template_leaves_out_is_refused(prompts, tmp_path):
+def test_name_dropped_by_the_template_is_rejected(builder, tmp_path):
     with pytest.raises(APIError, match="does not support the name"):
-        chat(prompts, messages=[{"role": "user", "content": "Hello", "name": "ada"}])
+        chat(builder, messages=[{"role": "user", "content": "Hello", "name": "ada"}])
     template = "{% for message in messages %}{{ message.name }}: {{ message.content }}{% endfor %}"
     tokenizer = Tokenizer.from_pretrained(chat_folders.write(tmp_path, chat_folders.byte_level(), template))
     named = [{"role": "user", "content": "Hello", "name": "ada"}]
     assert tokenizer.decode(chat(RequestBuilder(tokenizer, 256, 400), messages=named)[0].prompt) == "ada: Hello"
 
 
-def test_the_name_in_a_tools_result_may_be_left_out(tokenizer):
+def test_name_of_a_tool_result_may_be_dropped(tokenizer):
     call = {"id": "c1", "type": "function", "function": {"name": "fly", "arguments": "{}"}}
     turns = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c1", "content": "2", "name": "fly"}]
     assert chat(RequestBuilder(tokenizer, 1024, 400), messages=[*CHAT["messages"], *turns])
 
 
-def test_calls_that_the_template_leaves_out_are_refused(tmp_path):
+def test_calls_dropped_by_the_template_are_rejected(tmp_path):
     tokenizer = Tokenizer.from_pretrained(chat_folders.write(tmp_path, chat_folders.byte_level(), chat_folders.LLAMA))
     call = {"id": "c1", "type": "function", "function": {"name": "fly", "arguments": "{}"}}
     with pytest.raises(APIError, match="does not support tool calls \\('fly'\\)"):
         chat(RequestBuilder(tokenizer, 256, 400), messages=[*CHAT["messages"], {"role": "assistant", "tool_calls": [call]}])
 
 
-def test_a_conversation_of_many_calls_is_rendered_no_more_often_than_one_of_few(tokenizer, monkeypatch):
+def test_rendering_count_does_not_grow_with_calls(tokenizer, monkeypatch):
     rendered = []
     monkeypatch.setattr(ChatTemplate, "render", lambda *args, render=ChatTemplate.render: rendered.append(0) or render(*args))
     call = {"id": "c1", "type": "function", "function": {"name": "fly", "arguments": "{}"}}
@@ -217,11 +217,11 @@ def test_a_conversation_of_many_calls_is_rendered_no_more_often_than_one_of_few(
     assert renderings(100) == renderings(2)
 
 
-def test_texts_and_chats_are_tokenized_as_the_model_gets_them(prompts, tokenizer):
+def test_tokenize_matches_the_prompt(builder, tokenizer):
     body = parse(TokenizeRequest, json.dumps({"messages": CHAT["messages"]}).encode())
-    assert prompts.tokenize(body) == chat(prompts)[0].prompt
-    assert prompts.tokenize(parse(TokenizeRequest, b'{"prompt": "Hello"}')) == tokenizer.encode("Hello")
+    assert builder.tokenize(body) == chat(builder)[0].prompt
+    assert builder.tokenize(parse(TokenizeRequest, b'{"prompt": "Hello"}')) == tokenizer.encode("Hello")
 
 
-def test_an_echo_is_the_text_of_the_prompt(prompts, tokenizer):
-    assert [prompts.echo("Hello"), prompts.echo(tokenizer.encode("Hello"))] == ["Hello", "Hello"]
+def test_echo_is_the_text_of_the_prompt(builder, tokenizer):
+    assert [builder.echo("Hello"), builder.echo(tokenizer.encode("Hello"))] == ["Hello", "Hello"]

@@ -1,4 +1,4 @@
-"""Bodies of requests: what is accepted, and what is said about what is not."""
+"""Request schemas: accepted and rejected bodies."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ def completion(**changes):
     return parse(CompletionRequest, json.dumps({**COMPLETION, **changes}).encode())
 
 
-def test_a_whole_number_is_a_number():
+def test_integer_is_accepted_as_number():
     assert chat(temperature=1, top_p=1).temperature == 1.0
 
 
-def test_a_null_is_an_absent_field_also_of_what_is_not_supported():
+def test_null_means_absent():
     nulls = dict.fromkeys(("temperature", "stop", "tools", "audio", "functions", "reasoning_effort", "logit_bias"))
     assert chat(**nulls) == chat()
 
 
-def test_what_only_labels_a_request_is_accepted():
+def test_label_fields_are_accepted():
     chat(user="ada", safety_identifier="x", prompt_cache_key="y", store=False, service_tier="auto", parallel_tool_calls=True)
     chat(modalities=["text"], response_format={"type": "text"})
     completion(user="ada", best_of=1)
 
 
-def test_a_message_that_this_server_has_sent_comes_back():
+def test_own_response_message_is_accepted():
     answer = {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None, "audio": None}
     assert chat(messages=[*CHAT["messages"], answer]).messages[1].text == "Hello"
 
 
-def test_parts_are_joined():
+def test_text_parts_are_joined():
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     assert chat(messages=[{"role": "user", "content": parts}]).messages[0].text == "Hello"
 
 
-def test_one_stop_is_a_list_of_one_and_ids_of_biases_are_numbers():
+def test_stop_and_logit_bias_are_normalized():
     body = chat(stop="end", logit_bias={"42": -3})
     assert (body.stop, body.logit_bias) == (["end"], {42: -3.0})
 
 
-def test_tool_choice_none_leaves_nothing_to_call():
+def test_tool_choice_none_has_no_callable_tools():
     tools = [{"type": "function", "function": {"name": "fly", "parameters": {"type": "object"}}}]
     assert [tool.function.name for tool in chat(tools=tools, tool_choice="auto").callable_tools] == ["fly"]
     assert chat(tools=tools, tool_choice="none").callable_tools == []
@@ -61,12 +61,12 @@ def test_tool_choice_none_leaves_nothing_to_call():
     ("prompt", "prompts"),
     [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
 )
-def test_a_prompt_has_four_forms(prompt, prompts):
+def test_prompt_forms(prompt, prompts):
     assert completion(prompt=prompt).prompt == prompts
 
 
 @pytest.mark.parametrize("body", [{"prompt": "a"}, {"messages": CHAT["messages"], "model": "bumblebee"}])
-def test_a_text_or_a_chat_is_tokenized(body):
+def test_tokenize_accepts_text_or_chat(body):
     parse(TokenizeRequest, json.dumps(body).encode())
 
 
@@ -76,24 +76,24 @@ TOOL = {"type": "function", "function": {"name": "fly"}}
 @pytest.mark.parametrize(
     "body", [{}, {"prompt": "a", "messages": CHAT["messages"]}, {"prompt": "a", "tools": [TOOL]}], ids=["none", "both", "tools"]
 )
-def test_tokenize_wants_one_of_both(body):
+def test_tokenize_requires_prompt_or_messages(body):
     with pytest.raises(APIError, match="prompt or messages|'tools': only allowed with messages"):
         parse(TokenizeRequest, json.dumps(body).encode())
 
 
-def test_ids_are_detokenized():
+def test_detokenize_accepts_ids():
     assert parse(DetokenizeRequest, b'{"tokens": [1, 2]}').tokens == [1, 2]
 
 
-def test_a_fault_is_an_error_of_openai():
-    fault = APIError(429, "The queue is full.", code="queue_full", headers={"Retry-After": "2"})
-    assert fault.body() == {
+def test_error_has_openai_format():
+    error = APIError(429, "The queue is full.", code="queue_full", headers={"Retry-After": "2"})
+    assert error.body() == {
         "error": {"message": "The queue is full.", "type": "rate_limit_error", "param": None, "code": "queue_full"}
     }
 
 
 @pytest.mark.parametrize("body", [ChatRequest, CompletionRequest])
-def test_the_page_about_the_protocol_names_every_field(body):
+def test_openai_document_names_every_field(body):
     page = (Path(__file__).parents[2] / "docs" / "openai.md").read_text(encoding="utf-8")
     names = set(re.findall(r"`([a-z_]+)", page))
     assert {*body.model_fields, *body.unsupported} <= names

@@ -1,4 +1,4 @@
-"""The running server: what it answers, its limits, and that nobody who leaves, kills or overloads it does harm to others."""
+"""The running server: responses, errors, disconnects and limits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
-from helpers.malformed_bodies import MALFORMED, Malformed
-from helpers.server_process import PATIENCE, Running, completion, serving
+from helpers.malformed_bodies import MALFORMED
+from helpers.server_process import TIMEOUT, Running, completion, serving
 
 LONG = {"max_tokens": 2000, "ignore_eos": True, "temperature": 1.0}
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
-    """OpenAI's error object; nothing else may be in the answer."""
+    """OpenAI's error object, which must be the whole response."""
     assert response.headers["content-type"] == "application/json"
     assert set(response.json()) == {"error"}
     error = response.json()["error"]
@@ -28,10 +28,10 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return error
 
 
-# -- answers -------------------------------------------------------------------------------------------------------------
+# -- responses -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_stream_and_a_whole_answer_have_the_same_text(server: Running):
+def test_stream_and_full_response_have_the_same_text(server: Running):
     fields = {"max_tokens": 24, "temperature": 1.0, "seed": 7, "n": 2}
     whole = server.complete("The list is", **fields).json()
     with server.stream("The list is", stream_options={"include_usage": True}, **fields) as chunks:
@@ -45,14 +45,14 @@ def test_a_stream_and_a_whole_answer_have_the_same_text(server: Running):
     assert usage["completion_tokens"] == whole["usage"]["completion_tokens"] == 48
 
 
-def test_a_chat_is_answered(server: Running):
+def test_chat_completion(server: Running):
     body = {"model": "bumblebee", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "ignore_eos": True}
     answer = server.post("/v1/chat/completions", body).json()
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer["usage"]["completion_tokens"] == 5
 
 
-def test_the_model_is_listed_by_its_name(server: Running):
+def test_model_card(server: Running):
     card = server.http.get("/v1/models").json()["data"][0]
     assert (card["id"], card["object"], card["max_model_len"]) == ("bumblebee", "model", 2048)
     assert "examples" not in card
@@ -61,19 +61,19 @@ def test_the_model_is_listed_by_its_name(server: Running):
     assert (missing.status_code, error_of(missing)["code"]) == (404, "model_not_found")
 
 
-def test_text_goes_to_ids_and_back(server: Running):
-    made = server.post("/tokenize", {"prompt": "Return a new list"}).json()
-    assert made["count"] == len(made["tokens"]) and made["max_model_len"] == 2048
-    assert server.post("/detokenize", {"tokens": made["tokens"]}).json() == {"prompt": "Return a new list"}
+def test_tokenize_and_detokenize(server: Running):
+    tokens = server.post("/tokenize", {"prompt": "Return a new list"}).json()
+    assert tokens["count"] == len(tokens["tokens"]) and tokens["max_model_len"] == 2048
+    assert server.post("/detokenize", {"tokens": tokens["tokens"]}).json() == {"prompt": "Return a new list"}
     assert server.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
     unknown = server.post("/detokenize", {"tokens": [0, 2**40]})
     assert (unknown.status_code, error_of(unknown)["param"]) == (400, "tokens")
 
 
-def test_alive_and_ready_are_told_to_everybody(server: Running):
-    for path, said in (("/health", "ok"), ("/ready", "ready")):
+def test_health_and_readiness_need_no_key(server: Running):
+    for path, status in (("/health", "ok"), ("/ready", "ready")):
         answer = httpx.get(server.url + path)
-        assert (answer.status_code, answer.json()) == (200, {"status": said})
+        assert (answer.status_code, answer.json()) == (200, {"status": status})
     assert "bumblebee" in httpx.get(server.url + "/").text.lower()
 
 
@@ -90,11 +90,11 @@ def test_metrics_count_requests_and_tokens(server: Running):
     assert "invented" not in server.http.get("/metrics").text
 
 
-# -- what is wrong with a request ------------------------------------------------------------------------------------------
+# -- invalid requests -----------------------------------------------------------------------------------------------------
 
 JSON = {"Content-Type": "application/json"}
 GOOD = b'{"model": "bumblebee", "prompt": "Hello", "max_tokens": 2}'
-WRONG = {  # name: (method, path, headers, body, status, word of the message)
+WRONG = {  # name: (method, path, headers, body, status, part of the message)
     "no content type": ("POST", "/v1/completions", {}, GOOD, 415, "application/json"),
     "a form": ("POST", "/v1/completions", {"Content-Type": "application/x-www-form-urlencoded"}, GOOD, 415, "form"),
     "a foreign page": ("POST", "/v1/completions", {**JSON, "Host": "foreign.example:8000"}, GOOD, 403, "--api_key"),
@@ -111,9 +111,9 @@ WRONG = {  # name: (method, path, headers, body, status, word of the message)
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_request_is_refused_in_the_error_format_and_the_next_is_served(server: Running, name: str):
+def test_wrong_request_is_rejected_and_the_next_served(server: Running, name: str):
     method, path, headers, body, status, word = WRONG[name]
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), PATIENCE) as connection:
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), TIMEOUT) as connection:
         lines = {"Host": "localhost", "Content-Length": str(len(body)), "Connection": "close", **headers}
         head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{key}: {value}\r\n" for key, value in lines.items()) + "\r\n"
         connection.sendall(head.encode() + body)
@@ -125,25 +125,20 @@ def test_a_wrong_request_is_refused_in_the_error_format_and_the_next_is_served(s
     assert server.complete(max_tokens=2).status_code == 200
 
 
-@pytest.mark.parametrize("wrong", MALFORMED, ids=[wrong.name for wrong in MALFORMED])
-def test_a_malformed_body_is_refused_by_the_running_server(server: Running, wrong: Malformed):
-    response = server.http.post(wrong.path, content=wrong.body, headers=JSON)
-    assert 400 <= response.status_code < 500
-    error = error_of(response)
-    assert error["param"] == wrong.param and wrong.says in error["message"]
-
-
-def test_after_all_malformed_bodies_a_good_one_is_served(server: Running):
-    for wrong in MALFORMED:
-        server.http.post(wrong.path, content=wrong.body, headers=JSON)
+def test_malformed_bodies_are_rejected_and_the_next_request_served(server: Running):
+    for malformed in MALFORMED:
+        response = server.http.post(malformed.path, content=malformed.body, headers=JSON)
+        assert 400 <= response.status_code < 500, malformed.name
+        error = error_of(response)
+        assert error["param"] == malformed.param and malformed.says in error["message"], malformed.name
     assert server.complete(max_tokens=2).status_code == 200
     assert server.count("Traceback") == 0
 
 
-# -- who leaves ----------------------------------------------------------------------------------------------------------
+# -- disconnects ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_leaves_a_stream_frees_its_slot(server: Running):
+def test_disconnect_from_a_stream_cancels_it(server: Running):
     with server.stream(**LONG) as chunks:
         next(chunks)
         assert server.metric("bumblebee_running") == 1
@@ -153,7 +148,7 @@ def test_a_client_that_leaves_a_stream_frees_its_slot(server: Running):
     )
 
 
-def test_a_client_that_leaves_before_its_answer_frees_its_slot(server: Running):
+def test_disconnect_before_the_response_cancels_it(server: Running):
     before = server.metric("bumblebee_new_tokens_total")
     with pytest.raises(httpx.ReadTimeout):
         server.post("/v1/completions", completion(n=3, **LONG), timeout=0.3)
@@ -166,54 +161,54 @@ def test_a_client_that_leaves_before_its_answer_frees_its_slot(server: Running):
 
 
 @pytest.fixture(scope="module")
-def narrow(served_folder: Path) -> Iterator[Running]:
-    """A server that computes one request, lets two wait, and has one key."""
+def small_server(served_folder: Path) -> Iterator[Running]:
+    """A server with one running and two queued requests at most, and an API key."""
     words = ["--max_running", "1", "--max_queue", "2", "--api_key", "key", "--name", "mine", "--max_payload", "1000"]
     words += ["--examples", "[How are you?, Who are you?]"]
     with serving(served_folder, *words) as running:
         yield running
 
 
-def test_a_full_queue_refuses_and_takes_requests_again_when_there_is_room(narrow: Running):
+def test_full_queue_rejects_until_there_is_room(small_server: Running):
     body = completion(model="mine", stream=True, **LONG)
-    streams = [narrow.http.stream("POST", "/v1/completions", json=body) for _ in range(3)]
+    streams = [small_server.http.stream("POST", "/v1/completions", json=body) for _ in range(3)]
     running = streams[0].__enter__()
     waiting = [threading.Thread(target=streams[1].__enter__), threading.Thread(target=streams[2].__enter__)]
     for thread in waiting:
         thread.start()
-    narrow.wait_for_metric("bumblebee_waiting", 2)
-    refused = narrow.post("/v1/completions", completion(model="mine", max_tokens=1))
-    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-    assert error_of(refused)["code"] == "queue_full"
-    assert narrow.post("/tokenize", {"prompt": "a"}).status_code == 200, "that needs no worker"
+    small_server.wait_for_metric("bumblebee_waiting", 2)
+    rejected = small_server.post("/v1/completions", completion(model="mine", max_tokens=1))
+    assert (rejected.status_code, rejected.headers["retry-after"]) == (429, "1")
+    assert error_of(rejected)["code"] == "queue_full"
+    assert small_server.post("/tokenize", {"prompt": "a"}).status_code == 200, "tokenizing needs no worker"
     running.close()
-    narrow.wait_for_metric("bumblebee_waiting", 1)
-    # Room for one: it waits its turn behind the others, and leaves.
+    small_server.wait_for_metric("bumblebee_waiting", 1)
+    # There is room for one more, which disconnects while it is queued.
     with pytest.raises(httpx.ReadTimeout):
-        narrow.post("/v1/completions", completion(model="mine", **LONG), timeout=0.2)
+        small_server.post("/v1/completions", completion(model="mine", **LONG), timeout=0.2)
     for thread, stream in zip(waiting, streams[1:], strict=True):
-        thread.join(PATIENCE)
+        thread.join(TIMEOUT)
         stream.__exit__(None, None, None)
-    narrow.wait_for_metric("bumblebee_running", 0)
-    assert narrow.post("/v1/completions", completion(model="mine", max_tokens=1)).status_code == 200
+    small_server.wait_for_metric("bumblebee_running", 0)
+    assert small_server.post("/v1/completions", completion(model="mine", max_tokens=1)).status_code == 200
 
 
-def test_keys_guard_what_is_computed_and_told(narrow: Running):
+def test_routes_require_the_api_key(small_server: Running):
     wrong = {"Authorization": "Bearer other"}
     for method, path in (("POST", "/v1/completions"), ("POST", "/tokenize"), ("GET", "/v1/models"), ("GET", "/metrics")):
-        refused = narrow.http.request(method, path, headers=wrong)
-        assert (refused.status_code, error_of(refused)["code"]) == (401, "invalid_api_key")
-    assert {httpx.get(narrow.url + path).status_code for path in ("/health", "/ready", "/")} == {200}
-    card = narrow.http.get("/v1/models").json()["data"][0]
+        rejected = small_server.http.request(method, path, headers=wrong)
+        assert (rejected.status_code, error_of(rejected)["code"]) == (401, "invalid_api_key")
+    assert {httpx.get(small_server.url + path).status_code for path in ("/health", "/ready", "/")} == {200}
+    card = small_server.http.get("/v1/models").json()["data"][0]
     assert (card["id"], card["examples"]) == ("mine", ["How are you?", "Who are you?"])
 
 
-def test_the_bound_of_a_body_is_an_option(narrow: Running):
-    assert narrow.post("/v1/completions", completion("a" * 1000, model="mine")).status_code == 413
+def test_max_payload(small_server: Running):
+    assert small_server.post("/v1/completions", completion("a" * 1000, model="mine")).status_code == 413
 
 
 @pytest.mark.slow
-def test_a_request_that_takes_too_long_ends_with_an_error(served_folder: Path):
+def test_request_timeout(served_folder: Path):
     with serving(served_folder, "--request_timeout", "1.5") as running:
         with running.stream(**LONG) as chunks:
             last = list(chunks)[-1]
@@ -225,12 +220,12 @@ def test_a_request_that_takes_too_long_ends_with_an_error(served_folder: Path):
 
 
 @pytest.mark.slow
-def test_large_bodies_take_turns_and_small_requests_pass_them(server: Running):
-    large = completion("a b c " * 400_000)  # half a second each, to be told that it is too long
+def test_large_bodies_do_not_block_small_requests(server: Running):
+    large = completion("a b c " * 400_000)  # half a second each, until rejected as too long
     with ThreadPoolExecutor(12) as threads:
-        asked = [threads.submit(server.post, "/v1/completions", large) for _ in range(12)]
+        large_requests = [threads.submit(server.post, "/v1/completions", large) for _ in range(12)]
         time.sleep(0.5)
         assert server.complete(max_tokens=1).status_code == 200
-        waiting = [answer for answer in asked if not answer.done()]
-        assert len(waiting) > 1, "it did not wait for all of them"
-        assert {answer.result().status_code for answer in asked} == {400}
+        waiting = [answer for answer in large_requests if not answer.done()]
+        assert len(waiting) > 1, "the small request waited for all large ones"
+        assert {answer.result().status_code for answer in large_requests} == {400}

@@ -1,4 +1,4 @@
-"""The worker processes' life, with processes and pipes that are only played."""
+"""The supervisor, with fake processes and pipes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ READY = WorkerReady("cpu", "float32", 1000, 400, 160, 160, SamplingParams(), STA
 
 
 class Process:
-    """A worker of which only the pipe's end is there."""
+    """A fake worker process that only has its end of the pipe."""
 
     exitcode = -9
 
     def __init__(self, pipe: Connection) -> None:
-        # The parent closes its copy of the worker's end when the process has one.
+        # The parent closes its copy of the worker's end after the start.
         self.pipe = Connection(os.dup(pipe.fileno()))
 
     def join(self, timeout: float | None = None) -> None:
-        """It has ended."""
+        """Returns at once."""
 
     def kill(self) -> None:
         self.pipe.close()
@@ -42,11 +42,11 @@ class Process:
         return False
 
 
-class Played:
-    """Supervisor, what they have started and what was said about them."""
+class Fake:
+    """A supervisor with fake processes, and the calls it made."""
 
     def __init__(self, fails: int = 0, devices: int = 1) -> None:
-        self.fails = fails  # how many of the next starts fail, after the first
+        self.fails = fails  # number of starts that fail, after the first
         self.processes: list[Process] = []
         self.ready: list[WorkerReady] = []
         self.errors: list[BaseException] = []
@@ -61,42 +61,42 @@ class Played:
         return self.processes[-1]
 
 
-async def until(holds: Any) -> None:
+async def wait_until(holds: Any) -> None:
     for _ in range(1000):
         if holds():
             return
         await asyncio.sleep(0.01)
-    raise AssertionError("it did not come")
+    raise AssertionError("the condition did not become true")
 
 
-async def test_a_worker_that_ends_is_replaced_and_the_server_is_ready_again():
-    played = Played()
-    await played.workers.start()
-    assert played.engine_client.state == "loading"
-    played.processes[0].pipe.send(READY)
-    await until(lambda: played.engine_client.state == "ready")
-    played.processes[0].pipe.close()
-    await until(lambda: len(played.processes) == 2)
-    assert played.engine_client.state == "loading"
-    played.processes[1].pipe.send(READY)
-    await until(lambda: played.engine_client.state == "ready")
-    assert len(played.engine_client.replicas) == 1 and not played.errors
-    await played.workers.stop()
+async def test_dead_worker_is_replaced():
+    fake = Fake()
+    await fake.workers.start()
+    assert fake.engine_client.state == "loading"
+    fake.processes[0].pipe.send(READY)
+    await wait_until(lambda: fake.engine_client.state == "ready")
+    fake.processes[0].pipe.close()
+    await wait_until(lambda: len(fake.processes) == 2)
+    assert fake.engine_client.state == "loading"
+    fake.processes[1].pipe.send(READY)
+    await wait_until(lambda: fake.engine_client.state == "ready")
+    assert len(fake.engine_client.replicas) == 1 and not fake.errors
+    await fake.workers.stop()
 
 
 async def test_a_failed_start_is_retried(caplog: pytest.LogCaptureFixture):
-    played = Played(fails=1)
-    await played.workers.start()
-    played.processes[0].pipe.send(READY)
-    await until(lambda: played.ready)
-    played.processes[0].pipe.close()
-    await until(lambda: len(played.processes) == 2)
+    fake = Fake(fails=1)
+    await fake.workers.start()
+    fake.processes[0].pipe.send(READY)
+    await wait_until(lambda: fake.ready)
+    fake.processes[0].pipe.close()
+    await wait_until(lambda: len(fake.processes) == 2)
     assert "cannot start a worker process: no memory" in caplog.text
-    await played.workers.stop()
+    await fake.workers.stop()
 
 
 @pytest.mark.parametrize(
-    ("message", "kind", "said"),
+    ("message", "error_type", "text"),
     [
         (WorkerFailed("no such folder"), ValueError, "no such folder"),
         (WorkerFailed(None), SystemExit, "1"),
@@ -104,27 +104,27 @@ async def test_a_failed_start_is_retried(caplog: pytest.LogCaptureFixture):
     ],
     ids=["the user's", "ours", "killed"],
 )
-async def test_what_fails_before_a_model_was_there_ends_the_server(message: Any, kind: type[BaseException], said: str):
-    played = Played()
-    await played.workers.start()
+async def test_failure_before_the_first_load_is_fatal(message: Any, error_type: type[BaseException], text: str):
+    fake = Fake()
+    await fake.workers.start()
     if message:
-        played.processes[0].pipe.send(message)
-    played.processes[0].pipe.close()
-    await until(lambda: played.errors)
-    assert isinstance(played.errors[0], kind) and said in str(played.errors[0])
-    assert len(played.processes) == 1
-    await played.workers.stop()
+        fake.processes[0].pipe.send(message)
+    fake.processes[0].pipe.close()
+    await wait_until(lambda: fake.errors)
+    assert isinstance(fake.errors[0], error_type) and text in str(fake.errors[0])
+    assert len(fake.processes) == 1
+    await fake.workers.stop()
 
 
-async def test_workers_that_are_stopped_are_not_replaced():
-    played = Played(devices=2)
-    await played.workers.start()
-    for process in played.processes:
+async def test_stopped_workers_are_not_replaced():
+    fake = Fake(devices=2)
+    await fake.workers.start()
+    for process in fake.processes:
         process.pipe.send(READY)
-    await until(lambda: len(played.ready) == 2)
-    await played.workers.stop()
-    for process in played.processes:
+    await wait_until(lambda: len(fake.ready) == 2)
+    await fake.workers.stop()
+    for process in fake.processes:
         assert process.pipe.recv() is None
         process.pipe.close()
     await asyncio.sleep(0.1)
-    assert len(played.processes) == 2 and not played.errors
+    assert len(fake.processes) == 2 and not fake.errors

@@ -1,4 +1,4 @@
-"""Calls of tools come out of an answer as they went into the template, however the answer is cut into pieces."""
+"""Tool calls are parsed as the template rendered them, for any chunk boundaries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serve.tool_call_parser import ParsedCall, ToolCallParser
 NAMES = ["fly", "fly_home", "look-up"]
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in NAMES]
 
-# Everything that stands in the marks, and what JSON has to escape.
+# Characters of the markers, and those that JSON escapes.
 nasty = st.text(st.sampled_from(list('{}[]"\\<>/\n `aé花🐝\u2028')), max_size=12) | st.sampled_from(
     ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", '{"name": "fly"}', "\\u007d", "<|eot|>", "<|im_end|>", "[/CALLS]"]
 )
@@ -42,7 +42,7 @@ def formats(tokenizers):
 
 
 def answer_of(tokenizer, rewrite, said, called):
-    """The ids that a model would generate to say and call this."""
+    """The ids that a model generates for a text and calls."""
     written = [
         {"id": f"bumblebe{at}", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
         for at, (name, arguments) in enumerate(called)
@@ -64,11 +64,11 @@ def parsed(format, pieces, names=NAMES):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(said=nasty, called=calls)
-def test_what_the_template_writes_is_read_back_token_by_token(tokenizers, formats, name, said, called):
+def test_rendered_calls_are_parsed_token_by_token(tokenizers, formats, name, said, called):
     tokenizer, format = tokenizers[name], formats[name]
     said = "" if name in NO_TEXT else said.strip()
     if '{"name"' in said:
-        said = ""  # this would be a call where objects have no marks
+        said = ""  # this would be a call in a format without markers
     called = called[:1] if name in ONE_CALL else called
     detokenizer = Detokenizer(tokenizer, (), format.marker_ids)
     ids = answer_of(tokenizer, format.rewrite, said, called)
@@ -94,7 +94,7 @@ ANSWERS = [
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("answer", ANSWERS)
 @given(cuts=st.lists(st.integers(0, 120), max_size=12))
-def test_how_an_answer_is_cut_makes_no_difference(formats, name, answer, cuts):
+def test_chunk_boundaries_do_not_matter(formats, name, answer, cuts):
     places = [0, *sorted(cuts), len(answer)]
     pieces = [answer[begin:end] for begin, end in zip(places, places[1:], strict=False)]
     assert "".join(pieces) == answer or max(cuts) > len(answer)
@@ -117,26 +117,26 @@ def test_how_an_answer_is_cut_makes_no_difference(formats, name, answer, cuts):
         "Blanks stay  \n\n",
     ],
 )
-def test_what_is_no_call_stays_text(formats, answer):
+def test_non_calls_stay_text(formats, answer):
     assert parsed(formats["chatml"], [answer]) == (answer, [])
 
 
-def test_a_call_behind_what_was_none_is_found(formats):
+def test_call_after_a_non_call_is_parsed(formats):
     answer = '<tool_call>oh</tool_call> <tool_call>{"name": "fly", "arguments": {}}</tool_call>'
     assert parsed(formats["chatml"], answer) == ("<tool_call>oh</tool_call>", [("fly", {})])
 
 
-def test_a_call_of_an_unknown_tool_between_two_calls_is_text(formats):
+def test_unknown_tool_between_two_calls_is_text(formats):
     made = '<tool_call>{"name": "fly", "arguments": {"a": "}"}}</tool_call>'
     none = made.replace("fly", "crawl")
     assert parsed(formats["chatml"], [made + none + made]) == (none, [("fly", {"a": "}"})] * 2)
 
 
-def test_an_answer_in_json_is_given_out_as_it_comes_where_calls_begin_with_names(formats):
+def test_json_answer_is_not_buffered_if_calls_start_with_names(formats):
     assert ToolCallParser(formats["glm"], NAMES).feed('{"a": ') == ['{"a":']
 
 
-def test_text_is_given_out_as_it_comes_and_a_call_when_it_is_complete(formats):
+def test_text_is_returned_at_once_and_calls_when_complete(formats):
     parser = ToolCallParser(formats["chatml"], NAMES)
     fed = ["A <b> ", "c", " <tool", '_call>{"name": "fly"', ', "arguments": {"n": 1.50}}', "</tool_call>", "\n"]
     given_out = [parser.feed(piece) for piece in fed]
@@ -144,16 +144,16 @@ def test_text_is_given_out_as_it_comes_and_a_call_when_it_is_complete(formats):
     assert parser.finish() == []
 
 
-def test_lines_broken_within_strings_are_read_and_half_a_character_is_mended(formats):
+def test_line_breaks_and_surrogates_in_strings(formats):
     answer = '<tool_call>{"name": "fly", "arguments": {"a": "b\nc", "d": "\\ud800"}}</tool_call>'
     assert parsed(formats["chatml"], [answer]) == ("", [("fly", {"a": "b\nc", "d": "\ufffd"})])
 
 
-def test_without_a_mark_an_object_later_in_the_answer_is_no_call(formats):
+def test_unmarked_object_later_in_the_answer_is_text(formats):
     answer = 'So: {"name": "fly", "parameters": {}}'
     assert parsed(formats["llama"], [answer]) == (answer, [])
 
 
-def test_a_template_that_writes_no_calls_has_no_format(tmp_path):
+def test_template_without_calls_has_no_format(tmp_path):
     plain = Tokenizer.from_pretrained(chat_folders.write(tmp_path, chat_folders.byte_level(), chat_folders.LLAMA))
     assert ToolCallFormat.detect(plain) is None

@@ -1,4 +1,4 @@
-"""The worker's loop, with the real engine and the other end of its pipe in the test's hands."""
+"""The worker's loop with the real engine; the tests hold the server's end of the pipe."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from bumblebee.inference.engine_config import EngineConfig
+from bumblebee.inference.generator import Generator
 from bumblebee.inference.request import EngineRequest
 from bumblebee.inference.sampling_params import SamplingParams
 from serve.worker import receive_messages, run_engine
@@ -19,18 +21,20 @@ from serve.worker_messages import CancelRequest, StepOutputs
 LONG = SamplingParams(max_new_tokens=1000, ignore_eos=True)
 
 
-@pytest.fixture
-def pipe(served_folder: Path) -> Iterator[Connection]:
-    """A pipe to a loop that runs in a thread."""
-    from bumblebee.inference.engine_config import EngineConfig
-    from bumblebee.inference.generator import Generator
+@pytest.fixture(scope="module")
+def generator(served_folder: Path) -> Generator:
+    return Generator.from_pretrained(served_folder, device="cpu")
 
-    engine = Generator.from_pretrained(served_folder, device="cpu").engine(EngineConfig(cache_tokens=4096))
-    ours, theirs = multiprocessing.Pipe()
-    thread = threading.Thread(target=run_engine, args=(engine, theirs))
+
+@pytest.fixture
+def pipe(generator: Generator) -> Iterator[Connection]:
+    """A pipe to a loop in a thread."""
+    engine = generator.engine(EngineConfig(cache_tokens=4096))
+    server_end, worker_end = multiprocessing.Pipe()
+    thread = threading.Thread(target=run_engine, args=(engine, worker_end))
     thread.start()
-    yield ours
-    ours.send(None)
+    yield server_end
+    server_end.send(None)
     thread.join(30)
     assert not thread.is_alive()
 
@@ -40,7 +44,7 @@ def received(pipe: Connection) -> StepOutputs:
     return pipe.recv()
 
 
-def test_one_message_a_step_holds_the_outputs_of_all_requests(pipe: Connection):
+def test_one_message_per_step_has_all_outputs(pipe: Connection):
     for id in "ab":
         pipe.send(EngineRequest(id, [5, 6, 7], SamplingParams(max_new_tokens=20, ignore_eos=True)))
     steps: list[StepOutputs] = []
@@ -51,7 +55,7 @@ def test_one_message_a_step_holds_the_outputs_of_all_requests(pipe: Connection):
     assert steps[-1].stats.running == 0
 
 
-def test_a_cancelled_request_is_gone_with_the_next_step_that_hears_of_it(pipe: Connection):
+def test_cancelled_request_ends_with_the_next_step(pipe: Connection):
     pipe.send(EngineRequest("a", [5, 6, 7], LONG))
     step = received(pipe)
     pipe.send(CancelRequest("a"))
@@ -63,7 +67,7 @@ def test_a_cancelled_request_is_gone_with_the_next_step_that_hears_of_it(pipe: C
 
 
 @pytest.mark.parametrize("prompt", [[], [5] * 3000, [10**6]], ids=["empty", "too long", "unknown id"])
-def test_a_request_that_can_never_run_is_refused_and_the_next_one_runs(pipe: Connection, prompt: list[int]):
+def test_impossible_request_is_rejected(pipe: Connection, prompt: list[int]):
     pipe.send(EngineRequest("a", prompt, LONG))
     [(id, why)] = received(pipe).rejected
     assert id == "a" and why
@@ -72,13 +76,13 @@ def test_a_request_that_can_never_run_is_refused_and_the_next_one_runs(pipe: Con
 
 
 class Scripted:
-    """A pipe that has some messages."""
+    """A pipe with some pending messages."""
 
     def __init__(self, *messages: Any) -> None:
-        self.messages, self.patience = list(messages), []
+        self.messages, self.timeouts = list(messages), []
 
-    def poll(self, patience: float | None) -> bool:
-        self.patience.append(patience)
+    def poll(self, timeout: float | None) -> bool:
+        self.timeouts.append(timeout)
         return bool(self.messages)
 
     def recv(self) -> Any:
@@ -88,13 +92,13 @@ class Scripted:
         return message
 
 
-def test_it_waits_without_end_only_where_nothing_is_to_do():
+def test_loop_blocks_only_when_idle():
     idle, busy = Scripted(CancelRequest("a"), CancelRequest("b")), Scripted()
     assert receive_messages(idle, busy=False) == [CancelRequest("a"), CancelRequest("b")]
     assert receive_messages(busy, busy=True) == []
-    assert (idle.patience, busy.patience) == ([None, 0, 0], [0])
+    assert (idle.timeouts, busy.timeouts) == ([None, 0, 0], [0])
 
 
-@pytest.mark.parametrize("end", [None, EOFError], ids=["told", "the server is gone"])
-def test_it_ends_when_nothing_more_comes(end: Any):
+@pytest.mark.parametrize("end", [None, EOFError], ids=["closed", "server gone"])
+def test_loop_ends_when_the_pipe_closes(end: Any):
     assert receive_messages(Scripted(CancelRequest("a"), end), busy=True) is None

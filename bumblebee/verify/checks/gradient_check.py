@@ -15,7 +15,7 @@ from bumblebee.distributed import process_group
 from bumblebee.verify import reference_loop
 from bumblebee.verify.check_result import CheckResult, Measurement
 from bumblebee.verify.context import Context
-from bumblebee.verify.training_run import RandomTokens, RunRecorder, run_training
+from bumblebee.verify.training_run import RandomTokens, RunRecorder, reference_model, run_training, to_device
 
 LEARNING_RATE, ACCUMULATE = 100.0, 5
 BOUND = 1e-4  # fp32 reaches about 1e-6; counting one target of hundreds twice gives 1e-3
@@ -28,7 +28,8 @@ def run(context: Context) -> CheckResult:
     optimizer = functools.partial(torch.optim.SGD, lr=LEARNING_RATE)
     attention = "naive" if context.kernel == "naive" else "auto"  # flash attention does not support fp32
     record = run_training(RunRecorder(), trainer, data, optimizer, context.folder / "gradient", attention)
-    expected = reference_loop.gradient(data, record.initial_weights, context.device)
+    model, batch = reference_model(record.initial_weights, context.device), data.collate(list(data.train))
+    expected = reference_loop.gradient(model, to_device(batch, context.device))
     smallest = 0.01 * float(torch.stack([gradient.norm() for gradient in expected.values()]).norm())
     worst = max(
         float(

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from bumblebee.checkpoint.sharded_state import PieceReader
+from bumblebee.datamodule import Batch
 from bumblebee.distributed import process_group
 from bumblebee.optim import Cosine
 from bumblebee.verify import reference_loop
 from bumblebee.verify.check_result import CheckResult, Measurement
 from bumblebee.verify.context import Context
-from bumblebee.verify.training_run import RandomTokens, RunRecorder, run_training
+from bumblebee.verify.training_run import SEED, RandomTokens, RunRecorder, reference_model, run_training, to_device
 
 STEPS, ACCUMULATE, LEARNING_RATE, WEIGHT_DECAY, CLIP, WARMUP = 6, 3, 1e-3, 0.1, 0.5, 1
 FP32_BOUNDS = {"losses": 1e-4, "gradient norms": 1e-4, "weights": 1e-4, "norm weights": 1e-4}
@@ -44,21 +45,32 @@ def run(context: Context) -> CheckResult:
     with PieceReader(folder / f"checkpoint-{STEPS}" / "training_state") as pieces:
         weights = {name: pieces.whole(name) for name in pieces.shapes}
     skipped = skipped_steps(record.metrics)
-    curve, expected = reference_loop.adamw(
-        data, record.initial_weights, context.device, rows_per_step, STEPS, LEARNING_RATE, WEIGHT_DECAY, CLIP, WARMUP, skipped
+    model = reference_model(record.initial_weights, context.device)
+    curve = reference_loop.train_adamw(
+        model, _batches(data, rows_per_step, context.device), LEARNING_RATE, WEIGHT_DECAY, CLIP,
+        lambda step: reference_loop.cosine_factor(step, WARMUP, STEPS), skipped,
     )  # fmt: skip
+    expected = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
     bounds = FP32_BOUNDS if context.options.precision == "fp32" else HALF_BOUNDS
-    fall = curve[0][0] - curve[-1][0]
+    fall = curve[0].loss - curve[-1].loss
     steps = list(zip(record.metrics, curve, strict=True))
     errors = {
-        "losses": _worst(abs(line["loss"] - loss) / fall for line, (loss, _) in steps),
+        "losses": _worst(abs(line["loss"] - reference.loss) / fall for line, reference in steps),
         "gradient norms": _worst(
-            abs(line["grad_norm"] / norm - 1) for step, (line, (_, norm)) in enumerate(steps) if step not in skipped
+            abs(line["grad_norm"] / reference.grad_norm - 1)
+            for step, (line, reference) in enumerate(steps)
+            if step not in skipped
         ),
         "weights": _movement_error(record.initial_weights, weights, expected, list(expected)),
         "norm weights": _movement_error(record.initial_weights, weights, expected, [n for n in expected if "norm" in n]),
     }
     return CheckResult(tuple(Measurement(name, error, bounds[name]) for name, error in errors.items()))
+
+
+def _batches(data: RandomTokens, rows_per_step: int, device: torch.device) -> list[Batch]:
+    """The rows of each step as one batch."""
+    indices = reference_loop.sample_indices(len(data.train), rows_per_step, STEPS, SEED)
+    return [to_device(data.collate(rows), device) for rows in indices]
 
 
 def skipped_steps(metrics: list[dict[str, float]]) -> set[int]:

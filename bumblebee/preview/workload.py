@@ -1,0 +1,123 @@
+"""The workload of a training run: what one of its steps costs in micro-batches, FLOPs and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from bumblebee.datamodule import Batch
+from bumblebee.distributed.deepspeed.ds_config import HALF_DTYPES, read_overrides
+from bumblebee.hardware import flops
+from bumblebee.nn import IGNORE_INDEX
+from bumblebee.nn.attention_kernels import select_kernel
+from bumblebee.preview.memory_estimate import BUCKET_SIZE, BatchShape, MemoryEstimate, ModelSize, TrainingSetup, estimate_memory
+from bumblebee.tasks.task import Task
+from bumblebee.trainer import Trainer
+from bumblebee.training.plan import Plan
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A training run that has been set up, without weights.
+
+    Args:
+        task: after ``setup``.
+        trainer: with the options of the run.
+        plan: for ``ranks`` ranks.
+        batch: the largest micro-batch of the first epoch.
+        ranks: number of devices.
+        device: of this machine.
+        device_type: that the run is for, "cpu" or "cuda".
+        optimizer_bytes: optimizer state in bytes per trained weight.
+    """
+
+    task: Task
+    trainer: Trainer
+    plan: Plan
+    batch: Batch
+    ranks: int
+    device: torch.device
+    device_type: str
+    optimizer_bytes: float
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained model."""
+        model: nn.Module = self.task.model
+        return model
+
+    @cached_property
+    def model_size(self) -> ModelSize:
+        """Size of the trained model."""
+        return ModelSize.of(self.model)
+
+    @cached_property
+    def frozen_models(self) -> list[ModelSize]:
+        """Sizes of frozen models, such as a DPO reference."""
+        return [ModelSize.of(model) for model in self.task.frozen_models()]
+
+    @property
+    def attention_kernel(self) -> str | None:
+        """The attention kernel; None for a model class other than Bumblebee."""
+        attention = getattr(self.model, "attention", None)
+        return select_kernel(attention, self.dtype) if isinstance(attention, str) else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return HALF_DTYPES.get(self.trainer.precision, torch.float32)
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+
+    def setup(self, ranks: int | None = None) -> TrainingSetup:
+        """The options that memory depends on, by default with the run's own number of ranks."""
+        zero = read_overrides(self.trainer.deepspeed).get("zero_optimization", {})
+        return TrainingSetup(
+            self.trainer.precision, self.trainer.zero_stage, ranks or self.ranks, self.device_type, self.optimizer_bytes,
+            offload_optimizer="device" in zero.get("offload_optimizer", {}),
+            offload_weights="device" in zero.get("offload_param", {}),
+            bucket_size=float(zero.get("reduce_bucket_size", BUCKET_SIZE)),
+        )  # fmt: skip
+
+    def memory(self, ranks: int | None = None) -> MemoryEstimate:
+        """Estimated memory of each device, by default with the run's own number of ranks."""
+        rows, length = self.batch["input_ids"].shape
+        targets = int((self.batch["labels"] != IGNORE_INDEX).sum())
+        shape = BatchShape(rows, length, targets, self.attention_kernel or "sdpa")
+        return estimate_memory(self.model_size, self.setup(ranks), shape, self.frozen_models)
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def micro_batches_per_step(self) -> float:
+        """Micro-batches per step and rank, on average: the last step of an epoch may have fewer."""
+        samples_per_round = self.plan.micro_batch_size * self.plan.world_size
+        return -(-self.plan.samples // samples_per_round) / self.plan.steps_per_epoch
+
+    @property
+    def flops_per_micro_batch(self) -> float:
+        """FLOPs of one rank in a micro-batch like the largest one."""
+        rows, length = self.batch["input_ids"].shape
+        per_token = flops.weight_flops_per_token(self.model) + flops.attention_flops_per_token(self.model, length)
+        has_reference = self.frozen_models or getattr(self.task, "reference", None) == "adapters_off"
+        return rows * length * per_token * (4 / 3 if has_reference else 1.0)  # the reference has a forward pass only
+
+    @cached_property
+    def peak_flops(self) -> float:
+        """FLOP/s of large matrix products on this machine; 0 if unknown."""
+        if self.device_type != self.device.type:
+            return 0.0
+        if self.device.type == "cpu":
+            return 1e12 * flops.measure_peak_tflops(self.dtype)
+        peak = flops.peak_tflops(torch.cuda.get_device_name(self.device))
+        return 1e12 * (peak or 0.0) / (1 if self.trainer.precision in HALF_DTYPES else 8)
+
+    def estimated_step_seconds(self) -> tuple[float, float] | None:
+        """Shortest and longest likely duration of a step, at an MFU of 20 to 60 %; None if the peak is unknown."""
+        if not self.peak_flops:
+            return None
+        seconds = self.flops_per_micro_batch * self.micro_batches_per_step / self.peak_flops
+        return seconds / 0.6, seconds / 0.2

@@ -1,0 +1,116 @@
+"""Saving and loading checkpoints of a run: a model folder, and the training state in it.
+
+The trainer owns how a checkpoint is written, ``callbacks.Checkpoint`` when, and how many are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from bumblebee.checkpoint.hf_folder import files_of
+from bumblebee.datamodule import DataModule
+from bumblebee.distributed import process_group
+from bumblebee.json_files import write_json
+from bumblebee.training import random_state
+from bumblebee.training.collective_folder import collective_folder
+from bumblebee.training.plan import Position
+from bumblebee.training.run_folder import TRAINER_STATE, read_trainer_state
+from bumblebee.training.run_state import RunState
+
+TRAINING_STATE = "training_state"  # subfolder of a checkpoint
+
+
+def write_checkpoint(run: RunState, path: Path, last: bool, model: bool) -> None:
+    """Write a checkpoint; complete or absent. Collective.
+
+    Args:
+        run: the run.
+        path: the checkpoint's folder.
+        last: whether the run ends here.
+        model: whether to write the weights as a model folder too.
+
+    Raises:
+        OSError: it cannot be written.
+        OtherRankFailed: another rank cannot write it.
+    """
+    with collective_folder(path, run.device, replace=True) as partial:
+        _write_model(run, partial, weights=model)
+        state = partial / TRAINING_STATE
+        state.mkdir(exist_ok=True)
+        run.engine.save(state)
+        random_state.save_random_state(state, process_group.rank())
+        if run.is_main:
+            write_json(partial / TRAINER_STATE, _trainer_state(run, last))
+
+
+def load_checkpoint(run: RunState, path: Path) -> None:
+    """Restore model, optimizer, random state, schedule and callbacks. Collective.
+
+    The run that wrote the checkpoint may have had another number of ranks, ZeRO stage or precision. With the same ones, the
+    resumed run is identical to the last bit to one that was never interrupted.
+    """
+    state = read_trainer_state(path)
+    files_of(run.task.model).check_resumed(path)
+    run.engine.load(path / TRAINING_STATE)
+    random_state.load_random_state(path / TRAINING_STATE, process_group.rank())
+    run.step, run.tokens = run.plan.origin.step, state["tokens"]
+    run.engine.load_scaler_state(state["loss_scaler"])
+    run.schedule.load_state_dict(state["schedule"])
+    for name, callback in run.callbacks.items():
+        if name in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][name])
+
+
+def resumed_position(checkpoint: Path, data: DataModule, seed: int) -> Position:
+    """Where in the data a checkpoint's run was.
+
+    Raises:
+        ValueError: its data had another order or size, so its position is meaningless for this run.
+    """
+    state = read_trainer_state(checkpoint)
+    for name, value in {"seed": seed, "samples": len(data.train)}.items():
+        if state[name] != value:
+            raise ValueError(f"trainer.resume: {checkpoint} was trained with {name} {state[name]}, this run has {value}")
+    return Position(**state["position"])
+
+
+def write_model(run: RunState, folder: Path) -> None:
+    """Write the model folder: weights in the training precision, config, tokenizer. Collective."""
+    with collective_folder(folder, run.device) as partial:
+        _write_model(run, partial)
+
+
+def _write_model(run: RunState, folder: Path, weights: bool = True) -> None:
+    files = files_of(run.task.model)
+    # The training state holds trainable parameters only: a model with frozen ones is always written.
+    weights = weights or any(files.holds(n) and not p.requires_grad for n, p in run.engine.model.named_parameters())
+    tensors = run.engine.full_tensors(files.holds) if weights else iter(())
+    try:
+        if run.is_main:
+            if weights:
+                files.write(folder, tensors)
+            else:
+                files.write_configs(folder, run.engine.dtype)
+            if run.data.tokenizer is not None:
+                run.data.tokenizer.save_pretrained(folder)
+    finally:
+        for _ in tensors:  # every rank takes part in gathering every tensor, even if writing failed
+            pass
+
+
+def _trainer_state(run: RunState, last: bool) -> dict[str, object]:
+    return {
+        "position": asdict(run.plan.position(run.step)),
+        "seed": run.seed,
+        "samples": run.plan.samples,
+        "tokens": run.tokens,
+        "last": last,
+        "ranks": run.plan.world_size,
+        "zero_stage": run.zero_stage,
+        "precision": run.precision,
+        "dtype": run.engine.dtype,
+        "loss_scaler": run.engine.scaler_state(),
+        "schedule": run.schedule.state_dict(),
+        "callbacks": {name: callback.state_dict() for name, callback in run.callbacks.items()},
+    }

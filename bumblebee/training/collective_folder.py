@@ -1,0 +1,57 @@
+"""Writing a folder from all ranks together, complete or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from bumblebee.checkpoint.atomic import put_in_place, remove, start_aside
+from bumblebee.distributed import process_group
+
+
+@contextmanager
+def collective_folder(folder: Path, device: torch.device, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder into which every rank writes, and rename it to ``folder``. An error on any rank reaches all.
+
+    Args:
+        folder: where the files belong.
+        device: the run's, for communication between ranks.
+        replace: replace an existing folder as a whole; see ``put_in_place``.
+
+    Raises:
+        OSError: this rank could not write; nothing of the folder is left then.
+        OtherRankFailed: another rank could not.
+    """
+    error: BaseException | None = None
+    partial = folder.parent / f".{folder.name}.partial"
+    if process_group.is_main():
+        error = _error_of(lambda: start_aside(folder))
+    _raise_on_all_ranks(error, device, folder)
+    try:
+        yield partial
+    except Exception as failure:
+        error = failure
+    if process_group.any_rank(error is not None, device):
+        if process_group.is_main():
+            remove(partial)
+        _raise_on_all_ranks(error, device, folder)
+    if process_group.is_main():
+        error = _error_of(lambda: put_in_place(partial, folder, replace))
+    _raise_on_all_ranks(error, device, folder)
+
+
+def _error_of(action: Callable[[], object]) -> Exception | None:
+    try:
+        action()
+    except Exception as error:
+        return error
+    return None
+
+
+def _raise_on_all_ranks(error: BaseException | None, device: torch.device, folder: Path) -> None:
+    """Raise this rank's error, or OtherRankFailed if only another rank has one. Collective."""
+    if process_group.any_rank(error is not None, device):
+        raise error or process_group.OtherRankFailed(f"another rank could not write {folder}")

@@ -1,0 +1,87 @@
+"""RunState: the options and the state of a training run, which callbacks and the modules in ``training/`` read.
+
+``Trainer`` adds the loop. The types are declared here, because the command line evaluates those of the trainer's own module,
+and must not import torch for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bumblebee.callback import Callback
+from bumblebee.datamodule import Batch, DataModule
+from bumblebee.distributed import process_group
+from bumblebee.optim import GroupRule, Schedule
+from bumblebee.tasks.task import Task
+from bumblebee.training.metric_accumulator import MetricAccumulator
+from bumblebee.training.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from bumblebee.distributed.deepspeed.ds_config import DsConfig
+    from bumblebee.distributed.deepspeed.engine import TrainingEngine
+    from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
+
+
+class RunState:
+    """Attributes of a run, and the collectives that all of its parts use."""
+
+    # The trainer's options, see ``Trainer``.
+    max_steps: int | None
+    epochs: float
+    micro_batch_size: int
+    accumulate: int
+    precision: str
+    zero_stage: int
+    deepspeed: DsConfig | str | None
+    gradient_clip: float | None
+    log_every: int
+    resume: str | None
+    device_name: str
+    workers: int
+    groups: list[GroupRule]
+
+    # Set up for each run, see ``training/setup.py``.
+    task: Task
+    data: DataModule
+    schedule: Schedule
+    callbacks: dict[str, Callback]
+    output_dir: Path
+    seed: int
+    device: torch.device
+    engine: TrainingEngine
+    plan: Plan
+    windows: Iterator[list[Batch]]  # micro-batches of this rank, step by step
+    frozen_engines: list[FrozenEngine]
+
+    # Changes while the run goes on.
+    step: int  # optimizer steps done
+    tokens: int  # target tokens trained on, over all ranks
+    learning_rate: float
+    started: bool  # on_fit_start has run in every callback
+    should_stop: bool  # set by callbacks: end the run after this step
+    signalled: bool  # this rank has received a signal
+    interrupted: bool  # a signal on any rank ends the run
+    finished: bool  # the run ended without an error
+    accumulator: MetricAccumulator  # sums and losses since the last line of metrics
+    extra_metrics: dict[str, float]  # added by callbacks to the next line of metrics
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only one that logs and writes files."""
+        return process_group.is_main()
+
+    def to_device(self, batch: Batch) -> Batch:
+        """Move a batch to the run's device."""
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def reduce_sums(self, sums: Mapping[str, float | Tensor]) -> dict[str, float]:
+        """Add named numbers over ranks; exact for integers. Collective; synchronizes with the GPU."""
+        import torch
+
+        vector = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=self.device)
+        return dict(zip(sums, process_group.all_reduce_sum(vector).tolist(), strict=True))

@@ -1,0 +1,175 @@
+"""Setting up a run: data, plan, engine, output folder; and resuming it from a checkpoint.
+
+Imports everything that a run needs until its end: a run of days must not break because source files are edited meanwhile.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy
+import torch
+from torch import nn
+
+import bumblebee.training.validation  # noqa: F401
+from bumblebee.callback import Callback
+from bumblebee.checkpoint.hf_folder import files_of
+from bumblebee.datamodule import DataModule
+from bumblebee.distributed import process_group
+from bumblebee.distributed.deepspeed.ds_config import EngineOptions, read_overrides
+from bumblebee.distributed.deepspeed.engine import TrainingEngine
+from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
+from bumblebee.distributed.deepspeed.zero_init import sharded_init
+from bumblebee.optim import Constant, Optimizer, Schedule, parameter_groups
+from bumblebee.tasks.run_context import RunContext
+from bumblebee.tasks.task import Task
+from bumblebee.training import checkpointing, loader
+from bumblebee.training.metric_accumulator import MetricAccumulator
+from bumblebee.training.plan import Plan, Position
+from bumblebee.training.run_folder import check_free, clear, find_resume
+from bumblebee.training.run_state import RunState
+
+
+def set_up(
+    run: RunState,
+    task: Task,
+    data: DataModule,
+    optimizer: Callable[[Iterable], Optimizer],
+    schedule: Schedule | None,
+    callbacks: dict[str, Callback | None] | None,
+    output_dir: str | Path,
+    seed: int,
+    overwrite: bool,
+) -> None:
+    """Prepare everything a run needs; see ``Trainer.fit`` for the arguments. The folder is changed last.
+
+    Raises:
+        ValueError: data, folder or options that cannot be used; nothing has been written then.
+    """
+    run.task, run.data, run.schedule = task, data, schedule or Constant(warmup_ratio=0.0)
+    run.callbacks = {name: callback for name, callback in (callbacks or {}).items() if callback is not None}
+    run.output_dir, run.seed = Path(output_dir), seed
+    _reset(run)
+
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+    check_free(run.output_dir, run.resume, overwrite)
+    files_of(task.model).check_output(run.output_dir)
+    checkpoint = find_resume(run.resume, run.output_dir)
+    run.device = process_group.pick_device(run.device_name)
+    process_group.start(run.device)
+    data.setup(seed)
+    task.setup(data)
+    run.plan = make_plan(run, data, seed, process_group.world_size(), checkpoint)
+    options = engine_options(run, hidden_size_of(task.model))
+    run.engine = TrainingEngine(task.model, optimizer, parameter_groups(task.model, run.groups), run.device, options)
+    task.begin(_run_context(run))
+    run.engine.train()
+    _seed_everything(seed + process_group.rank())
+    if checkpoint is not None:
+        checkpointing.load_checkpoint(run, checkpoint)
+    _open_folder(run, overwrite)
+    pin_memory = run.device.type == "cuda"
+    run.windows = loader.train_windows(
+        data, run.plan, seed, process_group.rank(), run.step, run.workers, pin_memory=pin_memory
+    )  # fmt: skip
+
+
+def _reset(run: RunState) -> None:
+    run.step = run.tokens = 0
+    run.started = run.should_stop = run.interrupted = run.signalled = run.finished = False
+    run.learning_rate = 0.0
+    run.accumulator, run.extra_metrics = MetricAccumulator(), {}
+    run.frozen_engines = []
+
+
+def make_plan(run: RunState, data: DataModule, seed: int, ranks: int, checkpoint: Path | None) -> Plan:
+    """Plan the samples of each step, from the start or from where a checkpoint's run stopped.
+
+    Raises:
+        ValueError: there are no training samples, or the checkpoint's run had other data.
+    """
+    origin = Position() if checkpoint is None else checkpointing.resumed_position(checkpoint, data, seed)
+    samples = len(data.train)
+    return Plan.of(samples, run.micro_batch_size, run.accumulate, ranks, run.epochs, run.max_steps, origin)
+
+
+# -- models and engines ----------------------------------------------------------------------------------------------------
+
+
+def engine_options(run: RunState, hidden_size: int | None) -> EngineOptions:
+    """The options of an engine for a model of this hidden size."""
+    overrides = read_overrides(run.deepspeed)
+    return EngineOptions(run.precision, run.zero_stage, run.micro_batch_size, run.gradient_clip, overrides, hidden_size)
+
+
+def hidden_size_of(model: nn.Module) -> int | None:
+    """The hidden size in a model's config; None for a model without one."""
+    return getattr(getattr(model, "config", None), "hidden_size", None)
+
+
+@contextmanager
+def building(run: RunState) -> Iterator[None]:
+    """Build a model under ``sharded_init`` at stage 3, so that no rank holds the whole model."""
+    if run.zero_stage < 3:
+        yield
+        return
+    device = process_group.pick_device(run.device_name)
+    process_group.start(device)
+    with sharded_init(device, engine_options(run, None)):
+        yield
+
+
+def freeze(run: RunState, model: nn.Module) -> FrozenEngine:
+    """Put another model on the run's devices, to be called and not trained. Collective.
+
+    Args:
+        run: the run, whose engine exists.
+        model: may be a ``copy.deepcopy`` of the task's model from before the engine was created.
+    """
+    options = engine_options(run, hidden_size_of(model))
+    run.frozen_engines.append(FrozenEngine(model, run.device, options, copy_of=run.engine.model))
+    return run.frozen_engines[-1]
+
+
+def _run_context(run: RunState) -> RunContext:
+    rank, ranks = process_group.rank(), run.plan.world_size
+    return RunContext(
+        engine=run.engine, device=run.device, data=run.data, seed=run.seed, precision=run.precision, zero_stage=run.zero_stage,
+        micro_batch_size=run.micro_batch_size, output_dir=run.output_dir, is_main=run.is_main, to_device=run.to_device,
+        frozen=lambda model: freeze(run, model),
+        building=lambda: building(run),
+        local_batches=lambda samples: loader.batches_in_order(run.data, samples, run.micro_batch_size, rank, ranks),
+    )  # fmt: skip
+
+
+# -- seed and folder -------------------------------------------------------------------------------------------------------
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
+def _open_folder(run: RunState, overwrite: bool) -> None:
+    """Create the output folder, and delete an earlier run's files from it if that was requested. Collective."""
+    process_group.barrier()  # every rank has checked the folder before one changes it
+    error: OSError | None = None
+    if run.is_main:
+        try:
+            if overwrite and run.resume is None:
+                clear(run.output_dir)
+            run.output_dir.mkdir(parents=True, exist_ok=True)
+            for partial in run.output_dir.glob(".*.partial"):  # of a run that was killed while saving
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        except OSError as failure:
+            error = failure
+    if process_group.any_rank(error is not None, run.device):
+        if error is None:
+            raise process_group.OtherRankFailed("rank 0 cannot write to output_dir")
+        raise ValueError(f"output_dir: cannot write to {run.output_dir}: {error.strerror}") from error
