@@ -86,7 +86,7 @@ ON_THE_COMMAND_LINE = {
     "--callbacks.mine bumblebee.Trainer": "callbacks.mine: bumblebee.Trainer is not a Callback",
     # files
     "--data.files dato.jsonl": "data.files: 'dato.jsonl' does not exist; did you mean 'data.jsonl'...",
-    "--data.files path/to/data.jsonl": "data.files: 'path/to/data.jsonl' is a placeholder; replace it with the path of your own file",
+    "--data.files path/to/data.jsonl": "data.files: 'path/to/data.jsonl' is a placeholder; replace it with...",
     "--data.files *.parquet": "data.files: no file matches '*.parquet'",
     "--data.files .": "data.files: '.' is a folder; name the files in it, for example './*.jsonl'",
     "--data.files recipe.yaml": "data.files: 'recipe.yaml': unsupported file type '.yaml'; supported: ...",
