@@ -272,7 +272,7 @@ def test_the_code_of_a_subclass_is_imported_only_where_that_is_asked_for(tiny, i
     model = Scaled(tiny(vocab_size=V, extra={"scale": 0.5}))
     model.save_pretrained(tmp_path / "m")
     monkeypatch.delitem(sys.modules, __name__)
-    with pytest.raises(ValueError, match=rf"holds a {__name__}.Scaled, whose code would have to be imported"):
+    with pytest.raises(ValueError, match=rf"was saved by {__name__}.Scaled, whose code would have to be imported"):
         Bumblebee.from_pretrained(tmp_path / "m")
     assert __name__ not in sys.modules
     again = Bumblebee.from_pretrained(tmp_path / "m", trust_remote_code=True)
@@ -285,7 +285,7 @@ def test_a_subclass_that_cannot_be_found_is_named(tiny, tmp_path, path):
     Bumblebee(tiny()).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["BumblebeeForCausalLM"], "model_class": path}))
-    with pytest.raises(ValueError, match=f"holds a {path}, which cannot be imported here"):
+    with pytest.raises(ValueError, match=f"was saved by {path}, which cannot be imported"):
         Bumblebee.from_pretrained(tmp_path, trust_remote_code=True)
 
 

@@ -19,7 +19,7 @@ from bumblebee.config import PRESETS, BumblebeeConfig
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "models")
-OVERLAYS = [path for path in RECIPES if path.parent.name in ("memory", "speed")]  # go behind another recipe
+OVERLAYS = [path for path in RECIPES if path.parent.name in ("memory", "speed")]  # added to another recipe
 MODELS = sorted((ROOT / "recipes" / "models").glob("*.yaml"))
 
 

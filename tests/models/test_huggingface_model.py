@@ -51,9 +51,9 @@ REFUSED = {
         "attention cannot be replaced by ours",
     ),
     "mamba": ("Mamba", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}, REPLACED),
-    "gemma2": ("Gemma2", SHAPE | {"head_dim": 8}, "its attention has softcap"),
+    "gemma2": ("Gemma2", SHAPE | {"head_dim": 8}, "its attention uses softcap"),
     "olmoe": ("Olmoe", SHAPE, "transformers converts its weights"),
-    "nemotron": ("Nemotron", SHAPE, "does not tell it of packed documents"),
+    "nemotron": ("Nemotron", SHAPE, "does not pass keyword arguments to its attention"),
 }
 
 

@@ -185,7 +185,7 @@ def test_kills_at_random_moments_never_leave_anything_that_a_resume_trips_over(r
 def test_ctrl_c_twice_ends_the_process_at_once_without_a_traceback(recipe, tmp_path):
     done = fit(recipe, tmp_path / "run", *with_callback("SignalIn", step=1, number=int(signal.SIGINT), times=2))
     assert done.returncode == 128 + signal.SIGINT
-    assert "Traceback" not in done.stderr and "once more stops at once" in done.stderr
+    assert "Traceback" not in done.stderr and "interrupt again to stop at once" in done.stderr
     assert not checkpoints(tmp_path / "run")
 
 
@@ -303,7 +303,7 @@ def test_a_rank_that_is_killed_ends_the_other_within_a_minute_with_a_message(ran
     done = fit(recipe, tmp_path / "run", *words, ranks=2, launcher=launcher, timeout=120)
     assert time.monotonic() - began < 60 + 30  # the start is not part of the minute
     assert done.returncode != 0
-    assert "bumblebee: another rank has ended" in done.stderr and "--trainer.resume auto" in done.stderr
+    assert "bumblebee: another rank exited" in done.stderr and "--trainer.resume auto" in done.stderr
     assert [checkpoint.step for checkpoint in checkpoints(tmp_path / "run")] == [2]
 
 
@@ -332,7 +332,7 @@ def test_ctrl_c_in_a_terminal_reaches_launcher_and_ranks_and_saves(launcher, rec
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     done = finish(process, 120)
-    assert "stopping: this step is finished and saved" in done.stderr
+    assert "stopping after this step and saving" in done.stderr
     assert checkpoints(tmp_path / "run")[-1].last
 
 

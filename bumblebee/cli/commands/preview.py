@@ -35,7 +35,7 @@ def run(words: Sequence[str]) -> None:
     if not process_group.is_main():
         return
     with user_errors(cfg, options.words):
-        from bumblebee.checkpoint.hf_folder import shapes_only
+        from bumblebee.models.load_context import shapes_only
         from bumblebee.preview.preview import collect
         from bumblebee.preview.preview_report import print_report
         from bumblebee.recipe import build
