@@ -1,4 +1,4 @@
-"""BumblebeeConfig refuses shapes that do not fit together, by name and value, and its presets are the published ones."""
+"""BumblebeeConfig rejects inconsistent values by name; its presets equal the published configs."""
 
 from __future__ import annotations
 
