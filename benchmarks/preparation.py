@@ -109,7 +109,7 @@ def check(data: SFT, peer: Any) -> None:
     for number, record in enumerate(peer):
         begin, end = int(cache.begins[number]), int(cache.ends[number])
         assert cache.tokens[begin:end].tolist() == record["input_ids"], number
-        assert cache.trained(begin, end).astype(int).tolist() == record["assistant_masks"], number
+        assert cache.target_mask(begin, end).astype(int).tolist() == record["assistant_masks"], number
 
 
 def main() -> None:
@@ -128,9 +128,9 @@ def main() -> None:
         for turn in range(options.turns):
             seconds, data = ours(file, tokenizer, folder / f"ours-{turn}")
             runs[kinds[0]].append(seconds)
-            enough, worker_pool.ENOUGH = worker_pool.ENOUGH, sys.maxsize
+            enough, worker_pool.MIN_BYTES = worker_pool.MIN_BYTES, sys.maxsize
             runs[kinds[1]].append(ours(file, tokenizer, folder / f"single-{turn}")[0])
-            worker_pool.ENOUGH = enough
+            worker_pool.MIN_BYTES = enough
             seconds, peer = theirs(file, tokenizer, folder / f"theirs-{turn}", options.processes)
             runs[kinds[2]].append(seconds)
             if not turn:
