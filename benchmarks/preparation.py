@@ -110,7 +110,7 @@ def check(data: SFT, peer: Any) -> None:
     for number, record in enumerate(peer):
         begin, end = int(cache.begins[number]), int(cache.ends[number])
         assert cache.tokens[begin:end].tolist() == record["input_ids"], number
-        assert cache.trained(begin, end).astype(int).tolist() == record["assistant_masks"], number
+        assert cache.target_mask(begin, end).astype(int).tolist() == record["assistant_masks"], number
 
 
 def main() -> None:
@@ -129,9 +129,9 @@ def main() -> None:
         for turn in range(options.turns):
             seconds, data = ours(file, tokenizer, folder / f"ours-{turn}")
             runs[variants[0]].append(seconds)
-            enough, worker_pool.ENOUGH = worker_pool.ENOUGH, sys.maxsize
+            min_bytes, worker_pool.MIN_BYTES = worker_pool.MIN_BYTES, sys.maxsize
             runs[variants[1]].append(ours(file, tokenizer, folder / f"single-{turn}")[0])
-            worker_pool.ENOUGH = enough
+            worker_pool.MIN_BYTES = min_bytes
             seconds, peer = theirs(file, tokenizer, folder / f"theirs-{turn}", options.processes)
             runs[variants[2]].append(seconds)
             if not turn:

@@ -8,7 +8,7 @@ Both servers load the same folder, run on the same cores and serve the same clie
 greedy, streamed. Their tokens are compared first. Then, in turn:
 
 - streams: sequential requests, and 16 concurrent ones. transformers' generate runs one request at a time, under a lock.
-- arrivals: Poisson arrivals at several rates. Time to first token (TTFT), time per output token (TPOT), and goodput: completions
+- arrivals: Poisson arrivals at several rates: time to first token (TTFT), time per output token (TPOT), goodput: completions
   per second that stay within both latency bounds.
 - burst: 200 simultaneous requests to our server; each must be completed or refused.
 - idle: CPU time of our server's processes without requests.

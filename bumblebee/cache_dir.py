@@ -1,4 +1,4 @@
-"""Where things are kept between runs."""
+"""The folder of caches that outlive a run, such as tokenized data."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def resolve_cache_dir(cache_dir: str | Path | None = None) -> Path:
-    """The folder that was asked for, else $BUMBLEBEE_CACHE, else ~/.cache/bumblebee."""
+    """Return ``cache_dir`` if set, else $BUMBLEBEE_CACHE, else ~/.cache/bumblebee."""
     return Path(cache_dir or os.environ.get("BUMBLEBEE_CACHE") or Path.home() / ".cache" / "bumblebee")

@@ -1,4 +1,4 @@
-"""Callback: what happens beside forward, backward and step.
+"""Callback: base class of everything in a run except forward, backward and optimizer step.
 
 The loop calls nine hooks, each on every rank:
 
@@ -10,11 +10,12 @@ The loop calls nine hooks, each on every rank:
       on_log(trainer, metrics)                      │ log: every log_every steps, metrics already reduced over ranks
       on_save(trainer)                              │ save: everything above is final
         on_checkpoint_saved(trainer, path)          ┘
-    on_fit_end(trainer)                             after the last step, or when the run was asked to stop
-    on_exception(trainer, error)                    the run failed; no collectives here, other ranks may be gone
+    on_fit_end(trainer)                             after the last step, or when the run is stopped
+    on_exception(trainer, error)                    the run failed; no collectives here, other ranks may have exited
 
-The phases observe, log and save make the order of callbacks in a recipe irrelevant. Callbacks do not call each other; of the
-trainer they write only ``trainer.should_stop`` and ``trainer.log``. Only rank 0 may write files or speak: ``trainer.is_main``.
+Because of the phases observe, log and save, the order of callbacks in a recipe does not matter. Callbacks do not call each
+other; the only parts of the trainer they write are ``trainer.should_stop`` and ``trainer.log``. Only rank 0
+(``trainer.is_main``) may write files or print.
 """
 
 from __future__ import annotations
@@ -27,38 +28,38 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """The base: every hook does nothing. State that must survive a resume goes through the two state methods."""
+    """Base class: every hook does nothing. ``state_dict`` and ``load_state_dict`` keep state across a resume."""
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Before the first step, after a resume."""
+        """Called before the first step, after the checkpoint of a resumed run is loaded."""
 
     def on_step_start(self, trainer: Trainer) -> None:
-        """Before the micro-batches of a step; ``trainer.step`` steps are done."""
+        """Called before the micro-batches of a step; ``trainer.step`` steps are complete."""
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """After the optimizer's step; ``trainer.step`` counts it."""
+        """Called after the optimizer step; ``trainer.step`` includes it."""
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """After a validation; ``metrics`` are reduced over ranks."""
+        """Called after a validation with metrics reduced over ranks."""
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """The metrics of the steps since the last time, reduced over ranks and accumulation."""
+        """Called every ``log_every`` steps with the metrics since the last call, reduced over ranks and micro-batches."""
 
     def on_save(self, trainer: Trainer) -> None:
-        """The moment to call ``trainer.save_checkpoint``."""
+        """Called when everything else about the step is done: the hook in which to call ``trainer.save_checkpoint``."""
 
     def on_checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
-        """A checkpoint is complete at ``path``."""
+        """Called when the checkpoint at ``path`` is complete."""
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        """The run failed with ``error``, which goes on up afterwards."""
+        """Called when the run fails; the trainer raises ``error`` again afterwards. Must not run collectives."""
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """After the last step."""
+        """Called after the last step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What to keep in a checkpoint, as JSON values."""
+        """Return the state to save in a checkpoint, as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Restore the state returned by ``state_dict``."""

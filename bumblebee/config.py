@@ -1,7 +1,7 @@
-"""The shape of a model: one dataclass with Hugging Face's field names, and the published sizes.
+"""Model configuration: one dataclass with Hugging Face's field names, and presets of published sizes.
 
-``BumblebeeConfig.preset("0.5b", num_hidden_layers=4)`` starts from a size and changes what it names. The translation from and
-to a folder's config.json, which differs by model family, is in ``bumblebee/checkpoint/families.py``.
+``BumblebeeConfig.preset("0.5b", num_hidden_layers=4)`` starts from a preset and overrides fields. Conversion from and to the
+config.json of each model family is in ``bumblebee/checkpoint/families.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from bumblebee.formatting import hint
 
-# rope_type -> the numbers it needs, and those it may have, as in Hugging Face's config.json
+# rope_type -> (required, optional) parameters, as in Hugging Face's config.json
 ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
@@ -35,61 +35,62 @@ LAYER_TYPES = FULL, SLIDING = ("full_attention", "sliding_attention")
 
 @dataclass
 class BumblebeeConfig:
-    """Everything that fixes a model's weights and arithmetic.
+    """Hyperparameters that determine a model's weights and computation.
 
     Args:
         vocab_size: rows of the embedding table; at least the tokenizer's size.
         hidden_size: width of the residual stream.
-        intermediate_size: width of the feed-forward part's inner layer.
-        num_hidden_layers: number of blocks.
-        num_attention_heads: query heads.
-        num_key_value_heads: key and value heads shared by groups of query heads (grouped-query attention, arXiv 2305.13245).
-        head_dim: width of one head; None means hidden_size / num_attention_heads.
-        max_position_embeddings: longest sequence in tokens the model is meant for.
+        intermediate_size: width of the MLP's inner layer.
+        num_hidden_layers: number of transformer layers.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key-value heads, shared by groups of query heads (GQA, arXiv 2305.13245).
+        head_dim: width of a head; None means hidden_size / num_attention_heads.
+        max_position_embeddings: context length in tokens.
         rope_theta: base of the rotary frequencies (arXiv 2104.09864).
-        rope_scaling: None, or a dict with "rope_type" and its numbers as in Hugging Face's config.json: linear, dynamic, yarn
-            or llama3 (see ``bumblebee/nn/rope.py``).
-        partial_rotary_factor: the part of each head that is turned by its position; the rest has no position.
-        rope_interleaved: what is turned are pairs of neighbours, as in GLM, instead of pairs half a head apart.
-        qk_norm: a norm on each query and key head before it is turned (arXiv 2302.05442), as in Qwen3.
-        sliding_window: how many positions a token sees, its own among them (arXiv 2004.05150), as in Mistral; None for all.
-        layer_types: for each layer "sliding_attention" or "full_attention"; None means the sliding window, if any, for all.
-        hidden_act: of the feed-forward part: silu, gelu, gelu_new or gelu_pytorch_tanh (by tanh), relu, relu2 (squared).
-        mlp_gated: the feed-forward part is ``down(act(gate(x)) * up(x))``, with silu a SwiGLU; else ``down(act(up(x)))``.
-        mlp_bias: biases in the feed-forward part.
-        norm: rmsnorm (arXiv 1910.07467) or layernorm (arXiv 1607.06450), everywhere in the model.
-        rms_norm_eps: added to the mean square, or to the variance, in norms.
-        post_norms: a further norm behind attention and feed-forward part, before each is added to the stream, as in GLM-4.
-        tie_word_embeddings: the output head uses the embedding table.
-        attention_bias: biases on the query, key and value projections, as in Qwen2.
-        attention_output_bias: a bias on the attention's output projection too, as in a Llama with ``attention_bias``.
-        attention_dropout: share of attention weights that is zeroed in training.
-        residual_dropout: share of what attention and feed-forward part add to the stream that is zeroed in training.
-        embedding_dropout: share of the embedded tokens that is zeroed in training.
-        initializer_range: standard deviation of the normal distribution that weights are drawn from.
-        num_experts: experts of a sparse layer, of which each token uses a few (mixture of experts); 0 or null for none.
-        num_experts_per_tok: experts that each token uses.
+        rope_scaling: None, or a dict with "rope_type" and its parameters as in Hugging Face's config.json: linear, dynamic,
+            yarn or llama3 (see ``bumblebee/nn/rope.py``).
+        partial_rotary_factor: fraction of each head that is rotated; the rest carries no position.
+        rope_interleaved: rotate adjacent pairs (x[2i], x[2i+1]), as in GLM, instead of pairs half a head apart.
+        qk_norm: normalize each query and key head before rotation (arXiv 2302.05442), as in Qwen3.
+        sliding_window: number of positions that a token attends to, its own included (arXiv 2004.05150), as in Mistral; None
+            for full attention.
+        layer_types: "sliding_attention" or "full_attention" for each layer; None applies the sliding window, if any, to all.
+        hidden_act: activation of the MLP: silu, gelu, gelu_new or gelu_pytorch_tanh (tanh approximation), relu or relu2.
+        mlp_gated: the MLP is ``down(act(gate(x)) * up(x))``, SwiGLU with silu; otherwise ``down(act(up(x)))``.
+        mlp_bias: add biases to the MLP.
+        norm: rmsnorm (arXiv 1910.07467) or layernorm (arXiv 1607.06450), throughout the model.
+        rms_norm_eps: epsilon of the norms.
+        post_norms: also normalize the output of attention and MLP before the residual addition, as in GLM-4.
+        tie_word_embeddings: share the embedding table with the output head.
+        attention_bias: add biases to the query, key and value projections, as in Qwen2.
+        attention_output_bias: add a bias to the output projection of attention too, as in Llama with ``attention_bias``.
+        attention_dropout: dropout probability of attention weights.
+        residual_dropout: dropout probability of the outputs of attention and MLP.
+        embedding_dropout: dropout probability of the token embeddings.
+        initializer_range: standard deviation of the initial weights, which are normally distributed.
+        num_experts: number of routed experts in a sparse layer (mixture of experts); 0 or null for a dense model.
+        num_experts_per_tok: number of routed experts that each token uses.
         moe_intermediate_size: width of the inner layer of one expert; None means intermediate_size.
-        norm_topk_prob: the weights of a token's experts add up to one.
-        n_shared_experts: further experts that every token uses; 0 for none.
-        shared_expert_gate: each token scales the output of the shared experts, as in Qwen2-MoE.
-        decoder_sparse_step: every n-th layer is sparse, the first of them layer n - 1; all others have one SwiGLU.
-        mlp_only_layers: numbers of further layers, from 0, that are not sparse; [0] for a dense first layer, as in DeepSeekMoE.
-        router_balance_loss: what the balance loss looks at, "sequence" or "batch" (see ``bumblebee/nn/router_losses.py``).
-        router_aux_loss_coef: weight of the balance loss of each layer; 0 for none.
-        router_z_loss_coef: weight of the router's z-loss of each layer; 0 for none.
-        router_bias_update_rate: balance by a bias in the choice of experts as well, which each optimizer step moves by this
-            much; 0 keeps the bias as it is, None is without one.
+        norm_topk_prob: scale the weights of a token's experts to sum to one.
+        n_shared_experts: number of experts that every token uses in addition; 0 for none.
+        shared_expert_gate: scale the output of the shared experts by a gate per token, as in Qwen2-MoE.
+        decoder_sparse_step: every n-th layer is sparse, starting with layer n - 1; all others have a dense SwiGLU.
+        mlp_only_layers: indices, from 0, of further dense layers; [0] for a dense first layer, as in DeepSeekMoE.
+        router_balance_loss: compute the balance loss per "sequence" or per "batch" (see ``bumblebee/nn/router_losses.py``).
+        router_aux_loss_coef: weight of the balance loss of each layer; 0 disables it.
+        router_z_loss_coef: weight of the router z-loss of each layer; 0 disables it.
+        router_bias_update_rate: step size of a bias that balances the selection of experts, updated after each optimizer step;
+            0 keeps the bias constant, None has no bias.
         bos_token_id: id that begins a text, or None.
         eos_token_id: id, or ids, that end a text.
-        pad_token_id: id that fills a batch; never a target.
-        architecture: the Hugging Face architecture that a folder was read as and is written as again, where others compute the
-            same; None: the first that does.
-        model_class: class path of the subclass of Bumblebee that computes this; it notes that itself. None: Bumblebee.
-        extra: whatever such a subclass wants to keep beside, by names of its own.
+        pad_token_id: id that pads a batch; never a target.
+        architecture: the Hugging Face architecture that a folder was loaded as and is saved as, if several compute the same
+            function; None selects the first.
+        model_class: class path of the Bumblebee subclass that computes the model, set by the subclass; None is Bumblebee.
+        extra: free-form settings of such a subclass.
 
     Raises:
-        ValueError: sizes that do not fit together, named with their values.
+        ValueError: values that are out of range or inconsistent; the message names them.
     """
 
     vocab_size: int = 151936
@@ -156,17 +157,17 @@ class BumblebeeConfig:
             raise ValueError(f"partial_rotary_factor must be in (0, 1], got {self.partial_rotary_factor}")
         if self.rotary_dim % 2 or self.rotary_dim < 2:
             part = "" if self.partial_rotary_factor == 1 else f" times partial_rotary_factor {self.partial_rotary_factor}"
-            raise ValueError(f"head_dim {self.head_dim}{part} must be even: rotary embeddings turn pairs of dimensions")
+            raise ValueError(f"head_dim {self.head_dim}{part} must be even: rotary embeddings rotate pairs of dimensions")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of"
                 f" num_key_value_heads {self.num_key_value_heads}"
             )
         if self.attention_output_bias and not self.attention_bias:
-            raise ValueError("attention_output_bias is set without attention_bias: no model family has that")
+            raise ValueError("attention_output_bias requires attention_bias: no model family has only the output bias")
         for name, known in {"hidden_act": ACTIVATIONS, "norm": NORMS}.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; known are {', '.join(known)}")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; available: {', '.join(known)}")
         for name in ("attention_dropout", "residual_dropout", "embedding_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -174,7 +175,7 @@ class BumblebeeConfig:
         if self.rope_scaling is not None:
             self._check_rope_scaling(self.rope_scaling)
             self.rope_scaling = None if self.rope_scaling["rope_type"] == "default" else self.rope_scaling
-        if not self.num_experts:  # then nothing of it counts, and two such configs are equal
+        if not self.num_experts:  # reset the unused fields, so that equal models have equal configs
             for name in EXPERT_FIELDS:
                 setattr(self, name, getattr(BumblebeeConfig, name))
         else:
@@ -188,45 +189,45 @@ class BumblebeeConfig:
         if self.layer_types is None:
             return
         if unknown := sorted(set(self.layer_types) - set(LAYER_TYPES)):
-            raise ValueError(f"layer_types has {', '.join(unknown)}; known are {', '.join(LAYER_TYPES)}")
+            raise ValueError(f"layer_types has {', '.join(unknown)}; available: {', '.join(LAYER_TYPES)}")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}")
         if SLIDING in self.layer_types and self.sliding_window is None:
-            raise ValueError("layer_types has sliding_attention and sliding_window is not set")
+            raise ValueError("layer_types has sliding_attention, but sliding_window is not set")
         if SLIDING not in self.layer_types:
             self.sliding_window = None
-        if len(set(self.layer_types)) == 1:  # one way to say it: configs are compared
+        if len(set(self.layer_types)) == 1:  # normalize, since configs are compared
             self.layer_types = None
 
     def window_of(self, layer: int) -> int | None:
-        """How many positions a token sees in a layer, its own among them; None for all."""
+        """Sliding window of a layer in positions, the token's own included; None for full attention."""
         return self.sliding_window if self.layer_types is None or self.layer_types[layer] == SLIDING else None
 
     @staticmethod
     def _check_rope_scaling(scaling: dict[str, Any]) -> None:
         kind = scaling.get("rope_type")
         if kind not in ROPE_TYPES:
-            raise ValueError(f"rope_scaling has rope_type {kind!r}; known are {', '.join(ROPE_TYPES)}")
+            raise ValueError(f"rope_scaling has rope_type {kind!r}; available: {', '.join(ROPE_TYPES)}")
         needed, optional = ROPE_TYPES[kind]
         if missing := sorted(needed - set(scaling)):
-            raise ValueError(f"rope_scaling of rope_type {kind!r} lacks {', '.join(missing)}")
+            raise ValueError(f"rope_scaling of rope_type {kind!r} requires {', '.join(missing)}")
         if unknown := sorted(set(scaling) - needed - optional - {"rope_type"}):
-            raise ValueError(f"rope_scaling of rope_type {kind!r} has {', '.join(unknown)}, which is not supported")
+            raise ValueError(f"rope_scaling of rope_type {kind!r} does not support {', '.join(unknown)}")
         for name in needed:
             if not isinstance(scaling[name], int | float) or not scaling[name] > 0:
                 raise ValueError(f"rope_scaling: {name} must be a positive number, got {scaling[name]!r}")
 
     @property
     def rotary_dim(self) -> int:
-        """How many dimensions of a head are turned by its position."""
+        """Number of rotated dimensions of a head."""
         assert self.head_dim is not None
         return int(self.head_dim * self.partial_rotary_factor)
 
     def _check_experts(self) -> None:
-        """What a mixture of experts needs.
+        """Validate the mixture-of-experts fields.
 
         Raises:
-            ValueError: a number out of its range, or no sparse layer.
+            ValueError: a value out of range, or no sparse layer.
         """
         least = {"num_experts": 1, "decoder_sparse_step": 1, "n_shared_experts": 0, "router_aux_loss_coef": 0,
                  "router_z_loss_coef": 0, "router_bias_update_rate": 0, "moe_intermediate_size": 1}  # fmt: skip
@@ -239,40 +240,40 @@ class BumblebeeConfig:
                 f" got {self.num_experts_per_tok}"
             )
         if self.mlp_bias or not self.mlp_gated:
-            raise ValueError("num_experts is set with mlp_bias or without mlp_gated: experts are gated and have no biases")
+            raise ValueError("num_experts requires mlp_gated true and mlp_bias false: experts are gated MLPs without biases")
         if self.hidden_act != "silu":
-            raise ValueError("num_experts is set: experts are SwiGLUs without biases, leave hidden_act, mlp_gated and mlp_bias")
+            raise ValueError("num_experts requires hidden_act silu: experts are SwiGLUs without biases")
         if self.router_balance_loss not in BALANCES:
             raise ValueError(f"router_balance_loss must be {' or '.join(BALANCES)}, got {self.router_balance_loss!r}")
         if self.shared_expert_gate and not self.n_shared_experts:
-            raise ValueError("shared_expert_gate is set without n_shared_experts: there is nothing to scale")
+            raise ValueError("shared_expert_gate requires n_shared_experts: there is no shared expert to scale")
         if not any(map(self.is_sparse, range(self.num_hidden_layers))):
             raise ValueError(
-                f"num_experts is {self.num_experts} and no layer is sparse: of {self.num_hidden_layers} layers"
-                f" decoder_sparse_step {self.decoder_sparse_step} and mlp_only_layers {self.mlp_only_layers} leave none"
+                f"num_experts is {self.num_experts}, but none of the {self.num_hidden_layers} layers is sparse with"
+                f" decoder_sparse_step {self.decoder_sparse_step} and mlp_only_layers {self.mlp_only_layers}"
             )
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether a layer, counted from 0, is a mixture of experts. Qwen3-MoE's pattern."""
+        """Whether a layer, counted from 0, is a mixture of experts (Qwen3-MoE's pattern)."""
         dense = self.mlp_only_layers or []
         return bool(self.num_experts) and layer not in dense and (layer + 1) % self.decoder_sparse_step == 0
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """The ids that end a text, as a list."""
+        """Ids that end a text, as a list."""
         if self.eos_token_id is None:
             return []
         return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> BumblebeeConfig:
-        """A published size (``0.5b`` ... ``72b``), ``tiny`` or ``tiny-moe``, with some fields changed.
+        """Return the config of a published size (``0.5b`` ... ``72b``), ``tiny`` or ``tiny-moe``, with overrides.
 
         Raises:
-            ValueError: an unknown size or field; the message names the nearest.
+            ValueError: unknown preset or field; the message suggests similar names.
         """
         if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {name!r}; available: {', '.join(PRESETS)}")
         known = [each.name for each in fields(cls)]
         for key in changes:
             if key not in known:
@@ -280,7 +281,7 @@ class BumblebeeConfig:
         return cls(**{**PRESETS[name], **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a plain dict."""
+        """Return the fields as a plain dict."""
         return asdict(self)
 
 
@@ -296,9 +297,8 @@ def _size(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
     }
 
 
-# The shapes of Qwen2.5 (arXiv 2412.15115, table 1), that of Qwen3-30B-A3B (arXiv 2505.09388, table 2), a mixture of which each
-# token meets 3.3 B parameters, and two for trying things out: one of about 5 M parameters, and one of 13 M, of which each token
-# meets 5 M.
+# Qwen2.5 (arXiv 2412.15115, table 1), Qwen3-30B-A3B (arXiv 2505.09388, table 2; 3.3 B active parameters), and two sizes for
+# experiments: tiny (about 5 M parameters) and tiny-moe (13 M, 5 M active).
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": _size(256, 704, 5, 4, 2, True, 4096) | {"max_position_embeddings": 1024, "rope_theta": 10_000.0},
     "tiny-moe": _size(256, 704, 5, 4, 2, True, 4096)

@@ -1,15 +1,15 @@
-"""DataModule: where batches come from.
+"""DataModule: the base class of everything that provides training batches.
 
-A DataModule prepares its samples once (``setup``), then answers ``train[i]`` and ``collate``. Which samples make up which
-micro-batch of which rank is not its business: that follows from (seed, epoch, step) alone, in ``bumblebee/training``, and
-``bumblebee/training/loader.py``, so that any run can be continued at any micro-batch.
+A DataModule prepares its samples once (``setup``); then ``train[i]`` and ``collate`` are called. It does not decide which
+samples form which micro-batch on which rank: that depends only on (seed, epoch, step), in ``bumblebee/training``, so that any
+run can be resumed at any micro-batch.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from bumblebee.nn import IGNORE_INDEX
 
@@ -20,45 +20,46 @@ if TYPE_CHECKING:
     from bumblebee.tokenizer.tokenizer import Tokenizer
 
 Batch = dict[str, "Tensor"]
+SampleT = TypeVar("SampleT")
 
 
-class DataModule(ABC):
-    """Where batches come from: sets ``train`` in ``setup``, and perhaps ``validation`` and ``tokenizer``.
+class DataModule(ABC, Generic[SampleT]):
+    """Provides training batches. ``setup`` sets ``train`` and, if there are any, ``validation`` and ``tokenizer``.
 
     Attributes:
-        train: samples to learn from, by index.
-        validation: held-out samples, or None.
+        train: training samples, by index.
+        validation: validation samples, or None.
         tokenizer: saved into every model folder of the run, or None.
-        stop_ids: what ends an answer in these data beside the tokenizer's end-of-text token: noted in the model's folder.
-        lengths: int (len(train),), of each training sample, where batches shall be of samples of similar length; or None.
+        stop_ids: token ids that end an answer, besides the end-of-text token; saved in the model folder's configuration.
+        lengths: int (len(train),), length of each training sample in tokens, to batch samples of similar length; or None.
     """
 
-    train: Sequence[Any]
-    validation: Sequence[Any] | None = None
+    train: Sequence[SampleT]
+    validation: Sequence[SampleT] | None = None
     tokenizer: Tokenizer | None = None
     stop_ids: Sequence[int] = ()
     lengths: np.ndarray | None = None
 
     @abstractmethod
     def setup(self, seed: int) -> None:
-        """Prepare the samples. Called once on every rank, after the ranks have found each other.
+        """Prepare the samples. Called once on every rank, after the process group is initialized.
 
         Raises:
-            ValueError: files or records that cannot be used.
+            ValueError: invalid files or records.
         """
 
     @abstractmethod
-    def collate(self, samples: list[Any]) -> Batch:
-        """Samples -> one micro-batch of tensors on the CPU."""
+    def collate(self, samples: list[SampleT]) -> Batch:
+        """Return one micro-batch of tensors on the CPU."""
 
     def without_targets(self, batch: Batch) -> Batch:
-        """The same batch with nothing to learn from: ranks that have run out of samples in an epoch's last step use it."""
-        return {**batch, "labels": batch["labels"].clone().fill_(IGNORE_INDEX)}  # a batch of one may be the sample itself
+        """Return the batch without targets, for ranks that run out of samples in the last step of an epoch."""
+        return {**batch, "labels": batch["labels"].clone().fill_(IGNORE_INDEX)}  # a batch of one may share the sample's memory
 
     def origin(self, index: int) -> str:
-        """Where a training sample came from, for people: files and lines where they are known."""
+        """Describe where a training sample comes from: file and line where they are known."""
         return f"sample {index}"
 
-    def summary(self) -> dict[str, Any]:
-        """What to tell the user about the data: counts, in the order they are shown."""
+    def summary(self) -> dict[str, object]:
+        """Return counts that describe the data, in the order in which they are displayed."""
         return {"training samples": len(self.train), "validation samples": len(self.validation or ())}

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bumblebee.checkpoint.hf_folder import load_config, load_weights
 from bumblebee.config import BumblebeeConfig
-from bumblebee.models.base import LanguageModel
-from bumblebee.models.custom_class import class_for, path_of
+from bumblebee.models.base import LanguageModel, class_path_of, resolve_model_class
+from bumblebee.models.load_context import meta_parameters
 from bumblebee.nn.attention import Attention, LayerCache
 from bumblebee.nn.attention_kernels import AttentionMask, select_kernel
 from bumblebee.nn.lm_head import LMHead
@@ -136,14 +137,14 @@ class Bumblebee(LanguageModel):
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Reject overrides under a former name, which would be ignored silently."""
         super().__init_subclass__(**kwargs)
-        if "build_ffn" in vars(cls):
+        if hasattr(cls, "build_ffn"):
             raise TypeError(f"{cls.__qualname__}.build_ffn is never called: the method was renamed to build_mlp")
 
     def __init__(self, config: BumblebeeConfig, attention: str = "auto") -> None:
         super().__init__()
         select_kernel(attention, torch.bfloat16)  # fails early; checked again in forward, where the dtype is known
         # A subclass computes something else, so its class path is saved in config.json.
-        self.config = config if type(self) is Bumblebee else replace(config, model_class=path_of(type(self)))
+        self.config = config if type(self) is Bumblebee else replace(config, model_class=class_path_of(type(self)))
         self.attention = attention
         self.model = self.build_decoder()
         self.lm_head = self.build_head()
@@ -303,11 +304,9 @@ class Bumblebee(LanguageModel):
             ValueError: not a model folder, an unsupported architecture or setting, weights that do not match the model, or a
                 subclass that may not be imported.
         """
-        from bumblebee.checkpoint.hf_folder import load_config, load_weights, parameters_on_meta
-
         config = load_config(folder)
-        with parameters_on_meta():
-            model = class_for(cls, folder, config, trust_remote_code)(config, attention=attention)
+        with meta_parameters():
+            model = resolve_model_class(cls, folder, config, trust_remote_code)(config, attention=attention)
         load_weights(folder, model, dtype=dtype, device=torch.device(device), allow_pickle=allow_pickle)
         model.source = Path(folder)
         return model

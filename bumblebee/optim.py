@@ -1,7 +1,7 @@
-"""Parameter groups, and learning-rate schedules.
+"""Parameter groups and learning-rate schedules.
 
-A schedule is a function of the step: ``factor(step, total)`` times the optimizer's learning rate. All but ReduceOnPlateau need
-nothing to be saved: a resumed run continues on the same curve.
+A schedule is a function of the step: ``factor(step, total)`` times the optimizer's learning rate. All but ReduceOnPlateau are
+stateless.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Optimizer(ABC):  # noqa: B024  (it has no methods of its own)
-    """Stands for torch.optim.Optimizer in type hints, so that the command line need not import torch to know its options."""
+    """Stands for torch.optim.Optimizer in type hints, so that the command line reads its options without importing torch."""
 
     @classmethod
     def __subclasshook__(cls, candidate: type) -> bool:
@@ -29,12 +29,12 @@ class Optimizer(ABC):  # noqa: B024  (it has no methods of its own)
 
 @dataclass(frozen=True)
 class GroupRule:
-    """Options of the parameters whose names match a pattern.
+    """Optimizer options of the parameters whose names match a pattern.
 
     Args:
-        pattern: regular expression, searched for in names such as model.layers.0.mlp.up_proj.weight.
-        lr: their learning rate before the schedule; null keeps the optimizer's.
-        weight_decay: their weight decay; null keeps what they would have.
+        pattern: regular expression, searched in names such as model.layers.0.mlp.up_proj.weight.
+        lr: learning rate before the schedule; null keeps the optimizer's.
+        weight_decay: weight decay; null keeps the default.
     """
 
     pattern: str
@@ -43,53 +43,53 @@ class GroupRule:
 
 
 def parameter_groups(model: nn.Module, rules: Sequence[GroupRule] = ()) -> list[dict[str, Any]]:
-    """Trainable parameters in groups: matrices with the optimizer's weight decay, norms, biases and embeddings without.
+    """Group trainable parameters: matrices have the optimizer's weight decay; norms, biases and embeddings have none.
 
     Args:
-        model: whose parameters.
-        rules: other options by name; the first rule that matches a name counts.
+        model: the model.
+        rules: other options by name; the first matching rule applies.
 
     Raises:
-        ValueError: every parameter is frozen, or a rule's pattern is none or matches nothing.
+        ValueError: every parameter is frozen, or a rule's pattern is invalid or matches nothing.
     """
     from torch import nn
 
-    patterns = [_compiled(rule.pattern) for rule in rules]
+    patterns = [_compile(rule.pattern) for rule in rules]
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    groups: dict[tuple[float | None, ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        kept = len(full_shape(parameter)) < 2 or id(parameter) in embeddings
-        options = {"weight_decay": 0.0} if kept else {}
+        undecayed = len(full_shape(parameter)) < 2 or id(parameter) in embeddings
+        options = {"weight_decay": 0.0} if undecayed else {}
         rule = next((rule for rule, pattern in zip(rules, patterns, strict=True) if pattern.search(name)), None)
         if rule is not None:
-            chosen = {"lr": rule.lr, "weight_decay": rule.weight_decay}
-            options |= {key: value for key, value in chosen.items() if value is not None}
+            overrides = {"lr": rule.lr, "weight_decay": rule.weight_decay}
+            options |= {key: value for key, value in overrides.items() if value is not None}
         key = (options.get("lr"), options.get("weight_decay"))
         groups.setdefault(key, {"params": [], **options})["params"].append(parameter)
     if not groups:
         raise ValueError("the model has no trainable parameters: all are frozen")
-    _refuse_unused(rules, patterns, [name for name, _ in model.named_parameters()])
-    # The optimizer's own learning rate first: it is the one that is shown.
+    _check_all_match(rules, patterns, [name for name, _ in model.named_parameters()])
+    # The group with the optimizer's own learning rate first: that rate is logged.
     return sorted(groups.values(), key=lambda group: ("lr" in group, "weight_decay" in group))
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"trainer.groups: {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"trainer.groups: {pattern!r} is not a regular expression: {error}") from error
 
 
-def _refuse_unused(rules: Sequence[GroupRule], patterns: Sequence[re.Pattern[str]], names: list[str]) -> None:
+def _check_all_match(rules: Sequence[GroupRule], patterns: Sequence[re.Pattern[str]], names: list[str]) -> None:
     for rule, pattern in zip(rules, patterns, strict=True):
         if not any(pattern.search(name) for name in names):
             raise ValueError(f"trainer.groups: {rule.pattern!r} matches no parameter; names are like {names[0]}, {names[-1]}")
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], factor: float) -> float:
-    """Give each group its initial rate times ``factor``; returns the first group's rate."""
+    """Set each group's learning rate to its initial one times ``factor``; returns the first group's."""
     rates = []
     for group in groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
@@ -98,13 +98,13 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], factor: float) -> float:
 
 
 class Schedule(ABC):
-    """A warm-up in a straight line from 0 to 1, then ``decay``.
+    """Linear warm-up from 0 to 1, then ``decay``.
 
-    The curves are those of transformers' schedulers, whose first step has a rate of 0 where there is a warm-up.
+    The curves are those of transformers' schedulers, whose first step has a learning rate of 0 if there is a warm-up.
 
     Args:
-        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
-        warmup_steps: the same as a number of steps; wins over the ratio.
+        warmup_ratio: fraction of all steps for the warm-up, rounded up.
+        warmup_steps: number of warm-up steps; takes precedence over warmup_ratio.
 
     Raises:
         ValueError: a ratio outside [0, 1) or a negative number of steps.
@@ -114,19 +114,19 @@ class Schedule(ABC):
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must be in [0, 1), got {warmup_ratio}")
         if warmup_steps is not None and warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         self.warmup_ratio = warmup_ratio
         self.warmup_steps = warmup_steps
 
     def factor(self, step: int, total: int) -> float:
-        """What the learning rate is multiplied with in step ``step`` (from 0) of ``total``."""
+        """The factor of the learning rate in step ``step`` (from 0) of ``total``."""
         warmup = self.warmup_of(total)
         if step < warmup:
             return step / warmup
         return self.decay(step - warmup, max(1, total - warmup), warmup)
 
     def warmup_of(self, total: int) -> int:
-        """Steps of the warm-up in a run of ``total``; by ratio, at least one step is left to learn something in."""
+        """Number of warm-up steps in a run of ``total``; a ratio leaves at least one step after the warm-up."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         return min(math.ceil(self.warmup_ratio * total), max(0, total - 1))
@@ -135,15 +135,15 @@ class Schedule(ABC):
     def decay(self, step: int, total: int, warmup: int) -> float:
         """The factor after the warm-up, in step ``step`` (from 0) of the ``total`` that follow ``warmup`` steps."""
 
-    def observe(self, metrics: dict[str, float]) -> None:  # noqa: B027  (most curves do not look)
-        """The metrics of a validation; called on every rank."""
+    def observe(self, metrics: dict[str, float]) -> None:  # noqa: B027  (most schedules ignore them)
+        """Receive the metrics of a validation, on every rank."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs beside the step, as JSON values."""
+        """State that a resumed run needs besides the step, as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Take back what ``state_dict`` gave."""
+        """Restore ``state_dict``."""
 
 
 def _check_ratio(name: str, value: float) -> float:
@@ -156,8 +156,8 @@ class Constant(Schedule):
     """No decay.
 
     Args:
-        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
-        warmup_steps: the same as a number of steps; wins over the ratio.
+        warmup_ratio: fraction of all steps for the warm-up, rounded up.
+        warmup_steps: number of warm-up steps; takes precedence over warmup_ratio.
     """
 
     def __init__(self, warmup_ratio: float = 0.0, warmup_steps: int | None = None) -> None:
@@ -168,11 +168,11 @@ class Constant(Schedule):
 
 
 class Linear(Schedule):
-    """A straight line from 1 to ``min_ratio``.
+    """Linear decay from 1 to ``min_ratio``.
 
     Args:
-        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
-        warmup_steps: the same as a number of steps; wins over the ratio.
+        warmup_ratio: fraction of all steps for the warm-up, rounded up.
+        warmup_steps: number of warm-up steps; takes precedence over warmup_ratio.
         min_ratio: the factor at the end.
     """
 
@@ -188,10 +188,10 @@ class Cosine(Schedule):
     """Half a cosine from 1 to ``min_ratio``, or several with hard restarts (arXiv 1608.03983).
 
     Args:
-        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
-        warmup_steps: the same as a number of steps; wins over the ratio.
+        warmup_ratio: fraction of all steps for the warm-up, rounded up.
+        warmup_steps: number of warm-up steps; takes precedence over warmup_ratio.
         min_ratio: the factor at the end of each half cosine.
-        cycles: how many of them.
+        cycles: number of half cosines.
     """
 
     def __init__(
@@ -204,17 +204,17 @@ class Cosine(Schedule):
         self.cycles = cycles
 
     def decay(self, step: int, total: int, warmup: int) -> float:
-        place = 1.0 if step >= total else self.cycles * step / total % 1.0
-        return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * place))
+        progress = 1.0 if step >= total else self.cycles * step / total % 1.0
+        return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Polynomial(Schedule):
-    """From 1 to ``min_ratio`` as a power of what is left.
+    """Polynomial decay from 1 to ``min_ratio``.
 
     Args:
-        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
-        warmup_steps: the same as a number of steps; wins over the ratio.
-        power: 1 is a straight line, 2 falls fast at first.
+        warmup_ratio: fraction of all steps for the warm-up, rounded up.
+        warmup_steps: number of warm-up steps; takes precedence over warmup_ratio.
+        power: of the remaining fraction of steps; 1 is linear, 2 decays faster at first.
         min_ratio: the factor at the end.
     """
 
@@ -232,12 +232,12 @@ class Polynomial(Schedule):
 
 
 class InverseSqrt(Schedule):
-    """1 / sqrt(step), scaled to begin at 1 (arXiv 1706.03762); the same however long the run is to be.
+    """1 / sqrt(step), scaled to start at 1 (arXiv 1706.03762); independent of the length of the run.
 
     Args:
-        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
-        warmup_steps: the same as a number of steps; wins over the ratio.
-        timescale: steps after which the factor has fallen to about 0.7; null takes the warm-up, or 10,000 without one.
+        warmup_ratio: fraction of all steps for the warm-up, rounded up.
+        warmup_steps: number of warm-up steps; takes precedence over warmup_ratio.
+        timescale: steps after which the factor is about 0.7; null for the number of warm-up steps, or 10,000 without a warm-up.
     """
 
     def __init__(self, warmup_ratio: float = 0.1, warmup_steps: int | None = None, timescale: int | None = None) -> None:
@@ -252,14 +252,14 @@ class InverseSqrt(Schedule):
 
 
 class WarmupStableDecay(Schedule):
-    """Constant for most of the run, then down to ``min_ratio`` (arXiv 2404.06395).
+    """Constant for most of the run, then decay to ``min_ratio`` (arXiv 2404.06395).
 
     Args:
-        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
-        warmup_steps: the same as a number of steps; wins over the ratio.
-        decay_ratio: share of all steps, rounded up, that the last part takes.
+        warmup_ratio: fraction of all steps for the warm-up, rounded up.
+        warmup_steps: number of warm-up steps; takes precedence over warmup_ratio.
+        decay_ratio: fraction of all steps for the decay, rounded up.
         min_ratio: the factor at the end.
-        shape: of the last part: cosine or linear.
+        shape: of the decay: cosine or linear.
     """
 
     def __init__(
@@ -277,21 +277,21 @@ class WarmupStableDecay(Schedule):
 
     def decay(self, step: int, total: int, warmup: int) -> float:
         steps = min(total, math.ceil(self.decay_ratio * (total + warmup)))
-        place = min(1.0, max(0, step - (total - steps)) / max(1, steps))
-        fallen = 0.5 * (1 - math.cos(math.pi * place)) if self.shape == "cosine" else place
-        return 1 - (1 - self.min_ratio) * fallen
+        progress = min(1.0, max(0, step - (total - steps)) / max(1, steps))
+        decayed = 0.5 * (1 - math.cos(math.pi * progress)) if self.shape == "cosine" else progress
+        return 1 - (1 - self.min_ratio) * decayed
 
 
 class ReduceOnPlateau(Schedule):
-    """Constant, and multiplied by ``factor`` whenever the validation loss has stopped falling.
+    """Constant, and multiplied by ``reduce`` whenever the validation loss stops improving.
 
     Args:
-        warmup_ratio: share of all steps, rounded up, that the warm-up takes.
-        warmup_steps: the same as a number of steps; wins over the ratio.
-        reduce: what the rate is multiplied with.
-        patience: validations without progress that are let pass.
-        threshold: progress is a loss below (1 - threshold) times the best.
-        min_ratio: the rate is never below this share of the first.
+        warmup_ratio: fraction of all steps for the warm-up, rounded up.
+        warmup_steps: number of warm-up steps; takes precedence over warmup_ratio.
+        reduce: factor of each reduction.
+        patience: number of validations without improvement before a reduction.
+        threshold: an improvement is a loss below (1 - threshold) times the best.
+        min_ratio: lower bound of the factor.
         metric: name of the validation metric; lower is better.
     """
 
@@ -309,7 +309,7 @@ class ReduceOnPlateau(Schedule):
         if not 0 < reduce < 1:
             raise ValueError(f"reduce must be between 0 and 1, got {reduce}")
         if patience < 0:
-            raise ValueError(f"patience must not be negative, got {patience}")
+            raise ValueError(f"patience must be at least 0, got {patience}")
         self.reduce, self.patience, self.threshold = reduce, patience, threshold
         self.min_ratio, self.metric = _check_ratio("min_ratio", min_ratio), metric
         self.ratio, self.best, self.bad = 1.0, math.inf, 0
@@ -318,13 +318,13 @@ class ReduceOnPlateau(Schedule):
         return self.ratio
 
     def observe(self, metrics: dict[str, float]) -> None:
-        """Count validations without progress.
+        """Count validations without improvement.
 
         Raises:
-            ValueError: the metric is not among them.
+            ValueError: the metric is not measured.
         """
         if self.metric not in metrics:
-            raise ValueError(f"schedule.metric: {self.metric!r} is not measured; there are {', '.join(metrics)}")
+            raise ValueError(f"schedule.metric: {self.metric!r} is not measured; metrics: {', '.join(metrics)}")
         if metrics[self.metric] < self.best * (1 - self.threshold):
             self.best, self.bad = metrics[self.metric], 0
         else:

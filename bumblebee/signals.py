@@ -1,4 +1,4 @@
-"""Signals: what the system tells a program from outside, such as that a run is to stop."""
+"""Handlers for SIGINT and SIGTERM that are restored afterwards."""
 
 from __future__ import annotations
 
@@ -7,44 +7,46 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 from bumblebee.distributed.process_group import is_main
 
+SignalHandler = Callable[[int, FrameType | None], object]
+
 
 @contextmanager
-def handled_by(handle: Callable[[int, Any], object], *numbers: int) -> Iterator[None]:
-    """Inside, signals call ``handle`` with their number and the frame; afterwards whoever had them before has them again.
+def handle_signals(handler: SignalHandler, *numbers: int) -> Iterator[None]:
+    """Install a handler for the given signals inside the context and restore the previous handlers at its end.
 
-    Handlers can only be set in the main thread: in others nothing changes.
+    Python allows handlers only in the main thread; in other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handle) for number in numbers}
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
 
 
 @contextmanager
-def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C or SIGTERM asks the run to stop; a second one of the same kind stops at once.
+def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Let SIGINT (Ctrl-C) and SIGTERM stop a run after the current step; a second signal of the same number stops at once.
 
     Args:
-        stop: called with the first: the step is finished, and what it takes to continue is saved.
+        stop: called on the first signal; the run finishes its step and saves a checkpoint.
     """
     seen: set[int] = set()
 
-    def handle(number: int, frame: object) -> None:
-        if number in seen:  # another number is a launcher that passes Ctrl-C on as SIGTERM
+    def handler(number: int, frame: FrameType | None) -> None:
+        if number in seen:  # a launcher may forward Ctrl-C as SIGTERM: another number is not a second request
             raise KeyboardInterrupt
         if is_main() and not seen:
-            print("\nstopping: this step is finished and saved; once more stops at once", file=sys.stderr, flush=True)
+            print("\nstopping after this step and saving; interrupt again to stop at once", file=sys.stderr, flush=True)
         seen.add(number)
         stop()
 
-    with handled_by(handle, signal.SIGINT, signal.SIGTERM):
+    with handle_signals(handler, signal.SIGINT, signal.SIGTERM):
         yield

@@ -16,7 +16,7 @@ from bumblebee.callback import Callback
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.distributed import process_group
 from bumblebee.optim import GroupRule, Optimizer, Schedule, set_learning_rate
-from bumblebee.signals import stopped_by_signals
+from bumblebee.signals import stop_on_signals
 from bumblebee.tasks.task import Task
 from bumblebee.training.run_state import RunState
 
@@ -112,7 +112,7 @@ class Trainer(RunState):
 
     def run(self) -> None:
         """Train what ``setup`` has prepared, to the last step or until a callback or a signal ends the run."""
-        with stopped_by_signals(self._on_signal):
+        with stop_on_signals(self._on_signal):
             try:
                 self.call("on_fit_start")
                 self.started = True

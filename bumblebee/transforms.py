@@ -1,7 +1,7 @@
-"""Transforms: what is done to a model before it is trained, named in a recipe under ``task.transforms``.
+"""Transforms that modify a model in place before training, listed in a recipe under ``task.transforms``.
 
-A transform is called with the model and changes it in place; a function of one's own serves as well. State-dict keys stay as
-they are, so folders do not depend on transforms.
+A transform is a callable that takes the model; a function works too. State-dict keys do not change, so model folders do not
+depend on transforms. LoRA, in ``bumblebee.lora``, is also a transform.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from bumblebee.models.base import LanguageModel
 
 
 class ActivationCheckpointing:
-    """Compute blocks again in the backward pass instead of keeping what they computed (arXiv 1604.06174).
+    """Recompute blocks in the backward pass instead of storing their activations (arXiv 1604.06174).
 
     Args:
-        every: 1 for all blocks, 2 for every second, and so on: less memory saved, less time lost.
+        every: 1 checkpoints all blocks, 2 every second block, and so on: saves less memory and costs less time.
 
     Raises:
         ValueError: every is less than 1.
@@ -33,15 +33,15 @@ class ActivationCheckpointing:
 
 
 class Freeze:
-    """Leave parameters as they are: they get no gradient, and the optimizer does not see them.
+    """Freeze parameters: they get no gradient and are not passed to the optimizer.
 
     Args:
-        patterns: regular expressions, searched for in the names of parameters: ``embed_tokens``, or ``layers.[0-3].`` for the
-            first four layers.
-        train: expressions for what is trained all the same, so that ``patterns: [.], train: [norm]`` trains norms only.
+        patterns: regular expressions that are searched for in parameter names, such as ``embed_tokens``, or ``layers.[0-3].``
+            for the first four layers.
+        train: exceptions that stay trainable: ``patterns: [.], train: [norm]`` trains only norms.
 
     Raises:
-        ValueError: an expression that is none.
+        ValueError: an invalid regular expression.
     """
 
     def __init__(self, patterns: list[str], train: list[str] | None = None) -> None:
@@ -50,46 +50,46 @@ class Freeze:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"task.transforms: Freeze {pattern!r} is no regular expression: {error}") from error
+                raise ValueError(f"task.transforms: Freeze {pattern!r} is not a regular expression: {error}") from error
 
     def __call__(self, model: nn.Module) -> None:
-        """Freeze, in place.
+        """Freeze parameters in place.
 
         Raises:
-            ValueError: an expression that matches no parameter, or nothing left to train.
+            ValueError: a pattern matches no parameter, or no trainable parameter is left.
         """
         parameters = dict(model.named_parameters())
         for pattern in (*self.patterns, *self.train):
             if not any(re.search(pattern, name) for name in parameters):
                 raise ValueError(
-                    f"task.transforms: Freeze {pattern!r} matches no parameter; they are named like {min(parameters)}"
+                    f"task.transforms: Freeze {pattern!r} matches no parameter; an example of a name is {min(parameters)}"
                 )
         for name, parameter in parameters.items():
             if any(re.search(p, name) for p in self.patterns) and not any(re.search(p, name) for p in self.train):
                 parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in parameters.values()):
-            raise ValueError(f"task.transforms: Freeze {self.patterns} leaves nothing to train")
+            raise ValueError(f"task.transforms: Freeze {self.patterns} leaves no trainable parameter")
 
 
 class Compile:
-    """Compile each block with torch.compile: the blocks are alike, so one graph serves all. The first step takes long.
+    """Compile each block with torch.compile. Blocks share one graph; the first step is slow.
 
     Args:
-        mode: of torch.compile: default, reduce-overhead or max-autotune.
+        mode: mode of torch.compile: default, reduce-overhead or max-autotune.
     """
 
     def __init__(self, mode: str = "default") -> None:
-        known = ("default", "reduce-overhead", "max-autotune")
-        if mode not in known:
-            raise ValueError(f"mode must be one of {', '.join(known)}, got {mode!r}")
+        modes = ("default", "reduce-overhead", "max-autotune")
+        if mode not in modes:
+            raise ValueError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
         self.mode = mode
 
     def __call__(self, model: nn.Module) -> None:
         for block in _language_model(model, type(self).__name__).blocks:
-            block.compile(mode=self.mode)  # in place: unlike torch.compile(block), this renames no parameter
+            block.compile(mode=self.mode)  # in place: torch.compile(block) would rename parameters
 
 
 def _language_model(model: nn.Module, name: str) -> LanguageModel:
     if not isinstance(model, LanguageModel):
-        raise ValueError(f"task.transforms: {name} works on Bumblebee and HuggingFaceModel, got {type(model).__name__}")
+        raise ValueError(f"task.transforms: {name} supports Bumblebee and HuggingFaceModel, got {type(model).__name__}")
     return model

@@ -111,7 +111,7 @@ class _Bar:
         from tqdm import tqdm
 
         # miniters=1: only the clock decides when to draw; otherwise the bar freezes when steps get slower.
-        # delay > 0 keeps tqdm from drawing at once.
+        # delay > 0: tqdm does not draw immediately.
         self._tqdm = tqdm(
             total=total, initial=done, mininterval=refresh, miniters=1, delay=1e-9,
             dynamic_ncols=True, bar_format=_BAR, file=sys.stderr,

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 
 from bumblebee import Bumblebee, BumblebeeConfig
-from bumblebee.checkpoint.hf_folder import shapes_only
 from bumblebee.config import PRESETS
 from bumblebee.lora import LoRA
+from bumblebee.models.load_context import shapes_only
 from bumblebee.preview.memory_estimate import BatchShape, ModelSize, TrainingSetup, estimate_memory
 from bumblebee.transforms import ActivationCheckpointing
 

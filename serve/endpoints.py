@@ -1,15 +1,14 @@
 """The HTTP routes, as a LitSpec.
 
 Each handler parses the body (``schemas``), builds engine requests (``requests``), lets the engine client run them, and builds
-the response from their outputs (``responses``).
+the response from their outputs (``responses``, ``streaming``).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -17,26 +16,24 @@ from typing import TypeVar
 
 from litserve import LitAPI, LitServer
 from litserve.specs.base import LitSpec
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
-from bumblebee.inference.request import RequestOutput
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from serve.api_errors import APIError, invalid
-from serve.engine_client import EngineClient, OutputStream, model_loading
+from serve.engine_client import EngineClient, model_loading
 from serve.http_limits import read_json_body
 from serve.requests import ChoiceRequest, RequestBuilder
 from serve.responses import ChatResponseBuilder, CompletionResponseBuilder
 from serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from serve.serve_options import ServeOptions
+from serve.streaming import ResponseBuilder, collect, stream_response, unless_disconnected
 from serve.worker_messages import WorkerReady
 
 # Sampling defaults in the model card, so that a client can display them.
 CARD_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 LARGE_BODY = 64 * 2**10  # bytes; parsing a larger body takes some milliseconds
 
-ResponseBuilder = ChatResponseBuilder | CompletionResponseBuilder
 Result = TypeVar("Result")
 Body = TypeVar("Body", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
@@ -207,87 +204,3 @@ class Endpoints(LitSpec):
             defaults = {name: getattr(self.requests.defaults, name) for name in CARD_DEFAULTS}
             card |= {"max_model_len": self.requests.context_length, "defaults": defaults}
         return card
-
-
-# -- streams -------------------------------------------------------------------------------------------------------------
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html).
-
-    Args:
-        content: the events.
-        outputs: closed when the response ends.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(self, content: AsyncIterator[str], outputs: OutputStream) -> None:
-        # X-Accel-Buffering asks proxies not to buffer the events.
-        super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._outputs = outputs
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events. If the client disconnects, its requests are cancelled."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._outputs.close()
-
-
-async def stream_response(request: Request, outputs: OutputStream, response: ResponseBuilder) -> EventStream:
-    """Start a streamed response after the first output: an error before that gets its own status."""
-    try:
-        index, first = await unless_disconnected(request, anext(outputs))
-    except BaseException:
-        outputs.close()
-        raise
-    return EventStream(event_stream(outputs, response, index, first), outputs)
-
-
-async def event_stream(
-    outputs: OutputStream, response: ResponseBuilder, index: int, first: RequestOutput
-) -> AsyncIterator[str]:
-    """The chunks of a response as events. An error is sent as the last event, because the status has been sent already."""
-    yield to_events([*response.first_chunks(), *response.add(index, first)])
-    try:
-        async for choice, output in outputs:
-            if chunks := response.add(choice, output):
-                yield to_events(chunks)
-    except APIError as error:
-        yield to_events([error.body()])
-        return
-    yield to_events(response.last_chunks()) + "data: [DONE]\n\n"
-
-
-def to_events(chunks: Sequence[object]) -> str:
-    """Encode chunks as server-sent events."""
-    return "".join(f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n" for chunk in chunks)
-
-
-async def collect(response: ResponseBuilder, outputs: OutputStream) -> None:
-    """Add all outputs to a response."""
-    async for index, output in outputs:
-        response.add(index, output)
-
-
-async def unless_disconnected(request: Request, work: Awaitable[Result]) -> Result:
-    """Await ``work`` as long as the client stays connected.
-
-    Raises:
-        ClientDisconnect: the client has disconnected; the work is cancelled.
-    """
-    task, disconnected = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait((task, disconnected), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        task.cancel()
-        disconnected.cancel()
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

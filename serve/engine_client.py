@@ -11,18 +11,15 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from bumblebee.inference.engine_config import EngineStats
 from bumblebee.inference.request import EngineRequest, RequestOutput
 from serve.api_errors import APIError
 from serve.metrics import Metrics
+from serve.requests import ChoiceRequest
 from serve.serve_options import ServeOptions
 from serve.worker_messages import CancelRequest, StepOutputs, WorkerReady
-
-if TYPE_CHECKING:
-    from serve.requests import ChoiceRequest
-    from serve.worker_pipe import WorkerPipe
+from serve.worker_pipe import WorkerPipe
 
 RETRY_SOON = {"Retry-After": "1"}
 DO_NOT_RETRY = {"x-should-retry": "false"}  # OpenAI's clients retry after every 5xx unless this header is set

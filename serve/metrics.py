@@ -62,6 +62,13 @@ class Metrics:
         return generate_latest(self._registry)
 
 
+Family = GaugeMetricFamily | CounterMetricFamily
+
+
+def _family(kind: type[Family], name: str, text: str) -> Family:
+    return kind(f"bumblebee_{name}", text, labels=["worker"])
+
+
 class _EngineCollector(Collector):
     """Reads the engines' statistics when the metrics are scraped."""
 
@@ -76,13 +83,6 @@ class _EngineCollector(Collector):
             for attribute, family in families:
                 family.add_metric([str(worker)], getattr(stats, attribute))
         return [family for _, family in families]
-
-
-Family = GaugeMetricFamily | CounterMetricFamily
-
-
-def _family(kind: type[Family], name: str, text: str) -> Family:
-    return kind(f"bumblebee_{name}", text, labels=["worker"])
 
 
 class RequestCountMiddleware:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pydantic_core
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
@@ -26,7 +26,7 @@ class StrictModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_fields(cls, content: Any) -> Any:
+    def _check_fields(cls, content: object) -> object:
         if not isinstance(content, dict):
             return content
         content = {name: value for name, value in content.items() if value is not None or name not in cls.unsupported}
@@ -50,7 +50,7 @@ def field_error(field: str | tuple[str | int, ...], message: str, kind: str = "i
     return PydanticCustomError(kind, "{message}", {"field": location, "message": message})
 
 
-def as_list(value: Any) -> Any:
+def as_list(value: object) -> object:
     """Convert a string to a list of one."""
     if value is None or isinstance(value, list):
         return value
@@ -59,7 +59,7 @@ def as_list(value: Any) -> Any:
     raise value_error("must be a string or a list of strings")
 
 
-def as_parts(value: Any) -> Any:
+def as_parts(value: object) -> object:
     """Convert a string to a list of one text part."""
     if value is None or isinstance(value, list):
         return value
@@ -68,7 +68,7 @@ def as_parts(value: Any) -> Any:
     raise value_error("must be a string or a list of text parts")
 
 
-def as_biases(value: Any) -> Any:
+def as_biases(value: object) -> object:
     """Convert JSON's string keys to token ids."""
     if not isinstance(value, dict):
         return value
@@ -78,7 +78,7 @@ def as_biases(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
-def as_prompts(value: Any) -> list[str | list[int]]:
+def as_prompts(value: object) -> list[str | list[int]]:
     """Convert OpenAI's four forms to a list: a string, strings, token ids, lists of token ids."""
     prompts = [value] if isinstance(value, str) or _is_ids(value) else value
     if not (isinstance(prompts, list) and prompts and (all(map(_is_text, prompts)) or all(map(_is_ids, prompts)))):
@@ -97,7 +97,7 @@ def _is_ids(value: object) -> bool:
 def only(supported: bool | int, reason: str) -> AfterValidator:
     """Accept only the value (or null) that asks for nothing this server does not implement."""
 
-    def check(value: Any) -> Any:
+    def check(value: object) -> object:
         if value not in (None, supported):
             raise value_error(f"must be {json.dumps(supported)}, because {reason}", "unsupported_value")
         return value
@@ -116,7 +116,7 @@ def json_object(text: str) -> str:
     return text
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     """Check that no number overflows to infinity, which JSON cannot represent."""
     try:
         json.dumps(value, allow_nan=False)

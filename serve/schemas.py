@@ -162,13 +162,13 @@ class TextFormat(StrictModel):
     type: Literal["text"]
 
 
-def _text_only(value: Any) -> Any:
+def _text_only(value: object) -> object:
     if isinstance(value, dict) and value.get("type") in ("json_object", "json_schema"):
         raise value_error('must be {"type": "text"}, because structured output is not supported', "unsupported_value")
     return value
 
 
-def _auto_or_none(value: Any) -> Any:
+def _auto_or_none(value: object) -> object:
     if value == "required" or isinstance(value, dict):
         raise value_error("must be 'auto' or 'none', because tool calls cannot be forced", "unsupported_value")
     return value

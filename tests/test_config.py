@@ -1,4 +1,4 @@
-"""BumblebeeConfig refuses shapes that do not fit together, by name and value, and its presets are the published ones."""
+"""BumblebeeConfig rejects inconsistent values by name; its presets equal the published configs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_preset_takes_changes_and_stays_as_it_was():
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown preset '0\.6b'; known are tiny, tiny-moe, 0\.5b, .*72b"):
+    with pytest.raises(ValueError, match=r"unknown preset '0\.6b'; available: tiny, tiny-moe, 0\.5b, .*72b"):
         BumblebeeConfig.preset("0.6b")
 
 
@@ -72,19 +72,19 @@ def test_an_unknown_field_is_refused_with_the_nearest():
         ({"hidden_size": 20}, "head_dim 5 must be even"),
         ({"head_dim": 7}, "head_dim 7 must be even"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-        ({"rope_scaling": {"rope_type": "su", "factor": 4.0}}, "rope_type 'su'; known are default, linear, dynamic"),
-        ({"rope_scaling": {"factor": 4.0}}, "rope_type None; known are default, linear"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' lacks original_max_position_embeddings"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "beta": 1}}, "rope_type 'linear' has beta"),
+        ({"rope_scaling": {"rope_type": "su", "factor": 4.0}}, "rope_type 'su'; available: default, linear, dynamic"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_type None; available: default, linear"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' requires original_max_position_embeddings"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "beta": 1}}, "rope_type 'linear' does not support beta"),
         ({"partial_rotary_factor": 0.0}, "partial_rotary_factor must be in (0, 1], got 0.0"),
         ({"partial_rotary_factor": 0.4}, "head_dim 8 times partial_rotary_factor 0.4 must be even"),
-        ({"hidden_act": "mish"}, "hidden_act is 'mish'; known are silu, gelu"),
-        ({"norm": "batchnorm"}, "norm is 'batchnorm'; known are rmsnorm, layernorm"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish'; available: silu, gelu"),
+        ({"norm": "batchnorm"}, "norm is 'batchnorm'; available: rmsnorm, layernorm"),
         ({"residual_dropout": 1.0}, "residual_dropout must be in [0, 1), got 1.0"),
         ({"embedding_dropout": -0.1}, "embedding_dropout must be in [0, 1), got -0.1"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
-         "lacks low_freq_factor, original_max_position_embeddings"),
-        ({"attention_bias": False, "attention_output_bias": True}, "attention_output_bias is set without attention_bias"),
+         "requires low_freq_factor, original_max_position_embeddings"),
+        ({"attention_bias": False, "attention_output_bias": True}, "attention_output_bias requires attention_bias"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_with_its_value(tiny, changes, message):
@@ -147,9 +147,9 @@ def test_without_experts_their_options_say_nothing(none):
         ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef must be at least 0, got -0.1"),
         ({"router_bias_update_rate": float("nan")}, "router_bias_update_rate must be at least 0, got nan"),
         ({"router_balance_loss": "device"}, "router_balance_loss must be sequence or batch, got 'device'"),
-        ({"shared_expert_gate": True}, "shared_expert_gate is set without n_shared_experts"),
-        ({"decoder_sparse_step": 7}, "no layer is sparse"),
-        ({"mlp_gated": False}, "experts are gated and have no biases"),
+        ({"shared_expert_gate": True}, "shared_expert_gate requires n_shared_experts"),
+        ({"decoder_sparse_step": 7}, "none of the . layers is sparse"),
+        ({"mlp_gated": False}, "experts are gated MLPs without biases"),
     ],
 )
 def test_a_mixture_that_cannot_be_is_refused_by_name(changes, words):

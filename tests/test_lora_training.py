@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.reference_loop import IGNORE_INDEX, steps_of
 from helpers.training_runs import LENGTH, Rows, adapter_bytes, small_model, train
 from safetensors.torch import load_file
 
@@ -21,7 +20,9 @@ from bumblebee.checkpoint.consolidate import consolidate  # noqa: E402
 from bumblebee.checkpoint.hf_folder import is_model_folder  # noqa: E402
 from bumblebee.checkpoint.sharded_state import PieceReader  # noqa: E402
 from bumblebee.lora import LoRA  # noqa: E402
+from bumblebee.nn import IGNORE_INDEX
 from bumblebee.training.run_folder import clear, holds_a_run  # noqa: E402
+from bumblebee.verify.reference_loop import sample_indices
 
 EACH_STAGE = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 # A larger eps than usual: Adam blows up the rounding of tiny gradients.
@@ -61,7 +62,7 @@ def plain_peft(base: Path, start: Path, steps: int) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.AdamW(groups, **ADAM)
     rows = Rows()
     rows.setup(0)
-    for chosen in steps_of(len(rows.train), 4, steps, 42):
+    for chosen in sample_indices(len(rows.train), 4, steps, 42):
         inputs, labels = (torch.stack(part) for part in zip(*(rows.train[index] for index in chosen), strict=True))
         targets = int((labels != IGNORE_INDEX).sum())
         if targets == 0:

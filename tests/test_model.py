@@ -1,4 +1,4 @@
-"""The model as a whole: shapes, losses, ties, parts that a subclass changes, sizes on the meta device."""
+"""The complete model: shapes, losses, tied weights, overridden builders, sizes on the meta device."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_position_does_not_see_later_ones(model, input_ids):
     assert ((before[:, 5:] - after[:, 5:]).abs().amax(-1) > 1e-3).all()
 
 
-def test_logits_at_gives_the_logits_of_some_tokens_of_the_flattened_batch(model, input_ids):
+def test_logits_at_selects_tokens_of_the_flattened_batch(model, input_ids):
     places = torch.tensor([3, 8, input_ids.shape[1] + 2])
     at = model(input_ids, logits_at=places)
     assert at.shape == (3, V)
@@ -59,7 +59,7 @@ def test_losses_are_the_cross_entropy_of_the_logits(model, input_ids):
     assert losses[:, -1].tolist() == [0.0, 0.0]
 
 
-def test_a_batch_without_targets_gives_zero_loss_and_zero_finite_gradients(model, input_ids):
+def test_batch_without_targets_gives_zero_loss_and_gradients(model, input_ids):
     model.zero_grad()
     losses = model(input_ids, labels=torch.full_like(input_ids, IGNORE_INDEX))
     losses.sum().backward()
@@ -75,7 +75,7 @@ def test_the_choice_of_attention_does_not_change_the_logits(model, input_ids, at
     torch.testing.assert_close(other(input_ids), model(input_ids), rtol=0, atol=1e-5)
 
 
-def test_an_attention_that_cannot_run_is_refused_when_the_model_is_built(tiny):
+def test_unavailable_attention_is_refused_at_construction(tiny):
     with pytest.raises(ValueError, match="unknown attention 'fast'"):
         Bumblebee(tiny(), attention="fast")
     if not torch.cuda.is_available():
@@ -119,14 +119,14 @@ def test_state_dict_keys_are_those_of_hugging_face(tiny):
         ("14b", 14_770_033_664), ("30b-a3b", 30_532_122_624), ("32b", 32_763_876_352), ("72b", 72_706_203_648),
     ],
 )  # fmt: skip
-def test_a_preset_is_built_on_the_meta_device_with_the_published_number_of_parameters(name, parameters):
+def test_preset_has_the_published_parameter_count(name, parameters):
     with torch.device("meta"):
         model = Bumblebee(BumblebeeConfig.preset(name))
     assert model.num_parameters() == parameters
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_tiny_has_about_five_million_parameters_and_all_presets_are_tested():
+def test_tiny_has_five_million_parameters():
     with torch.device("meta"):
         assert 4.5e6 < Bumblebee(BumblebeeConfig.preset("tiny")).num_parameters() < 5.5e6
     assert len(PRESETS) == 10
@@ -222,7 +222,7 @@ PARTS = [OtherNorm, OtherHeadNorm, OtherAttention, OtherFFN, OtherBlock, OtherHe
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_each_part_is_replaced_alone_and_the_model_trains_loads_and_generates(kind, tiny, tokenizer_folder, tmp_path):
+def test_overridden_builder_trains_loads_and_generates(kind, tiny, tokenizer_folder, tmp_path):
     torch.manual_seed(0)
     model = kind(tiny(initializer_range=0.3))
     ids = torch.randint(0, 400, (2, 12))
@@ -233,13 +233,13 @@ def test_each_part_is_replaced_alone_and_the_model_trains_loads_and_generates(ki
     generator = Generator.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(generator.model) is kind
     text = ids[0].tolist()
-    found = generator.generate([text], SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True))[0].token_ids
+    actual = generator.generate([text], SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True))[0].token_ids
     for _ in range(6):  # without a cache
         text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
-    assert found == text[12:]
+    assert actual == text[12:]
 
 
-def test_without_positions_the_order_of_earlier_tokens_does_not_matter(tiny, input_ids):
+def test_without_positions_token_order_does_not_matter(tiny, input_ids):
     swapped = input_ids.clone()
     swapped[:, :2] = input_ids[:, [1, 0]]
     config = tiny(vocab_size=V, num_hidden_layers=1, initializer_range=0.3)
@@ -268,11 +268,11 @@ def test_a_subclass_is_saved_and_loaded_as_what_it_is(tiny, input_ids, tmp_path)
     assert raw["architectures"] == ["BumblebeeForCausalLM"], "no Hugging Face model computes this"
 
 
-def test_the_code_of_a_subclass_is_imported_only_where_that_is_asked_for(tiny, input_ids, tmp_path, monkeypatch):
+def test_subclass_is_imported_only_with_trust_remote_code(tiny, input_ids, tmp_path, monkeypatch):
     model = Scaled(tiny(vocab_size=V, extra={"scale": 0.5}))
     model.save_pretrained(tmp_path / "m")
     monkeypatch.delitem(sys.modules, __name__)
-    with pytest.raises(ValueError, match=rf"holds a {__name__}.Scaled, whose code would have to be imported"):
+    with pytest.raises(ValueError, match=rf"was saved by {__name__}.Scaled, whose code would have to be imported"):
         Bumblebee.from_pretrained(tmp_path / "m")
     assert __name__ not in sys.modules
     again = Bumblebee.from_pretrained(tmp_path / "m", trust_remote_code=True)
@@ -285,7 +285,7 @@ def test_a_subclass_that_cannot_be_found_is_named(tiny, tmp_path, path):
     Bumblebee(tiny()).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["BumblebeeForCausalLM"], "model_class": path}))
-    with pytest.raises(ValueError, match=f"holds a {path}, which cannot be imported here"):
+    with pytest.raises(ValueError, match=f"was saved by {path}, which cannot be imported"):
         Bumblebee.from_pretrained(tmp_path, trust_remote_code=True)
 
 

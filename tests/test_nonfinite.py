@@ -37,7 +37,7 @@ def fit(folder: Path, data: Any, at: int, log_every: int = 1, every: int = 1, vo
     trainer.fit(task, data, functools.partial(torch.optim.SGD, lr=0.1), None, named, folder)
 
 
-def test_step_and_sample_are_named_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
+def test_step_and_sample_are_named_and_nothing_is_saved(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"^step 4: the loss is not finite. The micro-batch came from sample \d+\."):
         fit(tmp_path, Rows(samples=40), at=8)  # the second micro-batch of step 4
     assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [1, 2, 3]
@@ -45,13 +45,13 @@ def test_step_and_sample_are_named_and_the_last_good_checkpoint_stays(tmp_path: 
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_it_is_seen_before_a_save_between_two_lines_of_metrics(tmp_path: Path) -> None:
+def test_losses_are_checked_before_a_save(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="^step 3: "):
         fit(tmp_path, Rows(samples=40), at=5, log_every=100, every=2)
     assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [2]
 
 
-def test_files_and_lines_of_the_records_are_named(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_files_and_lines_of_records_are_named(tmp_path: Path, tokenizer_folder: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(f'{{"text": "A sentence about the bees, number {i}."}}\n' for i in range(40)))
     data = Pretrain(str(file), str(tokenizer_folder), max_length=100)

@@ -19,14 +19,14 @@ def decays(model: nn.Module, *rules: GroupRule) -> dict[str, float | None]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_matrices_decay_and_norms_biases_and_embeddings_do_not(tiny, tied):
+def test_only_matrices_have_weight_decay(tiny, tied):
     model = Bumblebee(tiny(tie_word_embeddings=tied))
     kept = ("norm.weight", "bias", "embed_tokens.weight")
     for name, decay in decays(model).items():
         assert decay == (0.0 if name.endswith(kept) or "layernorm" in name else None), name
 
 
-def test_a_head_of_its_own_decays_and_one_that_is_the_embedding_table_does_not(tiny):
+def test_only_an_untied_head_has_weight_decay(tiny):
     assert decays(Bumblebee(tiny(tie_word_embeddings=False)))["lm_head.weight"] is None
     tied = Bumblebee(tiny(tie_word_embeddings=True))
     [group] = [g for g in parameter_groups(tied) if any(p is tied.lm_head.weight for p in g["params"])]
@@ -40,7 +40,7 @@ def test_frozen_parameters_are_in_no_group(tiny):
     assert not any(id(parameter) in frozen for group in parameter_groups(model) for parameter in group["params"])
 
 
-def test_a_model_with_everything_frozen_is_refused(tiny):
+def test_a_frozen_model_is_refused(tiny):
     with pytest.raises(ValueError, match="no trainable parameters"):
         parameter_groups(Bumblebee(tiny()).requires_grad_(False))
 
@@ -50,7 +50,7 @@ def test_there_is_no_empty_group():
     assert len(parameter_groups(nn.LayerNorm(2))) == 1
 
 
-def test_the_first_rule_that_matches_a_name_decides_what_it_names_and_no_more(tiny):
+def test_the_first_matching_rule_applies(tiny):
     rules = (GroupRule("layers.0", weight_decay=0.3), GroupRule("mlp", lr=1.0, weight_decay=0.5), GroupRule("q_proj", lr=2.0))
     found = decays(Bumblebee(tiny()), *rules)
     assert found["model.layers.0.mlp.up_proj.weight"] == 0.3
@@ -62,19 +62,19 @@ def test_the_first_rule_that_matches_a_name_decides_what_it_names_and_no_more(ti
 
 
 @pytest.mark.parametrize("pattern", ["no_such_layer", "*["])
-def test_a_rule_that_cannot_match_is_refused_by_its_pattern(tiny, pattern):
+def test_a_rule_that_cannot_match_is_refused(tiny, pattern):
     with pytest.raises(ValueError, match="trainer.groups") as caught:
         parameter_groups(Bumblebee(tiny()), [GroupRule(pattern)])
     assert pattern in str(caught.value)
 
 
-def test_every_group_keeps_its_own_rate_times_the_factor_and_the_first_is_returned():
+def test_each_group_scales_its_own_learning_rate():
     groups = [{"lr": 0.1}, {"lr": 0.02}]
     for factor in (0.5, 0.25, 1.0):  # factors do not pile up
         assert set_learning_rate(groups, factor) == 0.1 * factor
         assert [group["lr"] for group in groups] == [0.1 * factor, 0.02 * factor]
 
 
-def test_any_torch_optimizer_counts_as_one_and_other_things_do_not():
+def test_torch_optimizers_are_subclasses():
     assert issubclass(torch.optim.AdamW, Optimizer) and issubclass(torch.optim.SGD, Optimizer)
     assert not issubclass(nn.Linear, Optimizer)

@@ -63,7 +63,7 @@ def logged(place: Path, run: str) -> dict[str, Any]:
     return [line for line in lines if "loss" in line][-1]
 
 
-def test_a_feed_forward_part_is_in_the_model_with_its_number_from_the_command_line(place: Path) -> None:
+def test_overridden_mlp_reads_extra_from_the_command_line(place: Path) -> None:
     assert "model.layers.0.mlp.down_proj.bias" in weights(place, "sparse")
     assert [config(place, run)["extra"] for run in ("sparse", "sparser")] == [{"k": 32}, {"k": 8}]
     assert logged(place, "sparse")["loss"] != logged(place, "sparser")["loss"]
@@ -90,7 +90,7 @@ def test_a_callback_data_a_schedule_and_an_optimizer_are_used(place: Path) -> No
     assert yaml.safe_load((place / "runs" / "around" / "recipe.yaml").read_text())["optimizer"]["class_path"] == "research.Sign"
 
 
-def test_the_next_stage_keeps_the_class_and_others_load_it_only_where_they_are_told_to(place: Path) -> None:
+def test_next_stage_keeps_the_class(place: Path) -> None:
     assert config(place, "sparse_sft")["model_class"] == "research.Sparse"
     printed = json.loads((place / "printed.json").read_text())
     (generated,) = (text for command, text in printed.items() if command.startswith("bumblebee generate"))

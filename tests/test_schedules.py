@@ -77,14 +77,14 @@ def rates_of(make: Callable[[Any], Any], steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize("name", CURVES)
-def test_curve_is_that_of_transformers_at_every_step(name: str) -> None:
+def test_curve_equals_transformers(name: str) -> None:
     schedule, make = CURVES[name]
     ours = [RATE * schedule.factor(step, TOTAL) for step in range(TOTAL)]
     first = WARMUP if name == "warmup_stable_decay" else 0  # its warm-up begins at min_ratio there, at 0 here as everywhere
     assert ours[first:] == pytest.approx(rates_of(make, TOTAL)[first:], rel=1e-9, abs=1e-12)
 
 
-def test_reduce_on_plateau_is_that_of_torch() -> None:
+def test_reduce_on_plateau_equals_torch() -> None:
     losses = [3.0, 2.5, 2.4999, 2.6, 2.5, 2.45, 2.6, 2.6, 2.6, 2.6, 2.6, 2.2, 2.3, 2.3, 2.3, 2.3, 2.3, 2.3]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
     theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2, min_lr=0.2 * RATE, eps=0)
@@ -96,7 +96,7 @@ def test_reduce_on_plateau_is_that_of_torch() -> None:
     assert ours.ratio == 0.2  # the losses above did make it fall, down to the floor
 
 
-def test_reduce_on_plateau_goes_on_from_its_state() -> None:
+def test_reduce_on_plateau_resumes_from_its_state() -> None:
     whole, first = ReduceOnPlateau(patience=1), ReduceOnPlateau(patience=1)
     for loss in (1.0, 1.1):
         whole.observe({"validation_loss": loss}), first.observe({"validation_loss": loss})
@@ -107,8 +107,8 @@ def test_reduce_on_plateau_goes_on_from_its_state() -> None:
     assert second.state_dict() == whole.state_dict() and second.ratio == pytest.approx(0.1)
 
 
-def test_reduce_on_plateau_names_a_metric_that_is_not_measured() -> None:
-    with pytest.raises(ValueError, match="'loss' is not measured; there are validation_loss"):
+def test_reduce_on_plateau_refuses_an_unknown_metric() -> None:
+    with pytest.raises(ValueError, match="'loss' is not measured; metrics: validation_loss"):
         ReduceOnPlateau(metric="loss").observe({"validation_loss": 1.0})
 
 
@@ -116,19 +116,19 @@ FALLING = [Linear, Cosine, Polynomial, InverseSqrt, WarmupStableDecay, Constant]
 
 
 @given(kind=st.sampled_from(FALLING), ratio=st.floats(0, 0.99), total=st.integers(1, 300))
-def test_every_curve_stays_between_zero_and_one_and_learns(kind: type[Schedule], ratio: float, total: int) -> None:
+def test_factors_are_between_0_and_1(kind: type[Schedule], ratio: float, total: int) -> None:
     factors = [kind(warmup_ratio=ratio).factor(step, total) for step in range(total)]
     assert all(0 <= factor <= 1 for factor in factors)
     assert max(factors) > 0  # also in a run of a single step
 
 
-def test_warmup_by_ratio_is_rounded_up_and_steps_win() -> None:
+def test_warmup_ratio_is_rounded_up() -> None:
     assert Cosine(warmup_ratio=0.1).warmup_of(41) == 5
     assert Cosine(warmup_ratio=0.1, warmup_steps=2).warmup_of(41) == 2
 
 
 @pytest.mark.parametrize("kind", [Linear, Cosine, Polynomial])
-def test_decay_would_reach_its_end_at_the_step_after_the_last(kind: type[Schedule]) -> None:
+def test_decay_ends_one_step_after_the_last(kind: type[Schedule]) -> None:
     schedule = kind(warmup_ratio=0.1)
     assert schedule.factor(100, 100) == pytest.approx(0, abs=1e-12)
     assert 0 < schedule.factor(99, 100) < 0.02
@@ -138,7 +138,7 @@ def test_decay_would_reach_its_end_at_the_step_after_the_last(kind: type[Schedul
     ("make", "message"),
     [
         (lambda: Cosine(warmup_ratio=1.0), "warmup_ratio must be in"),
-        (lambda: Linear(warmup_steps=-1), "warmup_steps must not be negative"),
+        (lambda: Linear(warmup_steps=-1), "warmup_steps must be at least 0"),
         (lambda: Cosine(cycles=0), "cycles must be at least 1"),
         (lambda: Cosine(min_ratio=1.5), "min_ratio must be in"),
         (lambda: Polynomial(power=0), "power must be more than 0"),
@@ -147,6 +147,6 @@ def test_decay_would_reach_its_end_at_the_step_after_the_last(kind: type[Schedul
         (lambda: WarmupStableDecay(decay_ratio=math.inf), "decay_ratio must be in"),
     ],
 )
-def test_impossible_numbers_are_refused(make: Callable[[], Schedule], message: str) -> None:
+def test_invalid_options_are_refused(make: Callable[[], Schedule], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

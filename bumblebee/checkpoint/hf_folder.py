@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from bumblebee.models.load_context import current_load_context
 
 TIED_KEY = "lm_head.weight"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_shapes_only = False  # see ``shapes_only``
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -168,7 +166,7 @@ def put_weights(
         unused: whether a key of the file is one that no computation needs.
         allow_pickle: as there.
     """
-    if _shapes_only:
+    if current_load_context().shapes_only:
         weight_files(base_model_folder(folder), allow_pickle)  # that they are there
         return
     parameters = Parameters(model, dtype, device)
@@ -190,38 +188,6 @@ def put_weights(
 def _check_shape(folder: str | Path, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{folder}: {key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Build modules whose parameters take no memory until ``load_weights``; buffers are real. Not inside ZeRO-3's building."""
-    if current_load_context().sharded:
-        yield
-        return
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # a tied one is there already and must stay the same object
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """Models made inside have shapes and no weights: parameters are on the meta device, and of folders the config is read."""
-    global _shapes_only
-    _shapes_only = True
-    try:
-        with parameters_on_meta():
-            yield
-    finally:
-        _shapes_only = False
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""The command line: dispatch, parser, errors and one function per command. Nothing else imports it."""
+"""The command line: dispatch, parsing, errors and one module per command. Only ``bumblebee.__main__`` imports it."""

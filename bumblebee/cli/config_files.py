@@ -1,12 +1,12 @@
-"""Recipes as files: where a key stands in one, and what keeps a file from being one.
+"""Recipes and other config files as YAML nodes: the line of a key, and the errors that make a file unusable.
 
-A key is named as its user writes it, ``optimizer.lr``; in the file ``init_args`` may stand between.
+Keys are written as by users, ``optimizer.lr``: in a file, ``init_args`` may come between.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -15,109 +15,112 @@ from bumblebee.formatting import hint
 
 
 def plain(key: str) -> str:
-    """The key as a user writes it: without ``init_args``."""
+    """Return a key as users write it, without ``init_args``."""
     return re.sub(r"(^|\.)(init_args|dict_kwargs)(?=\.|$)", "", key).lstrip(".")
 
 
-def where(key: str, words: list[str]) -> str:
-    """ "FILE:LINE: " of a key, or of what it belongs to, in the last recipe that has it; nothing for the command line."""
+def where(key: str, words: Sequence[str]) -> str:
+    """Return "FILE:LINE: " of a key or its closest parent in the last config file that sets it, "" for the command line."""
     path = plain(key).split(".")
-    written = [plain(word[2:].split("=")[0]).removesuffix(".class_path").split(".") for word in words if word[:2] == "--"]
-    on_line = max((len(option) for option in written if path[: len(option)] == option), default=0)
-    places = [(*_place_in(_read(file), path), file) for file in reversed(recipes(words))]
-    depth, line, file = max(places, key=lambda place: place[0], default=(0, 0, ""))
-    return f"{file}:{line}: " if depth > on_line else ""
+    options = [plain(word[2:].split("=")[0]).removesuffix(".class_path").split(".") for word in words if word[:2] == "--"]
+    depth_on_line = max((len(option) for option in options if path[: len(option)] == option), default=0)
+    locations = [(*_locate(_parse(file), path), file) for file in reversed(config_files(words))]
+    depth, line, file = max(locations, key=lambda location: location[0], default=(0, 0, ""))
+    return f"{file}:{line}: " if depth > depth_on_line else ""
 
 
-def recipes(words: list[str]) -> list[str]:
-    """The files named by ``--config``."""
-    return [value for option, value in pairs(words) if option == "--config" and Path(value).is_file()]
+def config_files(words: Sequence[str]) -> list[str]:
+    """Return the existing files named by ``--config``."""
+    return [value for option, value in option_values(words) if option == "--config" and Path(value).is_file()]
 
 
-def pairs(words: list[str]) -> list[tuple[str, str]]:
-    """(option, value) of ``--option value`` and ``--option=value``."""
-    found = []
+def option_values(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (option, value) of each ``--option value`` and ``--option=value``."""
+    pairs = []
     for word, following in zip(words, [*words[1:], ""], strict=False):
         option, equals, value = word.partition("=")
         if option.startswith("--"):
-            found.append((option, value if equals else following))
-    return found
+            pairs.append((option, value if equals else following))
+    return pairs
 
 
-def _read(file: str) -> yaml.Node | None:
+def callback_names(words: Sequence[str]) -> list[str]:
+    """Return the names of the callbacks in the config files."""
+    return [name for file in config_files(words) for name, _ in callbacks_in(file)]
+
+
+def callbacks_in(file: str) -> list[tuple[str, set[str]]]:
+    """Return (name, its options and class path) of each callback in a recipe."""
+    callbacks = []
+    for name, node in _items(_as_dict(_parse(file)).get("callbacks")):
+        options = _as_dict(node)
+        class_path = [value.value for option, value in options.items() if option == "class_path"]
+        callbacks.append((name, {*options, *_as_dict(options.get("init_args")), *class_path}))
+    return callbacks
+
+
+def problem_of_file(file: str) -> str | None:
+    """Describe why a config file cannot be used: missing, not valid YAML, not a mapping, or a duplicate key."""
+    path = Path(file)
+    if not file:
+        return "--config: expected a value"
+    if path.is_dir():
+        return f"--config: {file} is a folder, not a file"
+    if not path.is_file():
+        return f"--config: {file}: file not found{hint(file, yaml_files_beside(file))}"
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        return f"{file}{line}: invalid YAML: {error.problem}"
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return f"{file}: cannot read file: {error}"
+    if not isinstance(node, yaml.MappingNode):
+        return f"{file}: expected options such as 'seed: 42', or groups such as 'trainer:' with options below them"
+    return next((f"{file}:{line}: duplicate key {name!r}" for name, line in _duplicates(node)), None)
+
+
+def yaml_files_beside(file: str) -> list[str]:
+    """Return the YAML files in a file's folder."""
+    folder = Path(file).parent
+    return [str(other) for other in folder.glob("*.y*ml")] if folder.is_dir() else []
+
+
+def _parse(file: str) -> yaml.Node | None:
     try:
         return yaml.compose(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
 
 
-def _entries(node: yaml.Node | None) -> list[tuple[str, yaml.Node]]:
+def _items(node: yaml.Node | None) -> list[tuple[str, yaml.Node]]:
     return [(key.value, value) for key, value in node.value] if isinstance(node, yaml.MappingNode) else []
 
 
-def _entries_of(node: yaml.Node | None) -> dict[str, yaml.Node]:
-    return dict(_entries(node))
+def _as_dict(node: yaml.Node | None) -> dict[str, yaml.Node]:
+    return dict(_items(node))
 
 
-def _place_in(node: yaml.Node | None, path: list[str]) -> tuple[int, int]:
-    """How many names of a key are there, and the line of the last of them."""
+def _locate(node: yaml.Node | None, path: list[str]) -> tuple[int, int]:
+    """Return how many parts of a key exist below a node, and the line of the last of them."""
     if not isinstance(node, yaml.MappingNode) or not path:
         return 0, 0
     best = 0, 0
     for key, value in node.value:
         if key.value in ("init_args", "dict_kwargs"):
-            best = max(best, _place_in(value, path))
+            best = max(best, _locate(value, path))
         elif key.value == path[0]:
-            depth, line = _place_in(value, path[1:])
+            depth, line = _locate(value, path[1:])
             best = max(best, (1 + depth, line or key.start_mark.line + 1))
     return best
 
 
-def names_of_callbacks(words: list[str]) -> list[str]:
-    """The callbacks that the recipes name."""
-    return [name for file in recipes(words) for name, _ in callbacks_in(file)]
-
-
-def callbacks_in(file: str) -> list[tuple[str, set[str]]]:
-    """(name, its options and class path) of the callbacks of a recipe."""
-    found = []
-    for name, node in _entries(_entries_of(_read(file)).get("callbacks")):
-        options = _entries_of(node)
-        kind = [value.value for option, value in options.items() if option == "class_path"]
-        found.append((name, {*options, *_entries_of(options.get("init_args")), *kind}))
-    return found
-
-
-def problem_of_recipe(file: str) -> str | None:
-    """What keeps a file from being a recipe at all: it is not there, is no YAML, or says one thing twice."""
-    path = Path(file)
-    if not file:
-        return "--config: expected a value after it"
-    if not path.is_file():
-        return f"--config: {file} is {'a folder' if path.is_dir() else 'not there'}{hint(file, recipes_beside(file))}"
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        return f"{file}{line}: not valid YAML: {error.problem}"
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        return f"{file}: cannot be read: {error}"
-    if not isinstance(node, yaml.MappingNode):
-        return f"{file}: no recipe: expected lines such as seed: 42, or groups such as trainer: with lines under them"
-    return next((f"{file}:{line}: {name!r} is there twice" for name, line in _twice(node)), None)
-
-
-def recipes_beside(file: str) -> list[str]:
-    """The YAML files in a file's folder."""
-    folder = Path(file).parent
-    return [str(other) for other in folder.glob("*.y*ml")] if folder.is_dir() else []
-
-
-def _twice(node: yaml.MappingNode) -> Iterator[tuple[str, int]]:
+def _duplicates(node: yaml.MappingNode) -> Iterator[tuple[str, int]]:
+    """Yield (key, line) of each key that occurs more than once in its mapping."""
     seen = set()
     for key, value in node.value:
         if key.value in seen:
             yield key.value, key.start_mark.line + 1
         seen.add(key.value)
         if isinstance(value, yaml.MappingNode):
-            yield from _twice(value)
+            yield from _duplicates(value)

@@ -1,4 +1,4 @@
-"""Log messages of the command line: plain lines on stderr, from rank 0, at the level of ``--log_level``.
+"""Logging of the command line: plain lines on stderr, from rank 0, at the level of ``--log_level``.
 
 Library code logs to children of the ``bumblebee`` logger and never configures it, so that a program that imports Bumblebee
 keeps control of its own output.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 
+from bumblebee.cli.errors import fail
 from bumblebee.distributed import process_group
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -57,3 +59,23 @@ def write_line(text: str) -> None:
     else:
         tqdm.tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
+
+
+def pop_log_level(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the value of ``--log_level``, which may stand anywhere and defaults to "info", and the remaining words.
+
+    ``serve`` also has an option of this name, the level of uvicorn's log: it keeps the words.
+    """
+    level, rest, own = "info", [], []
+    remaining = iter(words)
+    for word in remaining:
+        name, equals, value = word.partition("=")
+        if name == "--log_level":
+            level = value if equals else next(remaining, "")
+            own = ["--log_level", level]
+        else:
+            rest.append(word)
+    if level not in LEVELS:
+        got = repr(level) if level else "nothing"
+        fail(f"--log_level: expected {', '.join(LEVELS[:-1])} or {LEVELS[-1]}, got {got}")
+    return level, rest + own if rest[:1] == ["serve"] else rest

@@ -1,1 +1,1 @@
-"""Evaluation of trained models."""
+"""Evaluation of trained models on the data of a recipe."""

@@ -1,64 +1,63 @@
-"""Answers: does a model answer the questions of its data as they are answered there? Chosen greedily, compared as text."""
+"""Exact-match evaluation: greedy answers to the questions of a dataset, compared as text with the reference answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any
 
 from tqdm import tqdm
 
-from bumblebee.datamodule import DataModule
+from bumblebee.datamodule import DataModule, SampleT
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.request import EngineRequest
 from bumblebee.inference.sampling_params import SamplingParams
 from bumblebee.nn import IGNORE_INDEX
 
-ROLES = ("system", "user", "assistant")  # what is left of a turn's mark in many templates, without its special token
+ROLES = ("system", "user", "assistant")  # left over from many chat templates when special tokens are removed
 
 
 @dataclass(frozen=True)
 class Question:
-    """Where an answer begins.
+    """A point in a conversation where an answer begins.
 
     Args:
-        prompt: ids of everything before the answer; in a conversation, earlier answers as the data give them.
-        answer: ids of the answer in the data, the end of the turn included.
-        turn: which question of its conversation it is, from 1.
-        asked: how many ids of the prompt come behind the answer before.
+        prompt: token ids before the answer; earlier answers of the conversation are the reference ones.
+        answer: token ids of the reference answer, including the end of the turn.
+        turn: number of the question in its conversation, from 1.
+        length: number of ids at the end of the prompt that follow the previous answer.
     """
 
     prompt: list[int]
     answer: list[int]
     turn: int
-    asked: int
+    length: int
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A question with what the model says.
+class Answer:
+    """A model's answer beside the reference.
 
     Args:
-        question: its text, special tokens left out.
-        turn: which question of its conversation it is, from 1.
-        expected: text of the answer in the data.
-        given: text of the model's answer.
+        question: text of the question, without special tokens.
+        turn: number of the question in its conversation, from 1.
+        expected: text of the reference answer.
+        text: the model's answer.
     """
 
     question: str
     turn: int
     expected: str
-    given: str
+    text: str
 
     @property
-    def right(self) -> bool:
-        """Whether both answers are the same text."""
-        return self.given.strip() == self.expected.strip()
+    def is_match(self) -> bool:
+        """Whether both answers are the same text, ignoring surrounding whitespace."""
+        return self.text.strip() == self.expected.strip()
 
 
-def questions(data: DataModule, samples: Sequence[Any]) -> Iterator[Question]:
-    """The questions of all conversations in some samples, in their order."""
+def questions(data: DataModule[SampleT], samples: Sequence[SampleT]) -> Iterator[Question]:
+    """Yield the questions of all conversations in some samples, in order."""
     for index in range(len(samples)):
         batch = data.collate([samples[index]])
         for row in zip(*(batch[name].tolist() for name in ("input_ids", "labels", "position_ids")), strict=True):
@@ -66,43 +65,43 @@ def questions(data: DataModule, samples: Sequence[Any]) -> Iterator[Question]:
 
 
 def _in_row(input_ids: list[int], labels: list[int], position_ids: list[int]) -> Iterator[Question]:
-    """A piece of a row begins wherever the position is 0; its runs of targets are answers, and padding has none."""
-    begins = [place for place, position in enumerate(position_ids) if position == 0]
-    for begin, end in zip(begins, [*begins[1:], len(labels)], strict=True):
-        runs = groupby(range(begin, end), lambda place: labels[place] != IGNORE_INDEX)
-        answers = [list(places) for trained, places in runs if trained]
-        said = begin  # where what is not yet answered begins
+    """Split a row into conversations, which start at position 0, and these at their runs of targets, the answers."""
+    starts = [index for index, position in enumerate(position_ids) if position == 0]
+    for start, end in zip(starts, [*starts[1:], len(labels)], strict=True):
+        runs = groupby(range(start, end), lambda index: labels[index] != IGNORE_INDEX)
+        answers = [list(indices) for is_target, indices in runs if is_target]
+        previous_end = start
         for turn, (first, *rest) in enumerate(answers, start=1):
-            last = first + len(rest)
-            yield Question(input_ids[begin : first + 1], labels[first : last + 1], turn, first + 1 - said)
-            said = last + 1
+            last = first + len(rest)  # labels are shifted: the label at an index is the token after it
+            yield Question(input_ids[start : first + 1], labels[first : last + 1], turn, first + 1 - previous_end)
+            previous_end = last + 1
 
 
-def answered(generator: Generator, asked: Iterable[Question], limit: int | None = None) -> list[Answered]:
-    """The model's greedy answers, in the questions' order.
+def answer(generator: Generator, asked: Iterable[Question], limit: int | None = None) -> list[Answer]:
+    """Return the model's greedy answers, in the order of the questions.
 
     Args:
         generator: the model.
         asked: questions.
-        limit: how many of them; None for all.
+        limit: maximum number of questions; None for all.
     """
     chosen, decode = list(islice(asked, limit)), generator.tokenizer.decode
-    given = [""] * len(chosen)
-    with tqdm(total=len(chosen), desc="answering", unit=" questions", disable=None, leave=False) as bar:
-        ends = generator.tokenizer.end_of_turn_ids
-        for output in generator.outputs([_request(number, question, ends) for number, question in enumerate(chosen)]):
-            given[int(output.id)] += output.text
+    texts = [""] * len(chosen)
+    with tqdm(total=len(chosen), desc="evaluating", unit=" questions", disable=None, leave=False) as bar:
+        stop_ids = generator.tokenizer.end_of_turn_ids
+        for output in generator.outputs([_request(id, question, stop_ids) for id, question in enumerate(chosen)]):
+            texts[int(output.id)] += output.text
             bar.update(output.finish_reason is not None)
     return [
-        Answered(_without_roles(decode(question.prompt[-question.asked :])), question.turn, decode(question.answer), text)
-        for question, text in zip(chosen, given, strict=True)
+        Answer(_without_roles(decode(question.prompt[-question.length :])), question.turn, decode(question.answer), text)
+        for question, text in zip(chosen, texts, strict=True)
     ]
 
 
-def _request(number: int, question: Question, ends: list[int]) -> EngineRequest:
-    """What goes on for longer than the answer in the data is wrong, whatever it would say."""
-    params = SamplingParams(temperature=0.0, max_new_tokens=len(question.answer) + 1, stop_ids=ends)
-    return EngineRequest(str(number), question.prompt, params)
+def _request(id: int, question: Question, stop_ids: list[int]) -> EngineRequest:
+    """Generate one token more than the reference has: a longer answer is wrong however it continues."""
+    params = SamplingParams(temperature=0.0, max_new_tokens=len(question.answer) + 1, stop_ids=stop_ids)
+    return EngineRequest(str(id), question.prompt, params)
 
 
 def _without_roles(text: str) -> str:

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from bumblebee.adapter_folders import base_model_folder
-from bumblebee.checkpoint.hf_folder import is_ours, load_config, load_weights, parameters_on_meta, weight_files
+from bumblebee.checkpoint.hf_folder import is_ours, load_config, load_weights, weight_files
 from bumblebee.model import Bumblebee
-from bumblebee.models.base import LanguageModel
-from bumblebee.models.custom_class import class_for
+from bumblebee.models.base import LanguageModel, resolve_model_class
+from bumblebee.models.load_context import meta_parameters
 from bumblebee.nn.attention_kernels import AttentionMask
 
 MEMORY_FRACTION = 0.8  # of a device's free memory, for weights; the rest is for the KV cache and activations
@@ -102,8 +102,8 @@ def load_on_devices(
     if not is_ours(base_model_folder(folder)):
         raise ValueError(f"device_map: only Bumblebee's own architectures can be spread, and {folder} has another one")
     config = load_config(folder)
-    with parameters_on_meta():
-        model = class_for(Bumblebee, folder, config, trust_remote_code)(config)
+    with meta_parameters():
+        model = resolve_model_class(Bumblebee, folder, config, trust_remote_code)(config)
     sizes = part_sizes(model, _bytes_per_parameter(folder, model) if dtype is None else dtype.itemsize)
     assigned = [devices[index] for index in assign_parts(sizes, [int(MEMORY_FRACTION * free) for free in memory])]
     head = assigned[0] if config.tie_word_embeddings else assigned[-1]

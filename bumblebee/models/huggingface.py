@@ -1,15 +1,15 @@
-"""Any causal language model of transformers, for the same tasks, transforms, trainer, generator and server as Bumblebee's own.
+"""Wrapper of transformers' causal language models for our tasks, transforms, trainer, generator and server.
 
-Choices made:
-- Its modules lie in this one under the names that they have there: state dict, adapters and folders are those of transformers.
-- Its attention is ours (transformers lets a model's attention function be named): packed documents stay apart, and the
-  generator's paged cache serves it. A model that computes attention in a way that ours does not is refused by name.
-- The weights are read by ``checkpoint/folder.py``, one tensor at a time, cut over ranks at ZeRO-3, adapters added; so a model
-  whose files transformers converts while it reads them is refused by name.
-- The head is looked at: where logits are a plain product of the last hidden states, the loss is computed in chunks; else
-  from whole logits.
+Design choices:
 
-transformers is imported in this file alone. Shapes: B rows, T positions, V vocabulary, H query heads, K key-value heads.
+- The wrapped model's modules keep their names, so that state dicts, adapters and folders are those of transformers.
+- Attention is ours, registered with transformers' attention interface: packed documents stay separate, and the generator's
+  paged KV cache works. Models with attention that our kernels do not compute are rejected by name.
+- Weights are loaded by ``checkpoint/hf_folder.py``: one tensor at a time, sharded under ZeRO-3, adapters merged. Models whose
+  files transformers converts while loading are therefore rejected by name.
+- If the logits are a plain product of the last hidden states, the loss is computed in chunks, otherwise from full logits.
+
+transformers is imported in this file only. Shapes: B rows, T positions, V vocabulary, H query heads, K key-value heads.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bumblebee.adapter_folders import base_model_folder
-from bumblebee.checkpoint.hf_folder import ForeignFiles, parameters_on_meta, put_weights
+from bumblebee.checkpoint.hf_folder import ForeignFiles, put_weights
 from bumblebee.checkpoint.weight_files import stored_keys
 from bumblebee.checkpoint.weight_loader import tied
 from bumblebee.checkpoint.weight_mapping import Rule
 from bumblebee.config import BumblebeeConfig
 from bumblebee.models.base import LanguageModel
-from bumblebee.models.load_context import current_load_context
+from bumblebee.models.load_context import current_load_context, meta_parameters
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, select_kernel
 from bumblebee.nn.lm_head import LMHead
 
-NAME = "bumblebee"  # of our attention function, among those of transformers
-_NOT_COMPUTED = ("softcap", "s_aux", "position_bias", "head_mask")  # what attention may be asked for and ours does not have
-_LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers whose only memory of earlier tokens is keys and values
+NAME = "bumblebee"  # name of our attention function in transformers' registry
+_UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask")  # of attention functions
+_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}  # layer types whose only state is a KV cache
 
 
 @dataclass
-class _Pass:
-    """What our attention needs to know of a forward pass; transformers hands it down to every layer."""
+class _ForwardContext:
+    """State of a forward pass for our attention; transformers passes it down to every layer."""
 
     mask: AttentionMask
     cache: list[Any] | None
@@ -53,15 +53,17 @@ class _Pass:
 
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None,
-    dropout: float = 0.0, sliding_window: int | None = None, bumblebee_pass: _Pass | None = None, **others: Any,
+    dropout: float = 0.0, sliding_window: int | None = None, bumblebee_pass: _ForwardContext | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention as transformers calls it: (B, heads, T, D) each -> (B, T, H, D)."""
-    if wrong := sorted(name for name in _NOT_COMPUTED if others.get(name) is not None):
-        raise ValueError(f"{type(module).__name__} is not supported: its attention has {', '.join(wrong)}")
+    """Attention function with transformers' signature: (B, heads, T, D) each -> (B, T, H, D)."""
+    if unsupported := sorted(name for name in _UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None):
+        raise ValueError(f"{type(module).__name__} is not supported: its attention uses {', '.join(unsupported)}")
     if bumblebee_pass is None:
-        raise ValueError(f"{type(module).__name__} is not supported: the model does not tell it of packed documents and caches")
+        raise ValueError(
+            f"{type(module).__name__} is not supported: the model does not pass keyword arguments to its attention"
+        )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if scaling is not None:  # kernels divide by the root of the width
+    if scaling is not None:  # our kernels scale by 1 / sqrt(D)
         q = q * (scaling * q.shape[-1] ** 0.5)
     if bumblebee_pass.cache is not None:
         return bumblebee_pass.cache[module.layer_idx].attend(q, k, v, sliding_window), None
@@ -70,14 +72,14 @@ def _attend(
 
 
 class HuggingFaceModel(LanguageModel):
-    """A causal language model of transformers; made by ``from_pretrained``.
+    """A causal language model of transformers. Create it with ``from_pretrained``.
 
     Args:
-        model: of transformers.
+        model: a transformers model.
         attention: ``auto``, ``flash``, ``sdpa`` or ``naive`` (see ``bumblebee/nn/attention_kernels.py``).
 
     Raises:
-        ValueError: a model that cannot be trained or generate here; the message says why.
+        ValueError: the model is not supported; the message says why.
     """
 
     def __init__(self, model: Any, attention: str = "auto") -> None:
@@ -86,10 +88,10 @@ class HuggingFaceModel(LanguageModel):
         _check(model)
         self.attention = attention
         self.config = _config_of(model)
-        self.theirs = (model,)  # in a tuple, or it would be a part of its own beside its parts
-        self.__dict__["_modules"] = model._modules  # one table of parts: what is put in a part's place is so in both
+        self.wrapped = (model,)  # a tuple, so that torch does not register the model as a submodule
+        self.__dict__["_modules"] = model._modules  # shared: replacing a submodule replaces it in both
         LMHead.adopt(model.get_output_embeddings())
-        self.plain_head: bool | None = None  # found out in the first forward pass
+        self.plain_head: bool | None = None  # determined in the first forward pass
         self.files = ForeignFiles(self.config, _raw(model), _renamed(model), set(tied(self.state_dict(keep_vars=True))))
 
     @classmethod
@@ -101,26 +103,26 @@ class HuggingFaceModel(LanguageModel):
         attention: str = "auto",
         trust_remote_code: bool = False,
     ) -> HuggingFaceModel:
-        """Read a model folder of any architecture that transformers has, or an adapter folder on one.
+        """Load a model folder of any transformers architecture, or an adapter folder merged with its base model.
 
         Args:
-            folder: path to config.json and safetensors, or to an adapter.
-            dtype: of the weights; None keeps the file's.
-            device: where they go.
+            folder: path to config.json and safetensors files, or to an adapter.
+            dtype: dtype of the weights; None keeps the dtype of the files.
+            device: device of the weights.
             attention: as for the constructor.
-            trust_remote_code: run model code that lies in the folder.
+            trust_remote_code: run model code that the folder contains.
 
         Raises:
-            ValueError: no model folder, an architecture that transformers does not have or that cannot run here, or weights
-                that do not fit.
+            ValueError: not a model folder, an unsupported architecture, or weights that do not match the model.
         """
-        with parameters_on_meta():
+        with meta_parameters():
             model = cls(_build(base_model_folder(folder), trust_remote_code), attention)
-        unused = re.compile("|".join(model.theirs[0]._keys_to_ignore_on_load_unexpected or ["$^"]))
+        unused = re.compile("|".join(model.wrapped[0]._keys_to_ignore_on_load_unexpected or ["$^"]))
+        assert model.files is not None
         renamed = model.files.rules()
-        if renamed:  # newer files may have the model's own names
-            there = stored_keys(base_model_folder(folder))
-            renamed = [rule for rule in renamed if rule.theirs[0] in there]
+        if renamed:  # newer files may use the model's own names
+            keys = stored_keys(base_model_folder(folder))
+            renamed = [rule for rule in renamed if rule.theirs[0] in keys]
         put_weights(folder, model, dtype, torch.device(device), renamed, lambda key: unused.search(key) is not None)
         model.source = Path(folder)
         return model
@@ -133,25 +135,29 @@ class HuggingFaceModel(LanguageModel):
         cache: list[Any] | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
-        """As ``Bumblebee.forward``: logits, or token losses where labels are given."""
+        """Return logits, or token losses if labels are passed; see ``Bumblebee.forward``."""
         if position_ids is None:
-            position_ids, mask = _arranged(input_ids), AttentionMask()
+            position_ids, mask = _default_positions(input_ids), AttentionMask()
         else:
             mask = AttentionMask() if cache is not None else AttentionMask.packed(position_ids)
         if self.plain_head is None:
             self.plain_head = self._head_is_plain(input_ids[:1, :4])
-        told = self._told(position_ids, mask, cache)
-        head = self.theirs[0].get_output_embeddings()
+        kwargs = self._kwargs(position_ids, mask, cache)
+        head = self.wrapped[0].get_output_embeddings()
         if not self.plain_head or (labels is not None and not isinstance(head, LMHead)):
-            return self._from_logits(self.theirs[0](input_ids, **told).logits, labels, logits_at)
-        hidden = self.theirs[0].base_model(input_ids, **told).last_hidden_state
+            return self._from_logits(self.wrapped[0](input_ids, **kwargs).logits, labels, logits_at)
+        hidden = self.wrapped[0].base_model(input_ids, **kwargs).last_hidden_state
         if logits_at is not None:
             hidden = hidden.flatten(0, 1)[logits_at]
         return head(hidden) if labels is None else head(hidden, labels)
 
-    def _told(self, position_ids: Tensor, mask: AttentionMask, cache: list[Any] | None) -> dict[str, Any]:
-        """What transformers' model is called with beside the ids."""
-        return {"position_ids": position_ids, "use_cache": False, "bumblebee_pass": _Pass(mask, cache, self.attention)}
+    def _kwargs(self, position_ids: Tensor, mask: AttentionMask, cache: list[Any] | None) -> dict[str, Any]:
+        """Keyword arguments of the wrapped model's forward."""
+        return {
+            "position_ids": position_ids,
+            "use_cache": False,
+            "bumblebee_pass": _ForwardContext(mask, cache, self.attention),
+        }
 
     @staticmethod
     def _from_logits(logits: Tensor, labels: Tensor | None, logits_at: Tensor | None) -> Tensor:
@@ -162,67 +168,69 @@ class HuggingFaceModel(LanguageModel):
 
     @torch.no_grad()
     def _head_is_plain(self, input_ids: Tensor) -> bool:
-        """Whether logits are the head's product with the last hidden states, and nothing else."""
-        model, training = self.theirs[0], self.training
+        """Whether the logits are exactly the head applied to the last hidden states (no scaling, no softcap)."""
+        model, training = self.wrapped[0], self.training
         head = model.get_output_embeddings()
         self.eval()
-        told = self._told(_arranged(input_ids), AttentionMask(), None)
-        wanted = model(input_ids, **told).logits.float()
-        found = head(model.base_model(input_ids, **told).last_hidden_state).float()
+        kwargs = self._kwargs(_default_positions(input_ids), AttentionMask(), None)
+        expected = model(input_ids, **kwargs).logits.float()
+        computed = head(model.base_model(input_ids, **kwargs).last_hidden_state).float()
         self.train(training)
-        return torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
+        return torch.allclose(computed, expected, rtol=1e-3, atol=1e-3)
 
     def checkpoint_activations(self, every: int) -> None:
-        """Compute blocks again in the backward pass (arXiv 1604.06174).
+        """Recompute the activations of all blocks in the backward pass (arXiv 1604.06174).
 
         Raises:
-            ValueError: a model that cannot, or not all blocks wanted.
+            ValueError: the model does not support it, or ``every`` is not 1.
         """
-        model = self.theirs[0]
+        model = self.wrapped[0]
         if every != 1 or not model.supports_gradient_checkpointing:
-            raise ValueError(f"{type(model).__name__} can compute all of its blocks again, or none: got every {every}")
+            raise ValueError(
+                f"{type(model).__name__} supports activation checkpointing for all blocks or none: every must be 1, got {every}"
+            )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Its layers, in order."""
-        lists = [list(part) for part in self.theirs[0].base_model.modules() if isinstance(part, nn.ModuleList)]
+        """The transformer layers, in order."""
+        lists = [list(part) for part in self.wrapped[0].base_model.modules() if isinstance(part, nn.ModuleList)]
         return max(lists, key=len)
 
 
-def _arranged(input_ids: Tensor) -> Tensor:
-    """Positions 0 ... T-1 of each row."""
+def _default_positions(input_ids: Tensor) -> Tensor:
+    """Position ids 0 ... T-1 of each row."""
     return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
 
 
 def _build(folder: Path, trust_remote_code: bool) -> Any:
-    """A model of transformers with the folder's config, our attention in it.
+    """Build the transformers model of a folder's config, with our attention.
 
     Raises:
-        ValueError: a config that transformers cannot make a causal language model of.
+        ValueError: transformers cannot build a causal language model from the config.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # ours is in the pass
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # our mask is in the forward context
     with _quiet(logging):
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            with _left_as_they_are():
+            with _no_initialization_when_sharded():
                 model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, trust_remote_code=trust_remote_code)
             model.tie_weights()
             return model
         except (ValueError, KeyError, ImportError, OSError) as error:
-            # such a model looks attention up in a table of its own
-            unnamed = isinstance(error, KeyError) and error.args == (NAME,)
-            why = "its attention cannot be replaced by ours" if unnamed else error
-            raise ValueError(f"{folder}: transformers cannot make a causal language model of this: {why}") from error
+            # Some models look attention up in a table of their own.
+            unregistered = isinstance(error, KeyError) and error.args == (NAME,)
+            why = "its attention cannot be replaced by ours" if unregistered else error
+            raise ValueError(f"{folder}: transformers cannot build a causal language model: {why}") from error
 
 
 @contextmanager
-def _left_as_they_are() -> Iterator[None]:
-    """Weights cut over ranks (ZeRO-3) cannot be initialised: some models write to a row. All come from the files anyway."""
+def _no_initialization_when_sharded() -> Iterator[None]:
+    """Skip weight initialization under ZeRO-3: some models index into weights that are sharded. All are loaded from files."""
     if not current_load_context().sharded:
         yield
         return
@@ -244,7 +252,7 @@ def _quiet(logging: Any) -> Iterator[None]:
 
 @contextmanager
 def weights_gathered() -> Iterator[None]:
-    """Libraries that ask transformers whether weights are cut over ranks (ZeRO-3) gather those that they look at."""
+    """Tell libraries that ask transformers about ZeRO-3, such as peft, to gather the weights that they read."""
     from transformers.integrations import HfDeepSpeedConfig
 
     alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
@@ -253,38 +261,38 @@ def weights_gathered() -> Iterator[None]:
 
 
 def _check(model: Any) -> None:
-    """Refuse a model that would compute something else here than in transformers.
+    """Reject a model whose outputs would differ from transformers.
 
     Raises:
-        ValueError: it does.
+        ValueError: the model is not supported.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
     config, why = model.config, None
-    kinds = set(getattr(config, "layer_types", None) or ()) - _LAYERS
+    layer_types = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYERS
     if not model._supports_attention_backend:
         why = "its attention cannot be replaced by ours"
-    elif kinds:
-        why = f"it has layers of the kind {', '.join(sorted(kinds))}"
+    elif layer_types:
+        why = f"it has layers of type {', '.join(sorted(layer_types))}"
     elif getattr(model, "_is_stateful", False):
-        why = "its layers keep states"
+        why = "its layers are stateful"
     elif getattr(config, "is_encoder_decoder", False):
-        why = "it is an encoder and a decoder"
-    elif not all(isinstance(each, WeightRenaming) for each in get_model_conversion_mapping(model, add_legacy=False)):
-        why = "transformers converts its weights while it reads them"
+        why = "it is an encoder-decoder model"
+    elif not all(isinstance(step, WeightRenaming) for step in get_model_conversion_mapping(model, add_legacy=False)):
+        why = "transformers converts its weights while loading"
     if why:
         raise ValueError(f"{type(model).__name__} is not supported: {why}")
 
 
 def _raw(model: Any) -> dict[str, Any]:
-    """The content of config.json."""
+    """Content of config.json."""
     raw = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
     return raw | {"architectures": [type(model).__name__]}
 
 
 def _renamed(model: Any) -> list[Rule]:
-    """Tensors that have other names in files."""
+    """Rules for tensors that have other names in files."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -296,21 +304,21 @@ def _renamed(model: Any) -> list[Rule]:
 
 
 def _config_of(model: Any) -> BumblebeeConfig:
-    """The shape in our names: what the tasks, the generator and the calculators ask for."""
-    theirs = model.config
-    heads = theirs.num_attention_heads
+    """The shape as a BumblebeeConfig, as far as tasks, generator and memory estimates need it."""
+    config = model.config
+    heads = config.num_attention_heads
     return BumblebeeConfig(
-        vocab_size=theirs.vocab_size,
-        hidden_size=theirs.hidden_size,
-        intermediate_size=getattr(theirs, "intermediate_size", None) or 4 * theirs.hidden_size,
-        num_hidden_layers=theirs.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=heads,
-        num_key_value_heads=getattr(theirs, "num_key_value_heads", None) or heads,
-        head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,
-        max_position_embeddings=theirs.max_position_embeddings,
-        tie_word_embeddings=bool(theirs.tie_word_embeddings),
-        bos_token_id=theirs.bos_token_id,
-        eos_token_id=theirs.eos_token_id,
-        pad_token_id=theirs.pad_token_id,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
         architecture=type(model).__name__,
     )

@@ -1,6 +1,7 @@
-"""How models are built and loaded at the moment: whole or sharded, with weights or shapes only.
+"""How models are built and loaded: whole or sharded over ranks (ZeRO-3), with weights or shapes only.
 
-Constructors and ``from_pretrained`` of any class ask ``current_load_context``; nobody has to pass the answer down to them.
+Constructors and ``from_pretrained`` of any class read ``current_load_context``, so that the settings need not be passed down
+through user code.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 
 @dataclass(frozen=True)
 class LoadContext:
     """How models are built.
 
     Args:
-        sharded: ZeRO-3 shards each parameter over the ranks as soon as it is created.
-        shapes_only: parameters stay on the meta device, and only the config of a model folder is read.
+        sharded: ZeRO-3 shards each parameter over the ranks as it is created.
+        shapes_only: parameters stay on the meta device; of a model folder only the config is read.
     """
 
     sharded: bool = False
@@ -28,7 +31,7 @@ _current: ContextVar[LoadContext] = ContextVar("load_context", default=LoadConte
 
 
 def current_load_context() -> LoadContext:
-    """The context in which a model is being built."""
+    """Return the context in which a model is being built."""
     return _current.get()
 
 
@@ -40,3 +43,34 @@ def load_context(**changes: bool) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+@contextmanager
+def meta_parameters() -> Iterator[None]:
+    """Register parameters on the meta device, where they take no memory; buffers are real. Has no effect under ZeRO-3.
+
+    Unlike ``accelerate.init_empty_weights``, a parameter that is registered twice stays one object, so that tied weights remain
+    tied.
+    """
+    if current_load_context().sharded:
+        yield
+        return
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Build models without weights: parameters on the meta device, and only the configs of model folders are read."""
+    with load_context(shapes_only=True), meta_parameters():
+        yield

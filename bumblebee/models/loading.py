@@ -1,4 +1,4 @@
-"""Which class a model folder is loaded with: Bumblebee where the architecture is ours, else a model of transformers."""
+"""Loading a model folder of any architecture: with Bumblebee if it is supported, else with transformers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def load_model(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """Read a model folder of any architecture, or an adapter folder on one.
+    """Load a model folder of any architecture, or an adapter folder merged with its base model.
 
     Args:
-        folder: path to config.json and safetensors, or to an adapter.
-        dtype: of the weights; None keeps the file's.
-        device: where they go.
+        folder: path to config.json and safetensors files, or to an adapter.
+        dtype: dtype of the weights; None keeps the dtype of the files.
+        device: device of the weights.
         trust_remote_code: run code that the folder names or holds.
 
     Raises:
-        ValueError: see ``from_pretrained`` of both classes.
+        ValueError: see ``Bumblebee.from_pretrained`` and ``HuggingFaceModel.from_pretrained``.
     """
-    kind = Bumblebee if is_ours(base_model_folder(folder)) else HuggingFaceModel
-    return kind.from_pretrained(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model_class = Bumblebee if is_ours(base_model_folder(folder)) else HuggingFaceModel
+    return model_class.from_pretrained(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -72,7 +72,7 @@ def _train(run: Run, folder: str, micro_batches: float) -> tuple[list[float], fl
     """Durations of typical steps, and of the first step, in seconds."""
     trainer = run.trainer
     trainer.resume = None
-    if hasattr(run.task, "cache_dir"):  # what is precomputed for these few samples is of no use to the training run
+    if hasattr(run.task, "cache_dir"):  # results precomputed for these few samples are useless to the training run
         run.task.cache_dir = folder
     subset = DataSubset(run.data, trainer.micro_batch_size, run.seed)
     trainer.setup(run.task, subset, run.optimizer, run.schedule, {}, f"{folder}/run", run.seed)

@@ -94,7 +94,7 @@ def _row(ids: list[int], labels: list[int], positions: Sequence[int | None]) -> 
 
 
 def _padding(ids: list[int], labels: list[int], positions: Sequence[int | None]) -> int:
-    """Number of equal tokens at the end that have no label and are no targets."""
+    """Number of identical tokens at the end that neither have a label nor are targets."""
     end = len(ids)
     while end > 0 and ids[end - 1] == ids[-1] and labels[end - 1] == IGNORE_INDEX:
         if end > 1 and labels[end - 2] != IGNORE_INDEX and positions[end - 1] != 0:
@@ -104,7 +104,7 @@ def _padding(ids: list[int], labels: list[int], positions: Sequence[int | None])
 
 
 def cells_of(row: Row, tokenizer: Tokenizer | None) -> list[Cell]:
-    """The characters of a row, special tokens spelled out; token ids if there is no tokenizer."""
+    """The characters of a row, special tokens spelled out; token ids without a tokenizer."""
     cells: list[Cell] = []
     for run in _split_at_characters(row.runs, tokenizer):
         if run is None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bumblebee.distributed import process_group
-from bumblebee.signals import handled_by
+from bumblebee.signals import handle_signals
 from bumblebee.verify.check import Check, all_checks
 from bumblebee.verify.check_result import CheckResult
 from bumblebee.verify.context import Context, resolve_options
@@ -177,5 +177,5 @@ def _sigterm_as_keyboard_interrupt() -> Iterator[None]:
     def handle(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    with handled_by(handle, signal.SIGTERM):
+    with handle_signals(handle, signal.SIGTERM):
         yield

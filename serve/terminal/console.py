@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from bumblebee.signals import handled_by
+from bumblebee.signals import handle_signals
 
 # Characters that move the cursor, change colours or ring the bell; a model's answer must not. Tab and newline are allowed.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -84,7 +84,7 @@ class Screen:
 def defer_interrupt() -> Iterator[Callable[[], bool]]:
     """Record Ctrl-C instead of raising KeyboardInterrupt; yields a function that returns whether it was pressed."""
     pressed: list[int] = []
-    with handled_by(lambda number, frame: pressed.append(number), signal.SIGINT):
+    with handle_signals(lambda number, frame: pressed.append(number), signal.SIGINT):
         yield lambda: bool(pressed)
 
 
@@ -98,5 +98,5 @@ def raise_interrupt() -> Iterator[None]:
             deferring(number, None)
         raise KeyboardInterrupt
 
-    with handled_by(record_and_raise, signal.SIGINT):
+    with handle_signals(record_and_raise, signal.SIGINT):
         yield

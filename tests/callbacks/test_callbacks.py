@@ -1,4 +1,4 @@
-"""What holds for all callbacks: cheap imports, recipes, silence on ranks other than 0."""
+"""Properties of all callbacks: cheap imports, use in recipes, no output on ranks other than 0."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.stub_engine import StubTrainer
 from jsonargparse import ArgumentParser
 
 import callbacks
@@ -16,14 +17,14 @@ from bumblebee.callback import Callback
 ROOT = Path(__file__).parents[2]
 NAMES = callbacks.__all__
 NEED_A_MODEL = ("BigramBaseline", "RunSummary", "Samples", "WandB")
-NEEDED = {"Samples": {"prompts": ["Once"]}, "WandB": {"project": "bees", "offline": True}}  # arguments without a default
+REQUIRED = {"Samples": {"prompts": ["Once"]}, "WandB": {"project": "bees", "offline": True}}  # arguments without a default
 
 
-def made(name: str) -> Callback:
-    return getattr(callbacks, name)(**NEEDED.get(name, {}))
+def build(name: str) -> Callback:
+    return getattr(callbacks, name)(**REQUIRED.get(name, {}))
 
 
-def test_importing_callbacks_imports_no_heavy_package():
+def test_importing_callbacks_does_not_import_heavy_packages():
     code = (
         f"import sys, callbacks; [getattr(callbacks, name) for name in {NAMES}];"
         "heavy = ('torch', 'matplotlib', 'tensorboard', 'tqdm', 'numpy', 'deepspeed', 'wandb');"
@@ -33,27 +34,27 @@ def test_importing_callbacks_imports_no_heavy_package():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_importing_the_package_alone_imports_none_of_its_modules():
+def test_importing_the_package_does_not_import_its_modules():
     code = "import sys, callbacks; print([name for name in sys.modules if name.startswith('callbacks.')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Chekpoint'"):
         callbacks.Chekpoint  # noqa: B018
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_builds_it_by_class_path(name):
+def test_recipe_builds_callback_by_class_path(name):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callbacks", type=dict[str, Callback | None])
-    recipe = {"class_path": f"callbacks.{name}", "init_args": NEEDED.get(name, {})}
+    recipe = {"class_path": f"callbacks.{name}", "init_args": REQUIRED.get(name, {})}
     options = parser.parse_args([f"--callbacks={json.dumps({'one': recipe})}"])
     assert type(parser.instantiate(options).callbacks["one"]) is getattr(callbacks, name)
 
 
-def test_a_flag_changes_one_option_of_one_callback():
+def test_command_line_option_overrides_callback_option():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callbacks", type=dict[str, Callback | None])
     recipe = {"checkpoint": {"class_path": "callbacks.Checkpoint", "init_args": {"every": 500, "keep": 5}}}
@@ -62,13 +63,15 @@ def test_a_flag_changes_one_option_of_one_callback():
     assert (checkpoint.every, checkpoint.keep) == (7, 5)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "Samples"])  # test_two_ranks.py has it
-def test_other_ranks_neither_write_nor_speak(name, fake, tmp_path, capsys):
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "Samples"])  # see test_callbacks_on_two_ranks.py
+def test_other_ranks_write_and_print_nothing(name, stub_trainer, tmp_path, capsys, monkeypatch):
     if name == "WandB":
         pytest.importorskip("wandb")
-    trainer = fake([made(name)], is_main=False)
+    trainer = stub_trainer([build(name)])
+    monkeypatch.setattr(StubTrainer, "is_main", False)
     trainer.data.tokenizer = object()
-    trainer.save_checkpoint = lambda last=False, model=True: None  # on other ranks it takes part, and rank 0 writes
+    trainer.save_checkpoint = lambda last=False, model=True: None  # collective; rank 0 writes
+    trainer.save_model = lambda folder: None
     trainer.run()
     trainer.validate()
     trainer.call("on_exception", RuntimeError("no"))
@@ -77,14 +80,14 @@ def test_other_ranks_neither_write_nor_speak(name, fake, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_failure_before_the_start_is_survived(name, fake, tmp_path):
-    fake([made(name)]).call("on_exception", ValueError("raised by another callback's on_fit_start"))
+def test_exception_before_start_is_handled(name, stub_trainer, tmp_path):
+    stub_trainer([build(name)]).call("on_exception", ValueError("raised by another callback's on_fit_start"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_state_is_json(name, fake):
-    callback = made(name)
+def test_state_is_json(name, stub_trainer):
+    callback = build(name)
     if name not in NEED_A_MODEL:
-        fake([callback]).run()
+        stub_trainer([callback]).run()
     state = callback.state_dict()
     assert json.loads(json.dumps(state, allow_nan=False)) == state

@@ -1,4 +1,4 @@
-"""Callbacks on two ranks: they agree, rank 0 alone speaks, and generating on rank 0 holds up nobody."""
+"""Callbacks on two ranks: they decide alike, only rank 0 prints, and sampling on rank 0 does not block the other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bumblebee.training.run_folder import checkpoints
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["stage 2", "stage 3"])
+@pytest.fixture(scope="module", params=[2, 3], ids=["stage2", "stage3"])
 def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).parents[1] / "helpers" / "callbacks_on_two_ranks.py"
@@ -24,40 +24,40 @@ def run(request, tmp_path_factory):
     return folder
 
 
-def seen(folder, rank):
+def result(folder, rank):
     return json.loads((folder / f"rank-{rank}.json").read_text())
 
 
-def test_both_stop_at_the_same_step_and_only_rank_0_speaks(run):
-    first, second = (seen(run, rank) for rank in (0, 1))
+def test_ranks_stop_together_and_only_rank_0_prints(run):
+    first, second = (result(run, rank) for rank in (0, 1))
     assert first["step"] == second["step"] == 6
     assert first["out"].count("early stopping: validation_loss did not improve in 2 validations (best 2.0000)") == 1
     assert second["out"] == ""
 
 
-def test_checkpoints_by_the_clock_and_the_best_stay(run):
+def test_time_based_and_best_checkpoints_are_kept(run):
     assert [checkpoint.step for checkpoint in checkpoints(run / "run")] == [2, 6]
     assert json.loads((run / "run" / "best.json").read_text())["checkpoint"] == "checkpoint-2"
 
 
-def test_throughput_is_that_of_both(run):
-    for line in seen(run, 0)["metrics"]:
+def test_throughput_sums_over_ranks(run):
+    for line in result(run, 0)["metrics"]:
         if "tflops" in line:
-            each = line["tflops"] * 2e12 / line["tokens_per_second"]  # both devices' operations for a token
+            flops_per_token = line["tflops"] * 2e12 / line["tokens_per_second"]  # of two devices
             break
     model = Bumblebee.from_pretrained(run / "run")
 
-    assert each == pytest.approx(flops.weight_flops_per_token(model) + flops.attention_flops_per_token(model, 16))
+    assert flops_per_token == pytest.approx(flops.weight_flops_per_token(model) + flops.attention_flops_per_token(model, 16))
 
 
-def test_what_rank_0_writes_is_what_the_whole_model_writes(run, read_lines):
+def test_rank_0_samples_from_the_whole_model(run, read_lines):
     lines = read_lines(run / "run" / "samples.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for step in (2, 6):
         generator = Generator.from_pretrained(run / "run" / f"checkpoint-{step}")
-        [wanted] = generator.generate(["the bee"], SamplingParams(4, temperature=0.0))
-        assert lines[step - 1]["text"] == wanted.text
+        [expected] = generator.generate(["the bee"], SamplingParams(4, temperature=0.0))
+        assert lines[step - 1]["text"] == expected.text
 
 
-def test_rank_0_alone_profiles(run):
-    assert (run / "run" / "trace.json").is_file() and "profiler: 1 steps written" in seen(run, 0)["out"]
+def test_only_rank_0_profiles(run):
+    assert (run / "run" / "trace.json").is_file() and "profiler: 1 steps written" in result(run, 0)["out"]

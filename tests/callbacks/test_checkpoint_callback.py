@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from helpers.stub_engine import StubTrainer
 
 from bumblebee.callback import Callback
 from bumblebee.training.run_folder import checkpoints, read_trainer_state
@@ -15,81 +16,78 @@ def steps(folder):
     return [checkpoint.step for checkpoint in checkpoints(folder)]
 
 
-def test_it_saves_every_n_steps_and_the_end_as_last(fake):
-    trainer = fake([Checkpoint(every=4)], steps=10).run()
+def test_saves_every_n_steps_and_marks_the_last(stub_trainer):
+    trainer = stub_trainer([Checkpoint(every=4)], steps=10).run()
     assert trainer.events == [("save", 4), ("save", 8), ("save last", 10)]
 
 
-def test_a_step_that_is_due_for_two_reasons_is_saved_once(fake):
-    assert fake([Checkpoint(every=3)], steps=6).run().events == [("save", 3), ("save last", 6)]
+def test_step_due_for_two_reasons_is_saved_once(stub_trainer):
+    assert stub_trainer([Checkpoint(every=3)], steps=6).run().events == [("save", 3), ("save last", 6)]
 
 
-def test_a_step_that_another_callback_saved_is_not_saved_again(fake):
-    assert fake([Checkpoint(every=3), Checkpoint(every=3)], steps=3).run().events == [("save last", 3)]
+def test_step_saved_by_another_callback_is_not_saved_again(stub_trainer):
+    assert stub_trainer([Checkpoint(every=3), Checkpoint(every=3)], steps=3).run().events == [("save last", 3)]
 
 
-def test_every_null_saves_only_at_the_end(fake):
-    assert fake([Checkpoint(every=None)]).run().events == [("save last", 6)]
+def test_every_null_saves_only_at_the_end(stub_trainer):
+    assert stub_trainer([Checkpoint(every=None)]).run().events == [("save last", 6)]
 
 
-def test_without_save_last_only_the_multiples_are_saved(fake):
-    assert fake([Checkpoint(every=4, save_last=False)], steps=8).run().events == [("save", 4), ("save", 8)]
+def test_without_save_last_only_multiples_are_saved(stub_trainer):
+    assert stub_trainer([Checkpoint(every=4, save_last=False)], steps=8).run().events == [("save", 4), ("save", 8)]
 
 
-def test_a_run_that_a_callback_stopped_saves_its_end(fake):
-    trainer = fake([Checkpoint(every=100)])
-    trainer.stop_at = 3
-    assert trainer.run().events == [("save last", 3)]
+def test_run_stopped_by_a_callback_saves_its_end(stub_trainer, stop_after):
+    assert stub_trainer([Checkpoint(every=100), stop_after(3)]).run().events == [("save last", 3)]
 
 
-def test_an_interrupted_run_is_saved_even_without_save_last(fake):
-    trainer = fake([Checkpoint(every=None, save_last=False)])
-    trainer.stop_at, trainer.interrupted = 2, True
-    assert trainer.run().events == [("save last", 2)]
+def test_interrupted_run_is_saved_even_without_save_last(stub_trainer, stop_after):
+    trainer = stub_trainer([Checkpoint(every=None, save_last=False), stop_after(2, interrupt=True)]).run()
+    assert trainer.events == [("save last", 2)]
 
 
-def test_the_newest_are_kept_beside_the_last(fake, tmp_path):
-    fake([Checkpoint(every=2, keep=2)], steps=9).run()
+def test_newest_checkpoints_and_the_last_are_kept(stub_trainer, tmp_path):
+    stub_trainer([Checkpoint(every=2, keep=2)], steps=9).run()
     assert steps(tmp_path) == [6, 8, 9]
 
 
-def test_keep_null_keeps_all(fake, tmp_path):
-    fake([Checkpoint(every=2, keep=None)], steps=7).run()
+def test_keep_null_keeps_all(stub_trainer, tmp_path):
+    stub_trainer([Checkpoint(every=2, keep=None)], steps=7).run()
     assert steps(tmp_path) == [2, 4, 6, 7]
 
 
-def test_rotation_finds_checkpoints_of_earlier_runs(fake, tmp_path, checkpoint_at):
+def test_rotation_includes_checkpoints_of_earlier_runs(stub_trainer, tmp_path, make_checkpoint):
     for step in (2, 4, 6):
-        checkpoint_at(tmp_path, step)
-    fake([Checkpoint(every=2, keep=2)], steps=8, step=6).run()
-    assert steps(tmp_path) == [4, 6, 8]  # 8 is the last, outside of the count
+        make_checkpoint(tmp_path, step)
+    stub_trainer([Checkpoint(every=2, keep=2)], steps=8, step=6).run()
+    assert steps(tmp_path) == [4, 6, 8]  # 8 is the last and does not count
 
 
-def test_the_last_of_a_run_that_was_extended_counts_as_an_ordinary_one(fake, tmp_path):
-    fake([Checkpoint(every=2, keep=2)], steps=5).run()
+def test_last_checkpoint_of_an_extended_run_is_rotated(stub_trainer, tmp_path):
+    stub_trainer([Checkpoint(every=2, keep=2)], steps=5).run()
     assert steps(tmp_path) == [2, 4, 5]
-    fake([Checkpoint(every=2, keep=2)], steps=9, step=5).run()
+    stub_trainer([Checkpoint(every=2, keep=2)], steps=9, step=5).run()
     assert steps(tmp_path) == [6, 8, 9]
 
 
-def test_checkpoints_after_the_step_resumed_from_are_left_alone(fake, tmp_path, checkpoint_at):
+def test_later_checkpoints_of_an_earlier_run_are_left_alone(stub_trainer, tmp_path, make_checkpoint):
     for step in (2, 20, 30):
-        checkpoint_at(tmp_path, step)
-    fake([Checkpoint(every=1, keep=1, save_last=False)], steps=4, step=2).run()
+        make_checkpoint(tmp_path, step)
+    stub_trainer([Checkpoint(every=1, keep=1, save_last=False)], steps=4, step=2).run()
     assert steps(tmp_path) == [4, 20, 30]
 
 
-def test_only_complete_checkpoints_are_counted_and_other_files_stay(fake, tmp_path):
+def test_rotation_ignores_incomplete_checkpoints_and_other_files(stub_trainer, tmp_path):
     (tmp_path / "checkpoint-1").mkdir()  # no trainer_state.json
     (tmp_path / "checkpoint-notes.txt").touch()
-    fake([Checkpoint(every=2, keep=1)], steps=6).run()
+    stub_trainer([Checkpoint(every=2, keep=1)], steps=6).run()
     assert steps(tmp_path) == [4, 6]
     assert (tmp_path / "checkpoint-1").is_dir() and (tmp_path / "checkpoint-notes.txt").is_file()
 
 
-def test_rotation_comes_after_the_new_checkpoint_is_complete(fake, tmp_path, checkpoint_at):
-    checkpoint_at(tmp_path, 1)
-    trainer = fake([Checkpoint(every=1, keep=1)], steps=9, step=1)
+def test_failed_save_deletes_nothing(stub_trainer, tmp_path, make_checkpoint):
+    make_checkpoint(tmp_path, 1)
+    trainer = stub_trainer([Checkpoint(every=1, keep=1)], steps=9, step=1)
 
     def full_disk(last=False, model=True):
         raise OSError("no space left on device")
@@ -100,8 +98,8 @@ def test_rotation_comes_after_the_new_checkpoint_is_complete(fake, tmp_path, che
     assert steps(tmp_path) == [1]
 
 
-def test_a_deletion_that_was_killed_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, checkpoint_at, monkeypatch):
-    path = checkpoint_at(tmp_path, 3)
+def test_killed_deletion_leaves_no_checkpoint(tmp_path, make_checkpoint, monkeypatch):
+    path = make_checkpoint(tmp_path, 3)
 
     def killed(folder):
         if folder.exists():
@@ -111,48 +109,53 @@ def test_a_deletion_that_was_killed_leaves_nothing_that_looks_like_a_checkpoint(
         patch.setattr("callbacks.checkpoint.remove", killed)
         delete(path)
     (left,) = tmp_path.iterdir()
-    assert steps(tmp_path) == [] and left.match(".*.partial")  # the trainer sweeps up .*.partial when it starts
-    delete(checkpoint_at(tmp_path, 3))  # what is left is not in the way
+    assert steps(tmp_path) == [] and left.match(".*.partial")  # the trainer removes .*.partial when it starts
+    delete(make_checkpoint(tmp_path, 3))  # the remains do not matter
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"keep": 0}, {"keep": -1}])
-def test_numbers_below_one_are_refused(options):
+def test_numbers_below_one_are_invalid(options):
     name, value = next(iter(options.items()))
     with pytest.raises(ValueError, match=f"{name} must be at least 1 or null, got {value}"):
         Checkpoint(**options)
 
 
-def test_a_real_run_leaves_checkpoints_that_a_run_can_be_resumed_from(whole, continued):
-    for run in (whole, continued):
+def test_real_run_can_be_resumed_from_its_checkpoints(complete_run, resumed_run):
+    for run in (complete_run, resumed_run):
         assert steps(run.folder) == [2, 4, 6]
         assert [checkpoint.last for checkpoint in checkpoints(run.folder)] == [False, False, True]
-    ends = [read_trainer_state(run.folder / "checkpoint-6") for run in (whole, continued)]
+    ends = [read_trainer_state(run.folder / "checkpoint-6") for run in (complete_run, resumed_run)]
     assert ends[0]["tokens"] == ends[1]["tokens"]
 
 
-# -- by the clock ------------------------------------------------------------------------------------------------------
+# -- saving by time -----------------------------------------------------------------------------------------------------
 
 
-def test_minutes_save_when_so_much_time_has_passed_since_the_last_checkpoint(fake, monkeypatch):
+def test_minutes_count_from_the_last_checkpoint(stub_trainer, monkeypatch):
     clock = Clock(monkeypatch)
     callback = Checkpoint(every=7, minutes=1, save_last=False)
-    trainer = fake([clock.ticking(20), callback], steps=13)  # twenty seconds a step
+    trainer = stub_trainer([clock.ticking(20), callback], steps=13)  # 20 seconds per step
     assert trainer.run().events == [("save", 3), ("save", 6), ("save", 7), ("save", 10), ("save", 13)]
 
 
-def test_rank_0s_clock_decides_for_all(fake, monkeypatch):
+def test_clock_of_rank_0_decides(stub_trainer, monkeypatch):
     clock = Clock(monkeypatch)
-    trainer = fake([clock.ticking(1000), Checkpoint(every=None, minutes=1, save_last=False)], steps=2, is_main=False)
-    asked = []
+    trainer = stub_trainer([clock.ticking(1000), Checkpoint(every=None, minutes=1, save_last=False)], steps=2)
+    monkeypatch.setattr(StubTrainer, "is_main", False)
+    own, reduce_sums = [], trainer.reduce_sums
 
-    def reduce_sums(sums):
-        asked.append(sums)
-        return {"due": float(trainer.step == 2)}  # so says rank 0
+    def add_rank_0(sums):
+        if set(sums) != {"due"}:
+            return reduce_sums(sums)
+        own.append(sums["due"])
+        return {"due": float(trainer.step == 2)}
 
-    trainer.reduce_sums = reduce_sums
+    trainer.reduce_sums = add_rank_0
+    trainer.save_checkpoint = lambda last=False, model=True: trainer.events.append(("save", trainer.step))
+    trainer.save_model = lambda folder: None  # rank 0 writes
     assert trainer.run().events == [("save", 2)]
-    assert asked == [{"due": False}, {"due": False}]
+    assert own == [False, False]
 
 
 class Clock:
@@ -170,7 +173,7 @@ class Clock:
         return Tick()
 
 
-# -- the best ----------------------------------------------------------------------------------------------------------
+# -- best checkpoints ----------------------------------------------------------------------------------------------------------
 
 
 def best_file(folder):
@@ -181,63 +184,63 @@ def best_file(folder):
     ("mode", "values"),
     [("min", (5.0, 3.0, 4.0, 2.0, 6.0, 2.5)), ("max", (-5.0, -3.0, -4.0, -2.0, -6.0, -2.5))],
 )
-def test_the_best_are_saved_when_they_appear_and_stay(mode, values, fake, scripted, tmp_path):
+def test_best_checkpoints_are_saved_and_kept(mode, values, stub_trainer, scripted, tmp_path):
     callback = Checkpoint(every=None, keep=1, best=2, mode=mode, save_last=False)
-    trainer = fake([scripted(*values), callback], steps=6).run()
+    trainer = stub_trainer([scripted(*values), callback], steps=6).run()
     assert trainer.events == [("save", 1), ("save", 2), ("save", 3), ("save", 4), ("save", 6)]
     assert steps(tmp_path) == [3, 4, 6]  # 4 and 6 are the best, 3 is the newest of the others
     assert best_file(tmp_path) == {"checkpoint": "checkpoint-4", "metric": "validation_loss", "value": values[3]}
 
 
-def test_rotation_never_takes_one_of_the_best(fake, scripted, tmp_path):
-    fake([scripted(1.0, 2.0, 3.0), Checkpoint(every=1, keep=1, best=2, save_last=False)], steps=9).run()
+def test_rotation_keeps_the_best(stub_trainer, scripted, tmp_path):
+    stub_trainer([scripted(1.0, 2.0, 3.0), Checkpoint(every=1, keep=1, best=2, save_last=False)], steps=9).run()
     assert steps(tmp_path) == [1, 2, 9]
 
 
-def test_one_that_is_no_longer_among_the_best_falls_back_into_the_rotation(fake, scripted, tmp_path):
+def test_former_best_checkpoint_is_rotated(stub_trainer, scripted, tmp_path):
     values = (9.0, 8.0, 7.0, 6.0, 5.0)
-    fake([scripted(*values), Checkpoint(every=None, keep=2, best=1, save_last=False)], steps=5).run()
+    stub_trainer([scripted(*values), Checkpoint(every=None, keep=2, best=1, save_last=False)], steps=5).run()
     assert steps(tmp_path) == [3, 4, 5]
 
 
-def test_of_equal_values_the_older_is_better_and_the_newer_no_reason_to_save(fake, scripted, tmp_path):
-    trainer = fake([scripted(2.0, 1.0, 1.0, 1.0), Checkpoint(every=None, best=2, save_last=False)], steps=4).run()
+def test_older_checkpoint_wins_a_tie(stub_trainer, scripted, tmp_path):
+    trainer = stub_trainer([scripted(2.0, 1.0, 1.0, 1.0), Checkpoint(every=None, best=2, save_last=False)], steps=4).run()
     assert trainer.events == [("save", 1), ("save", 2), ("save", 3)]  # step 4 ties with both
     assert best_file(tmp_path)["checkpoint"] == "checkpoint-2"
 
 
-def test_only_a_validation_at_its_own_step_gives_a_checkpoint_its_value(fake, scripted, tmp_path):
-    fake([scripted(None, 1.0, None, 3.0), Checkpoint(every=3, keep=1, best=3, save_last=False)], steps=6).run()
+def test_value_of_a_checkpoint_is_from_its_own_step(stub_trainer, scripted, tmp_path):
+    stub_trainer([scripted(None, 1.0, None, 3.0), Checkpoint(every=3, keep=1, best=3, save_last=False)], steps=6).run()
     assert steps(tmp_path) == [2, 4, 6]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_is_never_the_best(value, fake, scripted, tmp_path):
-    trainer = fake([scripted(value, 3.0, value), Checkpoint(every=None, best=3, save_last=False)], steps=3).run()
+def test_non_finite_value_is_never_the_best(value, stub_trainer, scripted, tmp_path):
+    trainer = stub_trainer([scripted(value, 3.0, value), Checkpoint(every=None, best=3, save_last=False)], steps=3).run()
     assert trainer.events == [("save", 2)]
 
 
-def test_the_order_of_the_callbacks_does_not_matter(fake, scripted, tmp_path):
-    fake([Checkpoint(every=None, best=1, save_last=False), scripted(3.0, 1.0, 2.0)], steps=3).run()
+def test_order_of_callbacks_does_not_matter(stub_trainer, scripted, tmp_path):
+    stub_trainer([Checkpoint(every=None, best=1, save_last=False), scripted(3.0, 1.0, 2.0)], steps=3).run()
     assert best_file(tmp_path)["checkpoint"] == "checkpoint-2"
 
 
-def test_a_metric_that_is_not_measured_is_refused_with_those_that_are(fake, scripted):
+def test_unknown_metric_error_lists_known_metrics(stub_trainer, scripted):
     with pytest.raises(ValueError, match="Checkpoint: unknown metric 'accuracy'; validation reports validation_loss"):
-        fake([scripted(1.0), Checkpoint(best=1, metric="accuracy")]).run()
+        stub_trainer([scripted(1.0), Checkpoint(best=1, metric="accuracy")]).run()
 
 
-def test_the_best_of_nothing_held_out_is_refused(fake):
-    trainer = fake([Checkpoint(best=1)])
+def test_best_needs_validation_samples(stub_trainer):
+    trainer = stub_trainer([Checkpoint(best=1)])
     trainer.data.validation = None
     with pytest.raises(ValueError, match="Checkpoint needs validation samples"):
         trainer.run()
-    fake([Checkpoint()]).run()  # without best nobody asks
+    stub_trainer([Checkpoint()]).run()  # not needed without best
 
 
-def test_a_run_from_the_start_forgets_the_best_of_an_earlier_one(fake, scripted, tmp_path):
+def test_new_run_forgets_the_best_of_an_earlier_one(stub_trainer, scripted, tmp_path):
     (tmp_path / "best.json").write_text("{}")
-    trainer = fake([Checkpoint(every=None, best=1, save_last=False)], steps=1).run()
+    trainer = stub_trainer([Checkpoint(every=None, best=1, save_last=False)], steps=1).run()
     assert trainer.events == [] and not (tmp_path / "best.json").exists()
 
 
@@ -248,7 +251,7 @@ def by_best(**changes):
     return Checkpoint(**{"every": 3, "keep": 1, "best": 2, "save_last": False, **changes})
 
 
-def test_a_resumed_run_knows_the_best_of_before(fit, scripted, fail_after, tmp_path):
+def test_resumed_run_keeps_the_ranking(fit, scripted, fail_after, tmp_path):
     fit(tmp_path / "whole", {"values": scripted(*VALUES), "checkpoint": by_best()})
     fit(tmp_path / "run", {"values": scripted(*VALUES), "checkpoint": by_best(), "fail": fail_after(3)})
     assert steps(tmp_path / "run") == [1, 2, 3] and best_file(tmp_path / "run")["checkpoint"] == "checkpoint-2"
@@ -258,18 +261,23 @@ def test_a_resumed_run_knows_the_best_of_before(fit, scripted, fail_after, tmp_p
     assert best_file(tmp_path / "run") == best_file(tmp_path / "whole")
     assert best_file(tmp_path / "run") == {"checkpoint": "checkpoint-4", "metric": "validation_loss", "value": 1.0}
     state = read_trainer_state(tmp_path / "run" / "checkpoint-4")["callbacks"]["checkpoint"]
-    assert state["best"] == [[4, 1.0], [2, 2.0]]  # a checkpoint knows of itself
+    assert state["best"] == [[4, 1.0], [2, 2.0]]  # the checkpoint includes itself
 
 
-def test_resumed_from_an_older_checkpoint_the_best_are_those_of_that_time(fit, scripted, tmp_path):
+def test_ranking_is_that_of_the_resumed_checkpoint(fit, scripted, tmp_path):
     fit(tmp_path / "run", {"values": scripted(*VALUES), "checkpoint": by_best()})
     worse = (None,) * 2 + (9.0,) * 4
     checkpoint = tmp_path / "run" / "checkpoint-2"
-    fit(tmp_path / "run", {"values": scripted(*worse), "checkpoint": by_best(best=1)}, resume=str(checkpoint), max_steps=3)
+    fit(
+        tmp_path / "run",
+        {"values": scripted(*worse), "checkpoint": by_best(best=1)},
+        resume=str(checkpoint),
+        max_steps=3,
+    )
     assert best_file(tmp_path / "run")["checkpoint"] == "checkpoint-2" and 2 in steps(tmp_path / "run")
 
 
-def test_a_best_one_that_somebody_deleted_is_forgotten(fit, scripted, tmp_path):
+def test_deleted_best_checkpoint_is_forgotten(fit, scripted, tmp_path):
     uses = {"values": scripted(1.0, 3.0, None, 2.0), "checkpoint": by_best(keep=None, every=2)}
     fit(tmp_path / "run", uses, max_steps=2)
     delete(tmp_path / "run" / "checkpoint-1")
@@ -277,15 +285,15 @@ def test_a_best_one_that_somebody_deleted_is_forgotten(fit, scripted, tmp_path):
     assert best_file(tmp_path / "run") == {"checkpoint": "checkpoint-4", "metric": "validation_loss", "value": 2.0}
 
 
-def test_the_best_by_another_metric_or_mode_are_forgotten():
+def test_ranking_of_another_metric_or_mode_is_forgotten():
     old = {"metric": "validation_loss", "mode": "min", "best": [[4, 1.0], [2, 2.0]]}
     for callback, kept in ((by_best(best=1), [[4, 1.0]]), (by_best(mode="max"), []), (by_best(metric="accuracy"), [])):
         callback.load_state_dict(old)
         assert callback.state_dict()["best"] == kept
-    by_best().load_state_dict({})  # of a checkpoint from before there was a state
+    by_best().load_state_dict({})  # of a checkpoint saved by a version without this state
 
 
-def test_without_model_the_checkpoints_hold_only_the_training_state(fit, tmp_path):
+def test_model_false_saves_only_the_training_state(fit, tmp_path):
     fit(tmp_path / "run", {"checkpoint": Checkpoint(every=1, model=False)}, max_steps=1)
     assert not list((tmp_path / "run" / "checkpoint-1").glob("*.safetensors"))
     assert (tmp_path / "run" / "checkpoint-1" / "training_state").is_dir()
@@ -300,6 +308,6 @@ def test_without_model_the_checkpoints_hold_only_the_training_state(fit, tmp_pat
         ({"mode": "most"}, "mode must be min or max, got 'most'"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options, message):
+def test_invalid_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         Checkpoint(**options)

@@ -11,49 +11,47 @@ def messages(folder):
     return [line[27:] for line in (folder / "log.txt").read_text().splitlines()]
 
 
-def test_each_line_begins_with_its_time(whole):
-    for line in (whole.folder / "log.txt").read_text().splitlines():
+def test_lines_begin_with_a_timestamp(complete_run):
+    for line in (complete_run.folder / "log.txt").read_text().splitlines():
         assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  \S", line)
 
 
-def test_a_run_is_told_from_begin_to_end(whole):
-    lines = messages(whole.folder)
+def test_run_is_logged_from_start_to_end(complete_run):
+    lines = messages(complete_run.folder)
     assert lines[0] == "start: 6 steps on 1 x cpu"
     assert lines[1].startswith("validation at step 0: loss ")
     assert lines[2].startswith("step 1 · epoch 0.3636 · loss ")
-    assert f"checkpoint: {whole.folder / 'checkpoint-4'}" in lines
+    assert f"checkpoint: {complete_run.folder / 'checkpoint-4'}" in lines
     assert lines[-1].startswith("finished: step 6/6, ")
 
 
-def test_an_exception_is_there_with_its_traceback(killed):
-    text = (killed.folder / "log.txt").read_text()
+def test_exception_is_logged_with_its_traceback(crashed_run):
+    text = (crashed_run.folder / "log.txt").read_text()
     assert "failed after step 5\nTraceback (most recent call last):\n" in text
     assert text.endswith("RuntimeError: the disk is on fire\n")
 
 
-def test_a_resumed_run_appends(continued, killed):
-    before, text = ((run.folder / "log.txt").read_text() for run in (killed, continued))
+def test_resumed_run_appends(resumed_run, crashed_run):
+    before, text = ((run.folder / "log.txt").read_text() for run in (crashed_run, resumed_run))
     assert text.startswith(before) and "  resume from step 4: 6 steps on 1 x cpu\n" in text[len(before) :]
 
 
-def test_metrics_are_logged_every_n_steps_and_at_the_last(fake, tmp_path):
-    fake([FileLog(every=3)], steps=8).run()
-    assert re.findall(r"step (\d) · loss", (tmp_path / "log.txt").read_text()) == ["1", "4", "7", "8"]
+def test_metrics_are_logged_every_n_steps_and_at_the_end(stub_trainer, tmp_path):
+    stub_trainer([FileLog(every=3)], steps=8).run()
+    assert re.findall(r"step (\d) · epoch", (tmp_path / "log.txt").read_text()) == ["1", "4", "7", "8"]
 
 
-def test_metrics_are_logged_by_the_clock_and_at_the_last_step(fake, tmp_path, monkeypatch):
+def test_metrics_are_logged_by_time_and_at_the_end(stub_trainer, tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr("callbacks.file_log.time.monotonic", lambda: next(clock))
-    fake([FileLog(interval=30)], steps=8).run()
-    assert re.findall(r"step (\d) · loss", (tmp_path / "log.txt").read_text()) == ["1", "4", "7", "8"]
+    stub_trainer([FileLog(interval=30)], steps=8).run()
+    assert re.findall(r"step (\d) · epoch", (tmp_path / "log.txt").read_text()) == ["1", "4", "7", "8"]
 
 
-@pytest.mark.parametrize(("interrupted", "word"), [(True, "interrupted"), (False, "stopped early")])
-def test_an_early_end_is_called_by_its_name(fake, tmp_path, interrupted, word):
-    trainer = fake([FileLog()])
-    trainer.stop_at, trainer.interrupted = 2, interrupted
-    trainer.run()
-    assert messages(tmp_path)[-1] == f"{word}: step 2/6, 200 tokens"
+@pytest.mark.parametrize(("interrupt", "event"), [(True, "interrupted"), (False, "stopped early")])
+def test_early_end_is_logged_with_its_reason(stub_trainer, stop_after, tmp_path, interrupt, event):
+    stub_trainer([FileLog(), stop_after(2, interrupt)]).run()
+    assert messages(tmp_path)[-1] == f"{event}: step 2/6, 200 tokens"
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -61,6 +59,6 @@ def test_an_early_end_is_called_by_its_name(fake, tmp_path, interrupted, word):
     ({"every": 0}, "every must be at least 1 or null, got 0"),
     ({"interval": -1.0}, "interval must be at least 0, got -1.0"),
 ])  # fmt: skip
-def test_impossible_options_are_refused(options, message):
+def test_invalid_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         FileLog(**options)

@@ -10,8 +10,8 @@ from callbacks.loss_plot import plot_run
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def test_a_picture_is_there_while_the_run_goes_on_and_nothing_beside_it(fake, tmp_path):
-    trainer = fake([LossPlot(every=2)])
+def test_picture_is_written_during_the_run_without_other_files(stub_trainer, tmp_path):
+    trainer = stub_trainer([LossPlot(every=2)])
     trainer.call("on_fit_start")
     for trainer.step in (1, 2):
         assert list(tmp_path.iterdir()) == []
@@ -20,16 +20,16 @@ def test_a_picture_is_there_while_the_run_goes_on_and_nothing_beside_it(fake, tm
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
 
 
-def test_it_is_drawn_every_n_steps_and_at_the_end(fake, monkeypatch):
+def test_drawn_every_n_steps_and_at_the_end(stub_trainer, monkeypatch):
     drawn = []
     monkeypatch.setattr(
         LossPlot, "_draw", lambda self, trainer: drawn.append(trainer.step) or setattr(self, "_drawn_at", trainer.step)
     )
-    fake([LossPlot(every=4)], steps=10).run()
+    stub_trainer([LossPlot(every=4)], steps=10).run()
     assert drawn == [4, 8, 10]
 
 
-def test_the_picture_has_raw_and_smoothed_losses_validations_and_the_learning_rate():
+def test_plot_has_losses_validation_and_learning_rate():
     figure = plot_run([[1, 2], [3.0, 2.0], [3.0, 2.5], [0.1, 0.2]], [[2], [2.2]], smoothing=0.9)
     losses, rate = figure.axes
     assert [list(line.get_ydata()) for line in losses.lines] == [[3.0, 2.0], [3.0, 2.5], [2.2]]
@@ -38,83 +38,83 @@ def test_the_picture_has_raw_and_smoothed_losses_validations_and_the_learning_ra
     assert (losses.get_xlabel(), losses.get_ylabel()) == ("optimizer steps", "loss (nats per token)")
 
 
-def test_without_smoothing_and_validations_there_is_one_curve():
+def test_no_smoothing_and_no_validation_gives_one_curve():
     figure = plot_run([[1, 2], [3.0, 2.0], [3.0, 2.0], [0.1, 0.2]], [[], []], smoothing=0.0)
     assert len(figure.axes[0].lines) == 1
 
 
-def test_the_average_is_right_from_the_first_value_on(fake):
+def test_moving_average_is_bias_corrected(stub_trainer):
     plot = LossPlot(smoothing=0.5)
-    trainer = fake([plot])
+    trainer = stub_trainer([plot])
     for loss in (4.0, 1.0, 7.0):
         trainer.call("on_log", {"loss": loss, "lr": 0.1})
     expected = [4.0, (0.5 * 4 + 1) / 1.5, (0.25 * 4 + 0.5 * 1 + 7) / 1.75]
     assert plot.state_dict()["training"]["columns"][2] == pytest.approx(expected)
 
 
-def test_losses_that_are_not_finite_leave_a_gap(fake, tmp_path):
+def test_non_finite_losses_are_left_out(stub_trainer, tmp_path):
     plot = LossPlot()
-    trainer = fake([plot])
+    trainer = stub_trainer([plot])
     for loss in (4.0, math.nan, math.inf, 3.0):
         trainer.call("on_log", {"loss": loss, "lr": 0.1})
-    trainer.call("on_log", {"lr": 0.1})  # steps without any target
+    trainer.call("on_log", {"lr": 0.1})  # a step without targets
     assert plot.state_dict()["training"]["columns"][1] == [4.0, 3.0]
 
 
-def test_long_runs_are_thinned_evenly_and_the_average_stays_the_same(fake, monkeypatch):
+def test_downsampling_is_even_and_keeps_the_average(stub_trainer, monkeypatch):
     def curve(limit):
         monkeypatch.setattr("callbacks.loss_plot._MAX_POINTS", limit)
         plot = LossPlot(every=10_000)
-        trainer = fake([plot])
+        trainer = stub_trainer([plot])
         for step in range(1, 1001):
             trainer.step = step
             trainer.call("on_log", {"loss": math.sin(step), "lr": 0.1})
         return plot.state_dict()["training"]["columns"]
 
-    thin, full = curve(50), curve(10_000)
-    steps = thin[0]
+    downsampled, full = curve(50), curve(10_000)
+    steps = downsampled[0]
     assert 25 <= len(steps) <= 50
     assert {b - a for a, b in zip(steps, steps[1:], strict=False)} == {32}
     kept = dict(zip(full[0], full[2], strict=True))
-    assert thin[2] == [kept[step] for step in steps]
+    assert downsampled[2] == [kept[step] for step in steps]
 
 
-def test_a_resumed_run_continues_the_curve(continued, whole):
-    assert continued.callbacks["plot"].state_dict() == whole.callbacks["plot"].state_dict()
-    state = whole.callbacks["plot"].state_dict()
+def test_resumed_run_continues_the_curve(resumed_run, complete_run):
+    assert resumed_run.callbacks["plot"].state_dict() == complete_run.callbacks["plot"].state_dict()
+    state = complete_run.callbacks["plot"].state_dict()
     assert state["training"]["columns"][0] == [1, 2, 3, 4, 5, 6] and state["validation"]["columns"][0] == [0, 3, 6]
 
 
-def test_its_state_is_a_copy(fake):
+def test_state_is_a_copy(stub_trainer):
     plot = LossPlot()
-    trainer = fake([plot])
+    trainer = stub_trainer([plot])
     trainer.call("on_log", {"loss": 1.0, "lr": 0.1})
     state = plot.state_dict()
     trainer.call("on_log", {"loss": 1.0, "lr": 0.1})
     assert len(state["training"]["columns"][0]) == 1
 
 
-def test_a_second_run_from_the_start_has_an_empty_picture(fake):
+def test_second_run_starts_with_an_empty_picture(stub_trainer):
     plot = LossPlot()
     for _ in range(2):
-        fake([plot]).run()
+        stub_trainer([plot]).run()
     assert plot.state_dict()["training"]["columns"][0] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_real_run_leaves_a_picture(whole):
-    assert (whole.folder / "loss.png").read_bytes().startswith(PNG)
+def test_real_run_writes_a_picture(complete_run):
+    assert (complete_run.folder / "loss.png").read_bytes().startswith(PNG)
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"every": 0}, "every must be at least 1, got 0"),
     ({"smoothing": 1.0}, r"smoothing must be in \[0, 1\), got 1.0"),
 ])  # fmt: skip
-def test_impossible_options_are_refused(options, message):
+def test_invalid_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         LossPlot(**options)
 
 
-def test_preferences_have_a_second_panel_with_accuracies_and_margins(fake):
+def test_preferences_have_a_second_panel(stub_trainer):
     training = [[1, 2], [0.7, 0.6], [0.7, 0.65], [0.1, 0.1]]
     figure = plot_run(training, [[], []], 0.9, rewards=[[1, 2], [0.5, 0.75], [0.0, 0.1]])
     losses, _, accuracies, margins = figure.axes
@@ -122,16 +122,16 @@ def test_preferences_have_a_second_panel_with_accuracies_and_margins(fake):
     assert losses.get_ylabel() == "loss"
 
 
-def test_rewards_that_are_logged_are_drawn_and_survive_a_resume(fake):
+def test_rewards_are_kept_in_the_state(stub_trainer):
     plot = LossPlot()
-    trainer = fake([plot])
-    trainer.metrics = {"rewards/accuracies": 0.75, "rewards/margins": 0.2}
+    trainer = stub_trainer([plot])
+    trainer.task.extra_metrics = {"rewards/accuracies": 0.75, "rewards/margins": 0.2}
     trainer.run()
     again = LossPlot()
     again.load_state_dict(plot.state_dict())
     assert again.state_dict()["rewards"]["columns"] == [[1, 2, 3, 4, 5, 6], [0.75] * 6, [0.2] * 6]
 
 
-def test_a_checkpoint_from_before_there_were_rewards_is_continued():
+def test_state_without_rewards_loads():
     old = {name: part for name, part in LossPlot().state_dict().items() if name != "rewards"}
     LossPlot().load_state_dict(old)

@@ -9,8 +9,8 @@ from bumblebee.training.jsonl_log import json_line, truncate_after
 from callbacks import MetricsHistory
 
 
-def test_there_is_a_line_for_each_logged_step_and_each_validation(whole, read_lines):
-    lines = read_lines(whole.folder / "metrics.jsonl")
+def test_one_line_per_logged_step_and_validation(complete_run, read_lines):
+    lines = read_lines(complete_run.folder / "metrics.jsonl")
     training = [line for line in lines if "loss" in line]
     validations = [line for line in lines if "validation_loss" in line]
     assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
@@ -19,28 +19,28 @@ def test_there_is_a_line_for_each_logged_step_and_each_validation(whole, read_li
     assert validations[1]["epoch"] == 1.0 and validations[1]["validation_perplexity"] > 1
 
 
-def test_seconds_grow_and_go_on_after_a_resume(continued, killed, read_lines):
-    lines = read_lines(continued.folder / "metrics.jsonl")
+def test_seconds_continue_after_a_resume(resumed_run, crashed_run, read_lines):
+    lines = read_lines(resumed_run.folder / "metrics.jsonl")
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds)
     at_step = {line["step"]: line["seconds"] for line in lines}
-    before = {line["step"]: line["seconds"] for line in read_lines_of_killed(killed)}
+    before = {line["step"]: line["seconds"] for line in lines_of_crashed_run(crashed_run)}
     assert at_step[4] == before[4] < at_step[5]
 
 
-def read_lines_of_killed(run):
+def lines_of_crashed_run(run):
     return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
-def test_after_a_resume_each_step_is_there_once_with_the_numbers_of_an_uninterrupted_run(continued, whole, read_lines):
+def test_resumed_run_has_the_metrics_of_an_uninterrupted_one(resumed_run, complete_run, read_lines):
     def numbers(run):
         lines = read_lines(run.folder / "metrics.jsonl")
         return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
-    assert numbers(continued) == numbers(whole)
+    assert numbers(resumed_run) == numbers(complete_run)
 
 
-def test_lines_past_the_step_and_a_line_cut_by_a_kill_are_removed(tmp_path):
+def test_truncation_removes_later_and_incomplete_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1.0}\n{"step": 3}\n{"step": 4, "lo')
     truncate_after(path, 2)
@@ -48,27 +48,27 @@ def test_lines_past_the_step_and_a_line_cut_by_a_kill_are_removed(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_cut_line_is_dropped_even_if_its_bytes_are_no_text(tmp_path):
+def test_incomplete_line_with_invalid_utf8_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2, "\xc3')
     truncate_after(path, 5)
     assert path.read_text() == '{"step": 1}\n'
 
 
-def test_a_whole_line_that_lacks_only_its_end_is_kept(tmp_path):
+def test_complete_line_without_newline_is_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}')
     truncate_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_a_run_from_the_start_begins_an_empty_file(fake, tmp_path, read_lines):
+def test_new_run_starts_an_empty_file(stub_trainer, tmp_path, read_lines):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "validation_loss": 9}\n{"step": 1, "loss": 9}\n')
-    fake([MetricsHistory()], steps=2).run()
+    stub_trainer([MetricsHistory()], steps=2).run()
     assert [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")] == [2.0, 1.0]
 
 
-def test_the_old_file_stays_whole_when_the_cut_is_killed(tmp_path, monkeypatch):
+def test_truncation_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
 
@@ -81,8 +81,8 @@ def test_the_old_file_stays_whole_when_the_cut_is_killed(tmp_path, monkeypatch):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_each_line_is_in_the_file_when_the_hook_returns(fake, tmp_path):
-    trainer = fake([MetricsHistory("logs/numbers.jsonl")])
+def test_line_is_written_when_the_hook_returns(stub_trainer, tmp_path):
+    trainer = stub_trainer([MetricsHistory("logs/numbers.jsonl")])
     trainer.call("on_fit_start")
     trainer.call("on_log", {"step": 1, "loss": 2.0})
     assert json.loads((tmp_path / "logs/numbers.jsonl").read_text())["loss"] == 2.0
@@ -93,13 +93,13 @@ def test_nan_and_infinity_become_null():
     assert line == '{"step": 3, "loss": null, "grad_norm": null, "lr": 0.1}\n'
 
 
-def test_seconds_continue_from_the_state(fake, tmp_path, read_lines):
+def test_seconds_continue_from_the_state(stub_trainer, tmp_path, read_lines):
     history = MetricsHistory()
     history.load_state_dict({"seconds": 1000.0})
-    fake([history], step=5).run()
+    stub_trainer([history], step=5).run()
     assert 1000.0 <= read_lines(tmp_path / "metrics.jsonl")[-1]["seconds"] < 1010.0
 
 
-def test_an_empty_file_name_is_refused():
+def test_empty_file_name_raises():
     with pytest.raises(ValueError, match="file must be a name, got ''"):
         MetricsHistory("")

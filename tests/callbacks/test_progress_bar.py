@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
 
 
 def terminal(monkeypatch) -> Terminal:
-    """A terminal of 120 columns. No fixture: pytest puts its own streams in place between the fixtures and the test."""
+    """A terminal of 120 columns. Not a fixture: pytest replaces the streams between fixtures and test."""
     screen = Terminal()
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setattr("sys.stderr", screen)
@@ -23,40 +23,40 @@ def terminal(monkeypatch) -> Terminal:
     return screen
 
 
-def test_without_a_terminal_there_are_plain_lines_the_first_and_the_last(fake, capsys):
-    fake([ProgressBar(interval=1000)], steps=6).run()
+def test_lines_show_the_first_and_the_last_step(stub_trainer, capsys):
+    stub_trainer([ProgressBar(interval=1000)], steps=6).run()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" · ")[0] for line in lines] == ["step 1/6", "step 6/6"]
     assert re.fullmatch(r"step 6/6 · loss 0\.3333 · lr 0\.0100 · \S+ ?\w? tokens/s · 0:00:00 left", lines[-1])
 
 
-def test_plain_lines_keep_their_distance(fake, capsys, monkeypatch):
-    clock = iter(range(0, 10_000, 10))  # every look at the clock is ten seconds later
+def test_lines_are_printed_at_intervals(stub_trainer, capsys, monkeypatch):
+    clock = iter(range(0, 10_000, 10))  # each reading of the clock is ten seconds later
     monkeypatch.setattr("callbacks.progress_bar.time.monotonic", lambda: next(clock))
-    fake([ProgressBar(interval=95)], steps=40).run()
-    shown = [int(found) for found in re.findall(r"step (\d+)/40", capsys.readouterr().out)]
-    assert shown == [1, 6, 11, 16, 21, 26, 31, 36, 40]  # two looks a step
+    stub_trainer([ProgressBar(interval=95)], steps=40).run()
+    shown = [int(step) for step in re.findall(r"step (\d+)/40", capsys.readouterr().out)]
+    assert shown == [1, 6, 11, 16, 21, 26, 31, 36, 40]  # two readings per step
 
 
-def test_a_last_line_that_is_shown_already_is_not_repeated(fake, capsys):
-    fake([ProgressBar(interval=0)], steps=3).run()
+def test_last_line_is_not_repeated(stub_trainer, capsys):
+    stub_trainer([ProgressBar(interval=0)], steps=3).run()
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
-def test_time_left_counts_only_the_steps_of_this_start(fake, capsys, monkeypatch):
+def test_time_left_counts_steps_of_this_start_only(stub_trainer, capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("callbacks.progress_bar.time.monotonic", lambda: now[0])
-    trainer = fake([ProgressBar()], steps=1000, step=990)
+    trainer = stub_trainer([ProgressBar()], steps=1000, step=990)
     trainer.call("on_fit_start")
     now[0], trainer.step = 20.0, 991
     trainer.call("on_log", {"loss": 1.0})
     assert "step 991/1,000" in (line := capsys.readouterr().out) and "0:03:00 left" in line
 
 
-def test_tokens_per_second_leave_out_validations_and_checkpoints(fake, capsys, monkeypatch, tmp_path):
+def test_tokens_per_second_exclude_validation_and_saving(stub_trainer, capsys, monkeypatch, tmp_path):
     now = [0.0]
     monkeypatch.setattr("callbacks.progress_bar.time.monotonic", lambda: now[0])
-    trainer = fake([ProgressBar(interval=0)], steps=9)
+    trainer = stub_trainer([ProgressBar(interval=0)], steps=9)
     trainer.call("on_fit_start")
     for trainer.step in range(1, 5):
         now[0] += 1.0
@@ -71,51 +71,51 @@ def test_tokens_per_second_leave_out_validations_and_checkpoints(fake, capsys, m
     assert re.findall(r"(\S+) tokens/s", capsys.readouterr().out) == ["50"] * 4
 
 
-def test_the_bar_is_closed_before_other_callbacks_speak_at_the_end(fake, monkeypatch):
-    class Speaker(Callback):
+def test_bar_closes_before_other_callbacks_print_at_the_end(stub_trainer, monkeypatch):
+    class PrintAtEnd(Callback):
         def on_fit_end(self, trainer):
             print("the end", flush=True)
 
     screen = terminal(monkeypatch)
-    fake([Speaker(), ProgressBar(refresh=0)], steps=2).run()
+    stub_trainer([PrintAtEnd(), ProgressBar(refresh=0)], steps=2).run()
     assert screen.getvalue().endswith("\nthe end\n")
 
 
-def test_a_validation_has_a_line_of_its_own_whatever_the_order_of_callbacks(fake, capsys):
-    for uses in ([ProgressBar(), Validation(at_start=True)], [Validation(at_start=True), ProgressBar()]):
-        fake(uses, steps=3).run()
+def test_validation_has_its_own_line_in_any_callback_order(stub_trainer, capsys):
+    for callbacks in ([ProgressBar(), Validation(at_start=True)], [Validation(at_start=True), ProgressBar()]):
+        stub_trainer(callbacks, steps=3).run()
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == "validation at step 0: loss 2.5000"
         assert "validation at step 3: loss 2.5000" in lines
 
 
-def test_on_a_terminal_there_is_a_bar_with_the_numbers(fake, monkeypatch):
+def test_terminal_shows_a_bar_with_metrics(stub_trainer, monkeypatch):
     screen = terminal(monkeypatch)
-    fake([ProgressBar(refresh=0), Validation()], steps=3).run()
+    stub_trainer([ProgressBar(refresh=0), Validation()], steps=3).run()
     text = screen.getvalue()
     assert "3/3 steps" in text and "loss 0.6667" in text and "lr 0.0100" in text and "tokens/s" in text
     assert re.search(r"(^|[\r\n])validation at step 3: loss 2\.5000\n", text)
     assert text.endswith("\n")
 
 
-def test_the_bar_of_a_resumed_run_begins_at_its_step(fake, monkeypatch):
+def test_bar_of_a_resumed_run_starts_at_its_step(stub_trainer, monkeypatch):
     screen = terminal(monkeypatch)
-    fake([ProgressBar(refresh=0)], steps=10, step=8).run()
+    stub_trainer([ProgressBar(refresh=0)], steps=10, step=8).run()
     shown = re.findall(r"(\d+)/10 steps", screen.getvalue())
     assert shown[0] == "9" and shown[-1] == "10"
 
 
-def test_nothing_is_drawn_before_the_first_step(fake, monkeypatch):
+def test_nothing_is_drawn_before_the_first_step(stub_trainer, monkeypatch):
     screen = terminal(monkeypatch)
     bar = ProgressBar(refresh=0)
-    fake([bar]).call("on_fit_start")
+    stub_trainer([bar]).call("on_fit_start")
     assert screen.getvalue() == ""
 
 
-def test_an_exception_ends_the_bar_on_a_line_of_its_own(fake, monkeypatch):
+def test_exception_closes_the_bar(stub_trainer, monkeypatch):
     screen = terminal(monkeypatch)
     bar = ProgressBar(refresh=0)
-    trainer = fake([bar])
+    trainer = stub_trainer([bar])
     trainer.call("on_fit_start")
     trainer.step = 1
     trainer.call("on_log", {"loss": 1.0})
@@ -127,11 +127,11 @@ def test_an_exception_ends_the_bar_on_a_line_of_its_own(fake, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["refresh", "interval"])
-def test_negative_seconds_are_refused(name):
+def test_negative_seconds_raise(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
         ProgressBar(**{name: -1.0})
 
 
-def test_a_real_run_shows_each_step(whole, continued):
-    assert re.findall(r"step (\d)/6 · loss", whole.text) == list("123456")
-    assert re.findall(r"step (\d)/6 · loss", continued.text) == list("56")
+def test_real_run_shows_each_step(complete_run, resumed_run):
+    assert re.findall(r"step (\d)/6 · loss", complete_run.text) == list("123456")
+    assert re.findall(r"step (\d)/6 · loss", resumed_run.text) == list("56")

@@ -8,40 +8,40 @@ from callbacks import RunSummary
 
 
 @pytest.fixture(scope="session")
-def summary(whole):
-    return json.loads((whole.folder / "summary.json").read_text())
+def summary(complete_run):
+    return json.loads((complete_run.folder / "summary.json").read_text())
 
 
-def test_the_model_is_described(summary):
+def test_model_section(summary):
     model = summary["model"]
     assert model["class"] == "Bumblebee" and model["attention"] == "sdpa"
     assert model["parameters"] == model["trainable_parameters"] == 20_768
     assert [model[name] for name in ("layers", "hidden_size", "heads", "kv_heads", "vocabulary")] == [2, 32, 4, 2, 64]
 
 
-def test_the_plan_says_how_many_samples_make_a_step(summary):
+def test_plan_section(summary):
     assert summary["plan"] == {
         "epochs": 2.0, "steps_per_epoch": 3, "steps": 6, "micro_batch_size": 4, "accumulate": 2, "ranks": 1,
         "samples_per_step": 8,
     }  # fmt: skip
 
 
-def test_optimizer_groups_have_rates_and_sizes(summary):
+def test_optimizer_section(summary):
     assert summary["optimizer"]["class"] == "AdamW"
-    rates = [(group["learning_rate"], group["weight_decay"]) for group in summary["optimizer"]["groups"]]
-    assert rates == [(0.01, 0.1), (0.01, 0.0)]
+    options = [(group["learning_rate"], group["weight_decay"]) for group in summary["optimizer"]["groups"]]
+    assert options == [(0.01, 0.1), (0.01, 0.0)]
     assert sum(group["parameters"] for group in summary["optimizer"]["groups"]) == summary["model"]["parameters"]
 
 
-def test_data_schedule_device_and_callbacks_are_named(summary):
+def test_data_schedule_device_and_callback_sections(summary):
     assert summary["data"] == {"class": "RandomTokens", "training samples": 22, "validation samples": 4}
     assert summary["schedule"] == {"class": "Linear", "warmup_ratio": 0.5, "warmup_steps": None, "min_ratio": 0.0}
     assert summary["device"] == {"device": "cpu", "name": None, "precision": "fp32", "zero_stage": 1}
     assert summary["callbacks"]["checkpoint"] == "Checkpoint" and len(summary["callbacks"]) == 8
 
 
-def test_the_block_is_printed_before_the_first_step(whole):
-    begin, _, rest = whole.text.partition("step 1/6")
+def test_summary_is_printed_before_the_first_step(complete_run):
+    begin, _, rest = complete_run.text.partition("step 1/6")
     assert begin.startswith("Bumblebee ") and "Bumblebee 0" not in rest
     for part in (
         "model      Bumblebee, 20.8 k parameters, all trainable, layers 2, hidden size 32, heads 4, kv heads 2, vocabulary 64,"
@@ -51,18 +51,18 @@ def test_the_block_is_printed_before_the_first_step(whole):
         "device     1 x cpu, fp32, ZeRO stage 1\n",
         "optimizer  AdamW: lr 0.01, weight decay 0.1 for ",
         "gradient clip 1\n",
-        f"output     {whole.folder}\n",
+        f"output     {complete_run.folder}\n",
     ):
         assert part in begin
 
 
-def test_a_resumed_run_says_from_where_and_keeps_the_first_rate(continued, summary):
-    resumed = json.loads((continued.folder / "summary.json").read_text())
-    assert resumed["run"]["resumed_from_step"] == 4 and "resumed    from step 4\n" in continued.text
-    assert resumed["optimizer"] == summary["optimizer"]  # not the schedule's rate of that step
+def test_resumed_run_shows_its_step_and_the_initial_lr(resumed_run, summary):
+    resumed = json.loads((resumed_run.folder / "summary.json").read_text())
+    assert resumed["run"]["resumed_from_step"] == 4 and "resumed    from step 4\n" in resumed_run.text
+    assert resumed["optimizer"] == summary["optimizer"]  # the initial learning rate, not that of the step
 
 
-def test_parameters_are_counted_whole_under_zero_3(fit, tmp_path):
+def test_zero_3_counts_whole_parameters(fit, tmp_path):
     run = fit(tmp_path / "run", {"summary": RunSummary()}, max_steps=1, zero_stage=3)
     assert run.error is None
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -26,7 +26,7 @@ def losses(read_lines, run):
     return [line["loss"] for line in read_lines(run.folder / "metrics.jsonl")]
 
 
-def test_texts_are_written_and_printed_every_so_many_steps_and_at_the_end(sampled, read_lines):
+def test_samples_are_written_every_n_steps_and_at_the_end(sampled, read_lines):
     lines = read_lines(sampled.folder / "samples.jsonl")
     assert [(line["step"], line["prompt"]) for line in lines] == [(step, prompt) for step in (4, 6) for prompt in PROMPTS]
     assert all(line["text"] for line in lines)
@@ -35,13 +35,17 @@ def test_texts_are_written_and_printed_every_so_many_steps_and_at_the_end(sample
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"precision": "bf16", "zero_stage": 0}, {"precision": "bf16", "zero_stage": 2}, {"zero_stage": 3}]
-)
-def test_training_is_the_same_to_the_last_bit_with_samples_and_without(options, fit, tokenizer, tmp_path, read_lines):
+    ("precision", "stage"),
+    [
+        ("bf16", 0), ("fp32", 3), pytest.param("fp32", 1, marks=pytest.mark.slow),
+        pytest.param("bf16", 2, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_sampling_does_not_change_training(precision, stage, fit, tokenizer, tmp_path, read_lines):
     runs = []
     for name, more in (("with", {"samples": Samples(PROMPTS, every=1, max_new_tokens=3)}), ("without", {})):
-        uses = {"history": MetricsHistory(), "state": RandomState(), "modes": Modes(), **more}
-        runs.append(fit(tmp_path / name, uses, tokenizer=tokenizer, max_steps=4, **options))
+        uses = {"history": MetricsHistory(), "state": RandomState(), "modes": TrainingModes(), **more}
+        runs.append(fit(tmp_path / name, uses, tokenizer=tokenizer, max_steps=4, precision=precision, zero_stage=stage))
     first, second = runs
     assert first.error is None and (first.folder / "samples.jsonl").is_file()
     assert losses(read_lines, first) == losses(read_lines, second)
@@ -56,8 +60,8 @@ class RandomState(Callback):
         self.state = torch.get_rng_state()
 
 
-class Modes(Callback):
-    """Whether the model is in training mode when a step begins."""
+class TrainingModes(Callback):
+    """Records whether the model is in training mode at the start of each step."""
 
     def __init__(self):
         self.seen = []
@@ -66,8 +70,8 @@ class Modes(Callback):
         self.seen.append(all(module.training for module in trainer.engine.model.modules()))
 
 
-def test_what_is_written_is_what_the_saved_model_writes(fit, tokenizer, tmp_path, read_lines):
-    """At stage 3, where the model in training is cut into pieces."""
+def test_zero_3_samples_equal_those_of_the_saved_model(fit, tokenizer, tmp_path, read_lines):
+    """At stage 3 the trained model is sharded."""
     from bumblebee import Generator, SamplingParams
 
     fit(tmp_path / "run", {"samples": Samples(PROMPTS, temperature=0.0)}, tokenizer=tokenizer, max_steps=3, zero_stage=3)
@@ -75,7 +79,7 @@ def test_what_is_written_is_what_the_saved_model_writes(fit, tokenizer, tmp_path
     assert [line["text"] for line in read_lines(tmp_path / "run" / "samples.jsonl")] == [g.text for g in generations]
 
 
-def test_a_resumed_run_writes_each_step_once_and_the_same(fit, tokenizer, sampled, fail_after, tmp_path, read_lines):
+def test_resumed_run_writes_the_same_samples_once(fit, tokenizer, sampled, fail_after, tmp_path, read_lines):
     def uses():
         samples = Samples(PROMPTS, every=1, max_new_tokens=5)
         return {"samples": samples, "checkpoint": Checkpoint(every=2)}
@@ -85,23 +89,27 @@ def test_a_resumed_run_writes_each_step_once_and_the_same(fit, tokenizer, sample
     assert run.error is None
     lines = read_lines(tmp_path / "run" / "samples.jsonl")
     assert [line["step"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
-    there = read_lines(sampled.folder / "samples.jsonl")
-    assert [line for line in lines if line["step"] in (4, 6)] == there
+    expected = read_lines(sampled.folder / "samples.jsonl")
+    assert [line for line in lines if line["step"] in (4, 6)] == expected
 
 
-def test_a_run_that_was_stopped_writes_at_its_end(fit, scripted, tokenizer, tmp_path, read_lines):
-    uses = {"samples": Samples(PROMPTS[:1], max_new_tokens=2), "stop": EarlyStopping(patience=1), "values": scripted(1.0, 2.0)}
+def test_stopped_run_samples_at_its_end(fit, scripted, tokenizer, tmp_path, read_lines):
+    uses = {
+        "samples": Samples(PROMPTS[:1], max_new_tokens=2),
+        "stop": EarlyStopping(patience=1),
+        "values": scripted(1.0, 2.0),
+    }
     fit(tmp_path / "run", uses, tokenizer=tokenizer)
     assert [line["step"] for line in read_lines(tmp_path / "run" / "samples.jsonl")] == [2]
 
 
-def test_data_without_a_tokenizer_is_refused(fit, tmp_path):
+def test_tokenizer_is_required(fit, tmp_path):
     run = fit(tmp_path / "run", {"samples": Samples(PROMPTS)})
     assert isinstance(run.error, ValueError) and "Samples needs a tokenizer: set data.tokenizer" in str(run.error)
 
 
 @pytest.mark.parametrize(("prompt", "message"), [("", "the prompt is empty"), ("bee " * 400, "the model takes 256")])
-def test_a_prompt_that_cannot_be_continued_is_refused_before_the_first_step(prompt, message, fit, tokenizer, tmp_path):
+def test_invalid_prompt_raises_before_the_first_step(prompt, message, fit, tokenizer, tmp_path):
     run = fit(tmp_path / "run", {"samples": Samples([prompt])}, tokenizer=tokenizer)
     assert isinstance(run.error, ValueError) and message in str(run.error) and run.trainer.step == 0
 
@@ -115,6 +123,6 @@ def test_a_prompt_that_cannot_be_continued_is_refused_before_the_first_step(prom
         ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options, message):
+def test_invalid_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         Samples(**{"prompts": PROMPTS, **options})

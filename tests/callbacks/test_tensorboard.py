@@ -13,20 +13,20 @@ def scalars(folder):
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_metrics_are_there_by_group(whole):
-    found = scalars(whole.folder / "tensorboard")
-    assert {"train/loss", "train/lr", "train/grad_norm", "validation/loss", "validation/perplexity"} <= set(found)
-    assert "train/step" not in found
-    assert [step for step, _ in found["train/loss"]] == [1, 2, 3, 4, 5, 6]
-    assert [step for step, _ in found["validation/loss"]] == [0, 3, 6]
+def test_metrics_are_grouped(complete_run):
+    series = scalars(complete_run.folder / "tensorboard")
+    assert {"train/loss", "train/lr", "train/grad_norm", "validation/loss", "validation/perplexity"} <= set(series)
+    assert "train/step" not in series
+    assert [step for step, _ in series["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in series["validation/loss"]] == [0, 3, 6]
 
 
-def test_after_a_resume_each_step_is_there_once(continued, whole):
-    assert scalars(continued.folder / "tensorboard") == scalars(whole.folder / "tensorboard")
+def test_resumed_run_has_each_step_once(resumed_run, complete_run):
+    assert scalars(resumed_run.folder / "tensorboard") == scalars(complete_run.folder / "tensorboard")
 
 
-def test_numbers_are_on_the_disk_after_each_log(fake, tmp_path):
-    trainer = fake([TensorBoard("events")])
+def test_events_are_flushed_after_each_log(stub_trainer, tmp_path):
+    trainer = stub_trainer([TensorBoard("events")])
     trainer.call("on_fit_start")
     trainer.step = 1
     trainer.call("on_log", {"step": 1, "loss": 0.5})
@@ -35,17 +35,17 @@ def test_numbers_are_on_the_disk_after_each_log(fake, tmp_path):
 
 
 @pytest.mark.parametrize("end", [("on_fit_end",), ("on_exception", RuntimeError())])
-def test_the_file_is_closed_at_the_end(fake, end):
+def test_event_file_is_closed_at_the_end(stub_trainer, end):
     callback = TensorBoard()
-    trainer = fake([callback])
+    trainer = stub_trainer([callback])
     trainer.call("on_fit_start")
     writer = callback._writer
     trainer.call("on_log", {"loss": 0.5})
     trainer.call(*end)
-    assert writer.all_writers is None  # what SummaryWriter.close leaves
+    assert writer.all_writers is None  # closed
     trainer.call("on_exception", RuntimeError())
 
 
-def test_an_empty_folder_name_is_refused():
+def test_empty_folder_name_raises():
     with pytest.raises(ValueError, match="folder must be a name, got ''"):
         TensorBoard("")

@@ -1,4 +1,4 @@
-"""Sampling on the command line: what was given is told from what was not, and each value arrives as it was written."""
+"""Sampling options: only explicit values are returned, exactly as they were written."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import fields
 import pytest
 
 from bumblebee.cli.parser import Parser
-from bumblebee.cli.sampling_options import add_sampling_options, given_sampling
+from bumblebee.cli.sampling_options import add_sampling_options, explicit_sampling
 from bumblebee.inference.sampling_params import SamplingParams
 
 
-def given(*words: str, group: str = "", leave_out: tuple[str, ...] = ()) -> dict:
+def explicit(*words: str, group: str = "", leave_out: tuple[str, ...] = ()) -> dict:
     parser = Parser(prog="test")
     add_sampling_options(parser, group, leave_out)
-    return given_sampling(parser.parse(list(words)), group)
+    return explicit_sampling(parser.parse(list(words)), group)
 
 
 @pytest.mark.parametrize(
@@ -38,12 +38,12 @@ def given(*words: str, group: str = "", leave_out: tuple[str, ...] = ()) -> dict
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_what_is_given_arrives_and_nothing_else(words, expected):
-    assert given(*words) == expected
+def test_only_explicit_values_are_returned(words, expected):
+    assert explicit(*words) == expected
     if words:
         grouped = [word.replace("--", "--sampling.", 1) if word.startswith("--") else word for word in words]
         grouped = [word.replace("--sampling.no_", "--no_sampling.") for word in grouped]
-        assert given(*grouped, group="sampling") == expected
+        assert explicit(*grouped, group="sampling") == expected
 
 
 def test_every_field_is_an_option_with_help():
@@ -53,27 +53,27 @@ def test_every_field_is_an_option_with_help():
     assert all(len(options[field.name]) > 10 for field in fields(SamplingParams))
 
 
-def test_a_field_that_is_left_out_is_no_option(capsys):
+def test_left_out_field_is_not_an_option(capsys):
     with pytest.raises(SystemExit):
-        given("--logprobs", "3", leave_out=("logprobs",))
+        explicit("--logprobs", "3", leave_out=("logprobs",))
     assert "unknown option 'logprobs'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--temperature", "hot"], "temperature: expected a number or null, got hot"),
-        (["--temperature"], "--temperature: expected a value after it"),
-        (["--stop"], "--stop: expected a value after it"),
-        (["--stop_ids", "x"], "stop_ids: expected a whole number or null, got x"),
+        (["--temperature", "hot"], "temperature: expected a number or null, got 'hot'"),
+        (["--temperature"], "--temperature: expected a value"),
+        (["--stop"], "--stop: expected a value"),
+        (["--stop_ids", "x"], "stop_ids: expected an integer or null, got 'x'"),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_named_in_one_line(words, message, capsys):
+def test_value_of_the_wrong_type_is_refused(words, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        given(*words)
+        explicit(*words)
     assert ended.value.code == 2 and capsys.readouterr().err == f"bumblebee: {message}\n"
 
 
-def test_a_value_out_of_its_range_is_refused():
+def test_value_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"top_p must be more than 0 and at most 1, got 2\.0"):
-        given("--top_p", "2")
+        explicit("--top_p", "2")

@@ -14,7 +14,7 @@ def options(**changes) -> EngineOptions:
                             "overrides": {}, **changes})  # fmt: skip
 
 
-def test_the_users_configuration_is_merged_into_ours_however_deep():
+def test_overrides_are_merged_at_any_depth():
     config = deepspeed_config(options(overrides={"zero_optimization": {"reduce_bucket_size": 7}, "comms_logger": {"a": 1}}))
     assert config["zero_optimization"].items() >= {"stage": 1, "reduce_bucket_size": 7}.items()
     assert config["comms_logger"] == {"a": 1}
@@ -31,23 +31,23 @@ def test_the_users_configuration_is_merged_into_ours_however_deep():
         ({"bf16": False}, "trainer.deepspeed.bf16 is False"),
     ],
 )
-def test_a_value_that_contradicts_the_trainers_options_is_refused_by_its_name(overrides, named):
+def test_a_contradiction_of_the_trainers_options_is_refused(overrides, named):
     with pytest.raises(ValueError, match=named):
         deepspeed_config(options(overrides=overrides))
 
 
-def test_saying_the_same_as_the_trainer_is_no_contradiction():
+def test_repeating_the_trainers_options_is_accepted():
     assert deepspeed_config(options(overrides={"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}))
 
 
-def test_overrides_come_from_nothing_a_dict_or_a_file(tmp_path):
+def test_overrides_are_none_a_dict_or_a_file(tmp_path):
     assert read_overrides(None) == {}
     assert read_overrides({"a": 1}) == {"a": 1}
     (tmp_path / "ds.json").write_text(json.dumps({"a": {"b": 2}}))
     assert read_overrides(str(tmp_path / "ds.json")) == {"a": {"b": 2}}
 
 
-def test_dotted_options_of_the_command_line_reach_as_deep_as_they_say():
+def test_dotted_options_become_nested():
     """jsonargparse makes one key of the dots, and text of a value beside others."""
     given = {"zero_optimization": {"stage": 1}, "zero_optimization.overlap_comm": "false", "a.b.c": "2", "d": {"e.f": "text"}}
     wanted = {"zero_optimization": {"stage": 1, "overlap_comm": False}, "a": {"b": {"c": 2}}, "d": {"e": {"f": "text"}}}
@@ -55,7 +55,7 @@ def test_dotted_options_of_the_command_line_reach_as_deep_as_they_say():
 
 
 @pytest.mark.parametrize(("content", "named"), [(None, "cannot read"), ("{", "cannot read"), ("[1]", "is not a JSON object")])
-def test_an_unusable_file_of_overrides_is_refused_by_its_name(content, named, tmp_path):
+def test_an_unusable_file_of_overrides_is_refused(content, named, tmp_path):
     file = tmp_path / "ds.json"
     if content is not None:
         file.write_text(content)
@@ -78,7 +78,7 @@ def test_an_unusable_file_of_overrides_is_refused_by_its_name(content, named, tm
         ({"activation_checkpointing": {}}, "add bumblebee.transforms.ActivationCheckpointing"),
     ],
 )
-def test_a_key_that_would_be_ignored_is_refused_by_its_name(overrides, named):
+def test_a_key_that_would_be_ignored_is_refused(overrides, named):
     with pytest.raises(ValueError, match=named):
         deepspeed_config(options(overrides=overrides))
 

@@ -9,7 +9,7 @@ from golden import RUNS, lines
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_losses_are_the_golden_ones(name: str) -> None:
+def test_losses_equal_the_golden_losses(name: str) -> None:
     golden = (Path(__file__).parent / f"{name}.txt").read_text().splitlines()
     for ours, theirs in zip(lines(name), golden, strict=True):
         step, *numbers = (float(word) for word in ours.split())

@@ -1,8 +1,8 @@
-"""Trains on all ranks of a launcher with callbacks that talk to other ranks; ``test_run_on_two_ranks.py`` starts it.
+"""Train on all ranks of a launcher with callbacks that communicate; started by ``test_callbacks_on_two_ranks.py``.
 
     torchrun --nproc_per_node 2 tests/helpers/callbacks_on_two_ranks.py FOLDER STAGE
 
-Each rank writes what it has seen to FOLDER/rank-<n>.json.
+Each rank writes its step, output and metrics to FOLDER/rank-<n>.json.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from bumblebee.trainer import Trainer
 from helpers.training_runs import Recorder, Rows, small_model
 
 
-class Losing(Callback):
-    """Validations that only the first improves on."""
+class WorseningValidation(Callback):
+    """Reports validations of which only the first is an improvement."""
 
     def on_step_end(self, trainer: Any) -> None:
         if trainer.step % 2 == 0:
@@ -40,9 +40,9 @@ def main(folder: Path, stage: int) -> None:
     data.tokenizer = Tokenizer.train(["the bees of the hive"], 300)
     task = LanguageModeling(small_model(vocab_size=300))
     recorder = Recorder()
-    uses = {
+    named = {
         "recorder": recorder,
-        "losing": Losing(),
+        "validation": WorseningValidation(),
         "stop": callbacks.EarlyStopping(patience=2),
         "checkpoint": callbacks.Checkpoint(every=None, keep=1, best=1, minutes=1e-9, save_last=False),
         "throughput": callbacks.Throughput(every=2, peak_tflops=1.0),
@@ -51,9 +51,9 @@ def main(folder: Path, stage: int) -> None:
     }
     trainer = Trainer(max_steps=20, micro_batch_size=2, accumulate=2, precision="fp32", zero_stage=stage, device="cpu")
     with redirect_stdout(io.StringIO()) as out:
-        trainer.fit(task, data, partial(torch.optim.AdamW, lr=1e-2), Constant(), uses, folder / "run")
-    seen = {"step": trainer.step, "out": out.getvalue(), "metrics": recorder.metrics}
-    (folder / f"rank-{process_group.rank()}.json").write_text(json.dumps(seen))
+        trainer.fit(task, data, partial(torch.optim.AdamW, lr=1e-2), Constant(), named, folder / "run")
+    result = {"step": trainer.step, "out": out.getvalue(), "metrics": recorder.metrics}
+    (folder / f"rank-{process_group.rank()}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Parts for small real runs: rows of random tokens, a model of 30,000 weights, callbacks that stop, signal, kill or fill disks.
+"""Small real training runs: random rows, a model of 30,000 weights, callbacks that stop, signal, kill or fill disks.
 
-Used by the tests in their own process and, through ``ranks.py``, by several ranks under torchrun.
+Tests call ``train`` in their own process or, through ``run_jobs.py``, on several ranks under torchrun. ``train_reference`` does
+the same in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ from bumblebee.tasks.run_context import RunContext
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.trainer import Trainer
 from bumblebee.transforms import Freeze
+from bumblebee.verify import reference_loop
 from datamodules import SFT
 
 VOCABULARY, LENGTH = 64, 16
+LR, WEIGHT_DECAY = 1e-2, 0.1
 SMALL: dict[str, Any] = {"max_steps": 6, "micro_batch_size": 2, "accumulate": 2, "precision": "fp32", "device": "cpu"}
 
 
 class Rows(DataModule):
-    """Random rows; sample i has ``targets[i % len(targets)]`` targets, so that their numbers may differ as much as wanted."""
+    """Random rows. Sample i has ``targets[i % len(targets)]`` targets."""
 
     def __init__(self, samples: int = 22, targets: tuple[int, ...] | list[int] = (16, 1, 7, 0, 12), content: int = 0) -> None:
         self.samples, self.targets, self.content = samples, list(targets), content
@@ -50,8 +53,8 @@ class Rows(DataModule):
     def setup(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(self.content)
         tokens = torch.randint(0, VOCABULARY, (self.samples, LENGTH + 1), generator=generator)
-        wanted = torch.tensor([self.targets[i % len(self.targets)] for i in range(self.samples)])
-        labels = tokens[:, 1:].masked_fill(torch.arange(LENGTH) < LENGTH - wanted[:, None], IGNORE_INDEX)
+        targets = torch.tensor([self.targets[i % len(self.targets)] for i in range(self.samples)])
+        labels = tokens[:, 1:].masked_fill(torch.arange(LENGTH) < LENGTH - targets[:, None], IGNORE_INDEX)
         self.train = list(zip(tokens[:, :-1], labels, strict=True))
         self.validation = self.train[:5]
 
@@ -65,7 +68,7 @@ class Rows(DataModule):
 
 
 class Pairs(DataModule):
-    """Random pairs of responses of different lengths; those named in ``empty`` have none. Validation: the first three."""
+    """Random pairs of responses of different lengths; pairs in ``empty`` have no targets. Validation: the first three."""
 
     def __init__(self, samples: int = 11, empty: tuple[int, ...] | list[int] = (), content: int = 0) -> None:
         self.samples, self.empty, self.content = samples, list(empty), content
@@ -95,7 +98,7 @@ class Pairs(DataModule):
 
 
 class Chats(SFT):
-    """Conversations of a file, with a tokenizer that is trained on the file itself."""
+    """Conversations of a file, with a tokenizer trained on that file."""
 
     def __init__(self, file: str, max_length: int = 256, packing: bool = True) -> None:
         folder = tempfile.mkdtemp()
@@ -104,11 +107,11 @@ class Chats(SFT):
 
     def setup(self, seed: int) -> None:
         super().setup(seed)
-        shutil.rmtree(self.tokenizer_folder, ignore_errors=True)  # what is mapped stays readable
+        shutil.rmtree(self.tokenizer_folder, ignore_errors=True)  # mapped files stay readable
 
 
 class Noisy(LanguageModeling):
-    """A task that draws from all random generators in each step, as dropout would: a resume has to continue their series."""
+    """Draws from all random generators in each step, as dropout does: a resumed run must restore them."""
 
     def training_step(self, model: Any, batch: Batch) -> dict[str, torch.Tensor]:
         noise = float(torch.rand(()) + random.random())
@@ -116,29 +119,29 @@ class Noisy(LanguageModeling):
 
 
 class PartlyFrozen(LanguageModeling):
-    """Everything but the norms is frozen, or what ``patterns`` say."""
+    """Everything but the norms is frozen, or the parameters that match ``patterns``."""
 
     def __init__(self, model: Bumblebee, patterns: tuple[str, ...] = ("proj", "embed")) -> None:
         super().__init__(model, [Freeze(list(patterns))])
 
 
 class AdaptedDPO(DPO):
-    """DPO of LoRA adapters that drop out half of what they see."""
+    """DPO of LoRA adapters with a dropout of one half."""
 
     def __init__(self, model: Bumblebee, **options: Any) -> None:
-        model.source = Path("base")  # named in the adapter's folder, not read
+        model.source = Path("base")  # saved in the adapter's config, never read
         super().__init__(model, [LoRA(rank=4, alpha=32, dropout=0.5)], **options)
 
 
 class Refused(DPO):
-    """A task that finds out late that it cannot be done."""
+    """A task that fails once the engine exists."""
 
     def begin(self, run: RunContext, /) -> None:
         raise ValueError("not on this device")
 
 
 class Recorder(Callback):
-    """Keeps all metrics, through a resume as well."""
+    """Keeps all metrics, across resumes."""
 
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []
@@ -154,7 +157,7 @@ class Recorder(Callback):
 
 
 class StopAfter(Callback):
-    """Ends the run after a step, on one rank's word."""
+    """Stops the run after a step, requested by one rank."""
 
     def __init__(self, step: int, rank: int = 0) -> None:
         self.step, self.rank = step, rank
@@ -177,7 +180,7 @@ class SignalIn(Callback):
 
 
 class KillIn(Callback):
-    """kill -9 between two steps, on one rank, as the system does that runs out of memory."""
+    """kill -9 between two steps, on one rank, as by the out-of-memory killer."""
 
     def __init__(self, step: int, rank: int = 0) -> None:
         self.step, self.rank = step, rank
@@ -188,7 +191,7 @@ class KillIn(Callback):
 
 
 class KillInSave(Callback):
-    """kill -9 in the middle of a checkpoint: after the shards, before the trainer's own file."""
+    """kill -9 while a checkpoint is written: after the shards, before trainer_state.json."""
 
     def __init__(self, step: int) -> None:
         self.step, self.now = step, 0
@@ -203,7 +206,7 @@ class KillInSave(Callback):
 
 
 class FullDisk(Callback):
-    """From a step on, one rank cannot write files larger than so many bytes, as on a disk that is nearly full."""
+    """After a step, one rank cannot write files above a size, as on a full disk."""
 
     def __init__(self, step: int, rank: int = 0, size: int = 20_000) -> None:
         self.step, self.rank, self.size = step, rank, size
@@ -216,7 +219,7 @@ class FullDisk(Callback):
 
 
 class ReplaceFolder(Callback):
-    """After a step the run's folder is a file."""
+    """Replace the output folder by a file after a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -228,7 +231,7 @@ class ReplaceFolder(Callback):
 
 
 class Fail(Callback):
-    """An error that is nobody's fault but ours, on one rank."""
+    """Raise an unexpected error on one rank."""
 
     def __init__(self, step: int, rank: int = 0) -> None:
         self.step, self.rank = step, rank
@@ -239,56 +242,80 @@ class Fail(Callback):
 
 
 def small_model(seed: int = 0, **changes: Any) -> Bumblebee:
-    """The model of these tests, always with the same weights."""
+    """The model of these tests, with the same weights for the same seed."""
     shape = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": VOCABULARY}
     torch.manual_seed(seed)
     return Bumblebee(BumblebeeConfig.preset("tiny", **{**shape, **changes}))
 
 
 def train(folder: str | Path, **job: Any) -> list[dict[str, float]]:
-    """Train the small model; returns all lines of metrics. Whatever is not said is the same in all tests.
+    """Train the small model; returns all lines of metrics.
 
     Args:
         folder: the run's folder.
-        job: in JSON, so that it can be sent to other processes: ``data`` (of Rows, or a class of this file with its
-            options), ``model`` (changes of the config), ``base`` (a model folder instead), ``lora`` (options), ``task`` (a
-            class of this file, perhaps with its options), ``optimizer`` (of torch.optim, or a class path), ``schedule`` and
-            ``callbacks`` (names or classes, with their options), ``seed``, ``overwrite``, ``building`` (build the model as
-            the command line does, as is done with a ``base`` in any case); all others are the Trainer's.
+        job: JSON values, so that a job can be sent to other processes: ``data`` (options of Rows, or a class of this file
+            with its options), ``model`` (config overrides), ``base`` (a model folder instead), ``lora`` (options), ``task``
+            (a class of this file, optionally with options), ``optimizer`` (of torch.optim, or a class path), ``schedule`` and
+            ``callbacks`` (names with their options), ``seed``, ``overwrite``, ``building`` (build the model as the command
+            line does; implied by ``base``); all others are options of the Trainer.
     """
     recorder = Recorder()
     parts = {name: job.pop(name, {}) for name in ("data", "model", "callbacks")}
     base, lora = job.pop("base", None), job.pop("lora", None)
-    named = job.pop("task", "LanguageModeling")
-    kind, task_options = (named, {}) if isinstance(named, str) else named
+    task_name = job.pop("task", "LanguageModeling")
+    task_name, task_options = (task_name, {}) if isinstance(task_name, str) else task_name
     if lora is not None:
         task_options = {**task_options, "transforms": [LoRA(**lora)]}
-    data_kind, data_options = ("Rows", parts["data"]) if isinstance(parts["data"], dict) else parts["data"]
-    named, options = job.pop("optimizer", ("AdamW", {"lr": 1e-2, "weight_decay": 0.1}))
-    module, _, name = named.rpartition(".")
+    data_name, data_options = ("Rows", parts["data"]) if isinstance(parts["data"], dict) else parts["data"]
+    path, options = job.pop("optimizer", ("AdamW", {"lr": LR, "weight_decay": WEIGHT_DECAY}))
+    module, _, name = path.rpartition(".")
     optimizer = functools.partial(getattr(import_module(module or "torch.optim"), name), **options)
-    named, options = job.pop("schedule", ("Constant", {"warmup_ratio": 0.0}))
-    schedule = getattr(optim, named)(**options)
-    others = {name: made(*call) for name, call in parts["callbacks"].items()}
+    schedule_name, options = job.pop("schedule", ("Constant", {"warmup_ratio": 0.0}))
+    schedule = getattr(optim, schedule_name)(**options)
+    more_callbacks = {name: make_callback(*call) for name, call in parts["callbacks"].items()}
     fit = {"seed": job.pop("seed", 42), "overwrite": job.pop("overwrite", False), "output_dir": folder}
     building = job.pop("building", base is not None)
     trainer = Trainer(**{**SMALL, **job})
     torch.manual_seed(fit["seed"])
     with trainer.building() if building else nullcontext():
         model = load_model(base) if base else small_model(**parts["model"])
-        task = globals()[kind](model, **task_options)
-    data = globals()[data_kind](**data_options)
-    trainer.fit(task, data, optimizer, schedule, {"recorder": recorder, **others}, **fit)
+        task = globals()[task_name](model, **task_options)
+    data = globals()[data_name](**data_options)
+    trainer.fit(task, data, optimizer, schedule, {"recorder": recorder, **more_callbacks}, **fit)
     return recorder.metrics
 
 
-def made(name: str, options: dict[str, Any]) -> Callback:
-    """A callback of this file or of ``callbacks``."""
+def train_reference(
+    rows: Rows,
+    per_step: int,
+    steps: int,
+    schedule: optim.Schedule,
+    clip: float,
+    dtype: torch.dtype = torch.float32,
+    **model_changes: Any,
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Train the small model with the reference loop; returns loss and grad_norm of each step with targets, and the weights."""
+    rows.setup(0)
+    model = small_model(**model_changes).to(dtype)
+    indices = reference_loop.sample_indices(len(rows.train), per_step, steps, seed=42)
+    batches = [rows.collate([rows.train[index] for index in of_step]) for of_step in indices]
+    metrics = reference_loop.train_adamw(model, batches, LR, WEIGHT_DECAY, clip, lambda step: schedule.factor(step, steps))
+    return [line._asdict() for line in metrics], {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def reference_gradient(rows: Rows, **model_changes: Any) -> dict[str, torch.Tensor]:
+    """Gradient of the mean loss over all targets of all rows, from the reference loop."""
+    rows.setup(0)
+    return reference_loop.gradient(small_model(**model_changes), rows.collate(rows.train))
+
+
+def make_callback(name: str, options: dict[str, Any]) -> Callback:
+    """Build a callback of this file or of ``callbacks``."""
     return (globals().get(name) or getattr(callbacks, name))(**options)
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """``train`` with what can be sent back: {"metrics": ...}, or {"error": ...} where the run was refused."""
+    """``train`` with a JSON result: {"metrics": ...}, or {"error": ...} if the run was refused."""
     try:
         return {"metrics": train(**job)}
     except ValueError as error:
@@ -301,10 +328,10 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def adapter_bytes(folder: str | Path) -> bytes:
-    """The adapter as it lies on the disk."""
+    """The bytes of the adapter file."""
     return (Path(folder) / "adapter_model.safetensors").read_bytes()
 
 
 def weight_bytes(folder: str | Path) -> bytes:
-    """The weights as they lie on the disk."""
+    """The bytes of the weight file."""
     return (Path(folder) / "model.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""Models of transformers that we do not build ourselves compute, train, save and generate as they do there, or are refused."""
+"""Wrapped transformers models compute, train, save and generate as in transformers, or are rejected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.reference_loop import steps_of
 from helpers.training_runs import VOCABULARY, Rows, adapter_bytes, train, weight_bytes, weights
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -24,6 +23,7 @@ from bumblebee.checkpoint.consolidate import consolidate  # noqa: E402
 from bumblebee.checkpoint.merge import merge  # noqa: E402
 from bumblebee.lora import differences  # noqa: E402
 from bumblebee.models.loading import load_model  # noqa: E402
+from bumblebee.verify.reference_loop import sample_indices
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -51,9 +51,9 @@ REFUSED = {
         "attention cannot be replaced by ours",
     ),
     "mamba": ("Mamba", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}, REPLACED),
-    "gemma2": ("Gemma2", SHAPE | {"head_dim": 8}, "its attention has softcap"),
+    "gemma2": ("Gemma2", SHAPE | {"head_dim": 8}, "its attention uses softcap"),
     "olmoe": ("Olmoe", SHAPE, "transformers converts its weights"),
-    "nemotron": ("Nemotron", SHAPE, "does not tell it of packed documents"),
+    "nemotron": ("Nemotron", SHAPE, "does not pass keyword arguments to its attention"),
 }
 
 
@@ -87,7 +87,7 @@ def olmo2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(*COMPUTED["olmo2"], tmp_path_factory.mktemp("olmo2"))
 
 
-def theirs(folder: Path) -> Any:
+def hf(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -100,46 +100,46 @@ def losses_of(lines: list[dict[str, float]]) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def same(ours: torch.Tensor, wanted: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, wanted, rtol=0, atol=2e-5 * max(1.0, float(wanted.abs().max())))
+def same(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5 * max(1.0, float(expected.abs().max())))
 
 
-# -- what is computed ------------------------------------------------------------------------------------------------------
+# -- computation -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_logits_losses_and_packed_documents_are_those_of_transformers(folder: Path) -> None:
-    ours, wanted, ids = load_model(folder).eval(), theirs(folder), tokens(2, 20)
+def test_logits_and_losses_equal_transformers(folder: Path) -> None:
+    ours, expected, ids = load_model(folder).eval(), hf(folder), tokens(2, 20)
     assert isinstance(ours, HuggingFaceModel)
-    same(ours(ids), wanted(ids).logits)
+    same(ours(ids), expected(ids).logits)
     labels = ids[:, 1:].masked_fill(ids[:, 1:] % 5 == 0, -100)
-    losses = cross_entropy(wanted(ids[:, :-1]).logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    losses = cross_entropy(expected(ids[:, :-1]).logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     same(ours(ids[:, :-1], labels=labels), losses)
     positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
     packed = ours(torch.cat([ids[:1, :8], ids[1:, :12]], dim=1), position_ids=positions)
-    same(packed[:, :8], wanted(ids[:1, :8]).logits)
-    same(packed[:, 8:], wanted(ids[1:, :12]).logits)
+    same(packed[:, :8], expected(ids[:1, :8]).logits)
+    same(packed[:, 8:], expected(ids[1:, :12]).logits)
 
 
 def test_gradients_are_those_of_transformers(folder: Path) -> None:
-    ours, wanted, ids = load_model(folder), theirs(folder), tokens(2, 12)
+    ours, expected, ids = load_model(folder), hf(folder), tokens(2, 12)
     ours(ids[:, :-1], labels=ids[:, 1:]).sum().backward()
-    cross_entropy(wanted(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
-    gradients = {name: parameter.grad for name, parameter in wanted.named_parameters()}
+    cross_entropy(expected(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    gradients = {name: parameter.grad for name, parameter in expected.named_parameters()}
     for name, parameter in ours.named_parameters():
         same(parameter.grad, gradients[name])
 
 
 @torch.no_grad()
-def test_cached_and_batched_generation_is_greedy_over_whole_texts(folder: Path) -> None:
+def test_cached_generation_equals_uncached_greedy(folder: Path) -> None:
     tokenizer = Tokenizer.train(["abc"], 259)
-    generator, wanted = Generator(load_model(folder), tokenizer, stop_ids=[63]), theirs(folder)
+    generator, expected = Generator(load_model(folder), tokenizer, stop_ids=[63]), hf(folder)
     prompts = [tokens(1, length)[0].tolist() for length in (3, 17, 9)]
     outs = generator.generate(prompts, SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True))
     for prompt, out in zip(prompts, outs, strict=True):
         grown = list(prompt)
         for _ in range(12):
-            grown.append(int(wanted(torch.tensor([grown])).logits[0, -1].argmax()))
+            grown.append(int(expected(torch.tensor([grown])).logits[0, -1].argmax()))
         assert out.token_ids == grown[len(prompt) :]
 
 
@@ -153,19 +153,19 @@ def test_a_saved_folder_is_one_of_transformers(folder: Path, tmp_path: Path) -> 
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
-# -- what is trained -------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------------------------------
 
 
 def plain_loop(folder: Path, steps: int) -> list[float]:
     """Losses of a textbook loop over transformers' model."""
-    model = theirs(folder).train()
+    model = hf(folder).train()
     named = list(model.named_parameters())
     decayed = [parameter for name, parameter in named if parameter.ndim > 1 and "wte" not in name and "wpe" not in name]
     others = [parameter for name, parameter in named if parameter.ndim == 1 or "wte" in name or "wpe" in name]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     optimizer, rows, losses = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1), Rows(), []
     rows.setup(0)
-    for chosen in steps_of(len(rows.train), 4, steps, 42):
+    for chosen in sample_indices(len(rows.train), 4, steps, 42):
         inputs, labels = (torch.stack(part) for part in zip(*(rows.train[index] for index in chosen), strict=True))
         if not (targets := int((labels != -100).sum())):
             continue
@@ -179,7 +179,7 @@ def plain_loop(folder: Path, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
-def test_every_stage_trains_resumes_to_the_byte_and_leaves_a_folder(gpt2: Path, tmp_path: Path, stage: int) -> None:
+def test_every_stage_trains_and_resumes_byte_identically(gpt2: Path, tmp_path: Path, stage: int) -> None:
     job = {"base": str(gpt2), "zero_stage": stage, "callbacks": {"save": ("Checkpoint", {"every": 3})}}
     losses = losses_of(train(tmp_path / "whole", **job))
     assert losses == pytest.approx(plain_loop(gpt2, 6), rel=1e-4)
@@ -187,10 +187,10 @@ def test_every_stage_trains_resumes_to_the_byte_and_leaves_a_folder(gpt2: Path, 
     assert weight_bytes(tmp_path / "part") == weight_bytes(tmp_path / "whole")
     assert weights(tmp_path / "whole").keys() == weights(gpt2).keys()
     with torch.no_grad():
-        same(load_model(tmp_path / "whole").eval()(tokens(1, 9)), theirs(tmp_path / "whole")(tokens(1, 9)).logits)
+        same(load_model(tmp_path / "whole").eval()(tokens(1, 9)), hf(tmp_path / "whole")(tokens(1, 9)).logits)
 
 
-def test_recomputed_activations_and_shards_consolidated_change_nothing(gpt2: Path, tmp_path: Path) -> None:
+def test_checkpointing_and_consolidation_change_nothing(gpt2: Path, tmp_path: Path) -> None:
     job = {"base": str(gpt2), "callbacks": {"save": ("Checkpoint", {"every": 3})}}
     train(tmp_path / "run", **job)
     consolidate(tmp_path / "run" / "checkpoint-3", tmp_path / "again", "auto")
@@ -217,7 +217,7 @@ def test_lora_trains_adapters_that_resume_and_merge(olmo2: Path, tmp_path: Path)
     assert differences(tmp_path / "merged", tmp_path / "whole")["float32"][0] < 1e-4
     ids = tokens(1, 9)
     with torch.no_grad():
-        same(load_model(tmp_path / "whole").eval()(ids), theirs(tmp_path / "merged")(ids).logits)
+        same(load_model(tmp_path / "whole").eval()(ids), hf(tmp_path / "merged")(ids).logits)
 
 
 def test_dpo_begins_at_ln_2(olmo2: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_dpo_begins_at_ln_2(olmo2: Path, tmp_path: Path) -> None:
     assert lines[-1]["loss"] != lines[0]["loss"]
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------------
+# -- rejections ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", REFUSED)

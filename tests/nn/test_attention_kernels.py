@@ -1,4 +1,4 @@
-"""Every attention kernel computes the formula, and the mask says what its docstring says.
+"""Every attention kernel equals the formula, and the mask equals its definition.
 
 The formula is written once more here with Python loops, so that a mistake in the mask, which all kernels share, is seen.
 Shapes: B rows, T queries and keys, H query heads, K key-value heads, D head width.
@@ -103,7 +103,7 @@ def rows_of_documents(draw) -> list[list[int]]:
 
 @settings(deadline=None)
 @given(rows_of_documents())
-def test_a_packed_mask_shows_each_query_its_own_document_up_to_itself(rows):
+def test_packed_mask_is_causal_within_documents(rows):
     position_ids = torch.tensor([[place for length in row for place in range(length)] for row in rows])
     numbers = [[n for n, length in enumerate(row) for _ in range(length)] for row in rows]
     length = position_ids.shape[1]
@@ -114,7 +114,7 @@ def test_a_packed_mask_shows_each_query_its_own_document_up_to_itself(rows):
 
 @settings(deadline=None)
 @given(rows_of_documents())
-def test_cumulative_lengths_are_those_of_the_documents_of_all_rows(rows):
+def test_cu_seqlens_cover_the_documents_of_all_rows(rows):
     position_ids = torch.tensor([[place for length in row for place in range(length)] for row in rows])
     ends, longest = AttentionMask.packed(position_ids).cu_seqlens
     lengths = [length for row in rows for length in row]
@@ -153,7 +153,7 @@ def test_flash_hands_its_package_the_same_attention(layout, window, fake_flash):
 
 @pytest.mark.parametrize("kernel", ["naive", "sdpa"])
 def test_attention_weights_are_dropped_and_the_others_scaled(kernel):
-    """Over many draws the mean is what it is without dropout."""
+    """Averaged over many draws, dropout does not change the output."""
     q, k, v = inputs(2)
     torch.manual_seed(0)
     drawn = torch.stack([KERNELS[kernel](q, k, v, AttentionMask(), None, 0.3) for _ in range(2000)])
@@ -180,7 +180,7 @@ def test_gpu_kernels_equal_naive(kernel, layout, groups, window):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_flash_without_a_gpu_is_refused_and_the_message_says_what_it_needs(dtype):
+def test_flash_without_a_gpu_is_refused(dtype):
     with pytest.raises(ValueError, match=r"'flash' requires the flash-attn package \(pip install .*no visible GPU"):
         select_kernel("flash", dtype)
 

@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks equals torch's over the whole logits, with its gradients, however small the chunks."""
+"""The chunked cross-entropy and its gradients equal torch's on full logits, for any chunk size."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def naive(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> t
 def test_losses_and_gradients_equal_those_of_the_whole_logits(chunk, rows, weights, dtype, tolerance):
     hidden, weight, labels = inputs(rows, dtype)
     slopes = torch.linspace(0.5, 0.5 if weights == "alike" else 2.0, rows)
-    ours, theirs = linear_cross_entropy(hidden, weight, labels), naive(hidden, weight, labels)
+    ours, reference = linear_cross_entropy(hidden, weight, labels), naive(hidden, weight, labels)
     assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    pairs = [torch.autograd.grad(losses, (hidden, weight), slopes) for losses in (ours, theirs)]
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-5)
+    pairs = [torch.autograd.grad(losses, (hidden, weight), slopes) for losses in (ours, reference)]
     assert [grad.dtype for grad in pairs[0]] == [dtype, dtype]
     torch.testing.assert_close(pairs[0], pairs[1], rtol=tolerance, atol=tolerance)
 
@@ -64,13 +64,13 @@ def test_what_the_backward_passes_found_changes_no_gradient(chunk):
     hidden, weight, labels = inputs(10)
     weighting = LossWeighting()
     alike, own = torch.full((10,), 0.3), torch.linspace(0.5, 2.0, 10)
-    found = []
+    actual = []
     for slopes in (alike, own, own, alike, alike):
         losses = linear_cross_entropy(hidden, weight, labels, weighting)
-        found.append(torch.autograd.grad(losses, (hidden, weight), slopes))
+        actual.append(torch.autograd.grad(losses, (hidden, weight), slopes))
         assert weighting.uniform == (slopes is alike)
     for first, second in ((0, 3), (0, 4), (1, 2)):
-        assert all(torch.equal(a, b) for a, b in zip(found[first], found[second], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(actual[first], actual[second], strict=True))
 
 
 def test_a_second_backward_pass_gives_the_same_gradients(chunk):

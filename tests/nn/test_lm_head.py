@@ -1,4 +1,4 @@
-"""The head's losses are the cross-entropy of its logits, and positions without a target cost nothing."""
+"""The head's losses equal the cross-entropy of its logits; positions without a target are skipped."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_hidden_states_without_a_target_get_no_gradient(head, hidden):
     assert (hidden.grad[LABELS != IGNORE_INDEX].abs().sum(-1) > 0).all()
 
 
-def test_a_batch_without_any_target_has_zero_loss_and_zero_finite_gradients(head, hidden):
+def test_batch_without_targets_has_zero_loss_and_gradients(head, hidden):
     losses = head(hidden, torch.full((B, T), IGNORE_INDEX))
     losses.sum().backward()
     assert losses.tolist() == [[0.0] * T] * B

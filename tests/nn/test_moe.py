@@ -1,4 +1,4 @@
-"""A mixture of experts computes what a loop over tokens computes, with its gradients, however the tokens are spread."""
+"""A mixture of experts and its gradients equal a loop over tokens, for any routing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ D, INNER = 6, 5
 
 
 def naive(moe: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
-    """One token after the other, each formula as it stands in the papers."""
+    """One token at a time, with the formulas as in the papers."""
     gate, rows = moe.gate, []
     for token in x.flatten(0, 1):
         scores = (gate.weight @ token).softmax(0)
@@ -47,10 +47,10 @@ def assert_equal_to_naive(moe: MixtureOfExperts, x: torch.Tensor) -> None:
     x = x.requires_grad_()
     slopes = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     inputs = [x, *moe.parameters()]
-    ours, theirs = moe(x), naive(moe, x)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    found, wanted = (torch.autograd.grad(out, inputs, slopes, allow_unused=True) for out in (ours, theirs))
-    for grad, expected in zip(found, wanted, strict=True):
+    ours, reference = moe(x), naive(moe, x)
+    torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-6)
+    actual, wanted = (torch.autograd.grad(out, inputs, slopes, allow_unused=True) for out in (ours, reference))
+    for grad, expected in zip(actual, wanted, strict=True):
         torch.testing.assert_close(grad, torch.zeros_like(grad) if expected is None else expected, rtol=1e-5, atol=2e-6)
 
 
@@ -87,7 +87,7 @@ def test_no_token_is_dropped_when_all_choose_one_expert():
     assert_equal_to_naive(moe, torch.rand(1, 50, D))
 
 
-def test_the_bias_decides_who_is_chosen_and_not_what_their_outputs_weigh():
+def test_bias_affects_selection_but_not_output_weights():
     moe = build(num_experts=4, top_k=1, normalise=False, bias=True)
     x = torch.randn(20, D)
     moe.gate.e_score_correction_bias = torch.tensor([0.0, 0.0, 9.0, 0.0])

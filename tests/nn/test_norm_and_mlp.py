@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU compute their formulas, RMSNorm with fp32 statistics in bf16 too."""
+"""RMSNorm and the MLPs equal their formulas; RMSNorm has fp32 statistics in bf16 too."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_each_activation_is_transformers(name):
     torch.testing.assert_close(ACTIVATIONS[name](x), ACT2FN[name](x), rtol=0, atol=1e-6)
 
 
-def test_a_gated_ffn_equals_its_formula_with_another_activation_and_biases():
+def test_gated_mlp_equals_its_formula():
     torch.manual_seed(0)
     ffn, x = GatedMLP(8, 12, "relu2", bias=True), torch.randn(2, 3, 8)
     gate, up = (layer.weight @ x[..., None] + layer.bias[:, None] for layer in (ffn.gate_proj, ffn.up_proj))

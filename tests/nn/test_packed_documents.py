@@ -100,7 +100,7 @@ def test_position_ids_of_one_document_change_nothing(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_of_padding_alone_gives_no_nan_in_logits_or_gradients(tiny, dtype):
+def test_row_of_padding_gives_no_nan(tiny, dtype):
     model = Bumblebee(tiny(vocab_size=V)).to(dtype)
     input_ids, position_ids, labels = pack([*documents([[6]]), []])
     assert model(input_ids, position_ids).isfinite().all()

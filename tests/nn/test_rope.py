@@ -1,4 +1,4 @@
-"""Rotary embedding turns pairs by the right angles, in fp32 whatever the model's dtype."""
+"""Rotary embeddings rotate pairs by the right angles, in fp32 whatever the model's dtype."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_cosines_and_sines_are_those_of_position_times_frequency(position):
 def test_rotation_equals_multiplication_by_a_complex_number():
     x = torch.randn(2, 5, 3, D, dtype=torch.float64)
     cos, sin = RotaryEmbedding(D, THETA)(torch.arange(5).expand(2, 5))
-    turned = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * torch.complex(cos.double(), sin.double())
-    torch.testing.assert_close(apply_rotary(x, cos, sin), torch.cat((turned.real, turned.imag), -1), rtol=0, atol=1e-5)
+    rotated = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * torch.complex(cos.double(), sin.double())
+    torch.testing.assert_close(apply_rotary(x, cos, sin), torch.cat((rotated.real, rotated.imag), -1), rtol=0, atol=1e-5)
 
 
 def test_scores_depend_on_the_distance_only():
@@ -96,21 +96,21 @@ def test_a_config_knows_the_scalings_that_there_are():
 def test_what_lies_behind_the_rotary_dimensions_is_kept(turn):
     x = torch.randn(2, 5, 3, D)
     cos, sin = RotaryEmbedding(6, THETA)(torch.arange(5).expand(2, 5))
-    turned = turn(x, cos, sin)
-    torch.testing.assert_close(turned[..., 6:], x[..., 6:], rtol=0, atol=0)
-    torch.testing.assert_close(turned[..., :6], turn(x[..., :6].contiguous(), cos, sin), rtol=0, atol=0)
-    assert (turned[:, 1:, :, :6] != x[:, 1:, :, :6]).any()
+    rotated = turn(x, cos, sin)
+    torch.testing.assert_close(rotated[..., 6:], x[..., 6:], rtol=0, atol=0)
+    torch.testing.assert_close(rotated[..., :6], turn(x[..., :6].contiguous(), cos, sin), rtol=0, atol=0)
+    assert (rotated[:, 1:, :, :6] != x[:, 1:, :, :6]).any()
 
 
 def test_interleaved_pairs_are_neighbours():
-    """Neighbours put half a head apart, turned, and put back."""
+    """Rotating adjacent pairs equals permuting to the half-split layout, rotating and permuting back."""
     x, order = torch.randn(2, 5, 3, D), torch.arange(D).view(-1, 2).T.flatten()
     cos, sin = RotaryEmbedding(D, THETA)(torch.arange(5).expand(2, 5))
     expected = apply_rotary(x[..., order], cos, sin)[..., order.argsort()]
     torch.testing.assert_close(apply_rotary_interleaved(x, cos, sin), expected, rtol=0, atol=0)
 
 
-def test_dynamic_frequencies_depend_on_the_longest_text_of_this_batch_alone():
+def test_dynamic_frequencies_depend_on_this_batch_only():
     rope, plain = DynamicRotaryEmbedding(D, THETA, 2.0, 64), RotaryEmbedding(D, THETA)
     short, long = torch.arange(64)[None], torch.arange(100)[None]
     before = rope(short)

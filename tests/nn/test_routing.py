@@ -1,4 +1,4 @@
-"""What keeps experts evenly used: each loss is its formula, written plainly, and each term is counted as it is summed."""
+"""Router losses equal their formulas, and each term is counted as it is summed."""
 
 from __future__ import annotations
 
@@ -55,22 +55,22 @@ def test_balance_equals_its_formula_over_what_is_no_padding(rows, positions, num
     logits, experts = routed(rows, positions, num_experts, top_k, seed)
     lengths = data.draw(st.lists(st.integers(0, positions), min_size=rows, max_size=rows))
     counted = torch.arange(positions) < torch.tensor(lengths)[:, None]
-    found = sequence_balance_loss(logits, experts, counted)
+    actual = sequence_balance_loss(logits, experts, counted)
     for row, length in enumerate(lengths):
-        wanted = plain_balance(logits[row, :length], experts[row, :length]) if length else 0.0
-        assert found[row].item() == pytest.approx(wanted, abs=1e-5)
+        expected = plain_balance(logits[row, :length], experts[row, :length]) if length else 0.0
+        assert actual[row].item() == pytest.approx(expected, abs=1e-5)
     whole = plain_balance(logits[counted], experts[counted]) if counted.any() else 0.0
     assert batch_balance_loss(logits, experts, counted).item() == pytest.approx(whole, abs=1e-5)
 
 
-def test_even_use_gives_one_whatever_the_length_and_one_expert_for_all_gives_their_number():
+def test_balance_loss_of_even_and_extreme_load():
     logits = torch.zeros(2, 512, 8)
     even = torch.arange(512 * 2).view(1, 512, 2).expand(2, -1, -1) % 8
     torch.testing.assert_close(sequence_balance_loss(logits, even, torch.ones(2, 512, dtype=torch.bool)), torch.ones(2))
     one = torch.full((2, 512, 8), -99.0)
     one[..., 3] = 99.0
-    found = sequence_balance_loss(one, torch.full((2, 512, 1), 3), torch.ones(2, 512, dtype=torch.bool))
-    torch.testing.assert_close(found, torch.full((2,), 8.0))
+    actual = sequence_balance_loss(one, torch.full((2, 512, 1), 3), torch.ones(2, 512, dtype=torch.bool))
+    torch.testing.assert_close(actual, torch.full((2,), 8.0))
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -78,8 +78,8 @@ def test_even_use_gives_one_whatever_the_length_and_one_expert_for_all_gives_the
 def test_batch_balance_is_transformers_loss_of_one_layer_over_k(top_k, padded):
     logits, experts = routed(3, 20, 4, top_k)
     counted = torch.arange(20) < torch.tensor([[20], [7], [12]]) if padded else torch.ones(3, 20, dtype=torch.bool)
-    theirs = load_balancing_loss_func((logits.flatten(0, 1),), 4, top_k, counted.long() if padded else None)
-    torch.testing.assert_close(top_k * batch_balance_loss(logits, experts, counted), theirs)
+    reference = load_balancing_loss_func((logits.flatten(0, 1),), 4, top_k, counted.long() if padded else None)
+    torch.testing.assert_close(top_k * batch_balance_loss(logits, experts, counted), reference)
 
 
 def test_z_loss_and_entropy_equal_their_formulas():
@@ -128,22 +128,22 @@ def all_of(x: torch.Tensor) -> torch.Tensor:
 def test_terms_are_sums_whose_means_are_the_published_losses():
     losses, x = losses_of(), torch.randn(3, 7, 6)
     counted = torch.arange(7) < torch.tensor([[7], [4], [0]])
-    found, counts = record(losses, x, counted), losses.counts(counted)
+    actual, counts = record(losses, x, counted), losses.counts(counted)
     assert {name: int(count) for name, count in counts.items()} == {"router/balance": 2 * 2, "router/z": 2 * 11}
     of_layers = [layer.gate(x.flatten(0, 1)) for layer in losses.layers]
     balance = [sequence_balance_loss(r.logits.view(3, 7, 4), r.experts.view(3, 7, 2), counted)[:2].mean() for r in of_layers]
     z = [z_loss(r.logits.view(3, 7, 4), counted).sum() / 11 for r in of_layers]
-    total = sum(losses.weights[name] * found[name] / counts[name] for name in found)
+    total = sum(losses.weights[name] * actual[name] / counts[name] for name in actual)
     torch.testing.assert_close(total, 0.1 * sum(balance) + 0.01 * sum(z))
 
 
-def test_batch_wise_a_micro_batch_weighs_as_many_tokens_as_it_has():
+def test_batch_loss_weights_micro_batches_by_tokens():
     losses, x = losses_of(balance="batch", z_weight=0.0), torch.randn(3, 7, 6)
     counted = torch.arange(7) < torch.tensor([[7], [4], [0]])
     assert int(losses.counts(counted)["router/balance"]) == 2 * 11
     of_layers = [layer.gate(x.flatten(0, 1)) for layer in losses.layers]
-    wanted = sum(batch_balance_loss(r.logits.view(3, 7, 4), r.experts.view(3, 7, 2), counted) for r in of_layers)
-    torch.testing.assert_close(record(losses, x, counted)["router/balance"], 11 * wanted)
+    expected = sum(batch_balance_loss(r.logits.view(3, 7, 4), r.experts.view(3, 7, 2), counted) for r in of_layers)
+    torch.testing.assert_close(record(losses, x, counted)["router/balance"], 11 * expected)
 
 
 def test_a_weight_of_zero_leaves_the_term_out():
@@ -152,7 +152,7 @@ def test_a_weight_of_zero_leaves_the_term_out():
     assert losses.metrics(lambda loads: loads)["router/load"] >= 1, "the load is logged all the same"
 
 
-def test_nothing_is_recorded_outside_of_recorded_or_without_gradients():
+def test_recording_needs_context_and_gradients():
     losses, x = losses_of(), torch.randn(1, 4, 6)
     with losses.recorded(), torch.no_grad():
         for layer in losses.layers:
@@ -163,22 +163,24 @@ def test_nothing_is_recorded_outside_of_recorded_or_without_gradients():
     assert record(losses, x, all_of(x)).keys() == {"router/balance", "router/z"}
 
 
-def test_metrics_are_those_of_all_micro_batches_since_the_last_line():
+def test_metrics_cover_all_micro_batches_since_last_log():
     losses, parts = losses_of(), [torch.randn(1, 9, 6), torch.randn(2, 5, 6)]
     for x in parts:
         record(losses, x, all_of(x))
-    found = losses.metrics(lambda numbers: numbers)
+    actual = losses.metrics(lambda numbers: numbers)
     tokens = torch.cat([x.flatten(0, 1) for x in parts])
     of_layers = [layer.gate(tokens) for layer in losses.layers]
     busiest = [4 * r.experts.flatten().bincount(minlength=4).max().item() / (2 * len(tokens)) for r in of_layers]
-    assert found["router/load"] == pytest.approx(sum(busiest) / 2) and found["router/load_worst"] == pytest.approx(max(busiest))
+    assert actual["router/load"] == pytest.approx(sum(busiest) / 2) and actual["router/load_worst"] == pytest.approx(
+        max(busiest)
+    )
     all_tokens = torch.ones(1, len(tokens), dtype=torch.bool)
     entropies = [entropy(r.logits[None], all_tokens).mean().item() for r in of_layers]
-    assert found["router/entropy"] == pytest.approx(sum(entropies) / 2)
+    assert actual["router/entropy"] == pytest.approx(sum(entropies) / 2)
     assert losses.metrics(lambda numbers: numbers) == {}
 
 
-def test_a_step_moves_each_bias_once_against_the_load_of_all_its_micro_batches():
+def test_step_updates_each_bias_once_from_total_load():
     losses, parts = losses_of(bias_update_rate=0.5), [torch.randn(1, 9, 6), torch.randn(2, 5, 6)]
     before = [layer.gate.e_score_correction_bias.clone() for layer in losses.layers]
     for x in parts:
@@ -187,8 +189,8 @@ def test_a_step_moves_each_bias_once_against_the_load_of_all_its_micro_batches()
     counts = [layer.gate(tokens).experts.flatten().bincount(minlength=4) for layer in losses.layers]
     losses.after_step(lambda loads: loads)
     for layer, bias, count in zip(losses.layers, before, counts, strict=True):
-        wanted = bias + 0.5 * torch.sign(count.float().mean() - count)
-        torch.testing.assert_close(layer.gate.e_score_correction_bias, wanted, rtol=0, atol=0)
+        expected = bias + 0.5 * torch.sign(count.float().mean() - count)
+        torch.testing.assert_close(layer.gate.e_score_correction_bias, expected, rtol=0, atol=0)
     after = [layer.gate.e_score_correction_bias.clone() for layer in losses.layers]
     losses.after_step(lambda loads: loads)
     assert all(torch.equal(layer.gate.e_score_correction_bias, bias) for layer, bias in zip(losses.layers, after, strict=True))

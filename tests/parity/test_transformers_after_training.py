@@ -1,4 +1,4 @@
-"""A folder of transformers, trained here and saved: transformers loads it as what it was and computes the same logits."""
+"""A transformers folder, trained and saved here, loads in transformers with the same logits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_trained_folder_is_what_it_was_to_transformers(name: str, stage: int, 
     with torch.no_grad():
         expected, before = ours(IDS), start(IDS).logits
         for folder in ("run", "again"):
-            theirs = AutoModelForCausalLM.from_pretrained(tmp_path / folder, attn_implementation="eager").eval()
-            assert type(theirs) is type(start)
-            torch.testing.assert_close(theirs(IDS).logits, expected, rtol=0, atol=2e-5)
+            hf = AutoModelForCausalLM.from_pretrained(tmp_path / folder, attn_implementation="eager").eval()
+            assert type(hf) is type(start)
+            torch.testing.assert_close(hf(IDS).logits, expected, rtol=0, atol=2e-5)
     assert (expected - before).abs().max() > 0.05, "it was trained"

@@ -65,15 +65,15 @@ def both(folder: Path):
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_text_and_ids_of_any_conversation_are_those_of_transformers(folders, backend, template):
-    ours, theirs = both(folders / backend / template)
+    ours, hf = both(folders / backend / template)
 
     @settings(deadline=None, max_examples=25)
     @given(st.lists(TEXTS, min_size=1, max_size=5), st.booleans())
     def check(texts, prompt):
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-        expected = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+        expected = hf.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
         assert ours.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False) == expected
-        ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+        ids = hf.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
         assert ours.apply_chat_template(messages, add_generation_prompt=prompt) == ids
 
     check()
@@ -83,36 +83,36 @@ def test_text_and_ids_of_any_conversation_are_those_of_transformers(folders, bac
 @pytest.mark.parametrize("content", [None, "", "One moment."])
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
 def test_tools_and_calls_are_rendered_as_in_transformers(folders, template, content, system):
-    ours, theirs = both(folders / "bytes" / template)
+    ours, hf = both(folders / "bytes" / template)
     call = {"role": "assistant", "content": content, "tool_calls": [CALL, CALL]}
     results = [{"role": "tool", "content": "3.5"}, {"role": "tool", "content": "4"}]
     messages = [*system, {"role": "user", "content": "Add."}, call, *results, {"role": "assistant", "content": "Done."}]
     for tools in ([TOOL, TOOL], None):
-        expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+        expected = hf.apply_chat_template(messages, tools=tools, tokenize=False)
         assert ours.apply_chat_template(messages, tools=tools, tokenize=False) == expected
-        assert ours.apply_chat_template(messages, tools) == theirs.apply_chat_template(messages, tools=tools, return_dict=False)
+        assert ours.apply_chat_template(messages, tools) == hf.apply_chat_template(messages, tools=tools, return_dict=False)
 
 
 def test_the_mask_of_a_tagged_template_is_that_of_transformers(folders):
-    ours, theirs = both(folders / "bytes" / "tagged")
+    ours, hf = both(folders / "bytes" / "tagged")
 
     @settings(deadline=None, max_examples=50)
     @given(st.lists(TEXTS.filter(lambda text: text == text.strip()), min_size=2, max_size=6))
     def check(texts):
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-        expected = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
-        found = ours.chat_template.encode(messages)
-        assert (found.ids, list(map(int, found.target_mask))) == (expected["input_ids"], expected["assistant_masks"])
+        expected = hf.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+        actual = ours.chat_template.encode(messages)
+        assert (actual.ids, list(map(int, actual.target_mask))) == (expected["input_ids"], expected["assistant_masks"])
 
     check()
 
 
 def test_the_tool_use_template_is_chosen_as_in_transformers(tmp_path):
     named = [{"name": "default", "template": LLAMA}, {"name": "tool_use", "template": QWEN}]
-    ours, theirs = both(write(tmp_path, BACKENDS["bytes"], named))
+    ours, hf = both(write(tmp_path, BACKENDS["bytes"], named))
     messages = [{"role": "user", "content": "Add."}]
     for tools in (None, [TOOL]):
-        assert ours.apply_chat_template(messages, tools) == theirs.apply_chat_template(messages, tools=tools, return_dict=False)
+        assert ours.apply_chat_template(messages, tools) == hf.apply_chat_template(messages, tools=tools, return_dict=False)
 
 
 @pytest.mark.parametrize("given_as", ["settings", "jinja", "json", "default"])
@@ -125,7 +125,7 @@ def test_a_saved_folder_has_a_template_that_transformers_applies(tmp_path, given
 
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": QWEN}))
     Tokenizer.from_pretrained(folder).save_pretrained(tmp_path / "new")
-    ours, theirs = both(tmp_path / "new")
+    ours, hf = both(tmp_path / "new")
     messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
-    assert ours.apply_chat_template(messages, [TOOL]) == theirs.apply_chat_template(messages, tools=[TOOL], return_dict=False)
+    assert ours.apply_chat_template(messages, [TOOL]) == hf.apply_chat_template(messages, tools=[TOOL], return_dict=False)
     assert ours.chat_template.sources == {"default": CHATML if given_as == "default" else QWEN}

@@ -28,7 +28,7 @@ LENGTH = 16
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Qwen2ForCausalLM:
+def hf() -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -54,21 +54,21 @@ def continued(model: Qwen2ForCausalLM, ids: list[int]) -> list[int]:
     return out[0, len(ids) :].tolist()
 
 
-def test_greedy_tokens_are_those_of_transformers(theirs, tokenizer, tmp_path):
-    """Our Generator stops at the tokenizer's end of text too, so transformers is told of it."""
-    generator = Generator.from_pretrained(save(theirs, tokenizer, tmp_path, [399, tokenizer.eos_token_id]), device="cpu")
+def test_greedy_tokens_are_those_of_transformers(hf, tokenizer, tmp_path):
+    """Our Generator also stops at the tokenizer's EOS token, so transformers gets it too."""
+    generator = Generator.from_pretrained(save(hf, tokenizer, tmp_path, [399, tokenizer.eos_token_id]), device="cpu")
     outs = generator.generate(PROMPTS, SamplingParams(max_new_tokens=LENGTH, temperature=0.0))
-    assert [out.token_ids for out in outs] == [continued(theirs, tokenizer.encode(prompt)) for prompt in PROMPTS]
+    assert [out.token_ids for out in outs] == [continued(hf, tokenizer.encode(prompt)) for prompt in PROMPTS]
     assert LENGTH in [len(out.token_ids) for out in outs]
 
 
-def test_every_id_of_a_list_in_generation_config_stops_both(theirs, tokenizer, tmp_path):
+def test_every_id_of_a_list_in_generation_config_stops_both(hf, tokenizer, tmp_path):
     ids = tokenizer.encode(PROMPTS[0])
-    save(theirs, tokenizer, tmp_path / "free", 399)
-    free = continued(theirs, ids)
+    save(hf, tokenizer, tmp_path / "free", 399)
+    free = continued(hf, ids)
     for place in (3, 6):
-        save(theirs, tokenizer, tmp_path / "list", [398, free[place]])
-        stopped = continued(theirs, ids)
+        save(hf, tokenizer, tmp_path / "list", [398, free[place]])
+        stopped = continued(hf, ids)
         assert len(stopped) < LENGTH and stopped[-1] == free[place]
         generator = Generator.from_pretrained(tmp_path / "list", device="cpu")
         (out,) = generator.generate([PROMPTS[0]], SamplingParams(max_new_tokens=LENGTH, temperature=0.0))
@@ -100,7 +100,7 @@ def test_each_family_generates_what_transformers_generates(name, tokenizer, tmp_
 
 
 def test_generation_ends_before_dynamic_frequencies_would_change(tokenizer, tmp_path):
-    """Keys of the cache were turned by those of the model's own length."""
+    """Cached keys were rotated with the frequencies of the model's own context length."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES["dynamic"], dtype=torch.float32).eval()
     generator = Generator.from_pretrained(save(model, tokenizer, tmp_path, [399]), device="cpu")

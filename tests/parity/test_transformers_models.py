@@ -113,7 +113,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def theirs(folder):
+def hf(folder):
     return load_theirs(folder)
 
 
@@ -128,33 +128,33 @@ def logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     return (out if isinstance(out, torch.Tensor) else out.logits).float()
 
 
-def test_logits_over_a_folder_of_transformers_are_theirs(ours, theirs, input_ids):
-    expected = logits(theirs, input_ids)
+def test_logits_over_a_folder_of_transformers_are_theirs(ours, hf, input_ids):
+    expected = logits(hf, input_ids)
     assert expected.std() > 1, "small logits would agree whatever we did"
     torch.testing.assert_close(logits(ours, input_ids), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"], ids=["one file", "shards"])
-def test_transformers_computes_the_same_logits_over_our_folder(ours, theirs, input_ids, tmp_path, shard_size):
+def test_transformers_computes_the_same_logits_over_our_folder(ours, hf, input_ids, tmp_path, shard_size):
     ours.save_pretrained(tmp_path, max_shard_size=shard_size)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or shard_size == "5GB"
     loaded = load_theirs(tmp_path)
-    assert type(loaded) is type(theirs)
-    torch.testing.assert_close(logits(loaded, input_ids), logits(theirs, input_ids), rtol=0, atol=0)
+    assert type(loaded) is type(hf)
+    torch.testing.assert_close(logits(loaded, input_ids), logits(hf, input_ids), rtol=0, atol=0)
 
 
-def test_gradients_of_the_summed_loss_are_theirs(ours, theirs, input_ids):
+def test_gradients_equal_transformers(ours, hf, input_ids):
     labels = torch.where(torch.arange(LENGTH) % 7 == 0, -100, input_ids.roll(-1, 1))
     ours.zero_grad()
-    theirs.zero_grad()
+    hf.zero_grad()
     ours(input_ids, labels=labels).sum().backward()
-    torch.nn.functional.cross_entropy(theirs(input_ids).logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
-    expected = dict(theirs.named_parameters())
-    found = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    torch.nn.functional.cross_entropy(hf(input_ids).logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    expected = dict(hf.named_parameters())
+    actual = {name: parameter.grad for name, parameter in ours.named_parameters()}
     rules = family_of(ours.config).rules(ours.config)
-    found |= dict(as_stored(rules, found.items()))  # their modules have the names of ours or of the file
+    actual |= dict(as_stored(rules, actual.items()))  # transformers names modules like ours or like the file
     for name in expected:
-        gradient = found[name]
+        gradient = actual[name]
         if name.endswith("k_proj.bias"):  # adds the same to all scores of a query: its true gradient is zero
             continue
         scale = expected[name].grad.abs().max()
@@ -162,8 +162,8 @@ def test_gradients_of_the_summed_loss_are_theirs(ours, theirs, input_ids):
         torch.testing.assert_close(gradient / scale, expected[name].grad / scale, rtol=0, atol=1e-4, msg=name)
 
 
-def test_bf16_logits_are_as_close_to_fp32_as_theirs(folder, theirs, input_ids):
-    exact, sparse = logits(theirs, input_ids), load_config(folder).num_experts
+def test_bf16_logits_are_as_close_to_fp32_as_theirs(folder, hf, input_ids):
+    exact, sparse = logits(hf, input_ids), load_config(folder).num_experts
 
     def error(model: torch.nn.Module) -> torch.Tensor:
         """Rounding may send a token to another expert, which changes all of its logits: there the middle token counts."""
@@ -175,16 +175,16 @@ def test_bf16_logits_are_as_close_to_fp32_as_theirs(folder, theirs, input_ids):
     assert error_of_ours < 0.05 * exact.std()
 
 
-def test_packed_documents_are_computed_as_transformers_computes_each_alone(ours, theirs, input_ids):
+def test_packed_documents_equal_transformers_on_each(ours, hf, input_ids):
     lengths = [50, 110, 40]
     position_ids = torch.cat([torch.arange(length) for length in lengths]).expand(2, -1)
     with torch.no_grad():
         packed = ours(input_ids, position_ids)
-    alone = torch.cat([logits(theirs, part) for part in input_ids.split(lengths, 1)], 1)
+    alone = torch.cat([logits(hf, part) for part in input_ids.split(lengths, 1)], 1)
     torch.testing.assert_close(packed, alone, rtol=0, atol=TOLERANCE)
 
 
-def test_transformers_refuses_by_name_what_no_family_of_its_own_computes(tiny, tmp_path):
+def test_transformers_rejects_bumblebee_architecture(tiny, tmp_path):
     model = Bumblebee(tiny(norm="layernorm", mlp_gated=False, hidden_act="relu2", post_norms=True))
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="bumblebee"):
@@ -232,14 +232,14 @@ def test_what_a_config_leaves_out_is_what_transformers_fills_in(tmp_path, archit
     # Sizes that fit every number of heads that is filled in.
     sizes = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 32}
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": model_type, **sizes}))
-    ours, theirs = load_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    ours, hf = load_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
     same = (*sizes, "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
             "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
-    assert {name: getattr(ours, name) for name in same} == {name: getattr(theirs, name) for name in same}
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
-    assert ours.partial_rotary_factor == theirs.rope_parameters.get("partial_rotary_factor", 1.0)
-    assert [ours.window_of(0)] * 2 == [getattr(theirs, "sliding_window", None) or None, ours.window_of(1)]
+    assert {name: getattr(ours, name) for name in same} == {name: getattr(hf, name) for name in same}
+    assert ours.rope_theta == hf.rope_parameters["rope_theta"]
+    assert ours.head_dim == (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
+    assert ours.partial_rotary_factor == hf.rope_parameters.get("partial_rotary_factor", 1.0)
+    assert [ours.window_of(0)] * 2 == [getattr(hf, "sliding_window", None) or None, ours.window_of(1)]
 
 
 def test_our_config_json_says_to_transformers_what_it_says_to_us(folder, ours, tmp_path):
@@ -251,7 +251,7 @@ def test_our_config_json_says_to_transformers_what_it_says_to_us(folder, ours, t
     assert before == {key: after[key] for key in before}
 
 
-def test_the_preset_of_a_mixture_is_what_the_published_config_says():
+def test_moe_preset_equals_the_published_config():
     """Qwen3-30B-A3B, without weights."""
     published = Qwen3MoeConfig(
         vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32,
@@ -259,8 +259,8 @@ def test_the_preset_of_a_mixture_is_what_the_published_config_says():
         norm_topk_prob=True, max_position_embeddings=40960, rope_theta=1e6, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device("meta"):
-        theirs, ours = AutoModelForCausalLM.from_config(published), Bumblebee(BumblebeeConfig.preset("30b-a3b"))
-    assert ours.num_parameters() == sum(parameter.numel() for parameter in theirs.parameters())
+        hf, ours = AutoModelForCausalLM.from_config(published), Bumblebee(BumblebeeConfig.preset("30b-a3b"))
+    assert ours.num_parameters() == sum(parameter.numel() for parameter in hf.parameters())
     assert num_active_parameters(ours) == pytest.approx(3.3e9, rel=0.02)
     read = read_config({**published.to_dict(), "architectures": ["Qwen3MoeForCausalLM"]})
     assert replace(read, architecture=None) == ours.config

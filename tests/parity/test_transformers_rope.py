@@ -1,4 +1,4 @@
-"""Each way to stretch rotary positions is transformers', at positions up to 16 thousand and beyond the original length."""
+"""RoPE scaling equals transformers', at positions up to 16k and beyond the original context."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def pair(request, tmp_path_factory) -> tuple[Any, Any]:
         initializer_range=0.2, attn_implementation="eager",
     )  # fmt: skip
     torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     folder = tmp_path_factory.mktemp("rope")
-    theirs.save_pretrained(folder)
-    return Bumblebee.from_pretrained(folder), theirs
+    hf.save_pretrained(folder)
+    return Bumblebee.from_pretrained(folder), hf
 
 
-def compare_rotary(ours: Any, theirs: Any, position_ids: torch.Tensor) -> None:
+def compare_rotary(ours: Any, hf: Any, position_ids: torch.Tensor) -> None:
     cos, sin = ours.model.rotary(position_ids)
-    expected = theirs.model.rotary_emb(torch.zeros(1), position_ids)
+    expected = hf.model.rotary_emb(torch.zeros(1), position_ids)
     # Theirs has every number twice. A frequency may be rounded otherwise: at 16 thousand that is an angle of 1e-3.
-    for found, wanted in zip((cos, sin), expected, strict=True):
-        torch.testing.assert_close(found[:, :, 0], wanted[..., : cos.shape[-1]], rtol=0, atol=2e-3)
+    for actual, wanted in zip((cos, sin), expected, strict=True):
+        torch.testing.assert_close(actual[:, :, 0], wanted[..., : cos.shape[-1]], rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("end", [MAX, FAR])
@@ -60,15 +60,15 @@ def test_cosines_and_sines_are_transformers(pair, end):
 
 
 @torch.no_grad()
-def test_logits_over_positions_up_to_sixteen_thousand_are_transformers(pair):
-    ours, theirs = pair
+def test_logits_equal_transformers_up_to_16k_positions(pair):
+    ours, hf = pair
     input_ids = torch.randint(96, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     position_ids = (torch.arange(LENGTH) * FAR // LENGTH).expand(2, -1)
     assert position_ids.max() > 3.9 * MAX
-    theirs(input_ids[:, :2])  # dynamic frequencies of theirs are those of the longest text so far, until a short one comes
-    expected = theirs(input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids)).logits
-    found = ours(input_ids, position_ids)
+    hf(input_ids[:, :2])  # dynamic frequencies of hf are those of the longest text so far, until a short one comes
+    expected = hf(input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids)).logits
+    actual = ours(input_ids, position_ids)
     assert expected.std() > 1
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
     near = ours(input_ids)
-    assert (near - found).abs().max() > 0.1, "positions matter"
+    assert (near - actual).abs().max() > 0.1, "positions matter"

@@ -26,7 +26,7 @@ from bumblebee.inference.sampler import SamplerState, sample  # noqa: E402
 VOCABULARY, NUMBERS = 600, 400
 
 
-def theirs(params: SamplingParams) -> LogitsProcessorList:
+def hf(params: SamplingParams) -> LogitsProcessorList:
     """What transformers' generate would put together."""
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(params.repetition_penalty)])
     processors.append(TemperatureLogitsWarper(params.temperature))
@@ -72,7 +72,7 @@ def test_shares_of_drawn_tokens_are_the_probabilities_of_transformers(seed, widt
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(1, VOCABULARY, generator=generator) * width
     prompt = torch.randint(VOCABULARY, (30,), generator=generator).tolist()
-    expected = theirs(params)(torch.tensor([prompt]), logits).softmax(-1)[0]
+    expected = hf(params)(torch.tensor([prompt]), logits).softmax(-1)[0]
     assert (drawn(logits, prompt, params) - expected).abs().max().item() <= 1.01 / NUMBERS
 
 

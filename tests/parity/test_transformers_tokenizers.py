@@ -113,7 +113,7 @@ def ours(folder) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def theirs(folder):
+def hf(folder):
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -121,31 +121,31 @@ def as_text(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def test_ids_of_any_text_are_those_of_autotokenizer(ours, theirs):
+def test_ids_of_any_text_are_those_of_autotokenizer(ours, hf):
     @settings(deadline=None)
     @given(TEXTS)
     def check(text):
-        assert ours.encode(text) == as_text(theirs, text)
+        assert ours.encode(text) == as_text(hf, text)
 
     check()
 
 
-def test_decoded_text_is_that_of_autotokenizer(ours, theirs):
+def test_decoded_text_is_that_of_autotokenizer(ours, hf):
     @settings(deadline=None)
     @given(st.lists(st.integers(0, ours.vocab_size - 1), max_size=12), st.booleans())
     def check(ids, skip):
-        expected = theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        expected = hf.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         assert ours.decode(ids, skip_special_tokens=skip) == expected
 
     check()
 
 
-def test_a_prompt_begins_as_autotokenizer_begins_it(ours, theirs):
-    assert ours.prefix_ids + ours.encode("hello") == theirs.encode("hello")
+def test_a_prompt_begins_as_autotokenizer_begins_it(ours, hf):
+    assert ours.prefix_ids + ours.encode("hello") == hf.encode("hello")
     assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (
-        theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id
+        hf.bos_token_id, hf.eos_token_id, hf.pad_token_id
     )  # fmt: skip
-    assert ours.vocab_size == len(theirs)
+    assert ours.vocab_size == len(hf)
 
 
 def test_streamed_bytes_are_the_text(ours):
@@ -184,19 +184,19 @@ def trained(request, tiny, tmp_path_factory) -> Iterator[tuple[Tokenizer, object
 
 
 def test_autotokenizer_gives_the_ids_of_a_tokenizer_trained_here(trained):
-    ours, theirs = trained
+    ours, hf = trained
 
     @settings(deadline=None)
     @given(TEXTS.map(lambda text: unicodedata.normalize("NFC", text)))
     def check(text):
-        assert as_text(theirs, text) == ours.encode(text)
+        assert as_text(hf, text) == ours.encode(text)
 
     check()
-    assert (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (ours.eos_token_id, ours.pad_token_id, ours.vocab_size)
+    assert (hf.eos_token_id, hf.pad_token_id, len(hf)) == (ours.eos_token_id, ours.pad_token_id, ours.vocab_size)
 
 
 def test_a_spelled_special_token_is_text_for_us_and_a_token_for_autotokenizer(trained):
-    ours, theirs = trained
+    ours, hf = trained
     text = "a<|im_end|>b"
-    assert theirs.encode(text) == [*ours.encode("a"), ours.token_to_id("<|im_end|>"), *ours.encode("b")]
-    assert ours.encode(text) == as_text(theirs, text) != theirs.encode(text)
+    assert hf.encode(text) == [*ours.encode("a"), ours.token_to_id("<|im_end|>"), *ours.encode("b")]
+    assert ours.encode(text) == as_text(hf, text) != hf.encode(text)

@@ -11,7 +11,7 @@ from bumblebee.plotting.run_comparison import LoggedRun, RunComparison
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[str]:
-    """Two runs of four steps, validated after two; the second lost its last line in a kill."""
+    """Two runs of four steps, validated after two; the last line of the second is truncated."""
     for name, slope in (("wide", 1.0), ("deep", 0.5)):
         lines = [{"step": n, "epoch": n / 4, "loss": 4 - slope * n, "tokens": 100 * n, "seconds": 0.5 * n} for n in range(1, 5)]
         lines.insert(2, {"step": 2, "epoch": 0.5, "validation_loss": 3 - slope, "seconds": 1.1})
@@ -22,7 +22,7 @@ def runs(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "wide"), str(tmp_path / "deep")]
 
 
-def test_a_picture_has_each_runs_values_their_average_and_what_was_held_out(runs):
+def test_panels_have_training_and_validation_values(runs):
     (curves,) = RunComparison(runs, smoothing=0.5).panels().values()
     wide, deep = curves
     assert (wide.name, deep.name) == ("wide", "deep")
@@ -30,26 +30,26 @@ def test_a_picture_has_each_runs_values_their_average_and_what_was_held_out(runs
     assert deep.validation == ([2], [2.5])
 
 
-@pytest.mark.parametrize(("along", "places", "held_out"), [("tokens", [100, 200, 300, 400], [200]), ("epoch", None, [0.5])])
-def test_a_validation_stands_where_its_step_stands(runs, along, places, held_out):
+@pytest.mark.parametrize(("along", "x", "validation_x"), [("tokens", [100, 200, 300, 400], [200]), ("epoch", None, [0.5])])
+def test_validation_is_at_the_position_of_its_step(runs, along, x, validation_x):
     (curves,) = RunComparison(runs, along=along).panels().values()
-    assert curves[0].x == (places or [0.25, 0.5, 0.75, 1.0])
-    assert curves[0].validation[0] == held_out
+    assert curves[0].x == (x or [0.25, 0.5, 0.75, 1.0])
+    assert curves[0].validation[0] == validation_x
 
 
-def test_values_that_are_no_numbers_leave_a_gap(tmp_path):
+def test_null_values_are_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": 1.5}\n{"step": 3}\n')
     assert LoggedRun.read(tmp_path).column("loss", "step") == ([2], [1.5])
 
 
-def test_names_are_as_short_as_tells_runs_apart(runs, tmp_path):
+def test_names_are_the_shortest_distinct_path_suffixes(runs, tmp_path):
     (tmp_path / "other").mkdir()
     (Path(runs[0])).rename(tmp_path / "other" / "deep")
     names = RunComparison([str(tmp_path / "other" / "deep"), runs[1]]).names
     assert names == ["other/deep", f"{tmp_path.name}/deep"]
 
 
-def test_the_command_writes_the_picture_and_prints_what_was_reached(runs, tmp_path, capsys):
+def test_plot_command_writes_a_picture_and_prints_a_table(runs, tmp_path, capsys):
     for ending, begin in (("png", b"\x89PNG"), ("svg", b"<?xml")):
         main(["plot", *runs, "--output", str(tmp_path / f"new/two.{ending}"), "--smoothing", "0"])
         assert (tmp_path / f"new/two.{ending}").read_bytes().startswith(begin)
@@ -60,7 +60,7 @@ def test_the_command_writes_the_picture_and_prints_what_was_reached(runs, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["{wide}x"], "is not a run: it has no metrics.jsonl (did you mean"),
         (["{wide}", "--metrics", "los"], "no run has 'los' (did you mean 'loss'"),
@@ -70,11 +70,11 @@ def test_the_command_writes_the_picture_and_prints_what_was_reached(runs, tmp_pa
         ([], "runs is missing"),
     ],
 )
-def test_mistakes_end_in_one_line_and_write_nothing(runs, tmp_path, capsys, monkeypatch, words, told):
+def test_invalid_arguments_are_one_line_errors_and_write_nothing(runs, tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as ended:
         main(["plot", *(word.replace("{wide}", runs[0]) for word in words)])
     (line,) = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and told in line
+    assert ended.value.code == 2 and message in line
     assert sorted(tmp_path.rglob("*")) == before

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bumblebee.checkpoint.hf_folder import parameters_on_meta
 from bumblebee.config import BumblebeeConfig
 from bumblebee.lora import LoRA
 from bumblebee.model import Bumblebee
+from bumblebee.models.load_context import meta_parameters
 from bumblebee.preview.memory_estimate import (
     _FRAGMENTATION,
     BatchShape,
@@ -28,7 +28,7 @@ BATCH = BatchShape(rows=4, length=1024, targets=4096, kernel="flash")
 
 
 def meta_model(size: str = "7b", **changes: Any) -> Bumblebee:
-    with parameters_on_meta():
+    with meta_parameters():
         return Bumblebee(BumblebeeConfig.preset(size, **changes))
 
 

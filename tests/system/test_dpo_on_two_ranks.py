@@ -60,7 +60,7 @@ def two_ranks(tmp_path_factory, other_model):
 @pytest.mark.parametrize(
     "name", ["0", "1", "2", "3", "1 precomputed", "3 precomputed", "1 other", "3 other", "3 other precomputed"]
 )
-def test_two_ranks_are_one(name, one_rank, two_ranks):
+def test_two_ranks_train_like_one(name, one_rank, two_ranks):
     folder, results = two_ranks
     wanted_folder, wanted = one_rank["other" if "other" in name else "DPO"]
     for ours, theirs in zip(results[name]["metrics"], wanted, strict=True):
@@ -74,14 +74,14 @@ def test_two_ranks_are_one(name, one_rank, two_ranks):
 
 
 @pytest.mark.parametrize("stage", ["1", "3"])
-def test_adapters_on_two_ranks_begin_without_rewards(stage, two_ranks):
+def test_adapters_start_without_rewards(stage, two_ranks):
     """Later their dropout differs from one rank's."""
     lines = two_ranks[1][f"{stage} adapters"]["metrics"]
     assert abs(lines[0]["rewards/chosen"]) < 1e-6 and abs(lines[0]["rewards/rejected"]) < 1e-6
     assert abs(lines[-1]["rewards/margins"]) > 1e-4
 
 
-def test_a_resumed_run_at_stage_3_is_byte_identical(two_ranks):
+def test_resume_at_stage_3_is_byte_identical(two_ranks):
     folder, results = two_ranks
     assert [line["step"] for line in results["3 until 2"]["metrics"]] == [1, 2]
     assert weight_bytes(folder / "3 resumed") == weight_bytes(folder / "3")

@@ -1,4 +1,4 @@
-"""A model of transformers on two ranks: every stage learns what one process learns, and continues to the byte."""
+"""Two ranks train a wrapped transformers model like one process, and resume byte-identically."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STAGES = range(4)
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_what_one_learns_and_resume_to_the_byte_at_every_stage(tmp_path: Path) -> None:
+def test_two_ranks_equal_one_and_resume_at_every_stage(tmp_path: Path) -> None:
     import transformers
 
     config = transformers.GPT2Config(
@@ -44,7 +44,7 @@ def test_two_ranks_learn_what_one_learns_and_resume_to_the_byte_at_every_stage(t
             torch.testing.assert_close(weights(tmp_path / f"{stage}")[name], tensor, rtol=0, atol=1e-5, msg=f"{stage} {name}")
 
 
-def test_a_model_with_a_padding_row_trains_at_stage_3_by_a_command_and_is_validated(tokenizer_folder, tmp_path: Path) -> None:
+def test_padding_row_trains_and_validates_at_stage_3(tokenizer_folder, tmp_path: Path) -> None:
     import transformers
 
     config = transformers.Olmo2Config(

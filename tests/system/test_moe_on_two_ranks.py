@@ -1,4 +1,4 @@
-"""A mixture of experts on two real ranks, at all stages, with routers' losses and bias: they train what one process trains."""
+"""Two ranks train a mixture of experts like one process, at all ZeRO stages, with router losses and bias."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def test_two_ranks_train_like_one_process(stage, runs, alone):
         assert line.keys() == wanted.keys()
         for name, value in wanted.items():
             assert math.isclose(line[name], value, rel_tol=1e-5, abs_tol=1e-6), (line["step"], name)
-    found = weights(root / f"stage-{stage}")
+    actual = weights(root / f"stage-{stage}")
     for name, tensor in weights(folder).items():
         if not name.endswith("k_proj.bias"):  # its true gradient is zero; Adam blows rounding up to whole steps
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4, msg=lambda text, n=name: f"{n} {text}")
-    biases = [tensor for name, tensor in found.items() if name.endswith("e_score_correction_bias")]
+            torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-4, msg=lambda text, n=name: f"{n} {text}")
+    biases = [tensor for name, tensor in actual.items() if name.endswith("e_score_correction_bias")]
     assert len(biases) == 2 and 0.01 <= max(bias.abs().max() for bias in biases) <= 0.061
 
 
@@ -83,9 +83,9 @@ def test_experts_without_a_token_on_a_rank_hold_nobody_up(stage, runs):
 
 
 def test_in_bf16_the_bias_stays_in_fp32(runs):
-    found = weights(runs[0] / "bf16")
-    assert found["model.layers.1.mlp.experts.gate_up_proj"].dtype == torch.bfloat16
-    bias = found["model.layers.1.mlp.gate.e_score_correction_bias"]
+    actual = weights(runs[0] / "bf16")
+    assert actual["model.layers.1.mlp.experts.gate_up_proj"].dtype == torch.bfloat16
+    bias = actual["model.layers.1.mlp.gate.e_score_correction_bias"]
     assert bias.dtype == torch.float32
     torch.testing.assert_close((100 * bias).round(), 100 * bias, rtol=0, atol=1e-4)  # whole steps of 0.01
 

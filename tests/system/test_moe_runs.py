@@ -1,4 +1,4 @@
-"""A small mixture of experts from its recipe through the stages: pretrained and aligned, a model folder at every point."""
+"""A small mixture of experts through all stages: pretraining, alignment, model folders."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_tensorboard_has_the_routers_load(pretrained):
     assert {"train/router/load", "train/router/entropy"} <= set(events.Tags()["scalars"])
 
 
-def test_a_bias_is_in_the_folder_in_fp32_also_after_a_load_in_bf16_and_a_consolidation(pretrained, tmp_path):
+def test_router_bias_stays_fp32_in_folders(pretrained, tmp_path):
     key = "model.layers.0.mlp.gate.e_score_correction_bias"
     bias = Bumblebee.from_pretrained(pretrained).state_dict()[key]
     assert bias.dtype == torch.float32 and bias.any()

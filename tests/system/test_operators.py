@@ -38,7 +38,7 @@ def check_equal(ours, theirs, folder, other):
 @pytest.mark.slow
 @needs_a_compiler
 @pytest.mark.parametrize("name", ["FusedAdam", "DeepSpeedCPUAdam"])
-def test_deepspeeds_own_adam_learns_what_torchs_does_and_resumes_to_the_byte(name, tmp_path):
+def test_deepspeed_adam_equals_torch_and_resumes(name, tmp_path):
     plain = train(tmp_path / "plain", optimizer=("AdamW", OPTIONS))
     job = {"optimizer": (f"deepspeed.ops.adam.{name}", OPTIONS), "callbacks": {"checkpoint": ("Checkpoint", {"every": 3})}}
     for stage in (0, 1, 2, 3):
@@ -51,7 +51,7 @@ def test_deepspeeds_own_adam_learns_what_torchs_does_and_resumes_to_the_byte(nam
 @pytest.mark.slow
 @needs_asynchronous_io
 @pytest.mark.parametrize("what", [("offload_optimizer",), ("offload_optimizer", "offload_param")])
-def test_what_is_kept_on_nvme_is_trained_saved_and_resumed_as_in_memory(what, tmp_path):
+def test_nvme_offload_equals_training_in_memory(what, tmp_path):
     job = {"zero_stage": 3, "optimizer": ("AdamW", OPTIONS), "model": LARGE}
     job["callbacks"] = {"checkpoint": ("Checkpoint", {"every": 3})}
     plain = train(tmp_path / "plain", **job)

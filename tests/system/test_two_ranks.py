@@ -1,6 +1,6 @@
-"""Two real processes over gloo: the same samples give the same gradients, curves and, after a resume, the same bytes.
+"""Two real processes over gloo: the same gradients and loss curves as one process, and byte-identical resumes.
 
-The tests look at runs that were made before, all by the same two processes: starting them takes longer than a run.
+All runs of a fixture share the same two processes, since starting them takes longer than a run.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from helpers.processes import run_jobs
-from helpers.reference_loop import plain_adamw, plain_gradient
-from helpers.training_runs import Rows, small_model, train, weight_bytes, weights
+from helpers.training_runs import Rows, reference_gradient, small_model, train, train_reference, weight_bytes, weights
+from helpers.zero_stages import EACH_STAGE
 
 from bumblebee.optim import Cosine
 from bumblebee.training.run_folder import checkpoints
 
 UNEQUAL = (16, 1, 7, 0, 12, 0, 0, 3)
 TARGETS = (16, 1, 7, 0, 12)
-UNTRAINED = "k_proj.bias"  # its true gradient is zero; Adam blows rounding up to whole steps
+UNTRAINED = "k_proj.bias"  # its true gradient is zero; Adam amplifies rounding errors to full steps
 EACH = {"checkpoint": ("Checkpoint", {"every": 1, "keep": None})}
 LONG = {"max_steps": 14, "task": "Noisy", "micro_batch_size": 1, "schedule": ("Cosine", {"warmup_steps": 3}),
         "data": {"samples": 22}}  # fmt: skip
@@ -31,7 +31,7 @@ GRADIENT = {
     "data": {"samples": 8, "targets": UNEQUAL},
 }
 CURVE = {"max_steps": 8, "schedule": ("Cosine", {"warmup_ratio": 0.3}), "data": {"samples": 22, "targets": TARGETS}}
-# Two samples for each rank: of the last two of an epoch rank 1 has none.
+# Two samples per rank and step: of the last two of an epoch, rank 1 has none.
 SPREAD = {"micro_batch_size": 2, "accumulate": 1}
 
 
@@ -39,8 +39,17 @@ def of_stages(name: str, stages: tuple[int, ...], **job: Any) -> dict[str, dict[
     return {f"{name}-{stage}": {"zero_stage": stage, **job} for stage in stages}
 
 
+def of_every_kind(stages: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """The jobs that run at each stage."""
+    return {
+        **of_stages("gradient", stages, **GRADIENT, micro_batch_size=4, accumulate=1),
+        **of_stages("curve", stages, **CURVE, **SPREAD),
+        **of_stages("half", stages, **CURVE, **SPREAD, deepspeed={"communication_data_type": "bf16"}),
+    }
+
+
 def resumed(stage: int, stops: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """A whole run, and one in pieces."""
+    """An uninterrupted run, and one that is stopped and resumed."""
     run = {"zero_stage": stage, **LONG}
     jobs: dict[str, dict[str, Any]] = {f"whole-{stage}": {**run, "callbacks": EACH}}
     for stop in stops:
@@ -50,7 +59,7 @@ def resumed(stage: int, stops: tuple[int, ...]) -> dict[str, dict[str, Any]]:
 
 
 class Runs:
-    """What became of the jobs."""
+    """The results of jobs on two ranks."""
 
     def __init__(self, jobs: dict[str, dict[str, Any]], folder: Any, timeout: float) -> None:
         self.root = folder
@@ -75,10 +84,8 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, alone):
     jobs = {
-        **of_stages("gradient", (0, 1, 2, 3), **GRADIENT, micro_batch_size=4, accumulate=1),
+        **of_every_kind((0, 3)),
         **of_stages("gradient-of-ones", (3,), **GRADIENT, micro_batch_size=1, accumulate=4),
-        **of_stages("curve", (0, 1, 2, 3), **CURVE, **SPREAD),
-        **of_stages("half", (0, 1, 2, 3), **CURVE, **SPREAD, deepspeed={"communication_data_type": "bf16"}),
         **of_stages("empty", (0, 3), max_steps=2, data={"samples": 8, "targets": (0,)}),
         **resumed(1, (4, 6)),
         **resumed(3, (4,)),
@@ -92,50 +99,67 @@ def runs(tmp_path_factory, alone):
     return Runs(jobs, tmp_path_factory.mktemp("ranks"), timeout=280)
 
 
-@pytest.mark.parametrize("name", ["gradient-0", "gradient-1", "gradient-2", "gradient-3", "gradient-of-ones-3"])
-def test_two_ranks_have_the_gradient_of_the_mean_over_all_their_targets(name, runs):
+@pytest.fixture
+def runs_at(request):
+    """A function from a stage to the runs that include it: those of stages 1 and 2 are in the slow suite."""
+    return lambda stage: request.getfixturevalue("runs" if stage in (0, 3) else "more_runs")
+
+
+def check_gradient(folder):
+    """Compare the update of one step of SGD with the gradient of the mean loss over all targets."""
     before = dict(small_model().named_parameters())
-    wanted = plain_gradient(Rows(8, UNEQUAL))
-    for key, after in weights(runs.folder(name)).items():
-        torch.testing.assert_close(before[key] - after, wanted[key], rtol=0, atol=1e-6, msg=lambda text, k=key: f"{k} {text}")
+    expected = reference_gradient(Rows(8, UNEQUAL))
+    for key, after in weights(folder).items():
+        torch.testing.assert_close(before[key] - after, expected[key], rtol=0, atol=1e-6, msg=lambda text, k=key: f"{k} {text}")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_train_like_one_without_deepspeed(stage, runs):
-    lines, final = plain_adamw(Rows(22, TARGETS), per_step=4, steps=8, schedule=Cosine(0.3), clip=1.0)
-    ours = [line for line in runs.metrics(f"curve-{stage}") if "loss" in line]
-    for line, plain in zip(ours, lines, strict=True):
+@pytest.mark.parametrize("stage", EACH_STAGE)
+def test_gradient_is_the_mean_over_targets_of_both_ranks(stage, runs_at):
+    check_gradient(runs_at(stage).folder(f"gradient-{stage}"))
+
+
+def test_gradient_does_not_depend_on_accumulation(runs):
+    check_gradient(runs.folder("gradient-of-ones-3"))
+
+
+@pytest.mark.parametrize("stage", EACH_STAGE)
+def test_two_ranks_train_like_the_reference_loop(stage, runs_at):
+    runs = runs_at(stage)
+    lines, final = train_reference(Rows(22, TARGETS), per_step=4, steps=8, schedule=Cosine(0.3), clip=1.0)
+    trained = [line for line in runs.metrics(f"curve-{stage}") if "loss" in line]
+    for line, expected in zip(trained, lines, strict=True):
         for name in ("loss", "grad_norm"):
-            assert math.isclose(line[name], plain[name], rel_tol=2e-6), (line["step"], name)
+            assert math.isclose(line[name], expected[name], rel_tol=2e-6), (line["step"], name)
     for name, tensor in weights(runs.folder(f"curve-{stage}")).items():
         if not name.endswith(UNTRAINED):
             torch.testing.assert_close(tensor, final[name], rtol=0, atol=2e-5, msg=lambda text, n=name: f"{n} {text}")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_gradients_sent_in_half_precision_cost_half_precision(stage, runs):
-    """DeepSpeed's ``communication_data_type`` reaches it, and nothing else changes."""
+@pytest.mark.parametrize("stage", EACH_STAGE)
+def test_communication_in_bf16_only_rounds_gradients(stage, runs_at):
+    """DeepSpeed receives ``communication_data_type``."""
+    runs = runs_at(stage)
     pairs = list(zip(runs.metrics(f"half-{stage}"), runs.metrics(f"curve-{stage}"), strict=True))
-    difference = max(abs(ours.get("loss", 0) - exact.get("loss", 0)) for ours, exact in pairs)
+    difference = max(abs(rounded.get("loss", 0) - exact.get("loss", 0)) for rounded, exact in pairs)
     assert 0 < difference < 5e-3
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_steps_without_any_target_on_any_rank_leave_every_bit_of_the_weights(stage, runs):
+def test_steps_without_targets_do_not_change_weights(stage, runs):
     before = dict(small_model().named_parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(runs.folder(f"empty-{stage}")).items())
     assert all(math.isfinite(value) for line in runs.metrics(f"empty-{stage}") for value in line.values())
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_resume_of_two_ranks_is_byte_identical(stage, runs):
-    """At stage 1 also the second time and across an epoch's edge. Each piece ended on the word of rank 1."""
+def test_resume_is_byte_identical(stage, runs):
+    """At stage 1 it is resumed twice, once at the end of an epoch. Rank 1 requests each stop."""
     assert [line["step"] for line in runs.metrics(f"until-4-{stage}")] == [1, 2, 3, 4]
     assert runs.metrics(f"pieces-{stage}") == runs.metrics(f"whole-{stage}")
     assert weight_bytes(runs.folder(f"pieces-{stage}")) == weight_bytes(runs.folder(f"whole-{stage}"))
 
 
-def test_a_signal_to_one_rank_saves_and_ends_both_and_the_resumed_run_is_byte_identical(runs):
+def test_a_signal_to_one_rank_saves_on_both_and_resumes(runs):
     assert len(runs.metrics("signalled")) == 5
     assert [(checkpoint.step, checkpoint.last) for checkpoint in checkpoints(runs.folder("signalled"))] == [(5, True)]
     assert runs.metrics("continued")[-1] == runs.metrics("whole-1")[-1]
@@ -143,41 +167,39 @@ def test_a_signal_to_one_rank_saves_and_ends_both_and_the_resumed_run_is_byte_id
 
 
 @pytest.mark.parametrize(("name", "message"), [("other-seed", "seed 42"), ("other-data", "samples 22")])
-def test_a_resume_that_would_be_another_run_is_refused_on_both_ranks(name, message, runs):
+def test_resume_with_another_seed_or_data_is_refused(name, message, runs):
     assert "trainer.resume" in runs.results[name]["error"] and message in runs.results[name]["error"]
 
 
-def near(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
-    """The same curve, but for the order in which gradients were added."""
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
-    for one, other in zip(ours, theirs, strict=True):
-        assert math.isclose(one.get("loss", 0.0), other.get("loss", 0.0), rel_tol=1e-5), one["step"]
-
-
-def test_two_ranks_at_stage_3_continue_a_run_of_one_rank_at_stage_1(runs, alone):
-    near(runs.metrics("from-one-rank"), alone[1])
+def test_two_ranks_at_stage_3_resume_one_rank_at_stage_1(runs, alone):
+    """The loss curve is the same up to the order in which gradients are added."""
+    metrics, expected = runs.metrics("from-one-rank"), alone[1]
+    for name in ("step", "tokens"):
+        assert [line[name] for line in metrics] == [line[name] for line in expected]
+    for line, other in zip(metrics, expected, strict=True):
+        assert math.isclose(line.get("loss", 0.0), other.get("loss", 0.0), rel_tol=1e-5), line["step"]
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_one_rank_continues_a_run_of_two_at_another_stage(stage, runs, tmp_path):
+def test_one_rank_resumes_two_at_another_stage(stage, runs, tmp_path):
     options = {**LONG, "task": "LanguageModeling", "accumulate": 4, "schedule": ("Constant", {"warmup_ratio": 0.0})}
     for of, name in ((0, "a"), (1, "b")):
         resume = str(runs.folder("whole-3" if of else "whole-1") / "checkpoint-6")
         train(tmp_path / name, resume=resume, zero_stage=stage, **options)
-    # Both saved the same training, at stages 3 and 1; from here on they go the same way.
+    # Both checkpoints hold the same training, at stages 3 and 1, so that both runs continue alike.
     for name, tensor in weights(tmp_path / "a").items():
         if not name.endswith(UNTRAINED):
             torch.testing.assert_close(tensor, weights(tmp_path / "b")[name], rtol=0, atol=1e-4)
 
 
-# -- longer ones ---------------------------------------------------------------------------------------------------------
+# -- slow suite ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def more_runs(tmp_path_factory):
     bf16 = {"max_steps": 24, "precision": "bf16", "schedule": ("Cosine", {}), "data": {"samples": 8, "targets": (16,)}}
     jobs = {
+        **of_every_kind((1, 2)),
         **of_stages("bf16", (0, 1, 2, 3), micro_batch_size=1, **bf16),
         **resumed(0, (4, 6)),
         **resumed(2, (4, 6)),
@@ -193,25 +215,25 @@ def more_runs(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bf16_on_two_ranks_stays_near_the_curve_of_fp32(stage, more_runs):
-    lines, _ = plain_adamw(Rows(8, (16,)), per_step=4, steps=24, schedule=Cosine(), clip=1.0)
-    distances = [abs(o["loss"] - p["loss"]) for o, p in zip(more_runs.metrics(f"bf16-{stage}"), lines, strict=True)]
-    assert max(distances) < 0.004
+def test_bf16_stays_close_to_fp32(stage, more_runs):
+    lines, _ = train_reference(Rows(8, (16,)), per_step=4, steps=24, schedule=Cosine(), clip=1.0)
+    pairs = zip(more_runs.metrics(f"bf16-{stage}"), lines, strict=True)
+    assert max(abs(line["loss"] - expected["loss"]) for line, expected in pairs) < 0.004
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
-def test_a_resume_of_two_ranks_is_byte_identical_at_the_other_stages_too(stage, more_runs):
+def test_resume_is_byte_identical_at_other_stages(stage, more_runs):
     assert more_runs.metrics(f"pieces-{stage}") == more_runs.metrics(f"whole-{stage}")
     assert weight_bytes(more_runs.folder(f"pieces-{stage}")) == weight_bytes(more_runs.folder(f"whole-{stage}"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_resume_of_two_ranks_in_bf16_is_byte_identical(stage, more_runs):
+def test_resume_in_bf16_is_byte_identical(stage, more_runs):
     assert weight_bytes(more_runs.folder(f"bf16-pieces-{stage}")) == weight_bytes(more_runs.folder(f"bf16-whole-{stage}"))
 
 
 @pytest.mark.slow
-def test_worker_processes_beside_two_ranks_change_no_bit(more_runs):
+def test_worker_processes_do_not_change_the_result(more_runs):
     assert weight_bytes(more_runs.folder("workers")) == weight_bytes(more_runs.folder("whole-2"))

@@ -10,7 +10,7 @@ from helpers.processes import TESTS, finish, start
 
 
 @pytest.mark.slow
-def test_ranks_wait_longer_than_a_collective_may_take_and_hear_of_a_failure(tmp_path: Path) -> None:
+def test_ranks_outwait_the_timeout_and_learn_of_a_failure(tmp_path: Path) -> None:
     done = finish(start([str(TESTS / "helpers" / "waiting_ranks.py"), str(tmp_path)], ranks=2), timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (ast.literal_eval((tmp_path / f"rank-{rank}").read_text()) for rank in (0, 1))

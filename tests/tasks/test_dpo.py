@@ -83,7 +83,7 @@ FORMULAS = {  # options; the loss of a pair
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_the_loss_is_the_formula_summed_over_pairs_with_targets(name, models, pairs, written_out):
+def test_loss_is_the_formula_summed_over_valid_pairs(name, models, pairs, written_out):
     options, formula = FORMULAS[name]
     batch = pairs.collate(pairs.train)
     task = task_of(models, **options)
@@ -92,13 +92,13 @@ def test_the_loss_is_the_formula_summed_over_pairs_with_targets(name, models, pa
     assert float(sums["dpo"].detach()) == pytest.approx(sum(formula(*pair) for pair in written_out), rel=1e-5)
 
 
-def test_some_pair_is_on_each_side_of_the_hinge_and_of_the_shorter_response(written_out):
+def test_pairs_cover_both_sides_of_hinge_and_length(written_out):
     """Else the formulas above would not have been looked at whole."""
     assert {1 - 2.0 * h_of(*pair) > 0 for pair in written_out} == {True, False}
     assert {len(policy[0]) > len(policy[1]) for policy, _ in written_out} == {True, False}
 
 
-def test_metrics_are_the_implicit_rewards_and_log_probabilities(models, pairs, written_out):
+def test_metrics_are_implicit_rewards_and_log_probabilities(models, pairs, written_out):
     given = task_of(models, ld_alpha=0.5).training_step(*_step(models, pairs))
     sums = {name: float(value.detach()) for name, value in given.items()}
     rewards = [[0.1 * (sum(p) - sum(r)) for p, r in zip(policy, reference, strict=True)] for policy, reference in written_out]
@@ -115,7 +115,7 @@ def _step(models, pairs):
     return models[0], pairs.collate(pairs.train)
 
 
-def test_the_sft_term_is_the_mean_loss_of_the_chosen_tokens_with_a_count_of_its_own(models, pairs, written_out):
+def test_sft_term_is_the_mean_loss_of_chosen_tokens(models, pairs, written_out):
     task = task_of(models, sft_weight=0.25)
     batch = pairs.collate(pairs.train)
     sums = {name: value.detach() for name, value in task.training_step(models[0], batch).items()}
@@ -131,7 +131,7 @@ def test_without_sft_weight_there_is_no_sft_term(models, pairs):
     assert "sft" not in task_of(models).training_step(*_step(models, pairs))
 
 
-def test_tokens_are_those_of_both_responses(models, pairs, written_out):
+def test_tokens_of_both_responses_are_counted(models, pairs, written_out):
     task = task_of(models, sft_weight=0.25)
     counts = {name: float(count) for name, count in task.counts(pairs.collate(pairs.train)).items()}
     assert task.tokens(counts) == sum(len(side) for policy, _ in written_out for side in policy)
@@ -148,7 +148,7 @@ def gradient(task, batch):
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
-def test_a_pair_without_targets_adds_nothing_to_sums_and_gradients(loss_type, models, pairs):
+def test_a_pair_without_targets_contributes_nothing(loss_type, models, pairs):
     task = task_of(models, loss_type=loss_type, length_normalised=True)
     whole, others = pairs.collate(pairs.train), pairs.collate([pair for pair in pairs.train if pair[0] != EMPTY])
     both = [{name: float(value) for name, value in task.training_step(models[0], batch).items()} for batch in (whole, others)]
@@ -157,7 +157,7 @@ def test_a_pair_without_targets_adds_nothing_to_sums_and_gradients(loss_type, mo
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_a_pair_with_one_answer_cut_away_does_not_count(models, pairs):
+def test_a_pair_with_one_truncated_response_does_not_count(models, pairs):
     batch = pairs.collate(pairs.train[:1])
     batch["labels"][1] = IGNORE_INDEX
     task = task_of(models, sft_weight=1.0)
@@ -165,7 +165,7 @@ def test_a_pair_with_one_answer_cut_away_does_not_count(models, pairs):
     assert not any(float(value) for value in task.training_step(models[0], batch).values())
 
 
-def test_a_batch_without_any_targets_has_finite_sums_and_zero_gradients_whatever_the_reference_says(models, pairs):
+def test_a_batch_without_targets_has_zero_gradients(models, pairs):
     batch = pairs.without_targets(pairs.collate(pairs.train))
     task = task_of(models, length_normalised=True)
     columns = {"train/index": torch.tensor([99]), "train/logps": torch.zeros(1, 2)}
@@ -177,7 +177,7 @@ def test_a_batch_without_any_targets_has_finite_sums_and_zero_gradients_whatever
 # -- what must not matter ------------------------------------------------------------------------------------------------
 
 
-def test_padding_and_the_batchs_other_pairs_do_not_matter(models, pairs):
+def test_padding_and_other_pairs_do_not_matter(models, pairs):
     task = task_of(models, ld_alpha=0.5)
     whole = task.training_step(models[0], pairs.collate(pairs.train))
     alone = [task.training_step(models[0], pairs.collate([pair])) for pair in pairs.train]
@@ -186,7 +186,7 @@ def test_padding_and_the_batchs_other_pairs_do_not_matter(models, pairs):
 
 
 @torch.no_grad()
-def test_validation_gives_the_training_loss_and_metrics_as_means(models, pairs):
+def test_validation_metrics_are_means_of_training_metrics(models, pairs):
     task = task_of(models, sft_weight=0.5)
     batch = pairs.collate(pairs.train)
     sums = {name: float(value) for name, value in task.training_step(models[0], batch).items()}
@@ -200,13 +200,13 @@ def test_validation_gives_the_training_loss_and_metrics_as_means(models, pairs):
         assert metrics[f"validation_{name}"] == pytest.approx(sums[name] / 5, rel=1e-5)
 
 
-def test_losses_of_hopeless_pairs_stay_finite(models):
+def test_losses_of_extreme_margins_are_finite(models):
     """-log sigmoid(-1e6) is 1e6, not infinity."""
     losses = DPO(models[0], pref_beta=1.0, dpo_label_smoothing=0.1).pair_loss(torch.tensor([-1e6, 1e6]))
     assert losses.tolist() == pytest.approx([0.9e6, 0.1e6])
 
 
-def test_a_pair_that_was_not_precomputed_is_not_taken_for_another(models, pairs):
+def test_a_pair_missing_from_the_cache_is_nan(models, pairs):
     columns = {"train/index": torch.tensor([0, 1, 5]), "train/logps": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}
     found = CachedReference(columns)(None, {"index": torch.tensor([5, 0, 3, 9])}, "train")
     assert found[:2].tolist() == [[5.0, 6.0], [1.0, 2.0]]
@@ -231,7 +231,7 @@ def test_a_pair_that_was_not_precomputed_is_not_taken_for_another(models, pairs)
         ({"reference": "runs/nowhere"}, "folder not found: 'runs/nowhere'"),
     ],
 )
-def test_an_option_out_of_its_range_is_refused_by_name(options, message, models):
+def test_an_option_out_of_range_is_refused(options, message, models):
     with pytest.raises(ValueError) as refused:
         DPO(models[0], **options)
     assert message in str(refused.value)
@@ -242,21 +242,21 @@ def test_adapters_off_without_adapters_is_refused(models, pairs):
         DPO(models[0], reference="adapters_off").setup(pairs)
 
 
-def test_a_reference_that_only_a_run_has_is_refused_in_validation_alone(models, pairs):
+def test_copy_as_reference_is_refused_outside_of_a_run(models, pairs):
     task = DPO(models[0])
     task.setup(pairs)
     with pytest.raises(ValueError, match="reference: copy works in a training run only; to validate, set the folder"):
         task.begin_validation(torch.device("cpu"))
 
 
-def test_data_without_pairs_are_refused(models):
+def test_data_without_pairs_is_refused(models):
     data = Rows()
     data.setup(0)
     with pytest.raises(ValueError, match="DPO needs pairs of responses.*Rows has none"):
         DPO(models[0]).setup(data)
 
 
-def test_precomputing_for_pairs_without_numbers_is_refused(models, pairs, monkeypatch):
+def test_precomputing_without_pair_indices_is_refused(models, pairs, monkeypatch):
     whole = pairs.collate
     monkeypatch.setattr(pairs, "collate", lambda samples: {k: v for k, v in whole(samples).items() if k != "index"})
     with pytest.raises(ValueError, match="precompute_reference needs batches with the pairs' index"):

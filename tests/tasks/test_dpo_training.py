@@ -31,8 +31,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "2": {"zero_stage": 2},
     "1 bf16": {"zero_stage": 1, "precision": "bf16"},
     "3": {"zero_stage": 3},
-    "3 in shards": {"zero_stage": 3, "building": True},
-    "3 in shards bf16": {"zero_stage": 3, "building": True, "precision": "bf16"},
+    "3 sharded": {"zero_stage": 3, "building": True},
+    "3 sharded bf16": {"zero_stage": 3, "building": True, "precision": "bf16"},
 }
 
 
@@ -60,10 +60,10 @@ def other_model(tmp_path):
 # -- at first ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", some_slow(quick=("0", "3 in shards")))
+@pytest.mark.parametrize("stage", some_slow(quick=("0", "3 sharded")))
 @pytest.mark.parametrize("kind", ["DPO", "AdaptedDPO"])
 @pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
-def test_the_first_loss_is_ln_2_and_no_pair_has_a_reward(kind, stage, precompute, tmp_path):
+def test_first_loss_is_ln_2_without_rewards(kind, stage, precompute, tmp_path):
     first = run(tmp_path, kind, {"precompute_reference": precompute}, **{**STAGES[stage], "max_steps": 2})[0]
     tolerance = 1e-6 if "bf16" not in stage or not precompute else 1e-3  # other padding is other rounding
     assert first["loss"] == pytest.approx(math.log(2), abs=tolerance)
@@ -71,7 +71,7 @@ def test_the_first_loss_is_ln_2_and_no_pair_has_a_reward(kind, stage, precompute
 
 
 @pytest.mark.parametrize("kind", ["DPO", "AdaptedDPO"])
-def test_a_reference_never_drops_what_the_policy_drops(kind, tmp_path):
+def test_a_reference_has_no_dropout(kind, tmp_path):
     """Log-probabilities computed once, before any training, are those that are computed live."""
     dropping = {"model": {"attention_dropout": 0.2, "residual_dropout": 0.2, "embedding_dropout": 0.2}}
     live, before = (
@@ -81,7 +81,7 @@ def test_a_reference_never_drops_what_the_policy_drops(kind, tmp_path):
     assert live[0]["loss"] != pytest.approx(math.log(2), abs=1e-4), "the policy does drop"
 
 
-def test_another_model_is_the_reference_where_its_folder_is_named(other_model, tmp_path):
+def test_a_model_folder_as_reference(other_model, tmp_path):
     job = {"micro_batch_size": 11, "accumulate": 1, "max_steps": 1}
     line = run(tmp_path / "run", options={"reference": str(other_model)}, **job)[0]
     data, policy = Pairs(11, [2]), small_model()
@@ -97,9 +97,16 @@ def test_another_model_is_the_reference_where_its_folder_is_named(other_model, t
 
 
 @pytest.mark.parametrize(
-    ("kind", "stage"), [("DPO", "0"), ("DPO", "2"), ("DPO", "3 in shards"), ("AdaptedDPO", "0"), ("AdaptedDPO", "3 in shards")]
+    ("kind", "stage"),
+    [
+        ("DPO", "0"),
+        pytest.param("DPO", "2", marks=pytest.mark.slow),
+        ("DPO", "3 sharded"),
+        ("AdaptedDPO", "0"),
+        ("AdaptedDPO", "3 sharded"),
+    ],
 )
-def test_a_live_reference_and_a_precomputed_one_train_the_same(kind, stage, tmp_path):
+def test_live_and_precomputed_references_train_alike(kind, stage, tmp_path):
     """Of adapters, too, that drop out half: what is drawn for the policy does not touch the reference."""
     live = run(tmp_path / "live", kind, **STAGES[stage])
     precomputed = run(tmp_path / "precomputed", kind, {"precompute_reference": True}, **STAGES[stage])
@@ -107,8 +114,8 @@ def test_a_live_reference_and_a_precomputed_one_train_the_same(kind, stage, tmp_
     assert max(abs(line["rewards/margins"]) for line in live) > 0.005  # it has learnt something
 
 
-@pytest.mark.parametrize("stage", some_slow(quick=("3 in shards",)))
-def test_another_model_precomputed_is_that_model(stage, other_model, tmp_path):
+@pytest.mark.parametrize("stage", some_slow(quick=("3 sharded",)))
+def test_a_precomputed_model_folder_equals_the_live_one(stage, other_model, tmp_path):
     options = {"reference": str(other_model)}
     live = run(tmp_path / "live", options=options, **STAGES[stage])
     precomputed = run(tmp_path / "precomputed", options={**options, "precompute_reference": True}, **STAGES[stage])
@@ -118,14 +125,14 @@ def test_another_model_precomputed_is_that_model(stage, other_model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["DPO", "AdaptedDPO"])
-def test_the_log_adds_up(kind, tmp_path):
+def test_logged_metrics_add_up(kind, tmp_path):
     for line in run(tmp_path, kind, {"sft_weight": 0.2, "ld_alpha": 0.5}, log_every=2):
         assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-12)
         assert line["loss"] == pytest.approx(line["dpo"] + 0.2 * line["sft"], rel=1e-9)
         assert 0 <= line["rewards/accuracies"] <= 1
 
 
-def test_validation_gives_accuracy_and_margin_and_precomputed_numbers_are_for_it_too(tmp_path):
+def test_validation_uses_precomputed_log_probabilities(tmp_path):
     lines = []
     for precompute in (False, True):
         folder = tmp_path / str(precompute)
@@ -139,14 +146,14 @@ def test_validation_gives_accuracy_and_margin_and_precomputed_numbers_are_for_it
 
 
 @pytest.mark.parametrize(("kind", "words"), [("DPO", "the initial model"), ("AdaptedDPO", "the model without its adapters")])
-def test_the_summary_names_the_reference(kind, words, tmp_path, capsys):
+def test_summary_names_the_reference(kind, words, tmp_path, capsys):
     run(tmp_path, kind, {"precompute_reference": True}, callbacks={"summary": ("RunSummary", {})}, max_steps=1)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("task"))
     assert f"loss sigmoid, beta 0.1, reference {words}, log-probabilities computed before training" in line
 
 
 @pytest.mark.parametrize("reference", ["copy", "folder"])
-def test_at_stage_3_the_reference_lies_in_shards_too(reference, other_model, tmp_path, monkeypatch):
+def test_the_reference_is_sharded_at_stage_3(reference, other_model, tmp_path, monkeypatch):
     """Parameters are empty but for their shards, from the start and when a step is over."""
     seen = []
     freeze = setup.freeze
@@ -162,7 +169,7 @@ def test_at_stage_3_the_reference_lies_in_shards_too(reference, other_model, tmp
 
     monkeypatch.setattr(setup, "freeze", watched)
     options = {"reference": "copy" if reference == "copy" else str(other_model)}
-    run(tmp_path / "run", options=options, max_steps=2, **STAGES["3 in shards"])
+    run(tmp_path / "run", options=options, max_steps=2, **STAGES["3 sharded"])
     ((model, at_first),) = seen
     assert not any(at_first)
     assert not any(whole(parameter) for parameter in model.parameters())
@@ -171,7 +178,7 @@ def test_at_stage_3_the_reference_lies_in_shards_too(reference, other_model, tmp
 # -- however pairs are spread --------------------------------------------------------------------------------------------
 
 
-def test_accumulated_micro_batches_are_one_large_batch(tmp_path):
+def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):
     step = {"max_steps": 1, "optimizer": ("SGD", {"lr": 1.0}), "gradient_clip": None}
     options = {"sft_weight": 0.3, "loss_type": "ipo", "length_normalised": True}
     whole = run(tmp_path / "whole", options=options, micro_batch_size=11, accumulate=1, **step)
@@ -182,8 +189,8 @@ def test_accumulated_micro_batches_are_one_large_batch(tmp_path):
             torch.testing.assert_close(tensor, weights(tmp_path / "whole")[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("stage", ["2", "3 in shards"])
-def test_a_run_goes_the_same_way_at_all_stages(stage, tmp_path):
+@pytest.mark.parametrize("stage", [pytest.param("2", marks=pytest.mark.slow), "3 sharded"])
+def test_all_stages_train_alike(stage, tmp_path):
     plain = run(tmp_path / "0", options={"sft_weight": 0.1}, zero_stage=0)
     assert same(run(tmp_path / stage, options={"sft_weight": 0.1}, **STAGES[stage]), plain)
 
@@ -203,21 +210,21 @@ def stopped_and_resumed(folder: Path, kind: str, options: dict[str, Any], betwee
 
 @pytest.mark.parametrize("stage", some_slow(quick=("0",)))
 @pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
-def test_a_resumed_run_is_byte_identical(stage, precompute, tmp_path):
+def test_resume_is_byte_identical(stage, precompute, tmp_path):
     options = {"precompute_reference": precompute}
     run(tmp_path / "whole", options=options, callbacks=EACH, **STAGES[stage])
     stopped_and_resumed(tmp_path / "pieces", "DPO", options, **STAGES[stage])
     assert weight_bytes(tmp_path / "pieces") == weight_bytes(tmp_path / "whole")
 
 
-def test_a_resumed_run_of_adapters_is_byte_identical(tmp_path):
+def test_resume_of_adapters_is_byte_identical(tmp_path):
     run(tmp_path / "whole", "AdaptedDPO", callbacks=EACH)
     stopped_and_resumed(tmp_path / "pieces", "AdaptedDPO", {})
     both = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("pieces", "whole")]
     assert both[0] == both[1]
 
 
-def test_a_resumed_run_that_has_lost_its_cache_computes_the_untrained_reference_again(tmp_path):
+def test_resume_without_the_cache_recomputes_the_reference(tmp_path):
     cache = tmp_path / "cache"
     options = {"precompute_reference": True, "cache_dir": str(cache)}
     run(tmp_path / "whole", options=options, callbacks=EACH)
@@ -225,8 +232,8 @@ def test_a_resumed_run_that_has_lost_its_cache_computes_the_untrained_reference_
     assert weight_bytes(tmp_path / "pieces") == weight_bytes(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("stage", ["0", "3 in shards"])
-def test_nothing_of_the_reference_is_saved(stage, tmp_path):
+@pytest.mark.parametrize("stage", ["0", "3 sharded"])
+def test_checkpoints_do_not_hold_the_reference(stage, tmp_path):
     run(tmp_path, callbacks=EACH, **STAGES[stage])
     names = {name for name, _ in small_model().named_parameters()}
     assert set(weights(tmp_path)) == names
@@ -246,7 +253,7 @@ def computed(monkeypatch):
     return times
 
 
-def test_numbers_are_computed_once_for_all_losses_and_batch_sizes(computed, tmp_path):
+def test_the_cache_is_shared_by_losses_and_batch_sizes(computed, tmp_path):
     options = {"precompute_reference": True, "cache_dir": str(tmp_path / "cache")}
     run(tmp_path / "a", options=options)
     run(tmp_path / "b", options={**options, "pref_beta": 0.5, "loss_type": "ipo", "ld_alpha": 0.5}, micro_batch_size=3)
@@ -261,21 +268,21 @@ def test_numbers_are_computed_once_for_all_losses_and_batch_sizes(computed, tmp_
 @pytest.mark.parametrize(
     "change", [{"data": ("Pairs", {"content": 1})}, {"model": {"rope_theta": 5e5}}, {"zero_stage": 0, "precision": "bf16"}]
 )
-def test_other_pairs_another_model_and_another_precision_are_computed_anew(change, computed, tmp_path):
+def test_other_pairs_model_or_precision_miss_the_cache(change, computed, tmp_path):
     options = {"precompute_reference": True, "cache_dir": str(tmp_path / "cache")}
     run(tmp_path / "a", options=options)
     run(tmp_path / "b", options=options, **change)
     assert len(computed) == 2
 
 
-def test_another_seed_of_the_adapters_is_the_same_reference(computed, tmp_path):
+def test_the_cache_does_not_depend_on_the_adapters_seed(computed, tmp_path):
     options = {"precompute_reference": True, "cache_dir": str(tmp_path / "cache")}
     run(tmp_path / "a", "AdaptedDPO", options)
     run(tmp_path / "b", "AdaptedDPO", options, seed=7)
     assert len(computed) == 1
 
 
-def test_a_model_that_comes_from_its_cache_is_not_read_again(other_model, computed, tmp_path, monkeypatch):
+def test_a_cached_reference_model_is_not_loaded(other_model, computed, tmp_path, monkeypatch):
     options = {"precompute_reference": True, "reference": str(other_model), "cache_dir": str(tmp_path / "cache")}
     run(tmp_path / "a", options=options)
     monkeypatch.setattr(DPO, "_load_reference", lambda *_: pytest.fail("it was read"))
@@ -283,7 +290,7 @@ def test_a_model_that_comes_from_its_cache_is_not_read_again(other_model, comput
     assert len(computed) == 1
 
 
-def test_pairs_with_the_same_number_are_refused(tmp_path, monkeypatch):
+def test_pairs_with_the_same_index_are_refused(tmp_path, monkeypatch):
     whole = Pairs.collate
     monkeypatch.setattr(
         Pairs, "collate", lambda self, samples: {**whole(self, samples), "index": torch.zeros(len(samples)).long()}

@@ -19,7 +19,7 @@ from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.reference import FrozenReference
 from bumblebee.tasks.task import counted_tokens
 from bumblebee.transforms import ActivationCheckpointing
-from datamodules.collate import tensors
+from datamodules.collate import collate_rows
 
 MOE: dict[str, Any] = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0], "num_hidden_layers": 3,
@@ -60,7 +60,7 @@ def same(ours: tuple[float, dict[str, torch.Tensor]], theirs: tuple[float, dict[
 
 
 @pytest.mark.parametrize("balance", ["sequence", "batch"])
-def test_the_loss_of_a_step_is_the_published_sum_over_layers(balance):
+def test_loss_is_the_published_sum_over_layers(balance):
     model = small_model(**MOE, router_balance_loss=balance)
     batch = joined(rows())
     found = gradient(LanguageModeling(model), [batch])
@@ -84,7 +84,7 @@ def test_the_loss_of_a_step_is_the_published_sum_over_layers(balance):
 
 
 @pytest.mark.parametrize("kind", ["LanguageModeling", "DPO"])
-def test_a_step_is_the_same_however_its_rows_are_cut_into_micro_batches(kind):
+def test_gradient_does_not_depend_on_micro_batches(kind):
     if kind == "DPO":
         data = Pairs(4, empty=[2])
         data.setup(0)
@@ -113,18 +113,18 @@ def widened(batch: Batch, width: int) -> Batch:
     return {**batch, **padded}
 
 
-def test_padding_and_rows_without_targets_do_not_count_and_prompts_do():
+def test_prompts_count_and_padding_does_not():
     ids = [5, 6, 7, 8]
     pieces = [[(ids, [IGNORE_INDEX, 7, 8, 9]), (ids[:1], [6])], [(ids[:2], [IGNORE_INDEX, 9])], [(ids, [IGNORE_INDEX] * 4)], []]
-    counted = counted_tokens(tensors(pieces, 8, 0))
+    counted = counted_tokens(collate_rows(pieces, 8, 0))
     assert counted.sum(1).tolist() == [5, 2, 0, 0]
     assert counted[0].tolist() == [True] * 5 + [False] * 3
 
 
-def test_padding_has_no_part_in_a_step():
+def test_padding_does_not_change_the_gradient():
     model = small_model(**MOE)
     pieces = [[(list(range(1, 8)), list(range(2, 9)))], [([9, 8, 7], [8, 7, 6])]]
-    narrow, wide = (tensors(pieces, width, 0) for width in (8, 24))
+    narrow, wide = (collate_rows(pieces, width, 0) for width in (8, 24))
     same(gradient(LanguageModeling(model), [narrow]), gradient(LanguageModeling(model), [wide]))
     task = LanguageModeling(model)
     gradient(task, [wide])
@@ -132,7 +132,7 @@ def test_padding_has_no_part_in_a_step():
     assert loads.sum(1).tolist() == [2 * 10, 2 * 10], "no token is dropped, no padding is counted"
 
 
-def test_blocks_that_are_computed_again_are_recorded_once():
+def test_recomputed_blocks_are_recorded_once():
     plain, saving = small_model(**MOE), small_model(**MOE)
     tasks = LanguageModeling(plain), LanguageModeling(saving, transforms=[ActivationCheckpointing()])
     found = [gradient(task, rows()) for task in tasks]
@@ -143,7 +143,7 @@ def test_blocks_that_are_computed_again_are_recorded_once():
     assert metrics[0] == metrics[1] and metrics[0]["router/load"] >= 1
 
 
-def test_the_reference_of_dpo_has_no_part_in_the_routers_losses():
+def test_dpo_reference_does_not_add_router_losses():
     data = Pairs(3)
     data.setup(0)
     batch = data.collate(data.train)
@@ -163,7 +163,7 @@ def test_a_model_without_routers_adds_nothing():
     assert task.all_counts(rows()[0]).keys() == task.all_losses(task.model, rows()[0]).keys() == {"loss"}
 
 
-def test_the_log_has_the_tasks_loss_and_beside_it_the_routers(tmp_path: Path):
+def test_router_losses_are_logged_separately(tmp_path: Path):
     lines = train(tmp_path, model={**MOE, "router_bias_update_rate": 0.01}, max_steps=4)
     plain = train(tmp_path / "plain", model={**MOE, "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}, max_steps=4)
     assert lines[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6), "the task's own"
@@ -175,7 +175,7 @@ def test_the_log_has_the_tasks_loss_and_beside_it_the_routers(tmp_path: Path):
     assert lines[-1]["tokens"] == plain[-1]["tokens"]
 
 
-def test_an_expert_that_nobody_chooses_changes_nothing_that_is_trained():
+def test_an_unused_expert_has_a_zero_gradient():
     """Its gradient is there and zero, so optimizer and gradient norm see the same parameters in every step."""
     model = small_model(**MOE)
     with torch.no_grad():

@@ -21,7 +21,7 @@ def folder(tiny, tokenizer_folder, tmp_path):
     return tmp_path / "model"
 
 
-def test_the_models_own_tokenizer_and_one_with_more_tokens_are_taken(folder):
+def test_a_tokenizer_with_added_tokens_is_accepted(folder):
     model, tokenizer = Bumblebee.from_pretrained(folder), Tokenizer.from_pretrained(folder)
     adopt_tokenizer(model, tokenizer)
     model.config.vocab_size += 1
@@ -30,7 +30,7 @@ def test_the_models_own_tokenizer_and_one_with_more_tokens_are_taken(folder):
     assert model.config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_another_tokenizer_than_that_in_the_models_folder_is_refused(folder):
+def test_another_tokenizer_than_the_models_is_refused(folder):
     other = Tokenizer.train(["zzz yyy xxx " * 9, "www vvv"], 270)
     with pytest.raises(
         ValueError, match=f"data.tokenizer differs from that of the model in {folder}.* use --data.tokenizer {folder}"
@@ -38,14 +38,14 @@ def test_another_tokenizer_than_that_in_the_models_folder_is_refused(folder):
         adopt_tokenizer(Bumblebee.from_pretrained(folder), other)
 
 
-def test_ids_that_end_an_answer_are_added_once(tiny, tokenizer_folder):
+def test_stop_ids_are_added_once(tiny, tokenizer_folder):
     model, tokenizer = Bumblebee(tiny()), Tokenizer.from_pretrained(tokenizer_folder)
     for _ in range(2):
         adopt_tokenizer(model, tokenizer, [7])
     assert model.config.eos_token_id == [tokenizer.eos_token_id, 7]
 
 
-def test_texts_longer_than_a_table_of_positions_are_refused_and_turned_positions_have_no_end(tiny):
+def test_only_learned_positions_limit_max_length(tiny):
     class Learned(Bumblebee):
         def build_positions(self):
             return torch.nn.Embedding(self.config.max_position_embeddings, self.config.hidden_size)

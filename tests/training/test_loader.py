@@ -40,7 +40,7 @@ def flat(steps: list[list[list[int]]]) -> list[int]:
 
 
 @given(st.integers(1, 100), st.integers(0, 5), st.integers(0, 5))
-def test_an_epochs_order_is_a_permutation_that_depends_on_seed_and_epoch_alone(samples, seed, epoch):
+def test_order_is_a_function_of_seed_and_epoch(samples, seed, epoch):
     order = epoch_order(samples, seed, epoch)
     assert sorted(order) == list(range(samples))
     np.random.random(3)
@@ -52,7 +52,7 @@ LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=400)
 
 
 @given(LENGTHS, st.integers(0, 5), st.integers(0, 5))
-def test_an_order_by_length_is_a_permutation_that_depends_on_seed_epoch_and_lengths_alone(lengths, seed, epoch):
+def test_order_by_length_is_a_function_of_seed_and_epoch(lengths, seed, epoch):
     order = epoch_order(len(lengths), seed, epoch, np.array(lengths))
     assert sorted(order) == list(range(len(lengths)))
     np.random.random(3)
@@ -60,7 +60,7 @@ def test_an_order_by_length_is_a_permutation_that_depends_on_seed_epoch_and_leng
 
 
 @given(LENGTHS, st.integers(0, 5))
-def test_samples_of_a_group_follow_one_another_in_length(lengths, epoch):
+def test_a_group_is_a_range_of_the_sorted_lengths(lengths, epoch):
     """Naively: where the order is cut into its groups, each is a stretch of the sorted lengths."""
     order = epoch_order(len(lengths), 1, epoch, np.array(lengths)).tolist()
     rest = len(lengths) % GROUP
@@ -80,7 +80,7 @@ def test_samples_of_a_group_follow_one_another_in_length(lengths, epoch):
     assert not stretches
 
 
-def test_batches_by_length_need_a_small_part_of_the_padding():
+def test_batches_by_length_need_little_padding():
     random = np.random.default_rng(0)
     lengths = random.lognormal(5, 0.8, 20_000).astype(int) + 1
 
@@ -92,14 +92,14 @@ def test_batches_by_length_need_a_small_part_of_the_padding():
     assert shuffled > 0.4 and grouped < 0.03
 
 
-def test_orders_by_length_differ_between_epochs_and_do_not_sort_the_epoch():
+def test_orders_by_length_differ_between_epochs_and_are_not_sorted():
     lengths = np.arange(1000)
     first, second = (epoch_order(1000, 1, epoch, lengths) for epoch in (0, 1))
     assert (first != second).any()
     assert abs(np.corrcoef(np.arange(1000), lengths[first])[0, 1]) < 0.5
 
 
-def test_orders_of_different_seeds_and_epochs_differ():
+def test_orders_of_other_seeds_and_epochs_differ():
     orders = {tuple(epoch_order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
 
@@ -113,12 +113,12 @@ def test_each_epoch_has_every_sample_once_in_another_order():
 
 
 @pytest.mark.parametrize("first_step", [1, 3, 4, 5, 9, 12])
-def test_starting_at_a_step_gives_what_running_to_it_gives(first_step):
+def test_starting_at_a_step_equals_running_to_it(first_step):
     plan = Plan.of(23, 2, 3, 1, epochs=3, max_steps=None)  # 4 steps an epoch: 4 and 12 are edges
     assert windows(plan, first_step=first_step) == windows(plan)[first_step:]
 
 
-def test_starting_at_a_step_reads_nothing_of_the_steps_before():
+def test_starting_at_a_step_reads_no_earlier_samples():
     class Watched(Numbers):
         seen: list[int] = []
 
@@ -132,7 +132,7 @@ def test_starting_at_a_step_reads_nothing_of_the_steps_before():
     assert len(data.seen) == 4
 
 
-def test_the_shares_of_ranks_partition_each_step():
+def test_ranks_partition_each_step():
     alone = Plan(45, 2, 6, 1, max_steps=8)
     shared = Plan(45, 2, 2, 3, max_steps=8)
     of_ranks = [windows(shared, rank) for rank in range(3)]
@@ -141,7 +141,7 @@ def test_the_shares_of_ranks_partition_each_step():
         assert sorted(together) == sorted(flat([window]))
 
 
-def test_batches_by_length_partition_each_step_and_can_be_started_anywhere():
+def test_batches_by_length_partition_each_step_and_resume():
     class Long(Numbers):
         def __init__(self, samples: int) -> None:
             super().__init__(samples)
@@ -159,7 +159,7 @@ def test_batches_by_length_partition_each_step_and_can_be_started_anywhere():
     assert sorted(flat(whole[: alone.steps_per_epoch])) == list(range(200))
 
 
-def test_a_rank_that_has_run_out_gets_micro_batches_without_targets():
+def test_a_rank_without_samples_gets_batches_without_targets():
     plan = Plan(9, 2, 2, 2, max_steps=2)  # the second step has one sample, for rank 0
     first, second = windows(plan, rank=0), windows(plan, rank=1)
     assert len(first[1]) == len(second[1]) == 1
@@ -167,7 +167,7 @@ def test_a_rank_that_has_run_out_gets_micro_batches_without_targets():
     assert second[1] == [[IGNORE_INDEX]]
 
 
-def test_a_micro_batch_without_targets_leaves_the_sample_it_was_made_of_as_it_was():
+def test_removing_targets_does_not_change_the_sample():
     class Views(Numbers):
         def __init__(self):
             super().__init__(9)
@@ -183,14 +183,14 @@ def test_a_micro_batch_without_targets_leaves_the_sample_it_was_made_of_as_it_wa
 
 
 @pytest.mark.parametrize("first_step", [0, 5])
-def test_worker_processes_give_the_same_micro_batches_in_the_same_order(first_step):
+def test_worker_processes_yield_the_same_batches(first_step):
     plan = Plan(23, 2, 3, 2, max_steps=7)
     for rank in (0, 1):
         assert windows(plan, rank, first_step, workers=2) == windows(plan, rank, first_step)
 
 
 @given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 4))
-def test_the_ranks_validation_batches_have_each_sample_once_and_are_equally_many(held_out, batch_size, ranks):
+def test_validation_batches_of_ranks_have_each_sample_once(held_out, batch_size, ranks):
     data = Numbers(1, held_out)
     of_ranks = [list(validation_batches(data, batch_size, rank, ranks)) for rank in range(ranks)]
     assert len({len(batches) for batches in of_ranks}) == 1
@@ -199,5 +199,5 @@ def test_the_ranks_validation_batches_have_each_sample_once_and_are_equally_many
     assert sorted(seen) == list(range(held_out))
 
 
-def test_no_validation_samples_give_no_batches():
+def test_no_validation_samples_yield_no_batches():
     assert list(validation_batches(Numbers(5), 2, 0, 1)) == []

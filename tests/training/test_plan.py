@@ -35,7 +35,7 @@ def samples_of(places: list[SampleRange]) -> list[list[int]]:
 
 
 @given(PLANS, st.integers(0, 3))
-def test_windows_are_those_of_dealing_by_hand(plan, epoch):
+def test_windows_equal_the_naive_distribution(plan, epoch):
     reference = dealt(plan, epoch)
     assert plan.steps_per_epoch == len(reference)
     for index, step in enumerate(reference):
@@ -54,7 +54,7 @@ def test_an_epoch_has_each_sample_exactly_once(plan, epoch):
 
 
 @given(st.integers(1, 200), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.randoms(), st.integers(0, 40))
-def test_a_step_has_the_same_samples_however_they_are_spread(samples, micro, accumulate, ranks, random, step):
+def test_samples_of_a_step_do_not_depend_on_their_distribution(samples, micro, accumulate, ranks, random, step):
     factors = [micro, accumulate, ranks]
     random.shuffle(factors)
     per_step = micro * accumulate * ranks
@@ -68,17 +68,17 @@ def test_a_step_has_the_same_samples_however_they_are_spread(samples, micro, acc
 
 
 @given(PLANS, st.integers(0, 60))
-def test_all_ranks_have_equally_many_micro_batches(plan, step):
+def test_all_ranks_have_the_same_number_of_micro_batches(plan, step):
     counts = {len(plan.window(step, rank)) for rank in range(plan.world_size)}
     assert len(counts) == 1 and 1 <= counts.pop() <= plan.accumulate
 
 
 @given(PLANS, st.integers(0, 60))
-def test_rank_0_always_has_a_sample_so_no_micro_batch_is_empty_everywhere(plan, step):
+def test_rank_0_always_has_a_sample(plan, step):
     assert all(place.first < place.last for place in plan.window(step, 0))
 
 
-def test_the_last_window_of_an_epoch_is_smaller_not_dropped_or_carried_over():
+def test_the_last_window_of_an_epoch_is_smaller_not_dropped():
     plan = Plan.of(samples=10, micro_batch_size=2, accumulate=2, world_size=1, epochs=2, max_steps=None)
     assert plan.max_steps == 6
     sizes = [sum(len(batch) for batch in samples_of(plan.window(step, 0))) for step in range(6)]
@@ -91,20 +91,20 @@ def test_a_fraction_of_an_epoch_is_rounded_up_to_whole_steps(epochs, steps):
 
 
 @given(PLANS, st.floats(0.01, 20))
-def test_planned_steps_are_the_fewest_that_reach_the_fraction_of_an_epochs_steps(plan, epochs):
+def test_planned_steps_are_the_fewest_that_reach_the_epochs(plan, epochs):
     steps = Plan.of(plan.samples, plan.micro_batch_size, plan.accumulate, plan.world_size, epochs, None).max_steps
     assert steps >= epochs * plan.steps_per_epoch - 1e-6
     assert steps - 1 < epochs * plan.steps_per_epoch + 1e-6
 
 
 @given(PLANS, st.floats(0.1, 5), st.integers(1, 1000))
-def test_max_steps_wins_over_epochs(plan, epochs, max_steps):
+def test_max_steps_takes_precedence_over_epochs(plan, epochs, max_steps):
     made = Plan.of(plan.samples, plan.micro_batch_size, plan.accumulate, plan.world_size, epochs, max_steps)
     assert made.max_steps == max_steps
 
 
 @given(PLANS)
-def test_the_epochs_done_grow_with_each_step_and_are_whole_where_an_epoch_ends(plan):
+def test_epochs_done_grow_with_each_step(plan):
     done = [plan.epoch(step) for step in range(3 * plan.steps_per_epoch + 1)]
     assert all(before < after for before, after in zip(done, done[1:], strict=False))
     assert done[:: plan.steps_per_epoch] == [0, 1, 2, 3]

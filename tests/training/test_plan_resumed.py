@@ -20,7 +20,7 @@ def used(plan: Plan, first: int, last: int) -> list[tuple[int, int]]:
 
 
 @given(st.integers(1, 40), sizes, sizes, sizes, sizes, sizes, sizes, st.data())
-def test_every_sample_of_every_epoch_is_used_once_whoever_continues(
+def test_every_sample_is_used_once_per_epoch_across_a_resume(
     samples: int, micro: int, accumulate: int, ranks: int, micro2: int, accumulate2: int, ranks2: int, data: st.DataObject
 ) -> None:
     epochs = 3
@@ -33,7 +33,7 @@ def test_every_sample_of_every_epoch_is_used_once_whoever_continues(
 
 
 @given(st.integers(1, 40), sizes, sizes, sizes, st.floats(0.1, 4), st.data())
-def test_the_same_plan_taken_up_again_goes_on_as_if_nothing_had_been(
+def test_a_resumed_plan_equals_the_uninterrupted_one(
     samples: int, micro: int, accumulate: int, ranks: int, epochs: float, data: st.DataObject
 ) -> None:
     whole = Plan.of(samples, micro, accumulate, ranks, epochs, None)
@@ -45,12 +45,12 @@ def test_the_same_plan_taken_up_again_goes_on_as_if_nothing_had_been(
         assert [resumed.window(step, rank) for rank in range(ranks)] == [whole.window(step, rank) for rank in range(ranks)]
 
 
-def test_a_longer_run_continues_where_the_shorter_one_ended() -> None:
+def test_a_longer_run_continues_where_a_shorter_one_ended() -> None:
     short = Plan.of(10, 2, 2, 1, 1.0, None)
     assert short.position(short.max_steps) == Position(3, 1, 0)
     longer = Plan.of(10, 2, 2, 1, 2.0, None, short.position(short.max_steps))
     assert longer.max_steps == 6 and longer.window(3, 0)[0].epoch == 1
 
 
-def test_max_steps_counts_the_steps_before_the_resume() -> None:
+def test_max_steps_includes_the_steps_before_a_resume() -> None:
     assert Plan.of(10, 1, 1, 1, 3.0, 7, Position(5, 0, 5)).max_steps == 7

@@ -11,6 +11,7 @@ from helpers.verify_rows import ATTENTION, CURVE, GRADIENT, LOSS, RESUME, status
 
 from bumblebee.cli.main import main
 from bumblebee.verify import check
+from bumblebee.verify.checks import machine_throughput
 from bumblebee.verify.checks.attention_check import attention_formula
 from bumblebee.verify.checks.loss_curve_check import skipped_steps
 
@@ -29,7 +30,9 @@ def verify(tmp_path, capsys):
     return run
 
 
-def test_all_checks_pass_and_are_reported(verify):
+def test_all_checks_pass_and_are_reported(verify, monkeypatch):
+    monkeypatch.setattr(machine_throughput, "MATMUL_SIZES", {"cpu": (256, 512)})
+    monkeypatch.setattr(machine_throughput, "TIME_BUDGET", 0.05)
     code, rows, printed = verify()
     assert code == 0 and printed.rstrip().endswith("all checks passed")
     passed, measured = (ATTENTION, LOSS, GRADIENT, CURVE, RESUME), ("matmul throughput", "memory bandwidth", "disk write")

@@ -18,13 +18,14 @@ from bumblebee.verify.check_result import CheckResult, Measurement
 from bumblebee.verify.context import Context
 
 MIB = 2**20
+MATMUL_SIZES = {"cuda": (2048, 4096, 8192, 16384), "cpu": (256, 512, 1024, 2048)}
+TIME_BUDGET = 0.4  # seconds of repetitions of each measurement
 
 
 def matmul_throughput(context: Context) -> CheckResult:
     """Square matrix products in the training dtype, 2 n^3 FLOPs each, at the best of several n."""
-    sizes = (2048, 4096, 8192, 16384) if context.device.type == "cuda" else (256, 512, 1024, 2048)
     best, best_size = 0.0, 0
-    for n in sizes:
+    for n in MATMUL_SIZES[context.device.type]:
         a, b = (torch.randn(n, n, device=context.device, dtype=context.dtype) for _ in range(2))
         out = torch.empty_like(a)
         best, best_size = max(
@@ -85,12 +86,12 @@ def _throughput(name: str, value: float, unit: str) -> CheckResult:
     return CheckResult((Measurement(name, value, unit=unit),))
 
 
-def _best_seconds(function: Callable[[], object], device: torch.device, budget: float = 0.4) -> float:
-    """The shortest time of one call after a warm-up call, over about ``budget`` seconds."""
+def _best_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """The shortest time of one call after a warm-up call, over about ``TIME_BUDGET`` seconds."""
     _seconds(function, device)
     once = _seconds(function, device)
     calls = max(1, int(0.02 / once))  # long enough together for the clock and the launch overhead of GPU kernels
-    best, deadline = once, time.perf_counter() + budget
+    best, deadline = once, time.perf_counter() + TIME_BUDGET
     while time.perf_counter() < deadline:
         best = min(best, _seconds(lambda: [function() for _ in range(calls)], device) / calls)
     return best

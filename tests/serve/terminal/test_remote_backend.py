@@ -114,7 +114,7 @@ def test_server_errors_are_one_line_with_advice(stub: Stub, talk) -> None:
     stub.refuses(401, "this key is not known")
     stub.refuses(429, "too many requests wait", **{"Retry-After": "3"})
     stub.refuses(503, "the model is being loaded")
-    stub.refuses(404, "remote is no model 'x'")
+    stub.refuses(404, "The model 'x' does not exist")
     stub.refuses(400, "temperature must be\n at most 2")
     stub.replies.append((502, {"Content-Type": "text/html"}, b"<html>Bad Gateway</html>"))
     stub.streams(*WHOLE)
@@ -123,7 +123,7 @@ def test_server_errors_are_one_line_with_advice(stub: Stub, talk) -> None:
         "bumblebee: 401: this key is not known (use --api_key KEY)",
         "bumblebee: 429: too many requests wait (/retry sends it again, in 3 s)",
         "bumblebee: 503: the model is being loaded (/retry sends it again)",
-        "bumblebee: 404: remote is no model 'x' (check --url and --name)",
+        "bumblebee: 404: The model 'x' does not exist (check --url and --name)",
         "bumblebee: 400: temperature must be at most 2",
     ]
     assert err.splitlines()[5].startswith("bumblebee: 502: ") and err.count("\n") == 6

@@ -1,0 +1,230 @@
+"""jsonargparse's error messages in one line: file and line, key, value, and what would be valid.
+
+jsonargparse's messages are trees: ``Parser key "data":`` with indented lines below it, which may contain further
+keys. What matters is the path of keys and the text below the last one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import yaml
+
+from bumblebee.cli.config_files import callbacks_in, config_files, option_values, plain, where, yaml_files_beside
+from bumblebee.cli.renamed import OPTIONS as RENAMED
+from bumblebee.cli.signatures import parameter_names
+from bumblebee.formatting import did_you_mean, hint
+
+_KEY = re.compile(r'Parser key "([^"]+)":')
+_UNKNOWN = re.compile(
+    r"(?:Group '(?P<group>[^']+)' does not accept option|Option) '(?P<option>[^']+)'"
+    r"|[Uu]nrecognized arguments?: (?:--(?P<word>[^\s=]+)|(?P<value>\S+))"
+)
+_CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
+_NOT_A_SUBCLASS = re.compile(
+    r"path ?'?([\w.]*)'? does not correspond to a subclass of (\w+)|'([\w.]+)' to be a subclass of <class '(\w+)'>"
+)
+_NO_ATTRIBUTE = re.compile(r"(?:module '([\w.]+)' has no attribute '(\w+)'|No module named '([\w.]+)')")
+_EXPECTED_TYPE = re.compile(r"Expected an? (<class '\w+'>|typing\.Literal\[.*?\]|tuple with \d+ elements)")
+_NOT_LISTED = ("help", "print_config", "print_shtab")  # options of every command
+_PLAIN_TYPES = {
+    "<class 'int'>": "an integer", "<class 'float'>": "a number", "<class 'str'>": "a string", "<class 'NoneType'>": "null",
+    "<class 'bool'>": "true or false", "<class 'dict'>": "a mapping of options", "<class 'list'>": "a list",
+    "<class 'tuple'>": "a list",
+}  # fmt: skip
+_IN_YAML = {"None": "null", "True": "true", "False": "false"}
+
+
+def explain(message: str, words: Sequence[str], options: Iterable[str] = ()) -> str:
+    """Reduce a message of jsonargparse to one line.
+
+    Args:
+        message: any number of lines.
+        words: the command line.
+        options: the parser's options.
+    """
+    keys, text = _last_key(message)
+    if unknown := _UNKNOWN.search(text):
+        if argument := unknown["value"]:
+            return f"unexpected argument {argument!r}{_option_for(argument, set(options))}"
+        return _explain_unknown(unknown, keys, message, words, list(options))
+    key = _complete(keys, text, words)
+    if missing := re.search(r"the following arguments are required: (.*)", text):
+        return _explain_missing([plain(f"{key}.{name}" if key else name) for name in missing[1].split(", ")], key, words)
+    return f"{where(key, words)}{plain(key) + ': ' if key else ''}{reason(text, key)}"
+
+
+def _last_key(message: str) -> tuple[list[str], str]:
+    """Return the path of keys, and the lines that are indented below the last one."""
+    matches = list(_KEY.finditer(message))
+    if not matches:
+        return [], message
+    begin = message.rfind("\n", 0, matches[-1].start()) + 1
+    indent = re.match(r"[ -]*", message[begin:])
+    assert indent
+    lines = message[matches[-1].end() :].split("\n")
+    inside = [lines[0]]
+    for line in lines[1:]:
+        if line.strip() and len(line) - len(line.lstrip(" ")) <= indent.end():
+            break
+        inside.append(line)
+    keys = [match[1] for match in matches]
+    return [key for key, previous in zip(keys, [None, *keys], strict=False) if key != previous], "\n".join(inside)
+
+
+# -- invalid values ------------------------------------------------------------------------------------------------------
+
+
+def reason(text: str, key: str = "") -> str:
+    """Return what is wrong with a value, without jsonargparse's boilerplate."""
+    file = re.search(r"[\w./~-]+\.ya?ml\b", text)
+    if file and not Path(file[0]).exists():
+        return f"{file[0]}: file not found{hint(file[0], yaml_files_beside(file[0]))}"
+    if wrong := _NOT_A_SUBCLASS.search(text):
+        return f"{wrong[1] or wrong[3] or _value(text)} is not {_with_article(wrong[2] or wrong[4])}"
+    types = _EXPECTED_TYPE.findall(text)
+    not_a_path = "dot import path" in text and set(types) <= {"<class 'NoneType'>"}
+    base = re.search(r"Not a valid subclass of (\w+)" + r"|Subtypes: \[<class '[\w.]*?(\w+)'>" * not_a_path, text)
+    if base:
+        return f"expected the class_path of {_with_article(base[1] or base[2])}{_got(text)}{_shipped(key, _value(text))}"
+    if unread := re.search(r"Unable to load config ['\"](.+?)['\"]", text):
+        return f"expected a mapping of options or a YAML file, got {_quoted(unread[1])}"
+    if absent := _NO_ATTRIBUTE.search(text):
+        return _explain_absent(absent[1], absent[2], absent[3], key)
+    lines = [line for line in (line.strip(" -") for line in text.splitlines()) if line and not _is_boilerplate(line)]
+    if lines or not types:
+        return " ".join(lines) or " ".join(text.split())
+    return f"expected {_or(_type_in_words(kind) for kind in types)}{_got(text)}"
+
+
+def _is_boilerplate(line: str) -> bool:
+    return line.startswith(
+        ("Does not validate", "Subtypes", "Error", "Given value", "Expected a", "Problem with", "Parser key")
+    )
+
+
+def _explain_absent(module: str | None, name: str | None, missing: str | None, key: str) -> str:
+    if module is None:
+        return f"no module named {missing!r}"
+    home = import_module(module)
+    classes = {name for name in dir(home) if inspect.isclass(getattr(home, name, None))} | set(getattr(home, "__all__", []))
+    near = hint(str(name), sorted(classes))
+    return f"{module} has no class {name!r}{near or _shipped(key)}"
+
+
+def _shipped(key: str, name: str = "") -> str:
+    """Suggest the shipped classes of the group that a key belongs to: those of a similar name, else all."""
+    from bumblebee.cli.shipped_classes import GROUPS, shipped  # imports torch
+
+    group = next((group for group in GROUPS if plain(key) == group or group == "callbacks" == key.split(".")[0]), None)
+    if group is None:
+        return ""
+    classes = list(shipped(group))
+    same_name = [path for path in classes if path.rpartition(".")[2].lower() == name.rpartition(".")[2].lower()]
+    return did_you_mean(same_name) or f"; shipped classes: {', '.join(classes)}"
+
+
+def _type_in_words(kind: str) -> str:
+    if kind.startswith("typing.Literal"):
+        return _or(kind[len("typing.Literal[") : -1].replace("'", "").split(", "))
+    return _PLAIN_TYPES.get(kind) or kind.replace("tuple with", "a list of")
+
+
+def _or(parts: Iterable[str]) -> str:
+    unique = list(dict.fromkeys(parts))
+    return " or ".join(filter(None, [", ".join(unique[:-1]), unique[-1]]))
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+def _got(text: str) -> str:
+    value = _value(text)
+    return f", got {_quoted(value)}" if value else ""
+
+
+def _value(text: str) -> str:
+    """Return the refused value; "" if it is a mapping, which would be too long to print."""
+    value = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", text, re.MULTILINE)
+    nested = re.search(r"val='(.*)'\)", value[1]) if value else None
+    written = nested[1] if nested else value[1] if value else ""
+    return "" if written.startswith(("{", "Namespace(")) else _IN_YAML.get(written, written)
+
+
+def _quoted(value: str) -> str:
+    """Quote text; numbers, lists, true, false and null stay as they are written in YAML."""
+    try:
+        return repr(value) if isinstance(yaml.safe_load(value), str) else value
+    except yaml.YAMLError:
+        return repr(value)
+
+
+# -- unknown and missing options -----------------------------------------------------------------------------------------
+
+
+def _explain_missing(absent: list[str], key: str, words: Sequence[str]) -> str:
+    options = f"option{'s' * (len(absent) > 1)} {', '.join(map(repr, absent))}"
+    recipe = "" if config_files(words) or "task" not in absent else ": pass a recipe, such as --config recipes/pretrain.yaml"
+    return f"{where(key, words)}missing required {options}{recipe}"
+
+
+def _explain_unknown(unknown: re.Match[str], keys: list[str], message: str, words: Sequence[str], options: list[str]) -> str:
+    path = [*filter(None, [unknown["group"]]), *(unknown["word"] or unknown["option"]).split(".")]
+    classes = _CLASS.findall(message)
+    if not classes:
+        key = plain(".".join([*keys, *path]))
+        return f"{where(key, words)}unknown option {key!r}{_nearest(key, options)}"
+    path = [part for part in path if part != "init_args"]
+    known = parameter_names(classes[-1])
+    depth = 1
+    if path[0] in known:  # a dataclass, and the unknown option is one of its fields
+        known, depth = parameter_names(classes[-1], path[0]), 2
+    key = plain(_complete([*keys, *path[:depth]], message, words))
+    if not known:
+        return f"{where(key, words)}unknown option {key!r}: {classes[-1]} has no options (is class_path missing?)"
+    parent = key.rpartition(".")[0]
+    return f"{where(key, words)}unknown option {key!r}{_nearest(key, [f'{parent}.{name}' for name in known])}"
+
+
+def _option_for(argument: str, options: set[str]) -> str:
+    """Suggest the option that a stray argument is probably the value of."""
+    for option, likely in (("model", Path(argument).is_dir()), ("config", argument.endswith((".yaml", ".yml")))):
+        if likely and option in options:
+            return f" (did you mean '--{option} {argument}'?)"
+    return "; options are written --NAME VALUE, with quotes around a value that contains spaces"
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    """Suggest the most similar siblings of a key, else list them all; of an unknown group, the groups."""
+    if key in RENAMED:
+        return f": it was renamed to {RENAMED[key]!r}"
+    parent, _, name = key.rpartition(".")
+    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == parent]
+    if not siblings:
+        parent, name, siblings = "", key.split(".")[0], list(dict.fromkeys(other.split(".")[0] for other in known))
+    near = difflib.get_close_matches(name, siblings, n=2, cutoff=0.7)
+    full = [f"{parent}.{other}" if parent else other for other in near]
+    return did_you_mean(full) or f"; available options: {', '.join(name for name in siblings if name not in _NOT_LISTED)}"
+
+
+def _complete(keys: list[str], text: str, words: Sequence[str]) -> str:
+    """Return the whole key. jsonargparse omits a callback's name: find the callback that has the option or the class."""
+    if keys[:1] != ["callbacks"]:
+        return ".".join(keys)
+    on_line = (
+        re.match(r"--callbacks\.(\w+)(?:\.init_args)?(?:\.(\w+))?(?:=(.*))?$", f"{option}={value}")
+        for option, value in option_values(words)
+    )
+    callbacks = [(match[1], {match[2], match[3]}) for match in on_line if match]
+    callbacks += [callback for file in config_files(words) for callback in callbacks_in(file)]
+    option = keys[1] if len(keys) > 1 else None
+    names = [
+        name for name, parts in callbacks if (option in parts if option else any(str(part) in text for part in parts if part))
+    ]
+    return ".".join(["callbacks", *names[:1], *keys[1:]])

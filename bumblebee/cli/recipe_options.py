@@ -1,0 +1,30 @@
+"""The groups of a recipe as options of a command: ``fit``, ``validate``, ``preview`` and ``evaluate`` share them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from bumblebee.cli.parser import ConfigFile, Parser, command_parser
+from bumblebee.recipe import add_recipe_arguments
+
+Sample = TypeVar("Sample")
+
+
+def recipe_command_parser(command: str) -> Parser:
+    """Return the parser of a command that takes a recipe."""
+    parser = command_parser(command)
+    parser.add_argument("--config", action=ConfigFile, help="recipe; if repeated, later files override earlier ones")
+    add_recipe_arguments(parser)
+    return parser
+
+
+def require_validation(samples: Sequence[Sample] | None) -> Sequence[Sample]:
+    """Return the validation samples of a recipe's data.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not samples:
+        raise ValueError("the recipe's data has no validation samples: set data.validation_ratio or data.validation_files")
+    return samples

@@ -1,0 +1,92 @@
+"""Classes that a recipe may name: those that Bumblebee ships for each group, and ``--GROUP.help``.
+
+``--callbacks.help`` lists the shipped callbacks, ``--callbacks.help callbacks.Checkpoint`` the options of a class.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+
+from jsonargparse import ArgumentParser
+
+from bumblebee.callback import Callback
+from bumblebee.cli.errors import fail
+from bumblebee.cli.signatures import locate_callable
+from bumblebee.datamodule import DataModule
+from bumblebee.formatting import hint
+from bumblebee.optim import Optimizer, Schedule
+from bumblebee.tasks.task import Task
+
+ClassOrFunction = Callable[..., object]
+
+_BASES: dict[str, tuple[str, type]] = {  # group -> package, base class
+    "task": ("bumblebee", Task),
+    "data": ("datamodules", DataModule),
+    "optimizer": ("torch.optim", Optimizer),
+    "schedule": ("bumblebee.optim", Schedule),
+    "callbacks": ("callbacks", Callback),
+}
+_MODELS = ("bumblebee.Bumblebee", "bumblebee.Bumblebee.from_pretrained", "bumblebee.HuggingFaceModel.from_pretrained")
+GROUPS = (*_BASES, "task.model", "task.transforms")
+
+
+def shipped(group: str) -> dict[str, ClassOrFunction]:
+    """Return class path -> class of what can be named in a group; torch's own optimizers count as shipped."""
+    if group == "task.model":
+        return _located(*_MODELS)
+    if group == "task.transforms":
+        return {**_located("bumblebee.lora.LoRA"), **_classes_in("bumblebee.transforms", object)}
+    package, base = _BASES[group]
+    return _classes_in(package, base)
+
+
+def print_help(group: str, path: str | None = None) -> None:
+    """Print the shipped classes of a group, or the options of one class."""
+    if path is None:
+        _print_classes(group)
+    else:
+        _print_options(group, path)
+
+
+def _key(group: str) -> str:
+    return f"{group}.NAME" if group == "callbacks" else group
+
+
+def _print_classes(group: str) -> None:
+    classes = shipped(group)
+    width = max(map(len, classes)) + 2
+    print(f"Classes for --{_key(group)}:\n")
+    for path, made in classes.items():
+        print(f"  {path:<{width}}{(inspect.getdoc(made) or '').partition(chr(10))[0]}")
+    print(f"\nYour own classes are named the same way. The options of a class: --{group}.help {next(iter(classes))}")
+
+
+def _print_options(group: str, path: str) -> None:
+    made = locate_callable(path)
+    if made is None:
+        fail(f"--{group}.help: cannot import a class named {path!r}{hint(path, shipped(group))}")
+    key = _key(group)
+    parser = ArgumentParser(prog="bumblebee fit", usage=f"bumblebee fit --{key} {path} ...", add_help=False)
+    if inspect.isclass(made):
+        parser.add_class_arguments(made, key, skip={"params"})  # an optimizer's parameters
+    else:
+        parser.add_function_arguments(made, key)
+    parser.print_help()
+
+
+def _located(*paths: str) -> dict[str, ClassOrFunction]:
+    return {path: made for path in paths if (made := locate_callable(path)) is not None}
+
+
+def _classes_in(package: str, base: type) -> dict[str, ClassOrFunction]:
+    """The public subclasses of ``base`` that a package exports or a module defines."""
+    module = import_module(package)
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == package]
+    named = {f"{package}.{name}": getattr(module, name) for name in getattr(module, "__all__", own) if name[0] != "_"}
+    return {path: made for path, made in named.items() if inspect.isclass(made) and _is_proper_subclass(made, base)}
+
+
+def _is_proper_subclass(made: type, base: type) -> bool:
+    return issubclass(made, base) and made.__name__ != base.__name__

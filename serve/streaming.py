@@ -1,0 +1,101 @@
+"""Streamed responses as server-sent events, and cancellation of the work for disconnected clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from bumblebee.inference.request import RequestOutput
+from serve.api_errors import APIError
+from serve.engine_client import OutputStream
+from serve.responses import ChatResponseBuilder, CompletionResponseBuilder
+
+ResponseBuilder = ChatResponseBuilder | CompletionResponseBuilder
+Result = TypeVar("Result")
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+
+    Args:
+        content: the events.
+        outputs: closed when the response ends.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, content: AsyncIterator[str], outputs: OutputStream) -> None:
+        # X-Accel-Buffering asks proxies not to buffer the events.
+        super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._outputs = outputs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events. If the client disconnects, its requests are cancelled."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._outputs.close()
+
+
+async def stream_response(request: Request, outputs: OutputStream, response: ResponseBuilder) -> EventStream:
+    """Start a streamed response after the first output: an error before that gets its own status."""
+    try:
+        index, first = await unless_disconnected(request, anext(outputs))
+    except BaseException:
+        outputs.close()
+        raise
+    return EventStream(event_stream(outputs, response, index, first), outputs)
+
+
+async def event_stream(
+    outputs: OutputStream, response: ResponseBuilder, index: int, first: RequestOutput
+) -> AsyncIterator[str]:
+    """The chunks of a response as events. An error is sent as the last event, because the status has been sent already."""
+    yield to_events([*response.first_chunks(), *response.add(index, first)])
+    try:
+        async for choice, output in outputs:
+            if chunks := response.add(choice, output):
+                yield to_events(chunks)
+    except APIError as error:
+        yield to_events([error.body()])
+        return
+    yield to_events(response.last_chunks()) + "data: [DONE]\n\n"
+
+
+def to_events(chunks: Sequence[object]) -> str:
+    """Encode chunks as server-sent events."""
+    return "".join(f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n" for chunk in chunks)
+
+
+async def collect(response: ResponseBuilder, outputs: OutputStream) -> None:
+    """Add all outputs to a response."""
+    async for index, output in outputs:
+        response.add(index, output)
+
+
+async def unless_disconnected(request: Request, work: Awaitable[Result]) -> Result:
+    """Await ``work`` as long as the client stays connected.
+
+    Raises:
+        ClientDisconnect: the client has disconnected; the work is cancelled.
+    """
+    task, disconnected = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait((task, disconnected), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        disconnected.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

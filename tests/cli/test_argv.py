@@ -1,0 +1,31 @@
+"""The words of the command line are rewritten into the form that jsonargparse accepts."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from bumblebee.cli.argv import fold
+
+
+@pytest.mark.parametrize(
+    ("words", "folded", "flags"),
+    [
+        ("--overwrite", "--overwrite=true", ["overwrite"]),
+        ("--no_overwrite", "--overwrite=false", ["overwrite"]),
+        ("--overwrite false", "--overwrite false", []),
+        ("--data.files a b", '--data.files=["a", "b"]', []),
+        ('--data.files a {"path":"x","weight":2}', '--data.files=["a", {"path": "x", "weight": 2}]', []),
+        ("--data.files a {b", '--data.files=["a", "{b"]', []),
+        ("--data.files a", "--data.files a", []),
+        ("--a 1 --config x --b=2", "--config x --a 1 --b=2", []),
+        ("--config x y", "--config x --config y", []),
+        ("--config=x --a 1 --config y", "--config=x --config y --a 1", []),
+        ("--trainer.epochs -1", "--trainer.epochs -1", []),
+        ("--help", "--help", []),
+        ("--print_config", "--print_config", []),
+    ],
+)
+def test_words_are_rewritten_for_jsonargparse(words, folded, flags):
+    assert fold(words.split()) == (re.findall(r"\S+=\[.*\]|\S+", folded), flags)

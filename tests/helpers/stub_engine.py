@@ -1,0 +1,165 @@
+"""The real Trainer on an engine that computes nothing, for tests of callbacks.
+
+``StubTrainer`` runs the loop of ``bumblebee.trainer.Trainer`` with a loss of 2 / step, 100 target tokens per step and a
+constant learning rate of 0.01.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bumblebee.callback import Callback
+from bumblebee.config import BumblebeeConfig
+from bumblebee.datamodule import Batch, DataModule
+from bumblebee.model import Bumblebee
+from bumblebee.tasks.task import ForwardFn, Task
+from bumblebee.trainer import Trainer
+
+TOKENS_PER_MICRO_BATCH = 50
+
+
+class StubEngine:
+    """The interface of ``TrainingEngine`` without forward, backward and update."""
+
+    def __init__(self, model: nn.Module, optimizer: Callable[..., Any], groups: list[dict[str, Any]], *_: object) -> None:
+        self.model, self.group_sizes = model, [sum(p.numel() for p in group["params"]) for group in groups]
+        self._optimizer = optimizer(groups)
+        self.dtype, self.optimizer_name = "float32", type(self._optimizer).__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        pass
+
+    def step(self) -> None:
+        pass
+
+    def train(self) -> None:
+        self.model.train()
+
+    def eval(self) -> None:
+        self.model.eval()
+
+    @property
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def gradient_norm(self) -> float:
+        return 1.0
+
+    def loss_scale(self) -> dict[str, float]:
+        return {}
+
+    def scaler_state(self) -> dict[str, int | float | bool]:
+        return {}
+
+    def load_scaler_state(self, state: dict[str, int | float | bool]) -> None:
+        pass
+
+    def full_tensors(self, select: Callable[[str], bool] = lambda key: True) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in self.model.state_dict().items() if select(name))
+
+    def whole_model(self) -> AbstractContextManager[nn.Module]:
+        return nullcontext(self.model)
+
+    def save(self, folder: Path) -> None:
+        pass
+
+    def load(self, folder: Path) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class StubTask(Task):
+    """A task with fixed losses and validation metrics."""
+
+    def __init__(self) -> None:
+        config = BumblebeeConfig.preset(
+            "tiny", vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1,
+        )  # fmt: skip
+        self.model, self.weights = Bumblebee(config), {"loss": 1.0}
+        self.steps = 0
+        self.validation = {"validation_loss": 2.5}
+        self.extra_metrics: dict[str, float] = {}
+
+    def counts(self, batch: Batch) -> dict[str, int | Tensor]:
+        return {"loss": TOKENS_PER_MICRO_BATCH}
+
+    def training_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": torch.tensor(TOKENS_PER_MICRO_BATCH * 2.0 / (self.steps + 1), dtype=torch.float64)}
+
+    def after_step(self) -> None:
+        self.steps += 1
+
+    def metrics(self) -> dict[str, float]:
+        return self.extra_metrics
+
+    def validation_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
+        return {"batches": torch.tensor(1.0)}
+
+    def validation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        return dict(self.validation)
+
+
+class StubData(DataModule):
+    """22 training samples and two validation samples."""
+
+    def setup(self, seed: int) -> None:
+        self.train, self.validation, self.tokenizer = range(22), range(2), None
+
+    def collate(self, samples: list[Any]) -> Batch:
+        return {"input_ids": torch.tensor([samples])}
+
+
+class StubTrainer(Trainer):
+    """A trainer that has been set up with stubs and records what callbacks request.
+
+    Args:
+        folder: output folder; an earlier run there is left alone.
+        callbacks: in order.
+        steps: of the run.
+        step: number of steps done before, as in a resumed run.
+    """
+
+    def __init__(self, folder: Path, callbacks: list[Callback], steps: int = 6, step: int = 0) -> None:
+        super().__init__(max_steps=steps, micro_batch_size=4, accumulate=2, precision="fp32", device="cpu")
+        self.events: list[tuple[str, int]] = []  # ("validate", "save" or "save last", step)
+        self.logged: dict[str, float] = {}
+        named = {f"callback {index}": callback for index, callback in enumerate(callbacks)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bumblebee.training.setup.TrainingEngine", StubEngine)
+            patch.setattr("bumblebee.training.setup.check_free", lambda *_: None)
+            task = StubTask()
+            self.setup(task, StubData(), lambda groups: torch.optim.SGD(groups, lr=0.01), None, named, folder)
+        self.step = task.steps = step
+
+    def run(self) -> StubTrainer:
+        """Run the loop and return the trainer."""
+        super().run()
+        return self
+
+    def validate(self) -> dict[str, float]:
+        """Record and validate."""
+        self.events.append(("validate", self.step))
+        return super().validate()
+
+    def save_checkpoint(self, last: bool = False, model: bool = True) -> Path:
+        """Record and save."""
+        self.events.append(("save last" if last else "save", self.step))
+        return super().save_checkpoint(last, model)
+
+    def log(self, name: str, value: float) -> None:
+        """Record and log."""
+        self.logged[name] = value
+        super().log(name, value)
