@@ -124,7 +124,8 @@ def files_of_folder(folder: str | Path) -> ModelFiles:
     raw: dict[str, Any] = parse_config_json(folder, dict)
     if is_supported(raw):
         return ModelFiles(load_config(folder))
-    return HuggingFaceModelFiles(BumblebeeConfig(**{name: raw.get(name) for name in SPECIAL_IDS}), raw)
+    ids: dict[str, Any] = {name: raw.get(name) for name in SPECIAL_IDS}
+    return HuggingFaceModelFiles(BumblebeeConfig(**ids), raw)
 
 
 def save_model(

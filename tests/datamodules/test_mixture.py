@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules import Pretrain
-from datamodules.mixture import Mix
-from datamodules.token_cache import text_digest
+from datamodules.mixture import Mixture
+from datamodules.tokenize import text_digest
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def make(folder, tokenizer_folder, monkeypatch):
 
 def texts(data: Pretrain, numbers: np.ndarray | None = None) -> Counter[str]:
     cache = data.cache
-    chosen = data.chosen if numbers is None else numbers
+    chosen = data.epoch_samples if numbers is None else numbers
     return Counter(data.tokenizer.decode(cache.tokens[cache.begins[n] : cache.ends[n]].tolist()) for n in chosen)
 
 
@@ -98,7 +98,7 @@ def test_the_part_is_chosen_independently_of_what_is_held_out(make):
     """Both go by content; the same order for both would choose neighbours of what is held out."""
     data = make([{"path": "a.jsonl", "weight": 0.5}], validation_ratio=0.5)
     ranks = np.argsort(np.argsort(data.cache.digests[data.kept]))
-    chosen = ranks[np.isin(data.kept, data.chosen)]
+    chosen = ranks[np.isin(data.kept, data.epoch_samples)]
     assert sorted(chosen) != list(range(len(chosen)))
 
 
@@ -110,11 +110,11 @@ def test_the_summary_tells_what_the_weights_make(make):
 
 @given(st.lists(st.floats(0.01, 4), min_size=1, max_size=4), st.integers(1, 60))
 def test_every_entry_gives_its_weights_share_and_no_sample_more_than_one_time_too_often(weights, count):
-    mix = object.__new__(Mix)
+    mix = object.__new__(Mixture)
     mix.entries = [type("Entry", (), {"files": [str(n)], "weight": w})() for n, w in enumerate(weights)]
     sources = np.array([(n, line) for n in range(len(weights)) for line in range(count)])
     digests = np.array([text_digest(str(row)) for row in sources.tolist()], np.uint64)
-    chosen = mix.repeat(np.arange(len(sources)), sources, digests)
+    chosen = mix.apply_weights(np.arange(len(sources)), sources, digests)
     for number, weight in enumerate(weights):
         times = Counter(chosen[sources[chosen, 0] == number].tolist())
         assert abs(sum(times.values()) - weight * count) <= 0.5 + 1e-6
@@ -126,7 +126,7 @@ def test_every_entry_gives_its_weights_share_and_no_sample_more_than_one_time_to
 
 def test_a_file_that_is_named_twice_counts_once(make):
     assert counts(texts(make(["a.jsonl", "[ab].jsonl"]))) == {"a": [1] * 40, "b": [1] * 20}
-    assert make("*.jsonl").mix.files == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert make("*.jsonl").mixture.files == ["a.jsonl", "b.jsonl", "c.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,12 @@ def test_a_file_that_is_named_twice_counts_once(make):
     [
         (
             [{"path": "a.jsonl", "wieght": 2}],
-            "unknown key 'wieght' in the entry of 'a.jsonl' (did you mean 'weight'?); it may have",
+            "unknown key 'wieght' in the entry of 'a.jsonl' (did you mean 'weight'?); allowed keys",
         ),
-        ([{"path": "a.jsonl", "answer": "whole"}], "unknown key 'answer' in the entry of 'a.jsonl'; it may have path, weight"),
+        (
+            [{"path": "a.jsonl", "answer": "whole"}],
+            "unknown key 'answer' in the entry of 'a.jsonl'; allowed keys: path, weight",
+        ),
         ([{"path": "a.jsonl", "weight": 0}], "the weight of 'a.jsonl' must be a number above 0, got 0"),
         ([{"path": "a.jsonl", "weight": -1.5}], "the weight of 'a.jsonl' must be a number above 0, got -1.5"),
         ([{"path": "a.jsonl", "weight": float("inf")}], "the weight of 'a.jsonl' must be a number above 0, got inf"),
@@ -145,12 +148,12 @@ def test_a_file_that_is_named_twice_counts_once(make):
         ([{"path": "a.jsonl", "weight": True}], "the weight of 'a.jsonl' must be a number above 0, got True"),
         ([{"weight": 2}], "expected a path in each entry, such as {path: data.jsonl, weight: 2}, got {'weight': 2}"),
         ([{"path": ["a.jsonl"]}], "expected a path in each entry"),
-        (["a.jsonl", {"path": "*.jsonl", "weight": 2}], "'*.jsonl' and 'a.jsonl' name the same file in two ways: name it once"),
-        ([], "no files were given"),
+        (["a.jsonl", {"path": "*.jsonl", "weight": 2}], "'*.jsonl' and 'a.jsonl' give the same file different weights"),
+        ([], "no files given"),
         ([{"path": "d.jsonl"}], "'d.jsonl' does not exist"),
     ],
 )
 def test_a_mistake_in_files_is_named(files, message, folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(ValueError, match=re.escape(message)):
-        Mix(files)
+        Mixture(files)

@@ -11,7 +11,8 @@ import pytest
 from pyarrow import parquet
 
 from datamodules import conversations, record_files
-from datamodules.record_files import Record, RecordError, expand, read, text_of
+from datamodules.record_files import expand, read, text_of
+from datamodules.records import Record, RecordError
 
 CHATS = [
     {"messages": [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "Yes."}], "system": None},
@@ -41,7 +42,7 @@ def test_globs_find_parquet_files(tmp_path):
 
 def test_conversations_come_out_of_nested_columns(tmp_path):
     records = list(read(write(tmp_path / "chats.parquet", CHATS)))
-    assert [conversations.conversation(record).messages for record in records] == [
+    assert [conversations.parse_conversation(record).messages for record in records] == [
         CHATS[0]["messages"],
         [{"role": "system", "content": "Be brief."}, *CHATS[1]["messages"]],
     ]
@@ -53,7 +54,7 @@ def test_structs_that_differ_are_filled_with_nulls_which_mean_absent(tmp_path):
     (record,) = read(write(tmp_path / "calls.parquet", [{"messages": turns, "tools": None}]))
     assert record.value["messages"][0]["tool_calls"] is None
     expected = {"type": "function", "function": {"name": "f", "arguments": {}}}
-    assert conversations.conversation(record).messages == [
+    assert conversations.parse_conversation(record).messages == [
         turns[0],
         {"role": "assistant", "content": None, "tool_calls": [expected]},
     ]
@@ -70,7 +71,7 @@ def test_a_damaged_file_is_reported(tmp_path, end):
     path = Path(write(tmp_path / "data.parquet", [{"text": "bee"}] * 10))
     content = path.read_bytes()
     path.write_bytes(content[:end])
-    with pytest.raises(RecordError, match="data.parquet:1: not a sound Parquet file: ."):
+    with pytest.raises(RecordError, match="data.parquet:1: not a valid Parquet file: ."):
         list(read(str(path)))
 
 
@@ -84,7 +85,7 @@ def test_damage_in_a_later_row_group_is_reported_after_the_sound_ones(tmp_path):
     )
     path.write_bytes(content)
     found = []
-    with pytest.raises(RecordError, match=r"data.parquet:51: not a sound Parquet file: "):
+    with pytest.raises(RecordError, match=r"data.parquet:51: not a valid Parquet file: "):
         for record in read(str(path)):
             found.append(record.line)
     assert found == list(range(1, 51))

@@ -14,7 +14,7 @@ from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.training.loader import epoch_order, train_windows
 from bumblebee.training.plan import Plan
 from datamodules import Preferences
-from datamodules.record_files import RecordError
+from datamodules.records import RecordError
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_pairs_that_do_not_fit_are_dropped_and_counted(make):
     data = make(records, max_length=MAX)
     fitting = [number for number, (prompt, answer) in enumerate(rows(data, records)) if prompt + answer - 1 <= MAX]
     assert 0 < len(fitting) < 40
-    assert data.train.numbers.tolist() == fitting
+    assert data.train.samples.tolist() == fitting
     assert data.summary()[f"longer than max_length {MAX}"] == f"{40 - len(fitting)} dropped"
 
 
@@ -96,25 +96,25 @@ def test_keep_end_cuts_both_prompts_alike_from_the_left_and_never_an_answer(make
     records = preferences(40, longest=60)
     data = make(records, max_length=MAX, too_long="keep_end")
     fitting = [number for number, (_, answer) in enumerate(rows(data, records)) if answer <= MAX]
-    assert len(fitting) < 40 and data.train.numbers.tolist() == fitting
+    assert len(fitting) < 40 and data.train.samples.tolist() == fitting
     cut = 0
-    for (_, *pieces), number in zip(map(data.train.__getitem__, range(len(data.train))), fitting, strict=True):
+    for (_, *segments), number in zip(map(data.train.__getitem__, range(len(data.train))), fitting, strict=True):
         kept = []
-        for (inputs, labels), answer in zip(pieces, ("chosen", "rejected"), strict=True):
+        for (inputs, labels), answer in zip(segments, ("chosen", "rejected"), strict=True):
             prompt, said = row_of(data, records[number], answer)
             assert labels[labels != IGNORE_INDEX].tolist() == said
             kept.append(inputs[: len(inputs) - len(said) + 1].tolist())
             assert len(inputs) <= MAX and kept[-1] == prompt[-len(kept[-1]) :] and kept[-1]
         assert kept[0] == kept[1]
         cut += len(kept[0]) < len(prompt)
-        assert len(kept[0]) == len(prompt) or max(len(inputs) for inputs, _ in pieces) == MAX  # no more than has to be
+        assert len(kept[0]) == len(prompt) or max(len(inputs) for inputs, _ in segments) == MAX  # no more than has to be
     summary = data.summary()
     assert cut > 0 and summary["prompts cut from the left"] == cut
     assert summary[f"longer than max_length {MAX}"] == f"{40 - len(fitting)} dropped"
 
 
 def test_nothing_left_is_refused_with_what_became_of_it(make):
-    with pytest.raises(ValueError, match=r"^files: none of 5 pairs is left; longer than max_length 8: 5 dropped$"):
+    with pytest.raises(ValueError, match=r"^files: none of 5 pairs remains; longer than max_length 8: 5 dropped$"):
         make(preferences(5), max_length=8)
 
 
@@ -150,8 +150,8 @@ def test_a_weight_gives_a_pair_several_places_each_with_an_index_of_its_own(make
 
 def test_a_system_prompt_is_added_to_both_rows(make):
     data = make(preferences(2), system="Be brief.")
-    for _, *pieces in (data.train[0], data.train[1]):
-        assert all("Be brief." in data.tokenizer.decode(inputs.tolist()) for inputs, _ in pieces)
+    for _, *segments in (data.train[0], data.train[1]):
+        assert all("Be brief." in data.tokenizer.decode(inputs.tolist()) for inputs, _ in segments)
 
 
 def test_a_bad_record_is_named_or_skipped_and_counted(make, tmp_path):
@@ -187,6 +187,6 @@ def test_a_template_whose_prompt_depends_on_the_answer_is_refused(make, tokenize
     Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(TELLTALE)
     with pytest.raises(
-        RecordError, match=r"pairs\.jsonl:1: the chat template writes the prompt in another way before the rejected"
+        RecordError, match=r"pairs\.jsonl:1: the chat template renders the prompt differently before the rejected"
     ):
         make(preferences(3, longest=5), tokenizer=str(folder))

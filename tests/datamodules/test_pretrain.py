@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from datamodules import Pretrain, token_data
-from datamodules.record_files import Record, RecordError
+from datamodules import Pretrain, token_datamodule
+from datamodules.records import Record, RecordError
 
 WORDS = "the a list file return value tuple dict string raises if is None and not of to".split()
 TEXTS = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=80).map(" ".join), min_size=1, max_size=25)
@@ -100,10 +100,10 @@ def test_every_document_ends_in_a_trained_end_of_text_even_where_the_pad_token_i
 def test_a_document_longer_than_the_window_is_split_and_comes_back_whole(make):
     [text] = long = [" ".join(WORDS * 30)]
     data = make(long)
-    pieces = sorted((start, length) for window in range(len(data.train)) for start, length in data.train.windows.pieces(window))
-    assert len(pieces) > 5
+    chunks = sorted((start, length) for window in range(len(data.train)) for start, length in data.train.windows.chunks(window))
+    assert len(chunks) > 5
     tokens = data.train.cache.tokens
-    again = [int(tokens[0])] + [int(token) for start, length in pieces for token in tokens[start + 1 : start + 1 + length]]
+    again = [int(tokens[0])] + [int(token) for start, length in chunks for token in tokens[start + 1 : start + 1 + length]]
     assert data.tokenizer.decode(again) == text
     assert again[-1] == data.tokenizer.eos_token_id
 
@@ -134,7 +134,7 @@ def test_text_that_spells_the_end_of_text_is_trained_as_text(make):
 
 def texts_of(data: Pretrain, side) -> list[str]:
     cache = side.cache
-    numbers = data.chosen if side is data.train else data.held_out
+    numbers = data.epoch_samples if side is data.train else data.held_out
     return [data.tokenizer.decode(cache.tokens[cache.begins[d] : cache.ends[d]].tolist()) for d in numbers]
 
 
@@ -144,7 +144,7 @@ def test_equal_texts_are_all_on_one_side_of_the_split(make):
     train, held_out = ({" ".join(t.split()) for t in texts_of(data, side)} for side in (data.train, data.validation))
     assert train and held_out and not train & held_out
     assert train | held_out == set(many(30))
-    assert len(data.chosen) + len(data.held_out) == 90
+    assert len(data.epoch_samples) + len(data.held_out) == 90
 
 
 @pytest.mark.parametrize("ratio", [0.001, 0.1, 0.5])
@@ -163,14 +163,14 @@ def test_the_split_follows_from_the_texts_not_from_their_order_or_the_seed(make)
 
 def test_without_a_ratio_nothing_is_held_out(make):
     data = make(many())
-    assert data.validation is None and len(data.chosen) == 40
+    assert data.validation is None and len(data.epoch_samples) == 40
 
 
 def test_validation_files_are_held_out_whole(make, tmp_path):
     other = write(tmp_path / "other.jsonl", ["held out one", "held out two"])
     data = make(many(), validation_files=other)
     assert texts_of(data, data.validation) == ["held out one", "held out two"]
-    assert len(data.chosen) == 40
+    assert len(data.epoch_samples) == 40
 
 
 def test_deduplicate_keeps_the_first_of_the_texts_that_differ_in_white_space_only(make):
@@ -191,8 +191,10 @@ def test_without_deduplicate_every_copy_is_kept(make):
 def tokenised(monkeypatch):
     """How often texts have been tokenised."""
     calls = []
-    real = token_data.build
-    monkeypatch.setattr(token_data, "build", lambda *args, **options: (calls.append(1), real(*args, **options)))
+    real = token_datamodule.write_token_cache
+    monkeypatch.setattr(
+        token_datamodule, "write_token_cache", lambda *args, **options: (calls.append(1), real(*args, **options))
+    )
     return calls
 
 
@@ -223,8 +225,8 @@ def test_changed_content_another_tokenizer_or_another_way_with_bad_records_is_to
 
 def test_a_second_start_after_one_that_died_while_tokenising_has_everything(make, tokenizer_folder, tmp_path):
     class Dying(Pretrain):
-        def read(self, mix):
-            yield Record(mix.files[0], 1, {"text": "half of it"})
+        def read(self, mixture):
+            yield Record(mixture.files[0], 1, {"text": "half of it"})
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
@@ -278,11 +280,11 @@ class Shouting(Pretrain):
 
     mark = ""
 
-    def reading(self):
-        return [*super().reading(), self.mark]
+    def read_key_parts(self):
+        return [*super().read_key_parts(), self.mark]
 
-    def read(self, mix):
-        for record in super().read(mix):
+    def read(self, mixture):
+        for record in super().read(mixture):
             yield Record(record.file, record.line, {"text": record.value["text"].upper() + self.mark})
 
 

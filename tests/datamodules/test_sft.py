@@ -19,7 +19,7 @@ from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.training.loader import epoch_order
 from datamodules import SFT
-from datamodules.record_files import RecordError
+from datamodules.records import RecordError
 
 LONG = {"role": "assistant", "content": "of to " * 300}
 Row = list[tuple[int, int]]  # (input, label) of each place
@@ -178,10 +178,10 @@ def test_a_sample_whose_targets_were_cut_away_is_dropped_and_counted_by_itself(m
 
 
 def test_nothing_left_is_refused_with_what_became_of_it(make):
-    with pytest.raises(ValueError, match=r"^files: none of 5 conversations is left; longer than max_length 8: 5 dropped$"):
+    with pytest.raises(ValueError, match=r"^files: none of 5 conversations remains; longer than max_length 8: 5 dropped$"):
         make(conversations(5), max_length=8)
     with pytest.raises(
-        ValueError, match=r"^validation_files: none of 10 conversations is left; longer than max_length 400: 10 "
+        ValueError, match=r"^validation_files: none of 10 conversations remains; longer than max_length 400: 10 "
     ):
         make(conversations(3, longest=2), max_length=400, validation_files=_long_file(make))
 

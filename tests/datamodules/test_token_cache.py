@@ -11,22 +11,22 @@ from hypothesis import strategies as st
 
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from datamodules import cache_writer, token_cache
-from datamodules.cache_writer import RECORDS, build
-from datamodules.record_files import Record, RecordError
-from datamodules.token_cache import TokenCache, cache_key, file_digest, one_at_a_time, remove_leftovers, text_digest
-from datamodules.tokenize import Encoder, Sample, TextEncoder
+from datamodules import token_cache, worker_pool
+from datamodules.records import Record, RecordError
+from datamodules.token_cache import TokenCache, cache_key, file_digest, remove_unfinished, write_lock, write_token_cache
+from datamodules.tokenize import RecordTokenizer, TextTokenizer, TokenizedSample, text_digest
+from datamodules.worker_pool import BATCH_RECORDS
 
 FILES = ["a.jsonl", "b.jsonl"]
 
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer_folder):
-    return TextEncoder(str(tokenizer_folder), Tokenizer.from_pretrained(tokenizer_folder))
+    return TextTokenizer(str(tokenizer_folder), Tokenizer.from_pretrained(tokenizer_folder))
 
 
 def built(folder, records, encoder, skip=False):
-    build(folder, iter(records), encoder, FILES, skip, show=False)
+    write_token_cache(folder, iter(records), encoder, FILES, skip, show_progress=False)
     return TokenCache(folder)
 
 
@@ -34,10 +34,10 @@ def text(content: str, line: int = 1, file: str = "a.jsonl") -> Record:
     return Record(file, line, {"text": content})
 
 
-class Masks(Encoder):
+class Masks(RecordTokenizer):
     """Two sequences a record, with the ids and masks that stand in it; a record without any is bad."""
 
-    sequences = 2
+    sequences_per_sample = 2
 
     def __init__(self, size: int = 300) -> None:
         self.size = size
@@ -46,9 +46,9 @@ class Masks(Encoder):
     def dtype(self):
         return np.uint16 if self.size <= 2**16 else np.uint32
 
-    def samples(self, records):
+    def tokenize(self, records):
         return [
-            Sample(
+            TokenizedSample(
                 [[t for t, _ in row] for row in record.value["rows"]], [[m for _, m in row] for row in record.value["rows"]], 1
             )
             if record.value
@@ -78,23 +78,23 @@ def test_every_text_comes_back_with_one_end_of_text_behind_it(texts, encoder, tm
 def test_masks_come_back_bit_by_bit_however_records_are_batched(pairs, size, tmp_path_factory):
     folder = tmp_path_factory.mktemp("masks") / "cache"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_writer, "RECORDS", size)
+        patch.setattr(worker_pool, "BATCH_RECORDS", size)
         cache = built(folder, [Record("a.jsonl", 1, {"rows": pair}) for pair in pairs], Masks())
     rows = [row for pair in pairs for row in pair]
     assert len(cache) == len(pairs) and len(cache.ends) == len(rows)
     for number, row in enumerate(rows):
         begin, end = int(cache.begins[number]), int(cache.ends[number])
         assert cache.tokens[begin:end].tolist() == [token for token, _ in row]
-        assert cache.trained(begin, end).tolist() == [mask for _, mask in row]
+        assert cache.target_mask(begin, end).tolist() == [mask for _, mask in row]
         assert cache.targets[number] == sum(mask for _, mask in row[1:])  # nothing comes before a first token to predict it
         if row:
-            inputs, labels = cache.piece(begin, end - begin - 1)
+            inputs, labels = cache.segment(begin, end - begin - 1)
             assert inputs.tolist() == [token for token, _ in row[:-1]]
             assert labels.tolist() == [token if mask else IGNORE_INDEX for token, mask in row[1:]]
 
 
 def test_more_records_than_are_encoded_at_a_time_keep_their_order(encoder, tmp_path):
-    texts = [f"document {number}" for number in range(2 * RECORDS + 5)]
+    texts = [f"document {number}" for number in range(2 * BATCH_RECORDS + 5)]
     cache = built(tmp_path / "c", map(text, texts), encoder)
     stream = encoder.tokenizer.decode(cache.tokens.tolist(), skip_special_tokens=False)
     assert stream.split("<|endoftext|>") == [*texts, ""]
@@ -103,9 +103,9 @@ def test_more_records_than_are_encoded_at_a_time_keep_their_order(encoder, tmp_p
 
 def test_a_batch_ends_with_many_characters_as_it_does_with_many_records():
     """So that memory is bounded for long documents as well."""
-    long = [text("x" * (cache_writer.CHARACTERS // 2)) for _ in range(5)]
-    assert [len(batch) for batch in cache_writer.batches(long)] == [2, 2, 1]
-    assert [len(batch) for batch in cache_writer.batches([text("x")] * (RECORDS + 1))] == [RECORDS, 1]
+    long = [text("x" * (worker_pool.BATCH_CHARACTERS // 2)) for _ in range(5)]
+    assert [len(batch) for batch in worker_pool.batched(long)] == [2, 2, 1]
+    assert [len(batch) for batch in worker_pool.batched([text("x")] * (BATCH_RECORDS + 1))] == [BATCH_RECORDS, 1]
 
 
 def test_a_sample_knows_its_file_and_line(encoder, tmp_path):
@@ -159,7 +159,7 @@ def test_skipped_records_are_counted_and_leave_no_trace(tmp_path):
 # -- complete or absent --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", [0, 1, RECORDS + 3])
+@pytest.mark.parametrize("before", [0, 1, BATCH_RECORDS + 3])
 def test_nothing_is_left_when_reading_dies_midway(before, encoder, tmp_path):
     def dying():
         for number in range(before):
@@ -184,8 +184,8 @@ def test_leftovers_of_other_caches_are_removed_unless_somebody_is_writing_them(t
     for name in ("dead", "alive"):
         (tmp_path / f".{name}.partial").mkdir()
         (tmp_path / f".{name}.partial" / "tokens.bin").write_bytes(b"half")
-    with one_at_a_time(tmp_path / "alive"):
-        remove_leftovers(tmp_path)
+    with write_lock(tmp_path / "alive"):
+        remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.glob(".*.partial")] == [".alive.partial"]
 
 
@@ -213,7 +213,7 @@ def test_a_file_digest_follows_the_content_not_the_name(tmp_path):
 
 
 def test_the_digest_of_a_large_file_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "LARGE", 4)
+    monkeypatch.setattr(token_cache, "LARGE_FILE", 4)
     read = []
     real = token_cache._content_digest
     monkeypatch.setattr(token_cache, "_content_digest", lambda path: (read.append(path), real(path))[1])

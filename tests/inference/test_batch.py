@@ -16,7 +16,7 @@ import torch
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
 from bumblebee.cli.main import main
 from bumblebee.inference.batch import BatchGeneration, PromptRecord
-from datamodules.prompts import read_prompts
+from datamodules.prompt_files import read_prompts
 
 PROMPTS = ["The bee", "A", "In the garden there are many flowers", "Ünïcödé 🐝", "x y"]
 
@@ -152,15 +152,15 @@ def test_a_single_prompt_is_printed_with_its_text(folder, capsys):
     [
         ("{", "not valid JSON"),
         ("[1]", "a record must be a JSON object, {...}, not an array"),
-        ('{"id": 5}', "one of 'prompt' and 'messages' is expected; the record's keys: 'id'"),
-        ('{"prompt": "a", "messages": []}', "one of 'prompt' and 'messages' is expected"),
+        ('{"id": 5}', "expected one of 'prompt' and 'messages'; the record's keys: 'id'"),
+        ('{"prompt": "a", "messages": []}', "expected one of 'prompt' and 'messages'"),
         ('{"prompt": ""}', "'prompt' is empty"),
         ('{"prompt": 7}', "'prompt' must be a string, not a number"),
         ('{"prompt": null}', "'prompt' must be a string, not null"),
         ('{"prompt": "a", "text": "b"}', "the output uses the key 'text': rename the record's key"),
         ('{"messages": []}', "'messages' is empty"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "'assistant' cannot stand at the beginning"),
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "ends with 'user'"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "'assistant' cannot come first"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "must end with 'user'"),
         ('{"messages": [{"role": "robot", "content": "a"}]}', "robot"),
         ('{"prompt": "' + "bee " * 500 + '"}', "the model takes 256, including new ones"),
         ('{"prompt": "\xff"}', "UTF-8"),
@@ -180,7 +180,7 @@ def test_a_bad_record_is_named_with_file_and_line_and_nothing_is_written(folder,
         ([], "prompt: give either --prompt TEXT or --prompts FILE"),
         (["--prompt", "a", "--prompts", "{tmp}/p.jsonl"], "prompt: give either --prompt TEXT or --prompts FILE"),
         (["--prompts", "{tmp}/none.jsonl"], "{tmp}/none.jsonl: No such file or directory"),
-        (["--prompts", "{tmp}/p.docx"], "files of kind '.docx' cannot be read"),
+        (["--prompts", "{tmp}/p.docx"], "unsupported file type '.docx'"),
         (["--prompts", "{tmp}/empty.jsonl"], "prompts: the file has none"),
         (["--prompts", "{tmp}"], "prompts: {tmp} is a folder; name a file in it"),
         (["--prompt", ""], "prompt: the prompt is empty: there is nothing to continue"),
