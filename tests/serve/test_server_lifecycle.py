@@ -124,7 +124,7 @@ def test_invalid_option_is_one_line(served_folder: Path, words: list[str], messa
 
 def test_custom_model_class_needs_trust_remote_code(shifted_place: Path, server: Running):
     message = rejected("--model", "model", "--port", "0", cwd=shifted_place)
-    assert "model holds a shifted.Shifted, whose code would have to be imported" in message
+    assert "model was saved by shifted.Shifted, whose code would have to be imported" in message
     with serving("model", "--trust_remote_code", cwd=shifted_place) as running:
         own, plain = (each.complete(max_tokens=8, temperature=0.0).json()["choices"][0]["text"] for each in (running, server))
     assert own != plain
