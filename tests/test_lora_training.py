@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from bumblebee import Bumblebee  # noqa: E402
 from bumblebee.checkpoint.consolidate import consolidate  # noqa: E402
 from bumblebee.checkpoint.hf_folder import is_model_folder  # noqa: E402
-from bumblebee.checkpoint.sharded_state import PieceReader  # noqa: E402
+from bumblebee.checkpoint.sharded_state import ShardReader  # noqa: E402
 from bumblebee.lora import LoRA  # noqa: E402
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.training.run_folder import clear, holds_a_run  # noqa: E402
@@ -137,7 +137,7 @@ def test_a_run_saves_adapters_and_no_base_weights(base: Path, tmp_path: Path, st
     assert len(tensors) == 2 * 2 * 7 and all(tensor.numel() for tensor in tensors.values())
     assert not list((tmp_path / "run").rglob("model*.safetensors"))
     assert is_model_folder(checkpoint) and holds_a_run(tmp_path / "run")
-    with PieceReader(checkpoint / "training_state") as reader:
+    with ShardReader(checkpoint / "training_state") as reader:
         assert len(reader.shapes) == len(tensors) and all(".lora_" in name for name in reader.shapes)
     clear(tmp_path / "run")
     assert not holds_a_run(tmp_path / "run") and not list((tmp_path / "run").iterdir())
@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_base_or_another_adapter_is_refused(base: Path, 
     small_model(seed=1).save_pretrained(tmp_path / "other")
     fit(tmp_path / "run", base)
     checkpoint = str(tmp_path / "run" / "checkpoint-3")
-    said = f"trainer.resume: .*checkpoint-3 was trained on the model in {base}, this run's is that in {tmp_path / 'other'}"
+    said = f"trainer.resume: .*checkpoint-3 was trained on the base model {base}, but this run uses {tmp_path / 'other'}"
     with pytest.raises(ValueError, match=said):
         fit(tmp_path / "then", tmp_path / "other", resume=checkpoint)
     with pytest.raises(ValueError, match="holds another model"):
@@ -219,7 +219,7 @@ def test_a_run_does_not_delete_its_own_base(tmp_path: Path) -> None:
     small_model().save_pretrained(tmp_path / "base")
     small_model().save_pretrained(tmp_path / "base" / "checkpoint-3")
     for folder in (tmp_path / "base", tmp_path / "base" / "checkpoint-3"):
-        with pytest.raises(ValueError, match="output_dir: .*base holds the base model .*, which adapters need: choose another"):
+        with pytest.raises(ValueError, match="output_dir: .*base contains the base model .*, which adapters need"):
             fit(tmp_path / "base", folder, overwrite=True)
     assert is_model_folder(tmp_path / "base") and is_model_folder(tmp_path / "base" / "checkpoint-3")
 

@@ -149,17 +149,17 @@ def test_rope_settings_left_out_or_default_mean_no_scaling(rope):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({**QWEN2, "architectures": ["PhiForCausalLM"]}, "architectures ['PhiForCausalLM']: Bumblebee"),
+        ({**QWEN2, "architectures": ["PhiForCausalLM"]}, "architectures ['PhiForCausalLM'] not supported: Bumblebee"),
         (
             {**QWEN2, "architectures": None},
-            "architectures []: Bumblebee computes Qwen2ForCausalLM",
+            "architectures [] not supported: Bumblebee implements Qwen2ForCausalLM",
         ),
         ({**QWEN2, "hidden_act": "xielu"}, "hidden_act is 'xielu'; available: silu, gelu"),
         (
             {**QWEN2, "use_sliding_window": True, "layer_types": ["chunked", "full_attention"]},
             "layer_types has chunked; available",
         ),
-        ({**QWEN2, "quantization_config": {"bits": 4}}, "quantization_config; quantised weights are not supported"),
+        ({**QWEN2, "quantization_config": {"bits": 4}}, "quantization_config; quantized weights are not supported"),
         ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({**LLAMA, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (
@@ -169,7 +169,7 @@ def test_rope_settings_left_out_or_default_mean_no_scaling(rope):
         ({**LLAMA, "rope_scaling": {"type": "linear"}}, "rope_type 'linear' requires factor"),
         ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a positive number, got 0"),
         ({**LLAMA, "rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_type 'longrope'; available:"),
-        ({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}, "lacks vocab_size, intermediate_size, num_hidden_layers"),
+        ({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}, "has no vocab_size, intermediate_size, num_hidden_layers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

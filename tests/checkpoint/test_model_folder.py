@@ -11,7 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bumblebee import Bumblebee
-from bumblebee.checkpoint.hf_folder import INDEX, SINGLE, ModelFiles, is_model_folder, load_config, read_tensors, save_model
+from bumblebee.checkpoint.hf_folder import is_model_folder, load_config
+from bumblebee.checkpoint.model_files import ModelFiles, save_model
+from bumblebee.checkpoint.weight_files import INDEX, SINGLE
+from bumblebee.checkpoint.weight_reader import read_tensors
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bumblebee.checkpoint.hf_folder import parse_size
+from bumblebee.checkpoint.weight_writer import parse_size
 
 UNITS = {"": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 SPACE = st.sampled_from(["", " ", "  "])
@@ -36,7 +36,7 @@ def test_a_binary_unit_is_larger_than_its_decimal_one(number, unit):
 def test_what_is_no_size_is_refused_with_what_was_given(text):
     with pytest.raises(ValueError) as caught:
         parse_size(text)
-    assert f"size {text!r}: write a number and a unit, such as 5GB" in str(caught.value)
+    assert str(caught.value).endswith(f"such as 5GB, 500MB or 2GiB, got {text!r}")
 
 
 @settings(deadline=None)

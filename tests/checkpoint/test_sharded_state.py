@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bumblebee.checkpoint.sharded_state import Piece, PieceReader, write_pieces
+from bumblebee.checkpoint.sharded_state import SavedShard, ShardReader, write_shards
 
 
 def write_cut(folder: Path, tensors: dict[str, torch.Tensor], cuts: list[int], limit: int = 2**30) -> None:
@@ -22,9 +22,9 @@ def write_cut(folder: Path, tensors: dict[str, torch.Tensor], cuts: list[int], l
             if first < last:
                 part = tensor.flatten()[first - at : last - at]
                 kept = {"fp32": part, "exp_avg": part * 2, "step": torch.tensor(7.0)}
-                pieces.append(Piece(name, tuple(tensor.shape), first - at, last - first, kept))
+                pieces.append(SavedShard(name, tuple(tensor.shape), first - at, last - first, kept))
             at += tensor.numel()
-        write_pieces(folder, f"optimizer-{rank:05d}-of-{len(bounds) - 1:05d}", pieces, limit)
+        write_shards(folder, f"optimizer-{rank:05d}-of-{len(bounds) - 1:05d}", pieces, limit)
 
 
 @settings(max_examples=30)
@@ -36,11 +36,11 @@ def test_any_cut_is_read_back_at_any_place(tmp_path_factory: pytest.TempPathFact
     cuts = data.draw(st.lists(st.integers(0, total), max_size=5))
     folder = tmp_path_factory.mktemp("pieces")
     write_cut(folder, tensors, cuts, limit=data.draw(st.sampled_from([1, 100, 2**30])))
-    with PieceReader(folder) as reader:
+    with ShardReader(folder) as reader:
         assert {name: tuple(t.shape) for name, t in tensors.items()} == reader.shapes
         for name, tensor in tensors.items():
             assert reader.kinds(name) == ["exp_avg", "step"]
-            assert torch.equal(reader.whole(name), tensor)
+            assert torch.equal(reader.parameter(name), tensor)
             start = data.draw(st.integers(0, tensor.numel() - 1))
             count = data.draw(st.integers(1, tensor.numel() - start))
             assert torch.equal(reader.read("exp_avg", name, start, count), 2 * tensor.flatten()[start : start + count])
@@ -56,13 +56,13 @@ def test_many_pieces_are_spread_over_files_so_that_few_are_in_memory(tmp_path: P
 def test_a_missing_file_of_a_rank_is_named(tmp_path: Path) -> None:
     write_cut(tmp_path, {"weight": torch.arange(12.0).reshape(3, 4)}, [5])
     (tmp_path / "optimizer-00001-of-00002.safetensors").unlink()
-    with PieceReader(tmp_path) as reader, pytest.raises(ValueError, match="lacks elements 5 to 12 of fp32/weight"):
-        reader.whole("weight")
+    with ShardReader(tmp_path) as reader, pytest.raises(ValueError, match="lacks elements 5 to 12 of fp32/weight"):
+        reader.parameter("weight")
 
 
 def test_a_folder_without_pieces_and_a_damaged_file_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no training state"):
-        PieceReader(tmp_path)
+    with pytest.raises(ValueError, match="has no training state"):
+        ShardReader(tmp_path)
     (tmp_path / "optimizer-00000-of-00001.safetensors").write_bytes(b"nonsense" * 10)
     with pytest.raises(ValueError, match="optimizer-00000-of-00001.safetensors is damaged"):
-        PieceReader(tmp_path)
+        ShardReader(tmp_path)

@@ -91,9 +91,9 @@ def test_port_in_use_is_one_line(served_folder: Path):
 
 
 def test_missing_folder_model_or_tokenizer_is_one_line(served_folder: Path, tmp_path: Path):
-    assert "nowhere is no model folder: it is not there" in rejected("--model", str(tmp_path / "nowhere"))
+    assert "nowhere is not a model folder: folder not found" in rejected("--model", str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    assert "empty is no model folder: it has no config.json" in rejected("--model", str(tmp_path / "empty"))
+    assert "empty is not a model folder: config.json not found" in rejected("--model", str(tmp_path / "empty"))
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((served_folder / "config.json").read_bytes())
