@@ -20,23 +20,23 @@ def make_checkpoint(folder: Path) -> int:
     import torch
 
     from bumblebee import Bumblebee, BumblebeeConfig
-    from bumblebee.checkpoint.hf_folder import write_configs
-    from bumblebee.checkpoint.sharded_state import Piece, write_pieces
+    from bumblebee.checkpoint.model_files import ModelFiles
+    from bumblebee.checkpoint.sharded_state import SavedShard, write_shards
 
     config = BumblebeeConfig.preset("0.5b", num_hidden_layers=18)
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Bumblebee(config).named_parameters()}
     (folder / "training_state").mkdir(parents=True)
-    write_configs(folder, config, "bfloat16")
+    ModelFiles(config).write_configs(folder, "bfloat16")
     for rank in range(RANKS):
-        pieces = []
+        shards = []
         for name, shape in shapes.items():
             size = -(-torch.Size(shape).numel() // RANKS)
             start = rank * size
             numel = min(size, torch.Size(shape).numel() - start)
             if numel > 0:
-                pieces.append(Piece(name, shape, start, numel, {"fp32": torch.randn(numel)}))
-        write_pieces(folder / "training_state", f"optimizer-{rank:05d}-of-{RANKS:05d}", pieces)
+                shards.append(SavedShard(name, shape, start, numel, {"fp32": torch.randn(numel)}))
+        write_shards(folder / "training_state", f"optimizer-{rank:05d}-of-{RANKS:05d}", shards)
     return sum(file.stat().st_size for file in (folder / "training_state").iterdir())
 
 

@@ -16,7 +16,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer  # noqa: E402
-from bumblebee.checkpoint.hf_folder import read_tensors  # noqa: E402
+from bumblebee.checkpoint.weight_reader import read_tensors  # noqa: E402
 from bumblebee.cli.main import main  # noqa: E402
 from bumblebee.lora import LoRA  # noqa: E402
 
@@ -56,9 +56,7 @@ def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 @pytest.mark.parametrize("name", ["adapter", "chained"])
-def test_the_merged_folder_is_what_the_adapter_folder_loads_as(
-    folders: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_merged_folder_equals_loaded_adapter_folder(folders: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     merge("--adapter", folders / name, "--output", folders / "out", "--max_shard_size", "50KB")
     assert len(list((folders / "out").glob("model-*-of-*.safetensors"))) > 1
     merged, wanted = Bumblebee.from_pretrained(folders / "out"), Bumblebee.from_pretrained(folders / name)
@@ -69,9 +67,9 @@ def test_the_merged_folder_is_what_the_adapter_folder_loads_as(
     assert not (folders / "out" / "adapter_config.json").exists()
 
     dtype = str(next(iter(read_tensors(folders / "base")))[1].dtype).removeprefix("torch.")
-    told = re.findall(r"computed in (\w+): a logit differs by (\S+) at most; the largest is (\S+)", capsys.readouterr().out)
-    assert [line[0] for line in told] == list(dict.fromkeys(["float32", dtype]))
-    for _, difference, largest in told:
+    lines = re.findall(r"(\w+): maximum logit difference (\S+), maximum logit (\S+)", capsys.readouterr().out)
+    assert [line[0] for line in lines] == list(dict.fromkeys(["float32", dtype]))
+    for _, difference, largest in lines:
         assert float(difference) < float(largest) * (1e-5 if dtype == "float32" else 0.05)
 
 
@@ -93,7 +91,7 @@ def test_adapter_folders_generate(folders: Path) -> None:
     assert first.generate(["The"], params)[0].token_ids == second.generate(["The"], params)[0].token_ids
 
 
-def test_a_moved_base_is_named_and_can_be_given(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_moved_base_is_named_and_can_be_replaced(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = Bumblebee.from_pretrained(folders / "adapter")(IDS)
     (folders / "base").rename(folders / "moved")
     said = fails(capsys, "--adapter", folders / "adapter", "--output", folders / "out")
@@ -102,22 +100,22 @@ def test_a_moved_base_is_named_and_can_be_given(folders: Path, capsys: pytest.Ca
     assert torch.equal(Bumblebee.from_pretrained(folders / "out")(IDS), wanted)
 
 
-def test_what_cannot_be_merged_is_refused(folders: Path, tiny: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_merges_are_refused(folders: Path, tiny: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     adapter, out = ("--adapter", folders / "adapter"), ("--output", folders / "out")
-    assert "no adapter folder" in fails(capsys, "--adapter", folders / "base", *out)
-    assert "no adapter folder" in fails(capsys, "--adapter", folders / "nothing", *out)
+    assert "is not an adapter folder" in fails(capsys, "--adapter", folders / "base", *out)
+    assert "is not an adapter folder" in fails(capsys, "--adapter", folders / "nothing", *out)
     assert "unknown dtype 'fp8'" in fails(capsys, *adapter, *out, "--dtype", "fp8")
     for taken in ("base", "adapter", "chained"):
-        assert "holds an adapter or the base model" in fails(capsys, *adapter, "--output", folders / taken, "--overwrite")
+        assert "contains an adapter or the base model" in fails(capsys, *adapter, "--output", folders / taken, "--overwrite")
     Bumblebee(tiny(hidden_size=64)).save_pretrained(folders / "wide")
-    assert "it is of another size" in fails(capsys, *adapter, *out, "--base", folders / "wide")
+    assert "the adapter belongs to a model of another size" in fails(capsys, *adapter, *out, "--base", folders / "wide")
     assert not (folders / "out").exists()
 
 
-def test_a_model_is_only_replaced_when_that_is_asked_for(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_replaces_a_model_only_with_overwrite(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--adapter", folders / "adapter", "--output", folders / "out", "--check", "false")
     merge(*words, "--max_shard_size", "50KB")
-    assert "already holds a model: add --overwrite to replace it" in fails(capsys, *words)
+    assert "already contains a model: add --overwrite to replace it" in fails(capsys, *words)
     merge(*words, "--overwrite")
     assert [file.name for file in (folders / "out").glob("model*")] == ["model.safetensors"]
     shutil.rmtree(folders / "base")  # the merged model needs none
