@@ -75,7 +75,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 2e-6) -> N
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_new_adapter_changes_no_logit_and_all_else_is_frozen(base: Path, dora: bool) -> None:
+def test_new_adapter_is_identity_and_rest_is_frozen(base: Path, dora: bool) -> None:
     model = Bumblebee.from_pretrained(base)
     before = model(IDS)
     LoRA(rank=4, dora=dora)(model)
@@ -87,7 +87,7 @@ def test_a_new_adapter_changes_no_logit_and_all_else_is_frozen(base: Path, dora:
     assert len(trained) == 2 * 7 * (3 if dora else 2)
 
 
-def test_the_start_follows_from_the_seed_whatever_was_drawn_before(tied: Path) -> None:
+def test_initial_adapter_depends_only_on_seed(tied: Path) -> None:
     def start(seed: int, draws: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         model = Bumblebee.from_pretrained(tied, dtype=dtype)
         torch.manual_seed(seed)
@@ -106,7 +106,7 @@ def test_the_start_follows_from_the_seed_whatever_was_drawn_before(tied: Path) -
             assert not first[name].any()
 
 
-def test_switched_off_adapters_leave_the_base_model(base: Path) -> None:
+def test_adapters_off_gives_the_base_model(base: Path) -> None:
     plain, model = Bumblebee.from_pretrained(base), adapted(base)
     assert has_adapters(model) and not has_adapters(plain)
     with_them = model(IDS)
@@ -142,7 +142,7 @@ def test_peft_reads_our_adapters(base: Path, tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_we_read_pefts_adapters_merged_and_beside(base: Path, tmp_path: Path, kind: str) -> None:
+def test_peft_adapters_load_merged_and_attached(base: Path, tmp_path: Path, kind: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     options = {"targets": list(ALL_LINEAR), **KINDS[kind]}
@@ -161,7 +161,7 @@ def test_we_read_pefts_adapters_merged_and_beside(base: Path, tmp_path: Path, ki
 
 
 @pytest.mark.parametrize("kind", ["plain", "dora"])
-def test_the_sum_is_taken_in_fp32_and_cast_once(tied: Path, tmp_path: Path, kind: str) -> None:
+def test_merge_is_in_fp32_and_cast_once(tied: Path, tmp_path: Path, kind: str) -> None:
     """As PEFT merges in fp32; merged in bf16, as it also can, the weights come out further from the true sum."""
     Bumblebee.from_pretrained(tied, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     model = adapted(tmp_path / "base", **KINDS[kind])
@@ -177,7 +177,7 @@ def test_the_sum_is_taken_in_fp32_and_cast_once(tied: Path, tmp_path: Path, kind
         assert torch.equal(weight, in_fp32[name].bfloat16()), name
 
 
-def test_an_adapter_on_an_adapter_is_the_sum_of_both(base: Path, tmp_path: Path) -> None:
+def test_chained_adapters_are_summed(base: Path, tmp_path: Path) -> None:
     first = adapted(base)
     first.save_pretrained(tmp_path / "first")
     second = adapted(tmp_path / "first", dora=True, rank=2)
@@ -189,7 +189,7 @@ def test_an_adapter_on_an_adapter_is_the_sum_of_both(base: Path, tmp_path: Path)
         same(second(IDS), first(IDS))
 
 
-def test_a_checkpoint_folder_with_a_whole_model_is_no_adapter(tied: Path, tmp_path: Path) -> None:
+def test_complete_model_takes_precedence_over_adapter(tied: Path, tmp_path: Path) -> None:
     """Some tools write the config of the adapter beside the merged weights."""
     model = adapted(tied)
     model.save_pretrained(tmp_path / "adapter")
@@ -227,12 +227,12 @@ def test_the_base_is_found_from_another_folder(
         ({"targets": "(q_proj"}, r"targets: '\(q_proj' is not a valid regular expression"),
     ],
 )  # fmt: skip
-def test_options_that_cannot_be_met_are_refused(tied: Path, options: dict[str, Any], said: str) -> None:
+def test_invalid_options_are_refused(tied: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         LoRA(**options)(Bumblebee.from_pretrained(tied))
 
 
-def test_new_weights_and_a_second_adapter_are_refused(tied: Path, tiny: Callable[..., Any]) -> None:
+def test_new_model_and_second_adapter_are_refused(tied: Path, tiny: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="LoRA needs a model loaded from a folder"):
         LoRA()(Bumblebee(tiny()))
     with pytest.raises(ValueError, match="the model already has LoRA adapters; list LoRA once"):
@@ -264,21 +264,21 @@ def change(folder: Path, **settings: Any) -> None:
         ({"use_dora": True}, "do not match adapter_config.json: lora_magnitude_vector"),
     ],
 )
-def test_adapters_that_cannot_be_read_are_refused(saved: Path, settings: dict[str, Any], said: str) -> None:
+def test_unsupported_adapter_settings_are_refused(saved: Path, settings: dict[str, Any], said: str) -> None:
     change(saved, **settings)
     with pytest.raises(ValueError, match=said) as error:
         Bumblebee.from_pretrained(saved)
     assert str(saved) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_adapters_that_stand_on_each_other_are_refused(saved: Path, tied: Path, tmp_path: Path) -> None:
+def test_adapter_cycle_is_refused(saved: Path, tied: Path, tmp_path: Path) -> None:
     adapted(saved).save_pretrained(tmp_path / "other")
     change(saved, base_model_name_or_path=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="name each other in a cycle: .*adapter -> .*other -> .*adapter"):
         Bumblebee.from_pretrained(saved)
 
 
-def test_an_adapter_of_another_model_is_refused(saved: Path, tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_adapter_of_another_model_is_refused(saved: Path, tiny: Callable[..., Any], tmp_path: Path) -> None:
     for changes, said in (
         ({"hidden_size": 64}, r"has B \[.*\] and A \[.*\], .* weight \[.*\]: the adapter belongs to a model of another size"),
         ({"num_hidden_layers": 1}, "7 updates match no weight of the base model, such as model.layers.1.mlp.down_proj"),
@@ -289,7 +289,7 @@ def test_an_adapter_of_another_model_is_refused(saved: Path, tiny: Callable[...,
             Bumblebee.from_pretrained(saved)
 
 
-def test_weights_that_are_missing_damaged_or_no_update_are_refused(saved: Path) -> None:
+def test_bad_adapter_weights_are_refused(saved: Path) -> None:
     file = saved / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({**tensors, "base_model.model.lm_head.weight": torch.ones(2)}, file)
@@ -308,7 +308,7 @@ def test_weights_that_are_missing_damaged_or_no_update_are_refused(saved: Path) 
         Bumblebee.from_pretrained(saved)
 
 
-def test_an_adapter_on_a_tied_head_is_refused_also_when_the_file_holds_a_head(tied: Path, tmp_path: Path) -> None:
+def test_adapter_of_tied_head_is_refused(tied: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     shutil.copytree(tied, tmp_path / "base")

@@ -82,7 +82,7 @@ def test_our_adapters_are_read_by_peft(base: Path, kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_adapters_of_peft_on_the_fused_layer_are_read(dora: bool, tmp_path: Path) -> None:
+def test_peft_adapters_of_fused_layers_load(dora: bool, tmp_path: Path) -> None:
     torch.manual_seed(2)
     theirs = AutoModelForCausalLM.from_config(PEERS["glm4"], dtype=torch.float32, attn_implementation="eager")
     widen(theirs)
@@ -98,7 +98,7 @@ def test_adapters_of_peft_on_the_fused_layer_are_read(dora: bool, tmp_path: Path
     all_agree(tmp_path / "base", tmp_path / "adapter", logits(model), tmp_path / "merged")
 
 
-def test_a_half_of_a_fused_layer_is_refused(base: Path) -> None:
+def test_half_of_a_fused_layer_is_refused(base: Path) -> None:
     if "moe" in base.name:
         pytest.skip("nothing is fused there")
     with pytest.raises(ValueError, match=r"gate_proj, up_proj are one tensor in .*, .*mlp.gate_up_proj: target all"):
@@ -106,7 +106,7 @@ def test_a_half_of_a_fused_layer_is_refused(base: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_run_writes_what_consolidation_writes(base: Path, stage: int, tmp_path: Path) -> None:
+def test_run_and_consolidation_write_the_same(base: Path, stage: int, tmp_path: Path) -> None:
     save = {"checkpoint": ("Checkpoint", {"every": 2, "keep": None})}
     job = {"base": str(base), "lora": {"rank": 4, "alpha": 8}, "zero_stage": stage, "max_steps": 2}
     train(tmp_path / "run", callbacks=save, **job)

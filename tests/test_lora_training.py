@@ -83,7 +83,7 @@ def plain_peft(base: Path, start: Path, steps: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_every_stage_learns_what_a_plain_loop_with_peft_learns(base: Path, tmp_path: Path, dora: bool) -> None:
+def test_every_stage_matches_reference_loop_with_peft(base: Path, tmp_path: Path, dora: bool) -> None:
     torch.manual_seed(42)
     model = Bumblebee.from_pretrained(base)
     LoRA(**ADAPTER, dropout=0.0, dora=dora)(model)
@@ -97,7 +97,7 @@ def test_every_stage_learns_what_a_plain_loop_with_peft_learns(base: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_bf16_learns_about_the_same_at_every_stage(base: Path, tmp_path: Path) -> None:
+def test_bf16_agrees_at_every_stage(base: Path, tmp_path: Path) -> None:
     fit(tmp_path / "fp32", base, dropout=0.0)
     true = adapter(tmp_path / "fp32")
     for stage in range(4):
@@ -108,7 +108,7 @@ def test_bf16_learns_about_the_same_at_every_stage(base: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("stage", EACH_STAGE)
-def test_a_resumed_run_ends_with_the_same_bytes(base: Path, tmp_path: Path, stage: int) -> None:
+def test_resume_is_byte_identical(base: Path, tmp_path: Path, stage: int) -> None:
     """With dropout, whose random numbers have to go on as well."""
     job = {"zero_stage": stage, "precision": "bf16" if stage else "fp32"}
     fit(tmp_path / "whole", base, **job)
@@ -118,7 +118,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(base: Path, tmp_path: Path, stag
     assert any(not torch.equal(tensor, first[name]) for name, tensor in adapter(tmp_path / "whole").items())
 
 
-def test_dropout_is_at_work_and_another_seed_is_another_run(base: Path, tmp_path: Path) -> None:
+def test_dropout_and_seed_change_the_run(base: Path, tmp_path: Path) -> None:
     fit(tmp_path / "with", base)
     fit(tmp_path / "without", base, dropout=0.0)
     assert adapter_bytes(tmp_path / "with") != adapter_bytes(tmp_path / "without")
@@ -128,7 +128,7 @@ def test_dropout_is_at_work_and_another_seed_is_another_run(base: Path, tmp_path
 
 
 @pytest.mark.parametrize("stage", EACH_STAGE)
-def test_a_run_saves_adapters_and_no_base_weights(base: Path, tmp_path: Path, stage: int) -> None:
+def test_run_saves_no_base_weights(base: Path, tmp_path: Path, stage: int) -> None:
     fit(tmp_path / "run", base, zero_stage=stage)
     checkpoint = tmp_path / "run" / "checkpoint-6"
     assert {file.name for file in checkpoint.iterdir()} == FILES | {"training_state", "trainer_state.json"}
@@ -162,8 +162,8 @@ def test_consolidation_gives_the_gathered_adapter(base: Path, tmp_path: Path, st
     assert is_model_folder(saved) and adapter(saved)[name].dtype == torch.float32
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_next_run_stands_on_the_merged_adapter_and_names_it(base: Path, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_next_run_chains_adapters(base: Path, tmp_path: Path, stage: int) -> None:
     """At stage 3 the merging is done while the model is built in shards."""
     fit(tmp_path / "first", base, dropout=0.0)
     fit(tmp_path / "second", tmp_path / "first", dropout=0.0, zero_stage=stage)
@@ -175,8 +175,8 @@ def test_a_next_run_stands_on_the_merged_adapter_and_names_it(base: Path, tmp_pa
     assert adapter_bytes(tmp_path / "second") == adapter_bytes(tmp_path / "other")
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_full_run_goes_on_from_an_adapter_folder(base: Path, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_full_run_starts_from_adapter_folder(base: Path, tmp_path: Path, stage: int) -> None:
     fit(tmp_path / "first", base)
     train(tmp_path / "full", base=str(tmp_path / "first"), zero_stage=stage, max_steps=1)
     assert (tmp_path / "full" / "model.safetensors").is_file() and not (tmp_path / "full" / "adapter_config.json").exists()
@@ -201,7 +201,7 @@ def test_the_callbacks_work_with_adapters(base: Path, tmp_path: Path, stage: int
 # -- what is refused -----------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_of_another_base_or_another_adapter_is_refused(base: Path, tmp_path: Path) -> None:
+def test_resume_refuses_another_base_or_adapter(base: Path, tmp_path: Path) -> None:
     small_model(seed=1).save_pretrained(tmp_path / "other")
     fit(tmp_path / "run", base)
     checkpoint = str(tmp_path / "run" / "checkpoint-3")
@@ -215,7 +215,7 @@ def test_a_checkpoint_of_another_base_or_another_adapter_is_refused(base: Path, 
     assert not (tmp_path / "then").exists()
 
 
-def test_a_run_does_not_delete_its_own_base(tmp_path: Path) -> None:
+def test_run_does_not_delete_its_base(tmp_path: Path) -> None:
     small_model().save_pretrained(tmp_path / "base")
     small_model().save_pretrained(tmp_path / "base" / "checkpoint-3")
     for folder in (tmp_path / "base", tmp_path / "base" / "checkpoint-3"):
@@ -224,7 +224,7 @@ def test_a_run_does_not_delete_its_own_base(tmp_path: Path) -> None:
     assert is_model_folder(tmp_path / "base") and is_model_folder(tmp_path / "base" / "checkpoint-3")
 
 
-def test_a_checkpoint_goes_on_where_its_base_has_moved(base: Path, tmp_path: Path) -> None:
+def test_resume_with_moved_base(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "base")
     fit(tmp_path / "whole", tmp_path / "base")
     (tmp_path / "base").rename(tmp_path / "moved")

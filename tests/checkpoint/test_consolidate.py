@@ -37,7 +37,7 @@ def test_consolidated_weights_are_the_gathered_ones(run: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((run / "config.json").read_text())
 
 
-def test_consolidated_folder_is_a_model_folder_in_shards_and_any_dtype(run: Path, tmp_path: Path) -> None:
+def test_consolidation_writes_shards_in_any_dtype(run: Path, tmp_path: Path) -> None:
     consolidate(run / "checkpoint-4", tmp_path / "out", dtype="float32", max_shard_size="20KB")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
     model = Bumblebee.from_pretrained(tmp_path / "out")
@@ -47,14 +47,14 @@ def test_consolidated_folder_is_a_model_folder_in_shards_and_any_dtype(run: Path
     torch.testing.assert_close(model(ids), gathered(ids), rtol=0.05, atol=0.05)
 
 
-def test_a_checkpoint_can_be_made_a_model_folder_in_its_place(tmp_path: Path) -> None:
+def test_consolidation_in_place(tmp_path: Path) -> None:
     callbacks = {"checkpoint": ("Checkpoint", {"every": 2, "model": False}), "consolidate": ("Consolidate", {})}
     train(tmp_path, max_steps=2, zero_stage=3, callbacks=callbacks)
     assert weight_bytes(tmp_path / "checkpoint-2") == weight_bytes(tmp_path)
     assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
 
 
-def test_the_command_names_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_names_what_is_not_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["consolidate", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")])
     assert done.value.code == 2

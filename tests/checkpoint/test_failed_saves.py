@@ -62,7 +62,7 @@ def fail_at_call(monkeypatch, module, name: str, call: int, error: Exception) ->
         (model_files, "write_json", 2, OSError("No space left on device")),
     ],
 )
-def test_a_writer_that_fails_changes_nothing(model, place, monkeypatch, module, name, call, error):
+def test_failing_write_changes_nothing(model, place, monkeypatch, module, name, call, error):
     before = tree(place.parent)
     fail_at_call(monkeypatch, module, name, call, error)
     with pytest.raises(OSError, match="No space left on device"):
@@ -108,7 +108,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_a_disk_that_takes_no_more_changes_nothing(model, tmp_path):
+def test_full_disk_changes_nothing(model, tmp_path):
     """A real limit on the size of files, in a process of its own; the feed-forward matrices do not fit under it."""
     model.save_pretrained(tmp_path / "earlier")
     before = tree(tmp_path)
@@ -118,7 +118,7 @@ def test_a_disk_that_takes_no_more_changes_nothing(model, tmp_path):
     assert tree(tmp_path) == before and [entry.name for entry in tmp_path.iterdir()] == ["earlier"]
 
 
-def test_what_an_interrupted_save_left_is_cleared_by_the_next(model, tmp_path):
+def test_next_save_clears_interrupted_save(model, tmp_path):
     (tmp_path / ".m.partial").mkdir()
     (tmp_path / ".m.partial" / "model-00000.partial").write_text("half")
     model.save_pretrained(tmp_path / "m")
@@ -126,7 +126,7 @@ def test_what_an_interrupted_save_left_is_cleared_by_the_next(model, tmp_path):
     assert "model-00000.partial" not in tree(tmp_path / "m")
 
 
-def test_files_of_other_kinds_stay_when_a_folder_is_written_again(tmp_path):
+def test_saving_again_keeps_other_files(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "mine.txt").write_text("mine")
     (tmp_path / "m" / "a").write_text("old")
@@ -146,3 +146,9 @@ def test_json_is_replaced_as_a_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         write_json(tmp_path / "a.json", {"text": "other"})
     assert read_json(tmp_path / "a.json") == {"text": "ä 🐝"}
+
+
+def test_model_without_tensors_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"cannot write weights to {tmp_path}: the model has no tensors"):
+        weight_writer.write_weights(tmp_path, [], "5GB")
+    assert not list(tmp_path.iterdir())

@@ -56,9 +56,7 @@ def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 @pytest.mark.parametrize("name", ["adapter", "chained"])
-def test_the_merged_folder_is_what_the_adapter_folder_loads_as(
-    folders: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_merged_folder_equals_loaded_adapter_folder(folders: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     merge("--adapter", folders / name, "--output", folders / "out", "--max_shard_size", "50KB")
     assert len(list((folders / "out").glob("model-*-of-*.safetensors"))) > 1
     merged, wanted = Bumblebee.from_pretrained(folders / "out"), Bumblebee.from_pretrained(folders / name)
@@ -93,7 +91,7 @@ def test_adapter_folders_generate(folders: Path) -> None:
     assert first.generate(["The"], params)[0].token_ids == second.generate(["The"], params)[0].token_ids
 
 
-def test_a_moved_base_is_named_and_can_be_given(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_moved_base_is_named_and_can_be_replaced(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = Bumblebee.from_pretrained(folders / "adapter")(IDS)
     (folders / "base").rename(folders / "moved")
     said = fails(capsys, "--adapter", folders / "adapter", "--output", folders / "out")
@@ -102,7 +100,7 @@ def test_a_moved_base_is_named_and_can_be_given(folders: Path, capsys: pytest.Ca
     assert torch.equal(Bumblebee.from_pretrained(folders / "out")(IDS), wanted)
 
 
-def test_what_cannot_be_merged_is_refused(folders: Path, tiny: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_merges_are_refused(folders: Path, tiny: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     adapter, out = ("--adapter", folders / "adapter"), ("--output", folders / "out")
     assert "is not an adapter folder" in fails(capsys, "--adapter", folders / "base", *out)
     assert "is not an adapter folder" in fails(capsys, "--adapter", folders / "nothing", *out)
@@ -114,7 +112,7 @@ def test_what_cannot_be_merged_is_refused(folders: Path, tiny: Callable[..., Any
     assert not (folders / "out").exists()
 
 
-def test_a_model_is_only_replaced_when_that_is_asked_for(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_replaces_a_model_only_with_overwrite(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--adapter", folders / "adapter", "--output", folders / "out", "--check", "false")
     merge(*words, "--max_shard_size", "50KB")
     assert "already contains a model: add --overwrite to replace it" in fails(capsys, *words)

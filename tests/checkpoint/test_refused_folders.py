@@ -53,32 +53,32 @@ def change_config(folder: Path, **changes) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_a_missing_key_is_named(single):
+def test_missing_key_is_named(single):
     change_weights(single, **{NORM: None})
     assert refusal(single) == f"the weights in {single} do not match the model: 1 missing key: {NORM}"
 
 
-def test_a_key_left_over_is_named(single):
+def test_unexpected_key_is_named(single):
     change_weights(single, **{"model.extra": torch.ones(2)})
     assert refusal(single) == f"the weights in {single} do not match the model: 1 unexpected key: model.extra"
 
 
-def test_both_are_told_at_once_with_their_numbers(single):
+def test_missing_and_unexpected_keys_are_counted(single):
     change_weights(single, **{NORM: None, "a": torch.ones(1), "b": torch.ones(1), "c": torch.ones(1), "d": torch.ones(1)})
     assert refusal(single).endswith(f"1 missing key: {NORM}; 4 unexpected keys: a, b, c")
 
 
-def test_a_head_that_is_missing_from_an_untied_model_is_named(single):
+def test_missing_untied_head_is_named(single):
     change_config(single, tie_word_embeddings=False)
     assert "1 missing key: lm_head.weight" in refusal(single)
 
 
-def test_a_wrong_shape_is_named_with_both_shapes(single):
+def test_wrong_shape_is_named_with_both_shapes(single):
     change_weights(single, **{NORM: torch.ones(7)})
     assert refusal(single) == f"{single}: {NORM} has shape [7], expected [32] from config.json"
 
 
-def test_pickled_weights_are_refused_with_the_word_pickle(single):
+def test_pickled_weights_are_refused_by_default(single):
     (single / SINGLE).rename(single / "pytorch_model.bin")
     assert f"{single} has no {SINGLE}" in refusal(single)
     assert "pytorch_model.bin is a pickle file, which can run code" in refusal(single)
@@ -91,7 +91,7 @@ class Code:
         return print, ("run!",)
 
 
-def test_pickled_weights_are_read_where_that_is_allowed(single):
+def test_pickled_weights_load_with_allow_pickle(single):
     weights = load_file(single / SINGLE)
     (single / SINGLE).unlink()
     for legacy in (False, True):
@@ -100,7 +100,7 @@ def test_pickled_weights_are_read_where_that_is_allowed(single):
         torch.testing.assert_close(model.state_dict()[NORM], weights[NORM], rtol=0, atol=0)
 
 
-def test_shards_of_pickled_weights_are_read_where_that_is_allowed(single):
+def test_pickled_shards_load_with_allow_pickle(single):
     weights = load_file(single / SINGLE)
     (single / SINGLE).unlink()
     files = {key: f"pytorch_model-{number % 2 + 1:05d}-of-00002.bin" for number, key in enumerate(weights)}
@@ -168,11 +168,11 @@ def test_a_damaged_config_is_named(single, content):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_an_unsupported_setting_is_named_with_its_file(single, changes, message):
+def test_unsupported_setting_is_named_with_its_file(single, changes, message):
     change_config(single, **changes)
     assert refusal(single).startswith(f"{single / 'config.json'}: ") and message in refusal(single)
 
 
-def test_a_folder_that_is_not_there_or_has_no_config_is_refused(tmp_path):
+def test_missing_folder_or_config_is_refused(tmp_path):
     assert refusal(tmp_path / "none") == f"{tmp_path / 'none'} is not a model folder: folder not found"
     assert refusal(tmp_path) == f"{tmp_path} is not a model folder: config.json not found"

@@ -61,7 +61,7 @@ def load(stored: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
 
 
 @given(st.permutations(sorted(tensors())), st.data())
-def test_tensors_come_back_from_a_file_in_any_order_of_writing_and_reading(order, data):
+def test_round_trip_in_any_order(order, data):
     ours = tensors()
     stored = dict(to_file_tensors(RULES, ((key, ours[key]) for key in order)))
     assert stored["h.1.qkv"].shape == (10, 4) and stored["h.0.experts.2.w3"].shape == (5, 4)
@@ -71,7 +71,7 @@ def test_tensors_come_back_from_a_file_in_any_order_of_writing_and_reading(order
         torch.testing.assert_close(back[key], ours[key], rtol=0, atol=0, msg=key)
 
 
-def test_the_parts_of_a_fused_tensor_lie_in_the_order_of_the_rule():
+def test_fused_parts_keep_the_order_of_the_rule():
     ours = tensors()
     stored = dict(to_file_tensors(RULES, ours.items()))
     layer = {name: ours[f"layers.0.{name}"] for name in SHAPES}
@@ -82,7 +82,7 @@ def test_the_parts_of_a_fused_tensor_lie_in_the_order_of_the_rule():
     assert stored["h.0.ln"] is layer["norm"] and "layers.0.same" in stored
 
 
-def test_stacked_parts_are_cast_as_they_are_put():
+def test_stacked_parts_are_cast_on_load():
     ours = tensors()
     back = load(dict(to_file_tensors(RULES, ours.items())), dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in back.values()} == {torch.bfloat16}
@@ -90,7 +90,7 @@ def test_stacked_parts_are_cast_as_they_are_put():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_each_rank_keeps_its_own_run_of_every_tensor(monkeypatch, ranks):
+def test_each_rank_loads_its_own_shard(monkeypatch, ranks):
     ours = tensors()
     stored = dict(to_file_tensors(RULES, ours.items()))
     shares: dict[str, list[Tensor]] = {key: [] for key in ours}
@@ -108,7 +108,7 @@ def test_each_rank_keeps_its_own_run_of_every_tensor(monkeypatch, ranks):
         torch.testing.assert_close(torch.cat(shares[key])[: tensor.numel()], tensor.flatten(), rtol=0, atol=0)
 
 
-def test_a_rule_about_parts_that_a_model_does_not_have_does_not_count():
+def test_rules_for_absent_parts_are_skipped():
     shapes = {"layers.0.q": (6, 4), "layers.0.k": (2, 4), "other": (1,)}
     assert slices_by_file_key(RULES, shapes).keys() == shapes.keys()
     ours = {key: torch.ones(shape) for key, shape in shapes.items()}

@@ -114,7 +114,7 @@ def test_missing_folder_model_or_tokenizer_is_one_line(served_folder: Path, tmp_
         (["--examples", "5"], "examples"),
         (["--cache_tokens", "0"], "cache_tokens must be at least 1"),
         (["--max_running", "0"], "max_running must be at least 1"),
-        (["--dtype", "int4"], "dtype: expected auto, float32, bfloat16 or float16, got int4"),
+        (["--dtype", "int4"], "dtype: expected auto, float32, bfloat16 or float16, got 'int4'"),
         (["--device_map", "auto", "--device", "cpu"], "device_map auto uses all GPUs and cannot be combined with device cpu"),
     ],
 )

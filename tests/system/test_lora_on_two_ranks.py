@@ -31,7 +31,7 @@ def distance(ours: Path, theirs: Path) -> float:
 
 
 @pytest.mark.slow
-def test_two_ranks_save_whole_adapters_resume_to_the_byte_and_on_other_stages(tmp_path: Path) -> None:
+def test_two_ranks_save_and_resume_adapters_exactly(tmp_path: Path) -> None:
     small_model().save_pretrained(tmp_path / "base")
     base = tmp_path / "base"
     run = {"base": base, "ranks": 2}
