@@ -66,9 +66,9 @@ def adapted(base: Path, **options: Any) -> Bumblebee:
     return model
 
 
-def same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 2e-6) -> None:
-    largest = max(1.0, float(theirs.abs().max()))  # rounding errors scale with the logits
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * largest)
+def same(ours: torch.Tensor, reference: torch.Tensor, tolerance: float = 2e-6) -> None:
+    largest = max(1.0, float(reference.abs().max()))  # rounding errors scale with the logits
+    torch.testing.assert_close(ours, reference, rtol=0, atol=tolerance * largest)
 
 
 # -- training -----------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_adapters_off_gives_the_base_model(base: Path) -> None:
 # -- PEFT ----------------------------------------------------------------------------------------------------------------
 
 
-def theirs(base: Path) -> Any:
+def reference(base: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True).eval()
@@ -138,7 +138,7 @@ def test_peft_reads_our_adapters(base: Path, tmp_path: Path, kind: str) -> None:
     assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "generation_config.json",
     }  # fmt: skip
-    same(PeftModel.from_pretrained(theirs(base), tmp_path / "adapter").eval()(IDS).logits, model(IDS))
+    same(PeftModel.from_pretrained(reference(base), tmp_path / "adapter").eval()(IDS).logits, model(IDS))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,14 +150,14 @@ def test_peft_adapters_load_merged_and_attached(base: Path, tmp_path: Path, kind
         r=4, lora_alpha=8, target_modules=options["targets"], use_dora="dora" in options, use_rslora="rslora" in options,
         task_type="CAUSAL_LM", rank_pattern={"q_proj": 2}, alpha_pattern={"layers.0.self_attn.q_proj": 3},
     )  # fmt: skip
-    model = get_peft_model(theirs(base), config)
+    model = get_peft_model(reference(base), config)
     wide(model, only_trained=True)
     model.save_pretrained(tmp_path)
-    wanted = model.eval()(IDS).logits
-    same(Bumblebee.from_pretrained(tmp_path)(IDS), wanted)
+    expected = model.eval()(IDS).logits
+    same(Bumblebee.from_pretrained(tmp_path)(IDS), expected)
     beside = Bumblebee.from_pretrained(base)
     attach(beside, tmp_path)
-    same(beside.eval()(IDS), wanted)
+    same(beside.eval()(IDS), expected)
 
 
 @pytest.mark.parametrize("kind", ["plain", "dora"])
@@ -168,7 +168,7 @@ def test_merge_is_in_fp32_and_cast_once(tied: Path, tmp_path: Path, kind: str) -
     model.save_pretrained(tmp_path / "adapter")
     from peft import PeftModel
 
-    merged = PeftModel.from_pretrained(theirs(tmp_path / "base"), tmp_path / "adapter").merge_and_unload().state_dict()
+    merged = PeftModel.from_pretrained(reference(tmp_path / "base"), tmp_path / "adapter").merge_and_unload().state_dict()
     ours = Bumblebee.from_pretrained(tmp_path / "adapter").state_dict()
     in_fp32 = Bumblebee.from_pretrained(tmp_path / "adapter", dtype=torch.float32).state_dict()
     for name, weight in ours.items():
@@ -214,7 +214,7 @@ def test_the_base_is_found_from_another_folder(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"alpha": 0}, "alpha must be at least 1, got 0"),
@@ -227,8 +227,8 @@ def test_the_base_is_found_from_another_folder(
         ({"targets": "(q_proj"}, r"targets: '\(q_proj' is not a valid regular expression"),
     ],
 )  # fmt: skip
-def test_invalid_options_are_refused(tied: Path, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_options_are_refused(tied: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         LoRA(**options)(Bumblebee.from_pretrained(tied))
 
 
@@ -252,7 +252,7 @@ def change(folder: Path, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"base_model_name_or_path": "/no/where"}, "names the base model /no/where, which does not exist: .* --base FOLDER"),
         ({"base_model_name_or_path": None}, "adapter_config.json names no base model"),
@@ -264,9 +264,9 @@ def change(folder: Path, **settings: Any) -> None:
         ({"use_dora": True}, "do not match adapter_config.json: lora_magnitude_vector"),
     ],
 )
-def test_unsupported_adapter_settings_are_refused(saved: Path, settings: dict[str, Any], said: str) -> None:
+def test_unsupported_adapter_settings_are_refused(saved: Path, settings: dict[str, Any], message: str) -> None:
     change(saved, **settings)
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         Bumblebee.from_pretrained(saved)
     assert str(saved) in str(error.value) and "\n" not in str(error.value)
 
@@ -279,13 +279,13 @@ def test_adapter_cycle_is_refused(saved: Path, tied: Path, tmp_path: Path) -> No
 
 
 def test_adapter_of_another_model_is_refused(saved: Path, tiny: Callable[..., Any], tmp_path: Path) -> None:
-    for changes, said in (
+    for changes, message in (
         ({"hidden_size": 64}, r"has B \[.*\] and A \[.*\], .* weight \[.*\]: the adapter belongs to a model of another size"),
         ({"num_hidden_layers": 1}, "7 updates match no weight of the base model, such as model.layers.1.mlp.down_proj"),
     ):
-        Bumblebee(tiny(vocab_size=96, **changes)).save_pretrained(tmp_path / said[:5])
-        change(saved, base_model_name_or_path=str(tmp_path / said[:5]))
-        with pytest.raises(ValueError, match=said):
+        Bumblebee(tiny(vocab_size=96, **changes)).save_pretrained(tmp_path / message[:5])
+        change(saved, base_model_name_or_path=str(tmp_path / message[:5]))
+        with pytest.raises(ValueError, match=message):
             Bumblebee.from_pretrained(saved)
 
 
@@ -315,7 +315,7 @@ def test_adapter_of_tied_head_is_refused(tied: Path, tmp_path: Path) -> None:
     weights = load_file(tied / "model.safetensors")
     save_file({**weights, "lm_head.weight": torch.zeros(96, 32)}, tmp_path / "base" / "model.safetensors")
     config = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
-    model = get_peft_model(theirs(tied), config)
+    model = get_peft_model(reference(tied), config)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     change(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
     with pytest.raises(ValueError, match="1 updates match no weight of the base model, such as lm_head"):

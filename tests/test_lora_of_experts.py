@@ -92,9 +92,9 @@ def test_merged_and_attached_experts_agree(base, adapted, tmp_path):
 def test_peft_loads_expert_adapters(base, adapted):
     if "own" in base.name:
         pytest.skip("transformers does not know the architecture")
-    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
-        found = PeftModel.from_pretrained(theirs, adapted[0]).eval()(IDS).logits
+        found = PeftModel.from_pretrained(reference, adapted[0]).eval()(IDS).logits
     torch.testing.assert_close(found, adapted[1], rtol=1e-4, atol=1e-4)
 
 
@@ -115,8 +115,8 @@ def test_checkpoint_consolidates_to_the_same_adapter(tmp_path):
     each = {"checkpoint": ("Checkpoint", {"every": 2})}
     train(tmp_path / "run", base=str(tmp_path / "base"), lora=OPTIONS, max_steps=2, callbacks=each, zero_stage=1)
     consolidate(tmp_path / "run" / "checkpoint-2", tmp_path / "whole")
-    found, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "run"))
-    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "run"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])

@@ -59,13 +59,13 @@ def logits(model: Any) -> torch.Tensor:
 
 def all_agree(base: Path, folder: Path, expected: torch.Tensor, output: Path) -> None:
     """Logits of PEFT on the transformers model, of the merged model, and of the model with the adapter attached."""
-    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     beside = Bumblebee.from_pretrained(base)
     before = logits(beside)
     attach(beside, folder)
     merge(folder, output)
     assert (expected - before).abs().max() > 0.5, "the updates have an effect"
-    for found in (PeftModel.from_pretrained(theirs, folder), Bumblebee.from_pretrained(folder), beside):
+    for found in (PeftModel.from_pretrained(reference, folder), Bumblebee.from_pretrained(folder), beside):
         torch.testing.assert_close(logits(found), expected, rtol=0, atol=1e-4)
     merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, attn_implementation="eager")
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
@@ -84,14 +84,14 @@ def test_our_adapters_are_read_by_peft(base: Path, kind: str, tmp_path: Path) ->
 @pytest.mark.parametrize("dora", [False, True])
 def test_peft_adapters_of_fused_layers_load(dora: bool, tmp_path: Path) -> None:
     torch.manual_seed(2)
-    theirs = AutoModelForCausalLM.from_config(PEERS["glm4"], dtype=torch.float32, attn_implementation="eager")
-    widen(theirs)
-    theirs.save_pretrained(tmp_path / "base")
+    reference = AutoModelForCausalLM.from_config(PEERS["glm4"], dtype=torch.float32, attn_implementation="eager")
+    widen(reference)
+    reference.save_pretrained(tmp_path / "base")
     config = LoraConfig(
         r=4, lora_alpha=6, target_modules=["gate_up_proj", "q_proj"], use_dora=dora, alpha_pattern={"gate_up_proj": 10},
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    model = get_peft_model(theirs, config)
+    model = get_peft_model(reference, config)
     config.base_model_name_or_path = str(tmp_path / "base")  # by default the name on the hub
     widen(model)
     model.save_pretrained(tmp_path / "adapter")

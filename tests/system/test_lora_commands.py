@@ -87,7 +87,7 @@ def test_dora_at_stage_3_samples_and_chains_runs(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("transform", "said"),
+    ("transform", "message"),
     [
         ("{rank: 0}", "rank must be at least 1, got 0"),
         ("{targets: [query]}", "targets: 'query' matches no layer; available are down_proj, gate_proj"),
@@ -95,7 +95,7 @@ def test_dora_at_stage_3_samples_and_chains_runs(place: Path) -> None:
     ],
 )
 def test_a_wrong_option_is_one_line(
-    place: Path, transform: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, transform: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
     text = (ROOT / "recipes" / "sft_lora.yaml").read_text()
@@ -103,4 +103,4 @@ def test_a_wrong_option_is_one_line(
     with pytest.raises(SystemExit) as done:
         main(["fit", "--config", "wrong.yaml", *QUICK])
     lines = capsys.readouterr().err.splitlines()
-    assert done.value.code == 2 and len(lines) == 1 and said in lines[0], lines
+    assert done.value.code == 2 and len(lines) == 1 and message in lines[0], lines

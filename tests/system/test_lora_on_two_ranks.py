@@ -24,8 +24,8 @@ def job(folder: Path, base: Path, ranks: int, stage: int, **changes: Any) -> dic
     return {**common, "micro_batch_size": 1, "accumulate": 4 // ranks, "max_steps": TOTAL, **changes}
 
 
-def distance(ours: Path, theirs: Path) -> float:
-    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs))
+def distance(first: Path, second: Path) -> float:
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
     assert a.keys() == b.keys() and all(tensor.numel() for tensor in a.values())
     return max(float((a[name].float() - b[name].float()).abs().max()) for name in b)
 
