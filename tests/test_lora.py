@@ -1,4 +1,4 @@
-"""LoRA: what it trains and saves, that PEFT reads and writes the same adapters, and that a merged model computes their sum."""
+"""LoRA: what it trains and saves, that adapters are compatible with PEFT, and merging."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def wide(model: torch.nn.Module, only_trained: bool = False) -> None:
-    """Random numbers everywhere, or in what is trained, so that no part is without effect."""
+    """Fill all parameters, or the trainable ones, with random numbers, so that every part has an effect."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -51,7 +51,7 @@ def base(request: pytest.FixtureRequest, tiny: Callable[..., Any], tmp_path_fact
 
 @pytest.fixture(scope="module")
 def tied(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder, where it does not matter which."""
+    """A model folder with a tied head, for tests that do not depend on it."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tied")
     Bumblebee(tiny(vocab_size=96, tie_word_embeddings=True)).save_pretrained(folder)
@@ -59,7 +59,7 @@ def tied(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def adapted(base: Path, **options: Any) -> Bumblebee:
-    """A model with adapters that have an effect."""
+    """A model with nonzero adapters."""
     model = Bumblebee.from_pretrained(base)
     LoRA(**{"rank": 4, "alpha": 8, "dropout": 0.0, **options})(model)
     wide(model, only_trained=True)
@@ -67,11 +67,11 @@ def adapted(base: Path, **options: Any) -> Bumblebee:
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 2e-6) -> None:
-    largest = max(1.0, float(theirs.abs().max()))  # rounding grows with the numbers
+    largest = max(1.0, float(theirs.abs().max()))  # rounding errors scale with the logits
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * largest)
 
 
-# -- what is trained -----------------------------------------------------------------------------------------------------
+# -- training -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -101,7 +101,7 @@ def test_initial_adapter_depends_only_on_seed(tied: Path) -> None:
         if "lora_A" in name:
             assert not torch.equal(first[name], other[name])
             bound = first[name].shape[1] ** -0.5
-            assert 0.8 * bound < first[name].abs().max() <= bound  # as torch begins a linear layer
+            assert 0.8 * bound < first[name].abs().max() <= bound  # like nn.Linear
         else:
             assert not first[name].any()
 
@@ -114,7 +114,7 @@ def test_adapters_off_gives_the_base_model(base: Path) -> None:
         assert torch.equal(model(IDS), plain(IDS))
         with adapters_off(model):
             pass
-        assert torch.equal(model(IDS), plain(IDS))  # an inner one does not switch them on
+        assert torch.equal(model(IDS), plain(IDS))  # leaving a nested context does not enable them
     assert torch.equal(model(IDS), with_them) and not torch.equal(with_them, plain(IDS))
     with pytest.raises(ValueError, match="the model has no LoRA adapters to switch off"), adapters_off(plain):
         pass
@@ -162,7 +162,7 @@ def test_peft_adapters_load_merged_and_attached(base: Path, tmp_path: Path, kind
 
 @pytest.mark.parametrize("kind", ["plain", "dora"])
 def test_merge_is_in_fp32_and_cast_once(tied: Path, tmp_path: Path, kind: str) -> None:
-    """As PEFT merges in fp32; merged in bf16, as it also can, the weights come out further from the true sum."""
+    """Equals PEFT's merge in fp32; its merge in bf16 is less exact."""
     Bumblebee.from_pretrained(tied, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     model = adapted(tmp_path / "base", **KINDS[kind])
     model.save_pretrained(tmp_path / "adapter")
@@ -190,7 +190,7 @@ def test_chained_adapters_are_summed(base: Path, tmp_path: Path) -> None:
 
 
 def test_complete_model_takes_precedence_over_adapter(tied: Path, tmp_path: Path) -> None:
-    """Some tools write the config of the adapter beside the merged weights."""
+    """Some tools write the adapter's config next to the merged weights."""
     model = adapted(tied)
     model.save_pretrained(tmp_path / "adapter")
     merged = Bumblebee.from_pretrained(tmp_path / "adapter")
@@ -210,7 +210,7 @@ def test_the_base_is_found_from_another_folder(
     same(Bumblebee.from_pretrained("../adapter")(IDS), model(IDS))
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_new_model_and_second_adapter_are_refused(tied: Path, tiny: Callable[...
 
 @pytest.fixture
 def saved(tied: Path, tmp_path: Path) -> Path:
-    """An adapter folder to be spoilt."""
+    """An adapter folder for tests to damage."""
     adapted(tied, rank=2).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 

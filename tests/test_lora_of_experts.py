@@ -1,4 +1,4 @@
-"""LoRA on the experts of a mixture: each has its own update, folders are those of PEFT, and sums are what it computes."""
+"""LoRA on the experts of a mixture of experts: one update per expert, PEFT-compatible folders, and merging."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OPTIONS = {"rank": 4, "alpha": 8, "dropout": 0.0, "experts": True}
 
 @pytest.fixture(scope="module", params=[*PEERS, "own"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders with experts one by one, and one with all of a layer in one tensor."""
+    """Folders with a tensor per expert, and one with a tensor for all experts of a layer."""
     folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
     torch.manual_seed(0)
     if request.param == "own":
@@ -51,7 +51,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def adapted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """A folder of adapters that have an effect, and the logits of the model that has them."""
+    """An adapter folder with nonzero updates, and the logits of the model with them."""
     model, folder = Bumblebee.from_pretrained(base), tmp_path_factory.mktemp("adapter")
     before = model(IDS)
     LoRA(**OPTIONS, targets=["q_proj"])(model)
@@ -119,7 +119,7 @@ def test_checkpoint_consolidates_to_the_same_adapter(tmp_path):
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_separate_experts_keep_separate_adapters(tmp_path, stage):
     config = MixtralConfig(**SHAPE, num_local_experts=5)
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_separate_experts_keep_separate_adapters(tmp_path, stage):
     assert before.keys() == after.keys() == whole.keys() and "model.layers.1.block_sparse_moe.experts.4.w2.weight" in after
     assert all(torch.equal(whole[key], after[key]) for key in after)
     differences = {key: (after[key] - before[key]).abs().max() for key in after}
-    assert all(0 < difference < 0.05 for difference in differences.values()), "two steps of 1e-2 from what was read"
+    assert all(0 < difference < 0.05 for difference in differences.values()), "two steps with a learning rate of 1e-2"
 
 
 def test_dpo_reference_is_the_base_model(tmp_path):

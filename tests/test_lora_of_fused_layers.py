@@ -1,4 +1,4 @@
-"""LoRA where the family's files keep layers in one tensor: folders are PEFT's over transformers' model, and back, exactly."""
+"""LoRA on layers that the family's files fuse: adapters convert exactly to and from PEFT on the transformers model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def all_agree(base: Path, folder: Path, expected: torch.Tensor, output: Path) -> None:
-    """PEFT over transformers' model, our sum of the two, and ours with the updates beside the weights."""
+    """Logits of PEFT on the transformers model, of the merged model, and of the model with the adapter attached."""
     theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     beside = Bumblebee.from_pretrained(base)
     before = logits(beside)
@@ -92,7 +92,7 @@ def test_peft_adapters_of_fused_layers_load(dora: bool, tmp_path: Path) -> None:
         task_type="CAUSAL_LM",
     )  # fmt: skip
     model = get_peft_model(theirs, config)
-    config.base_model_name_or_path = str(tmp_path / "base")  # it would name a hub's
+    config.base_model_name_or_path = str(tmp_path / "base")  # by default the name on the hub
     widen(model)
     model.save_pretrained(tmp_path / "adapter")
     all_agree(tmp_path / "base", tmp_path / "adapter", logits(model), tmp_path / "merged")

@@ -1,4 +1,4 @@
-"""Runs with LoRA: they learn what a plain loop with PEFT learns, save adapters alone, and continue to the byte."""
+"""LoRA runs match a reference loop with PEFT, save only adapters, and resume byte-identically."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bumblebee.training.run_folder import clear, holds_a_run  # noqa: E402
 from bumblebee.verify.reference_loop import sample_indices
 
 EACH_STAGE = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
-# A larger eps than usual: Adam blows up the rounding of tiny gradients.
+# A larger eps than usual: Adam amplifies rounding errors of tiny gradients.
 ADAM = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4}
 ADAPTER = {"rank": 4, "alpha": 8}
 FILES = {"adapter_config.json", "adapter_model.safetensors", "generation_config.json"}
@@ -41,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(folder: Path, base: Path, dropout: float = 0.1, dora: bool = False, **job: Any) -> list[dict[str, float]]:
-    """A small run with adapters whose start is always the same."""
+    """A small LoRA run with fixed initial adapters."""
     return train(folder, base=str(base), lora={**ADAPTER, "dropout": dropout, "dora": dora}, callbacks=SAVE, **job)
 
 
@@ -50,7 +50,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def plain_peft(base: Path, start: Path, steps: int) -> dict[str, torch.Tensor]:
-    """A textbook loop over transformers' model with PEFT's adapter."""
+    """Reference loop: the transformers model with PEFT."""
     from peft import PeftModel, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM
 
@@ -78,7 +78,7 @@ def plain_peft(base: Path, start: Path, steps: int) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
-# -- what is learned -----------------------------------------------------------------------------------------------------
+# -- training -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_bf16_agrees_at_every_stage(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", EACH_STAGE)
 def test_resume_is_byte_identical(base: Path, tmp_path: Path, stage: int) -> None:
-    """With dropout, whose random numbers have to go on as well."""
+    """With dropout, whose random state must be restored too."""
     job = {"zero_stage": stage, "precision": "bf16" if stage else "fp32"}
     fit(tmp_path / "whole", base, **job)
     fit(tmp_path / "part", base, resume=str(tmp_path / "whole" / "checkpoint-3"), **job)
@@ -124,7 +124,7 @@ def test_dropout_and_seed_change_the_run(base: Path, tmp_path: Path) -> None:
     assert adapter_bytes(tmp_path / "with") != adapter_bytes(tmp_path / "without")
 
 
-# -- what is saved -------------------------------------------------------------------------------------------------------
+# -- saving -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", EACH_STAGE)
@@ -164,7 +164,7 @@ def test_consolidation_gives_the_gathered_adapter(base: Path, tmp_path: Path, st
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_next_run_chains_adapters(base: Path, tmp_path: Path, stage: int) -> None:
-    """At stage 3 the merging is done while the model is built in shards."""
+    """At stage 3, merging happens while the model is sharded."""
     fit(tmp_path / "first", base, dropout=0.0)
     fit(tmp_path / "second", tmp_path / "first", dropout=0.0, zero_stage=stage)
     named = json.loads((tmp_path / "second" / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -198,7 +198,7 @@ def test_the_callbacks_work_with_adapters(base: Path, tmp_path: Path, stage: int
     assert f"({trained / summary['parameters']:.2%}) trainable" in capsys.readouterr().out
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------
 
 
 def test_resume_refuses_another_base_or_adapter(base: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A save that fails leaves an earlier folder as it was to the last byte, no new folder, and nothing half-written beside it."""
+"""A failed save leaves an existing folder byte-identical, creates no new folder, and leaves no temporary files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """Every file below a folder with its content, hidden ones too."""
+    """All files below a folder, including hidden ones, with their content."""
     return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
 
@@ -31,7 +31,7 @@ def model(tiny):
 
 @pytest.fixture(params=["earlier", "new"])
 def place(request, tiny, tmp_path) -> Path:
-    """Where to save: over an earlier folder with other weights and a tokenizer, or where nothing is yet."""
+    """Where to save: an existing folder with other weights and a tokenizer, or a new one."""
     if request.param == "earlier":
         Bumblebee(tiny(vocab_size=64)).save_pretrained(tmp_path / "m", max_shard_size="30KB")
         (tmp_path / "m" / "tokenizer.json").write_text("{}")
@@ -39,7 +39,7 @@ def place(request, tiny, tmp_path) -> Path:
 
 
 def fail_at_call(monkeypatch, module, name: str, call: int, error: Exception) -> None:
-    """Let a function of a module fail the n-th time, after having begun to write."""
+    """Make the n-th call of a module's function write a partial file and fail."""
     original, calls = getattr(module, name), []
 
     def failing(*args, **options):
@@ -99,7 +99,7 @@ model = Bumblebee(BumblebeeConfig(vocab_size=64, hidden_size=32, intermediate_si
                                   num_attention_heads=4, num_key_value_heads=2))
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 for folder in sys.argv[1:]:
-    for size in ("5GB", "10KB"):  # the second begins with shards that fit
+    for size in ("5GB", "10KB"):  # with 10KB, the first shards fit
         try:
             model.save_pretrained(folder, max_shard_size=size)
         except OSError as error:
@@ -109,7 +109,7 @@ for folder in sys.argv[1:]:
 
 
 def test_full_disk_changes_nothing(model, tmp_path):
-    """A real limit on the size of files, in a process of its own; the feed-forward matrices do not fit under it."""
+    """Uses the operating system's file size limit, in a subprocess; the MLP matrices exceed it."""
     model.save_pretrained(tmp_path / "earlier")
     before = tree(tmp_path)
     limited = [sys.executable, "-c", LIMITED, str(tmp_path / "earlier"), str(tmp_path / "new")]

@@ -1,4 +1,4 @@
-"""config.json comes back as it was written, and a setting that we do not compute is refused by name."""
+"""config.json round trips for every family, and unsupported settings are refused by name."""
 
 from __future__ import annotations
 

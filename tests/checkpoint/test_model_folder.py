@@ -1,4 +1,4 @@
-"""A model folder gives back what was saved, in files of the size asked for, with an index that is right."""
+"""Model folders: round trip of the weights, shard sizes, and the index."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_model(tiny):
 
 
 def same(first: Bumblebee, second: Bumblebee) -> bool:
-    """Whether all weights are equal to the last bit."""
+    """Whether all weights are bitwise equal."""
     ours, theirs = first.state_dict(), second.state_dict()
     return ours.keys() == theirs.keys() and all(
         torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours
@@ -39,7 +39,7 @@ def names(folder: Path) -> set[str]:
 
 
 def sizes(file: Path) -> dict[str, int]:
-    """Bytes of each tensor of a file."""
+    """Size of each tensor of a file in bytes."""
     return {key: tensor.nbytes for key, tensor in load_file(file).items()}
 
 
@@ -109,16 +109,16 @@ def test_index_has_weight_map_and_total_size(make_model, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path / "m", max_shard_size="20KB")
     index = json.loads((tmp_path / "m" / INDEX).read_text())
-    found = {}
+    files = {}
     for file in (tmp_path / "m").glob("*.safetensors"):
         with safe_open(file, framework="pt") as shard:
             assert shard.metadata() == {"format": "pt"}
-            found |= {key: file.name for key in shard.keys()}  # noqa: SIM118
-    assert index["weight_map"] == found
-    assert set(found) == set(model.state_dict()) - {"lm_head.weight"}
+            files |= {key: file.name for key in shard.keys()}  # noqa: SIM118
+    assert index["weight_map"] == files
+    assert set(files) == set(model.state_dict()) - {"lm_head.weight"}
     assert index["metadata"]["total_size"] == 4 * model.num_parameters()
-    count = len(set(found.values()))
-    assert set(found.values()) == {f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)}
+    count = len(set(files.values()))
+    assert set(files.values()) == {f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)}
 
 
 @pytest.mark.parametrize("second", ["5GB", "30KB", "8KB"])

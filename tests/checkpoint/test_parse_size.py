@@ -1,4 +1,4 @@
-"""Sizes such as "5GB": every spelling that is documented, and a message for the others."""
+"""Sizes such as "5GB": all documented spellings, and the error for others."""
 
 from __future__ import annotations
 

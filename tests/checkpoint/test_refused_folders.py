@@ -1,4 +1,4 @@
-"""A folder that is incomplete, damaged or of another shape is refused, and the message names the file, key or size."""
+"""Incomplete, damaged or mismatched folders are refused with an error that names the file, key or shape."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NORM = "model.norm.weight"
 
 @pytest.fixture(scope="module")
 def saved(tiny, tmp_path_factory) -> Path:
-    """The same model as one file and as shards."""
+    """The same model in a single file and in shards."""
     root = tmp_path_factory.mktemp("saved")
     model = Bumblebee(tiny(vocab_size=64))
     model.save_pretrained(root / "single")
@@ -43,7 +43,7 @@ def refusal(folder: Path) -> str:
 
 
 def change_weights(folder: Path, **changes: torch.Tensor | None) -> None:
-    """Set tensors of model.safetensors, or delete them."""
+    """Set or delete tensors of model.safetensors."""
     tensors = {key: value for key, value in {**load_file(folder / SINGLE), **changes}.items() if value is not None}
     save_file(tensors, folder / SINGLE)
 
@@ -85,7 +85,7 @@ def test_pickled_weights_are_refused_by_default(single):
 
 
 class Code:
-    """What a pickle file runs when it is read."""
+    """Code that unpickling would run."""
 
     def __reduce__(self) -> tuple:
         return print, ("run!",)

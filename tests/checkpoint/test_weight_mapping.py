@@ -1,4 +1,4 @@
-"""Rules between a file's tensors and ours lose nothing, whatever the order, and name what does not fit."""
+"""Weight mapping rules are lossless in any order of tensors."""
 
 from __future__ import annotations
 

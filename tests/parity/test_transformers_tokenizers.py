@@ -149,9 +149,9 @@ def test_prompt_prefix_and_special_ids_equal_autotokenizer(ours, hf):
 
 
 def test_streamed_bytes_equal_the_text(ours):
-    """After NFC for the Qwen2-like, and behind one space for the Llama-like, as sentencepiece has it.
+    """Normalized to NFC for the Qwen2-like, and after one space for the Llama-like tokenizers, as in SentencePiece.
 
-    A unigram model finds pieces such as ``<s>`` and ``<0x41>`` in a text by itself, and the library has no switch for it.
+    A unigram model matches control tokens such as ``<s>`` and ``<0x41>`` in a text, and the library cannot disable it.
     """
     finds_control_pieces = isinstance(ours.backend.model, models.Unigram)
 

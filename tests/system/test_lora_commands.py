@@ -30,7 +30,7 @@ QUICK = (
 
 @pytest.fixture(scope="module")
 def place(tiny: Callable[..., Any], tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with runs/pretrain and a few conversations in it."""
+    """A folder with runs/pretrain and a few conversations."""
     folder = tmp_path_factory.mktemp("place")
     Bumblebee(tiny(vocab_size=400, tie_word_embeddings=True)).save_pretrained(folder / "runs" / "pretrain")
     Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder / "runs" / "pretrain")
@@ -46,18 +46,18 @@ def succeeded(place: Path, *words: str) -> str:
 
 
 def documented() -> list[list[str]]:
-    """The commands of the page, in their order."""
+    """The commands of docs/lora.md in order."""
     text = (ROOT / "docs" / "lora.md").read_text(encoding="utf-8")
     lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)).splitlines()
     return [shlex.split(line)[1:] for line in lines if line]
 
 
 @pytest.mark.slow
-def test_the_page_on_lora_runs_as_written(place: Path) -> None:
+def test_lora_page_runs_as_written(place: Path) -> None:
     fit, merge, generate = documented()
     recipe = str(ROOT / "recipes" / "sft_lora.yaml")
     out = succeeded(place, *[recipe if word == "recipes/sft_lora.yaml" else word for word in fit], *QUICK)
-    assert re.search(r"parameters, .* \(\d+\.\d+%\) trained", out)
+    assert re.search(r"parameters, .* \(\d+\.\d+%\) trainable", out)
     run = place / "runs" / "sft_lora"
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {file.name for file in run.iterdir()}
     assert "float32: maximum logit difference" in succeeded(place, *merge)

@@ -1,4 +1,4 @@
-"""Adapters on two ranks: every stage saves them whole, continues to the byte, and goes on at every other stage."""
+"""LoRA on two ranks: every stage saves complete adapters, resumes byte-identically, and resumes at other stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDING = 1e-5
 
 
 def job(folder: Path, base: Path, ranks: int, stage: int, **changes: Any) -> dict[str, Any]:
-    """Four samples a step, however many ranks there are."""
+    """A job with four samples per step on any number of ranks."""
     lora = {"rank": 4, "alpha": 8, "dropout": changes.pop("dropout", 0.0), "dora": changes.pop("dora", False)}
     save = {"checkpoint": ("Checkpoint", {"every": CUT, "keep": None})}
     adam = ("AdamW", {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4})

@@ -38,6 +38,6 @@ def test_two_ranks_with_length_batches_train_like_one(tmp_path: Path) -> None:
     whole, continued = (result["metrics"] for result in run_jobs(jobs, ranks=2, folder=tmp_path))
     for lines in (whole, continued):
         assert [line["step"] for line in lines] == [line["step"] for line in alone]
-        for ours, theirs in zip(lines, alone, strict=True):
-            assert ours["tokens"] == theirs["tokens"]
-            assert math.isclose(ours["loss"], theirs["loss"], rel_tol=1e-4), ours["step"]
+        for line, expected in zip(lines, alone, strict=True):
+            assert line["tokens"] == expected["tokens"]
+            assert math.isclose(line["loss"], expected["loss"], rel_tol=1e-4), line["step"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 
 from bumblebee import Tokenizer
 from bumblebee.tokenizer.chatml import CHATML
-from bumblebee.tokenizer.special_token_guard import SpecialTokenGuard, unescape
 
 BYTES = byte_level()
 TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "mistral": MISTRAL, "qwen": QWEN, "thinking": THINKING, "tagged": TAGGED}
@@ -184,15 +182,6 @@ def test_json_escaped_escape_character_is_removed():
     assert targets(tok, chat("x", "<s>")) == '|"<s>"<|im_end|>'
 
 
-@given(st.recursive(TEXTS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=5))
-def test_escape_and_unescape_are_inverse(value):
-    guarded, breaker, marks = SpecialTokenGuard(SPECIAL).escape(value, marks=2)
-    text = json.dumps(guarded, ensure_ascii=False)
-    assert not any(token in text for token in SPECIAL)
-    assert unescape(text, breaker) == json.dumps(value, ensure_ascii=False)
-    assert len(set(marks)) == 2 and not set(marks) & set(text)
-
-
 def test_text_with_all_noncharacters_is_encoded_exactly():
     text = "".join(map(chr, range(0xFDD0, 0xFDF0))) + "<|im_end|>"
     assert targets(tokenizer(CHATML), chat(text, text)) == f"|{text}<|im_end|>"
@@ -210,7 +199,7 @@ def test_begin_of_text_token_occurs_once():
 # -- rejected templates and messages -------------------------------------------------------------------------------------
 
 
-def refused(template: Any, messages: Any, **options: Any) -> str:
+def error_of(template: Any, messages: Any, **options: Any) -> str:
     with pytest.raises(ValueError) as caught:
         tokenizer(template).chat_template.encode(messages, **options)
     return str(caught.value)
@@ -220,7 +209,7 @@ REASONING = chat("one", "<think>\nhm\n</think>\ntwo", "three", "<think>\nso\n</t
 
 
 def test_template_that_rewrites_history_trains_the_last_turn_only():
-    message = refused(THINKING, REASONING)
+    message = error_of(THINKING, REASONING)
     assert message.startswith("FOLDER: the chat template renders turn 1 differently during generation ('<think>")
     assert "and in the complete conversation ('two<|im_end|>" in message
     assert "use train_on: last, which requires this of the last turn only" in message
@@ -232,7 +221,7 @@ def test_generation_prompt_missing_from_the_answer_is_rejected():
     prompting = CHATML.replace("'<|im_start|>assistant\\n' if add", "'<|im_start|>assistant\\n<think>' if add")
     assert prompting != CHATML
     for train_on in ("all", "last"):
-        message = refused(prompting, chat("a", "b"), train_on=train_on)
+        message = error_of(prompting, chat("a", "b"), train_on=train_on)
         assert "renders turn 1 differently during generation ('<think>')" in message and "use train_on: last" not in message
 
 
@@ -241,7 +230,7 @@ def test_tags_do_not_hide_rewritten_history():
     tags = "''}}{% if message.role == 'assistant' %}{% generation %}{{ content + '<|im_end|>' }}{% endgeneration %}"
     tagged = THINKING.replace(content, f"{tags}{{% else %}}{{{{ {content}' }}}}{{% endif %}}{{{{ '")
     assert tagged != THINKING
-    assert "omits part of the assistant turns: '<think>" in refused(tagged, REASONING)
+    assert "omits part of the assistant turns: '<think>" in error_of(tagged, REASONING)
     assert targets(tokenizer(tagged), REASONING, train_on="last") == "|<think>\nso\n</think>\nfour<|im_end|>"
 
 
@@ -309,37 +298,30 @@ def test_tagged_spans_are_extended_to_the_end_of_turn():
     ],
 )
 def test_untrainable_chats_are_rejected_with_folder_and_reason(template, messages, message):
-    error = refused(template, messages)
+    error = error_of(template, messages)
     assert message in error and (error.startswith("FOLDER: ") or "no assistant turn" in error)
 
 
 def test_unknown_train_on_is_rejected():
-    assert refused(CHATML, chat("a", "b"), train_on="first") == "train_on must be 'all' or 'last', got 'first'"
+    assert error_of(CHATML, chat("a", "b"), train_on="first") == "train_on must be 'all' or 'last', got 'first'"
 
 
 @pytest.mark.parametrize("tokenize", [True, False])
 def test_template_that_omits_the_tools_is_rejected(tokenize):
     with pytest.raises(ValueError, match=r"FOLDER: the chat template omits the tools \('add'\)"):
         tokenizer(LLAMA).apply_chat_template(chat("a"), [TOOL], tokenize=tokenize)
-    assert "omits the tools" in refused(LLAMA, chat("a", "b"), tools=[TOOL])
+    assert "omits the tools" in error_of(LLAMA, chat("a", "b"), tools=[TOOL])
     for tool in ({"function": {}}, "add", {"function": "add"}, {"name": 3}):
         message = f"FOLDER: a tool must be an object with the name of a function, not {tool!r}"
-        assert refused(CHATML.replace("tool | tojson", "''"), chat("a", "b"), tools=[tool]) == message
+        assert error_of(CHATML.replace("tool | tojson", "''"), chat("a", "b"), tools=[tool]) == message
 
 
 @pytest.mark.parametrize("call", ["add", {"function": None}, {"function": {"arguments": {}}}])
 def test_call_without_a_name_is_rejected(call):
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
     assert (
-        refused(CHATML, [*chat("a"), message]) == f"FOLDER: a call must be an object with the name of a function, not {call!r}"
+        error_of(CHATML, [*chat("a"), message]) == f"FOLDER: a call must be an object with the name of a function, not {call!r}"
     )
-
-
-@pytest.mark.parametrize(
-    "setting", [3, ["x"], [{"name": "default"}], [{"name": "default", "template": None}], {"default": "x"}]
-)
-def test_invalid_chat_template_setting_is_rejected(setting):
-    assert refused(setting, chat("a", "b")) == "FOLDER: chat_template must be a string or a list of {name, template}"
 
 
 def test_empty_conversation_is_rejected():
@@ -347,34 +329,7 @@ def test_empty_conversation_is_rejected():
         tokenizer(CHATML).apply_chat_template([])
 
 
-def test_missing_template_and_chatml_tokens_are_reported():
-    import tokenizers
-
-    plain = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()), {}, "FOLDER")
-    with pytest.raises(ValueError, match=r"FOLDER has no chat template, .* <\|im_start\|> and <\|im_end\|>"):
-        plain.chat_template  # noqa: B018
-
-
-def test_template_file_that_is_not_utf8_is_named(tokenizer_folder, tmp_path: Path):
-    Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="chat_template.jinja: .*utf-8"):
-        Tokenizer.from_pretrained(tmp_path)
-
-
-# -- tokenizers and their templates --------------------------------------------------------------------------------------
-
-
-def test_trained_tokenizer_has_the_default_template(tokenizer_folder):
-    assert json.loads((tokenizer_folder / "tokenizer_config.json").read_text())["chat_template"] == CHATML
-
-
-def test_named_templates_are_read_from_files(tokenizer_folder, tmp_path: Path):
-    Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(LLAMA)
-    (tmp_path / "additional_chat_templates").mkdir()
-    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(QWEN)
-    assert Tokenizer.from_pretrained(tmp_path).chat_template.sources == {"default": LLAMA, "tool_use": QWEN}
+# -- pickling -------------------------------------------------------------------------------------------------------------
 
 
 def test_pickled_tokenizer_encodes_as_before():

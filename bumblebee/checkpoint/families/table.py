@@ -42,7 +42,7 @@ class Family:
     unused_keys: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
 
-OWN = "BumblebeeForCausalLM"  # unknown to transformers, which says so
+OWN = "BumblebeeForCausalLM"  # not an architecture of transformers
 
 
 def _read_own(raw: Json) -> Json:
