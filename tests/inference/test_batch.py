@@ -131,8 +131,8 @@ def test_chats_and_questions_use_the_chat_template(folder, tmp_path, capsys):
     run(folder, "--prompts", tmp_path / "c.jsonl", "--chat", "--system", "Be kind.", *GREEDY)
     written = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     generator = Generator.from_pretrained(folder, device="cpu")
-    kind = {"role": "system", "content": "Be kind."}
-    chats = [[kind, question], [kind, question], [system, question], [kind, *conversation]]
+    default = {"role": "system", "content": "Be kind."}
+    chats = [[default, question], [default, question], [system, question], [default, *conversation]]
     prompts = [generator.tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     params = SamplingParams(temperature=0.0, max_new_tokens=6, ignore_eos=True)
     assert [line["text"] for line in written] == [out.text for out in generator.generate(prompts, params)]

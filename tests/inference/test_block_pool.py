@@ -35,14 +35,14 @@ class Histories(RuleBasedStateMachine):
         full, parent, held = len(tokens) // SIZE, ROOT, []
         for index in range(full):
             prefix = tuple(tokens[: (index + 1) * SIZE])
-            found = self.pool.lookup((parent, prefix[-SIZE:]))
-            assert (found is not None) == (prefix in self.known), "found if and only if known"
-            if found is None:
+            hit = self.pool.lookup((parent, prefix[-SIZE:]))
+            assert (hit is not None) == (prefix in self.known), "found if and only if known"
+            if hit is None:
                 break
-            assert self.written[found[0]] == prefix, "the same tokens after the same prefix"
-            self.pool.acquire(found[0])
-            held.append(found[0])
-            parent = found[1]
+            assert self.written[hit[0]] == prefix, "the same tokens after the same prefix"
+            self.pool.acquire(hit[0])
+            held.append(hit[0])
+            parent = hit[1]
         self.unused = [block for block in self.unused if block not in held]
         used = len({block for blocks in self.live for block in blocks} | set(held))
         new = self.pool.allocate(full - len(held) + extra)

@@ -75,8 +75,8 @@ def test_spelled_special_tokens_are_text(tokenizer):
 def cut(text: str, stop: list[str]) -> tuple[str, bool]:
     """Reference: search after every character; cut before the longest stop string that is complete first."""
     for end in range(len(text) + 1):
-        if found := [each for each in stop if text[:end].endswith(each)]:
-            return text[: end - len(max(found, key=len))], True
+        if matches := [each for each in stop if text[:end].endswith(each)]:
+            return text[: end - len(max(matches, key=len))], True
     return text, False
 
 
@@ -157,7 +157,7 @@ def test_invalid_utf8_can_complete_a_stop_string(tokenizer):
 def sentencepiece() -> Tokenizer:
     """As in Llama 2: U+2581 for a space, and byte fallback."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁ab", "▁a", "ab", "▁ab", "é"]
-    backend = tokenizers.Tokenizer(models.BPE({piece: place for place, piece in enumerate(pieces)}, [], byte_fallback=True))
+    backend = tokenizers.Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True))
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     return Tokenizer(backend, {"eos_token": "</s>"})
 

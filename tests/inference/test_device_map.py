@@ -55,7 +55,7 @@ def test_assignment_is_ordered_fits_and_exists_if_possible(sizes, memory):
         return
     assert len(assigned) == len(sizes) and assigned == sorted(assigned)
     for number, room in enumerate(memory):
-        assert sum(size for size, place in zip(sizes, assigned, strict=True) if place == number) <= room
+        assert sum(size for size, device in zip(sizes, assigned, strict=True) if device == number) <= room
 
 
 def test_tied_head_takes_no_memory(tiny):
@@ -79,13 +79,13 @@ def test_device_with_a_map_and_unknown_map_raise():
 @pytest.fixture(scope="module")
 def folders(tiny, tokenizer_folder, tmp_path_factory):
     """By ``tie_word_embeddings``; a large init std separates the top logits by far more than rounding."""
-    found = {}
+    folders = {}
     for tie in (True, False):
-        folder = found[tie] = tmp_path_factory.mktemp("model")
+        folder = folders[tie] = tmp_path_factory.mktemp("model")
         torch.manual_seed(0)
         Bumblebee(tiny(tie_word_embeddings=tie, initializer_range=0.3, num_hidden_layers=4)).save_pretrained(folder)
         Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
-    return found
+    return folders
 
 
 def halves(folder, first: torch.device, second: torch.device) -> Bumblebee:
@@ -136,9 +136,9 @@ def same_as_on_one_device(folder, first: torch.device, second: torch.device) -> 
     model = halves(folder, first, second)
     tokenizer = Tokenizer.from_pretrained(folder)
     expected = Generator(Bumblebee.from_pretrained(folder, device=first), tokenizer).generate(PROMPTS, GREEDY)
-    found = Generator(model, tokenizer).generate(PROMPTS, GREEDY)
-    assert [out.token_ids for out in found] == [out.token_ids for out in expected]
-    assert len(set(found[0].token_ids)) > 3
+    completions = Generator(model, tokenizer).generate(PROMPTS, GREEDY)
+    assert [out.token_ids for out in completions] == [out.token_ids for out in expected]
+    assert len(set(completions[0].token_ids)) > 3
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee import Bumblebee, SamplingParams, Tokenizer
-from bumblebee.inference.engine import EngineConfig, GenerationEngine
+from bumblebee.inference.engine import GenerationEngine
+from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.inference.request import EngineRequest, RequestOutput
 
 V, MAX_POSITIONS = 64, 96
@@ -20,8 +21,8 @@ PADDINGS = [0.0, 1.3, math.inf]  # one attention call per decode token; similar 
 COMMON = [(7 * n) % V for n in range(40)]  # a prefix of two and a bf16_model blocks
 
 
-def greedy(new: int = 12, **others) -> SamplingParams:
-    return SamplingParams(max_new_tokens=new, temperature=0.0, **others)
+def greedy(new: int = 12, **params) -> SamplingParams:
+    return SamplingParams(max_new_tokens=new, temperature=0.0, **params)
 
 
 def make_model(tiny) -> Bumblebee:
@@ -58,14 +59,14 @@ def tokenizer(tokenizer_folder) -> Tokenizer:
 @pytest.fixture
 def engine_of(model, tokenizer):
     """Make engines; at the end of the test none of them may have leaked a block or kept a request."""
-    made: list[GenerationEngine] = []
+    engines: list[GenerationEngine] = []
 
     def make(stop_ids=(), **options) -> GenerationEngine:
-        made.append(GenerationEngine(model, tokenizer, stop_ids, EngineConfig(**options)))
-        return made[-1]
+        engines.append(GenerationEngine(model, tokenizer, stop_ids, EngineConfig(**options)))
+        return engines[-1]
 
     yield make
-    for engine in made:
+    for engine in engines:
         finish(engine)
         check_blocks(engine)
         stats = engine.stats()
@@ -75,18 +76,18 @@ def engine_of(model, tokenizer):
 def check_blocks(engine: GenerationEngine) -> None:
     pool = engine.block_pool
     assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks
-    used = {page for sequence in engine.scheduler.running for page in sequence.block_table}
+    used = {block for sequence in engine.scheduler.running for block in sequence.block_table}
     assert pool.num_used == len(used)
 
 
 def finish(engine: GenerationEngine, steps: int = 2000) -> dict[str, list[RequestOutput]]:
     """Step until the engine is idle; returns the outputs of each request."""
-    found: dict[str, list[RequestOutput]] = {}
+    results: dict[str, list[RequestOutput]] = {}
     for _ in range(steps):
         if not engine.busy:
-            return found
+            return results
         for output in engine.step():
-            found.setdefault(output.id, []).append(output)
+            results.setdefault(output.id, []).append(output)
         check_blocks(engine)
     raise AssertionError("the engine does not become idle")
 
@@ -98,8 +99,8 @@ def ids(outputs: list[RequestOutput]) -> list[int]:
 def run(engine: GenerationEngine, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
     for number, prompt in enumerate(prompts):
         engine.submit(EngineRequest(str(number), prompt, params))
-    found = finish(engine)
-    return [ids(found[str(number)]) for number in range(len(prompts))]
+    results = finish(engine)
+    return [ids(results[str(number)]) for number in range(len(prompts))]
 
 
 PROMPTS = [[5], [1, 2, 3], COMMON, COMMON[:16], COMMON[:17], [*COMMON, 9], [60, 3] * 20]
@@ -107,9 +108,9 @@ PROMPTS = [[5], [1, 2, 3], COMMON, COMMON[:16], COMMON[:17], [*COMMON, 9], [60, 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
 def test_single_prompt_matches_loop_without_cache(engine_of, naive, prompt):
-    (found,) = run(engine_of(), [prompt], greedy())
-    assert found == naive(prompt, 12)
-    assert len(set(found)) > 3, "a repeated token would prove little"
+    (results,) = run(engine_of(), [prompt], greedy())
+    assert results == naive(prompt, 12)
+    assert len(set(results)) > 3, "a repeated token would prove little"
 
 
 @pytest.mark.parametrize("step_tokens", [1, 2, 7, 16, 17, 512])
@@ -128,16 +129,16 @@ def test_decode_in_one_attention_call_or_several(engine_of, naive, padding):
 
 
 def test_requests_join_and_leave_midway(engine_of, naive):
-    engine, found = engine_of(), {}
+    engine, results = engine_of(), {}
     for number, prompt in enumerate(PROMPTS):
         engine.submit(EngineRequest(str(number), prompt, greedy(3 + 2 * number)))
         for _ in range(3):
             for output in engine.step():
-                found.setdefault(output.id, []).append(output)
+                results.setdefault(output.id, []).append(output)
     for name, outputs in finish(engine).items():
-        found.setdefault(name, []).extend(outputs)
+        results.setdefault(name, []).extend(outputs)
     for number, prompt in enumerate(PROMPTS):
-        assert ids(found[str(number)]) == naive(prompt, 3 + 2 * number)
+        assert ids(results[str(number)]) == naive(prompt, 3 + 2 * number)
 
 
 def test_cached_prefix_is_not_recomputed(engine_of, naive):
@@ -196,8 +197,8 @@ def test_waiting_request_can_be_cancelled(engine_of):
     engine.submit(EngineRequest("second", [2], greedy()))
     engine.step()
     engine.cancel("second")
-    found = finish(engine)
-    assert [output.finish_reason for output in found["second"]] == ["cancelled"] and len(ids(found["first"])) == 11
+    results = finish(engine)
+    assert [output.finish_reason for output in results["second"]] == ["cancelled"] and len(ids(results["first"])) == 11
 
 
 def test_results_after_evicting_other_blocks(engine_of, naive):
@@ -230,10 +231,10 @@ def test_bf16_logits_match_one_pass_within_rounding(bf16_model, tokenizer, paddi
         return out
 
     monkeypatch.setattr(engine.model_runner, "run", recorded)
-    found = run(engine, PROMPTS, greedy())
+    results = run(engine, PROMPTS, greedy())
     assert len(logits) == 12 * len(PROMPTS)
     for (name, length), row in logits.items():
-        text = torch.tensor([[*PROMPTS[int(name)], *found[int(name)]][:length]])
+        text = torch.tensor([[*PROMPTS[int(name)], *results[int(name)]][:length]])
         torch.testing.assert_close(row, bf16_model(text)[0, -1], rtol=0, atol=0.3)
 
 
@@ -254,21 +255,21 @@ def test_any_schedule(data, model, tokenizer, naive):
     prompts = data.draw(st.lists(prompt.filter(bool), min_size=1, max_size=6))
     lengths = [data.draw(st.integers(1, 12)) for _ in prompts]
     engine.model_runner.max_padding = data.draw(st.sampled_from(PADDINGS))
-    found: dict[str, list[RequestOutput]] = {str(number): [] for number in range(len(prompts))}
+    results: dict[str, list[RequestOutput]] = {str(number): [] for number in range(len(prompts))}
     cancelled = set()
     for number, prompt in enumerate(prompts):
         engine.submit(EngineRequest(str(number), prompt, greedy(lengths[number])))
         for _ in range(data.draw(st.integers(0, 4))):
             for output in engine.step():
-                found[output.id].append(output)
+                results[output.id].append(output)
             check_blocks(engine)
         if data.draw(st.integers(0, 4)) == 0:
             cancelled.add(str(name := data.draw(st.integers(0, number))))
             engine.cancel(str(name))
     for name, outputs in finish(engine).items():
-        found[name] += outputs
+        results[name] += outputs
     for number, prompt in enumerate(prompts):
-        expected, outputs = naive(prompt, lengths[number]), found[str(number)]
+        expected, outputs = naive(prompt, lengths[number]), results[str(number)]
         assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
         assert ids(outputs) == expected[: len(ids(outputs))]
         assert outputs[-1].finish_reason == "length" and ids(outputs) == expected or str(number) in cancelled
@@ -286,18 +287,18 @@ def test_seeded_tokens_do_not_depend_on_the_batch(engine_of):
 
 def test_text_ends_before_stop_ids_and_stop_strings(engine_of, naive, tokenizer):
     tokens = naive(COMMON, 12)
-    place = next(place for place in range(3, 12) if tokens[place] not in tokens[:place])
-    before = b"".join(tokenizer.token_bytes[token] for token in tokens[:place]).decode(errors="replace")
+    position = next(position for position in range(3, 12) if tokens[position] not in tokens[:position])
+    before = b"".join(tokenizer.token_bytes[token] for token in tokens[:position]).decode(errors="replace")
     for engine, params in (
-        (engine_of(), greedy(stop_ids=[tokens[place]])),
-        (engine_of(), greedy(stop_ids=[tokens[place]], ignore_eos=True)),
-        (engine_of(stop_ids=[tokens[place]]), greedy()),
+        (engine_of(), greedy(stop_ids=[tokens[position]])),
+        (engine_of(), greedy(stop_ids=[tokens[position]], ignore_eos=True)),
+        (engine_of(stop_ids=[tokens[position]]), greedy()),
     ):
         engine.submit(EngineRequest("a", COMMON, params))
         outputs = finish(engine)["a"]
-        assert ids(outputs) == tokens[: place + 1] and outputs[-1].finish_reason == "stop"
+        assert ids(outputs) == tokens[: position + 1] and outputs[-1].finish_reason == "stop"
         assert "".join(output.text for output in outputs) == before
-    engine = engine_of(stop_ids=[tokens[place]])
+    engine = engine_of(stop_ids=[tokens[position]])
     engine.submit(EngineRequest("a", COMMON, greedy(ignore_eos=True)))
     assert ids(finish(engine)["a"]) == tokens
     letter = next(character for character in before if character.isascii())
@@ -314,10 +315,10 @@ def test_deadline_ends_running_and_waiting_requests(engine_of, monkeypatch):
         engine.submit(EngineRequest(name, [1, 2], greedy(), deadline))
     assert [output.id for output in engine.step()] == ["running"]
     monkeypatch.setattr(time, "monotonic", lambda: now + 100)
-    found = finish(engine)
-    assert [output.finish_reason for output in found["running"]] == ["timeout"]
-    assert [output.finish_reason for output in found["waiting"]] == ["timeout"]
-    assert len(ids(found["free"])) == len(ids(found["later"])) == 12
+    results = finish(engine)
+    assert [output.finish_reason for output in results["running"]] == ["timeout"]
+    assert [output.finish_reason for output in results["waiting"]] == ["timeout"]
+    assert len(ids(results["free"])) == len(ids(results["later"])) == 12
 
 
 def test_first_tokens_come_in_order_of_submission(engine_of):
@@ -328,7 +329,7 @@ def test_first_tokens_come_in_order_of_submission(engine_of):
     while engine.busy:
         first += [output.id for output in engine.step() if output.id not in first]
     assert set(first) == set(map(str, range(8)))
-    assert all(abs(place - int(name)) <= 1 for place, name in enumerate(first)), "two run at the same time"
+    assert all(abs(position - int(name)) <= 1 for position, name in enumerate(first)), "two run at the same time"
 
 
 def test_logprobs_are_the_models(engine_of, model):
@@ -338,9 +339,9 @@ def test_logprobs_are_the_models(engine_of, model):
     text = [*COMMON, *(token.id for token in tokens)]
     with torch.no_grad():
         expected = model(torch.tensor([text]))[0].log_softmax(-1)
-    for place, token in enumerate(tokens, start=len(COMMON) - 1):
-        assert token.logprob == pytest.approx(float(expected[place, token.id]), abs=1e-4)
-        values, indices = expected[place].topk(3)
+    for position, token in enumerate(tokens, start=len(COMMON) - 1):
+        assert token.logprob == pytest.approx(float(expected[position, token.id]), abs=1e-4)
+        values, indices = expected[position].topk(3)
         assert [index for index, _ in token.top] == indices.tolist()
         assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-4)
 
@@ -382,7 +383,7 @@ def test_failed_step_changes_nothing_and_can_be_retried(engine_of, naive, monkey
     for number, prompt in enumerate(PROMPTS):
         engine.submit(EngineRequest(str(number), prompt, greedy()))
     engine.submit(EngineRequest("late", [1], greedy()))
-    found: dict[str, list[RequestOutput]] = {}
+    results: dict[str, list[RequestOutput]] = {}
     forward, failures = engine.model_runner.model.forward, 0
     while engine.busy:
         monkeypatch.setattr(engine.model_runner.model, "forward", fail_after_first_layer(engine.model_runner.model))
@@ -393,10 +394,10 @@ def test_failed_step_changes_nothing_and_can_be_retried(engine_of, naive, monkey
         monkeypatch.setattr(engine.model_runner.model, "forward", forward)
         check_blocks(engine)
         for output in engine.step():
-            found.setdefault(output.id, []).append(output)
+            results.setdefault(output.id, []).append(output)
     assert failures > 12
-    assert [output.finish_reason for output in found["late"]] == ["cancelled"], "reported by the next step that succeeds"
-    assert [ids(found[str(number)]) for number in range(len(PROMPTS))] == [naive(prompt, 12) for prompt in PROMPTS]
+    assert [output.finish_reason for output in results["late"]] == ["cancelled"], "reported by the next step that succeeds"
+    assert [ids(results[str(number)]) for number in range(len(PROMPTS))] == [naive(prompt, 12) for prompt in PROMPTS]
 
 
 def fail_after_first_layer(model: Bumblebee):

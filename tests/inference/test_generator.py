@@ -127,18 +127,18 @@ def test_last_position_ends_with_length(tiny, tokenizer):
 
 def test_stop_ids_end_with_stop_and_have_no_text(generator):
     tokens = naive(generator, "The bee", 12)
-    place = next(i for i in range(2, 12) if tokens[i] not in tokens[:i])
-    stopped = with_stops(generator, [399, tokens[place]])
+    position = next(i for i in range(2, 12) if tokens[i] not in tokens[:i])
+    stopped = with_stops(generator, [399, tokens[position]])
     (out,) = stopped.generate(["The bee"], SamplingParams(max_new_tokens=12, temperature=0.0))
-    assert out.token_ids == tokens[: place + 1] and out.finish_reason == "stop"
+    assert out.token_ids == tokens[: position + 1] and out.finish_reason == "stop"
     assert "".join(stopped.stream("The bee", SamplingParams(max_new_tokens=12, temperature=0.0))) == out.text
 
 
 def test_rows_of_a_batch_end_independently(generator):
     """The first row stops early; the others are unaffected."""
     alone = {prompt: naive(generator, prompt, 12) for prompt in PROMPTS}
-    others = {token for prompt in PROMPTS[1:] for token in alone[prompt]}
-    stop = next(token for token in alone[PROMPTS[0]] if token not in others)
+    rest = {token for prompt in PROMPTS[1:] for token in alone[prompt]}
+    stop = next(token for token in alone[PROMPTS[0]] if token not in rest)
     outs = with_stops(generator, [stop]).generate(PROMPTS, SamplingParams(max_new_tokens=12, temperature=0.0))
     assert outs[0].finish_reason == "stop" and outs[0].token_ids[-1] == stop
     assert [out.token_ids for out in outs[1:]] == [alone[prompt] for prompt in PROMPTS[1:]]
@@ -239,11 +239,11 @@ def test_tokens_have_logprobs(generator):
 
 def test_cache_is_sized_for_the_batch(generator, monkeypatch):
     """A few blocks, not the thousands of positions of a long-lived engine."""
-    made = []
+    engines = []
     original = generator.engine
-    monkeypatch.setattr(generator, "engine", lambda options=None: made.append(original(options)) or made[-1])
+    monkeypatch.setattr(generator, "engine", lambda options=None: engines.append(original(options)) or engines[-1])
     generator.generate(PROMPTS, GREEDY)
-    assert made[0].block_pool.num_blocks == sum(-(-(len(generator.encode(prompt)) + 11) // 16) for prompt in PROMPTS)
+    assert engines[0].block_pool.num_blocks == sum(-(-(len(generator.encode(prompt)) + 11) // 16) for prompt in PROMPTS)
     config = generator.model.config
     assert original().block_pool.num_blocks == config.max_position_embeddings * 64 // 16  # for max_running sequences
     big = EngineConfig(max_running=10**6)
@@ -269,21 +269,21 @@ def test_uninitialised_cache_memory_is_never_read(generator, monkeypatch):
 
 
 def test_closing_a_stream_frees_its_engine(generator, monkeypatch):
-    made = []
+    engines = []
     original = generator.engine
 
     def engine(options):
         new = original(options)
-        made.append(weakref.ref(new))
+        engines.append(weakref.ref(new))
         return new
 
     monkeypatch.setattr(generator, "engine", engine)
     stream = generator.stream("The bee", SamplingParams(max_new_tokens=100, temperature=0.0, ignore_eos=True))
     next(stream)
-    assert made[0]() is not None
+    assert engines[0]() is not None
     stream.close()
     gc.collect()
-    assert made[0]() is None
+    assert engines[0]() is None
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def over_the_cache(model: Bumblebee, texts: list[list[int]], block_tables, chunk
         ends = [done[row] + count for row, count in zip(rows, counts, strict=True)]
         layers = cache.prepare(AttentionMetadata.build([block_tables[row] for row in rows], ends, counts, SIZE, CPU, padding))
         ids = [index for row, end in zip(rows, ends, strict=True) for index in texts[row][done[row] : end]]
-        position_ids = [place for row, end in zip(rows, ends, strict=True) for place in range(done[row], end)]
+        position_ids = [position for row, end in zip(rows, ends, strict=True) for position in range(done[row], end)]
         out = model(torch.tensor([ids]), torch.tensor([position_ids]), cache=layers)[0].split(counts)
         for row, end, part in zip(rows, ends, out, strict=True):
             logits[row].append(part)

@@ -200,19 +200,19 @@ def test_mixed_batch_draws_from_the_reference_distributions(batch, seed, width):
 def test_draws_do_not_depend_on_the_batch(temperature, options):
     logits = torch.randn(5, 9, 3000, generator=torch.Generator().manual_seed(0))
     ours = {"temperature": temperature, "logprobs": 2, **options}
-    others = [{}, {"temperature": 0.0}, {"top_k": 500, "logprobs": 7}, {"top_p": 0.99}, {"presence_penalty": 2.0}]
+    neighbours = [{}, {"temperature": 0.0}, {"top_k": 500, "logprobs": 7}, {"top_p": 0.99}, {"presence_penalty": 2.0}]
 
-    def run(place: int | None) -> list[SampledToken]:
-        requests = [state(seed=number, **each) for number, each in enumerate(others)]
-        requests = [state((1, 2), seed=7, **ours)] if place is None else requests
-        if place is not None:
-            requests.insert(place, state((1, 2), seed=7, **ours))
-        rows = [8] if place is None else [*range(place), 8, *range(place, len(others))]
-        return [sample(step[rows], requests)[place or 0] for step in logits]
+    def run(row: int | None) -> list[SampledToken]:
+        requests = [state(seed=number, **each) for number, each in enumerate(neighbours)]
+        requests = [state((1, 2), seed=7, **ours)] if row is None else requests
+        if row is not None:
+            requests.insert(row, state((1, 2), seed=7, **ours))
+        rows = [8] if row is None else [*range(row), 8, *range(row, len(neighbours))]
+        return [sample(step[rows], requests)[row or 0] for step in logits]
 
     alone = run(None)
-    for place in range(len(others) + 1):
-        among = run(place)
+    for row in range(len(neighbours) + 1):
+        among = run(row)
         assert [token.id for token in among] == [token.id for token in alone]
         assert [dict(token.top) for token in among] == [pytest.approx(dict(token.top)) for token in alone]
 

@@ -25,9 +25,9 @@ def sequence(prompt: list[int], new: int = 4) -> Sequence:
 def scheduler(
     *sequences: Sequence, blocks: int = 64, running: int = 16, tokens: int = 8, prefix_caching: bool = True
 ) -> Scheduler:
-    made = Scheduler(BlockPool(blocks, SIZE, prefix_caching), running, tokens)
-    made.waiting.extend(sequences)
-    return made
+    queue = Scheduler(BlockPool(blocks, SIZE, prefix_caching), running, tokens)
+    queue.waiting.extend(sequences)
+    return queue
 
 
 def step(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
