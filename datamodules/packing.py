@@ -26,7 +26,7 @@ TooLong = Literal["drop", "keep_start", "keep_end", "split"]
 
 @dataclass(frozen=True)
 class Chunks:
-    """Where the chunks of some sequences are in the token stream, and what was left out.
+    """Where the chunks of some sequences are in the token stream, and counts of what was dropped.
 
     Args:
         starts: first token of each chunk.

@@ -1,4 +1,4 @@
-"""What `datamodules.conversations` promises: three formats, one meaning, and for every mistake its file, line and key."""
+"""Conversations: three formats give the same messages, and every error names file, line and key."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_pair(value):
     return parse_preference(Record("data.jsonl", 7, value))
 
 
-# ---- what is sound
+# -- valid records -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def read_pair(value):
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "Ra"}, {"type": "text", "text": "in?"}]}, ANSWER]},
     ],
 )
-def test_every_format_of_one_conversation_gives_the_same_messages(value):
-    found = read(value)
-    assert found.messages == [USER, ANSWER] and found.tools is None
+def test_all_formats_give_the_same_messages(value):
+    parsed = read(value)
+    assert parsed.messages == [USER, ANSWER] and parsed.tools is None
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_every_format_of_one_conversation_gives_the_same_messages(value):
         {"messages": [SYSTEM, USER, ANSWER, {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "No."}]},
     ],
 )
-def test_several_turns_and_a_system_prompt_come_in_every_format(value):
+def test_all_formats_have_turns_and_system_prompts(value):
     later = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "No."}]
     assert read(value).messages == [SYSTEM, USER, ANSWER, *later]
 
 
-def test_an_input_stands_behind_its_instruction():
+def test_input_is_appended_to_the_instruction():
     assert read({"instruction": "Add.", "input": "1 + 1", "output": "2"}).messages[0]["content"] == "Add.\n1 + 1"
 
 
@@ -110,13 +110,13 @@ def test_an_input_stands_behind_its_instruction():
     ],
 )
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [{"type": "function", "function": TOOL}]])
-def test_calls_results_and_tools_come_out_in_one_form(value, tools):
-    found = read({**value, "tools": tools})
-    assert found.messages == [USER, CALLED, {"role": "tool", "content": "wet"}, ANSWER]
-    assert found.tools == [{"type": "function", "function": TOOL}]
+def test_calls_results_and_tools_are_normalized(value, tools):
+    parsed = read({**value, "tools": tools})
+    assert parsed.messages == [USER, CALLED, {"role": "tool", "content": "wet"}, ANSWER]
+    assert parsed.tools == [{"type": "function", "function": TOOL}]
 
 
-def test_ids_names_and_reasoning_of_messages_are_kept():
+def test_other_message_keys_are_kept():
     call = {**CALLED, "tool_calls": [{**CALLED["tool_calls"][0], "id": "abc"}], "reasoning_content": "hm"}
     result = {"role": "tool", "content": "", "tool_call_id": "abc", "name": "weather"}
     assert read({"messages": [USER, call, result, ANSWER]}).messages == [USER, call, result, ANSWER]
@@ -131,27 +131,27 @@ def test_ids_names_and_reasoning_of_messages_are_kept():
         {"messages": [USER], "chosen": ANSWER, "rejected": {"role": "assistant", "content": "No."}},
     ],
 )
-def test_every_format_of_one_preference_gives_the_same_pair(value):
-    found = read_pair(value)
-    assert (found.prompt, found.chosen, found.rejected) == ([USER], ANSWER, {"role": "assistant", "content": "No."})
-    assert found.tools is None
+def test_all_formats_give_the_same_preference_pair(value):
+    parsed = read_pair(value)
+    assert (parsed.prompt, parsed.chosen, parsed.rejected) == ([USER], ANSWER, {"role": "assistant", "content": "No."})
+    assert parsed.tools is None
 
 
-def test_an_answer_to_a_tool_and_a_call_can_be_preferred():
+def test_preferences_after_tool_results_and_between_calls():
     turns = [HUMAN, {"from": "function_call", "value": json.dumps(CALL)}, {"from": "observation", "value": "wet"}]
     assert read_pair({"conversations": turns, "chosen": GPT, "rejected": {**GPT, "value": "No."}}).prompt[-1]["role"] == "tool"
     call = {"from": "function_call", "value": json.dumps(CALL)}
     assert read_pair({"conversations": [HUMAN], "chosen": call, "rejected": GPT, "tools": [TOOL]}).chosen == CALLED
 
 
-def test_a_default_system_prompt_gives_way_to_the_records_own():
+def test_system_prompt_of_the_record_takes_precedence():
     assert with_system([USER, ANSWER], "Be brief.") == [SYSTEM, USER, ANSWER]
     assert with_system([USER, ANSWER], None) == with_system([USER, ANSWER], "") == [USER, ANSWER]
     own = [{"role": "system", "content": "Be long."}, USER, ANSWER]
     assert with_system(own, "Be brief.") == own
 
 
-# ---- complaints
+# -- errors --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_a_default_system_prompt_gives_way_to_the_records_own():
         ({"messages": [USER, ANSWER], "tools": [TOOL, {"parameters": {}}]}, "'tools'[1] has no function 'name'"),
     ],
 )
-def test_a_bad_conversation_is_refused_by_file_line_and_key(value, reason):
+def test_bad_conversation_is_rejected_with_line_and_key(value, reason):
     with pytest.raises(RecordError) as caught:
         read(value)
     assert str(caught.value).startswith("data.jsonl:7: ")
@@ -312,25 +312,25 @@ def test_a_bad_conversation_is_refused_by_file_line_and_key(value, reason):
         ({"messages": [], "chosen": ANSWER, "rejected": USER}, "'messages' is empty"),
     ],
 )
-def test_a_bad_preference_is_refused_by_file_line_and_key(value, reason):
+def test_bad_preference_is_rejected_with_line_and_key(value, reason):
     with pytest.raises(RecordError) as caught:
         read_pair(value)
     assert str(caught.value).startswith("data.jsonl:7: ")
     assert reason in str(caught.value)
 
 
-# ---- the samples and the document a newcomer starts with
+# -- shipped samples and documentation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "read_it"), [("sft", parse_conversation), ("preference", parse_preference)])
-def test_the_samples_are_sound_have_every_format_and_suit_the_default_template(name, read_it, tokenizer_folder):
+def test_shipped_chat_samples_are_valid(name, read_it, tokenizer_folder):
     template = Tokenizer.from_pretrained(tokenizer_folder).chat_template
     records = list(read_file(str(ROOT / "recipes" / "samples" / f"{name}.jsonl")))
     assert 20 <= len(records) <= 50
     assert {key for record in records for key in FORMATS.keys() & record.value.keys()} == set(FORMATS)
-    found = [read_it(record) for record in records]
-    assert any(chat.tools for chat in found)
-    for chat in found:
+    parsed = [read_it(record) for record in records]
+    assert any(chat.tools for chat in parsed)
+    for chat in parsed:
         if name == "sft":
             template.encode(chat.messages, chat.tools)
         else:
@@ -338,7 +338,7 @@ def test_the_samples_are_sound_have_every_format_and_suit_the_default_template(n
                 template.encode([*chat.prompt, answer], chat.tools, "last")
 
 
-def test_the_records_in_the_document_are_sound():
+def test_records_in_the_documentation_are_valid():
     document = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     kinds = {"## Pretraining": text_of, "## Conversations": parse_conversation, "## Preferences": parse_preference}
     for heading, read_it in kinds.items():

@@ -1,4 +1,4 @@
-"""Building caches: in workers as in one process, with less memory than data, and through kill -9."""
+"""Worker processes: same cache as one process, less memory than data, and killed processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Slow(TextTokenizer):
-    """Batches that take the longer the earlier they come, so that later ones are done first."""
+    """Takes longer for earlier batches, so that later ones finish first."""
 
     multithreaded = False
 
@@ -59,7 +59,7 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_workers_write_what_one_process_writes(encoder, tmp_path, monkeypatch):
+def test_workers_write_the_same_cache_as_one_process(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr("datamodules.worker_pool.BATCH_RECORDS", 7)
     bad = {3: "", 40: "", 41: ""}
     for processes in (1, 3):
@@ -71,7 +71,7 @@ def test_workers_write_what_one_process_writes(encoder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_bad_record_in_a_worker_stops_with_its_file_and_line_the_first_one_first(encoder, tmp_path, monkeypatch):
+def test_first_bad_record_in_a_worker_is_raised(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr("datamodules.worker_pool.BATCH_RECORDS", 7)
     with pytest.raises(RecordError, match=r"^a\.jsonl:30: no key 'text'; the record's keys: 'txt'$"):
         write_token_cache(tmp_path / "c", iter(records(60, {30: "", 31: "", 59: ""})), encoder, ["a.jsonl"], False, False, 2)
@@ -79,7 +79,7 @@ def test_a_bad_record_in_a_worker_stops_with_its_file_and_line_the_first_one_fir
 
 
 @pytest.mark.slow
-def test_what_was_read_before_an_error_is_encoded_before_it_is_raised(encoder):
+def test_batches_before_a_read_error_are_yielded_first(encoder):
     def breaking():
         yield from batched(records(20))
         raise RecordError("a.jsonl", 21, "the file is truncated")
@@ -93,7 +93,7 @@ def test_what_was_read_before_an_error_is_encoded_before_it_is_raised(encoder):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_told_and_an_error_of_ours_keeps_its_kind(encoder):
+def test_worker_errors_are_raised_in_the_parent(encoder):
     with pytest.raises(ValueError, match="was killed by signal 9; a common reason is too little memory"):
         list(tokenize_batches(encoder, batched(records(60, {30: "die"})), 2))
     with pytest.raises(ZeroDivisionError, match="our own mistake"):
@@ -101,7 +101,7 @@ def test_a_worker_that_is_killed_is_told_and_an_error_of_ours_keeps_its_kind(enc
 
 
 @pytest.mark.slow
-def test_no_worker_is_left_when_the_reader_of_the_blocks_stops_early(encoder):
+def test_workers_exit_when_the_consumer_stops_early(encoder):
     before = children(os.getpid())
     blocks = tokenize_batches(encoder, batched(records(60)), 2)
     next(blocks)
@@ -110,7 +110,7 @@ def test_no_worker_is_left_when_the_reader_of_the_blocks_stops_early(encoder):
     assert len(children(os.getpid()) - before) <= 1  # ps itself
 
 
-def test_workers_are_started_only_where_they_earn_their_start(encoder, monkeypatch):
+def test_workers_are_used_only_if_they_are_faster(encoder, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64), raising=False)
     assert worker_count(encoder, worker_pool.MIN_BYTES - 1) == 1
     assert worker_count(encoder, worker_pool.MIN_BYTES) == worker_pool.MAX_WORKERS
@@ -130,8 +130,8 @@ def start(folder: Path, tokenizer: Path, megabytes: int, file: Path, processes: 
 
 
 @pytest.mark.slow
-def test_a_cache_larger_than_memory_is_built_and_read(tokenizer_folder, tmp_path):
-    """100 MB of records and their 80 MB of tokens, with less memory than either."""
+def test_cache_may_be_larger_than_memory(tokenizer_folder, tmp_path):
+    """100 MB of records and 80 MB of tokens, with less memory than either."""
     line = json.dumps({"text": "the quick brown fox " * 30}) + "\n"
     count, megabytes = 160_000, 60
     with gzip.open(tmp_path / "large.jsonl.gz", "wt", compresslevel=1) as file:
@@ -147,8 +147,8 @@ def test_a_cache_larger_than_memory_is_built_and_read(tokenizer_folder, tmp_path
 
 
 def children(parent: int) -> set[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True).stdout.split()
-    return {int(pid) for pid in found}
+    pids = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True).stdout.split()
+    return {int(pid) for pid in pids}
 
 
 def is_gone(pid: int) -> bool:
@@ -158,7 +158,7 @@ def is_gone(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_build_that_is_killed_leaves_nothing_that_is_used_and_the_next_one_is_whole(processes, tokenizer_folder, tmp_path):
+def test_killed_write_is_cleaned_up_and_repeated(processes, tokenizer_folder, tmp_path):
     caches = tmp_path / "caches"
     file, other = tmp_path / "texts.jsonl", tmp_path / "other.jsonl"
     file.write_text("".join(json.dumps({"text": f"text number {n} of very many"}) + "\n" for n in range(60_000)))
