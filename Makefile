@@ -73,6 +73,7 @@ lint: .venv  ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(PACKAGES)
+	$(BIN)/lint-imports --no-cache
 
 types: .venv  ## run mypy only
 	$(BIN)/mypy $(PACKAGES)

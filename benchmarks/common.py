@@ -1,7 +1,8 @@
-"""What the benchmarks share: a table, and the line that says where the figures are from."""
+"""Shared by the benchmarks: command line, subprocesses, medians, and the header and tables of the results."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import resource
@@ -13,19 +14,24 @@ from datetime import date
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def parser(docstring: str | None) -> argparse.ArgumentParser:
+    """An argument parser whose help is the script's docstring."""
+    return argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def peak_memory() -> float:
-    """The largest resident memory of this process so far, in GB."""
+    """Peak resident memory of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def in_a_process(script: str, *words: str) -> list[float]:
-    """Run a script with words in a process of its own; the numbers on its last line."""
-    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=True)
+def run_in_subprocess(script: str, *args: str) -> list[float]:
+    """Run a script in a new process and return the numbers on its last line."""
+    done = subprocess.run([sys.executable, script, *args], capture_output=True, text=True, check=True)
     return [float(word) for word in done.stdout.splitlines()[-1].split()]
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle value."""
+    """The median; of an even number of values the upper one."""
     return sorted(values)[len(values) // 2]
 
 
@@ -40,7 +46,7 @@ def header(title: str) -> str:
     return f"# {title}\n\n`{command}`: {device}, torch {torch.__version__}, commit {commit}, {date.today()}\n"
 
 
-def table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [names, ["---"] * len(names), *rows]]
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [columns, ["---"] * len(columns), *rows]]
     return "\n".join(lines)

@@ -1,25 +1,25 @@
-"""What do 8 experts, 2 for each token, cost beside one dense layer as wide as two of them, and beside transformers' block?
+"""Measure the cost of a mixture of experts against a dense layer of equal active width, and against transformers' block.
 
-    python benchmarks/moe.py [bf16]     hidden size 512, experts 704 wide, 2048 tokens, forward and backward; half a minute
+    python benchmarks/moe.py [fp32|bf16]
 
-The dense layer multiplies as many weights for each token, so what is above its time is the price of routing: the router,
-sorting, and smaller matrix products. Before anything is measured, outputs and gradients of ours and transformers' are compared.
-All take turns, and processor time is what is told: a busy machine disturbs it least. Ratios are medians of the turns' own.
-Each turn has other tokens, as in training: experts then have other numbers of rows, and in bf16 the CPU's library makes a
-kernel for each number that it meets.
+8 experts 704 wide, top-2 routing, hidden size 512, 2048 tokens, forward and backward. Takes half a minute.
+
+The dense layer multiplies as many weights per token, so the difference is the price of routing: the router, sorting, and
+smaller matmuls. Outputs and gradients are compared with transformers' first. The variants run in turn, and CPU time is
+measured, which other load on the machine disturbs least. Ratios are medians over the rounds. Each round has new tokens, as in
+training: the number of rows per expert changes, and in bf16 oneDNN compiles a kernel for each number.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 
-from common import header, median, table
+from common import header, median, parser, table
 
-TOKENS, HIDDEN, INNER, EXPERTS, CHOSEN, ROUNDS = 2048, 512, 704, 8, 2, 15
+TOKENS, HIDDEN, EXPERT_WIDTH, EXPERTS, TOP_K, ROUNDS = 2048, 512, 704, 8, 2, 15
 
 
-def parts(dtype: str) -> dict:
+def make_modules(dtype: str) -> dict:
     import torch
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -28,8 +28,13 @@ def parts(dtype: str) -> dict:
     from bumblebee.nn.moe import mixture_of_experts
 
     torch.manual_seed(0)
-    ours = mixture_of_experts(HIDDEN, INNER, EXPERTS, CHOSEN)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN}
+    ours = mixture_of_experts(HIDDEN, EXPERT_WIDTH, EXPERTS, TOP_K)
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": EXPERT_WIDTH,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+    }
     blocks = {}
     for name in ("eager", "grouped_mm"):
         config = MixtralConfig(**sizes)
@@ -40,58 +45,61 @@ def parts(dtype: str) -> dict:
             parameter.normal_(std=0.02)
     for block in blocks.values():
         block.load_state_dict(ours.state_dict())
-    found = {"dense": GatedMLP(HIDDEN, CHOSEN * INNER), "ours": ours, **blocks}
-    return {name: part.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]) for name, part in found.items()}
+    modules = {"dense": GatedMLP(HIDDEN, TOP_K * EXPERT_WIDTH), "Bumblebee": ours, **blocks}
+    return {name: module.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]) for name, module in modules.items()}
 
 
-def batch(dtype: str, seed: int):
+def make_batch(dtype: str, seed: int):
+    """Input and output gradient."""
     import torch
 
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     torch.manual_seed(seed)
-    x, slopes = torch.randn(1, TOKENS, HIDDEN).to(kind).requires_grad_(), torch.randn(1, TOKENS, HIDDEN).to(kind)
-    return x, slopes
+    x, grad = torch.randn(1, TOKENS, HIDDEN).to(torch_dtype).requires_grad_(), torch.randn(1, TOKENS, HIDDEN).to(torch_dtype)
+    return x, grad
 
 
-def difference(ours, theirs) -> float:
-    """The largest difference of outputs and gradients, each over its own largest number."""
+def max_difference(ours, theirs) -> float:
+    """The largest difference of outputs and gradients, each relative to its own maximum."""
     results = []
-    for part in (ours, theirs):
-        x, slopes = batch("fp32", seed=0)
-        part.zero_grad()
-        out = part(x)
-        out.backward(slopes)
-        results.append([out.detach(), x.grad, *(parameter.grad for _, parameter in sorted(part.named_parameters()))])
+    for module in (ours, theirs):
+        x, grad = make_batch("fp32", seed=0)
+        module.zero_grad()
+        out = module(x)
+        out.backward(grad)
+        results.append([out.detach(), x.grad, *(parameter.grad for _, parameter in sorted(module.named_parameters()))])
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))
 
 
-def timed(part, dtype: str, seed: int) -> float:
-    x, slopes = batch(dtype, seed)
-    part.zero_grad()
+def cpu_seconds(module, dtype: str, seed: int) -> float:
+    x, grad = make_batch(dtype, seed)
+    module.zero_grad()
     started = time.process_time()
-    part(x).backward(slopes)
+    module(x).backward(grad)
     return time.process_time() - started
 
 
 def main(dtype: str) -> None:
-    print(header(f"{EXPERTS} experts, {CHOSEN} for each of {TOKENS} tokens, {dtype}"))
-    found = parts(dtype)
-    theirs = [name for name in found if name.startswith("transformers")]
-    if dtype == "fp32":  # in bf16 a choice may fall differently: their router is rounded
-        worst = max(difference(found["ours"], found[name]) for name in theirs)
-        print(f"outputs and gradients differ from transformers' by {worst:.1e} at most\n")
-    seconds: dict[str, list[float]] = {name: [] for name in found}
-    for turn in range(1 + ROUNDS):
-        for name, part in found.items():
-            taken = timed(part, dtype, turn)
-            if turn:  # the first warms up
-                seconds[name].append(taken)
+    print(header(f"{EXPERTS} experts, top-{TOP_K} routing of {TOKENS} tokens, {dtype}"))
+    modules = make_modules(dtype)
+    if dtype == "fp32":  # in bf16 transformers rounds the router, so routing may differ
+        peers = [module for name, module in modules.items() if name.startswith("transformers")]
+        worst = max(max_difference(modules["Bumblebee"], peer) for peer in peers)
+        print(f"Outputs and gradients differ from transformers' by at most {worst:.1e}.\n")
+    seconds: dict[str, list[float]] = {name: [] for name in modules}
+    for number in range(1 + ROUNDS):
+        for name, module in modules.items():
+            elapsed = cpu_seconds(module, dtype, number)
+            if number:  # the first round is a warm-up
+                seconds[name].append(elapsed)
     rows = []
     for name, times in seconds.items():
         ratios = [a / b for a, b in zip(times, seconds["dense"], strict=True)]
         rows.append([name, f"{1e3 * median(times):.0f}", f"{median(ratios):.2f}"])
-    print(table(["feed-forward part", "forward and backward, processor ms", "of dense"], rows))
+    print(table(["MLP", "forward + backward, CPU ms", "vs dense"], rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "fp32")
+    arguments = parser(__doc__)
+    arguments.add_argument("dtype", nargs="?", choices=["fp32", "bf16"], default="fp32")
+    main(arguments.parse_args().dtype)

@@ -1,19 +1,21 @@
-"""How long does it take to choose the next token of 16 requests, next to transformers' logits processors and multinomial?
+"""Measure sampling the next token of 16 requests, against transformers' logits processors and ``multinomial``.
 
-    python benchmarks/sampler.py        vocabularies of 8,192 and 151,936, fp32; about half a minute
+    python benchmarks/sampler.py
 
-Milliseconds of one step, the median of several; both take turns. The probability of a token falls with its rank to the power
-of 1.8, so that the most likely 24 hold 95 %, about as those of a trained model; "untrained" are normal logits, of which three
-quarters of the vocabulary are needed. transformers' generate has one set of options for a batch, so all requests have the same;
-"all options" is repetition penalty 1.1 over 500 ids, temperature 0.8, top-k 50, top-p 0.95, min-p 0.05. Before anything is
-measured it is checked that both choose the same tokens about as often.
+Vocabularies of 8,192 and 151,936, fp32. Takes about half a minute.
+
+Milliseconds per step, the median of several; both run in turn. Token probabilities fall with rank to the power of 1.8, so that
+the 24 most likely tokens hold 95 %, about as in a trained model; "untrained" are normal logits, where top-p 0.95 keeps three
+quarters of the vocabulary. transformers' ``generate`` has one set of options per batch, so all requests have the same; "all
+options" is repetition penalty 1.1 over 500 ids, temperature 0.8, top-k 50, top-p 0.95, min-p 0.05. First, both must choose the
+same tokens about equally often.
 """
 
 from __future__ import annotations
 
 import time
 
-from common import header, median, table
+from common import header, median, parser, table
 
 REQUESTS, ROUNDS, PROMPT = 16, 7, 500
 OPTIONS = {
@@ -26,7 +28,7 @@ OPTIONS = {
 }
 
 
-def logits_of(vocabulary: int, trained: bool):
+def make_logits(vocabulary: int, trained: bool):
     """(16, V)."""
     import torch
 
@@ -37,8 +39,8 @@ def logits_of(vocabulary: int, trained: bool):
     return -1.8 * (ranks + 1).log()
 
 
-def ours(logits, prompts, options):
-    """A function that takes one step."""
+def bumblebee_step(logits, prompts, options):
+    """A function that samples one step."""
     from bumblebee.inference.sampler import SamplerState, sample
     from bumblebee.inference.sampling_params import SamplingParams
 
@@ -46,18 +48,18 @@ def ours(logits, prompts, options):
     return lambda: [token.id for token in sample(logits, states)]
 
 
-def theirs(logits, prompts, options):
-    """As generate does it: a list of processors, softmax, multinomial."""
+def transformers_step(logits, prompts, options):
+    """A function that samples one step as ``generate`` does: logits processors, softmax, multinomial."""
     import torch
     from transformers.generation import logits_process
 
     processors = logits_process.LogitsProcessorList()
     if "repetition_penalty" in options:
         processors.append(logits_process.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
-    kinds = {"temperature": "TemperatureLogitsWarper", "top_k": "TopKLogitsWarper", "top_p": "TopPLogitsWarper"}
-    for name, kind in {**kinds, "min_p": "MinPLogitsWarper"}.items():
+    warpers = {"temperature": "TemperatureLogitsWarper", "top_k": "TopKLogitsWarper", "top_p": "TopPLogitsWarper"}
+    for name, warper in {**warpers, "min_p": "MinPLogitsWarper"}.items():
         if options.get(name):
-            processors.append(getattr(logits_process, kind)(options[name]))
+            processors.append(getattr(logits_process, warper)(options[name]))
 
     def step():
         scores = processors(prompts, logits.clone())  # the repetition penalty works in place
@@ -68,12 +70,15 @@ def theirs(logits, prompts, options):
     return step
 
 
+SAMPLERS = (bumblebee_step, transformers_step)
+
+
 def check(logits, prompts, options) -> None:
-    """Over many draws from one row of logits, both choose the same tokens about as often."""
+    """Assert that over many draws from one row of logits, both choose the same tokens about equally often."""
     import torch
 
     row, ids = logits[:1].expand(2000, -1), prompts[:1].expand(2000, -1)
-    counts = [torch.bincount(torch.tensor(way(row, ids, options)()), minlength=row.shape[1]) for way in (ours, theirs)]
+    counts = [torch.bincount(torch.tensor(make(row, ids, options)()), minlength=row.shape[1]) for make in SAMPLERS]
     difference = (counts[0] - counts[1]).abs().sum() / 2 / len(row)
     assert difference < 0.15, f"{options}: {difference:.2f} of the draws differ"
 
@@ -85,32 +90,33 @@ def milliseconds(step) -> float:
 
 
 def measure(logits, prompts, options) -> tuple[float, float]:
-    """Medians of our and their steps."""
-    steps = [way(logits, prompts, options) for way in (ours, theirs)]
+    """Median milliseconds of our step and transformers'."""
+    steps = [make(logits, prompts, options) for make in SAMPLERS]
     for step in steps:
         step()
-    pairs = [[milliseconds(step) for step in steps] for _ in range(ROUNDS)]
-    mine, other = ([pair[place] for pair in pairs] for place in (0, 1))
-    return median(mine), median(other)
+    rounds = [[milliseconds(step) for step in steps] for _ in range(ROUNDS)]
+    ours, theirs = zip(*rounds, strict=True)
+    return median(ours), median(theirs)
 
 
 def main() -> None:
     import torch
     import transformers
 
-    print(header(f"The next token of {REQUESTS} requests"))
+    print(header(f"Sampling the next token of {REQUESTS} requests"))
     print(f"transformers {transformers.__version__}, {torch.get_num_threads()} threads\n")
     rows = []
     for vocabulary in (8_192, 151_936):
         prompts = torch.randint(vocabulary, (REQUESTS, PROMPT))
         for name, options in OPTIONS.items():
-            logits = logits_of(vocabulary, "untrained" not in name)
+            logits = make_logits(vocabulary, "untrained" not in name)
             if vocabulary == 8_192:
                 check(logits[:, :50], prompts % 50, options)
-            mine, other = measure(logits, prompts, options)
-            rows.append([f"{vocabulary:,}", name, f"{mine:.2f}", f"{other:.2f}", f"{other / mine:.1f}"])
-    print(table(["vocabulary", "options", "bumblebee, ms", "transformers, ms", "times as fast"], rows))
+            ours, theirs = measure(logits, prompts, options)
+            rows.append([f"{vocabulary:,}", name, f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.1f}"])
+    print(table(["vocabulary", "options", "Bumblebee, ms", "transformers, ms", "speedup"], rows))
 
 
 if __name__ == "__main__":
+    parser(__doc__).parse_args()
     main()

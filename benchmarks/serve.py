@@ -1,15 +1,17 @@
-"""How does the server answer many at once, against transformers' generate behind the same kind of HTTP server?
+"""Measure the server under concurrent load, against transformers' ``generate`` in the same kind of HTTP server.
 
-    python benchmarks/serve.py [fp32|bf16]     26.7 M parameters; about five minutes
+    python benchmarks/serve.py [fp32|bf16]
 
-Both servers load the same folder, run on the same cores and are asked by the same client: prompts of 128 tokens, 128 new ones,
-greedy, streamed. First it is checked that they answer with the same tokens. Then, taking turns:
+26.7 M parameters. Takes about five minutes.
 
-- streams: one after the other, and 16 at once. transformers' generate takes one request at a time, as it does behind a lock.
-- arrivals: requests come at random (Poisson) at several rates. Time to the first token, time of each further one, and goodput:
-  answers a second of those that kept both within bounds.
-- a burst of 200 requests at once to our server: each must be answered or refused.
-- idle: processor time of our server's processes while nobody asks.
+Both servers load the same folder, run on the same cores and serve the same client: prompts of 128 tokens, 128 new tokens,
+greedy, streamed. Their tokens are compared first. Then, in turn:
+
+- streams: sequential requests, and 16 concurrent ones. transformers' generate runs one request at a time, under a lock.
+- arrivals: Poisson arrivals at several rates: time to first token (TTFT), time per output token (TPOT), goodput: completions
+  per second that stay within both latency bounds.
+- burst: 200 simultaneous requests to our server; each must be completed or refused.
+- idle: CPU time of our server's processes without requests.
 """
 
 from __future__ import annotations
@@ -29,21 +31,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import header, median, table
+from common import header, median, parser, table
 
 PROMPT, NEW, VOCABULARY = 128, 128, 8192
-TURNS, AT_ONCE, BURST = 3, 16, 200
-RATES, ARRIVALS = (0.5, 2.0, 8.0), 30  # requests a second; requests at each rate
-FIRST, FURTHER = 1.0, 0.1  # seconds that an answer may take to be good: to its first token, to each further one
+ROUNDS, CONCURRENT, BURST = 3, 16, 200
+RATES, ARRIVALS = (0.5, 2.0, 8.0), 30  # requests/s; requests per rate
+FIRST, FURTHER = 1.0, 0.1  # latency bounds of goodput in seconds: time to first token, time per further token
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 THREADS = "2"
-QUICKSTART = str(Path(__file__).parents[1] / "recipes" / "quickstart")  # reads the text that the tokenizer is trained on
-END = 0  # id of the end-of-text token, which is forbidden: all answers are of one length
+QUICKSTART = str(Path(__file__).parents[1] / "recipes" / "quickstart")  # reads the tokenizer's training text
+END = 0  # id of the end-of-text token, which is forbidden, so that all completions have the same length
 
 
 @dataclass
-class Answer:
-    """What came back, and when (seconds since the request)."""
+class Completion:
+    """A response, with times in seconds since the request."""
 
     status: int = 200
     tokens: list[str] = field(default_factory=list)
@@ -53,12 +55,12 @@ class Answer:
 
     @property
     def further(self) -> float:
-        """Seconds of each token after the first."""
+        """Seconds per token after the first."""
         return (self.last - self.first) / (NEW - 1)
 
     @property
     def good(self) -> bool:
-        """Whether it came within the bounds."""
+        """Whether it is within the latency bounds."""
         return self.status == 200 and self.first <= FIRST and self.further <= FURTHER
 
 
@@ -79,7 +81,7 @@ def make_folder(folder: Path) -> None:
         "vocab_size": VOCABULARY, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 1024,
     }  # fmt: skip
-    config = BumblebeeConfig(**shape, initializer_range=0.1)  # so that texts vary
+    config = BumblebeeConfig(**shape, initializer_range=0.1)  # varied text
     Bumblebee(config).save_pretrained(folder)
     tokenizer = Tokenizer.train([entry.document for entry in stdlib_docs.entries()], VOCABULARY)
     assert tokenizer.eos_token_id == END
@@ -87,7 +89,7 @@ def make_folder(folder: Path) -> None:
 
 
 def peer(folder: str, dtype: str, port: int) -> None:
-    """transformers' generate behind Starlette and uvicorn, one request at a time."""
+    """Serve transformers' generate with Starlette and uvicorn, one request at a time."""
     import threading
 
     import torch
@@ -161,15 +163,15 @@ def free_port() -> int:
 
 @contextmanager
 def server(command: Sequence[str], port: int) -> Iterator[tuple[str, int]]:
-    """(address, process id) of a server that is ready; it is told to end afterwards."""
+    """Start a server and wait until it is ready; yields (address, process id) and terminates it afterwards."""
     import httpx
 
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[1])  # here a script has the name of a package
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1])  # benchmarks/serve.py shadows the package
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
             time.sleep(0.2)
-            assert process.poll() is None, "the server has ended"
+            assert process.poll() is None, "the server exited"
             try:
                 if httpx.get(f"{address}/ready").status_code == 200:
                     break
@@ -185,159 +187,168 @@ def server(command: Sequence[str], port: int) -> Iterator[tuple[str, int]]:
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:
-    """Prompts that share nothing, so that no cache helps."""
-    draw = random.Random(seed)
-    return [[draw.randrange(1, VOCABULARY) for _ in range(PROMPT)] for _ in range(count)]
+    """Random prompts without common prefixes, so that the prefix cache does not help."""
+    rng = random.Random(seed)
+    return [[rng.randrange(1, VOCABULARY) for _ in range(PROMPT)] for _ in range(count)]
 
 
-async def ask(client, address: str, prompt: list[int]) -> Answer:
-    """One streamed request."""
-    answer, begin = Answer(), time.perf_counter()
+async def complete(client, address: str, prompt: list[int]) -> Completion:
+    """Send one streamed request."""
+    completion, begin = Completion(), time.perf_counter()
     body = {"model": "bumblebee", "prompt": prompt, "max_tokens": NEW, "temperature": 0, "stream": True, "logprobs": 0}
     body["logit_bias"] = {str(END): -100}
     async with client.stream("POST", f"{address}/v1/completions", json=body) as response:
-        answer.status = response.status_code
+        completion.status = response.status_code
         async for line in response.aiter_lines():
             if response.status_code == 200 and line.startswith("data: {"):
                 choices = json.loads(line[6:])["choices"]
                 tokens = choices[0]["logprobs"]["tokens"] if choices and choices[0].get("logprobs") else []
-                answer.tokens += tokens
-                answer.text += choices[0].get("text", "") if choices else ""
-                answer.last = time.perf_counter() - begin
-                answer.first = answer.first or answer.last
-    return answer
+                completion.tokens += tokens
+                completion.text += choices[0].get("text", "") if choices else ""
+                completion.last = time.perf_counter() - begin
+                completion.first = completion.first or completion.last
+    return completion
 
 
-async def all_at(address: str, asked: list[list[int]], times: Sequence[float]) -> tuple[float, list[Answer]]:
-    """Ask each prompt at its time; (seconds for all, answers)."""
+async def send_all(address: str, prompt_list: list[list[int]], times: Sequence[float]) -> tuple[float, list[Completion]]:
+    """Send each prompt at its time; returns (total seconds, completions)."""
     import httpx
 
     async def later(client, prompt, at):
         await asyncio.sleep(at)
-        return await ask(client, address, prompt)
+        return await complete(client, address, prompt)
 
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None)) as client:
         begin = time.perf_counter()
-        answers = await asyncio.gather(*(later(client, prompt, at) for prompt, at in zip(asked, times, strict=True)))
-        return time.perf_counter() - begin, list(answers)
+        completions = await asyncio.gather(*(later(client, prompt, at) for prompt, at in zip(prompt_list, times, strict=True)))
+        return time.perf_counter() - begin, list(completions)
 
 
-async def one_after_the_other(address: str, asked: list[list[int]]) -> tuple[float, list[Answer]]:
-    """(seconds, answers)."""
-    parts = [await all_at(address, [prompt], [0.0]) for prompt in asked]
-    return sum(seconds for seconds, _ in parts), [answer for _, answers in parts for answer in answers]
+async def send_sequentially(address: str, prompt_list: list[list[int]]) -> tuple[float, list[Completion]]:
+    """Send each prompt after the previous completion; returns (total seconds, completions)."""
+    parts = [await send_all(address, [prompt], [0.0]) for prompt in prompt_list]
+    return sum(seconds for seconds, _ in parts), [completion for _, completions in parts for completion in completions]
 
 
-# -- what is measured ----------------------------------------------------------------------------------------------------
+# -- measurements ---------------------------------------------------------------------------------------------------------
 
 
 def check_equal(ours: str, theirs: str, dtype: str) -> str:
-    """Both answer the same: in fp32 to the end, in bf16 as far as rounding does not part them, which is told."""
-    asked = prompts(4, 1)
-    mine, others = (asyncio.run(one_after_the_other(each, asked))[1] for each in (ours, theirs))
-    assert all(len(answer.tokens) == NEW for answer in [*mine, *others]), [len(answer.tokens) for answer in [*mine, *others]]
+    """Compare the completions: equal in fp32; in bf16, where rounding differs, report the common prefixes."""
+    prompt_list = prompts(4, 1)
+    mine, others = (asyncio.run(send_sequentially(each, prompt_list))[1] for each in (ours, theirs))
+    lengths = [len(completion.tokens) for completion in [*mine, *others]]
+    assert all(length == NEW for length in lengths), lengths
     shared = [os.path.commonprefix([a.text, b.text]) for a, b in zip(mine, others, strict=True)]
     equal = sum(a.text == b.text for a, b in zip(mine, others, strict=True))
-    assert dtype != "fp32" or equal == len(asked), "the answers differ"
-    return f"equal answers: {equal} of {len(asked)}; all begin with at least {min(map(len, shared))} equal characters"
+    assert dtype != "fp32" or equal == len(prompt_list), "the completions differ"
+    return f"Equal completions: {equal} of {len(prompt_list)}; common prefixes of at least {min(map(len, shared))} characters."
 
 
 def streams(ours: str, theirs: str) -> list[list[object]]:
-    """Tokens a second of one stream after the other and of many at once."""
+    """Tokens per second of sequential and of concurrent streams."""
     rates: dict[str, list[float]] = {"theirs": [], "one": [], "many": []}
-    for turn in range(TURNS):
+    for number in range(ROUNDS):
         for name, address, count in (("theirs", theirs, 2), ("one", ours, 2)):
-            seconds, _ = asyncio.run(one_after_the_other(address, prompts(count, 10 + turn)))
+            seconds, _ = asyncio.run(send_sequentially(address, prompts(count, 10 + number)))
             rates[name].append(count * NEW / seconds)
-        seconds, answers = asyncio.run(all_at(ours, prompts(AT_ONCE, 20 + turn), [0.0] * AT_ONCE))
-        assert all(answer.status == 200 and len(answer.tokens) == NEW for answer in answers)
-        rates["many"].append(AT_ONCE * NEW / seconds)
+        seconds, completions = asyncio.run(send_all(ours, prompts(CONCURRENT, 20 + number), [0.0] * CONCURRENT))
+        assert all(completion.status == 200 and len(completion.tokens) == NEW for completion in completions)
+        rates["many"].append(CONCURRENT * NEW / seconds)
 
     def ratio(name: str, over: str) -> str:
         return f"{median([a / b for a, b in zip(rates[name], rates[over], strict=True)]):.2f}"
 
     return [
-        ["transformers, one after the other", f"{median(rates['theirs']):.0f}", "1", ""],
-        ["Bumblebee, one after the other", f"{median(rates['one']):.0f}", ratio("one", "theirs"), "1"],
-        [f"Bumblebee, {AT_ONCE} at once", f"{median(rates['many']):.0f}", ratio("many", "theirs"), ratio("many", "one")],
+        ["transformers, sequential", f"{median(rates['theirs']):.0f}", "1", ""],
+        ["Bumblebee, sequential", f"{median(rates['one']):.0f}", ratio("one", "theirs"), "1"],
+        [f"Bumblebee, {CONCURRENT} concurrent", f"{median(rates['many']):.0f}", ratio("many", "theirs"), ratio("many", "one")],
     ]
 
 
 def arrivals(address: str, rate: float) -> list[object]:
-    """Latencies in milliseconds and goodput at one rate."""
-    draw = random.Random(3)
+    """Latency percentiles in milliseconds, and goodput, at one rate."""
+    rng = random.Random(3)
     times, now = [], 0.0
     for _ in range(ARRIVALS):
-        now += draw.expovariate(rate)
+        now += rng.expovariate(rate)
         times.append(now)
-    seconds, answers = asyncio.run(all_at(address, prompts(ARRIVALS, 4), times))
-    done = [answer for answer in answers if answer.status == 200]
+    seconds, completions = asyncio.run(send_all(address, prompts(ARRIVALS, 4), times))
+    done = [completion for completion in completions if completion.status == 200]
 
-    def at(values: list[float]) -> str:
+    def percentiles(values: list[float]) -> str:
         values = sorted(values)
-        return " / ".join(f"{1000 * values[min(int(share * len(values)), len(values) - 1)]:.0f}" for share in (0.5, 0.9, 0.99))
+        return " / ".join(
+            f"{1000 * values[min(int(fraction * len(values)), len(values) - 1)]:.0f}" for fraction in (0.5, 0.9, 0.99)
+        )
 
-    good = sum(answer.good for answer in answers) / seconds
+    good = sum(completion.good for completion in completions) / seconds
     return [
-        at([answer.first for answer in done]),
-        at([answer.further for answer in done]),
+        percentiles([completion.first for completion in done]),
+        percentiles([completion.further for completion in done]),
         f"{good:.2f}",
-        len(answers) - len(done),
+        len(completions) - len(done),
     ]
 
 
 def burst(address: str) -> str:
-    """What becomes of many requests at once."""
-    seconds, answers = asyncio.run(all_at(address, prompts(BURST, 5), [0.0] * BURST))
-    whole = sum(answer.status == 200 and len(answer.tokens) == NEW for answer in answers)
-    refused = sum(answer.status in (429, 503) for answer in answers)
-    assert whole + refused == BURST, sorted({(answer.status, len(answer.tokens)) for answer in answers})
-    return f"{BURST} requests at once: {whole} answered whole, {refused} refused, in {seconds:.0f} s"
+    """Outcome of many simultaneous requests."""
+    seconds, completions = asyncio.run(send_all(address, prompts(BURST, 5), [0.0] * BURST))
+    completed = sum(completion.status == 200 and len(completion.tokens) == NEW for completion in completions)
+    refused = sum(completion.status in (429, 503) for completion in completions)
+    assert completed + refused == BURST, sorted({(completion.status, len(completion.tokens)) for completion in completions})
+    return f"{BURST} simultaneous requests: {completed} completed, {refused} refused, in {seconds:.0f} s."
 
 
 def idle(process_id: int, seconds: float = 10.0) -> str:
-    """Processor time of a process and its children."""
+    """CPU time of an idle process and its children."""
     import psutil
 
     parent = psutil.Process(process_id)
-    family = [parent, *parent.children(recursive=True)]
+    processes = [parent, *parent.children(recursive=True)]
 
     def used() -> float:
-        return sum(sum(each.cpu_times()[:2]) for each in family)
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
 
     time.sleep(2)
     before = used()
     time.sleep(seconds)
-    return f"idle: {100 * (used() - before) / seconds:.2f} % of a core in {len(family)} processes"
+    return f"Idle: {100 * (used() - before) / seconds:.2f} % of a core in {len(processes)} processes."
 
 
 def main(dtype: str) -> None:
     os.environ["OMP_NUM_THREADS"] = THREADS
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder))
-        port, other = free_port(), free_port()
+        port, peer_port = free_port(), free_port()
         mine = [sys.executable, "-m", "bumblebee", "serve", "--model", folder, "--port", str(port), "--dtype", DTYPES[dtype]]
-        theirs = [sys.executable, str(Path(__file__).resolve()), "peer", folder, dtype, str(other)]
-        with server(mine, port) as (ours, process_id), server(theirs, other) as (peers, _):
+        theirs = [sys.executable, str(Path(__file__).resolve()), "--peer", folder, dtype, str(peer_port)]
+        with server(mine, port) as (ours, process_id), server(theirs, peer_port) as (peers, _):
             print(
-                header(f"Serving, {dtype}, 26.7 M parameters, prompts of {PROMPT}, answers of {NEW} tokens, {THREADS} threads")
+                header(
+                    f"Serving, {dtype}, 26.7 M parameters, prompts of {PROMPT}, completions of {NEW} tokens, {THREADS} threads"
+                )
             )
             print(check_equal(ours, peers, dtype), "\n")
-            print(table(["server", "tokens/s", "of transformers", "of one stream"], streams(ours, peers)), "\n")
-            names = ["requests/s", "server", "first token, ms, p50 / 90 / 99", "each further, ms", "good answers/s", "refused"]
+            print(table(["server", "tokens/s", "vs transformers", "vs sequential"], streams(ours, peers)), "\n")
+            columns = ["requests/s", "server", "TTFT, ms, p50 / 90 / 99", "TPOT, ms, p50 / 90 / 99", "goodput, 1/s", "refused"]
             rows = [
                 [rate, name, *arrivals(address, rate)]
                 for rate in RATES
                 for name, address in (("transformers", peers), ("Bumblebee", ours))
             ]
-            print(f"{ARRIVALS} arrivals at each rate; good is a first token in {FIRST} s and {FURTHER} s for each further\n")
-            print(table(names, rows), "\n")
+            print(f"{ARRIVALS} arrivals per rate. Goodput: TTFT at most {FIRST} s, TPOT at most {FURTHER} s.\n")
+            print(table(columns, rows), "\n")
             print(burst(ours), "\n")
             print(idle(process_id))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["peer"]:
-        peer(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    arguments = parser(__doc__)
+    arguments.add_argument("dtype", nargs="?", choices=["fp32", "bf16"], default="bf16")
+    arguments.add_argument("--peer", nargs=3, metavar=("FOLDER", "DTYPE", "PORT"), help="used by the script itself")
+    options = arguments.parse_args()
+    if options.peer:
+        peer(options.peer[0], options.peer[1], int(options.peer[2]))
     else:
-        main(sys.argv[1] if len(sys.argv) > 1 else "bf16")
+        main(options.dtype)

@@ -1,7 +1,7 @@
 """Model configuration: one dataclass with Hugging Face's field names, and presets of published sizes.
 
 ``BumblebeeConfig.preset("0.5b", num_hidden_layers=4)`` starts from a preset and overrides fields. Conversion from and to the
-config.json of each model family is in ``bumblebee/checkpoint/families.py``.
+config.json of each model family is in ``bumblebee/checkpoint/families/``.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bumblebee.checkpoint.hf_folder import load_config, load_weights
+from bumblebee.checkpoint.hf_folder import load_config
+from bumblebee.checkpoint.weight_loader import load_weights
 from bumblebee.config import BumblebeeConfig
 from bumblebee.models.base import LanguageModel, class_path_of, resolve_model_class
 from bumblebee.models.load_context import meta_parameters

@@ -32,9 +32,9 @@ class Run:
 
     Args:
         task: the model and its loss.
-        data: where batches come from.
+        data: provides the training batches.
         optimizer: from parameter groups to an optimizer.
-        schedule: of the learning rate; None keeps it constant.
+        schedule: learning rate schedule; None keeps the learning rate constant.
         trainer: the loop and its options.
         callbacks: by name; None is a callback that a later recipe has removed.
         output_dir: the run's folder.
@@ -56,7 +56,7 @@ def add_recipe_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=42, help="seed of weights, data order and random numbers in training")
     parser.add_argument("--output_dir", type=str, default="runs/fit", help="the run's folder")
     parser.add_subclass_arguments(Task, "task", required=True, help="model and loss")
-    parser.add_subclass_arguments(DataModule, "data", required=True, help="where batches come from")
+    parser.add_subclass_arguments(DataModule, "data", required=True, help="provides the training batches")
     parser.add_argument("--optimizer", type=OptimizerFactory, required=True, help="an optimizer class and its options")
     parser.add_argument("--schedule", type=Schedule | None, default=None, help="learning rate schedule; null: constant")
     parser.add_class_arguments(Trainer, "trainer")

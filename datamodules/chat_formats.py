@@ -1,35 +1,42 @@
-"""The three formats of chats: how each spells a turn and who speaks, read into messages of OpenAI.
+"""The three chat formats: how each spells turns, speakers, tools and calls, converted to OpenAI messages.
 
-A new format is one more ChatFormat in FORMATS. The ValueErrors raised here lack a place, their callers add it.
+To support another format, add a ChatFormat to FORMATS. The ValueErrors raised here name the key; callers add file and line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from datamodules.records import kind
-from datamodules.tool_calls import calls_in_text, calls_of
+from bumblebee.tokenizer.assistant_mask import Message
+from bumblebee.tokenizer.chat_template import Tool
+from datamodules.records import json_type, keys_of
 
-Message = dict[str, Any]
-Turn = tuple[str, Message]  # where in the record, for error messages, and what
+Turn = tuple[str, Message]  # key in the record, for error messages, and the message
 
 ROLES = ("system", "user", "assistant", "tool")
-SPEAKERS = {"system": "system", "human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-# Keys of a message that mean something we would not do. All others reach the template, which may know them.
-REFUSED = {"function_call": "'tool_calls' is its name now", "weight": "messages cannot be weighed"}
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+# Keys of a message whose meaning is not supported. All others are passed to the chat template.
+UNSUPPORTED = {"function_call": "use 'tool_calls'", "weight": "messages cannot be weighted"}
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """One format.
+    """One chat format.
 
-    Attributes:
-        key: the record's key that tells the format.
-        names: what it calls a role, and "call", an assistant's message with calls.
-        turns: record -> its turns, in Alpaca without the last answer.
-        answers: record -> the last answer, where it does not stand among the turns.
+    Args:
+        key: the key of a record that identifies the format.
+        names: the format's name of each role, and of "call", an assistant message with tool calls.
+        turns: record -> its turns; in Alpaca without the last answer.
+        answers: record -> the last answer, if it is not among the turns.
         answer: (value of "chosen" or "rejected", key) -> message.
     """
 
@@ -37,14 +44,14 @@ class ChatFormat:
     names: dict[str, str]
     turns: Callable[[dict[str, Any]], list[Turn]]
     answers: Callable[[dict[str, Any]], list[Turn]]
-    answer: Callable[[Any, str], Message]
+    answer: Callable[[object, str], Message]
 
     @property
     def assistant(self) -> str:
         return self.names["assistant"]
 
 
-# ---- Alpaca
+# -- Alpaca --------------------------------------------------------------------------------------------------------------
 
 
 def _alpaca_turns(value: dict[str, Any]) -> list[Turn]:
@@ -52,7 +59,7 @@ def _alpaca_turns(value: dict[str, Any]) -> list[Turn]:
     for index, pair in enumerate(_list(value.get("history") or [], "'history'")):
         key = f"'history'[{index}]"
         if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f"{key} must be a list of a question and its answer, not {kind(pair)}")
+            raise ValueError(f"{key} must be a list of a question and its answer, not {json_type(pair)}")
         turns += [(key, _message("user", pair[0], key)), (key, _message("assistant", pair[1], key))]
     parts = [_string(value.get(key, ""), repr(key)) for key in ("instruction", "input")]
     question = "\n".join(part for part in parts if part.strip())
@@ -61,54 +68,55 @@ def _alpaca_turns(value: dict[str, Any]) -> list[Turn]:
 
 def _alpaca_answers(value: dict[str, Any]) -> list[Turn]:
     if "output" not in value:
-        raise ValueError("no key 'output', which is the answer to 'instruction'")
+        raise ValueError("no key 'output', the answer to 'instruction'")
     return [("'output'", _message("assistant", value["output"], "'output'"))]
 
 
-def _alpaca_answer(value: Any, key: str) -> Message:
+def _alpaca_answer(value: object, key: str) -> Message:
     return _message("assistant", value, key)
 
 
-# ---- ShareGPT
+# -- ShareGPT ------------------------------------------------------------------------------------------------------------
 
 
 def _sharegpt_turns(value: dict[str, Any]) -> list[Turn]:
-    return _each(value, "conversations", _sharegpt_message)
+    return _turns_in_list(value, "conversations", _sharegpt_message)
 
 
-def _sharegpt_message(turn: Any, key: str) -> Message:
-    speaker = _speaker(turn, "from", SPEAKERS, key)
+def _sharegpt_message(turn: object, key: str) -> Message:
+    turn, speaker = _turn_and_speaker(turn, "from", SHAREGPT_ROLES, key)
     if "value" not in turn:
         raise ValueError(f"{key} has no 'value'")
     if speaker == "function_call":
-        return {"role": "assistant", "content": None, "tool_calls": calls_in_text(turn["value"], f"{key}: 'value'")}
-    return _message(SPEAKERS[speaker], turn["value"], f"{key}: 'value'")
+        calls = _parse_calls_text(turn["value"], f"{key}: 'value'")
+        return {"role": "assistant", "content": None, "tool_calls": calls}
+    return _message(SHAREGPT_ROLES[speaker], turn["value"], f"{key}: 'value'")
 
 
-# ---- OpenAI
+# -- OpenAI --------------------------------------------------------------------------------------------------------------
 
 
 def _openai_turns(value: dict[str, Any]) -> list[Turn]:
-    return _each(value, "messages", _openai_message)
+    return _turns_in_list(value, "messages", _openai_message)
 
 
-def _openai_message(message: Any, key: str) -> Message:
-    role = _speaker(message, "role", ROLES, key)
+def _openai_message(message: object, key: str) -> Message:
+    message, role = _turn_and_speaker(message, "role", ROLES, key)
     rest = {name: item for name, item in message.items() if item is not None and name not in ("role", "content", "tool_calls")}
-    for name in REFUSED.keys() & rest.keys():
-        raise ValueError(f"{key}: the key {name!r} is not supported: {REFUSED[name]}")
-    content, calls = _joined(message.get("content"), f"{key}: 'content'"), message.get("tool_calls")
+    for name in UNSUPPORTED.keys() & rest.keys():
+        raise ValueError(f"{key}: the key {name!r} is not supported: {UNSUPPORTED[name]}")
+    content, calls = _join_parts(message.get("content"), f"{key}: 'content'"), message.get("tool_calls")
     if not calls:
         return {**_message(role, content, f"{key}: 'content'"), **rest}
     if role != "assistant":
         raise ValueError(f"{key}: only 'assistant' has 'tool_calls', not {role!r}")
     if content is not None:
         _string(content, f"{key}: 'content'")
-    return {"role": role, "content": content, "tool_calls": calls_of(calls, f"{key}: 'tool_calls'"), **rest}
+    return {"role": role, "content": content, "tool_calls": _parse_calls(calls, f"{key}: 'tool_calls'"), **rest}
 
 
-def _joined(content: Any, key: str) -> Any:
-    """Content in parts becomes one text."""
+def _join_parts(content: object, key: str) -> object:
+    """Join content that is a list of text parts."""
     if not isinstance(content, list):
         return content
     for index, part in enumerate(content):
@@ -118,62 +126,136 @@ def _joined(content: Any, key: str) -> Any:
     return "".join(part["text"] for part in content)
 
 
-# ---- what they share
+# -- common to all formats -----------------------------------------------------------------------------------------------
 
 
 def _system(value: dict[str, Any]) -> list[Turn]:
-    """The system prompt beside the turns; tables write an empty one where there is none."""
+    """The system prompt next to the turns. An empty one, as exported from tables, means that there is none."""
     prompt = _string(value.get("system", ""), "'system'")
     return [("'system'", {"role": "system", "content": prompt})] if prompt.strip() else []
 
 
-def _each(value: dict[str, Any], name: str, message: Callable[[Any, str], Message]) -> list[Turn]:
-    """The turns that stand in a list, behind the system prompt beside it."""
+def _turns_in_list(value: dict[str, Any], name: str, convert: Callable[[object, str], Message]) -> list[Turn]:
+    """The system prompt next to a list of turns, and the turns."""
     keyed = ((f"{name!r}[{index}]", turn) for index, turn in enumerate(_list(value[name], repr(name))))
-    return [*_system(value), *((key, message(turn, key)) for key, turn in keyed)]
+    return [*_system(value), *((key, convert(turn, key)) for key, turn in keyed)]
 
 
-def _message(role: str, content: Any, key: str) -> Message:
-    """A message of text, which may be empty only from the system or a tool."""
+def _message(role: str, content: object, key: str) -> Message:
+    """A text message; only a system or tool message may be empty."""
     if not _string(content, key).strip() and role in ("user", "assistant"):
         raise ValueError(f"{key} is empty")
     return {"role": role, "content": content}
 
 
-def _string(value: Any, key: str) -> str:
+def _string(value: object, key: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{key} must be a string, not {kind(value)}")
+        raise ValueError(f"{key} must be a string, not {json_type(value)}")
     return value
 
 
-def _list(value: Any, key: str) -> list[Any]:
+def _list(value: object, key: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{key} must be a list, not {kind(value)}")
+        raise ValueError(f"{key} must be a list, not {json_type(value)}")
     return value
 
 
-def _speaker(turn: Any, key: str, known: Any, place: str) -> str:
+def _turn_and_speaker(turn: object, speaker_key: str, speakers: Collection[str], key: str) -> tuple[dict[str, Any], str]:
+    """A turn, checked to be an object, and who speaks in it."""
     if not isinstance(turn, dict):
-        raise ValueError(f"{place} must be an object, not {kind(turn)}")
-    if key not in turn:
-        raise ValueError(f"{place} has no {key!r}; its keys: {', '.join(map(repr, turn)) or 'none'}")
-    if not isinstance(turn[key], str) or turn[key] not in known:
-        raise ValueError(f"{place}: {key!r} must be one of {', '.join(known)}, not {turn[key]!r}")
-    return turn[key]
+        raise ValueError(f"{key} must be an object, not {json_type(turn)}")
+    if speaker_key not in turn:
+        raise ValueError(f"{key} has no {speaker_key!r}; its keys: {keys_of(turn)}")
+    speaker = turn[speaker_key]
+    if not isinstance(speaker, str) or speaker not in speakers:
+        raise ValueError(f"{key}: {speaker_key!r} must be one of {', '.join(speakers)}, not {speaker!r}")
+    return turn, speaker
 
 
-def _none(value: dict[str, Any]) -> list[Turn]:
+# -- tools and calls -----------------------------------------------------------------------------------------------------
+
+
+def parse_tools(value: object) -> list[Tool] | None:
+    """The tools of a record as ``{"type": "function", "function": {"name", ...}}``.
+
+    Args:
+        value: a list or its JSON text; None or an empty text for no tools. A tool may also be written as the content of
+            "function" alone.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, str):
+        value = _parse_json(value, "'tools'") if value.strip() else None
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise ValueError(f"'tools' must be a list or the JSON text of one, not {json_type(value)}")
+    return [_parse_tool(tool, f"'tools'[{index}]") for index, tool in enumerate(value)] or None
+
+
+def _parse_tool(tool: object, key: str) -> Tool:
+    if not isinstance(tool, dict):
+        raise ValueError(f"{key} must be an object, not {json_type(tool)}")
+    wrapped = tool if "function" in tool else {"type": "function", "function": tool}
+    _require_name(wrapped["function"], key)
+    return wrapped
+
+
+def _parse_calls_text(text: object, key: str) -> list[dict[str, Any]]:
+    """The calls of a ShareGPT "function_call" turn: the JSON text of one call or of a list."""
+    value = _parse_json(_string(text, key), key)
+    return _parse_calls(value if isinstance(value, list) else [value], key)
+
+
+def _parse_calls(value: object, key: str) -> list[dict[str, Any]]:
+    """Calls with their arguments as objects: ``[{"type": "function", "function": {"name", "arguments"}, ...}]``."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{key} must be a list of calls, not {json_type(value) if value else 'an empty one'}")
+    return [_parse_call(call, f"{key}[{index}]") for index, call in enumerate(value)]
+
+
+def _parse_call(call: object, key: str) -> dict[str, Any]:
+    if not isinstance(call, dict):
+        raise ValueError(f'{key} must be an object {{"name": ..., "arguments": ...}}, not {json_type(call)}')
+    function = call.get("function") or call
+    _require_name(function, key)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _parse_json(arguments, f"{key}: 'arguments'")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{key}: 'arguments' must be an object or the JSON text of one, not {json_type(arguments)}")
+    outer = {name: item for name, item in call.items() if item is not None} if function is not call else {}
+    return {"type": "function", **outer, "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _require_name(function: object, key: str) -> None:
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+        raise ValueError(f"{key} has no function 'name'")
+
+
+def _parse_json(text: str, key: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{key} is not valid JSON: {error}") from None
+
+
+# -- the formats ---------------------------------------------------------------------------------------------------------
+
+
+def _no_answers(value: dict[str, Any]) -> list[Turn]:
     return []
 
 
-_NAMES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "call": "assistant with tool_calls"}
+_OPENAI = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "call": "assistant with tool_calls"}
 _SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation", "call": "function_call"}
 
 FORMATS = {
-    form.key: form
-    for form in (
-        ChatFormat("instruction", _NAMES, _alpaca_turns, _alpaca_answers, _alpaca_answer),
-        ChatFormat("conversations", _SHAREGPT, _sharegpt_turns, _none, _sharegpt_message),
-        ChatFormat("messages", _NAMES, _openai_turns, _none, _openai_message),
+    chat_format.key: chat_format
+    for chat_format in (
+        ChatFormat("instruction", _OPENAI, _alpaca_turns, _alpaca_answers, _alpaca_answer),
+        ChatFormat("conversations", _SHAREGPT, _sharegpt_turns, _no_answers, _sharegpt_message),
+        ChatFormat("messages", _OPENAI, _openai_turns, _no_answers, _openai_message),
     )
 }

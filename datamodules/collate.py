@@ -1,89 +1,101 @@
-"""Rows: from pieces of sequences to the tensors of a batch, and sequences of samples that are made of pieces.
+"""Datasets of packed or single segments, and batching them to padded tensors.
 
-A piece is (inputs, labels), see ``token_cache.Piece``. Positions begin again at 0 with each piece, from which the model knows
-that pieces do not attend to each other; each place of the padding is a piece of its own.
+A segment is (inputs, labels), see ``token_cache.Segment``. Positions start at 0 in each segment, which tells the model that
+segments do not attend to each other; each padding position is a segment of its own.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
-from bumblebee.datamodule import Batch
+from bumblebee.datamodule import Batch, SampleT
 from bumblebee.nn import IGNORE_INDEX
-from datamodules.packing import Windows
-from datamodules.token_cache import Piece, TokenCache
-from datamodules.truncation import Pieces
+from datamodules.packing import Chunks, PackedWindows
+from datamodules.token_cache import Segment, TokenCache
 
-MULTIPLE = 8  # widths of padded batches; kernels like them, and fewer shapes are met
+PAD_TO_MULTIPLE_OF = 8  # of the width of padded batches: faster kernels, and fewer different shapes
 
 
-class Packed(Sequence):
-    """Windows as samples: for each a list of its pieces.
+class TokenDataset(Sequence[SampleT]):
+    """A sequence of training samples that knows which records each comes from."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> SampleT:  # type: ignore[override]  # no slices
+        """A sample."""
+
+    @abstractmethod
+    def origin(self, index: int) -> str:
+        """FILE:LINE of each record in a sample."""
+
+
+class PackedDataset(TokenDataset[list[Segment]]):
+    """Windows as samples: each is the list of its segments.
 
     Args:
-        cache: where the tokens are.
-        windows: which of them belong together.
-        pieces: what the windows hold and what was left out, where that is known.
+        cache: holds the tokens.
+        windows: which chunks share a window.
+        chunks: the chunks that were packed, if they were selected by ``fit_sequences``.
     """
 
-    def __init__(self, cache: TokenCache, windows: Windows, pieces: Pieces | None = None) -> None:
-        self.cache, self.windows, self.pieces = cache, windows, pieces
+    def __init__(self, cache: TokenCache, windows: PackedWindows, chunks: Chunks | None = None) -> None:
+        self.cache, self.windows, self.chunks = cache, windows, chunks
 
     def __len__(self) -> int:
         return len(self.windows)
 
-    def __getitem__(self, index: Any) -> list[Piece]:
-        return [self.cache.piece(start, length) for start, length in self.windows.pieces(index)]
+    def __getitem__(self, index: int) -> list[Segment]:  # type: ignore[override]
+        return [self.cache.segment(start, length) for start, length in self.windows.chunks(index)]
 
     def origin(self, index: int) -> str:
-        """FILE:LINE of each record in a window."""
-        sequences = np.searchsorted(self.cache.ends, [start for start, _ in self.windows.pieces(index)], side="right")
+        """See the base class."""
+        starts = [start for start, _ in self.windows.chunks(index)]
+        sequences = np.searchsorted(self.cache.ends, starts, side="right")
         return " ".join(dict.fromkeys(self.cache.origin(sequence) for sequence in sequences.tolist()))
 
 
-class Single(Sequence):
-    """Pieces as samples: each a list of one.
+class PaddedDataset(TokenDataset[list[Segment]]):
+    """Chunks as samples: each is a list of one segment, to be padded to the longest of its batch.
 
     Args:
-        cache: where the tokens are.
-        pieces: which of them, and what was left out.
+        cache: holds the tokens.
+        chunks: the chunks.
     """
 
-    def __init__(self, cache: TokenCache, pieces: Pieces) -> None:
-        self.cache, self.pieces = cache, pieces
+    def __init__(self, cache: TokenCache, chunks: Chunks) -> None:
+        self.cache, self.chunks = cache, chunks
 
     def __len__(self) -> int:
-        return len(self.pieces)
+        return len(self.chunks)
 
-    def __getitem__(self, index: Any) -> list[Piece]:
-        return [self.cache.piece(int(self.pieces.starts[index]), int(self.pieces.lengths[index]))]
+    def __getitem__(self, index: int) -> list[Segment]:  # type: ignore[override]
+        return [self.cache.segment(int(self.chunks.starts[index]), int(self.chunks.lengths[index]))]
 
     def origin(self, index: int) -> str:
-        """FILE:LINE of a sample."""
-        return self.cache.origin(int(np.searchsorted(self.cache.ends, self.pieces.starts[index], side="right")))
+        """See the base class."""
+        return self.cache.origin(int(np.searchsorted(self.cache.ends, self.chunks.starts[index], side="right")))
 
 
-def width_of(rows: list[list[Piece]]) -> int:
-    """The longest row, rounded up."""
+def padded_width(rows: list[list[Segment]]) -> int:
+    """The length of the longest row, rounded up to a multiple of PAD_TO_MULTIPLE_OF."""
     longest = max(sum(len(inputs) for inputs, _ in row) for row in rows)
-    return -(-longest // MULTIPLE) * MULTIPLE
+    return -(-longest // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
 
 
-def tensors(rows: list[list[Piece]], width: int, pad: int) -> Batch:
-    """Rows of pieces -> ``input_ids``, ``labels``, ``position_ids``, each (rows, width) int64, padded on the right."""
-    input_ids = np.full((len(rows), width), pad, dtype=np.int64)
+def collate_rows(rows: list[list[Segment]], width: int, pad_token_id: int) -> Batch:
+    """Rows of segments -> ``input_ids``, ``labels``, ``position_ids``, each (rows, width) int64, padded on the right."""
+    input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE_INDEX)
     position_ids = np.zeros_like(input_ids)
-    for row, pieces in enumerate(rows):
-        at = 0
-        for inputs, targets in pieces:
-            place = slice(at, at + len(inputs))
-            input_ids[row, place], labels[row, place] = inputs, targets
-            position_ids[row, place] = np.arange(len(inputs))
-            at = place.stop
+    for row, segments in enumerate(rows):
+        begin = 0
+        for segment_inputs, segment_labels in segments:
+            end = begin + len(segment_inputs)
+            input_ids[row, begin:end], labels[row, begin:end] = segment_inputs, segment_labels
+            position_ids[row, begin:end] = np.arange(len(segment_inputs))
+            begin = end
     arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -1,17 +1,17 @@
-"""From a record to a conversation, or to a prompt with two answers, whichever of three formats the record has.
+"""From a record to a conversation, or to a prompt with two answers, in any of three formats.
 
     Alpaca      {"instruction", "input"?, "output", "system"?, "history"?: [[question, answer], ...], "tools"?}
     ShareGPT    {"conversations": [{"from": system|human|gpt|function_call|observation, "value"}, ...], "system"?, "tools"?}
     OpenAI      {"messages": [{"role": system|user|assistant|tool, "content", "tool_calls"?}, ...], "tools"?}
 
-A preference has, in the same formats, a prompt without its last answer, and two of these, "chosen" and "rejected": strings in
-Alpaca, a turn or message each in the others.
+A preference pair has a prompt without the last answer in one of these formats, and two answers, "chosen" and "rejected":
+strings in Alpaca, one turn or message each in the others.
 
-Choices made:
-- The format is that of the record, not of the file: the key of its turns tells. Other keys (an id, a source) do not matter.
-- A null is an absent key, as Parquet and exports of tables write it.
-- Out come the messages of OpenAI, the arguments of calls as objects. Order is strict: perhaps a system prompt, then user and
-  assistant in turn; behind calls stand their results. What breaks it is a RecordError that names the key.
+Choices:
+- Each record, not each file, has a format, which the key of its turns identifies. Other keys (an id, a source) are ignored.
+- A null is the same as a missing key, because Parquet and table exports write nulls.
+- The result is OpenAI messages, with the arguments of calls as objects. The order is strict: an optional system prompt, then
+  user and assistant in turn, with results after calls. Violations raise a RecordError that names the key.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from bumblebee.tokenizer import chat_template
-from datamodules.chat_formats import FORMATS, ChatFormat, Message, Turn
-from datamodules.record_files import Record, RecordError
-from datamodules.tool_calls import tools_of
+from bumblebee.tokenizer.assistant_mask import Message
+from bumblebee.tokenizer.chat_template import Tool
+from datamodules.chat_formats import FORMATS, ChatFormat, Turn, parse_tools
+from datamodules.records import Record, RecordError, keys_of
 
-# Who may stand behind whom; "" is the beginning, "call" an assistant's message with calls.
+# Which turns may follow each turn; "" is the beginning, "call" an assistant message with tool calls.
 FOLLOWS = {
     "": ("system", "user"),
     "system": ("user",),
@@ -34,123 +35,125 @@ FOLLOWS = {
     "call": ("tool",),
     "tool": ("tool", "assistant", "call"),
 }
-Found = TypeVar("Found")
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that end with the assistant's, and the tools it may call."""
+    """Messages that end with an assistant message, and the tools that the assistant may call."""
 
     messages: list[Message]
-    tools: list[dict[str, Any]] | None
+    tools: list[Tool] | None
 
 
 @dataclass(frozen=True)
-class Preference:
-    """A prompt that ends with the user or a tool, and two answers, each one message of the assistant."""
+class PreferencePair:
+    """A prompt that ends with a user or tool message, and two answers, each one assistant message."""
 
     prompt: list[Message]
     chosen: Message
     rejected: Message
-    tools: list[dict[str, Any]] | None
+    tools: list[Tool] | None
 
 
-def conversation(record: Record) -> Conversation:
-    """The conversation of a record.
-
-    Raises:
-        RecordError: an unknown format, a wrong type or order of turns, an empty answer, bad JSON in tools or calls.
-    """
-    return _placed(_conversation, record)
-
-
-def preference(record: Record) -> Preference:
-    """The prompt and the two answers of a record.
+def parse_conversation(record: Record) -> Conversation:
+    """Convert a record to a conversation.
 
     Raises:
-        RecordError: as for ``conversation``; also answers that are missing or equal.
+        RecordError: unknown format, wrong type or order of turns, empty answer, or invalid JSON in tools or calls.
     """
-    return _placed(_preference, record)
+    return _parse(_conversation, record)
 
 
-def question(record: Record) -> tuple[list[Message], list[dict[str, Any]] | None]:
-    """The messages of a record that ends with a question, and its tools.
+def parse_preference(record: Record) -> PreferencePair:
+    """Convert a record to a preference pair.
 
     Raises:
-        RecordError: as for ``conversation``; also a last message of the assistant.
+        RecordError: as for :func:`parse_conversation`; also if an answer is missing or both are equal.
     """
-    return _placed(lambda value: (_asked(value, _format(value)), tools_of(value.get("tools"))), record)
+    return _parse(_preference, record)
+
+
+def parse_prompt(record: Record) -> tuple[list[Message], list[Tool] | None]:
+    """Convert a record that ends with a question to messages and tools.
+
+    Raises:
+        RecordError: as for :func:`parse_conversation`; also if the last message is the assistant's.
+    """
+    return _parse(lambda value: (_prompt(value, _format_of(value)), parse_tools(value.get("tools"))), record)
 
 
 def with_system(messages: Sequence[Message], prompt: str | None) -> list[Message]:
-    """The messages, behind a system prompt if there is one and they bring none of their own. In data an empty one is none."""
+    """Add a system prompt to messages that do not begin with one. In a recipe, an empty prompt means none."""
     return chat_template.with_system(messages, prompt or None)
 
 
-def _placed(read: Callable[[dict[str, Any]], Found], record: Record) -> Found:
+def _parse(parse: Callable[[dict[str, Any]], Parsed], record: Record) -> Parsed:
     try:
-        return read({key: value for key, value in record.value.items() if value is not None})
+        return parse({key: value for key, value in record.value.items() if value is not None})
     except ValueError as error:
         raise RecordError(record.file, record.line, str(error)) from None
 
 
 def _conversation(value: dict[str, Any]) -> Conversation:
-    form = _format(value)
+    chat_format = _format_of(value)
     for key in ("chosen", "rejected"):
         if key in value:
-            raise ValueError(f"the key {key!r} makes this a preference, not a conversation")
-    turns = _ordered([*form.turns(value), *form.answers(value)], form)
+            raise ValueError(f"the key {key!r} makes this a preference pair, not a conversation")
+    turns = _check_order([*chat_format.turns(value), *chat_format.answers(value)], chat_format)
     key, last = turns[-1]
     if last["role"] != "assistant":
-        raise ValueError(f"{key}: a conversation ends with {form.assistant!r}, not with {form.names[last['role']]!r}")
-    return Conversation([message for _, message in turns], tools_of(value.get("tools")))
+        names = chat_format.names
+        raise ValueError(f"{key}: a conversation must end with {chat_format.assistant!r}, not {names[last['role']]!r}")
+    return Conversation([message for _, message in turns], parse_tools(value.get("tools")))
 
 
-def _preference(value: dict[str, Any]) -> Preference:
-    form = _format(value)
-    prompt = _asked(value, form)
-    chosen, rejected = _answer(value, "chosen", form), _answer(value, "rejected", form)
+def _preference(value: dict[str, Any]) -> PreferencePair:
+    chat_format = _format_of(value)
+    prompt = _prompt(value, chat_format)
+    chosen, rejected = _answer(value, "chosen", chat_format), _answer(value, "rejected", chat_format)
     if chosen == rejected:
-        raise ValueError("'chosen' and 'rejected' are equal: there is nothing to prefer")
-    return Preference(prompt, chosen, rejected, tools_of(value.get("tools")))
+        raise ValueError("'chosen' and 'rejected' are equal")
+    return PreferencePair(prompt, chosen, rejected, parse_tools(value.get("tools")))
 
 
-def _asked(value: dict[str, Any], form: ChatFormat) -> list[Message]:
-    turns = _ordered(form.turns(value), form)
+def _prompt(value: dict[str, Any], chat_format: ChatFormat) -> list[Message]:
+    turns = _check_order(chat_format.turns(value), chat_format)
     key, last = turns[-1]
     if last["role"] not in ("user", "tool"):
-        raise ValueError(f"{key}: a prompt ends with {form.names['user']!r}, not with {form.names[last['role']]!r}")
+        names = chat_format.names
+        raise ValueError(f"{key}: a prompt must end with {names['user']!r}, not {names[last['role']]!r}")
     return [message for _, message in turns]
 
 
-def _format(value: dict[str, Any]) -> ChatFormat:
-    found = [key for key in FORMATS if key in value]
-    if len(found) != 1:
-        keys = ", ".join(map(repr, value)) or "none"
+def _format_of(value: dict[str, Any]) -> ChatFormat:
+    present = [key for key in FORMATS if key in value]
+    if len(present) != 1:
         known = " or ".join(map(repr, FORMATS))
-        raise ValueError(f"exactly one of the keys {known} tells the format of a chat; the record's keys: {keys}")
-    return FORMATS[found[0]]
+        raise ValueError(f"expected exactly one of the keys {known}; the record's keys: {keys_of(value)}")
+    return FORMATS[present[0]]
 
 
-def _answer(value: dict[str, Any], key: str, form: ChatFormat) -> Message:
+def _answer(value: dict[str, Any], key: str, chat_format: ChatFormat) -> Message:
     if key not in value:
-        raise ValueError(f"no key {key!r}: a preference has 'chosen' and 'rejected'")
-    message = form.answer(value[key], repr(key))
+        raise ValueError(f"no key {key!r}: a preference pair has 'chosen' and 'rejected'")
+    message = chat_format.answer(value[key], repr(key))
     if message["role"] != "assistant":
-        raise ValueError(f"{key!r} must be from {form.assistant!r}, not from {form.names[message['role']]!r}")
+        names = chat_format.names
+        raise ValueError(f"{key!r} must be from {chat_format.assistant!r}, not from {names[message['role']]!r}")
     return message
 
 
-def _ordered(turns: list[Turn], form: ChatFormat) -> list[Turn]:
-    """The turns, if each may stand behind the one before."""
+def _check_order(turns: list[Turn], chat_format: ChatFormat) -> list[Turn]:
+    """The turns, after checking that each may follow the one before it."""
     if not turns:
-        raise ValueError(f"{form.key!r} is empty")
-    before = ""
+        raise ValueError(f"{chat_format.key!r} is empty")
+    previous = ""
     for key, message in turns:
-        kind = "call" if message.get("tool_calls") else message["role"]
-        if kind not in FOLLOWS[before]:
-            expected = " or ".join(repr(form.names[name]) for name in FOLLOWS[before])
-            place = f"behind {form.names[before]!r}" if before else "at the beginning"
-            raise ValueError(f"{key}: {form.names[kind]!r} cannot stand {place}, where {expected} belongs")
-        before = kind
+        current = "call" if message.get("tool_calls") else message["role"]
+        if current not in FOLLOWS[previous]:
+            expected = " or ".join(repr(chat_format.names[name]) for name in FOLLOWS[previous])
+            where = f"follow {chat_format.names[previous]!r}" if previous else "come first"
+            raise ValueError(f"{key}: {chat_format.names[current]!r} cannot {where}; expected {expected}")
+        previous = current
     return turns

@@ -1,52 +1,51 @@
 """Pretrain: plain text in packed windows.
 
-Each document ends in a trained end-of-text token. A window holds pieces of several documents that do not attend to each
-other. See ``packing.py``, ``rows.py`` and ``token_cache.py``.
+Each document ends with an end-of-text token, which is a target. A window holds chunks of several documents, which do not attend
+to each other; see packing.py and collate.py.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from bumblebee.datamodule import Batch
-from datamodules.collate import Packed, tensors
+from datamodules.collate import PackedDataset, collate_rows
 from datamodules.packing import pack
-from datamodules.token_cache import Piece, TokenCache
-from datamodules.token_data import TokenData
-from datamodules.tokenize import TextEncoder
+from datamodules.token_cache import Segment, TokenCache
+from datamodules.token_datamodule import TokenDataModule
+from datamodules.tokenize import TextTokenizer
 
 
-class Pretrain(TokenData):
-    """Text files, packed: records are {"text": ...}."""
+class Pretrain(TokenDataModule[list[Segment], PackedDataset]):
+    """Text files, packed. Records are {"text": ...}."""
 
-    def encoder(self) -> TextEncoder:
+    train: PackedDataset
+    validation: PackedDataset | None = None
+
+    def record_tokenizer(self) -> TextTokenizer:
         """Text to ids.
 
         Raises:
-            ValueError: the tokenizer knows no end of a text.
+            ValueError: the tokenizer has no end-of-text token.
         """
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"{self.tokenizer_folder}: tokenizer_config.json names no eos_token to end documents with")
-        return TextEncoder(self.tokenizer_folder, self.tokenizer)
+        return TextTokenizer(self.tokenizer_folder, self.tokenizer)
 
-    def samples(self, cache: TokenCache, numbers: np.ndarray) -> Packed:
-        """Windows."""
-        return Packed(cache, pack(cache.begins[numbers], cache.ends[numbers], self.max_length))
+    def make_dataset(self, cache: TokenCache, samples: np.ndarray) -> PackedDataset:
+        """Packed windows."""
+        return PackedDataset(cache, pack(cache.begins[samples], cache.ends[samples], self.max_length))
 
-    def collate(self, samples: list[list[Piece]]) -> Batch:
+    def collate(self, samples: list[list[Segment]]) -> Batch:
         """Windows -> ``input_ids``, ``labels``, ``position_ids``, each (B, max_length) int64."""
-        return tensors(samples, self.max_length, self.pad_token_id)
+        return collate_rows(samples, self.max_length, self.pad_token_id)
 
-    def summary(self) -> dict[str, Any]:
-        """Documents, tokens, windows."""
-        train: Any = self.train
-        validation: Any = self.validation
+    def summary(self) -> dict[str, object]:
+        """Documents, targets, windows."""
         lines = super().summary()
-        lines["targets"] = int(train.windows.lengths.sum())
-        lines["windows"] = f"{len(train)} of {self.max_length} tokens, {train.windows.efficiency:.1%} full"
-        if validation is not None:
-            targets = int(validation.windows.lengths.sum())
-            lines["held out"] = f"{len(self.held_out)} documents, {targets} targets, {len(validation)} windows"
+        lines["targets"] = int(self.train.windows.lengths.sum())
+        lines["windows"] = f"{len(self.train)} of {self.max_length} tokens, {self.train.windows.efficiency:.1%} full"
+        if self.validation is not None:
+            targets = int(self.validation.windows.lengths.sum())
+            lines["held out"] = f"{len(self.held_out)} documents, {targets} targets, {len(self.validation)} windows"
         return lines

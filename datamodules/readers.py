@@ -1,4 +1,7 @@
-"""How each kind of file is read: suffix to reader. A new format is one more reader in READERS."""
+"""One reader per file format, chosen by suffix. To support another format, add a reader to READERS.
+
+pyarrow is imported here only. Parquet files are read by row group, so memory is bounded by one of them.
+"""
 
 from __future__ import annotations
 
@@ -8,52 +11,51 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from datamodules.json_stream import File, Window, array, bad_bytes, decode_line, pull, sequence
-from datamodules.parquet import read_parquet
-from datamodules.records import OnError, Record, RecordError, kind
+from datamodules.json_stream import BinaryFile, decode_line, describe_decode_error, iter_values, read_bytes
+from datamodules.records import OnError, Record, RecordError, json_type
 
-Reader = Callable[[str, File, OnError], Iterator[Record]]
+Reader = Callable[[str, BinaryFile, OnError], Iterator[Record]]
+
+PARQUET_ROWS = 1024  # converted to Python objects at once
 
 
-def records(path: str, reader: Reader, on_error: OnError) -> Iterator[Record]:
-    """The records of a file, by its reader."""
-    with gzip.open(path) if compressed(path) else open(path, "rb") as file:
+def read_with(reader: Reader, path: str, on_error: OnError) -> Iterator[Record]:
+    """Open a file, decompress it if necessary, and read its records."""
+    with gzip.open(path) if is_gzip(path) else open(path, "rb") as file:
         yield from reader(path, file, on_error)
 
 
-def reader_of(path: str) -> Reader:
-    """The reader of a file, by its suffix.
+def reader_for(path: str) -> Reader:
+    """The reader for a file's suffix.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the file type is not supported.
     """
     suffix = suffix_of(path)
     if suffix not in READERS:
         supported = ", ".join(READERS)
-        raise ValueError(f"{path!r}: files of kind {suffix!r} cannot be read; supported: {supported}, each also as .gz")
-    if suffix == ".parquet" and compressed(path):
-        raise ValueError(
-            f"{path!r}: Parquet, which compresses by itself, cannot be read from a .gz file: unpack it with gunzip"
-        )
+        raise ValueError(f"{path!r}: unsupported file type {suffix!r}; supported: {supported}, each also as .gz")
+    if suffix == ".parquet" and is_gzip(path):
+        raise ValueError(f"{path!r}: Parquet files, which are compressed internally, cannot be read as .gz: use gunzip first")
     return READERS[suffix]
 
 
 def suffix_of(path: str) -> str:
-    """What kind of file it is, whether or not it is compressed."""
+    """The suffix that determines the format, without .gz."""
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
-def compressed(path: str) -> bool:
-    """Whether gzip is to be undone."""
+def is_gzip(path: str) -> bool:
+    """Whether a file name ends in .gz."""
     return path.lower().endswith(".gz")
 
 
-def _read_lines(path: str, file: File, on_error: OnError) -> Iterator[Record]:
+def _read_json_lines(path: str, file: BinaryFile, on_error: OnError) -> Iterator[Record]:
     line = 0
     while True:
         line += 1
         try:
-            data = pull(file.readline)
+            data = read_bytes(file.readline)
         except ValueError as error:
             raise RecordError(path, line, str(error)) from None
         if not data:
@@ -63,32 +65,35 @@ def _read_lines(path: str, file: File, on_error: OnError) -> Iterator[Record]:
         if data.isspace() or not data:
             continue
         try:
-            value = _object(decode_line(data))
+            value = _require_object(decode_line(data))
         except ValueError as error:
             on_error(RecordError(path, line, str(error)))
         else:
             yield Record(path, line, value)
 
 
-def _read_values(path: str, file: File, on_error: OnError) -> Iterator[Record]:
-    window = Window(path, file)
-    for line, value in array(window) if window.peek() == "[" else sequence(window):
+def _read_json(path: str, file: BinaryFile, on_error: OnError) -> Iterator[Record]:
+    for line, value in iter_values(path, file):
         try:
-            record = Record(path, line, _object(value))
+            record = Record(path, line, _require_object(value))
         except ValueError as error:
             on_error(RecordError(path, line, str(error)))
         else:
             yield record
 
 
-def _read_document(path: str, file: File, on_error: OnError) -> Iterator[Record]:
-    data = b""
+def _require_object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"a record must be a JSON object, {{...}}, not {json_type(value)}")
+    return value
+
+
+def _read_text(path: str, file: BinaryFile, on_error: OnError) -> Iterator[Record]:
     try:
-        data = pull(file.read)
-        text = data.decode("utf-8-sig")
+        text = read_bytes(file.read).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = 1 + error.object.count(b"\n", 0, error.start)
-        on_error(RecordError(path, line, bad_bytes(error)))
+        on_error(RecordError(path, line, describe_decode_error(error)))
     except ValueError as error:
         raise RecordError(path, 1, str(error)) from None
     else:
@@ -96,18 +101,31 @@ def _read_document(path: str, file: File, on_error: OnError) -> Iterator[Record]
             yield Record(path, 1, {"text": text.replace("\r\n", "\n")})
 
 
-# The text formats also lie in .gz files; `compressed` tells.
+def _read_parquet(path: str, file: BinaryFile, on_error: OnError) -> Iterator[Record]:
+    """The rows of a file as records. Nulls are kept as None."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: reading Parquet files needs pyarrow: pip install pyarrow ({error})") from error
+    row = 0
+    try:
+        table = parquet.ParquetFile(file, pre_buffer=False)
+        for group in range(table.num_row_groups):
+            # No threads: records may be read in a process that forks workers.
+            for batch in table.iter_batches(PARQUET_ROWS, row_groups=[group], use_threads=False):
+                for value in batch.to_pylist():
+                    row += 1
+                    yield Record(path, row, value)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise RecordError(path, row + 1, f"not a valid Parquet file: {str(error).splitlines()[0]}") from None
+
+
 READERS: dict[str, Reader] = {
-    ".jsonl": _read_lines,
-    ".ndjson": _read_lines,
-    ".json": _read_values,
-    ".parquet": read_parquet,
-    ".txt": _read_document,
-    ".md": _read_document,
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+    ".md": _read_text,
 }
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"a record must be a JSON object, {{...}}, not {kind(value)}")
-    return value

@@ -1,56 +1,122 @@
-"""From paths to records: what a user names in a recipe, file by file and record by record.
+"""From the paths in a recipe to records.
 
-    .jsonl .ndjson    one JSON object a line, blank lines allowed
-    .json             an array of objects; objects one after another (JSON Lines under the wrong name); a single object
-    .parquet          one record a row, its columns are the keys
+    .jsonl .ndjson    one JSON object per line; blank lines are allowed
+    .json             an array of objects, several objects one after another, or a single object
+    .parquet          one record per row; its columns are the keys
     .txt .md          the whole file is one document, {"text": ...}
 
-each file but Parquet also compressed, with .gz behind its suffix. Text is UTF-8, with or without a byte order mark.
+All formats except Parquet may be compressed with gzip (.jsonl.gz). Text is UTF-8, with or without a byte order mark.
 
-Choices made:
-- Every record knows its file and line, and every complaint names them: `data.jsonl:17: not valid JSON: ...`.
-- Files are streamed: memory is about one record and a chunk, however large the file is (one row group of Parquet).
-- Lone surrogates ("\\ud800"), which JSON can spell and tokenizers crash on, become U+FFFD.
-- Nothing here knows what a record means, apart from `text_of`; `datamodules.conversations` does.
-
-This is the face of `paths`, `readers` and `records`, and all that the rest of the code needs.
+Choices:
+- Every record knows its file and line, and every error names them: ``data.jsonl:17: not valid JSON: ...``.
+- Files are streamed: memory is bounded by one record and a chunk (in Parquet, by one row group), however large a file is.
+- What the keys of a record mean is decided elsewhere: in ``text_of`` and in conversations.py.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
 
-from datamodules.paths import expand, identity
-from datamodules.readers import reader_of, records
-from datamodules.records import OnError, Record, RecordError, fail, kind
+import difflib
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
 
-__all__ = ["OnError", "Record", "RecordError", "expand", "fail", "identity", "kind", "read", "text_of"]
+from datamodules.readers import READERS, is_gzip, read_with, reader_for, suffix_of
+from datamodules.records import OnError, Record, RecordError, json_type, keys_of, raise_error
+
+PLACEHOLDER = re.compile(r"(^|/)path/to(/|$)|<[^<>]+>|(^|[/_-])your[_-]|\.\.\.", re.IGNORECASE)
 
 
-def read(path: str, on_error: OnError = fail) -> Iterator[Record]:
-    """The records of one file, in order.
+def read(path: str, on_error: OnError = raise_error) -> Iterator[Record]:
+    """Iterate over the records of a file.
 
-    `on_error` is called with every bad record that can be stepped over (a bad line, an element that is not an object);
-    unless it raises, as the default does, reading goes on behind it. Damage that hides where the next record begins (a
-    syntax error in an array, a truncated file) is always raised.
+    Args:
+        path: the file.
+        on_error: called with each bad record that can be skipped (a bad line, or an array element that is not an object).
+            Unless it raises, as the default does, reading continues after the record.
 
     Raises:
-        RecordError: bad JSON, bad UTF-8, a truncated file, a record that is not an object.
-        ValueError: a file of an unsupported kind.
+        RecordError: damage that hides where the next record begins, such as a syntax error in an array or a truncated file.
+        ValueError: the file type is not supported.
     """
-    return records(path, reader_of(path), on_error)
+    return read_with(reader_for(path), path, on_error)
 
 
 def text_of(record: Record) -> str:
-    """The text of a pretraining record, `{"text": ...}`.
+    """The text of a pretraining record, ``{"text": ...}``.
 
     Raises:
-        RecordError: no such key, not a string, or nothing but whitespace.
+        RecordError: the key is missing, or its value is not a string or only whitespace.
     """
     if "text" not in record.value:
-        keys = ", ".join(map(repr, record.value)) or "none"
-        raise RecordError(record.file, record.line, f"no key 'text'; the record's keys: {keys}")
+        raise RecordError(record.file, record.line, f"no key 'text'; the record's keys: {keys_of(record.value)}")
     text = record.value["text"]
     if not isinstance(text, str):
-        raise RecordError(record.file, record.line, f"'text' must be a string, not {kind(text)}")
+        raise RecordError(record.file, record.line, f"'text' must be a string, not {json_type(text)}")
     if not text.strip():
         raise RecordError(record.file, record.line, "'text' is empty")
     return text
+
+
+# -- paths ---------------------------------------------------------------------------------------------------------------
+
+
+def expand(files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Expand a path, a list of paths, or a glob (``*``, ``?``, ``[...]``, and ``**`` for nested folders) to files.
+
+    The matches of a glob are sorted, and a file that is named more than once is kept at its first position. ``~`` is the home
+    folder.
+
+    Raises:
+        ValueError: there are no files, a path does not exist, is a placeholder or a folder, a glob has no match, or a file
+            type is not supported.
+    """
+    paths = [files] if isinstance(files, str | os.PathLike) else files
+    matches = [match for path in paths for match in _expand_one(os.fspath(path))]
+    if not matches:
+        raise ValueError("no files given")
+    unique: dict[str, str] = {}
+    for path in matches:
+        unique.setdefault(os.path.realpath(path), path)
+    return list(unique.values())
+
+
+def _expand_one(path: str) -> list[str]:
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        raise ValueError(f"{path!r} is a folder; name the files in it, for example {_example_glob(path)!r}")
+    if os.path.exists(path):  # checked first, because a file may be called "data[1].jsonl"
+        matches = [path]
+    elif PLACEHOLDER.search(path.replace(os.sep, "/")):
+        raise ValueError(f"{path!r} is a placeholder; replace it with the path of your own file")
+    elif any(character in path for character in "*?["):
+        matches = _glob(path)
+    else:
+        raise ValueError(_missing(path))
+    for match in matches:
+        reader_for(match)  # reject unsupported files before anything is read
+    return matches
+
+
+def _glob(pattern: str) -> list[str]:
+    matches = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+    if not matches:
+        raise ValueError(f"no file matches {pattern!r}")
+    return matches
+
+
+def _example_glob(folder: str) -> str:
+    """A glob that matches a supported file of the folder, if it has one."""
+    for name in sorted(os.listdir(folder)):
+        if suffix_of(name) in READERS:
+            return os.path.join(folder, f"*{suffix_of(name)}{'.gz' * is_gzip(name)}")
+    return os.path.join(folder, "*.jsonl")
+
+
+def _missing(path: str) -> str:
+    folder, name = os.path.split(path)
+    if not os.path.isdir(folder or "."):
+        return f"{path!r} does not exist, and neither does the folder {folder!r}"
+    similar = difflib.get_close_matches(name, os.listdir(folder or "."), n=3)
+    hint = f"; did you mean {' or '.join(repr(os.path.join(folder, name)) for name in similar)}?" if similar else ""
+    return f"{path!r} does not exist{hint}"

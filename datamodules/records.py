@@ -1,4 +1,6 @@
-"""One record of a file, and the complaint about one: both know their file and line."""
+"""A record of a data file, and the error about one: both carry the file and the line."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Callable
@@ -8,7 +10,13 @@ from typing import Any, NoReturn
 
 @dataclass(frozen=True)
 class Record:
-    """One object of a file. `line` is the line, counted from 1, on which it begins."""
+    """One object of a data file.
+
+    Args:
+        file: path of the file.
+        line: line on which the object begins, from 1; in Parquet, the number of the row.
+        value: the object.
+    """
 
     file: str
     line: int
@@ -16,10 +24,10 @@ class Record:
 
 
 class RecordError(ValueError):
-    """A record that cannot be used: `FILE:LINE: reason`."""
+    """A record that cannot be used: ``FILE:LINE: reason``."""
 
-    def __init__(self, file: str, line: int, reason: str):
-        super().__init__(file, line, reason)  # the arguments themselves, so that it survives pickling between workers
+    def __init__(self, file: str, line: int, reason: str) -> None:
+        super().__init__(file, line, reason)  # the arguments themselves, so that the error can be pickled
         self.file, self.line, self.reason = file, line, reason
 
     def __str__(self) -> str:
@@ -29,12 +37,19 @@ class RecordError(ValueError):
 OnError = Callable[[RecordError], object]
 
 
-def fail(error: RecordError) -> NoReturn:
-    """The default `on_error`: the first bad record ends the reading."""
+def raise_error(error: RecordError) -> NoReturn:
+    """The default ``on_error``: stop at the first bad record."""
     raise error
 
 
-def kind(value: Any) -> str:
-    """What JSON calls it; what is none of JSON's, by its type."""
+def keys_of(value: dict[str, Any]) -> str:
+    """The keys of a record, for error messages."""
+    return ", ".join(map(repr, value)) or "none"
+
+
+def json_type(value: object) -> str:
+    """The name of a value's JSON type, or of its Python type if JSON has no such type, for error messages."""
     names: dict[type, str] = {dict: "an object", list: "an array", str: "a string", int: "a number", float: "a number"}
-    return names.get(type(value)) or (json.dumps(value) if value is None or isinstance(value, bool) else type(value).__name__)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return names.get(type(value)) or type(value).__name__

@@ -1,49 +1,51 @@
-"""SFT: conversations, of which the assistant's turns are trained. With ``bumblebee.LanguageModeling`` this is fine-tuning.
+"""SFT: conversations whose assistant turns are the targets. With ``bumblebee.LanguageModeling`` this is supervised fine-tuning.
 
-Records are in Alpaca's, ShareGPT's or OpenAI's format, see ``conversations.py``; the tokenizer folder's chat template makes
-the ids. Conversations are packed into windows, whole, or batched with others of similar length.
+Records are in Alpaca, ShareGPT or OpenAI format, see conversations.py; the chat template of the tokenizer folder renders them.
+Conversations are packed whole into windows, or padded in batches of similar length.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from bumblebee.datamodule import Batch
-from datamodules.collate import Packed, Single, tensors, width_of
+from datamodules.collate import PackedDataset, PaddedDataset, collate_rows, padded_width
 from datamodules.mixture import Files
-from datamodules.packing import pack
-from datamodules.token_cache import Piece, TokenCache
-from datamodules.token_data import TokenData
-from datamodules.tokenize_chat import ConversationEncoder
-from datamodules.truncation import TooLong, fitted
+from datamodules.packing import Chunks, TooLong, fit_sequences, pack
+from datamodules.token_cache import Segment, TokenCache
+from datamodules.token_datamodule import TokenDataModule
+from datamodules.tokenize import ConversationTokenizer
 
 
-class SFT(TokenData):
+class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
     """Conversations.
 
     Args:
         files: a path or glob of .json, .jsonl and .parquet files, or a list of them and of {path, weight} entries, where
-            weight is how often each conversation comes in an epoch (a part of 1: that share of them).
-        tokenizer: folder with tokenizer.json, and perhaps a chat template; without one it is ChatML.
+            weight is how often each conversation occurs in an epoch (a fraction selects that share of them).
+        tokenizer: folder with tokenizer.json, and optionally a chat template; the default is ChatML.
         max_length: tokens in a window or row.
-        train_on: "all" turns of the assistant, or only the "last" of each conversation.
-        system: system prompt of conversations that bring none; null adds none.
+        train_on: train on "all" assistant turns, or only on the "last" of each conversation.
+        system: system prompt for conversations that do not have one; null adds none.
         too_long: what to do with conversations that do not fit: drop them, keep_start, keep_end, or split them.
-        packing: fill windows with several conversations, kept apart; false pads each to the longest of its batch.
+        packing: fill windows with several conversations that do not attend to each other; false pads each to the longest of
+            its batch.
         validation_files: held-out files.
-        validation_ratio: share of the conversations to hold out where there are no such files; equal ones are held out
-            together.
-        deduplicate: keep one of the conversations that differ in white space only.
-        on_bad_record: "stop", or "skip" to leave bad records out and count them.
+        validation_ratio: share of the conversations to hold out if there are no such files; equal ones are held out together.
+        deduplicate: keep one of the conversations that differ in whitespace only.
+        on_bad_record: "stop", or "skip" to omit bad records and count them.
         cache_dir: where tokens are kept between runs; by default $BUMBLEBEE_CACHE or ~/.cache/bumblebee.
 
     Raises:
-        ValueError: a number out of its range, or a folder without tokenizer.
+        ValueError: a number is out of range, or the folder has no tokenizer.
     """
 
-    records_are = "conversations"
+    record_noun = "conversations"
+
+    train: PackedDataset | PaddedDataset
+    validation: PackedDataset | PaddedDataset | None = None
 
     def __init__(
         self,
@@ -67,55 +69,57 @@ class SFT(TokenData):
         self.too_long, self.packing = too_long, packing
 
     def setup(self, seed: int) -> None:
-        """Tokenise, hold out, fit into windows or rows."""
+        """Tokenize, hold out, fit into windows or rows."""
         super().setup(seed)
         self.stop_ids = [self.tokenizer.chat_template.end_of_turn_id]
-        train: Any = self.train
-        self.lengths = None if self.packing else train.pieces.lengths
+        self.lengths = None if self.packing else chunks_of(self.train).lengths
 
-    def encoder(self) -> ConversationEncoder:
+    def record_tokenizer(self) -> ConversationTokenizer:
         """Conversations to ids."""
-        return ConversationEncoder(self.tokenizer_folder, self.tokenizer, self.system, self.train_on)
+        return ConversationTokenizer(self.tokenizer_folder, self.tokenizer, self.system, self.train_on)
 
-    def samples(self, cache: TokenCache, numbers: np.ndarray) -> Packed | Single:
-        """Windows or rows."""
-        pieces = fitted(cache, numbers, self.max_length, self.too_long)
+    def make_dataset(self, cache: TokenCache, samples: np.ndarray) -> PackedDataset | PaddedDataset:
+        """Packed windows, or rows of one conversation."""
+        chunks = fit_sequences(cache, samples, self.max_length, self.too_long)
         if not self.packing:
-            return Single(cache, pieces)
-        return Packed(cache, pack(pieces.starts, pieces.ends, self.max_length), pieces)
+            return PaddedDataset(cache, chunks)
+        return PackedDataset(cache, pack(chunks.starts, chunks.ends, self.max_length), chunks)
 
-    def collate(self, samples: list[list[Piece]]) -> Batch:
+    def collate(self, samples: list[list[Segment]]) -> Batch:
         """Samples -> ``input_ids``, ``labels``, ``position_ids``, each (B, T) int64.
 
-        T is max_length with packing, otherwise the longest sample's length, rounded up.
+        T is max_length with packing, otherwise the length of the longest sample, rounded up.
         """
-        return tensors(samples, self.max_length if self.packing else width_of(samples), self.pad_token_id)
+        return collate_rows(samples, self.max_length if self.packing else padded_width(samples), self.pad_token_id)
 
-    # -- for people ----------------------------------------------------------------------------------------------------
-
-    def summary(self) -> dict[str, Any]:
-        """Conversations, trained tokens, what was left out, how full windows are."""
-        train: Any = self.train
+    def summary(self) -> dict[str, object]:
+        """Conversations, targets, omitted samples, and how full the windows are."""
         lines = super().summary()
-        targets, tokens = int(train.pieces.targets.sum()), int(train.pieces.lengths.sum())
+        chunks = chunks_of(self.train)
+        targets, tokens = int(chunks.targets.sum()), int(chunks.lengths.sum())
         lines["trained tokens"] = f"{targets} of {tokens} ({targets / tokens:.1%})"
-        if self.packing:
-            lines["windows"] = f"{len(train)} of {self.max_length} tokens, {train.windows.efficiency:.1%} full"
+        if isinstance(self.train, PackedDataset):
+            lines["windows"] = f"{len(self.train)} of {self.max_length} tokens, {self.train.windows.efficiency:.1%} full"
         else:
-            lines["samples"] = f"{len(train)} of at most {self.max_length} tokens, padded, by length"
+            lines["samples"] = f"{len(self.train)} of at most {self.max_length} tokens, padded, by length"
         if self.validation is not None:
-            held_out: Any = self.validation
-            lines["held out"] = f"{len(self.held_out)} conversations, {int(held_out.pieces.targets.sum())} trained tokens"
+            held_out = int(chunks_of(self.validation).targets.sum())
+            lines["held out"] = f"{len(self.held_out)} conversations, {held_out} trained tokens"
         return lines
 
-    def left_out(self, samples: Packed | Single) -> dict[str, Any]:
+    def omitted(self, dataset: PackedDataset | PaddedDataset) -> dict[str, int | str]:
         """See the base class."""
         done = {"drop": "dropped", "keep_start": "cut at the end", "keep_end": "cut at the beginning", "split": "split"}
-        pieces = samples.pieces
-        assert pieces is not None
-        lines = (
-            {f"longer than max_length {self.max_length}": f"{pieces.too_long} {done[self.too_long]}"} if pieces.too_long else {}
-        )
-        if pieces.without_targets:
-            lines["without a target"] = f"{pieces.without_targets} dropped"
+        chunks = chunks_of(dataset)
+        lines: dict[str, int | str] = {}
+        if chunks.too_long:
+            lines[f"longer than max_length {self.max_length}"] = f"{chunks.too_long} {done[self.too_long]}"
+        if chunks.without_targets:
+            lines["without a target"] = f"{chunks.without_targets} dropped"
         return lines
+
+
+def chunks_of(dataset: PackedDataset | PaddedDataset) -> Chunks:
+    """The chunks of a dataset of conversations."""
+    assert dataset.chunks is not None
+    return dataset.chunks

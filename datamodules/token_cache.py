@@ -1,67 +1,68 @@
-"""The token cache: records tokenised once, then memory-mapped by every rank and every later run.
+"""The token cache: records are tokenized once, then memory-mapped by every rank and every later run.
 
-A sample is what a record becomes: one sequence of ids (a document, a conversation) or two (the chosen and the rejected answer
-behind the same prompt). A cache is a folder named by a hash of what its content follows from (files, tokenizer, template,
-options). It is written aside and renamed, so it is complete or absent. In it:
+A sample is a tokenized record: one sequence of ids (a document or conversation) or two (the chosen and the rejected answer
+after the same prompt). A cache is a folder, named by a hash of everything that determines its content (files, tokenizer,
+template, options). It is written to a temporary folder and renamed, so it is complete or absent. Its files:
 
-    tokens.bin      all sequences one after the other; uint16 or uint32
-    trained.bin     one bit for each token, first token in the highest bit: whether it is a target; absent where all are
+    tokens.bin      all sequences, concatenated; uint16 or uint32
+    trained.bin     the target mask, one bit per token, first token in the highest bit; absent if all tokens are targets
     ends.bin        int64 (sequences,): where each sequence ends in tokens.bin
-    targets.bin     int64 (sequences,): tokens of each that are trained; absent where all are
-    digests.bin     uint64 (samples,): hash of each sample's text with its white space evened out
-    sources.bin     int64 (samples, 2): number of the file, line of the record
-    about.json      files, counts
-
-Reading and naming are here; ``cache_writer.py`` writes.
+    targets.bin     int64 (sequences,): number of targets of each sequence; absent if all tokens are targets
+    digests.bin     uint64 (samples,): hash of each sample's text, ignoring whitespace
+    sources.bin     int64 (samples, 2): index of the file, line of the record
+    about.json      file names and counts
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
-from bumblebee.checkpoint.atomic import remove
-from bumblebee.json_files import read_json, write_json
+from bumblebee.checkpoint.atomic import remove, written_aside
+from bumblebee.json_files import JSON, read_json, write_json
 from bumblebee.nn import IGNORE_INDEX
+from datamodules.records import Record, RecordError
+from datamodules.tokenize import RecordTokenizer, TokenizedBatch
+from datamodules.worker_pool import RecordBatch, batched, tokenize_batches
 
-FORMAT = 2  # raised whenever the content of a cache changes for the same inputs
-LARGE = 1 << 26  # bytes; the digests of larger files are remembered
+FORMAT = 2  # increase whenever the content of a cache changes for the same inputs
+LARGE_FILE = 1 << 26  # bytes; the digests of larger files are remembered
 
-Piece = tuple[
-    np.ndarray, np.ndarray
-]  # inputs and labels, int64 (T,) each: the label is the token that follows, or IGNORE_INDEX
+Segment = tuple[np.ndarray, np.ndarray]  # inputs and labels, int64 (T,) each; a label is the next token or IGNORE_INDEX
 
 
 class TokenCache:
-    """A cache on the disk, opened for reading; only the pages that are looked at are read.
+    """A complete cache, opened for reading. Only the pages that are accessed are read from disk.
 
     Args:
-        folder: of a complete cache.
+        folder: the folder of the cache.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.about: dict[str, Any] = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        self.about = read_json(folder / "about.json")
         samples, sequences, tokens = (self.about[name] for name in ("samples", "sequences", "tokens"))
-        self.tokens = _mapped(folder / "tokens.bin", self.about["dtype"], (tokens,))
-        self.ends = _mapped(folder / "ends.bin", "int64", (sequences,))
-        self.digests = _mapped(folder / "digests.bin", "uint64", (samples,))
-        self.sources = _mapped(folder / "sources.bin", "int64", (samples, 2))
-        self._bits: np.ndarray | None = None
+        self.tokens = _map(folder / "tokens.bin", self.about["dtype"], (tokens,))
+        self.ends = _map(folder / "ends.bin", "int64", (sequences,))
+        self.digests = _map(folder / "digests.bin", "uint64", (samples,))
+        self.sources = _map(folder / "sources.bin", "int64", (samples, 2))
+        self._mask_bits: np.ndarray | None = None
         if self.about["masked"]:
-            self._bits = _mapped(folder / "trained.bin", "uint8", (-(-tokens // 8),))
+            self._mask_bits = _map(folder / "trained.bin", "uint8", (-(-tokens // 8),))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenCache, (self.folder,)  # another process maps the files anew: pickled maps would be copies
+        return TokenCache, (self.folder,)  # another process maps the files again: pickled maps would be copies
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -73,25 +74,25 @@ class TokenCache:
 
     @cached_property
     def targets(self) -> np.ndarray:
-        """How many tokens of each sequence are targets; its first token never is one."""
-        if self._bits is not None:
-            return _mapped(self.folder / "targets.bin", "int64", self.ends.shape)
+        """Number of targets of each sequence. The first token never is one."""
+        if self._mask_bits is not None:
+            return _map(self.folder / "targets.bin", "int64", self.ends.shape)
         return np.maximum(self.ends - self.begins - 1, 0)
 
-    def trained(self, start: int, stop: int) -> np.ndarray:
-        """Whether each token from ``start`` to ``stop`` (exclusive) is a target: bool (stop - start,)."""
-        if self._bits is None:
-            return np.ones(stop - start, dtype=bool)
-        first = start // 8
-        bits = np.unpackbits(self._bits[first : -(-stop // 8)])
-        return bits[start - 8 * first : stop - 8 * first].astype(bool)
+    def target_mask(self, begin: int, end: int) -> np.ndarray:
+        """Whether each token in [begin, end) is a target: bool (end - begin,)."""
+        if self._mask_bits is None:
+            return np.ones(end - begin, dtype=bool)
+        first = begin // 8
+        bits = np.unpackbits(self._mask_bits[first : -(-end // 8)])
+        return bits[begin - 8 * first : end - 8 * first].astype(bool)
 
-    def piece(self, start: int, length: int) -> Piece:
-        """``length`` inputs that begin at token ``start``, each with the token that follows as its label."""
+    def segment(self, start: int, length: int) -> Segment:
+        """``length`` inputs from token ``start`` on, and their labels."""
         tokens = self.tokens[start : start + length + 1].astype(np.int64)
-        if self._bits is None:
+        if self._mask_bits is None:
             return tokens[:-1], tokens[1:]
-        return tokens[:-1], np.where(self.trained(start + 1, start + length + 1), tokens[1:], IGNORE_INDEX)
+        return tokens[:-1], np.where(self.target_mask(start + 1, start + length + 1), tokens[1:], IGNORE_INDEX)
 
     def origin(self, sample: int) -> str:
         """FILE:LINE of a sample."""
@@ -99,75 +100,161 @@ class TokenCache:
         return f"{self.about['files'][file]}:{line}"
 
 
-def _mapped(file: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    return np.memmap(file, dtype=dtype, mode="r", shape=shape) if shape[0] else np.zeros(shape, dtype)  # nothing to map
+def _map(file: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    return np.memmap(file, dtype=dtype, mode="r", shape=shape) if shape[0] else np.zeros(shape, dtype)  # cannot map 0 bytes
 
 
-# -- names ---------------------------------------------------------------------------------------------------------------
+# -- writing -------------------------------------------------------------------------------------------------------------
 
 
-def cache_key(*parts: Any) -> str:
-    """A short name that changes whenever a part does."""
-    return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:20]
-
-
-def file_digest(path: str, memory: Path | None = None) -> str:
-    """Hash of a file's content.
+def write_token_cache(
+    folder: Path,
+    records: Iterable[Record | RecordError],
+    tokenizer: RecordTokenizer,
+    files: list[str],
+    skip_bad_records: bool,
+    show_progress: bool,
+    workers: int = 1,
+) -> None:
+    """Tokenize records and write a cache. Only a few batches are in memory at a time.
 
     Args:
-        path: of the file.
-        memory: folder in which the digests of large files are kept, as long as a file's size, place and times are the same.
+        folder: complete or absent when this returns.
+        records: iterated once; a RecordError takes the place of a record that cannot be read.
+        tokenizer: from records to ids.
+        files: the files that the records come from, in order.
+        skip_bad_records: omit and count bad records instead of raising the first one.
+        show_progress: show a progress bar.
+        workers: see :func:`tokenize_batches`.
+
+    Raises:
+        RecordError: a bad record.
+        OSError: the disk is full or the folder is not writable.
     """
-    state = os.stat(path)
-    if memory is None or state.st_size < LARGE:
-        return _content_digest(path)
-    now = [os.path.realpath(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
-    note = memory / f"{cache_key(now[0])}.json"
-    try:
-        then = read_json(note)
-    except (OSError, ValueError):
-        then = {}
-    if then.get("file") != now:
-        then = {"file": now, "digest": _content_digest(path)}
-        memory.mkdir(parents=True, exist_ok=True)
-        write_json(note, then)
-    return then["digest"]
+    progress = tqdm(records, desc="tokenizing", unit=" records", disable=None if show_progress else True, leave=False)
+    with written_aside(folder) as temporary:
+        with _Writer(temporary, tokenizer, files) as writer:
+            for batch, tokenized in tokenize_batches(tokenizer, batched(progress), workers):
+                if tokenized.errors and not skip_bad_records:
+                    raise tokenized.errors[min(tokenized.errors)]
+                writer.write(batch, tokenized)
+        write_json(temporary / "about.json", writer.about)
 
 
-def _content_digest(path: str) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+class _Writer(ExitStack):
+    """The open files of a cache that is being written."""
+
+    def __init__(self, folder: Path, tokenizer: RecordTokenizer, files: list[str]) -> None:
+        super().__init__()
+        self._file_index = {file: index for index, file in enumerate(files)}
+        names = ["tokens", "ends", "digests", "sources", *(["trained", "targets"] if tokenizer.masked else [])]
+        self._files: dict[str, IO[bytes]] = {name: self.enter_context(open(folder / f"{name}.bin", "wb")) for name in names}
+        self._pending_bits = np.zeros(0, bool)  # of the last byte of the mask, until it is full
+        self.about: dict[str, Any] = {
+            "files": files,
+            "group": tokenizer.sequences_per_sample,
+            "masked": tokenizer.masked,
+            "dtype": np.dtype(tokenizer.dtype).name,
+            "samples": 0,
+            "sequences": 0,
+            "tokens": 0,
+            "bad_records": 0,
+        }
+
+    def write(self, batch: RecordBatch, tokenized: TokenizedBatch) -> None:
+        """Append a batch."""
+        ends = np.cumsum(tokenized.lengths)
+        good = [record for index, record in enumerate(batch) if index not in tokenized.errors]
+        self._append("tokens", tokenized.tokens)
+        self._append("ends", ends + self.about["tokens"])
+        self._append("digests", tokenized.digests)
+        self._append("sources", np.array([(self._file_index[record.file], record.line) for record in good], np.int64))
+        if tokenized.target_mask is not None:
+            self._append_mask(tokenized.target_mask, tokenized.lengths, ends)
+        self.about["samples"] += len(good)
+        self.about["sequences"] += len(ends)
+        self.about["tokens"] += len(tokenized.tokens)
+        self.about["bad_records"] += len(tokenized.errors)
+
+    def _append_mask(self, mask: np.ndarray, lengths: np.ndarray, ends: np.ndarray) -> None:
+        counts = np.concatenate([[0], np.cumsum(mask)])
+        first = mask[np.minimum(ends - lengths, max(len(mask) - 1, 0))] if len(mask) else np.zeros(len(ends), bool)
+        self._append("targets", counts[ends] - counts[ends - lengths] - (first & (lengths > 0)))
+        bits = np.concatenate([self._pending_bits, mask])
+        full = len(bits) // 8 * 8
+        self._append("trained", np.packbits(bits[:full]))
+        self._pending_bits = bits[full:]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        if len(self._pending_bits):
+            self._append("trained", np.packbits(self._pending_bits))
+        return super().__exit__(kind, error, traceback)
+
+    def _append(self, name: str, values: np.ndarray) -> None:
+        self._files[name].write(np.ascontiguousarray(values).data)
 
 
-def text_digest(text: str) -> int:
-    """64 bits of a text, equal for texts that differ in white space only."""
-    return int.from_bytes(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest(), "little")
+# -- locks ---------------------------------------------------------------------------------------------------------------
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a cache is there."""
+    """Whether a folder holds a cache."""
     return (folder / "about.json").is_file()
 
 
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let other processes wait, such as another run that was started at the same moment and needs the same cache."""
+def write_lock(folder: Path) -> FileLock:
+    """The lock to hold while writing a cache: another run that needs the same one waits. Released when a process dies."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
-        yield
+    return FileLock(folder.parent / f".{folder.name}.lock")
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Delete what processes that were killed while they wrote have left beside complete caches."""
-    for aside in parent.glob(".*.partial"):
-        lock = parent / f"{aside.name.removesuffix('.partial')}.lock"
-        with open(lock, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # it is being written; or it is our own, which begins by deleting it
-                continue
-            remove(aside)
+def remove_unfinished(parent: Path) -> None:
+    """Delete what killed processes have left of unfinished caches, except those that a live process is writing."""
+    for temporary in parent.glob(".*.partial"):
+        name = temporary.name.removeprefix(".").removesuffix(".partial")
+        try:
+            with write_lock(parent / name).acquire(blocking=False):
+                remove(temporary)
+        except Timeout:  # another process is writing it, or we are, and begin by deleting it
+            continue
+
+
+# -- keys ----------------------------------------------------------------------------------------------------------------
+
+
+def cache_key(*parts: JSON) -> str:
+    """A short hash of the parts, used as folder name."""
+    return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:20]
+
+
+def file_digest(path: str, digests: Path | None = None) -> str:
+    """SHA-256 of a file's content.
+
+    Args:
+        path: the file.
+        digests: folder that remembers the digests of large files as long as path, size and times do not change.
+    """
+    state = os.stat(path)
+    if digests is None or state.st_size < LARGE_FILE:
+        return _content_digest(path)
+    identity = [os.path.realpath(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+    entry = digests / f"{cache_key(str(identity[0]))}.json"
+    try:
+        stored = read_json(entry)
+    except (OSError, ValueError):
+        stored = {}
+    if stored.get("file") != identity:
+        stored = {"file": identity, "digest": _content_digest(path)}
+        digests.mkdir(parents=True, exist_ok=True)
+        write_json(entry, stored)
+    return stored["digest"]
+
+
+def _content_digest(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

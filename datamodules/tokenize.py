@@ -1,67 +1,73 @@
-"""Encoders: from records to ids. They are sent to worker processes, so they are small, and nothing here imports torch."""
+"""Record tokenizers: from records to ids and target masks.
+
+They are sent to worker processes, so they are small to pickle, and torch is not imported here.
+"""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from hashlib import blake2b
+from itertools import chain, compress
+from typing import Any, Literal
 
 import numpy as np
 
+from bumblebee.json_files import JSON
+from bumblebee.tokenizer.chat_template import Message, Tool
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from datamodules import record_files
-from datamodules.record_files import Record, RecordError
-from datamodules.token_cache import text_digest
+from datamodules.conversations import parse_conversation, parse_preference, with_system
+from datamodules.records import Record, RecordError
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What a record has become.
+class TokenizedSample:
+    """A tokenized record.
 
     Args:
-        sequences: ids, one list or two.
-        trained: for each sequence whether each of its tokens is a target; None where all are.
-        digest: equal for records that say the same; see ``token_cache.text_digest``.
+        sequences: ids of one sequence, or of two.
+        target_masks: for each sequence whether each token is a target; None if all are.
+        digest: see :func:`text_digest`.
     """
 
     sequences: list[list[int]]
-    trained: list[list[bool]] | None
+    target_masks: list[list[bool]] | None
     digest: int
 
 
 @dataclass(frozen=True)
-class Block:
-    """Many samples, flat, as they are sent between processes and written.
+class TokenizedBatch:
+    """Many samples, flattened, as they are sent between processes and written to the cache.
 
     Args:
-        tokens: ids of all sequences.
-        trained: bool like ``tokens``, or None.
-        lengths: of each sequence.
-        digests: of each sample.
-        errors: by the place among the encoded records, those that became no sample.
+        tokens: ids of all sequences, concatenated.
+        target_mask: bool, of the shape of ``tokens``; None if all tokens are targets.
+        lengths: tokens of each sequence.
+        digests: uint64 of each sample.
+        errors: the records that could not be tokenized, by index in the batch of records.
     """
 
     tokens: np.ndarray
-    trained: np.ndarray | None
+    target_mask: np.ndarray | None
     lengths: np.ndarray
     digests: np.ndarray
     errors: dict[int, RecordError]
 
 
-class Encoder(ABC):
-    """Records -> samples.
+class RecordTokenizer(ABC):
+    """Tokenizes records.
 
     Args:
-        folder: of the tokenizer, read anew in each process.
-        tokenizer: what it is in this one.
+        folder: the tokenizer's folder, read again in each worker process.
+        tokenizer: the tokenizer in this process.
     """
 
-    sequences = 1  # of a sample
-    masked = True  # some tokens are no targets
-    threaded = False  # keeps all cores busy without help
+    sequences_per_sample = 1
+    masked = True  # whether some tokens are not targets
+    multithreaded = False  # whether it uses all cores without worker processes
 
     def __init__(self, folder: str, tokenizer: Tokenizer) -> None:
         self.folder, self.tokenizer = folder, tokenizer
@@ -73,57 +79,176 @@ class Encoder(ABC):
         self.__dict__.update(state, tokenizer=Tokenizer.from_pretrained(state["folder"]))
 
     @property
-    def dtype(self) -> Any:
-        """The smallest type that holds all ids."""
+    def dtype(self) -> type[np.unsignedinteger]:
+        """The smallest dtype that holds all ids."""
         return np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32
 
-    def identity(self) -> list[Any]:
-        """What decides, beside tokenizer and files, which ids come out; JSON values, a part of the cache's name.
+    def key_parts(self) -> list[JSON]:
+        """What determines the ids besides tokenizer and files, for the key of the cache.
 
-        The source of an encoder from elsewhere is in it.
+        For a class that is defined elsewhere, this includes its source.
         """
-        kind = type(self)
-        return [kind.__qualname__, None if kind.__module__.startswith("datamodules.") else inspect.getsource(kind)]
+        cls = type(self)
+        return [cls.__qualname__, None if cls.__module__ == __name__ else inspect.getsource(cls)]
 
     @abstractmethod
-    def samples(self, records: Sequence[Record]) -> list[Sample | RecordError]:
-        """For each record its sample, or why there is none."""
+    def tokenize(self, records: Sequence[Record]) -> list[TokenizedSample | RecordError]:
+        """For each record its sample, or the reason why there is none."""
 
-    def encode(self, items: Sequence[Record | RecordError]) -> Block:
-        """``samples`` of the records, flat; errors of reading stay errors."""
-        made = iter(self.samples([item for item in items if isinstance(item, Record)]))
-        results = [next(made) if isinstance(item, Record) else item for item in items]
-        good = [result for result in results if isinstance(result, Sample)]
-        sequences = [ids for sample in good for ids in sample.sequences]
-        masks = chain.from_iterable(mask for sample in good for mask in sample.trained or ())
-        return Block(
+    def tokenize_batch(self, items: Sequence[Record | RecordError]) -> TokenizedBatch:
+        """:meth:`tokenize`, flattened. Errors from reading are passed through."""
+        tokenized = iter(self.tokenize([item for item in items if isinstance(item, Record)]))
+        results = [next(tokenized) if isinstance(item, Record) else item for item in items]
+        samples = [result for result in results if isinstance(result, TokenizedSample)]
+        sequences = [ids for sample in samples for ids in sample.sequences]
+        masks = chain.from_iterable(mask for sample in samples for mask in sample.target_masks or ())
+        return TokenizedBatch(
             np.fromiter(chain.from_iterable(sequences), self.dtype),
             np.fromiter(masks, bool) if self.masked else None,
             np.array([len(ids) for ids in sequences], np.int64),
-            np.array([sample.digest for sample in good], np.uint64),
-            {place: result for place, result in enumerate(results) if isinstance(result, RecordError)},
+            np.array([sample.digest for sample in samples], np.uint64),
+            {index: result for index, result in enumerate(results) if isinstance(result, RecordError)},
         )
 
 
-class TextEncoder(Encoder):
-    """{"text": ...} -> its ids and an end-of-text id, all of them targets."""
+class TextTokenizer(RecordTokenizer):
+    """``{"text": ...}`` -> its ids and the end-of-text id, all of them targets."""
 
     masked = False
-    threaded = True  # the library's own: a batch at a time without the interpreter
+    multithreaded = True  # encode_batch runs without the GIL
 
-    def samples(self, records: Sequence[Record]) -> list[Sample | RecordError]:
+    def tokenize(self, records: Sequence[Record]) -> list[TokenizedSample | RecordError]:
         """See the base class."""
-        assert self.tokenizer.eos_token_id is not None
-        texts = [_text(record) for record in records]
+        eos = self.tokenizer.eos_token_id
+        assert eos is not None
+        texts = [_text_or_error(record) for record in records]
         ids = iter(self.tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
         return [
-            Sample([[*next(ids), self.tokenizer.eos_token_id]], None, text_digest(text)) if isinstance(text, str) else text
-            for text in texts
+            TokenizedSample([[*next(ids), eos]], None, text_digest(text)) if isinstance(text, str) else text for text in texts
         ]
 
 
-def _text(record: Record) -> str | RecordError:
+def _text_or_error(record: Record) -> str | RecordError:
     try:
         return record_files.text_of(record)
     except RecordError as error:
         return error
+
+
+class ChatTokenizer(RecordTokenizer):
+    """Base class for records that are rendered with the chat template.
+
+    Args:
+        folder: the tokenizer's folder.
+        tokenizer: the tokenizer, with its chat template.
+        system: system prompt for conversations that do not have one, or None.
+    """
+
+    def __init__(self, folder: str, tokenizer: Tokenizer, system: str | None) -> None:
+        super().__init__(folder, tokenizer)
+        self.system = system
+
+    def key_parts(self) -> list[JSON]:
+        """See the base class. Raises ValueError for a folder without a usable template before any record is read."""
+        sources: dict[str, JSON] = dict(self.tokenizer.chat_template.sources)
+        return [*super().key_parts(), self.system, sources]
+
+    def tokenize(self, records: Sequence[Record]) -> list[TokenizedSample | RecordError]:
+        """See the base class."""
+        return [self._sample_or_error(record) for record in records]
+
+    def _sample_or_error(self, record: Record) -> TokenizedSample | RecordError:
+        try:
+            return self.tokenize_record(record)
+        except RecordError as error:
+            return error
+        except ValueError as error:  # from the chat template
+            return RecordError(record.file, record.line, str(error))
+
+    @abstractmethod
+    def tokenize_record(self, record: Record) -> TokenizedSample:
+        """Tokenize one record.
+
+        Raises:
+            ValueError: the record cannot be used.
+        """
+
+    def _encode(self, messages: Sequence[Message], tools: list[Tool] | None, train_on: str) -> tuple[list[int], list[bool]]:
+        chat = self.tokenizer.chat_template.encode(with_system(messages, self.system), tools, train_on)
+        return chat.ids, chat.target_mask
+
+
+class ConversationTokenizer(ChatTokenizer):
+    """A conversation -> one sequence, with the assistant turns as targets.
+
+    Args:
+        folder: the tokenizer's folder.
+        tokenizer: the tokenizer, with its chat template.
+        system: system prompt for conversations that do not have one, or None.
+        train_on: "all" assistant turns, or only the "last".
+    """
+
+    def __init__(self, folder: str, tokenizer: Tokenizer, system: str | None, train_on: Literal["all", "last"]) -> None:
+        super().__init__(folder, tokenizer, system)
+        self.train_on = train_on
+
+    def key_parts(self) -> list[JSON]:
+        """See the base class."""
+        return [*super().key_parts(), self.train_on]
+
+    def tokenize_record(self, record: Record) -> TokenizedSample:
+        """See the base class."""
+        chat = parse_conversation(record)
+        ids, mask = self._encode(chat.messages, chat.tools, self.train_on)
+        return TokenizedSample([ids], [mask], chat_digest([chat.messages, chat.tools]))
+
+
+class PreferenceTokenizer(ChatTokenizer):
+    """A preference pair -> two sequences, prompt + chosen answer and prompt + rejected answer, each ending with the answer."""
+
+    sequences_per_sample = 2
+
+    def tokenize_record(self, record: Record) -> TokenizedSample:
+        """See the base class."""
+        pair = parse_preference(record)
+        encoded = [self._encode([*pair.prompt, answer], pair.tools, "last") for answer in (pair.chosen, pair.rejected)]
+        prompts, answers = zip(*(_split_prompt(ids, mask) for ids, mask in encoded), strict=True)
+        if prompts[0] != prompts[1]:
+            raise ValueError("the chat template renders the prompt differently before the rejected and the chosen answer")
+        return TokenizedSample(
+            [prompts[0] + answer for answer in answers],
+            [[False] * len(prompts[0]) + [True] * len(answer) for answer in answers],
+            chat_digest([pair.prompt, pair.chosen, pair.rejected, pair.tools]),
+        )
+
+
+def _split_prompt(ids: list[int], mask: list[bool]) -> tuple[list[int], list[int]]:
+    """(prompt, answer); what the template writes after the answer is dropped."""
+    prompt, answer = ids[: mask.index(True)], list(compress(ids, mask))
+    assert ids[len(prompt) : len(prompt) + len(answer)] == answer, "an answer in several parts"
+    return prompt, answer
+
+
+# -- digests: samples with the same digest are duplicates, and are never split between training and validation -----------
+
+
+def text_digest(text: str) -> int:
+    """A 64-bit hash of a text, equal for texts that differ in whitespace only."""
+    return int.from_bytes(blake2b(" ".join(text.split()).encode(), digest_size=8).digest(), "little")
+
+
+def chat_digest(chat: object) -> int:
+    """:func:`text_digest` of all roles, contents, calls and tools of a chat."""
+    return text_digest("\0".join(_strings(chat)))
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+    else:
+        yield " ".join(str(value).split())

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 from bumblebee.cli.commands import COMMANDS
 from bumblebee.cli.parser import Parser
-from bumblebee.cli.recipe_options import recipe_parser
+from bumblebee.cli.recipe_options import recipe_command_parser
 from bumblebee.cli.shipped_classes import shipped
 from bumblebee.optim import GroupRule
 
@@ -116,7 +116,7 @@ def section(title: str, made: Callable[..., object]) -> Iterator[str]:
 
 def commands() -> Iterator[str]:
     """Yield the options of each command; those of a recipe once for all commands that take one."""
-    recipe = recipe_parser("fit")
+    recipe = recipe_command_parser("fit")
     shared = [action.dest for action in options(recipe)]
     yield from ("", "## A recipe", "", "`task`, `data`, `optimizer`, `schedule` and each of `callbacks` is a class, see below.")
     yield from table(recipe, options(recipe))

@@ -28,5 +28,7 @@ def test_frozen_weights_are_unchanged_saved_and_resumed(tmp_path: Path, stage: i
     train(tmp_path / "again", resume=str(checkpoint), **job)
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(again[key], end[key]) for key in end)
-    with pytest.raises(ValueError, match="was trained with .* tensors frozen, .*the checkpoint is a model folder itself"):
+    with pytest.raises(
+        ValueError, match="was trained with .* tensors frozen, .*use the checkpoint itself, which is a model folder"
+    ):
         consolidate(checkpoint, tmp_path / "other")

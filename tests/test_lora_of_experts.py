@@ -1,4 +1,4 @@
-"""LoRA on the experts of a mixture: each has its own update, folders are those of PEFT, and sums are what it computes."""
+"""LoRA on the experts of a mixture of experts: one update per expert, PEFT-compatible folders, and merging."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OPTIONS = {"rank": 4, "alpha": 8, "dropout": 0.0, "experts": True}
 
 @pytest.fixture(scope="module", params=[*PEERS, "own"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders with experts one by one, and one with all of a layer in one tensor."""
+    """Folders with a tensor per expert, and one with a tensor for all experts of a layer."""
     folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
     torch.manual_seed(0)
     if request.param == "own":
@@ -51,7 +51,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def adapted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """A folder of adapters that have an effect, and the logits of the model that has them."""
+    """An adapter folder with nonzero updates, and the logits of the model with them."""
     model, folder = Bumblebee.from_pretrained(base), tmp_path_factory.mktemp("adapter")
     before = model(IDS)
     LoRA(**OPTIONS, targets=["q_proj"])(model)
@@ -65,7 +65,7 @@ def adapted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder, logits
 
 
-def test_only_adapters_are_saved_and_each_expert_has_its_own(base, adapted):
+def test_only_adapters_are_saved_one_per_expert(base, adapted):
     shapes = {key: tuple(tensor.shape) for key, tensor in load_file(adapted[0] / "adapter_model.safetensors").items()}
     config = Bumblebee.from_pretrained(base).config
     layer, count, inner = "base_model.model.model.layers.1.mlp.experts.", config.num_experts, config.moe_intermediate_size
@@ -75,12 +75,12 @@ def test_only_adapters_are_saved_and_each_expert_has_its_own(base, adapted):
     }  # fmt: skip
 
 
-def test_the_folder_read_as_one_model_computes_the_sum(adapted):
+def test_loaded_adapter_folder_is_merged(adapted):
     folder, logits = adapted
     torch.testing.assert_close(Bumblebee.from_pretrained(folder)(IDS), logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_merged_folder_computes_the_sum_and_unmerged_updates_do(base, adapted, tmp_path):
+def test_merged_and_attached_experts_agree(base, adapted, tmp_path):
     folder, logits = adapted
     merge(folder, tmp_path / "merged")
     torch.testing.assert_close(Bumblebee.from_pretrained(tmp_path / "merged")(IDS), logits, rtol=1e-4, atol=1e-4)
@@ -89,16 +89,16 @@ def test_a_merged_folder_computes_the_sum_and_unmerged_updates_do(base, adapted,
     torch.testing.assert_close(beside(IDS), logits, rtol=1e-5, atol=1e-5)
 
 
-def test_peft_puts_the_updates_onto_transformers_model(base, adapted):
+def test_peft_loads_expert_adapters(base, adapted):
     if "own" in base.name:
         pytest.skip("transformers does not know the architecture")
-    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
-        found = PeftModel.from_pretrained(theirs, adapted[0]).eval()(IDS).logits
+        found = PeftModel.from_pretrained(reference, adapted[0]).eval()(IDS).logits
     torch.testing.assert_close(found, adapted[1], rtol=1e-4, atol=1e-4)
 
 
-def test_training_moves_the_updates_of_experts_alike_at_stages_1_and_3(tmp_path):
+def test_expert_training_agrees_at_stages_1_and_3(tmp_path):
     small_model(**MOE).save_pretrained(tmp_path / "base")
     runs = [
         train(tmp_path / str(stage), base=str(tmp_path / "base"), lora=OPTIONS, max_steps=4, zero_stage=stage)
@@ -110,17 +110,17 @@ def test_training_moves_the_updates_of_experts_alike_at_stages_1_and_3(tmp_path)
     assert all(tensor.any() for tensor in tensors.values()) and any("experts.base_layer.lora_B" in key for key in tensors)
 
 
-def test_a_checkpoint_of_updates_alone_is_consolidated_to_the_same_adapters(tmp_path):
+def test_checkpoint_consolidates_to_the_same_adapter(tmp_path):
     small_model(**MOE, router_bias_update_rate=0.01).save_pretrained(tmp_path / "base")
     each = {"checkpoint": ("Checkpoint", {"every": 2})}
     train(tmp_path / "run", base=str(tmp_path / "base"), lora=OPTIONS, max_steps=2, callbacks=each, zero_stage=1)
     consolidate(tmp_path / "run" / "checkpoint-2", tmp_path / "whole")
-    found, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "run"))
-    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "run"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_experts_that_lie_one_by_one_are_trained_and_saved_one_by_one(tmp_path, stage):
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_separate_experts_keep_separate_adapters(tmp_path, stage):
     config = MixtralConfig(**SHAPE, num_local_experts=5)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
@@ -131,10 +131,10 @@ def test_experts_that_lie_one_by_one_are_trained_and_saved_one_by_one(tmp_path, 
     assert before.keys() == after.keys() == whole.keys() and "model.layers.1.block_sparse_moe.experts.4.w2.weight" in after
     assert all(torch.equal(whole[key], after[key]) for key in after)
     differences = {key: (after[key] - before[key]).abs().max() for key in after}
-    assert all(0 < difference < 0.05 for difference in differences.values()), "two steps of 1e-2 from what was read"
+    assert all(0 < difference < 0.05 for difference in differences.values()), "two steps with a learning rate of 1e-2"
 
 
-def test_dpo_compares_with_the_model_without_its_updates(tmp_path):
+def test_dpo_reference_is_the_base_model(tmp_path):
     small_model(**MOE).save_pretrained(tmp_path / "base")
     lines = train(
         tmp_path / "run", base=str(tmp_path / "base"), lora=OPTIONS, task=("DPO", {}), data=("Pairs", {}), max_steps=3
@@ -142,13 +142,13 @@ def test_dpo_compares_with_the_model_without_its_updates(tmp_path):
     assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and lines[-1]["loss"] != lines[0]["loss"]
 
 
-def test_what_cannot_be_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match="experts: .* no dropout and no dora; got dropout 0.1 and dora false"):
+def test_unsupported_expert_options_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="experts requires dropout 0 and dora false, got dropout 0.1 and dora false"):
         LoRA(experts=True)
     with pytest.raises(ValueError, match="got dropout 0 and dora true"):
         LoRA(experts=True, dropout=0.0, dora=True)
     small_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="experts: the model is no mixture of experts"):
+    with pytest.raises(ValueError, match="experts: the model is not a mixture of experts"):
         LoRA(**OPTIONS)(Bumblebee.from_pretrained(tmp_path))
     model = small_model(**MOE)
     model.source = Path("base")

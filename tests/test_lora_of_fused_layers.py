@@ -1,4 +1,4 @@
-"""LoRA where the family's files keep layers in one tensor: folders are PEFT's over transformers' model, and back, exactly."""
+"""LoRA on layers that the family's files fuse: adapters convert exactly to and from PEFT on the transformers model."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def all_agree(base: Path, folder: Path, expected: torch.Tensor, output: Path) -> None:
-    """PEFT over transformers' model, our sum of the two, and ours with the updates beside the weights."""
-    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    """Logits of PEFT on the transformers model, of the merged model, and of the model with the adapter attached."""
+    reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     beside = Bumblebee.from_pretrained(base)
     before = logits(beside)
     attach(beside, folder)
     merge(folder, output)
     assert (expected - before).abs().max() > 0.5, "the updates have an effect"
-    for found in (PeftModel.from_pretrained(theirs, folder), Bumblebee.from_pretrained(folder), beside):
+    for found in (PeftModel.from_pretrained(reference, folder), Bumblebee.from_pretrained(folder), beside):
         torch.testing.assert_close(logits(found), expected, rtol=0, atol=1e-4)
     merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, attn_implementation="eager")
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
@@ -82,31 +82,31 @@ def test_our_adapters_are_read_by_peft(base: Path, kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_adapters_of_peft_on_the_fused_layer_are_read(dora: bool, tmp_path: Path) -> None:
+def test_peft_adapters_of_fused_layers_load(dora: bool, tmp_path: Path) -> None:
     torch.manual_seed(2)
-    theirs = AutoModelForCausalLM.from_config(PEERS["glm4"], dtype=torch.float32, attn_implementation="eager")
-    widen(theirs)
-    theirs.save_pretrained(tmp_path / "base")
+    reference = AutoModelForCausalLM.from_config(PEERS["glm4"], dtype=torch.float32, attn_implementation="eager")
+    widen(reference)
+    reference.save_pretrained(tmp_path / "base")
     config = LoraConfig(
         r=4, lora_alpha=6, target_modules=["gate_up_proj", "q_proj"], use_dora=dora, alpha_pattern={"gate_up_proj": 10},
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    model = get_peft_model(theirs, config)
-    config.base_model_name_or_path = str(tmp_path / "base")  # it would name a hub's
+    model = get_peft_model(reference, config)
+    config.base_model_name_or_path = str(tmp_path / "base")  # by default the name on the hub
     widen(model)
     model.save_pretrained(tmp_path / "adapter")
     all_agree(tmp_path / "base", tmp_path / "adapter", logits(model), tmp_path / "merged")
 
 
-def test_a_half_of_a_fused_layer_is_refused(base: Path) -> None:
+def test_half_of_a_fused_layer_is_refused(base: Path) -> None:
     if "moe" in base.name:
         pytest.skip("nothing is fused there")
-    with pytest.raises(ValueError, match=r"mlp.gate_up_proj in the model's files is gate_proj, up_proj in one: name all"):
+    with pytest.raises(ValueError, match=r"gate_proj, up_proj are one tensor in .*, .*mlp.gate_up_proj: target all"):
         LoRA(targets=["gate_proj"])(Bumblebee.from_pretrained(base))
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_run_writes_what_consolidation_writes(base: Path, stage: int, tmp_path: Path) -> None:
+def test_run_and_consolidation_write_the_same(base: Path, stage: int, tmp_path: Path) -> None:
     save = {"checkpoint": ("Checkpoint", {"every": 2, "keep": None})}
     job = {"base": str(base), "lora": {"rank": 4, "alpha": 8}, "zero_stage": stage, "max_steps": 2}
     train(tmp_path / "run", callbacks=save, **job)

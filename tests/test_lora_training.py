@@ -1,4 +1,4 @@
-"""Runs with LoRA: they learn what a plain loop with PEFT learns, save adapters alone, and continue to the byte."""
+"""LoRA runs match a reference loop with PEFT, save only adapters, and resume byte-identically."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from bumblebee import Bumblebee  # noqa: E402
 from bumblebee.checkpoint.consolidate import consolidate  # noqa: E402
 from bumblebee.checkpoint.hf_folder import is_model_folder  # noqa: E402
-from bumblebee.checkpoint.sharded_state import PieceReader  # noqa: E402
+from bumblebee.checkpoint.sharded_state import ShardReader  # noqa: E402
 from bumblebee.lora import LoRA  # noqa: E402
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.training.run_folder import clear, holds_a_run  # noqa: E402
 from bumblebee.verify.reference_loop import sample_indices
 
 EACH_STAGE = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
-# A larger eps than usual: Adam blows up the rounding of tiny gradients.
+# A larger eps than usual: Adam amplifies rounding errors of tiny gradients.
 ADAM = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4}
 ADAPTER = {"rank": 4, "alpha": 8}
 FILES = {"adapter_config.json", "adapter_model.safetensors", "generation_config.json"}
@@ -41,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(folder: Path, base: Path, dropout: float = 0.1, dora: bool = False, **job: Any) -> list[dict[str, float]]:
-    """A small run with adapters whose start is always the same."""
+    """A small LoRA run with fixed initial adapters."""
     return train(folder, base=str(base), lora={**ADAPTER, "dropout": dropout, "dora": dora}, callbacks=SAVE, **job)
 
 
@@ -50,7 +50,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def plain_peft(base: Path, start: Path, steps: int) -> dict[str, torch.Tensor]:
-    """A textbook loop over transformers' model with PEFT's adapter."""
+    """Reference loop: the transformers model with PEFT."""
     from peft import PeftModel, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM
 
@@ -78,12 +78,12 @@ def plain_peft(base: Path, start: Path, steps: int) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
-# -- what is learned -----------------------------------------------------------------------------------------------------
+# -- training -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_every_stage_learns_what_a_plain_loop_with_peft_learns(base: Path, tmp_path: Path, dora: bool) -> None:
+def test_every_stage_matches_reference_loop_with_peft(base: Path, tmp_path: Path, dora: bool) -> None:
     torch.manual_seed(42)
     model = Bumblebee.from_pretrained(base)
     LoRA(**ADAPTER, dropout=0.0, dora=dora)(model)
@@ -97,7 +97,7 @@ def test_every_stage_learns_what_a_plain_loop_with_peft_learns(base: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_bf16_learns_about_the_same_at_every_stage(base: Path, tmp_path: Path) -> None:
+def test_bf16_agrees_at_every_stage(base: Path, tmp_path: Path) -> None:
     fit(tmp_path / "fp32", base, dropout=0.0)
     true = adapter(tmp_path / "fp32")
     for stage in range(4):
@@ -108,8 +108,8 @@ def test_bf16_learns_about_the_same_at_every_stage(base: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("stage", EACH_STAGE)
-def test_a_resumed_run_ends_with_the_same_bytes(base: Path, tmp_path: Path, stage: int) -> None:
-    """With dropout, whose random numbers have to go on as well."""
+def test_resume_is_byte_identical(base: Path, tmp_path: Path, stage: int) -> None:
+    """With dropout, whose random state must be restored too."""
     job = {"zero_stage": stage, "precision": "bf16" if stage else "fp32"}
     fit(tmp_path / "whole", base, **job)
     fit(tmp_path / "part", base, resume=str(tmp_path / "whole" / "checkpoint-3"), **job)
@@ -118,17 +118,17 @@ def test_a_resumed_run_ends_with_the_same_bytes(base: Path, tmp_path: Path, stag
     assert any(not torch.equal(tensor, first[name]) for name, tensor in adapter(tmp_path / "whole").items())
 
 
-def test_dropout_is_at_work_and_another_seed_is_another_run(base: Path, tmp_path: Path) -> None:
+def test_dropout_and_seed_change_the_run(base: Path, tmp_path: Path) -> None:
     fit(tmp_path / "with", base)
     fit(tmp_path / "without", base, dropout=0.0)
     assert adapter_bytes(tmp_path / "with") != adapter_bytes(tmp_path / "without")
 
 
-# -- what is saved -------------------------------------------------------------------------------------------------------
+# -- saving -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", EACH_STAGE)
-def test_a_run_saves_adapters_and_no_base_weights(base: Path, tmp_path: Path, stage: int) -> None:
+def test_run_saves_no_base_weights(base: Path, tmp_path: Path, stage: int) -> None:
     fit(tmp_path / "run", base, zero_stage=stage)
     checkpoint = tmp_path / "run" / "checkpoint-6"
     assert {file.name for file in checkpoint.iterdir()} == FILES | {"training_state", "trainer_state.json"}
@@ -137,7 +137,7 @@ def test_a_run_saves_adapters_and_no_base_weights(base: Path, tmp_path: Path, st
     assert len(tensors) == 2 * 2 * 7 and all(tensor.numel() for tensor in tensors.values())
     assert not list((tmp_path / "run").rglob("model*.safetensors"))
     assert is_model_folder(checkpoint) and holds_a_run(tmp_path / "run")
-    with PieceReader(checkpoint / "training_state") as reader:
+    with ShardReader(checkpoint / "training_state") as reader:
         assert len(reader.shapes) == len(tensors) and all(".lora_" in name for name in reader.shapes)
     clear(tmp_path / "run")
     assert not holds_a_run(tmp_path / "run") and not list((tmp_path / "run").iterdir())
@@ -162,9 +162,9 @@ def test_consolidation_gives_the_gathered_adapter(base: Path, tmp_path: Path, st
     assert is_model_folder(saved) and adapter(saved)[name].dtype == torch.float32
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_next_run_stands_on_the_merged_adapter_and_names_it(base: Path, tmp_path: Path, stage: int) -> None:
-    """At stage 3 the merging is done while the model is built in shards."""
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_next_run_chains_adapters(base: Path, tmp_path: Path, stage: int) -> None:
+    """At stage 3, merging happens while the model is sharded."""
     fit(tmp_path / "first", base, dropout=0.0)
     fit(tmp_path / "second", tmp_path / "first", dropout=0.0, zero_stage=stage)
     named = json.loads((tmp_path / "second" / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -175,8 +175,8 @@ def test_a_next_run_stands_on_the_merged_adapter_and_names_it(base: Path, tmp_pa
     assert adapter_bytes(tmp_path / "second") == adapter_bytes(tmp_path / "other")
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_full_run_goes_on_from_an_adapter_folder(base: Path, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_full_run_starts_from_adapter_folder(base: Path, tmp_path: Path, stage: int) -> None:
     fit(tmp_path / "first", base)
     train(tmp_path / "full", base=str(tmp_path / "first"), zero_stage=stage, max_steps=1)
     assert (tmp_path / "full" / "model.safetensors").is_file() and not (tmp_path / "full" / "adapter_config.json").exists()
@@ -198,14 +198,14 @@ def test_the_callbacks_work_with_adapters(base: Path, tmp_path: Path, stage: int
     assert f"({trained / summary['parameters']:.2%}) trainable" in capsys.readouterr().out
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_of_another_base_or_another_adapter_is_refused(base: Path, tmp_path: Path) -> None:
+def test_resume_refuses_another_base_or_adapter(base: Path, tmp_path: Path) -> None:
     small_model(seed=1).save_pretrained(tmp_path / "other")
     fit(tmp_path / "run", base)
     checkpoint = str(tmp_path / "run" / "checkpoint-3")
-    said = f"trainer.resume: .*checkpoint-3 was trained on the model in {base}, this run's is that in {tmp_path / 'other'}"
+    said = f"trainer.resume: .*checkpoint-3 was trained on the base model {base}, but this run uses {tmp_path / 'other'}"
     with pytest.raises(ValueError, match=said):
         fit(tmp_path / "then", tmp_path / "other", resume=checkpoint)
     with pytest.raises(ValueError, match="holds another model"):
@@ -215,16 +215,16 @@ def test_a_checkpoint_of_another_base_or_another_adapter_is_refused(base: Path, 
     assert not (tmp_path / "then").exists()
 
 
-def test_a_run_does_not_delete_its_own_base(tmp_path: Path) -> None:
+def test_run_does_not_delete_its_base(tmp_path: Path) -> None:
     small_model().save_pretrained(tmp_path / "base")
     small_model().save_pretrained(tmp_path / "base" / "checkpoint-3")
     for folder in (tmp_path / "base", tmp_path / "base" / "checkpoint-3"):
-        with pytest.raises(ValueError, match="output_dir: .*base holds the base model .*, which adapters need: choose another"):
+        with pytest.raises(ValueError, match="output_dir: .*base contains the base model .*, which adapters need"):
             fit(tmp_path / "base", folder, overwrite=True)
     assert is_model_folder(tmp_path / "base") and is_model_folder(tmp_path / "base" / "checkpoint-3")
 
 
-def test_a_checkpoint_goes_on_where_its_base_has_moved(base: Path, tmp_path: Path) -> None:
+def test_resume_with_moved_base(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "base")
     fit(tmp_path / "whole", tmp_path / "base")
     (tmp_path / "base").rename(tmp_path / "moved")

@@ -1,4 +1,4 @@
-"""Writing so that a reader sees all of it or nothing: write aside, flush to the disk, rename."""
+"""Atomic writes of folders: write to a temporary folder, flush it to disk, rename."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """Give an empty folder beside ``folder``; on success its files take their place in ``folder``, on failure they vanish.
+    """Yield an empty temporary folder, whose files move into ``folder`` on success and are deleted on failure.
 
-    A ``folder`` that does not exist appears complete, by one rename. In one that exists each file is replaced as a whole,
-    so that files of other kinds beside them stay.
+    A new ``folder`` appears complete, by one rename. In an existing one, each file is replaced atomically and other files
+    are kept.
 
     Raises:
-        OSError: from the body or the renaming.
+        OSError: a file cannot be written or renamed.
     """
     aside = start_aside(folder)
     try:
@@ -28,7 +28,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 
 def start_aside(folder: Path) -> Path:
-    """An empty folder beside ``folder``, on the same disk."""
+    """Create an empty temporary folder next to ``folder``, on the same file system."""
     aside = folder.parent / f".{folder.name}.partial"
     remove(aside)
     aside.mkdir(parents=True)
@@ -36,12 +36,12 @@ def start_aside(folder: Path) -> Path:
 
 
 def put_in_place(aside: Path, folder: Path, whole: bool = False) -> None:
-    """Make what was written aside the folder's content; see ``written_aside``.
+    """Move the contents of a temporary folder into ``folder``; see ``written_aside``.
 
     Args:
-        aside: what ``start_aside`` gave, filled.
-        folder: where it belongs.
-        whole: a folder that is there vanishes with everything in it, instead of keeping its other files.
+        aside: folder created by ``start_aside``.
+        folder: the destination.
+        whole: replace an existing folder with everything in it, instead of keeping its other files.
     """
     flush_tree(aside)
     if folder.exists() and not whole:
@@ -60,12 +60,12 @@ def put_in_place(aside: Path, folder: Path, whole: bool = False) -> None:
 
 
 def remove(aside: Path) -> None:
-    """Delete a folder that may not be there."""
+    """Delete a folder if it exists."""
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
-    """Ask the system to put a file's content, or a folder's list of names, on the disk."""
+    """fsync a file, or a folder's directory entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -74,7 +74,7 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """``flush`` for everything in a folder and the folder itself."""
+    """fsync everything in a folder and the folder itself."""
     for path in folder.rglob("*"):
         flush(path)
     flush(folder)

@@ -1,7 +1,7 @@
-"""Consolidation: from the pieces that the ranks of a run have saved to one model folder, or adapter folder with LoRA.
+"""Consolidation: convert the sharded training state of a checkpoint to a model folder, or with LoRA to an adapter folder.
 
-Nothing is gathered and no rank is needed: parameters are put together one at a time and written shard by shard, so the peak
-memory is about one output shard and one parameter, however large the model.
+Runs on the CPU without ranks. Parameters are assembled one at a time and written shard by shard, so peak memory is about one
+output shard and one parameter, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from pathlib import Path
 
 import torch
 
-from bumblebee.adapter_folders import CONFIG, base_model_folder, is_adapter_folder
-from bumblebee.checkpoint import adapters
+from bumblebee.checkpoint.adapters.folder import CONFIG, base_model_folder, is_adapter_folder
+from bumblebee.checkpoint.adapters.writer import is_adapter_key, write_adapter_weights
 from bumblebee.checkpoint.atomic import written_aside
-from bumblebee.checkpoint.hf_folder import ModelFiles, files_in, is_model_folder
-from bumblebee.checkpoint.sharded_state import PieceReader
+from bumblebee.checkpoint.hf_folder import is_model_folder
+from bumblebee.checkpoint.model_files import ModelFiles, files_of_folder
+from bumblebee.checkpoint.sharded_state import ShardReader
+from bumblebee.checkpoint.trainer_state import read_trainer_state
 from bumblebee.checkpoint.weight_files import stored_keys
-from bumblebee.checkpoint.weight_mapping import places
+from bumblebee.checkpoint.weight_mapping import slices_by_file_key
 from bumblebee.json_files import read_json
-from bumblebee.training.run_folder import read_trainer_state
 
-_KEPT = ("tokenizer.json", "tokenizer_config.json")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,14 +31,14 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str = "auto",
     """Write a model folder from a checkpoint's training state.
 
     Args:
-        checkpoint: a run's checkpoint-<step>, written by any number of ranks at any ZeRO stage.
-        output: the model folder; may be the checkpoint itself.
-        dtype: auto for the precision that was trained in, or float32, bfloat16, float16.
-        max_shard_size: largest file, such as "5GB".
+        checkpoint: checkpoint-<step> of a run, written by any number of ranks at any ZeRO stage.
+        output: model folder to write; may be the checkpoint itself.
+        dtype: auto for the training precision, or float32, bfloat16, float16.
+        max_shard_size: maximum size of a safetensors file, such as "5GB".
 
     Raises:
-        ValueError: no checkpoint there, or an incomplete one, or an unknown dtype.
-        OSError: the output cannot be written; it is then as it was.
+        ValueError: the checkpoint does not exist or is incomplete, or the dtype is unknown.
+        OSError: the output cannot be written; an existing folder then stays unchanged.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     check_dtype(dtype)
@@ -46,49 +47,50 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str = "auto",
 
 
 def _write_model(checkpoint: Path, output: Path, dtype: str, max_shard_size: str) -> None:
-    files = files_in(checkpoint)
+    files = files_of_folder(checkpoint)
     if dtype == "auto":
         dtype = read_json(checkpoint / "config.json")["torch_dtype"]
-    with PieceReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
-        _check_whole(checkpoint, files, reader)
+    with ShardReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
+        _check_complete(checkpoint, files, reader)
         files.write(aside, reader.weights(DTYPES[dtype]), max_shard_size)
-        copy_files(_KEPT, checkpoint, aside)
+        copy_files(_TOKENIZER, checkpoint, aside)
 
 
-def _check_whole(checkpoint: Path, files: ModelFiles, reader: PieceReader) -> None:
-    """Refuse a training state that lacks what a model beside it has: frozen parameters."""
+def _check_complete(checkpoint: Path, files: ModelFiles, reader: ShardReader) -> None:
+    """Raise if the training state lacks tensors of the model saved with it: frozen parameters are not in the state."""
     if not is_model_folder(checkpoint):
         return
-    ours = {**reader.shapes, **{name: buffer.shape for name, buffer in reader.buffers.items()}}
-    lacking = stored_keys(checkpoint) - places(files.rules(), ours).keys()
-    if lacking:
+    shapes = {**reader.shapes, **{name: buffer.shape for name, buffer in reader.buffers.items()}}
+    frozen = stored_keys(checkpoint) - slices_by_file_key(files.rules(), shapes).keys()
+    if frozen:
         raise ValueError(
-            f"{checkpoint} was trained with {len(lacking)} tensors frozen, such as {min(lacking)}, which it lacks:"
-            " the checkpoint is a model folder itself"
+            f"{checkpoint} was trained with {len(frozen)} tensors frozen, such as {min(frozen)}, which the training state does"
+            " not contain: use the checkpoint itself, which is a model folder"
         )
 
 
 def _write_adapter(checkpoint: Path, output: Path, dtype: str, max_shard_size: str) -> None:
     if dtype == "auto":
         dtype = read_trainer_state(checkpoint)["dtype"]
-    rules = files_in(base_model_folder(checkpoint)).rules()
-    with PieceReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
-        tensors = (pair for pair in reader.weights(DTYPES[dtype]) if adapters.is_adapter_key(pair[0]))  # no buffer of the base
-        adapters.write_adapter_weights(aside, tensors, rules)
-        copy_files((*_KEPT, CONFIG, "generation_config.json"), checkpoint, aside)
+    rules = files_of_folder(base_model_folder(checkpoint)).rules()
+    with ShardReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
+        weights = reader.weights(DTYPES[dtype])
+        updates = ((name, tensor) for name, tensor in weights if is_adapter_key(name))  # excludes the base model's buffers
+        write_adapter_weights(aside, updates, rules)
+        copy_files((*_TOKENIZER, CONFIG, "generation_config.json"), checkpoint, aside)
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse what is no name of a dtype.
+    """Check the name of a dtype.
 
     Raises:
-        ValueError: it is unknown.
+        ValueError: it is neither auto nor a supported dtype.
     """
     if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; write auto, {', '.join(DTYPES)}")
+        raise ValueError(f"unknown dtype {dtype!r}; expected auto, {', '.join(DTYPES)}")
 
 
 def copy_files(patterns: Iterable[str], source: Path, target: Path) -> None:
-    """Copy those files of a folder that there are."""
+    """Copy the files of a folder that match any of the patterns."""
     for file in (file for pattern in patterns for file in source.glob(pattern)):
         shutil.copyfile(file, target / file.name)

@@ -1,7 +1,7 @@
-"""Merging: from an adapter folder and the model below it to one model folder.
+"""Merging: write the model folder that an adapter folder and its base model add up to.
 
-Weights are read, summed in fp32, cast once and written one at a time, so the peak memory is about one output shard and one
-tensor. peft is not needed.
+Weights are read, merged in fp32, cast once and written one at a time, so peak memory is about one output shard and one tensor.
+peft is not needed.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bumblebee.adapter_folders import CONFIG, adapter_chain, is_adapter_folder
+from bumblebee.checkpoint.adapters.folder import CONFIG, adapter_chain, is_adapter_folder
 from bumblebee.checkpoint.atomic import written_aside
 from bumblebee.checkpoint.consolidate import DTYPES, check_dtype, copy_files
-from bumblebee.checkpoint.hf_folder import drop_other_weights, files_in, is_model_folder, read_tensors
+from bumblebee.checkpoint.hf_folder import is_model_folder
+from bumblebee.checkpoint.model_files import files_of_folder
+from bumblebee.checkpoint.weight_reader import read_tensors
+from bumblebee.checkpoint.weight_writer import remove_stale_weights
 
 _TOKENIZER = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
@@ -27,42 +30,42 @@ def merge(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> None:
-    """Write the model folder that an adapter and its base model are together; tokenizer and stop ids are the adapter's.
+    """Merge an adapter into its base model; tokenizer and generation_config.json are the adapter's.
 
     Args:
-        adapter: an adapter folder.
-        output: the model folder.
-        base: what the adapter stands on, instead of the folder that it names.
+        adapter: adapter folder.
+        output: model folder to write.
+        base: base model, instead of the one that the adapter's config names.
         dtype: auto for the base model's, or float32, bfloat16, float16.
-        max_shard_size: largest file, such as "5GB".
-        overwrite: replace a model that is in output.
+        max_shard_size: maximum size of a safetensors file, such as "5GB".
+        overwrite: replace an existing model in ``output``.
 
     Raises:
-        ValueError: no adapter there, no base or another model's, an unknown dtype, or an output that is taken.
-        OSError: the output cannot be written; it is then as it was.
+        ValueError: not an adapter folder, a missing or different base model, an unknown dtype, or an output that exists.
+        OSError: the output cannot be written; an existing folder then stays unchanged.
     """
     adapter, output = Path(adapter), Path(output)
     check_dtype(dtype)
     if not is_adapter_folder(adapter):
-        raise ValueError(f"adapter: {adapter} is no adapter folder: {CONFIG} is not there, or a whole model is beside it")
+        raise ValueError(f"adapter: {adapter} is not an adapter folder: it has no {CONFIG}, or also a complete model")
     folders = adapter_chain(adapter, base)
     _check_output(output, folders, overwrite)
-    files = files_in(folders[0])
+    files = files_of_folder(folders[0])
     tensors = tqdm(
         read_tensors(adapter, DTYPES.get(dtype), base), desc="merging", unit=" tensors", disable=not sys.stderr.isatty()
     )
     with written_aside(output) as aside:
-        names = files.write_stored(aside, tensors, max_shard_size)
+        names = files.write_file_tensors(aside, tensors, max_shard_size)
         copy_files(_TOKENIZER, _last_with("tokenizer.json", folders), aside)
         copy_files(["generation_config.json"], _last_with("generation_config.json", folders), aside)
-    drop_other_weights(output, names)
+    remove_stale_weights(output, names)
 
 
 def _check_output(output: Path, folders: list[Path], overwrite: bool) -> None:
     if (output / CONFIG).exists() or output.resolve() in [folder.resolve() for folder in folders]:
-        raise ValueError(f"output: {output} holds an adapter or the base model: choose another folder")
+        raise ValueError(f"output: {output} contains an adapter or the base model: choose another folder")
     if is_model_folder(output) and not overwrite:
-        raise ValueError(f"output: {output} already holds a model: add --overwrite to replace it")
+        raise ValueError(f"output: {output} already contains a model: add --overwrite to replace it")
 
 
 def _last_with(name: str, folders: list[Path]) -> Path:

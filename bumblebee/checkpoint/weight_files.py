@@ -1,4 +1,4 @@
-"""The files of a folder that hold a model's weights, read one tensor at a time: safetensors, or pickle files where allowed."""
+"""The weight files of a model folder, read one tensor at a time: safetensors, or pickle files if allowed."""
 
 from __future__ import annotations
 
@@ -18,69 +18,69 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def weight_files(folder: str | Path, allow_pickle: bool = False) -> list[Path]:
-    """The weight files of a model folder, in the index's order; pickle files only where there are no others.
+    """List the weight files of a model folder in the index's order; pickle files only if there are no safetensors files.
 
     Raises:
-        ValueError: there are none, or one that the index names is missing.
+        ValueError: there are no weight files, or one that the index names is missing.
     """
     folder = Path(folder)
     for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX))[: 2 if allow_pickle else 1]:
         if (folder / index).is_file():
-            return _named_in(folder / index)
+            return _files_in_index(folder / index)
         if (folder / single).is_file():
             return [folder / single]
     pickled = next(iter(sorted(folder.glob("*.bin"))), None)
     hint = "" if pickled is None else (
         f"; {pickled.name} is a pickle file, which can run code: convert it to safetensors, or read it with"
-        " Bumblebee.from_pretrained(folder, allow_pickle=True), which takes nothing but tensors from it"
+        " Bumblebee.from_pretrained(folder, allow_pickle=True), which loads only tensors from it"
     )  # fmt: skip
-    raise ValueError(f"{folder} has no {SINGLE} and no {INDEX}{hint}")
+    raise ValueError(f"{folder} has no {SINGLE} or {INDEX}{hint}")
 
 
-def _named_in(index: Path) -> list[Path]:
+def _files_in_index(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map")
     names = list(dict.fromkeys(weight_map.values()))
     for name in names:
         if not (index.parent / name).is_file():
-            raise ValueError(f"{index} names {name}, which is not there: the folder is incomplete")
+            raise ValueError(f"{index} names {name}, which does not exist: the folder is incomplete")
     return [index.parent / name for name in names]
 
 
 def stored_keys(folder: str | Path) -> set[str]:
-    """Names of the tensors in a folder's safetensors files."""
-    found: set[str] = set()
+    """The keys of the tensors in a folder's safetensors files."""
+    keys: set[str] = set()
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as shard:
-            found.update(shard.keys())
-    return found
+            keys.update(shard.keys())
+    return keys
 
 
 def stored_tensors(folder: str | Path, allow_pickle: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Every (key, tensor) of a folder's files, on the CPU. They are read from the disk when they are looked at.
+    """Yield every (key, tensor) of a folder's files, on the CPU, memory-mapped: data is read from disk on first access.
 
     Raises:
-        ValueError: no files, or one that is damaged or holds more than tensors.
+        ValueError: there are no files, or one is damaged or contains objects other than tensors.
     """
     for file in weight_files(folder, allow_pickle):
-        yield from _pickled(file) if file.suffix == ".bin" else _safe(file)
+        yield from _pickled_tensors(file) if file.suffix == ".bin" else _safetensors(file)
 
 
-def _safe(file: Path) -> Iterator[tuple[str, Tensor]]:
+def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as shard:
-            for key in shard.keys():  # noqa: SIM118  (a safe_open is no mapping)
+            for key in shard.keys():  # noqa: SIM118  (safe_open does not return a mapping)
                 yield key, shard.get_tensor(key)
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
+        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
 
 
-def _pickled(file: Path) -> Iterator[tuple[str, Tensor]]:
-    try:  # files of before torch 1.6 are no zip files: they are read as a whole
+def _pickled_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:  # files written before torch 1.6 are not zip files and cannot be memory-mapped
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is damaged or holds more than tensors: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{file} is damaged or contains objects other than tensors: {str(error).splitlines()[0]}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{file} holds no state dict: tensors by their keys")
+        raise ValueError(f"{file} is not a state dict: expected tensors by key")
     yield from tensors.items()

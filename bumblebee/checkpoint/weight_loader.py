@@ -1,83 +1,96 @@
-"""A model's parameters as places that loaded tensors are put into: on the meta device, whole, or cut over ranks (ZeRO-3)."""
+"""Loading the weights of a model folder into a model, strictly: no key may be missing or unexpected."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bumblebee.checkpoint.weight_mapping import Place
-from bumblebee.distributed import process_group
-from bumblebee.distributed.deepspeed.sharded_parameters import full_shape, local_shard
-
-Device = torch.device | Callable[[str], torch.device]
-
-
-def tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Keys of tensors that are there before, as a tied head is -> the key that comes first."""
-    first = {id(tensor): key for key, tensor in reversed(list(tensors.items()))}
-    return {key: first[id(tensor)] for key, tensor in tensors.items() if first[id(tensor)] != key}
+from bumblebee.checkpoint.adapters.folder import base_model_folder
+from bumblebee.checkpoint.families import family_of
+from bumblebee.checkpoint.hf_folder import load_config
+from bumblebee.checkpoint.parameter_loader import Device, ParameterLoader
+from bumblebee.checkpoint.weight_files import weight_files
+from bumblebee.checkpoint.weight_mapping import Rule, file_shape, slices_by_file_key, split_for
+from bumblebee.checkpoint.weight_reader import read_tensors
+from bumblebee.models.load_context import current_load_context
 
 
-class Parameters:
-    """What a model's state dict asks for.
+def load_weights(
+    folder: str | Path, model: nn.Module, dtype: torch.dtype | None, device: Device, allow_pickle: bool = False
+) -> None:
+    """Load the weights of a supported architecture.
 
     Args:
+        folder: the model folder.
         model: may be on the meta device; its parameters are replaced.
-        dtype: to cast to; None keeps that of what is put.
-        device: where the parameters go; a function tells it of each key.
+        dtype: dtype of the parameters; None keeps the file's.
+        device: device of the parameters, or a function from a key of the model to its device.
+        allow_pickle: see ``read_tensors``.
+
+    Raises:
+        ValueError: keys are missing or unexpected, or a shape differs; the message names them.
     """
+    config = load_config(folder)
+    family = family_of(config)
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, device: Device) -> None:
-        self.model, self.dtype = model, dtype
-        self.device_of = device if callable(device) else lambda key: device
-        self.ours: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        self.tied = tied(self.ours)
-        for key in self.tied:
-            del self.ours[key]
-        self._begun: set[str] = set()  # keys that some part has made room for
+    def is_unused(key: str) -> bool:
+        return key.endswith(family.unused_keys)
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of whole parameters."""
-        return {key: full_shape(old) for key, old in self.ours.items()}
-
-    def put(self, place: Place, part: Tensor) -> None:
-        """Put a tensor into its place: a whole parameter or buffer, or some rows of one."""
-        old = self.ours[place.key]
-        dtype = (self.dtype or part.dtype) if isinstance(old, nn.Parameter) else old.dtype
-        if (shard := local_shard(old)) is not None:
-            _put_share(shard, place.start, part.to(dtype))
-            return
-        if part.numel() == old.numel():
-            self._replace(place.key, part.reshape(old.shape).to(device=self.device_of(place.key), dtype=dtype))
-            return
-        if place.key not in self._begun:
-            self._begun.add(place.key)
-            self._replace(place.key, torch.empty(old.shape, dtype=dtype, device=self.device_of(place.key)))
-        self.ours[place.key].detach().flatten()[place.start :][: part.numel()].copy_(part.flatten())
-
-    def _replace(self, key: str, tensor: Tensor) -> None:
-        module_name, _, name = key.rpartition(".")
-        module = self.model.get_submodule(module_name)
-        old = self.ours[key]
-        self.ours[key] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-        setattr(module, name, self.ours[key])
-
-    def finish(self) -> None:
-        """After all: tie what was tied again, and move the buffers that are in no file."""
-        for key, first in self.tied.items():
-            module_name, _, name = key.rpartition(".")
-            setattr(self.model.get_submodule(module_name), name, self.ours[first])
-        for place, module in self.model.named_modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(self.device_of(f"{place}.{name}"))
+    load_mapped_weights(folder, model, dtype, device, family.rules(config), is_unused, allow_pickle)
 
 
-def _put_share(share: Tensor, start: int, part: Tensor) -> None:
-    """Built in shards, a rank keeps its own run of a parameter's elements: copy what lies in it."""
-    first = process_group.rank() * share.numel()  # of the run, in the whole parameter
-    low, high = max(start, first), min(start + part.numel(), first + share.numel())
-    if low < high:
-        share[low - first : high - first].copy_(part.flatten()[low - start : high - start])
+def load_mapped_weights(
+    folder: str | Path,
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    device: Device,
+    rules: Iterable[Rule] = (),
+    is_unused: Callable[[str], bool] = lambda key: False,
+    allow_pickle: bool = False,
+) -> None:
+    """Load weights whose keys map to the model's by explicit rules.
+
+    Args:
+        folder: the model folder.
+        model: see ``load_weights``.
+        dtype: see ``load_weights``.
+        device: see ``load_weights``.
+        rules: how the file's tensors map to the model's.
+        is_unused: whether a key of the file may be ignored.
+        allow_pickle: see ``read_tensors``.
+
+    Raises:
+        ValueError: see ``load_weights``.
+    """
+    if current_load_context().shapes_only:
+        weight_files(base_model_folder(folder), allow_pickle)  # raises if they are missing
+        return
+    parameters = ParameterLoader(model, dtype, device)
+    missing, unexpected = slices_by_file_key(rules, parameters.shapes), []
+    for key, tensor in read_tensors(folder, dtype, allow_pickle=allow_pickle):
+        if slices := missing.pop(key, None):
+            _check_shape(folder, key, tuple(tensor.shape), file_shape(slices))
+            for target, part in zip(slices, split_for(slices, tensor), strict=True):
+                parameters.load(target, part)
+        elif key not in parameters.tied and not is_unused(key):
+            unexpected.append(key)
+    _check_keys(folder, sorted(missing), unexpected)
+    parameters.finish()
+
+
+def _check_shape(folder: str | Path, key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise ValueError(f"{folder}: {key} has shape {list(shape)}, expected {list(expected)} from config.json")
+
+
+def _check_keys(folder: str | Path, missing: list[str], unexpected: list[str]) -> None:
+    problems = [
+        f"{len(keys)} {problem} key{'s' * (len(keys) > 1)}: {', '.join(keys[:3])}"
+        for problem, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"the weights in {folder} do not match the model: {'; '.join(problems)}")

@@ -1,7 +1,7 @@
-"""How the tensors of a family's files become ours, and back: rules that lose nothing, one tensor in memory at a time.
+"""How the tensors of a family's files map to the model's: lossless rules, applied to one tensor at a time.
 
-A key that no rule names is the same on both sides. A rule says that some tensors of a file and some of ours are the same
-numbers, cut at other places: one tensor of the file is split into several of ours, or several are stacked into one.
+A key without a rule is the same in the file and in the model. A rule relates tensors of the file to tensors of the model that
+hold the same elements: one tensor of the file is split into several of the model, or several are stacked into one.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors of a file and of ours that hold the same numbers; one side is a single tensor. Make one with the methods below.
+    """Tensors of a file and of a model that hold the same elements; one side is a single tensor. Built by the methods below.
 
     Args:
-        theirs: keys in the file.
-        ours: keys in our model.
-        stacked: our tensor has a dimension in front that theirs do not have.
+        file_keys: keys in the file.
+        model_keys: keys in the model.
+        stacked: the model's tensor has a leading dimension that the file's tensors lack.
     """
 
-    theirs: tuple[str, ...]
-    ours: tuple[str, ...]
+    file_keys: tuple[str, ...]
+    model_keys: tuple[str, ...]
     stacked: bool = False
 
     @classmethod
-    def rename(cls, theirs: str, ours: str) -> Rule:
-        """The same tensor has another name."""
-        return cls((theirs,), (ours,))
+    def rename(cls, file_key: str, model_key: str) -> Rule:
+        """Map a tensor to the same tensor under another key."""
+        return cls((file_key,), (model_key,))
 
     @classmethod
-    def split(cls, theirs: str, ours: Iterable[str]) -> Rule:
-        """Their tensor is ours, one behind the other along the first dimension; ours may have different sizes."""
-        return cls((theirs,), tuple(ours))
+    def split(cls, file_key: str, model_keys: Iterable[str]) -> Rule:
+        """Split the file's tensor along its first dimension into tensors of the model, whose sizes may differ."""
+        return cls((file_key,), tuple(model_keys))
 
     @classmethod
-    def stack(cls, theirs: Iterable[str], ours: str) -> Rule:
-        """Our tensor (N, rows, ...) is theirs, in order along the rows: N of them, or a multiple for parts of the rows."""
-        return cls(tuple(theirs), (ours,), stacked=True)
+    def stack(cls, file_keys: Iterable[str], model_key: str) -> Rule:
+        """Stack the file's tensors, in order, into one tensor (N, rows, ...): one or more of them for each of the N."""
+        return cls(tuple(file_keys), (model_key,), stacked=True)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a part of a file's tensor goes.
+class TensorSlice:
+    """A contiguous range of a model tensor's elements, which a tensor of the file (or a part of one) fills.
 
     Args:
-        key: of ours.
-        start: index of its first element in ours, flattened.
-        shape: of the part.
+        key: of the model's tensor.
+        start: index of the first element in the flattened tensor.
+        shape: of the slice.
     """
 
     key: str
@@ -59,61 +59,61 @@ class Place:
     shape: tuple[int, ...]
 
 
-def places(rules: Iterable[Rule], shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Place]]:
-    """Each key that a file must have -> where its parts go, in order along its first dimension.
+def slices_by_file_key(rules: Iterable[Rule], shapes: Mapping[str, Sequence[int]]) -> dict[str, list[TensorSlice]]:
+    """Map each key that a file must have to the slices that its tensor fills, in order along its first dimension.
 
     Args:
         rules: of the family.
-        shapes: of our tensors. A rule about one that is not there does not count: a model may have other parts.
+        shapes: of the model's tensors. A rule about a tensor that is not among them is skipped: subclasses may drop parts.
     """
-    found = {}
-    named: set[str] = set()
+    slices: dict[str, list[TensorSlice]] = {}
+    covered: set[str] = set()
     for rule in rules:
-        if all(key in shapes for key in rule.ours):
-            found.update(_places(rule, shapes))
-            named.update(rule.ours)
-    return found | {key: [Place(key, 0, tuple(shape))] for key, shape in shapes.items() if key not in named}
+        if all(key in shapes for key in rule.model_keys):
+            slices.update(_slices(rule, shapes))
+            covered.update(rule.model_keys)
+    return slices | {key: [TensorSlice(key, 0, tuple(shape))] for key, shape in shapes.items() if key not in covered}
 
 
-def _places(rule: Rule, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Place]]:
+def _slices(rule: Rule, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[TensorSlice]]:
     if not rule.stacked:
-        return {rule.theirs[0]: [Place(key, 0, tuple(shapes[key])) for key in rule.ours]}
-    count, (key,) = len(rule.theirs), rule.ours
+        return {rule.file_keys[0]: [TensorSlice(key, 0, tuple(shapes[key])) for key in rule.model_keys]}
+    count, (key,) = len(rule.file_keys), rule.model_keys
     outer, rows, *rest = shapes[key]
-    part = (outer * rows // count, *rest)
-    return {name: [Place(key, index * math.prod(part), part)] for index, name in enumerate(rule.theirs)}
+    shape = (outer * rows // count, *rest)
+    return {name: [TensorSlice(key, index * math.prod(shape), shape)] for index, name in enumerate(rule.file_keys)}
 
 
 def cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor in another dtype, None for its own; one whose steps are too small for half precision stays as it is."""
+    """Cast a tensor; None keeps its dtype. Router bias corrections are never cast: their updates are too small for 16 bits."""
     return tensor if dtype is None or key.endswith(".e_score_correction_bias") else tensor.to(dtype)
 
 
-def shape_of(parts: Sequence[Place]) -> tuple[int, ...]:
-    """Of the file's tensor that these are the parts of."""
-    first = parts[0].shape
-    return (sum(part.shape[0] for part in parts), *first[1:]) if first else first
+def file_shape(slices: Sequence[TensorSlice]) -> tuple[int, ...]:
+    """The shape of the file's tensor that fills these slices."""
+    first = slices[0].shape
+    return (sum(part.shape[0] for part in slices), *first[1:]) if first else first
 
 
-def cut(tensor: Tensor, parts: Sequence[Place]) -> Sequence[Tensor]:
-    """A file's tensor -> its parts, as views."""
-    return tensor.split([part.shape[0] for part in parts]) if len(parts) > 1 else [tensor]
+def split_for(slices: Sequence[TensorSlice], tensor: Tensor) -> Sequence[Tensor]:
+    """Split a tensor of the file into one view for each slice."""
+    return tensor.split([part.shape[0] for part in slices]) if len(slices) > 1 else [tensor]
 
 
-def as_stored(rules: Iterable[Rule], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Our (key, tensor) pairs -> those of the family's files. Parts of a tensor wait for each other, nothing else does."""
-    by_key = {key: rule for rule in rules for key in rule.ours}
-    waiting: dict[Rule, dict[str, Tensor]] = {}
+def to_file_tensors(rules: Iterable[Rule], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Convert the model's (key, tensor) pairs to the file's. Streams tensors; only parts of a fused tensor are buffered."""
+    by_key = {key: rule for rule in rules for key in rule.model_keys}
+    buffered: dict[Rule, dict[str, Tensor]] = {}
     for key, tensor in tensors:
         rule = by_key.get(key)
         if rule is None:
             yield key, tensor
         elif rule.stacked:
-            yield from zip(rule.theirs, tensor.flatten(0, 1).chunk(len(rule.theirs)), strict=True)
-        elif len(found := waiting.setdefault(rule, {}) | {key: tensor}) < len(rule.ours):
-            waiting[rule] = found
+            yield from zip(rule.file_keys, tensor.flatten(0, 1).chunk(len(rule.file_keys)), strict=True)
+        elif len(parts := buffered.setdefault(rule, {}) | {key: tensor}) < len(rule.model_keys):
+            buffered[rule] = parts
         else:
-            del waiting[rule]
-            yield rule.theirs[0], torch.cat([found[part] for part in rule.ours]) if len(found) > 1 else tensor
-    for left in waiting.values():  # of a model with other parts, see ``places``
-        yield from left.items()
+            del buffered[rule]
+            yield rule.file_keys[0], torch.cat([parts[name] for name in rule.model_keys]) if len(parts) > 1 else tensor
+    for incomplete in buffered.values():  # of a model that lacks some of the parts; see ``slices_by_file_key``
+        yield from incomplete.items()

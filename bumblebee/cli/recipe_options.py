@@ -11,7 +11,7 @@ from bumblebee.recipe import add_recipe_arguments
 Sample = TypeVar("Sample")
 
 
-def recipe_parser(command: str) -> Parser:
+def recipe_command_parser(command: str) -> Parser:
     """Return the parser of a command that takes a recipe."""
     parser = command_parser(command)
     parser.add_argument("--config", action=ConfigFile, help="recipe; if repeated, later files override earlier ones")

@@ -31,7 +31,7 @@ Json = dict[str, Any]  # a JSON object
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A prompt and the record that it comes from; ``datamodules.prompts`` reads them from files.
+    """A prompt and the record that it comes from; ``datamodules.prompt_files`` reads them from files.
 
     Args:
         place: file and line, for error messages.

@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bumblebee.adapter_folders import base_model_folder
-from bumblebee.checkpoint.hf_folder import is_ours, load_config, load_weights, weight_files
+from bumblebee.checkpoint.adapters.folder import base_model_folder
+from bumblebee.checkpoint.hf_folder import is_supported_folder, load_config
+from bumblebee.checkpoint.weight_files import weight_files
+from bumblebee.checkpoint.weight_loader import load_weights
 from bumblebee.model import Bumblebee
 from bumblebee.models.base import LanguageModel, resolve_model_class
 from bumblebee.models.load_context import meta_parameters
@@ -99,7 +101,7 @@ def load_on_devices(
     Raises:
         ValueError: the folder has no model, its architecture is not one of Bumblebee's own, or it does not fit.
     """
-    if not is_ours(base_model_folder(folder)):
+    if not is_supported_folder(base_model_folder(folder)):
         raise ValueError(f"device_map: only Bumblebee's own architectures can be spread, and {folder} has another one")
     config = load_config(folder)
     with meta_parameters():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bumblebee.adapter_folders import folder_with_file
+from bumblebee.checkpoint.adapters.folder import folder_with_file
 from bumblebee.inference.sampling_params import SamplingParams
 from bumblebee.json_files import read_json
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -25,7 +25,8 @@ from bumblebee.inference.sampling_params import SamplingParams
 from bumblebee.inference.sequence import blocks_needed, validate_prompt
 from bumblebee.models.base import LanguageModel
 from bumblebee.models.loading import load_model
-from bumblebee.tokenizer.chat_template import with_system
+from bumblebee.tokenizer.assistant_mask import Message
+from bumblebee.tokenizer.chat_template import Tool, with_system
 from bumblebee.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]  # a text, or token ids, such as those of ``encode_chat``
@@ -122,8 +123,8 @@ class Generator:
 
     def encode_chat(
         self,
-        messages: str | Sequence[dict[str, Any]],
-        tools: Sequence[dict[str, Any]] | None = None,
+        messages: str | Sequence[Message],
+        tools: Sequence[Tool] | None = None,
         system: str | None = None,
     ) -> list[int]:
         """Apply the tokenizer's chat template, up to where the assistant's answer begins.

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from bumblebee.checkpoint.hf_folder import ModelFiles, files_of, save_model
+from bumblebee.checkpoint.model_files import ModelFiles, files_of, save_model
 from bumblebee.config import BumblebeeConfig
 
 

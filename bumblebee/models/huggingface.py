@@ -5,8 +5,8 @@ Design choices:
 - The wrapped model's modules keep their names, so that state dicts, adapters and folders are those of transformers.
 - Attention is ours, registered with transformers' attention interface: packed documents stay separate, and the generator's
   paged KV cache works. Models with attention that our kernels do not compute are rejected by name.
-- Weights are loaded by ``checkpoint/hf_folder.py``: one tensor at a time, sharded under ZeRO-3, adapters merged. Models whose
-  files transformers converts while loading are therefore rejected by name.
+- Weights are loaded by ``checkpoint/weight_loader.py``: one tensor at a time, sharded under ZeRO-3, adapters merged. Models
+  whose files transformers converts while loading are therefore rejected by name.
 - If the logits are a plain product of the last hidden states, the loss is computed in chunks, otherwise from full logits.
 
 transformers is imported in this file only. Shapes: B rows, T positions, V vocabulary, H query heads, K key-value heads.
@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from bumblebee.adapter_folders import base_model_folder
-from bumblebee.checkpoint.hf_folder import ForeignFiles, put_weights
+from bumblebee.checkpoint.adapters.folder import base_model_folder
+from bumblebee.checkpoint.model_files import HuggingFaceModelFiles
+from bumblebee.checkpoint.parameter_loader import tied
 from bumblebee.checkpoint.weight_files import stored_keys
-from bumblebee.checkpoint.weight_loader import tied
+from bumblebee.checkpoint.weight_loader import load_mapped_weights
 from bumblebee.checkpoint.weight_mapping import Rule
 from bumblebee.config import BumblebeeConfig
 from bumblebee.models.base import LanguageModel
@@ -92,7 +93,8 @@ class HuggingFaceModel(LanguageModel):
         self.__dict__["_modules"] = model._modules  # shared: replacing a submodule replaces it in both
         LMHead.adopt(model.get_output_embeddings())
         self.plain_head: bool | None = None  # determined in the first forward pass
-        self.files = ForeignFiles(self.config, _raw(model), _renamed(model), set(tied(self.state_dict(keep_vars=True))))
+        tied_keys = set(tied(self.state_dict(keep_vars=True)))
+        self.files = HuggingFaceModelFiles(self.config, _raw(model), _renamed(model), tied_keys)
 
     @classmethod
     def from_pretrained(
@@ -122,8 +124,8 @@ class HuggingFaceModel(LanguageModel):
         renamed = model.files.rules()
         if renamed:  # newer files may use the model's own names
             keys = stored_keys(base_model_folder(folder))
-            renamed = [rule for rule in renamed if rule.theirs[0] in keys]
-        put_weights(folder, model, dtype, torch.device(device), renamed, lambda key: unused.search(key) is not None)
+            renamed = [rule for rule in renamed if rule.file_keys[0] in keys]
+        load_mapped_weights(folder, model, dtype, torch.device(device), renamed, lambda key: unused.search(key) is not None)
         model.source = Path(folder)
         return model
 

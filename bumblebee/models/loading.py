@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from bumblebee.adapter_folders import base_model_folder
-from bumblebee.checkpoint.hf_folder import is_ours
+from bumblebee.checkpoint.adapters.folder import base_model_folder
+from bumblebee.checkpoint.hf_folder import is_supported_folder
 from bumblebee.model import Bumblebee
 from bumblebee.models.base import LanguageModel
 from bumblebee.models.huggingface import HuggingFaceModel
@@ -30,5 +30,5 @@ def load_model(
     Raises:
         ValueError: see ``Bumblebee.from_pretrained`` and ``HuggingFaceModel.from_pretrained``.
     """
-    model_class = Bumblebee if is_ours(base_model_folder(folder)) else HuggingFaceModel
+    model_class = Bumblebee if is_supported_folder(base_model_folder(folder)) else HuggingFaceModel
     return model_class.from_pretrained(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -57,7 +57,7 @@ def run_steps(recipe: str, micro_batches: float, imports: list[str]) -> DryRunRe
 
 def _import_all(device: torch.device, imports: list[str]) -> None:
     """Import what training imports, so that modules do not count as memory of the run."""
-    import bumblebee.checkpoint.hf_folder
+    import bumblebee.checkpoint.model_files
     import bumblebee.training.setup  # noqa: F401
     from bumblebee.distributed.deepspeed.operators import import_deepspeed
 

@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from bumblebee.checkpoint.adapters import is_adapter_key
+from bumblebee.checkpoint.adapters.writer import is_adapter_key
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
 from bumblebee.nn.lm_head import LMHead
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from bumblebee.adapter_folders import adapter_chain
 from bumblebee.cache_dir import resolve_cache_dir
+from bumblebee.checkpoint.adapters.folder import adapter_chain
 from bumblebee.checkpoint.atomic import flush
 from bumblebee.datamodule import Batch
 from bumblebee.distributed import process_group

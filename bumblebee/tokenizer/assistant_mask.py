@@ -24,7 +24,7 @@ def target_turns(messages: Sequence[Message], train_on: str) -> list[int]:
     """Indices of the messages that are targets.
 
     Raises:
-        ValueError: there is no assistant message, or ``train_on`` is neither "all" nor "last".
+        ValueError: there is no assistant message, or ``train_on`` is not "all" or "last".
     """
     turns = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
     if train_on not in ("all", "last"):

@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from bumblebee.adapter_folders import folder_with_file
+from bumblebee.checkpoint.adapters.folder import folder_with_file
 from bumblebee.json_files import read_json, write_json
 from bumblebee.tokenizer.assistant_mask import Message
 from bumblebee.tokenizer.chat_template import ChatTemplate, Tool

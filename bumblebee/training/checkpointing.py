@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from bumblebee.checkpoint.hf_folder import files_of
+from bumblebee.checkpoint.model_files import files_of
+from bumblebee.checkpoint.trainer_state import TRAINER_STATE, read_trainer_state
 from bumblebee.datamodule import DataModule
 from bumblebee.distributed import process_group
 from bumblebee.json_files import write_json
 from bumblebee.training import random_state
 from bumblebee.training.collective_folder import collective_folder
 from bumblebee.training.plan import Position
-from bumblebee.training.run_folder import TRAINER_STATE, read_trainer_state
 from bumblebee.training.run_state import RunState
 
 TRAINING_STATE = "training_state"  # subfolder of a checkpoint
@@ -84,8 +84,8 @@ def write_model(run: RunState, folder: Path) -> None:
 def _write_model(run: RunState, folder: Path, weights: bool = True) -> None:
     files = files_of(run.task.model)
     # The training state holds trainable parameters only: a model with frozen ones is always written.
-    weights = weights or any(files.holds(n) and not p.requires_grad for n, p in run.engine.model.named_parameters())
-    tensors = run.engine.full_tensors(files.holds) if weights else iter(())
+    weights = weights or any(files.includes(n) and not p.requires_grad for n, p in run.engine.model.named_parameters())
+    tensors = run.engine.full_tensors(files.includes) if weights else iter(())
     try:
         if run.is_main:
             if weights:

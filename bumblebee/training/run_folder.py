@@ -8,14 +8,13 @@ output_dir/adapter_config.json adapter_model.safetensors
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-TRAINER_STATE = "trainer_state.json"  # written last: a checkpoint with it is complete
+from bumblebee.checkpoint.trainer_state import TRAINER_STATE, read_trainer_state
+
 _RUN_FILES = ("recipe.yaml", "metrics.jsonl", "log.txt", "loss.png", "summary.json", "tensorboard", "config.json",
              "generation_config.json", "tokenizer.json", "tokenizer_config.json", "best.json", "samples.jsonl", "trace.json",
              "profile.txt", "wandb", "adapter_config.json", "adapter_model.safetensors")  # fmt: skip
@@ -35,18 +34,6 @@ class SavedCheckpoint:
     path: Path
     step: int
     last: bool
-
-
-def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Read trainer_state.json of a checkpoint.
-
-    Raises:
-        ValueError: the folder is not a checkpoint.
-    """
-    try:
-        return json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{checkpoint} is not a checkpoint that can be resumed: {error}") from error
 
 
 def checkpoints(output_dir: Path) -> list[SavedCheckpoint]:

@@ -17,7 +17,7 @@ from torch import nn
 
 import bumblebee.training.validation  # noqa: F401
 from bumblebee.callback import Callback
-from bumblebee.checkpoint.hf_folder import files_of
+from bumblebee.checkpoint.model_files import files_of
 from bumblebee.datamodule import DataModule
 from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed.ds_config import EngineOptions, read_overrides

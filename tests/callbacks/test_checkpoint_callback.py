@@ -7,7 +7,8 @@ import pytest
 from helpers.stub_engine import StubTrainer
 
 from bumblebee.callback import Callback
-from bumblebee.training.run_folder import checkpoints, read_trainer_state
+from bumblebee.checkpoint.trainer_state import read_trainer_state
+from bumblebee.training.run_folder import checkpoints
 from callbacks import Checkpoint
 from callbacks.checkpoint import delete
 

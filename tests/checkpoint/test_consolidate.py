@@ -1,4 +1,4 @@
-"""Consolidation: the model folder made from the ranks' pieces is the one that a gathered save writes."""
+"""Consolidating the ranks' shards writes the same model folder as a gathered save."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUNS = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
 
 @pytest.fixture(scope="module", params=RUNS, ids=lambda run: f"stage{run[0]}-{run[1]}")
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a checkpoint without a model folder, ended at the same step with a gathered one."""
+    """A run with a checkpoint without weights, and gathered weights of the same step in the output folder."""
     stage, precision = request.param
     folder = tmp_path_factory.mktemp(f"run{stage}")
     checkpoint = ("Checkpoint", {"every": 4, "model": False})
@@ -30,14 +30,14 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def test_consolidated_weights_are_the_gathered_ones(run: Path, tmp_path: Path) -> None:
     assert not (run / "checkpoint-4" / "model.safetensors").exists()
     consolidate(run / "checkpoint-4", tmp_path / "out")
-    ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), load_file(run / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+    weights, gathered = load_file(tmp_path / "out" / "model.safetensors"), load_file(run / "model.safetensors")
+    assert weights.keys() == gathered.keys()
+    for name, tensor in gathered.items():
+        assert weights[name].dtype == tensor.dtype and torch.equal(weights[name], tensor), name
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((run / "config.json").read_text())
 
 
-def test_consolidated_folder_is_a_model_folder_in_shards_and_any_dtype(run: Path, tmp_path: Path) -> None:
+def test_consolidation_writes_shards_in_any_dtype(run: Path, tmp_path: Path) -> None:
     consolidate(run / "checkpoint-4", tmp_path / "out", dtype="float32", max_shard_size="20KB")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
     model = Bumblebee.from_pretrained(tmp_path / "out")
@@ -47,14 +47,14 @@ def test_consolidated_folder_is_a_model_folder_in_shards_and_any_dtype(run: Path
     torch.testing.assert_close(model(ids), gathered(ids), rtol=0.05, atol=0.05)
 
 
-def test_a_checkpoint_can_be_made_a_model_folder_in_its_place(tmp_path: Path) -> None:
+def test_consolidation_in_place(tmp_path: Path) -> None:
     callbacks = {"checkpoint": ("Checkpoint", {"every": 2, "model": False}), "consolidate": ("Consolidate", {})}
     train(tmp_path, max_steps=2, zero_stage=3, callbacks=callbacks)
     assert weight_bytes(tmp_path / "checkpoint-2") == weight_bytes(tmp_path)
     assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
 
 
-def test_the_command_names_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_names_what_is_not_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["consolidate", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")])
     assert done.value.code == 2

@@ -1,4 +1,4 @@
-"""A save that fails leaves an earlier folder as it was to the last byte, no new folder, and nothing half-written beside it."""
+"""A failed save leaves an existing folder byte-identical, creates no new folder, and leaves no temporary files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from bumblebee import Bumblebee
-from bumblebee.checkpoint import atomic, hf_folder
+from bumblebee.checkpoint import atomic, model_files, weight_writer
 from bumblebee.checkpoint.atomic import written_aside
 from bumblebee.json_files import read_json, write_json
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """Every file below a folder with its content, hidden ones too."""
+    """All files below a folder, including hidden ones, with their content."""
     return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
 
@@ -31,7 +31,7 @@ def model(tiny):
 
 @pytest.fixture(params=["earlier", "new"])
 def place(request, tiny, tmp_path) -> Path:
-    """Where to save: over an earlier folder with other weights and a tokenizer, or where nothing is yet."""
+    """Where to save: an existing folder with other weights and a tokenizer, or a new one."""
     if request.param == "earlier":
         Bumblebee(tiny(vocab_size=64)).save_pretrained(tmp_path / "m", max_shard_size="30KB")
         (tmp_path / "m" / "tokenizer.json").write_text("{}")
@@ -39,7 +39,7 @@ def place(request, tiny, tmp_path) -> Path:
 
 
 def fail_at_call(monkeypatch, module, name: str, call: int, error: Exception) -> None:
-    """Let a function of a module fail the n-th time, after having begun to write."""
+    """Make the n-th call of a module's function write a partial file and fail."""
     original, calls = getattr(module, name), []
 
     def failing(*args, **options):
@@ -53,18 +53,18 @@ def fail_at_call(monkeypatch, module, name: str, call: int, error: Exception) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "call", "error"),
+    ("module", "name", "call", "error"),
     [
-        ("save_file", 1, OSError("No space left on device")),
-        ("save_file", 3, OSError("No space left on device")),
-        ("save_file", 3, SafetensorError("No space left on device")),
-        ("write_json", 1, OSError("No space left on device")),
-        ("write_json", 3, OSError("No space left on device")),
+        (weight_writer, "save_file", 1, OSError("No space left on device")),
+        (weight_writer, "save_file", 3, OSError("No space left on device")),
+        (weight_writer, "save_file", 3, SafetensorError("No space left on device")),
+        (weight_writer, "write_json", 1, OSError("No space left on device")),
+        (model_files, "write_json", 2, OSError("No space left on device")),
     ],
 )
-def test_a_writer_that_fails_changes_nothing(model, place, monkeypatch, name, call, error):
+def test_failing_write_changes_nothing(model, place, monkeypatch, module, name, call, error):
     before = tree(place.parent)
-    fail_at_call(monkeypatch, hf_folder, name, call, error)
+    fail_at_call(monkeypatch, module, name, call, error)
     with pytest.raises(OSError, match="No space left on device"):
         model.save_pretrained(place, max_shard_size="20KB")
     assert tree(place.parent) == before
@@ -85,7 +85,7 @@ def test_a_failing_flush_changes_nothing(model, place, monkeypatch):
 
 def test_an_unreadable_size_changes_nothing(model, place):
     before = tree(place.parent)
-    with pytest.raises(ValueError, match="size 'huge'"):
+    with pytest.raises(ValueError, match="expected a size with a unit, .*, got 'huge'"):
         model.save_pretrained(place, max_shard_size="huge")
     assert tree(place.parent) == before and place.exists() == bool(before)
 
@@ -99,7 +99,7 @@ model = Bumblebee(BumblebeeConfig(vocab_size=64, hidden_size=32, intermediate_si
                                   num_attention_heads=4, num_key_value_heads=2))
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 for folder in sys.argv[1:]:
-    for size in ("5GB", "10KB"):  # the second begins with shards that fit
+    for size in ("5GB", "10KB"):  # with 10KB, the first shards fit
         try:
             model.save_pretrained(folder, max_shard_size=size)
         except OSError as error:
@@ -108,8 +108,8 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_a_disk_that_takes_no_more_changes_nothing(model, tmp_path):
-    """A real limit on the size of files, in a process of its own; the feed-forward matrices do not fit under it."""
+def test_full_disk_changes_nothing(model, tmp_path):
+    """Uses the operating system's file size limit, in a subprocess; the MLP matrices exceed it."""
     model.save_pretrained(tmp_path / "earlier")
     before = tree(tmp_path)
     limited = [sys.executable, "-c", LIMITED, str(tmp_path / "earlier"), str(tmp_path / "new")]
@@ -118,7 +118,7 @@ def test_a_disk_that_takes_no_more_changes_nothing(model, tmp_path):
     assert tree(tmp_path) == before and [entry.name for entry in tmp_path.iterdir()] == ["earlier"]
 
 
-def test_what_an_interrupted_save_left_is_cleared_by_the_next(model, tmp_path):
+def test_next_save_clears_interrupted_save(model, tmp_path):
     (tmp_path / ".m.partial").mkdir()
     (tmp_path / ".m.partial" / "model-00000.partial").write_text("half")
     model.save_pretrained(tmp_path / "m")
@@ -126,7 +126,7 @@ def test_what_an_interrupted_save_left_is_cleared_by_the_next(model, tmp_path):
     assert "model-00000.partial" not in tree(tmp_path / "m")
 
 
-def test_files_of_other_kinds_stay_when_a_folder_is_written_again(tmp_path):
+def test_saving_again_keeps_other_files(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "mine.txt").write_text("mine")
     (tmp_path / "m" / "a").write_text("old")
@@ -146,3 +146,9 @@ def test_json_is_replaced_as_a_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         write_json(tmp_path / "a.json", {"text": "other"})
     assert read_json(tmp_path / "a.json") == {"text": "ä 🐝"}
+
+
+def test_model_without_tensors_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"cannot write weights to {tmp_path}: the model has no tensors"):
+        weight_writer.write_weights(tmp_path, [], "5GB")
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""config.json comes back as it was written, and a setting that we do not compute is refused by name."""
+"""config.json round trips for every family, and unsupported settings are refused by name."""
 
 from __future__ import annotations
 
@@ -95,14 +95,14 @@ NEVER: dict[str, Any] = {"attention_bias": False}
     ],
     ids=str,
 )
-def test_a_model_is_written_as_the_family_that_computes_it_or_as_our_own(tiny, changes, name):
+def test_config_selects_the_family_it_is_written_as(tiny, changes, name):
     config = tiny(**changes)
     raw = write_config(config, "float32")
     assert raw["architectures"] == [name]
     assert read_config(raw) == config or config.architecture == "LlamaForCausalLM"
 
 
-def test_a_folder_is_written_again_as_the_architecture_that_it_was_read_as():
+def test_architecture_survives_round_trip():
     raw = {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": None}
     assert write_config(read_config(raw), "float32")["architectures"] == ["MistralForCausalLM"]
 
@@ -131,7 +131,7 @@ def test_weights_dtype_and_activation_are_written(tiny):
     ],
     ids=["old", "old with the key type", "new"],
 )
-def test_each_layout_of_rope_settings_gives_the_same_config(rope):
+def test_rope_layouts_give_the_same_config(rope):
     config = read_config({**LLAMA, **rope})
     assert config.rope_theta == 5e5 and config.rope_scaling == LLAMA3
 
@@ -141,7 +141,7 @@ def test_each_layout_of_rope_settings_gives_the_same_config(rope):
     [{}, {"rope_scaling": None}, {"rope_parameters": {"rope_type": "default"}}, {"rope_scaling": {"type": "default"}}],
     ids=str,
 )
-def test_rope_settings_left_out_or_default_mean_no_scaling(rope):
+def test_absent_rope_settings_mean_no_scaling(rope):
     config = read_config({**LLAMA, **rope})
     assert config.rope_theta == 10_000.0 and config.rope_scaling is None
 
@@ -149,17 +149,17 @@ def test_rope_settings_left_out_or_default_mean_no_scaling(rope):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({**QWEN2, "architectures": ["PhiForCausalLM"]}, "architectures ['PhiForCausalLM']: Bumblebee"),
+        ({**QWEN2, "architectures": ["PhiForCausalLM"]}, "architectures ['PhiForCausalLM'] not supported: Bumblebee"),
         (
             {**QWEN2, "architectures": None},
-            "architectures []: Bumblebee computes Qwen2ForCausalLM",
+            "architectures [] not supported: Bumblebee implements Qwen2ForCausalLM",
         ),
         ({**QWEN2, "hidden_act": "xielu"}, "hidden_act is 'xielu'; available: silu, gelu"),
         (
             {**QWEN2, "use_sliding_window": True, "layer_types": ["chunked", "full_attention"]},
             "layer_types has chunked; available",
         ),
-        ({**QWEN2, "quantization_config": {"bits": 4}}, "quantization_config; quantised weights are not supported"),
+        ({**QWEN2, "quantization_config": {"bits": 4}}, "quantization_config; quantized weights are not supported"),
         ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({**LLAMA, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (
@@ -169,18 +169,18 @@ def test_rope_settings_left_out_or_default_mean_no_scaling(rope):
         ({**LLAMA, "rope_scaling": {"type": "linear"}}, "rope_type 'linear' requires factor"),
         ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a positive number, got 0"),
         ({**LLAMA, "rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_type 'longrope'; available:"),
-        ({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}, "lacks vocab_size, intermediate_size, num_hidden_layers"),
+        ({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}, "has no vocab_size, intermediate_size, num_hidden_layers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_not_supported_is_refused_by_name(raw, message):
+def test_unsupported_settings_are_named(raw, message):
     with pytest.raises(ValueError) as caught:
         read_config(raw)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("left_out", [{}, {"num_key_value_heads": None}], ids=str)
-def test_without_key_value_heads_every_query_head_has_its_own(left_out):
+def test_default_is_one_kv_head_per_query_head(left_out):
     raw = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
     assert read_config({**raw, **left_out}).num_key_value_heads == 4
 
@@ -190,5 +190,5 @@ def test_every_family_is_found_by_its_architecture():
 
 
 @pytest.mark.parametrize("harmless", [{"quantization_config": None}, {"use_sliding_window": False, "sliding_window": 4096}])
-def test_settings_that_change_nothing_are_taken(harmless):
+def test_settings_without_effect_are_accepted(harmless):
     assert read_config({**QWEN2, **harmless}) == read_config(QWEN2)

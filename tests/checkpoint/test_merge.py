@@ -1,4 +1,4 @@
-"""``bumblebee merge``: the merged folder is base and adapter in one, and takes no other folder's place."""
+"""``bumblebee merge``: the merged folder equals base model and adapter, and never overwrites one that is needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer  # noqa: E402
-from bumblebee.checkpoint.hf_folder import read_tensors  # noqa: E402
+from bumblebee.checkpoint.weight_reader import read_tensors  # noqa: E402
 from bumblebee.cli.main import main  # noqa: E402
 from bumblebee.lora import LoRA  # noqa: E402
 
@@ -25,7 +25,7 @@ IDS = torch.arange(40).reshape(2, 20)
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def folders(request: pytest.FixtureRequest, tiny: Callable[..., Any], tokenizer_folder: Path, tmp_path: Path) -> Path:
-    """base, adapter (with a tokenizer and stop ids of its own) and chained, an adapter on the adapter."""
+    """Folders base, adapter (with its own tokenizer and stop ids) and chained (an adapter of the adapter)."""
     torch.manual_seed(0)
     Bumblebee(tiny(tie_word_embeddings=False, eos_token_id=1)).to(request.param).save_pretrained(tmp_path / "base")
     for name, below, dora in (("adapter", "base", False), ("chained", "adapter", True)):
@@ -47,7 +47,7 @@ def merge(*words: object) -> None:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The one line that a refused command prints."""
+    """The single error line of a failing command."""
     with pytest.raises(SystemExit) as done:
         merge(*words)
     lines = capsys.readouterr().err.splitlines()
@@ -56,22 +56,20 @@ def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 @pytest.mark.parametrize("name", ["adapter", "chained"])
-def test_the_merged_folder_is_what_the_adapter_folder_loads_as(
-    folders: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_merged_folder_equals_loaded_adapter_folder(folders: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     merge("--adapter", folders / name, "--output", folders / "out", "--max_shard_size", "50KB")
     assert len(list((folders / "out").glob("model-*-of-*.safetensors"))) > 1
-    merged, wanted = Bumblebee.from_pretrained(folders / "out"), Bumblebee.from_pretrained(folders / name)
-    for key, tensor in wanted.state_dict().items():
+    merged, expected = Bumblebee.from_pretrained(folders / "out"), Bumblebee.from_pretrained(folders / name)
+    for key, tensor in expected.state_dict().items():
         assert merged.state_dict()[key].dtype == tensor.dtype and torch.equal(merged.state_dict()[key], tensor), key
     assert json.loads((folders / "out" / "generation_config.json").read_text()) == {"eos_token_id": [1, 7]}
     assert Tokenizer.from_pretrained(folders / "out").vocab_size == Tokenizer.from_pretrained(folders / "adapter").vocab_size
     assert not (folders / "out" / "adapter_config.json").exists()
 
     dtype = str(next(iter(read_tensors(folders / "base")))[1].dtype).removeprefix("torch.")
-    told = re.findall(r"computed in (\w+): a logit differs by (\S+) at most; the largest is (\S+)", capsys.readouterr().out)
-    assert [line[0] for line in told] == list(dict.fromkeys(["float32", dtype]))
-    for _, difference, largest in told:
+    lines = re.findall(r"(\w+): maximum logit difference (\S+), maximum logit (\S+)", capsys.readouterr().out)
+    assert [line[0] for line in lines] == list(dict.fromkeys(["float32", dtype]))
+    for _, difference, largest in lines:
         assert float(difference) < float(largest) * (1e-5 if dtype == "float32" else 0.05)
 
 
@@ -79,13 +77,13 @@ def test_transformers_loads_the_merged_folder(folders: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     merge("--adapter", folders / "adapter", "--output", folders / "out", "--dtype", "float32", "--check", "false")
-    theirs = AutoModelForCausalLM.from_pretrained(folders / "out", local_files_only=True).eval()
-    assert theirs.dtype == torch.float32
-    torch.testing.assert_close(theirs(IDS).logits, Bumblebee.from_pretrained(folders / "out")(IDS), rtol=0, atol=2e-6)
+    reference = AutoModelForCausalLM.from_pretrained(folders / "out", local_files_only=True).eval()
+    assert reference.dtype == torch.float32
+    torch.testing.assert_close(reference(IDS).logits, Bumblebee.from_pretrained(folders / "out")(IDS), rtol=0, atol=2e-6)
 
 
 def test_adapter_folders_generate(folders: Path) -> None:
-    """The chained one has neither tokenizer nor stop ids of its own: those of the adapter below it count."""
+    """The chained adapter has no tokenizer or stop ids: it uses those of the adapter below."""
     merge("--adapter", folders / "chained", "--output", folders / "out", "--check", "false")
     params = SamplingParams(max_new_tokens=8, temperature=0.0)
     first, second = (Generator.from_pretrained(folders / name, device="cpu") for name in ("chained", "out"))
@@ -93,32 +91,32 @@ def test_adapter_folders_generate(folders: Path) -> None:
     assert first.generate(["The"], params)[0].token_ids == second.generate(["The"], params)[0].token_ids
 
 
-def test_a_moved_base_is_named_and_can_be_given(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = Bumblebee.from_pretrained(folders / "adapter")(IDS)
+def test_moved_base_is_named_and_can_be_replaced(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = Bumblebee.from_pretrained(folders / "adapter")(IDS)
     (folders / "base").rename(folders / "moved")
-    said = fails(capsys, "--adapter", folders / "adapter", "--output", folders / "out")
-    assert str(folders / "adapter" / "adapter_config.json") in said and str(folders / "base") in said and "--base" in said
+    error = fails(capsys, "--adapter", folders / "adapter", "--output", folders / "out")
+    assert str(folders / "adapter" / "adapter_config.json") in error and str(folders / "base") in error and "--base" in error
     merge("--adapter", folders / "adapter", "--output", folders / "out", "--base", folders / "moved")
-    assert torch.equal(Bumblebee.from_pretrained(folders / "out")(IDS), wanted)
+    assert torch.equal(Bumblebee.from_pretrained(folders / "out")(IDS), expected)
 
 
-def test_what_cannot_be_merged_is_refused(folders: Path, tiny: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_merges_are_refused(folders: Path, tiny: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     adapter, out = ("--adapter", folders / "adapter"), ("--output", folders / "out")
-    assert "no adapter folder" in fails(capsys, "--adapter", folders / "base", *out)
-    assert "no adapter folder" in fails(capsys, "--adapter", folders / "nothing", *out)
+    assert "is not an adapter folder" in fails(capsys, "--adapter", folders / "base", *out)
+    assert "is not an adapter folder" in fails(capsys, "--adapter", folders / "nothing", *out)
     assert "unknown dtype 'fp8'" in fails(capsys, *adapter, *out, "--dtype", "fp8")
     for taken in ("base", "adapter", "chained"):
-        assert "holds an adapter or the base model" in fails(capsys, *adapter, "--output", folders / taken, "--overwrite")
+        assert "contains an adapter or the base model" in fails(capsys, *adapter, "--output", folders / taken, "--overwrite")
     Bumblebee(tiny(hidden_size=64)).save_pretrained(folders / "wide")
-    assert "it is of another size" in fails(capsys, *adapter, *out, "--base", folders / "wide")
+    assert "the adapter belongs to a model of another size" in fails(capsys, *adapter, *out, "--base", folders / "wide")
     assert not (folders / "out").exists()
 
 
-def test_a_model_is_only_replaced_when_that_is_asked_for(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_replaces_a_model_only_with_overwrite(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--adapter", folders / "adapter", "--output", folders / "out", "--check", "false")
     merge(*words, "--max_shard_size", "50KB")
-    assert "already holds a model: add --overwrite to replace it" in fails(capsys, *words)
+    assert "already contains a model: add --overwrite to replace it" in fails(capsys, *words)
     merge(*words, "--overwrite")
     assert [file.name for file in (folders / "out").glob("model*")] == ["model.safetensors"]
-    shutil.rmtree(folders / "base")  # the merged model needs none
+    shutil.rmtree(folders / "base")  # the merged model does not need it
     Bumblebee.from_pretrained(folders / "out")

@@ -1,4 +1,4 @@
-"""A model folder gives back what was saved, in files of the size asked for, with an index that is right."""
+"""Model folders: round trip of the weights, shard sizes, and the index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bumblebee import Bumblebee
-from bumblebee.checkpoint.hf_folder import INDEX, SINGLE, ModelFiles, is_model_folder, load_config, read_tensors, save_model
+from bumblebee.checkpoint.hf_folder import is_model_folder, load_config
+from bumblebee.checkpoint.model_files import ModelFiles, save_model
+from bumblebee.checkpoint.weight_files import INDEX, SINGLE
+from bumblebee.checkpoint.weight_reader import read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def make_model(tiny):
 
 
 def same(first: Bumblebee, second: Bumblebee) -> bool:
-    """Whether all weights are equal to the last bit."""
+    """Whether all weights are bitwise equal."""
     ours, theirs = first.state_dict(), second.state_dict()
     return ours.keys() == theirs.keys() and all(
         torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours
@@ -36,7 +39,7 @@ def names(folder: Path) -> set[str]:
 
 
 def sizes(file: Path) -> dict[str, int]:
-    """Bytes of each tensor of a file."""
+    """Size of each tensor of a file in bytes."""
     return {key: tensor.nbytes for key, tensor in load_file(file).items()}
 
 
@@ -60,27 +63,27 @@ def test_saving_what_was_loaded_gives_the_same_bytes(make_model, tmp_path, shard
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
 
 
-def test_weights_are_cast_to_the_dtype_asked_for(make_model, tmp_path):
+def test_weights_are_cast_to_requested_dtype(make_model, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path / "m")
     assert same(Bumblebee.from_pretrained(tmp_path / "m", dtype=torch.bfloat16), make_model().bfloat16())
 
 
-def test_a_tied_head_is_not_in_the_file_and_is_one_tensor_after_load(make_model, tmp_path):
+def test_tied_head_is_not_saved_and_tied_on_load(make_model, tmp_path):
     make_model().save_pretrained(tmp_path / "m")
     assert "lm_head.weight" not in dict(read_tensors(tmp_path / "m"))
     again = Bumblebee.from_pretrained(tmp_path / "m")
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
-def test_a_tied_head_that_is_in_the_file_is_not_an_error(make_model, tmp_path):
+def test_stored_tied_head_is_ignored(make_model, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path / "m")
     save_file({key: tensor.clone() for key, tensor in model.state_dict().items()}, tmp_path / "m" / SINGLE)
     assert same(Bumblebee.from_pretrained(tmp_path / "m"), model)
 
 
-def test_weights_that_no_computation_needs_are_not_an_error(make_model, tmp_path):
+def test_unused_weights_are_ignored(make_model, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path / "m")
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
@@ -89,38 +92,38 @@ def test_weights_that_no_computation_needs_are_not_an_error(make_model, tmp_path
 
 
 @pytest.mark.parametrize("limit", [1, 3000, 10_000, 20_000])
-def test_no_shard_is_larger_than_asked_but_one_that_holds_a_single_tensor(make_model, tmp_path, limit):
+def test_only_single_tensor_shards_exceed_max_size(make_model, tmp_path, limit):
     make_model().save_pretrained(tmp_path / "m", max_shard_size=str(limit))
     shards = [sizes(file) for file in sorted((tmp_path / "m").glob("*.safetensors"))]
     assert len(shards) > 1
     assert [shard for shard in shards if sum(shard.values()) > limit and len(shard) > 1] == []
 
 
-def test_shards_are_filled_before_a_new_one_begins(make_model, tmp_path):
+def test_shards_are_filled_in_order(make_model, tmp_path):
     make_model().save_pretrained(tmp_path / "m", max_shard_size="10KB")
     shards = [list(sizes(file).values()) for file in sorted((tmp_path / "m").glob("*.safetensors"))]
     assert all(sum(a) + sum(b) > 10_000 for a, b in zip(shards, shards[1:], strict=False))
 
 
-def test_the_index_says_where_each_tensor_is_and_how_large_all_are(make_model, tmp_path):
+def test_index_has_weight_map_and_total_size(make_model, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path / "m", max_shard_size="20KB")
     index = json.loads((tmp_path / "m" / INDEX).read_text())
-    found = {}
+    files = {}
     for file in (tmp_path / "m").glob("*.safetensors"):
         with safe_open(file, framework="pt") as shard:
             assert shard.metadata() == {"format": "pt"}
-            found |= {key: file.name for key in shard.keys()}  # noqa: SIM118
-    assert index["weight_map"] == found
-    assert set(found) == set(model.state_dict()) - {"lm_head.weight"}
+            files |= {key: file.name for key in shard.keys()}  # noqa: SIM118
+    assert index["weight_map"] == files
+    assert set(files) == set(model.state_dict()) - {"lm_head.weight"}
     assert index["metadata"]["total_size"] == 4 * model.num_parameters()
-    count = len(set(found.values()))
-    assert set(found.values()) == {f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)}
+    count = len(set(files.values()))
+    assert set(files.values()) == {f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)}
 
 
 @pytest.mark.parametrize("second", ["5GB", "30KB", "8KB"])
 @pytest.mark.parametrize("first", ["5GB", "30KB", "8KB"])
-def test_saving_again_leaves_no_file_of_the_earlier_save(make_model, tmp_path, first, second):
+def test_saving_again_removes_stale_shards(make_model, tmp_path, first, second):
     make_model().save_pretrained(tmp_path / "m", max_shard_size=first)
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     other = make_model(num_hidden_layers=1)
@@ -130,7 +133,7 @@ def test_saving_again_leaves_no_file_of_the_earlier_save(make_model, tmp_path, f
     assert same(Bumblebee.from_pretrained(tmp_path / "m"), other)
 
 
-def test_saving_leaves_nothing_beside_the_folder(make_model, tmp_path):
+def test_saving_leaves_no_temporary_folder(make_model, tmp_path):
     make_model().save_pretrained(tmp_path / "m", max_shard_size="8KB")
     assert names(tmp_path) == {"m"}
     assert not [name for name in names(tmp_path / "m") if "partial" in name]
@@ -141,7 +144,7 @@ def test_parents_of_a_new_folder_are_made(make_model, tmp_path):
     assert is_model_folder(tmp_path / "a" / "b" / "m")
 
 
-def test_tensors_are_taken_one_by_one_from_an_iterator(make_model, tmp_path):
+def test_tensors_are_consumed_one_by_one(make_model, tmp_path):
     model = make_model()
     save_model(tmp_path / "m", ModelFiles(model.config), iter(model.state_dict().items()), "10KB")
     assert same(Bumblebee.from_pretrained(tmp_path / "m"), model)
@@ -153,7 +156,7 @@ def test_an_empty_tensor_is_not_written(make_model, tmp_path):
     assert names(tmp_path) == set()
 
 
-def test_frozen_parameters_are_trainable_or_not_as_the_model_says(make_model, tmp_path):
+def test_load_keeps_requires_grad(make_model, tmp_path):
     class FrozenTable(Bumblebee):
         def build_decoder(self):
             decoder = super().build_decoder()

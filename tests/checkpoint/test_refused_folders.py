@@ -1,4 +1,4 @@
-"""A folder that is incomplete, damaged or of another shape is refused, and the message names the file, key or size."""
+"""Incomplete, damaged or mismatched folders are refused with an error that names the file, key or shape."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bumblebee import Bumblebee
-from bumblebee.checkpoint.hf_folder import INDEX, SINGLE
+from bumblebee.checkpoint.weight_files import INDEX, SINGLE
 
 NORM = "model.norm.weight"
 
 
 @pytest.fixture(scope="module")
 def saved(tiny, tmp_path_factory) -> Path:
-    """The same model as one file and as shards."""
+    """The same model in a single file and in shards."""
     root = tmp_path_factory.mktemp("saved")
     model = Bumblebee(tiny(vocab_size=64))
     model.save_pretrained(root / "single")
@@ -43,7 +43,7 @@ def refusal(folder: Path) -> str:
 
 
 def change_weights(folder: Path, **changes: torch.Tensor | None) -> None:
-    """Set tensors of model.safetensors, or delete them."""
+    """Set or delete tensors of model.safetensors."""
     tensors = {key: value for key, value in {**load_file(folder / SINGLE), **changes}.items() if value is not None}
     save_file(tensors, folder / SINGLE)
 
@@ -53,45 +53,45 @@ def change_config(folder: Path, **changes) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_a_missing_key_is_named(single):
+def test_missing_key_is_named(single):
     change_weights(single, **{NORM: None})
-    assert refusal(single) == f"the weights in {single} do not fit the model: 1 missing: {NORM}"
+    assert refusal(single) == f"the weights in {single} do not match the model: 1 missing key: {NORM}"
 
 
-def test_a_key_left_over_is_named(single):
+def test_unexpected_key_is_named(single):
     change_weights(single, **{"model.extra": torch.ones(2)})
-    assert refusal(single) == f"the weights in {single} do not fit the model: 1 left over: model.extra"
+    assert refusal(single) == f"the weights in {single} do not match the model: 1 unexpected key: model.extra"
 
 
-def test_both_are_told_at_once_with_their_numbers(single):
+def test_missing_and_unexpected_keys_are_counted(single):
     change_weights(single, **{NORM: None, "a": torch.ones(1), "b": torch.ones(1), "c": torch.ones(1), "d": torch.ones(1)})
-    assert refusal(single).endswith(f"1 missing: {NORM}; 4 left over: a, b, c")
+    assert refusal(single).endswith(f"1 missing key: {NORM}; 4 unexpected keys: a, b, c")
 
 
-def test_a_head_that_is_missing_from_an_untied_model_is_named(single):
+def test_missing_untied_head_is_named(single):
     change_config(single, tie_word_embeddings=False)
-    assert "1 missing: lm_head.weight" in refusal(single)
+    assert "1 missing key: lm_head.weight" in refusal(single)
 
 
-def test_a_wrong_shape_is_named_with_both_shapes(single):
+def test_wrong_shape_is_named_with_both_shapes(single):
     change_weights(single, **{NORM: torch.ones(7)})
-    assert refusal(single) == f"{single}: {NORM} has shape [7], config.json asks for [32]"
+    assert refusal(single) == f"{single}: {NORM} has shape [7], expected [32] from config.json"
 
 
-def test_pickled_weights_are_refused_with_the_word_pickle(single):
+def test_pickled_weights_are_refused_by_default(single):
     (single / SINGLE).rename(single / "pytorch_model.bin")
     assert f"{single} has no {SINGLE}" in refusal(single)
     assert "pytorch_model.bin is a pickle file, which can run code" in refusal(single)
 
 
 class Code:
-    """What a pickle file runs when it is read."""
+    """Code that unpickling would run."""
 
     def __reduce__(self) -> tuple:
         return print, ("run!",)
 
 
-def test_pickled_weights_are_read_where_that_is_allowed(single):
+def test_pickled_weights_load_with_allow_pickle(single):
     weights = load_file(single / SINGLE)
     (single / SINGLE).unlink()
     for legacy in (False, True):
@@ -100,7 +100,7 @@ def test_pickled_weights_are_read_where_that_is_allowed(single):
         torch.testing.assert_close(model.state_dict()[NORM], weights[NORM], rtol=0, atol=0)
 
 
-def test_shards_of_pickled_weights_are_read_where_that_is_allowed(single):
+def test_pickled_shards_load_with_allow_pickle(single):
     weights = load_file(single / SINGLE)
     (single / SINGLE).unlink()
     files = {key: f"pytorch_model-{number % 2 + 1:05d}-of-00002.bin" for number, key in enumerate(weights)}
@@ -115,32 +115,34 @@ def test_shards_of_pickled_weights_are_read_where_that_is_allowed(single):
 def test_code_in_a_pickle_file_is_never_run(single, content, capsys):
     (single / SINGLE).unlink()
     torch.save(content, single / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin (is damaged or holds more than tensors|holds no state dict)"):
+    with pytest.raises(
+        ValueError, match=r"pytorch_model.bin (is damaged or contains objects other than tensors|is not a state dict)"
+    ):
         Bumblebee.from_pretrained(single, allow_pickle=True)
     assert "run!" not in capsys.readouterr().out
 
 
 def test_a_folder_without_weights_is_refused(single):
     (single / SINGLE).unlink()
-    assert refusal(single) == f"{single} has no {SINGLE} and no {INDEX}"
+    assert refusal(single) == f"{single} has no {SINGLE} or {INDEX}"
 
 
 def test_a_missing_shard_is_named(shards):
     lost = sorted(shards.glob("*.safetensors"))[1]
     lost.unlink()
-    assert refusal(shards) == f"{shards / INDEX} names {lost.name}, which is not there: the folder is incomplete"
+    assert refusal(shards) == f"{shards / INDEX} names {lost.name}, which does not exist: the folder is incomplete"
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 20_000])
 def test_a_file_that_was_cut_is_named(single, keep):
     content = (single / SINGLE).read_bytes()
     (single / SINGLE).write_bytes(content[:keep])
-    assert refusal(single).startswith(f"{single / SINGLE} is damaged or no safetensors file: ")
+    assert refusal(single).startswith(f"{single / SINGLE} is damaged or not a safetensors file: ")
 
 
 def test_a_file_of_something_else_is_named(single):
     (single / SINGLE).write_bytes(b"PK\x03\x04" * 1000)
-    assert refusal(single).startswith(f"{single / SINGLE} is damaged or no safetensors file: ")
+    assert refusal(single).startswith(f"{single / SINGLE} is damaged or not a safetensors file: ")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"metadata": {}}', "\udcff"])
@@ -166,11 +168,11 @@ def test_a_damaged_config_is_named(single, content):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_an_unsupported_setting_is_named_with_its_file(single, changes, message):
+def test_unsupported_setting_is_named_with_its_file(single, changes, message):
     change_config(single, **changes)
     assert refusal(single).startswith(f"{single / 'config.json'}: ") and message in refusal(single)
 
 
-def test_a_folder_that_is_not_there_or_has_no_config_is_refused(tmp_path):
-    assert refusal(tmp_path / "none") == f"{tmp_path / 'none'} is no model folder: it is not there"
-    assert refusal(tmp_path) == f"{tmp_path} is no model folder: it has no config.json"
+def test_missing_folder_or_config_is_refused(tmp_path):
+    assert refusal(tmp_path / "none") == f"{tmp_path / 'none'} is not a model folder: folder not found"
+    assert refusal(tmp_path) == f"{tmp_path} is not a model folder: config.json not found"

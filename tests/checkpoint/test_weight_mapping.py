@@ -1,4 +1,4 @@
-"""Rules between a file's tensors and ours lose nothing, whatever the order, and name what does not fit."""
+"""Weight mapping rules are lossless in any order of tensors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bumblebee.checkpoint.weight_loader import Parameters
-from bumblebee.checkpoint.weight_mapping import Rule, as_stored, cut, places, shape_of
+from bumblebee.checkpoint.parameter_loader import ParameterLoader
+from bumblebee.checkpoint.weight_mapping import Rule, file_shape, slices_by_file_key, split_for, to_file_tensors
 
 LAYERS = 2
 RULES = [
@@ -31,7 +31,7 @@ SHAPES = {"norm": (4,), "q": (6, 4), "k": (2, 4), "v": (2, 4), "gate_up": (3, 10
 
 
 class Model(nn.Module):
-    """Parameters with the shapes above, on the meta device."""
+    """ParameterLoader with the shapes above, on the meta device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,20 +50,20 @@ def tensors() -> dict[str, Tensor]:
 
 def load(stored: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
     model = Model()
-    parameters = Parameters(model, options.get("dtype"), torch.device("cpu"))
-    wanted = places(RULES, parameters.shapes)
-    assert wanted.keys() == stored.keys()
+    parameters = ParameterLoader(model, options.get("dtype"), torch.device("cpu"))
+    slices = slices_by_file_key(RULES, parameters.shapes)
+    assert slices.keys() == stored.keys()
     for key, tensor in stored.items():
-        assert shape_of(wanted[key]) == tuple(tensor.shape)
-        for place, part in zip(wanted[key], cut(tensor, wanted[key]), strict=True):
-            parameters.put(place, part)
+        assert file_shape(slices[key]) == tuple(tensor.shape)
+        for place, part in zip(slices[key], split_for(slices[key], tensor), strict=True):
+            parameters.load(place, part)
     return model.state_dict()
 
 
 @given(st.permutations(sorted(tensors())), st.data())
-def test_tensors_come_back_from_a_file_in_any_order_of_writing_and_reading(order, data):
+def test_round_trip_in_any_order(order, data):
     ours = tensors()
-    stored = dict(as_stored(RULES, ((key, ours[key]) for key in order)))
+    stored = dict(to_file_tensors(RULES, ((key, ours[key]) for key in order)))
     assert stored["h.1.qkv"].shape == (10, 4) and stored["h.0.experts.2.w3"].shape == (5, 4)
     back = load({key: stored[key] for key in data.draw(st.permutations(sorted(stored)))})
     assert back.keys() == ours.keys()
@@ -71,9 +71,9 @@ def test_tensors_come_back_from_a_file_in_any_order_of_writing_and_reading(order
         torch.testing.assert_close(back[key], ours[key], rtol=0, atol=0, msg=key)
 
 
-def test_the_parts_of_a_fused_tensor_lie_in_the_order_of_the_rule():
+def test_fused_parts_keep_the_order_of_the_rule():
     ours = tensors()
-    stored = dict(as_stored(RULES, ours.items()))
+    stored = dict(to_file_tensors(RULES, ours.items()))
     layer = {name: ours[f"layers.0.{name}"] for name in SHAPES}
     torch.testing.assert_close(stored["h.0.qkv"], torch.cat([layer["q"], layer["k"], layer["v"]]))
     torch.testing.assert_close(stored["h.0.experts.1.w1"], layer["gate_up"][1, :5])
@@ -82,34 +82,34 @@ def test_the_parts_of_a_fused_tensor_lie_in_the_order_of_the_rule():
     assert stored["h.0.ln"] is layer["norm"] and "layers.0.same" in stored
 
 
-def test_stacked_parts_are_cast_as_they_are_put():
+def test_stacked_parts_are_cast_on_load():
     ours = tensors()
-    back = load(dict(as_stored(RULES, ours.items())), dtype=torch.bfloat16)
+    back = load(dict(to_file_tensors(RULES, ours.items())), dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in back.values()} == {torch.bfloat16}
     torch.testing.assert_close(back["layers.0.gate_up"], ours["layers.0.gate_up"].bfloat16(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_each_rank_keeps_its_own_run_of_every_tensor(monkeypatch, ranks):
+def test_each_rank_loads_its_own_shard(monkeypatch, ranks):
     ours = tensors()
-    stored = dict(as_stored(RULES, ours.items()))
+    stored = dict(to_file_tensors(RULES, ours.items()))
     shares: dict[str, list[Tensor]] = {key: [] for key in ours}
     for rank in range(ranks):
         monkeypatch.setattr("bumblebee.distributed.process_group.rank", lambda rank=rank: rank)
         model = Model()
         for key, parameter in model.named_parameters():
             shares[key].append(fake_shard(parameter, ranks))
-        parameters = Parameters(model, None, torch.device("cpu"))
-        wanted = places(RULES, parameters.shapes)
+        parameters = ParameterLoader(model, None, torch.device("cpu"))
+        slices = slices_by_file_key(RULES, parameters.shapes)
         for key, tensor in stored.items():
-            for place, part in zip(wanted[key], cut(tensor, wanted[key]), strict=True):
-                parameters.put(place, part)
+            for place, part in zip(slices[key], split_for(slices[key], tensor), strict=True):
+                parameters.load(place, part)
     for key, tensor in ours.items():
         torch.testing.assert_close(torch.cat(shares[key])[: tensor.numel()], tensor.flatten(), rtol=0, atol=0)
 
 
-def test_a_rule_about_parts_that_a_model_does_not_have_does_not_count():
+def test_rules_for_absent_parts_are_skipped():
     shapes = {"layers.0.q": (6, 4), "layers.0.k": (2, 4), "other": (1,)}
-    assert places(RULES, shapes).keys() == shapes.keys()
+    assert slices_by_file_key(RULES, shapes).keys() == shapes.keys()
     ours = {key: torch.ones(shape) for key, shape in shapes.items()}
-    assert dict(as_stored(RULES, ours.items())).keys() == shapes.keys()
+    assert dict(to_file_tensors(RULES, ours.items())).keys() == shapes.keys()

@@ -10,6 +10,7 @@ import pytest
 import bumblebee
 from bumblebee.cli import parse_errors, renamed
 from bumblebee.cli.commands import COMMANDS
+from bumblebee.cli.logs import pop_log_level
 from bumblebee.cli.main import main
 from bumblebee.cli.shipped_classes import GROUPS, shipped
 
@@ -100,6 +101,12 @@ def test_log_level_selects_what_is_printed(level, lines, logger, capsys):
 )
 def test_unknown_log_level_is_refused(words, got, error_line):
     assert error_line(*words.split()) == f"--log_level: expected debug, info, warning or error, got {got}"
+
+
+def test_serve_keeps_log_level_as_its_own_option():
+    for words in (["--log_level", "debug", "serve", "--port", "1"], ["serve", "--port", "1", "--log_level=debug"]):
+        assert pop_log_level(words) == ("debug", ["serve", "--port", "1", "--log_level", "debug"])
+    assert pop_log_level(["serve"]) == ("info", ["serve"])
 
 
 # -- --GROUP.help --------------------------------------------------------------------------------------------------------

@@ -86,12 +86,12 @@ ON_THE_COMMAND_LINE = {
     "--callbacks.mine bumblebee.Trainer": "callbacks.mine: bumblebee.Trainer is not a Callback",
     # files
     "--data.files dato.jsonl": "data.files: 'dato.jsonl' does not exist; did you mean 'data.jsonl'...",
-    "--data.files path/to/data.jsonl": "data.files: 'path/to/data.jsonl' is a placeholder; put the path of your own file...",
+    "--data.files path/to/data.jsonl": "data.files: 'path/to/data.jsonl' is a placeholder; replace it with...",
     "--data.files *.parquet": "data.files: no file matches '*.parquet'",
     "--data.files .": "data.files: '.' is a folder; name the files in it, for example './*.jsonl'",
-    "--data.files recipe.yaml": "data.files: 'recipe.yaml': files of kind '.yaml' cannot be read; supported: ...",
+    "--data.files recipe.yaml": "data.files: 'recipe.yaml': unsupported file type '.yaml'; supported: ...",
     '--data.files {"path":"data.jsonl","wieght":2} data.jsonl': (
-        "data.files: unknown key 'wieght' in the entry of 'data.jsonl' (did you mean 'weight'?); it may have path, weight"
+        "data.files: unknown key 'wieght' in the entry of 'data.jsonl' (did you mean 'weight'?); allowed keys: path, weight"
     ),
     '--data.files [{"path":"data.jsonl","weight":0}]': "data.files: the weight of 'data.jsonl' must be a number above 0, got 0",
     '--data.files [{"weight":2}]': "data.files: expected a path in each entry, such as ...",
@@ -209,10 +209,10 @@ def test_missing_group_is_named(group, name, workdir, error_line):
         ("fit", "missing required options ...: pass a recipe, such as --config recipes/pretrain.yaml"),
         ("fit --hel", unknown("hel", "help")),
         ("fit --config recipe.yaml junk", "--config: junk: file not found"),
-        ("validate --config recipe.yaml", "recipe.yaml:2: output_dir: out is no model folder: it is not there"),
-        ("validate --config recipe.yaml --model tok", "...tok is no model folder: it has no config.json"),
+        ("validate --config recipe.yaml", "recipe.yaml:2: output_dir: out is not a model folder: folder not found"),
+        ("validate --config recipe.yaml --model tok", "...tok is not a model folder: config.json not found"),
         ("generate --model tok", "prompt: give either --prompt TEXT or --prompts FILE"),
-        ("generate --model nowhere --prompt x", "model: nowhere is no model folder: it is not there"),
+        ("generate --model nowhere --prompt x", "model: nowhere is not a model folder: folder not found"),
         ("generate --model nowhere --promt x", "unknown option 'promt' (did you mean 'prompt' or 'prompts'?)"),
         ("generate tok --prompt x", "unexpected argument 'tok' (did you mean '--model tok'?)"),
         ("fit recipe.yaml", "unexpected argument 'recipe.yaml' (did you mean '--config recipe.yaml'?)"),

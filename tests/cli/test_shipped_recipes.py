@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from make_data import SUBJECTS
 
 from bumblebee.cli.main import main
-from bumblebee.cli.recipe_options import recipe_parser
+from bumblebee.cli.recipe_options import recipe_command_parser
 from bumblebee.config import PRESETS, BumblebeeConfig
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_every_model_option_is_a_flag(recipe: Path) -> None:
         "rope_theta": 5e4, "tie_word_embeddings": False, "qk_norm": True,
     }  # fmt: skip
     flags = [word for name, value in shape.items() for word in (f"--task.model.config.{name}", str(value).lower())]
-    parser = recipe_parser("fit")
+    parser = recipe_command_parser("fit")
     cfg = parser.parse(["--config", str(recipe), *flags, "--output_dir", "runs/a"])
     model = parser.instantiate(Namespace(task=cfg.task)).task.model
     assert {name: getattr(model.config, name) for name in shape} == shape and cfg.output_dir == "runs/a"

@@ -1,4 +1,4 @@
-"""What `datamodules.conversations` promises: three formats, one meaning, and for every mistake its file, line and key."""
+"""Conversations: three formats give the same messages, and every error names file, line and key."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 
 from bumblebee import Tokenizer
 from datamodules.chat_formats import FORMATS
-from datamodules.conversations import conversation, preference, with_system
-from datamodules.record_files import Record, RecordError, text_of
+from datamodules.conversations import parse_conversation, parse_preference, with_system
 from datamodules.record_files import read as read_file
+from datamodules.record_files import text_of
+from datamodules.records import Record, RecordError
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,14 +30,14 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def read(value):
-    return conversation(Record("data.jsonl", 7, value))
+    return parse_conversation(Record("data.jsonl", 7, value))
 
 
 def read_pair(value):
-    return preference(Record("data.jsonl", 7, value))
+    return parse_preference(Record("data.jsonl", 7, value))
 
 
-# ---- what is sound
+# -- valid records -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -53,9 +54,9 @@ def read_pair(value):
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "Ra"}, {"type": "text", "text": "in?"}]}, ANSWER]},
     ],
 )
-def test_every_format_of_one_conversation_gives_the_same_messages(value):
-    found = read(value)
-    assert found.messages == [USER, ANSWER] and found.tools is None
+def test_all_formats_give_the_same_messages(value):
+    parsed = read(value)
+    assert parsed.messages == [USER, ANSWER] and parsed.tools is None
 
 
 @pytest.mark.parametrize(
@@ -69,12 +70,12 @@ def test_every_format_of_one_conversation_gives_the_same_messages(value):
         {"messages": [SYSTEM, USER, ANSWER, {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "No."}]},
     ],
 )
-def test_several_turns_and_a_system_prompt_come_in_every_format(value):
+def test_all_formats_have_turns_and_system_prompts(value):
     later = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "No."}]
     assert read(value).messages == [SYSTEM, USER, ANSWER, *later]
 
 
-def test_an_input_stands_behind_its_instruction():
+def test_input_is_appended_to_the_instruction():
     assert read({"instruction": "Add.", "input": "1 + 1", "output": "2"}).messages[0]["content"] == "Add.\n1 + 1"
 
 
@@ -109,13 +110,13 @@ def test_an_input_stands_behind_its_instruction():
     ],
 )
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [{"type": "function", "function": TOOL}]])
-def test_calls_results_and_tools_come_out_in_one_form(value, tools):
-    found = read({**value, "tools": tools})
-    assert found.messages == [USER, CALLED, {"role": "tool", "content": "wet"}, ANSWER]
-    assert found.tools == [{"type": "function", "function": TOOL}]
+def test_calls_results_and_tools_are_normalized(value, tools):
+    parsed = read({**value, "tools": tools})
+    assert parsed.messages == [USER, CALLED, {"role": "tool", "content": "wet"}, ANSWER]
+    assert parsed.tools == [{"type": "function", "function": TOOL}]
 
 
-def test_ids_names_and_reasoning_of_messages_are_kept():
+def test_other_message_keys_are_kept():
     call = {**CALLED, "tool_calls": [{**CALLED["tool_calls"][0], "id": "abc"}], "reasoning_content": "hm"}
     result = {"role": "tool", "content": "", "tool_call_id": "abc", "name": "weather"}
     assert read({"messages": [USER, call, result, ANSWER]}).messages == [USER, call, result, ANSWER]
@@ -130,27 +131,27 @@ def test_ids_names_and_reasoning_of_messages_are_kept():
         {"messages": [USER], "chosen": ANSWER, "rejected": {"role": "assistant", "content": "No."}},
     ],
 )
-def test_every_format_of_one_preference_gives_the_same_pair(value):
-    found = read_pair(value)
-    assert (found.prompt, found.chosen, found.rejected) == ([USER], ANSWER, {"role": "assistant", "content": "No."})
-    assert found.tools is None
+def test_all_formats_give_the_same_preference_pair(value):
+    parsed = read_pair(value)
+    assert (parsed.prompt, parsed.chosen, parsed.rejected) == ([USER], ANSWER, {"role": "assistant", "content": "No."})
+    assert parsed.tools is None
 
 
-def test_an_answer_to_a_tool_and_a_call_can_be_preferred():
+def test_preferences_after_tool_results_and_between_calls():
     turns = [HUMAN, {"from": "function_call", "value": json.dumps(CALL)}, {"from": "observation", "value": "wet"}]
     assert read_pair({"conversations": turns, "chosen": GPT, "rejected": {**GPT, "value": "No."}}).prompt[-1]["role"] == "tool"
     call = {"from": "function_call", "value": json.dumps(CALL)}
     assert read_pair({"conversations": [HUMAN], "chosen": call, "rejected": GPT, "tools": [TOOL]}).chosen == CALLED
 
 
-def test_a_default_system_prompt_gives_way_to_the_records_own():
+def test_system_prompt_of_the_record_takes_precedence():
     assert with_system([USER, ANSWER], "Be brief.") == [SYSTEM, USER, ANSWER]
     assert with_system([USER, ANSWER], None) == with_system([USER, ANSWER], "") == [USER, ANSWER]
     own = [{"role": "system", "content": "Be long."}, USER, ANSWER]
     assert with_system(own, "Be brief.") == own
 
 
-# ---- complaints
+# -- errors --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -159,13 +160,16 @@ def test_a_default_system_prompt_gives_way_to_the_records_own():
         # which format
         (
             {},
-            "exactly one of the keys 'instruction' or 'conversations' or 'messages' tells the format of a chat",
+            "expected exactly one of the keys 'instruction' or 'conversations' or 'messages'",
         ),
         ({"text": "a", "id": 1}, "the record's keys: 'text', 'id'"),
         ({"messages": [USER, ANSWER], "instruction": "a"}, "exactly one of the keys"),
-        ({"instruction": "a", "chosen": "b", "rejected": "c"}, "the key 'chosen' makes this a preference, not a conversation"),
+        (
+            {"instruction": "a", "chosen": "b", "rejected": "c"},
+            "the key 'chosen' makes this a preference pair, not a conversation",
+        ),
         # Alpaca
-        ({"instruction": "a"}, "no key 'output', which is the answer to 'instruction'"),
+        ({"instruction": "a"}, "no key 'output', the answer to 'instruction'"),
         ({"instruction": "a", "output": " \n"}, "'output' is empty"),
         ({"instruction": "a", "output": ["b"]}, "'output' must be a string, not an array"),
         ({"instruction": 1, "output": "b"}, "'instruction' must be a string, not a number"),
@@ -190,22 +194,22 @@ def test_a_default_system_prompt_gives_way_to_the_records_own():
         ({"conversations": [HUMAN, {"from": "gpt"}]}, "'conversations'[1] has no 'value'"),
         ({"conversations": [HUMAN, {"from": "gpt", "value": ""}]}, "'conversations'[1]: 'value' is empty"),
         ({"conversations": [HUMAN, {"from": "gpt", "value": None}]}, "'conversations'[1]: 'value' must be a string, not null"),
-        ({"conversations": [HUMAN]}, "'conversations'[0]: a conversation ends with 'gpt', not with 'human'"),
+        ({"conversations": [HUMAN]}, "'conversations'[0]: a conversation must end with 'gpt', not 'human'"),
         (
             {"conversations": [GPT, HUMAN]},
-            "'conversations'[0]: 'gpt' cannot stand at the beginning, where 'system' or 'human' belongs",
+            "'conversations'[0]: 'gpt' cannot come first; expected 'system' or 'human'",
         ),
         (
             {"conversations": [HUMAN, HUMAN, GPT]},
-            "'conversations'[1]: 'human' cannot stand behind 'human', where 'gpt' or 'function_call' belongs",
+            "'conversations'[1]: 'human' cannot follow 'human'; expected 'gpt' or 'function_call'",
         ),
         (
             {"conversations": [{"from": "system", "value": "a"}, HUMAN, GPT], "system": "b"},
-            "'conversations'[0]: 'system' cannot stand behind 'system'",
+            "'conversations'[0]: 'system' cannot follow 'system'",
         ),
         (
             {"conversations": [HUMAN, {"from": "observation", "value": "a"}, GPT]},
-            "'conversations'[1]: 'observation' cannot stand behind 'human'",
+            "'conversations'[1]: 'observation' cannot follow 'human'",
         ),
         (
             {"conversations": [HUMAN, {"from": "function_call", "value": "{"}]},
@@ -225,7 +229,7 @@ def test_a_default_system_prompt_gives_way_to_the_records_own():
         ),
         (
             {"conversations": [HUMAN, {"from": "function_call", "value": json.dumps(CALL)}, GPT]},
-            "'conversations'[2]: 'gpt' cannot stand behind 'function_call', where 'observation' belongs",
+            "'conversations'[2]: 'gpt' cannot follow 'function_call'; expected 'observation'",
         ),
         # OpenAI
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "'messages'[1]: 'content' is empty"),
@@ -237,11 +241,11 @@ def test_a_default_system_prompt_gives_way_to_the_records_own():
         ({"messages": [USER, {"role": ["user"], "content": "a"}]}, "'messages'[1]: 'role' must be one of"),
         (
             {"messages": [USER, {**ANSWER, "weight": 0}]},
-            "'messages'[1]: the key 'weight' is not supported: messages cannot be weighed",
+            "'messages'[1]: the key 'weight' is not supported: messages cannot be weighted",
         ),
         (
             {"messages": [USER, {**ANSWER, "function_call": CALL}]},
-            "'messages'[1]: the key 'function_call' is not supported: 'tool_calls' is its name now",
+            "'messages'[1]: the key 'function_call' is not supported: use 'tool_calls'",
         ),
         (
             {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {}}]}, ANSWER]},
@@ -258,7 +262,7 @@ def test_a_default_system_prompt_gives_way_to_the_records_own():
         ),
         (
             {"messages": [USER, {**CALLED, "tool_calls": [{"function": {"arguments": {}}}]}]},
-            "'messages'[1]: 'tool_calls'[0] has no 'name' of a function",
+            "'messages'[1]: 'tool_calls'[0] has no function 'name'",
         ),
         (
             {"messages": [USER, {**CALLED, "tool_calls": [{"name": "f"}]}]},
@@ -270,17 +274,17 @@ def test_a_default_system_prompt_gives_way_to_the_records_own():
         ),
         (
             {"messages": [USER, CALLED, USER]},
-            "'messages'[2]: 'user' cannot stand behind 'assistant with tool_calls', where 'tool' belongs",
+            "'messages'[2]: 'user' cannot follow 'assistant with tool_calls'; expected 'tool'",
         ),
         # tools
         ({"messages": [USER, ANSWER], "tools": "[{"}, "'tools' is not valid JSON: "),
         ({"messages": [USER, ANSWER], "tools": "{}"}, "'tools' must be a list or the JSON text of one, not an object"),
         ({"messages": [USER, ANSWER], "tools": 3}, "'tools' must be a list or the JSON text of one, not a number"),
         ({"messages": [USER, ANSWER], "tools": ["f"]}, "'tools'[0] must be an object, not a string"),
-        ({"messages": [USER, ANSWER], "tools": [TOOL, {"parameters": {}}]}, "'tools'[1] has no 'name' of a function"),
+        ({"messages": [USER, ANSWER], "tools": [TOOL, {"parameters": {}}]}, "'tools'[1] has no function 'name'"),
     ],
 )
-def test_a_bad_conversation_is_refused_by_file_line_and_key(value, reason):
+def test_bad_conversation_is_rejected_with_line_and_key(value, reason):
     with pytest.raises(RecordError) as caught:
         read(value)
     assert str(caught.value).startswith("data.jsonl:7: ")
@@ -290,16 +294,16 @@ def test_a_bad_conversation_is_refused_by_file_line_and_key(value, reason):
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ({"instruction": "a", "output": "b"}, "no key 'chosen': a preference has 'chosen' and 'rejected'"),
+        ({"instruction": "a", "output": "b"}, "no key 'chosen': a preference pair has 'chosen' and 'rejected'"),
         ({"instruction": "a", "chosen": "b"}, "no key 'rejected'"),
-        ({"instruction": "a", "chosen": "b", "rejected": "b"}, "'chosen' and 'rejected' are equal: there is nothing to prefer"),
+        ({"instruction": "a", "chosen": "b", "rejected": "b"}, "'chosen' and 'rejected' are equal"),
         ({"instruction": "a", "chosen": "b", "rejected": ""}, "'rejected' is empty"),
         ({"instruction": "a", "chosen": GPT, "rejected": "b"}, "'chosen' must be a string, not an object"),
         ({"conversations": [HUMAN], "chosen": "b", "rejected": "c"}, "'chosen' must be an object, not a string"),
         ({"conversations": [HUMAN], "chosen": GPT, "rejected": HUMAN}, "'rejected' must be from 'gpt', not from 'human'"),
         (
             {"conversations": [HUMAN, GPT], "chosen": GPT, "rejected": GPT},
-            "'conversations'[1]: a prompt ends with 'human', not with 'gpt'",
+            "'conversations'[1]: a prompt must end with 'human', not 'gpt'",
         ),
         (
             {"messages": [USER], "chosen": ANSWER, "rejected": {"role": "assistant", "content": None}},
@@ -308,25 +312,25 @@ def test_a_bad_conversation_is_refused_by_file_line_and_key(value, reason):
         ({"messages": [], "chosen": ANSWER, "rejected": USER}, "'messages' is empty"),
     ],
 )
-def test_a_bad_preference_is_refused_by_file_line_and_key(value, reason):
+def test_bad_preference_is_rejected_with_line_and_key(value, reason):
     with pytest.raises(RecordError) as caught:
         read_pair(value)
     assert str(caught.value).startswith("data.jsonl:7: ")
     assert reason in str(caught.value)
 
 
-# ---- the samples and the document a newcomer starts with
+# -- shipped samples and documentation -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "read_it"), [("sft", conversation), ("preference", preference)])
-def test_the_samples_are_sound_have_every_format_and_suit_the_default_template(name, read_it, tokenizer_folder):
+@pytest.mark.parametrize(("name", "read_it"), [("sft", parse_conversation), ("preference", parse_preference)])
+def test_shipped_chat_samples_are_valid(name, read_it, tokenizer_folder):
     template = Tokenizer.from_pretrained(tokenizer_folder).chat_template
     records = list(read_file(str(ROOT / "recipes" / "samples" / f"{name}.jsonl")))
     assert 20 <= len(records) <= 50
     assert {key for record in records for key in FORMATS.keys() & record.value.keys()} == set(FORMATS)
-    found = [read_it(record) for record in records]
-    assert any(chat.tools for chat in found)
-    for chat in found:
+    parsed = [read_it(record) for record in records]
+    assert any(chat.tools for chat in parsed)
+    for chat in parsed:
         if name == "sft":
             template.encode(chat.messages, chat.tools)
         else:
@@ -334,9 +338,9 @@ def test_the_samples_are_sound_have_every_format_and_suit_the_default_template(n
                 template.encode([*chat.prompt, answer], chat.tools, "last")
 
 
-def test_the_records_in_the_document_are_sound():
+def test_records_in_the_documentation_are_valid():
     document = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    kinds = {"## Pretraining": text_of, "## Conversations": conversation, "## Preferences": preference}
+    kinds = {"## Pretraining": text_of, "## Conversations": parse_conversation, "## Preferences": parse_preference}
     for heading, read_it in kinds.items():
         section = re.search(rf"^{heading}.*?(?=^## )", document, flags=re.DOTALL | re.MULTILINE)
         assert section, heading

@@ -1,4 +1,4 @@
-"""Packing against naive references that look at every window and every target."""
+"""Packing equals naive references that look at every window and every target."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.packing import best_fit, cut, pack
+from datamodules.packing import best_fit, pack, split_into_chunks
 
 LENGTHS = st.lists(st.integers(0, 70), max_size=60)  # tokens of each document
 CAPACITY = st.integers(1, 25)
 
 
 def places(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Begins and ends of documents that follow one another."""
+    """Begins and ends of consecutive sequences."""
     ends = np.cumsum([0, *lengths])
     return ends[:-1], ends[1:]
 
 
 def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
-    """For each piece the room that is left in its window before it comes: look at all windows, take the fullest that has it."""
+    """The room in the window of each chunk before it is added: of all windows with enough room, take the fullest."""
     rooms, chosen = [], []
     for length in lengths:
         fitting = [room for room in rooms if room >= length]
@@ -32,74 +32,74 @@ def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
 
 
 @given(st.lists(st.integers(1, 25), max_size=80), st.integers(25, 40))
-def test_each_piece_goes_into_the_fullest_window_that_takes_it(lengths, capacity):
+def test_best_fit_equals_the_naive_algorithm(lengths, capacity):
     lengths.sort(reverse=True)
     windows = best_fit(lengths, capacity)
-    assert sorted(piece for window in windows for piece in window) == list(range(len(lengths)))
+    assert sorted(chunk for window in windows for chunk in window) == list(range(len(lengths)))
     room_before = {}
     for window in windows:
         room = capacity
-        for piece in window:
-            room_before[piece] = room
-            room -= lengths[piece]
+        for chunk in window:
+            room_before[chunk] = room
+            room -= lengths[chunk]
         assert room >= 0
-    assert [room_before[piece] for piece in range(len(lengths))] == naive_best_fit(lengths, capacity)
+    assert [room_before[chunk] for chunk in range(len(lengths))] == naive_best_fit(lengths, capacity)
 
 
 @given(LENGTHS, CAPACITY)
-def test_every_target_is_in_exactly_one_piece_and_no_window_is_overfull(lengths, max_length):
+def test_every_target_is_packed_exactly_once(lengths, max_length):
     begins, ends = places(lengths)
     windows = pack(begins, ends, max_length)
     trained = []
     for number in range(len(windows)):
-        pieces = windows.pieces(number)
-        assert pieces and 1 <= sum(targets for _, targets in pieces) <= max_length
-        trained += [start + 1 + at for start, targets in pieces for at in range(targets)]
-    wanted = [token for begin, end in zip(begins, ends, strict=True) for token in range(begin + 1, end)]
-    assert sorted(trained) == wanted
+        chunks = windows.chunks(number)
+        assert chunks and 1 <= sum(targets for _, targets in chunks) <= max_length
+        trained += [start + 1 + at for start, targets in chunks for at in range(targets)]
+    expected = [token for begin, end in zip(begins, ends, strict=True) for token in range(begin + 1, end)]
+    assert sorted(trained) == expected
 
 
 @given(LENGTHS, CAPACITY)
-def test_a_long_document_is_cut_into_full_pieces_that_follow_one_another_and_one_rest(lengths, max_length):
+def test_long_sequence_is_split_into_full_chunks_and_a_rest(lengths, max_length):
     begins, ends = places(lengths)
-    starts, targets = cut(begins, ends, max_length)
-    pieces = list(zip(starts.tolist(), targets.tolist(), strict=True))
+    starts, targets = split_into_chunks(begins, ends, max_length)
+    chunks = list(zip(starts.tolist(), targets.tolist(), strict=True))
     reference = [
         (start, min(max_length, end - 1 - start))
         for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
         for start in range(begin, end - 1, max_length)
     ]
-    assert pieces == reference
+    assert chunks == reference
 
 
 @given(LENGTHS, CAPACITY)
-def test_no_piece_crosses_from_one_document_into_the_next(lengths, max_length):
+def test_no_chunk_crosses_a_sequence_boundary(lengths, max_length):
     begins, ends = places(lengths)
     windows = pack(begins, ends, max_length)
-    for start, targets in (piece for number in range(len(windows)) for piece in windows.pieces(number)):
+    for start, targets in (chunk for number in range(len(windows)) for chunk in windows.chunks(number)):
         document = int(np.searchsorted(ends, start, side="right"))
         assert begins[document] <= start and start + targets < ends[document]
 
 
 @given(LENGTHS, CAPACITY)
-def test_efficiency_is_the_share_of_places_that_are_targets(lengths, max_length):
+def test_efficiency_is_the_share_of_filled_positions(lengths, max_length):
     windows = pack(*places(lengths), max_length)
     targets = sum(max(0, length - 1) for length in lengths)
     assert windows.efficiency == (targets / (len(windows) * max_length) if targets else 0.0)
 
 
 @given(LENGTHS, CAPACITY)
-def test_at_most_one_window_is_less_than_half_full(lengths, max_length):
-    """What best fit guarantees: two windows that are at most half full would have shared one."""
+def test_at_most_one_window_is_half_full_or_less(lengths, max_length):
+    """Best fit guarantees it: two windows that are at most half full would share one."""
     windows = pack(*places(lengths), max_length)
-    filled = [sum(targets for _, targets in windows.pieces(number)) for number in range(len(windows))]
+    filled = [sum(targets for _, targets in windows.chunks(number)) for number in range(len(windows))]
     assert sum(2 * targets <= max_length for targets in filled) <= 1
 
 
-def test_documents_that_are_not_neighbours_are_packed_too():
-    """A split by content leaves gaps."""
+def test_sequences_with_gaps_between_them_are_packed():
+    """A split by content leaves gaps between sequences."""
     windows = pack(np.array([0, 10, 30]), np.array([4, 13, 36]), 16)
-    assert windows.pieces(0) == [(30, 5), (0, 3), (10, 2)]
+    assert windows.chunks(0) == [(30, 5), (0, 3), (10, 2)]
 
 
 def test_nothing_to_pack_gives_no_windows():
@@ -107,7 +107,7 @@ def test_nothing_to_pack_gives_no_windows():
         assert len(pack(*places(lengths), 8)) == 0
 
 
-def test_packing_is_the_same_each_time():
+def test_packing_is_deterministic():
     lengths = np.random.default_rng(0).integers(1, 300, 500).tolist()
     first, second = (pack(*places(lengths), 128) for _ in range(2))
     assert (first.starts == second.starts).all() and (first.bounds == second.bounds).all()

@@ -1,4 +1,4 @@
-"""Preferences from files to batches: two rows a pair, one prompt, answers that are never cut."""
+"""Preferences from files to batches: two rows per pair, the same prompt, answers that are never cut."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.training.loader import epoch_order, train_windows
 from bumblebee.training.plan import Plan
 from datamodules import Preferences
-from datamodules.record_files import RecordError
+from datamodules.records import RecordError
 
 
 @pytest.fixture
 def make(tokenizer_folder, tmp_path):
-    """A function that sets up Preferences on records, with a cache of the test's own."""
+    """A function that sets up Preferences on records, with its own cache."""
 
-    def made(records: list[dict] | None = None, **options: Any) -> Preferences:
+    def set_up(records: list[dict] | None = None, **options: Any) -> Preferences:
         files = options.pop("files", None) or write(tmp_path / "pairs.jsonl", records or [])
         options = {"tokenizer": str(tokenizer_folder), "max_length": 400, "cache_dir": str(tmp_path / "cache"), **options}
         data = Preferences(files=files, **options)
         data.setup(seed=0)
         return data
 
-    return made
+    return set_up
 
 
 def row_of(data: Preferences, record: dict, answer: str) -> tuple[list[int], list[int]]:
-    """(prompt, answer with the end of its turn) as ids, from the tokenizer's own template, the prompt as for generation."""
+    """Ids of (prompt, answer with end of turn) from the chat template, the prompt as for generation."""
     prompt = data.tokenizer.apply_chat_template(record["messages"], add_generation_prompt=True)
     chat = data.tokenizer.chat_template.encode([*record["messages"], record[answer]], None, "last")
     said = [token for token, trained in zip(chat.ids, chat.target_mask, strict=True) if trained]
     return prompt, said
 
 
-def test_a_batch_has_the_chosen_and_the_rejected_answer_of_each_pair_behind_the_same_prompt(make):
+def test_batch_alternates_chosen_and_rejected_rows(make):
     records = preferences(7)
     data = make(records)
     batch = data.collate([data.train[index] for index in range(7)])
@@ -55,7 +55,7 @@ def test_a_batch_has_the_chosen_and_the_rejected_answer_of_each_pair_behind_the_
             assert (batch["labels"][row, length:] == IGNORE_INDEX).all() and (batch["position_ids"][row, length:] == 0).all()
 
 
-def test_rows_are_as_wide_as_the_longest_rounded_up_to_eights(make):
+def test_width_is_the_longest_row_in_multiples_of_8(make):
     data = make(preferences(9))
     for size in (1, 3):
         samples = [data.train[index] for index in range(size)]
@@ -65,7 +65,7 @@ def test_rows_are_as_wide_as_the_longest_rounded_up_to_eights(make):
         assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_batches_are_of_pairs_whose_longer_rows_are_similar(make):
+def test_batches_have_pairs_of_similar_length(make):
     data = make(preferences(40, longest=60), max_length=2000)
     assert data.lengths.tolist() == [max(len(inputs) for inputs, _ in data.train[i][1:]) for i in range(40)]
     order = epoch_order(40, 1, 0, data.lengths)
@@ -83,45 +83,45 @@ def rows(data: Preferences, records: list[dict]) -> list[tuple[int, int]]:
     return [(len(one[0]), max(len(one[1]), len(other[1]))) for one, other in parts]
 
 
-def test_pairs_that_do_not_fit_are_dropped_and_counted(make):
+def test_too_long_pairs_are_dropped_and_counted(make):
     records = preferences(40, longest=60)
     data = make(records, max_length=MAX)
     fitting = [number for number, (prompt, answer) in enumerate(rows(data, records)) if prompt + answer - 1 <= MAX]
     assert 0 < len(fitting) < 40
-    assert data.train.numbers.tolist() == fitting
+    assert data.train.samples.tolist() == fitting
     assert data.summary()[f"longer than max_length {MAX}"] == f"{40 - len(fitting)} dropped"
 
 
-def test_keep_end_cuts_both_prompts_alike_from_the_left_and_never_an_answer(make):
+def test_keep_end_truncates_prompts_and_never_answers(make):
     records = preferences(40, longest=60)
     data = make(records, max_length=MAX, too_long="keep_end")
     fitting = [number for number, (_, answer) in enumerate(rows(data, records)) if answer <= MAX]
-    assert len(fitting) < 40 and data.train.numbers.tolist() == fitting
+    assert len(fitting) < 40 and data.train.samples.tolist() == fitting
     cut = 0
-    for (_, *pieces), number in zip(map(data.train.__getitem__, range(len(data.train))), fitting, strict=True):
+    for (_, *segments), number in zip(map(data.train.__getitem__, range(len(data.train))), fitting, strict=True):
         kept = []
-        for (inputs, labels), answer in zip(pieces, ("chosen", "rejected"), strict=True):
+        for (inputs, labels), answer in zip(segments, ("chosen", "rejected"), strict=True):
             prompt, said = row_of(data, records[number], answer)
             assert labels[labels != IGNORE_INDEX].tolist() == said
             kept.append(inputs[: len(inputs) - len(said) + 1].tolist())
             assert len(inputs) <= MAX and kept[-1] == prompt[-len(kept[-1]) :] and kept[-1]
         assert kept[0] == kept[1]
         cut += len(kept[0]) < len(prompt)
-        assert len(kept[0]) == len(prompt) or max(len(inputs) for inputs, _ in pieces) == MAX  # no more than has to be
+        assert len(kept[0]) == len(prompt) or max(len(inputs) for inputs, _ in segments) == MAX  # no more than has to be
     summary = data.summary()
     assert cut > 0 and summary["prompts cut from the left"] == cut
     assert summary[f"longer than max_length {MAX}"] == f"{40 - len(fitting)} dropped"
 
 
-def test_nothing_left_is_refused_with_what_became_of_it(make):
-    with pytest.raises(ValueError, match=r"^files: none of 5 pairs is left; longer than max_length 8: 5 dropped$"):
+def test_no_remaining_samples_is_an_error_with_reasons(make):
+    with pytest.raises(ValueError, match=r"^files: none of 5 pairs remains; longer than max_length 8: 5 dropped$"):
         make(preferences(5), max_length=8)
 
 
-# -- shared with all data ------------------------------------------------------------------------------------------------
+# -- common to all DataModules -------------------------------------------------------------------------------------------
 
 
-def test_a_rank_without_pairs_gets_a_batch_without_targets_of_the_same_shape_of_rows(make):
+def test_rank_without_pairs_gets_a_batch_without_targets(make):
     data = make(preferences(3))
     first, second = (
         [batch for window in train_windows(data, Plan(3, 1, 1, 2, max_steps=2), 1, rank, 0, 0, False) for batch in window]
@@ -140,7 +140,7 @@ def test_equal_pairs_are_on_one_side_of_the_split(make):
     assert data.summary()["held out"] == "12 pairs"
 
 
-def test_a_weight_gives_a_pair_several_places_each_with_an_index_of_its_own(make, tmp_path):
+def test_repeated_pairs_have_distinct_indices(make, tmp_path):
     file = write(tmp_path / "twice.jsonl", preferences(3))
     data = make(files=[{"path": file, "weight": 2}])
     batch = data.collate([data.train[index] for index in range(6)])
@@ -148,13 +148,13 @@ def test_a_weight_gives_a_pair_several_places_each_with_an_index_of_its_own(make
     assert torch.equal(batch["input_ids"][0::4], batch["input_ids"][2::4])
 
 
-def test_a_system_prompt_is_added_to_both_rows(make):
+def test_system_prompt_is_added_to_both_rows(make):
     data = make(preferences(2), system="Be brief.")
-    for _, *pieces in (data.train[0], data.train[1]):
-        assert all("Be brief." in data.tokenizer.decode(inputs.tolist()) for inputs, _ in pieces)
+    for _, *segments in (data.train[0], data.train[1]):
+        assert all("Be brief." in data.tokenizer.decode(inputs.tolist()) for inputs, _ in segments)
 
 
-def test_a_bad_record_is_named_or_skipped_and_counted(make, tmp_path):
+def test_bad_record_is_named_or_skipped_and_counted(make, tmp_path):
     same = {**preferences(1)[0], "rejected": preferences(1)[0]["chosen"]}
     file = write(tmp_path / "bad.jsonl", [*preferences(2), same])
     with pytest.raises(RecordError, match=r"bad\.jsonl:3: 'chosen' and 'rejected' are equal"):
@@ -162,12 +162,12 @@ def test_a_bad_record_is_named_or_skipped_and_counted(make, tmp_path):
     assert make(files=file, on_bad_record="skip").summary()["bad records skipped"] == 1
 
 
-def test_a_pair_names_its_record(make, tmp_path):
+def test_origin_of_a_pair_is_its_record(make, tmp_path):
     data = make(preferences(3))
     assert [data.origin(index) for index in range(3)] == [f"{tmp_path / 'pairs.jsonl'}:{line}" for line in (1, 2, 3)]
 
 
-def test_the_summary_counts_the_answers_tokens(make):
+def test_summary_counts_tokens_of_the_answers(make):
     data = make(preferences(8))
     batch = data.collate([data.train[index] for index in range(8)])
     targets = int((batch["labels"] != IGNORE_INDEX).sum())
@@ -182,11 +182,11 @@ TELLTALE = (
 )
 
 
-def test_a_template_whose_prompt_depends_on_the_answer_is_refused(make, tokenizer_folder, tmp_path):
+def test_template_with_answer_dependent_prompt_is_rejected(make, tokenizer_folder, tmp_path):
     folder = tmp_path / "telltale"
     Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(TELLTALE)
     with pytest.raises(
-        RecordError, match=r"pairs\.jsonl:1: the chat template writes the prompt in another way before the rejected"
+        RecordError, match=r"pairs\.jsonl:1: the chat template renders the prompt differently before the rejected"
     ):
         make(preferences(3, longest=5), tokenizer=str(folder))

@@ -1,4 +1,4 @@
-"""Pretrain from files to batches: nothing lost, nothing trained twice, and no text on both sides of a split."""
+"""Pretrain from files to batches: every token trained once, and no text on both sides of a split."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from datamodules import Pretrain, token_data
-from datamodules.record_files import Record, RecordError
+from datamodules import Pretrain, token_datamodule
+from datamodules.records import Record, RecordError
 
 WORDS = "the a list file return value tuple dict string raises if is None and not of to".split()
 TEXTS = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=80).map(" ".join), min_size=1, max_size=25)
@@ -28,23 +28,23 @@ def write(path: Path, texts: list[str]) -> str:
 
 
 def many(count: int = 40) -> list[str]:
-    """Different texts of one to about a hundred tokens."""
+    """Distinct texts of one to about a hundred tokens."""
     random = np.random.default_rng(0)
     return [f"{number}: " + " ".join(random.choice(WORDS, random.integers(1, 60))) for number in range(count)]
 
 
 @pytest.fixture
 def make(tokenizer_folder, tmp_path):
-    """A function that sets up a Pretrain on texts, with a cache of the test's own."""
+    """A function that sets up a Pretrain on texts, with its own cache."""
 
-    def made(texts: list[str] | str, kind: type[Pretrain] = Pretrain, **options) -> Pretrain:
+    def set_up(texts: list[str] | str, kind: type[Pretrain] = Pretrain, **options) -> Pretrain:
         files = texts if isinstance(texts, str) else write(tmp_path / "texts.jsonl", texts)
         options = {"tokenizer": str(tokenizer_folder), "max_length": 32, "cache_dir": str(tmp_path / "cache"), **options}
         data = kind(files=files, **options)
         data.setup(seed=0)
         return data
 
-    return made
+    return set_up
 
 
 def batches(data: Pretrain, size: int = 3) -> list[dict[str, torch.Tensor]]:
@@ -52,63 +52,63 @@ def batches(data: Pretrain, size: int = 3) -> list[dict[str, torch.Tensor]]:
     return [data.collate(windows[at : at + size]) for at in range(0, len(windows), size)]
 
 
-def documents_in(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
-    """(inputs, labels) of each piece, found again by the positions, which begin at 0; padding is in none."""
-    found = []
+def segments_in(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
+    """(inputs, labels) of each segment, recovered from the positions, which begin at 0; without padding."""
+    segments = []
     for ids, labels, positions in zip(*(batch[name].tolist() for name in ("input_ids", "labels", "position_ids")), strict=True):
         for token, label, position in zip(ids, labels, positions, strict=True):
             if label == IGNORE_INDEX:
                 continue
             if position == 0:
-                found.append(([], []))
-            assert position == len(found[-1][0])
-            found[-1][0].append(token)
-            found[-1][1].append(label)
-    return found
+                segments.append(([], []))
+            assert position == len(segments[-1][0])
+            segments[-1][0].append(token)
+            segments[-1][1].append(label)
+    return segments
 
 
 @settings(max_examples=20)
 @given(texts=TEXTS, max_length=st.integers(1, 40))
-def test_every_token_but_each_documents_first_is_a_target_exactly_once(texts, max_length, tokenizer_folder, tmp_path_factory):
+def test_every_token_but_the_first_is_a_target_exactly_once(texts, max_length, tokenizer_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     data = Pretrain(write(folder / "t.jsonl", texts), str(tokenizer_folder), max_length, cache_dir=str(folder))
     data.setup(0)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
-    wanted: Counter[tuple[int, int]] = Counter()
+    expected: Counter[tuple[int, int]] = Counter()
     for text in texts:
         ids = [*tokenizer.encode(text), tokenizer.eos_token_id]
-        wanted.update(zip(ids, ids[1:], strict=False))  # (token, the one that follows it)
+        expected.update(zip(ids, ids[1:], strict=False))  # (token, the next token)
     trained: Counter[tuple[int, int]] = Counter()
     for batch in batches(data):
         assert batch["input_ids"].shape[1] == max_length
-        for inputs, labels in documents_in(batch):
+        for inputs, labels in segments_in(batch):
             assert inputs[1:] == labels[:-1]
             trained.update(zip(inputs, labels, strict=True))
-    assert trained == wanted
+    assert trained == expected
 
 
-def test_every_document_ends_in_a_trained_end_of_text_even_where_the_pad_token_is_the_same(make):
+def test_end_of_text_is_trained_even_if_it_is_the_pad_token(make):
     texts = many()
     data = make(texts)
     assert data.tokenizer.pad_token_id == data.tokenizer.eos_token_id
     labels = torch.cat([batch["labels"].flatten() for batch in batches(data)])
     assert (labels == data.tokenizer.eos_token_id).sum() == len(texts)
-    inputs = [token for batch in batches(data) for ids, _ in documents_in(batch) for token in ids]
+    inputs = [token for batch in batches(data) for ids, _ in segments_in(batch) for token in ids]
     assert data.tokenizer.eos_token_id not in inputs  # nothing is predicted from the end of another text
 
 
-def test_a_document_longer_than_the_window_is_split_and_comes_back_whole(make):
+def test_long_document_is_split_without_loss(make):
     [text] = long = [" ".join(WORDS * 30)]
     data = make(long)
-    pieces = sorted((start, length) for window in range(len(data.train)) for start, length in data.train.windows.pieces(window))
-    assert len(pieces) > 5
+    chunks = sorted((start, length) for window in range(len(data.train)) for start, length in data.train.windows.chunks(window))
+    assert len(chunks) > 5
     tokens = data.train.cache.tokens
-    again = [int(tokens[0])] + [int(token) for start, length in pieces for token in tokens[start + 1 : start + 1 + length]]
+    again = [int(tokens[0])] + [int(token) for start, length in chunks for token in tokens[start + 1 : start + 1 + length]]
     assert data.tokenizer.decode(again) == text
     assert again[-1] == data.tokenizer.eos_token_id
 
 
-def test_padding_has_no_targets_and_no_position_but_0(make):
+def test_padding_has_no_targets_and_position_0(make):
     [batch] = batches(make(["a short text"]))
     used = int((batch["labels"] != IGNORE_INDEX).sum())
     assert 0 < used < 32
@@ -122,7 +122,7 @@ def test_batches_are_int64_of_one_shape(make):
         assert {(tensor.dtype, tuple(tensor.shape)) for tensor in batch.values()} == {(torch.int64, (len(batch["labels"]), 32))}
 
 
-def test_text_that_spells_the_end_of_text_is_trained_as_text(make):
+def test_spelled_end_of_text_is_trained_as_text(make):
     data = make(["say <|endoftext|> aloud"])
     ids = data.train.cache.tokens.tolist()
     assert ids.count(data.tokenizer.eos_token_id) == 1 and ids[-1] == data.tokenizer.eos_token_id
@@ -134,26 +134,26 @@ def test_text_that_spells_the_end_of_text_is_trained_as_text(make):
 
 def texts_of(data: Pretrain, side) -> list[str]:
     cache = side.cache
-    numbers = data.chosen if side is data.train else data.held_out
+    numbers = data.epoch_samples if side is data.train else data.held_out
     return [data.tokenizer.decode(cache.tokens[cache.begins[d] : cache.ends[d]].tolist()) for d in numbers]
 
 
-def test_equal_texts_are_all_on_one_side_of_the_split(make):
+def test_equal_texts_are_on_one_side_of_the_split(make):
     texts = [*many(30), *many(30), *(text.replace(" ", "  ") for text in many(30))]
     data = make(texts, validation_ratio=0.3)
     train, held_out = ({" ".join(t.split()) for t in texts_of(data, side)} for side in (data.train, data.validation))
     assert train and held_out and not train & held_out
     assert train | held_out == set(many(30))
-    assert len(data.chosen) + len(data.held_out) == 90
+    assert len(data.epoch_samples) + len(data.held_out) == 90
 
 
 @pytest.mark.parametrize("ratio", [0.001, 0.1, 0.5])
-def test_the_split_holds_out_its_share_and_at_least_one(ratio, make):
+def test_split_holds_out_its_share_and_at_least_one(ratio, make):
     data = make(many(100), validation_ratio=ratio)
     assert len(data.held_out) == max(1, round(ratio * 100))
 
 
-def test_the_split_follows_from_the_texts_not_from_their_order_or_the_seed(make):
+def test_split_depends_on_content_only(make):
     first = make(many(), validation_ratio=0.2)
     second = make(many()[::-1], validation_ratio=0.2)
     assert sorted(texts_of(first, first.validation)) == sorted(texts_of(second, second.validation))
@@ -163,17 +163,17 @@ def test_the_split_follows_from_the_texts_not_from_their_order_or_the_seed(make)
 
 def test_without_a_ratio_nothing_is_held_out(make):
     data = make(many())
-    assert data.validation is None and len(data.chosen) == 40
+    assert data.validation is None and len(data.epoch_samples) == 40
 
 
 def test_validation_files_are_held_out_whole(make, tmp_path):
     other = write(tmp_path / "other.jsonl", ["held out one", "held out two"])
     data = make(many(), validation_files=other)
     assert texts_of(data, data.validation) == ["held out one", "held out two"]
-    assert len(data.chosen) == 40
+    assert len(data.epoch_samples) == 40
 
 
-def test_deduplicate_keeps_the_first_of_the_texts_that_differ_in_white_space_only(make):
+def test_deduplicate_ignores_whitespace_and_keeps_the_first(make):
     data = make(["one  two", "three", "one two", "one\ntwo ", "three", "four"], deduplicate=True)
     assert texts_of(data, data.train) == ["one  two", "three", "four"]
     assert data.summary()["duplicates left out"] == 3
@@ -188,43 +188,45 @@ def test_without_deduplicate_every_copy_is_kept(make):
 
 
 @pytest.fixture
-def tokenised(monkeypatch):
-    """How often texts have been tokenised."""
+def tokenized(monkeypatch):
+    """Calls of write_token_cache."""
     calls = []
-    real = token_data.build
-    monkeypatch.setattr(token_data, "build", lambda *args, **options: (calls.append(1), real(*args, **options)))
+    real = token_datamodule.write_token_cache
+    monkeypatch.setattr(
+        token_datamodule, "write_token_cache", lambda *args, **options: (calls.append(1), real(*args, **options))
+    )
     return calls
 
 
-def test_a_second_start_does_not_tokenise_and_gives_the_same_windows(make, tokenised):
+def test_second_start_uses_the_cache(make, tokenized):
     first, second = make(many()), make(many())
-    assert len(tokenised) == 1
-    for ours, theirs in zip(batches(first), batches(second), strict=True):
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert len(tokenized) == 1
+    for one, other in zip(batches(first), batches(second), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_other_windows_splits_and_deduplication_use_the_same_tokens(make, tokenised):
+def test_window_and_split_options_share_a_cache(make, tokenized):
     make(many())
     make(many(), max_length=7, validation_ratio=0.1, deduplicate=True)
-    assert len(tokenised) == 1
+    assert len(tokenized) == 1
 
 
-def test_changed_content_another_tokenizer_or_another_way_with_bad_records_is_tokenised_anew(make, tokenised, tmp_path):
+def test_content_tokenizer_and_error_policy_are_in_the_key(make, tokenized, tmp_path):
     make(many())
     make([*many(), "one more"])
-    assert len(tokenised) == 2
+    assert len(tokenized) == 2
     other = tmp_path / "other_tokenizer"
     Tokenizer.train(many(), 300).save_pretrained(other)
     make([*many(), "one more"], tokenizer=str(other))
-    assert len(tokenised) == 3
+    assert len(tokenized) == 3
     make([*many(), "one more"], on_bad_record="skip")
-    assert len(tokenised) == 4
+    assert len(tokenized) == 4
 
 
-def test_a_second_start_after_one_that_died_while_tokenising_has_everything(make, tokenizer_folder, tmp_path):
+def test_start_after_a_crash_tokenizes_everything(make, tokenizer_folder, tmp_path):
     class Dying(Pretrain):
-        def read(self, mix):
-            yield Record(mix.files[0], 1, {"text": "half of it"})
+        def read(self, mixture):
+            yield Record(mixture.files[0], 1, {"text": "half of it"})
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
@@ -234,7 +236,7 @@ def test_a_second_start_after_one_that_died_while_tokenising_has_everything(make
     assert texts_of(data, data.train) == many()
 
 
-def test_the_cache_lies_where_the_environment_says_unless_the_recipe_says_otherwise(tokenizer_folder, monkeypatch, tmp_path):
+def test_cache_dir_option_overrides_the_environment(tokenizer_folder, monkeypatch, tmp_path):
     monkeypatch.setenv("BUMBLEBEE_CACHE", str(tmp_path / "env"))
     assert Pretrain("f", "t").cache_dir == tmp_path / "env"
     assert Pretrain("f", "t", cache_dir="mine").cache_dir == Path("mine")
@@ -247,7 +249,7 @@ def test_the_cache_lies_where_the_environment_says_unless_the_recipe_says_otherw
 BAD = '{"text": "fine"}\n{"txt": "no text"}\n{"text": \n\n{"text": "also fine"}\n'
 
 
-def test_a_bad_record_stops_the_run_with_its_file_line_and_reason(make, tmp_path):
+def test_bad_record_stops_the_run_with_file_and_line(make, tmp_path):
     file = tmp_path / "bad.jsonl"
     file.write_text(BAD)
     with pytest.raises(RecordError, match=r"bad\.jsonl:2: .*no key 'text'"):
@@ -255,7 +257,7 @@ def test_a_bad_record_stops_the_run_with_its_file_line_and_reason(make, tmp_path
     assert not any((tmp_path / "cache" / "tokens").glob("[!.]*"))
 
 
-def test_bad_records_are_skipped_and_counted_where_that_is_wanted_also_on_a_second_start(make, tmp_path):
+def test_skipped_records_are_counted_also_from_the_cache(make, tmp_path):
     file = tmp_path / "bad.jsonl"
     file.write_text(BAD)
     for _ in range(2):
@@ -264,7 +266,7 @@ def test_bad_records_are_skipped_and_counted_where_that_is_wanted_also_on_a_seco
         assert data.summary()["bad records skipped"] == 2
 
 
-def test_several_files_of_several_kinds_are_read_in_order(make, tmp_path):
+def test_files_of_several_formats_are_read_in_order(make, tmp_path):
     write(tmp_path / "1.jsonl", ["first"])
     (tmp_path / "2.txt").write_text("second")
     (tmp_path / "3.json.gz").write_bytes(gzip.compress(b'[{"text": "third"}]'))
@@ -278,23 +280,23 @@ class Shouting(Pretrain):
 
     mark = ""
 
-    def reading(self):
-        return [*super().reading(), self.mark]
+    def read_key_parts(self):
+        return [*super().read_key_parts(), self.mark]
 
-    def read(self, mix):
-        for record in super().read(mix):
+    def read(self, mixture):
+        for record in super().read(mixture):
             yield Record(record.file, record.line, {"text": record.value["text"].upper() + self.mark})
 
 
-def test_a_subclass_that_reads_otherwise_has_its_own_tokens_not_those_of_the_base_class(make, tokenised):
+def test_overridden_read_has_its_own_cache(make, tokenized):
     make(["quiet words"])
     data = make(["quiet words"], Shouting)
     assert texts_of(data, data.train) == ["QUIET WORDS"]
     make(["quiet words"], Shouting)
-    assert len(tokenised) == 2
+    assert len(tokenized) == 2
 
 
-def test_what_a_subclass_says_of_its_reading_is_part_of_the_caches_name(make):
+def test_read_key_parts_are_part_of_the_cache_key(make):
     class Louder(Shouting):
         mark = "!"
 
@@ -303,7 +305,7 @@ def test_what_a_subclass_says_of_its_reading_is_part_of_the_caches_name(make):
     assert texts_of(data, data.train) == ["QUIET WORDS!"]
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- invalid options -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -315,12 +317,12 @@ def test_what_a_subclass_says_of_its_reading_is_part_of_the_caches_name(make):
         ({"validation_ratio": 0.1, "validation_files": "x"}, "choose one"),
     ],
 )
-def test_numbers_out_of_range_are_refused_with_their_value(options, message):
+def test_numbers_out_of_range_are_rejected_with_their_value(options, message):
     with pytest.raises(ValueError, match=message):
         Pretrain("files", "tokenizer", **options)
 
 
-def test_a_tokenizer_without_an_end_of_text_is_refused(make, tokenizer_folder, tmp_path):
+def test_tokenizer_without_end_of_text_is_rejected(make, tokenizer_folder, tmp_path):
     folder = tmp_path / "endless"
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
@@ -329,12 +331,12 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(make, tokenizer_folder, t
         make(many(), tokenizer=str(folder))
 
 
-def test_a_folder_without_tokenizer_is_refused(make, tmp_path):
+def test_folder_without_tokenizer_is_rejected(make, tmp_path):
     with pytest.raises(ValueError, match="not a tokenizer folder"):
         make(many(), tokenizer=str(tmp_path))
 
 
-def test_the_summary_counts_what_the_batches_hold(make):
+def test_summary_counts_match_the_batches(make):
     data = make(many(), validation_ratio=0.2)
     summary = data.summary()
     assert summary["documents"] == 32

@@ -1,4 +1,4 @@
-"""SFT from files to batches: the ids and targets of the chat template, every one of them once, packed or padded."""
+"""SFT from files to batches: ids and targets equal those of the chat template, packed or padded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.training.loader import epoch_order
 from datamodules import SFT
-from datamodules.record_files import RecordError
+from datamodules.records import RecordError
 
 LONG = {"role": "assistant", "content": "of to " * 300}
 Row = list[tuple[int, int]]  # (input, label) of each place
@@ -27,16 +27,16 @@ Row = list[tuple[int, int]]  # (input, label) of each place
 
 @pytest.fixture
 def make(tokenizer_folder, tmp_path):
-    """A function that sets up an SFT on records, with a cache of the test's own."""
+    """A function that sets up an SFT on records, with its own cache."""
 
-    def made(records: list[dict] | None = None, **options: Any) -> SFT:
+    def set_up(records: list[dict] | None = None, **options: Any) -> SFT:
         files = options.pop("files", None) or write(tmp_path / "chats.jsonl", records or [])
         options = {"tokenizer": str(tokenizer_folder), "max_length": 128, "cache_dir": str(tmp_path / "cache"), **options}
         data = SFT(files=files, **options)
         data.setup(seed=0)
         return data
 
-    return made
+    return set_up
 
 
 def batches(data: SFT, size: int = 3) -> list[Batch]:
@@ -46,27 +46,27 @@ def batches(data: SFT, size: int = 3) -> list[Batch]:
     ]
 
 
-def rows_in(made: list[Batch], pad: int) -> list[Row]:
-    """The pieces in batches, found again by the positions: 0 begins one, or is padding."""
-    found: list[Row] = []
-    for batch in made:
+def rows_in(batches: list[Batch], pad: int) -> list[Row]:
+    """The segments of batches, recovered from the positions: 0 begins a segment or is padding."""
+    rows: list[Row] = []
+    for batch in batches:
         for ids, labels, positions in zip(
             *(batch[name].tolist() for name in ("input_ids", "labels", "position_ids")), strict=True
         ):
             for place, (token, label, position) in enumerate(zip(ids, labels, positions, strict=True)):
-                behind = positions[place + 1] if place + 1 < len(ids) else 0
-                if position == 0 and behind == 0:
+                following = positions[place + 1] if place + 1 < len(ids) else 0
+                if position == 0 and following == 0:
                     assert (token, label) == (pad, IGNORE_INDEX)  # of padding, each place stands alone
                     continue
                 if position == 0:
-                    found.append([])
-                assert position == len(found[-1])
-                found[-1].append((token, label))
-    return found
+                    rows.append([])
+                assert position == len(rows[-1])
+                rows[-1].append((token, label))
+    return rows
 
 
-def wanted_rows(records: list[dict], tokenizer: Tokenizer, train_on: str = "all") -> list[Row]:
-    """What a record's row is, from the chat template alone."""
+def expected_rows(records: list[dict], tokenizer: Tokenizer, train_on: str = "all") -> list[Row]:
+    """The expected row of each record, from the chat template alone."""
     rows = []
     for record in records:
         chat = tokenizer.chat_template.encode(record["messages"], None, train_on)
@@ -83,7 +83,7 @@ def counted(rows: list[Row]) -> Counter[tuple[tuple[int, int], ...]]:
 @given(
     count=st.integers(1, 30), max_length=st.integers(250, 700), packing=st.booleans(), train_on=st.sampled_from(["all", "last"])
 )
-def test_every_conversation_comes_once_whole_with_its_targets(
+def test_every_conversation_occurs_once_with_its_targets(
     count, max_length, packing, train_on, tokenizer_folder, tmp_path_factory
 ):
     folder = tmp_path_factory.mktemp("chats")
@@ -91,10 +91,10 @@ def test_every_conversation_comes_once_whole_with_its_targets(
     file = write(folder / "c.jsonl", records)
     data = SFT(file, str(tokenizer_folder), max_length, train_on, packing=packing, cache_dir=str(folder))
     data.setup(0)
-    assert counted(rows_in(batches(data), data.pad_token_id)) == counted(wanted_rows(records, data.tokenizer, train_on))
+    assert counted(rows_in(batches(data), data.pad_token_id)) == counted(expected_rows(records, data.tokenizer, train_on))
 
 
-def test_packed_windows_have_one_width_and_padded_rows_that_of_the_longest_in_eights(make):
+def test_width_of_packed_and_padded_batches(make):
     assert {tuple(batch["labels"].shape)[1] for batch in batches(make(conversations(30)))} == {128}
     data = make(conversations(30), packing=False)
     for batch in batches(data):
@@ -103,7 +103,7 @@ def test_packed_windows_have_one_width_and_padded_rows_that_of_the_longest_in_ei
         assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_targets_are_what_the_assistant_says_with_the_end_of_its_turn(make):
+def test_targets_are_answers_and_end_of_turn(make):
     record = {
         "messages": [
             {"role": "user", "content": "What is it?"},
@@ -119,7 +119,7 @@ def test_targets_are_what_the_assistant_says_with_the_end_of_its_turn(make):
         assert data.tokenizer.decode(targets, skip_special_tokens=False) == said
 
 
-def test_the_default_system_prompt_is_for_conversations_without_one(make):
+def test_system_is_added_to_conversations_without_one(make):
     asked = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A list."}]
     with_own = [{"role": "system", "content": "Own words."}, *asked]
 
@@ -139,20 +139,20 @@ def long_and_short() -> list[dict]:
     return [*conversations(10, longest=8), *conversations(10, longest=150, seed=1)]
 
 
-def test_conversations_that_do_not_fit_are_dropped_and_counted(make):
+def test_too_long_conversations_are_dropped_and_counted(make):
     records = long_and_short()
     data = make(records)
-    fitting = [row for row in wanted_rows(records, data.tokenizer) if len(row) <= 128]
+    fitting = [row for row in expected_rows(records, data.tokenizer) if len(row) <= 128]
     assert 0 < len(fitting) < len(records)
     assert counted(rows_in(batches(data), data.pad_token_id)) == counted(fitting)
     assert data.summary()["longer than max_length 128"] == f"{len(records) - len(fitting)} dropped"
 
 
 @pytest.mark.parametrize(("too_long", "part"), [("keep_start", slice(0, 128)), ("keep_end", slice(-128, None))])
-def test_conversations_that_do_not_fit_keep_one_end(too_long, part, make):
+def test_too_long_conversations_keep_one_end(too_long, part, make):
     records = long_and_short()
     data = make(records, too_long=too_long)
-    parts = [row[part] for row in wanted_rows(records, data.tokenizer)]
+    parts = [row[part] for row in expected_rows(records, data.tokenizer)]
     useful = [row for row in parts if any(label != IGNORE_INDEX for _, label in row)]
     assert counted(rows_in(batches(data), data.pad_token_id)) == counted(useful)
     assert data.summary().get("without a target") == (
@@ -164,12 +164,12 @@ def test_conversations_that_do_not_fit_keep_one_end(too_long, part, make):
 def test_split_trains_every_target_once(packing, make):
     records = long_and_short()
     data = make(records, too_long="split", packing=packing)
-    parts = [row[at : at + 128] for row in wanted_rows(records, data.tokenizer) for at in range(0, len(row), 128)]
+    parts = [row[at : at + 128] for row in expected_rows(records, data.tokenizer) for at in range(0, len(row), 128)]
     useful = [row for row in parts if any(label != IGNORE_INDEX for _, label in row)]
     assert counted(rows_in(batches(data), data.pad_token_id)) == counted(useful)
 
 
-def test_a_sample_whose_targets_were_cut_away_is_dropped_and_counted_by_itself(make):
+def test_samples_without_targets_are_dropped_and_counted(make):
     question = {"role": "user", "content": "of to " * 200}
     answer = {"role": "assistant", "content": "None."}
     data = make([*conversations(3, longest=5), {"messages": [question, answer]}], too_long="keep_start", max_length=400)
@@ -177,11 +177,11 @@ def test_a_sample_whose_targets_were_cut_away_is_dropped_and_counted_by_itself(m
     assert data.summary()["without a target"] == "1 dropped"
 
 
-def test_nothing_left_is_refused_with_what_became_of_it(make):
-    with pytest.raises(ValueError, match=r"^files: none of 5 conversations is left; longer than max_length 8: 5 dropped$"):
+def test_no_remaining_samples_is_an_error_with_reasons(make):
+    with pytest.raises(ValueError, match=r"^files: none of 5 conversations remains; longer than max_length 8: 5 dropped$"):
         make(conversations(5), max_length=8)
     with pytest.raises(
-        ValueError, match=r"^validation_files: none of 10 conversations is left; longer than max_length 400: 10 "
+        ValueError, match=r"^validation_files: none of 10 conversations remains; longer than max_length 400: 10 "
     ):
         make(conversations(3, longest=2), max_length=400, validation_files=_long_file(make))
 
@@ -194,15 +194,15 @@ def _long_file(make) -> str:
 # -- the model sees no difference ----------------------------------------------------------------------------------------
 
 
-def gradients(model: Bumblebee, made: list[Batch]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def gradients(model: Bumblebee, batches: list[Batch]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     model.zero_grad()
-    total = sum(model(b["input_ids"], position_ids=b["position_ids"], labels=b["labels"]).double().sum() for b in made)
+    total = sum(model(b["input_ids"], position_ids=b["position_ids"], labels=b["labels"]).double().sum() for b in batches)
     total.backward()
     return total.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def test_packed_conversations_give_the_losses_and_gradients_of_single_ones(make, tiny):
-    """Packed, padded in batches, and one at a time without any padding: sums over all targets."""
+def test_packing_does_not_change_losses_and_gradients(make, tiny):
+    """Sums over all targets: packed, padded in batches, and one at a time without padding."""
     torch.manual_seed(0)
     model = Bumblebee(tiny())
     records = conversations(12, longest=20)
@@ -216,19 +216,19 @@ def test_packed_conversations_give_the_losses_and_gradients_of_single_ones(make,
         }
         for [(inputs, labels)] in (padded.train[index] for index in range(len(padded.train)))
     ]
-    loss, wanted = gradients(model, alone)
-    for made in (batches(packed), batches(padded, 4)):
-        ours, grads = gradients(model, made)
+    loss, expected = gradients(model, alone)
+    for batch_list in (batches(packed), batches(padded, 4)):
+        ours, grads = gradients(model, batch_list)
         torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0)
-        for grad, other in zip(grads, wanted, strict=True):
+        for grad, other in zip(grads, expected, strict=True):
             torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5 * float(other.abs().max() + 1))
 
 
 # -- efficiency and order ------------------------------------------------------------------------------------------------
 
 
-def test_windows_are_full_for_lengths_as_they_are_met(make):
-    """Log-normal like instruction data: 500 conversations of 30 to 500 tokens."""
+def test_windows_are_full_for_realistic_lengths(make):
+    """500 conversations of 30 to 500 tokens, log-normally distributed like instruction data."""
     random = np.random.default_rng(0)
     records = []
     for number in range(500):
@@ -240,22 +240,22 @@ def test_windows_are_full_for_lengths_as_they_are_met(make):
         assert data.train.windows.efficiency > 0.95, max_length
 
 
-def test_without_packing_batches_are_of_similar_length(make):
+def test_padded_batches_have_similar_lengths(make):
     data = make(conversations(300), packing=False, max_length=1000)
     assert data.lengths is not None and data.lengths.tolist() == [len(data.train[i][0][0]) for i in range(len(data.train))]
 
     def padding(order: np.ndarray) -> float:
-        made = [data.collate([data.train[int(i)] for i in order[at : at + 4]]) for at in range(0, len(order), 4)]
-        return 1 - data.lengths.sum() / sum(batch["labels"].numel() for batch in made)
+        batch_list = [data.collate([data.train[int(i)] for i in order[at : at + 4]]) for at in range(0, len(order), 4)]
+        return 1 - data.lengths.sum() / sum(batch["labels"].numel() for batch in batch_list)
 
     assert padding(epoch_order(300, 1, 0, data.lengths)) < 0.06 < padding(epoch_order(300, 1, 0))
     assert make(conversations(3), max_length=1000).lengths is None
 
 
-# -- shared with all data ------------------------------------------------------------------------------------------------
+# -- common to all DataModules -------------------------------------------------------------------------------------------
 
 
-def test_a_second_start_is_from_the_cache_and_other_options_of_the_text_are_not(make, tmp_path):
+def test_options_that_change_ids_are_in_the_key(make, tmp_path):
     def caches() -> int:
         return len(list((tmp_path / "cache" / "tokens").glob("[!.]*")))
 
@@ -268,7 +268,7 @@ def test_a_second_start_is_from_the_cache_and_other_options_of_the_text_are_not(
     assert caches() == 4
 
 
-def test_another_chat_template_is_another_cache(make, tokenizer_folder, tmp_path):
+def test_chat_template_is_in_the_key(make, tokenizer_folder, tmp_path):
     folder = tmp_path / "other"
     Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
     records = conversations(2, longest=5)
@@ -279,7 +279,7 @@ def test_another_chat_template_is_another_cache(make, tokenizer_folder, tmp_path
     assert first.cache.folder != other.cache.folder
 
 
-def test_conversations_that_differ_in_white_space_only_are_duplicates_and_on_one_side_of_the_split(make):
+def test_whitespace_variants_are_duplicates(make):
     spaced = [
         {"messages": [{**message, "content": " " + message["content"].replace(" ", "\n ")} for message in record["messages"]]}
         for record in conversations(20, longest=10)
@@ -290,7 +290,7 @@ def test_conversations_that_differ_in_white_space_only_are_duplicates_and_on_one
     assert {number % 20 for number in data.kept} & {number % 20 for number in data.held_out} == set()
 
 
-def test_a_conversation_in_other_words_is_no_duplicate(make):
+def test_different_conversations_are_not_duplicates(make):
     asked = {"role": "user", "content": "a b"}
     records = [
         {"messages": [asked, {"role": "assistant", "content": "c"}]},
@@ -306,7 +306,7 @@ def test_a_conversation_in_other_words_is_no_duplicate(make):
     assert make(records, deduplicate=True).summary()["duplicates left out"] == 0
 
 
-def test_a_bad_record_is_named_or_skipped_and_counted(make, tmp_path):
+def test_bad_record_is_named_or_skipped_and_counted(make, tmp_path):
     records = [*conversations(3, longest=3), {"messages": []}, {"text": "no chat"}]
     file = write(tmp_path / "bad.jsonl", records)
     with pytest.raises(RecordError, match=r"bad\.jsonl:4: 'messages' is empty"):
@@ -314,7 +314,7 @@ def test_a_bad_record_is_named_or_skipped_and_counted(make, tmp_path):
     assert make(files=file, max_length=500, on_bad_record="skip").summary()["bad records skipped"] == 2
 
 
-def test_a_tokenizer_without_a_usable_template_is_refused_before_any_record_is_read(make, tokenizer_folder, tmp_path):
+def test_unusable_template_is_rejected_before_reading(make, tokenizer_folder, tmp_path):
     folder = tmp_path / "plain"
     Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
     (folder / "chat_template.jinja").write_text("{% for message in messages %}")
@@ -323,20 +323,20 @@ def test_a_tokenizer_without_a_usable_template_is_refused_before_any_record_is_r
     assert not isinstance(caught.value, RecordError)
 
 
-def test_the_summary_counts_what_the_batches_hold(make):
+def test_summary_counts_match_the_batches(make):
     data = make(conversations(20, longest=10), validation_ratio=0.2, max_length=300)
     summary = data.summary()
-    made = batches(data)
-    targets = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in made)
-    tokens = sum(len(row) for row in rows_in(made, data.pad_token_id))
+    batch_list = batches(data)
+    targets = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batch_list)
+    tokens = sum(len(row) for row in rows_in(batch_list, data.pad_token_id))
     assert summary["conversations"] == 16
     assert summary["trained tokens"] == f"{targets} of {tokens} ({targets / tokens:.1%})"
-    share = tokens / sum(batch["labels"].numel() for batch in made)
+    share = tokens / sum(batch["labels"].numel() for batch in batch_list)
     assert summary["windows"] == f"{len(data.train)} of 300 tokens, {share:.1%} full"
     assert re.match(r"4 conversations, \d+ trained tokens", summary["held out"])
 
 
-def test_each_sample_names_its_records(make, tmp_path):
+def test_origin_of_a_sample_is_its_records(make, tmp_path):
     data = make(conversations(9, longest=5), packing=False, max_length=400)
     assert [data.origin(index) for index in range(9)] == [f"{tmp_path / 'chats.jsonl'}:{line}" for line in range(1, 10)]
     packed = make(conversations(9, longest=5), max_length=400)
@@ -344,7 +344,7 @@ def test_each_sample_names_its_records(make, tmp_path):
     assert sorted(named) == [f"{tmp_path / 'chats.jsonl'}:{line}" for line in range(1, 10)]
 
 
-def test_what_the_chat_template_cannot_render_is_a_bad_record(make, tokenizer_folder, tmp_path):
+def test_record_that_cannot_be_rendered_is_a_bad_record(make, tokenizer_folder, tmp_path):
     folder = tmp_path / "without_tools"
     Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
     turns = (
@@ -364,11 +364,11 @@ def test_what_the_chat_template_cannot_render_is_a_bad_record(make, tokenizer_fo
     ("options", "message"),
     [({"max_length": 0}, "max_length must be at least 1, got 0"), ({"validation_ratio": 1.0}, "validation_ratio must be in")],
 )
-def test_numbers_out_of_range_are_refused_with_their_value(options, message):
+def test_numbers_out_of_range_are_rejected_with_their_value(options, message):
     with pytest.raises(ValueError, match=message):
         SFT("files", "tokenizer", **options)
 
 
-def test_nothing_but_held_out_samples_is_refused(make):
+def test_holding_out_everything_is_rejected(make):
     with pytest.raises(ValueError, match="no text to train on in .*: all 4 conversations are held out"):
         make(conversations(1, longest=5) * 4, validation_ratio=0.1, max_length=900)

@@ -1,4 +1,4 @@
-"""The token cache: the texts come back, and a cache is complete or absent."""
+"""The token cache: tokens and masks are restored, and a cache is complete or absent."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from hypothesis import strategies as st
 
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from datamodules import cache_writer, token_cache
-from datamodules.cache_writer import RECORDS, build
-from datamodules.record_files import Record, RecordError
-from datamodules.token_cache import TokenCache, cache_key, file_digest, one_at_a_time, remove_leftovers, text_digest
-from datamodules.tokenize import Encoder, Sample, TextEncoder
+from datamodules import token_cache, worker_pool
+from datamodules.records import Record, RecordError
+from datamodules.token_cache import TokenCache, cache_key, file_digest, remove_unfinished, write_lock, write_token_cache
+from datamodules.tokenize import RecordTokenizer, TextTokenizer, TokenizedSample, text_digest
+from datamodules.worker_pool import BATCH_RECORDS
 
 FILES = ["a.jsonl", "b.jsonl"]
 
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer_folder):
-    return TextEncoder(str(tokenizer_folder), Tokenizer.from_pretrained(tokenizer_folder))
+    return TextTokenizer(str(tokenizer_folder), Tokenizer.from_pretrained(tokenizer_folder))
 
 
 def built(folder, records, encoder, skip=False):
-    build(folder, iter(records), encoder, FILES, skip, show=False)
+    write_token_cache(folder, iter(records), encoder, FILES, skip, show_progress=False)
     return TokenCache(folder)
 
 
@@ -34,10 +34,10 @@ def text(content: str, line: int = 1, file: str = "a.jsonl") -> Record:
     return Record(file, line, {"text": content})
 
 
-class Masks(Encoder):
-    """Two sequences a record, with the ids and masks that stand in it; a record without any is bad."""
+class Masks(RecordTokenizer):
+    """Two sequences per record, with the ids and masks that it holds; an empty record is bad."""
 
-    sequences = 2
+    sequences_per_sample = 2
 
     def __init__(self, size: int = 300) -> None:
         self.size = size
@@ -46,9 +46,9 @@ class Masks(Encoder):
     def dtype(self):
         return np.uint16 if self.size <= 2**16 else np.uint32
 
-    def samples(self, records):
+    def tokenize(self, records):
         return [
-            Sample(
+            TokenizedSample(
                 [[t for t, _ in row] for row in record.value["rows"]], [[m for _, m in row] for row in record.value["rows"]], 1
             )
             if record.value
@@ -62,7 +62,7 @@ ROW = st.lists(st.tuples(st.integers(0, 299), st.booleans()), max_size=20)
 
 @settings(max_examples=12)
 @given(texts=st.lists(st.text(min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=20))
-def test_every_text_comes_back_with_one_end_of_text_behind_it(texts, encoder, tmp_path_factory):
+def test_cached_texts_decode_and_end_with_end_of_text(texts, encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts") / "cache"
     texts = [text.encode(errors="replace").decode() for text in texts]
     cache = built(folder, [text(content, line) for line, content in enumerate(texts, 1)], encoder)
@@ -75,53 +75,53 @@ def test_every_text_comes_back_with_one_end_of_text_behind_it(texts, encoder, tm
 
 @settings(max_examples=30)
 @given(pairs=st.lists(st.tuples(ROW, ROW), max_size=12), size=st.integers(1, 5))
-def test_masks_come_back_bit_by_bit_however_records_are_batched(pairs, size, tmp_path_factory):
+def test_target_masks_are_restored_for_any_batching(pairs, size, tmp_path_factory):
     folder = tmp_path_factory.mktemp("masks") / "cache"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_writer, "RECORDS", size)
+        patch.setattr(worker_pool, "BATCH_RECORDS", size)
         cache = built(folder, [Record("a.jsonl", 1, {"rows": pair}) for pair in pairs], Masks())
     rows = [row for pair in pairs for row in pair]
     assert len(cache) == len(pairs) and len(cache.ends) == len(rows)
     for number, row in enumerate(rows):
         begin, end = int(cache.begins[number]), int(cache.ends[number])
         assert cache.tokens[begin:end].tolist() == [token for token, _ in row]
-        assert cache.trained(begin, end).tolist() == [mask for _, mask in row]
+        assert cache.target_mask(begin, end).tolist() == [mask for _, mask in row]
         assert cache.targets[number] == sum(mask for _, mask in row[1:])  # nothing comes before a first token to predict it
         if row:
-            inputs, labels = cache.piece(begin, end - begin - 1)
+            inputs, labels = cache.segment(begin, end - begin - 1)
             assert inputs.tolist() == [token for token, _ in row[:-1]]
             assert labels.tolist() == [token if mask else IGNORE_INDEX for token, mask in row[1:]]
 
 
-def test_more_records_than_are_encoded_at_a_time_keep_their_order(encoder, tmp_path):
-    texts = [f"document {number}" for number in range(2 * RECORDS + 5)]
+def test_order_is_kept_across_batches(encoder, tmp_path):
+    texts = [f"document {number}" for number in range(2 * BATCH_RECORDS + 5)]
     cache = built(tmp_path / "c", map(text, texts), encoder)
     stream = encoder.tokenizer.decode(cache.tokens.tolist(), skip_special_tokens=False)
     assert stream.split("<|endoftext|>") == [*texts, ""]
     assert cache.about["samples"] == len(texts) and cache.about["tokens"] == len(cache.tokens)
 
 
-def test_a_batch_ends_with_many_characters_as_it_does_with_many_records():
-    """So that memory is bounded for long documents as well."""
-    long = [text("x" * (cache_writer.CHARACTERS // 2)) for _ in range(5)]
-    assert [len(batch) for batch in cache_writer.batches(long)] == [2, 2, 1]
-    assert [len(batch) for batch in cache_writer.batches([text("x")] * (RECORDS + 1))] == [RECORDS, 1]
+def test_batches_are_limited_in_records_and_characters():
+    """Memory is bounded for long documents, too."""
+    long = [text("x" * (worker_pool.BATCH_CHARACTERS // 2)) for _ in range(5)]
+    assert [len(batch) for batch in worker_pool.batched(long)] == [2, 2, 1]
+    assert [len(batch) for batch in worker_pool.batched([text("x")] * (BATCH_RECORDS + 1))] == [BATCH_RECORDS, 1]
 
 
-def test_a_sample_knows_its_file_and_line(encoder, tmp_path):
+def test_origin_is_file_and_line(encoder, tmp_path):
     cache = built(tmp_path / "c", [text("x", 3), text("y", 17, "b.jsonl")], encoder)
     assert [cache.origin(0), cache.origin(1)] == ["a.jsonl:3", "b.jsonl:17"]
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
-def test_tokens_are_stored_in_the_smallest_type_that_holds_all_ids(size, dtype, tmp_path):
+def test_tokens_have_the_smallest_sufficient_dtype(size, dtype, tmp_path):
     row = [(size - 1, True)]
     cache = built(tmp_path / "c", [Record("a.jsonl", 1, {"rows": [row, row]})], Masks(size))
     assert cache.tokens.dtype == dtype
     assert cache.tokens.tolist() == [size - 1, size - 1]
 
 
-def test_a_cache_is_sent_to_another_process_as_its_folder(encoder, tmp_path):
+def test_cache_is_pickled_as_its_folder(encoder, tmp_path):
     cache = built(tmp_path / "c", [text("word " * 10_000)], encoder)
     sent = pickle.dumps(cache)
     assert len(sent) < 1000
@@ -131,7 +131,7 @@ def test_a_cache_is_sent_to_another_process_as_its_folder(encoder, tmp_path):
 # -- bad records ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_bad_record_in_the_files_ends_it_whether_reading_or_encoding_finds_it(tmp_path):
+def test_first_bad_record_in_file_order_is_raised(tmp_path):
     def broken():
         yield Record("a.jsonl", 1, {"rows": [[], []]})
         yield Record("a.jsonl", 2, {})
@@ -145,7 +145,7 @@ def test_the_first_bad_record_in_the_files_ends_it_whether_reading_or_encoding_f
     assert list(tmp_path.iterdir()) == []
 
 
-def test_skipped_records_are_counted_and_leave_no_trace(tmp_path):
+def test_skipped_records_are_counted(tmp_path):
     row = [(7, True), (8, True)]
     records = [
         Record("a.jsonl", 1, {}),
@@ -159,8 +159,8 @@ def test_skipped_records_are_counted_and_leave_no_trace(tmp_path):
 # -- complete or absent --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", [0, 1, RECORDS + 3])
-def test_nothing_is_left_when_reading_dies_midway(before, encoder, tmp_path):
+@pytest.mark.parametrize("before", [0, 1, BATCH_RECORDS + 3])
+def test_failed_write_leaves_no_files(before, encoder, tmp_path):
     def dying():
         for number in range(before):
             yield text(f"text {number}", number)
@@ -171,7 +171,7 @@ def test_nothing_is_left_when_reading_dies_midway(before, encoder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_behind_does_not_stand_in_the_way(encoder, tmp_path):
+def test_unfinished_cache_is_overwritten(encoder, tmp_path):
     partial = tmp_path / ".c.partial"
     partial.mkdir()
     (partial / "tokens.bin").write_bytes(b"half")
@@ -180,40 +180,40 @@ def test_what_a_killed_process_left_behind_does_not_stand_in_the_way(encoder, tm
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-def test_leftovers_of_other_caches_are_removed_unless_somebody_is_writing_them(tmp_path):
+def test_unfinished_caches_are_removed_unless_locked(tmp_path):
     for name in ("dead", "alive"):
         (tmp_path / f".{name}.partial").mkdir()
         (tmp_path / f".{name}.partial" / "tokens.bin").write_bytes(b"half")
-    with one_at_a_time(tmp_path / "alive"):
-        remove_leftovers(tmp_path)
+    with write_lock(tmp_path / "alive"):
+        remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.glob(".*.partial")] == [".alive.partial"]
 
 
-# -- names ---------------------------------------------------------------------------------------------------------------
+# -- keys and digests ----------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.sampled_from([" ", "\n", "\t", "a", "b", "ä"]), max_size=12))
-def test_the_digest_of_a_text_does_not_see_how_words_are_spaced(pieces):
+def test_text_digest_ignores_whitespace(pieces):
     text = "".join(pieces)
     assert text_digest(text) == text_digest(" " + text.replace(" ", "\n  ") + "\t")
     assert len({text_digest(text), text_digest("d" + text), text_digest("d " + text.strip() + " d")}) == 3
 
 
-def test_a_key_changes_with_every_part_and_with_nothing_else():
+def test_cache_key_changes_with_every_part():
     parts = [[["d1"], ["f1"], "t", 0, "stop"], [["d2"], ["f1"], "t", 0, "stop"], [["d1"], ["f1"], "t", 0, "skip"]]
     assert len({cache_key(*part) for part in parts}) == 3
     assert cache_key(*parts[0]) == cache_key(*parts[0])
 
 
-def test_a_file_digest_follows_the_content_not_the_name(tmp_path):
+def test_file_digest_depends_on_content_only(tmp_path):
     for name, content in (("a", "1"), ("b", "1"), ("c", "2")):
         (tmp_path / name).write_text(content)
     first, second, third = (file_digest(str(tmp_path / name)) for name in "abc")
     assert first == second != third
 
 
-def test_the_digest_of_a_large_file_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "LARGE", 4)
+def test_digest_of_a_large_file_is_remembered_until_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "LARGE_FILE", 4)
     read = []
     real = token_cache._content_digest
     monkeypatch.setattr(token_cache, "_content_digest", lambda path: (read.append(path), real(path))[1])

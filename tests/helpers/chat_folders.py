@@ -1,4 +1,4 @@
-"""Chat templates of the kinds that are around, written for the tests, and tiny tokenizers to go with them."""
+"""Chat templates in the style of well-known models, and tiny tokenizers for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bumblebee.tokenizer.tokenizer import SPLIT_PATTERN
 CORPUS = ["The bumblebee isn't afraid of 12 flowers.\n\n  user assistant system It flies; à côté, 花から花へ 🐝! [INST]"] * 30
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|head|>", "<|eot|>", "<s>", "</s>"]
 
-# Llama 3's manner: the begin-of-text token, heads, contents trimmed.
+# Llama 3 style: begin-of-text token, headers, trimmed contents.
 LLAMA = """
 {{- bos_token }}
 {%- for message in messages %}
@@ -23,7 +23,7 @@ LLAMA = """
 {%- if add_generation_prompt %}{{ '<|start|>assistant<|head|>\n\n' }}{% endif %}
 """
 
-# Mistral's manner: no system prompt, no generation prompt, strict order.
+# Mistral style: no system prompt, no generation prompt, strict order.
 MISTRAL = """
 {{ bos_token }}
 {%- for message in messages %}
@@ -38,7 +38,7 @@ MISTRAL = """
 {%- endfor %}
 """
 
-# Qwen's manner: a system prompt of its own, tools as JSON, `break` and `set`, tokens in literal spelling.
+# Qwen style: default system prompt, tools as JSON, `continue` and `set`, special tokens spelled literally.
 QWEN = """
 {%- if messages[0].role == 'system' %}{% set first = messages[0].content %}{% else %}{% set first = 'Be good.' %}{% endif %}
 <|im_start|>system
@@ -68,7 +68,7 @@ QWEN = """
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
 """
 
-# The manner of models that reason: the thoughts of all answers but those behind the last question are taken out.
+# Reasoning model style: strips the reasoning from all answers before the last question.
 THINKING = """
 {%- set ns = namespace(last=0) %}
 {%- for message in messages %}{% if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
@@ -82,7 +82,7 @@ THINKING = """
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
 """
 
-# Tags around what the model writes.
+# With {% generation %} tags.
 TAGGED = """
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\n' }}
@@ -98,7 +98,7 @@ TAGGED = """
 
 
 def byte_level(**flags: bool) -> tokenizers.Tokenizer:
-    """GPT-2's kind; flags are those of its special tokens."""
+    """A byte-level BPE as in GPT-2; flags are those of its special tokens."""
     backend = tokenizers.Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated")
     blanks = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -111,7 +111,7 @@ def byte_level(**flags: bool) -> tokenizers.Tokenizer:
 
 
 def sentencepiece(prefix: str) -> tokenizers.Tokenizer:
-    """Llama 2's kind: \u2581 for a space, one before a text; ``prefix`` is "first" or "always" (Metaspace), or "normalizer"."""
+    """As Llama 2: \u2581 for a space and before a text; ``prefix`` is "first" or "always" (Metaspace), or "normalizer"."""
     learner = tokenizers.Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     learner.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=120, show_progress=False))
@@ -132,7 +132,7 @@ def sentencepiece(prefix: str) -> tokenizers.Tokenizer:
 
 
 def write(folder: Path, backend: tokenizers.Tokenizer, template: Any) -> Path:
-    """A tokenizer folder that transformers reads too."""
+    """Write a tokenizer folder that transformers can load."""
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}

@@ -1,4 +1,4 @@
-"""Conversations and preferences for tests: many different ones, of lengths as they are met."""
+"""Distinct conversations and preference pairs of realistic lengths, for tests."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ WORDS = "the a list file return value tuple dict string raises if is None and no
 
 
 def conversations(count: int, longest: int = 60, seed: int = 0) -> list[dict[str, Any]]:
-    """One to three turns each, different, of a few words to ``longest`` an answer."""
+    """Distinct conversations of one to three turns, with answers of one to ``longest`` words."""
     random = np.random.default_rng(seed)
 
     def words(most: int) -> str:
         return " ".join(random.choice(WORDS, random.integers(1, most)))
 
-    made = []
+    records = []
     for number in range(count):
         messages = []
         for turn in range(random.integers(1, 4)):
             messages.append({"role": "user", "content": f"question {number}.{turn}: {words(12)}"})
             messages.append({"role": "assistant", "content": f"{words(longest)} {number}.{turn}"})
-        made.append({"messages": messages})
-    return made
+        records.append({"messages": messages})
+    return records
 
 
 def preferences(count: int, longest: int = 40, seed: int = 0) -> list[dict[str, Any]]:
-    """Pairs with prompts and answers of different lengths."""
+    """Distinct pairs with prompts and answers of different lengths."""
     random = np.random.default_rng(seed)
 
     def words(most: int) -> str:
@@ -46,6 +46,6 @@ def preferences(count: int, longest: int = 40, seed: int = 0) -> list[dict[str, 
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> str:
-    """As JSON Lines."""
+    """Write JSON Lines."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(path)

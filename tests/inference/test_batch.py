@@ -1,4 +1,4 @@
-"""``bumblebee generate``: many prompts from a file, one line of JSON for each answer, in the prompts' order."""
+"""``bumblebee generate``: prompts from a file, one JSON line per completion, in the order of the prompts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import torch
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
 from bumblebee.cli.main import main
 from bumblebee.inference.batch import BatchGeneration, PromptRecord
-from datamodules.prompts import read_prompts
+from datamodules.prompt_files import read_prompts
 
 PROMPTS = ["The bee", "A", "In the garden there are many flowers", "Ünïcödé 🐝", "x y"]
 
 
 @pytest.fixture(scope="module")
 def folder(tiny, tokenizer_folder, tmp_path_factory):
-    """A model folder whose generation_config.json samples."""
+    """A model folder whose generation_config.json enables sampling."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     Bumblebee(tiny(initializer_range=0.3)).save_pretrained(folder)
@@ -35,7 +35,7 @@ def folder(tiny, tokenizer_folder, tmp_path_factory):
 
 @pytest.fixture
 def jsonl(tmp_path):
-    """A file of records, and a function that runs the command over it."""
+    """A file of prompt records."""
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": p, "id": n}) + "\n" for n, p in enumerate(PROMPTS)), encoding="utf-8")
     return file
@@ -45,12 +45,12 @@ def run(folder: str, *words: object) -> None:
     main(["generate", "--model", folder, "--device", "cpu", *map(str, words)])
 
 
-def refused(capsys, folder: str, *words: object) -> str:
+def error_of(capsys, folder: str, *words: object) -> str:
     with pytest.raises(SystemExit) as ended:
         run(folder, *words)
-    told = capsys.readouterr()
-    assert ended.value.code == 2 and told.out == "" and told.err.count("\n") == 1
-    return told.err.removeprefix("bumblebee: ").removesuffix("\n")
+    captured = capsys.readouterr()
+    assert ended.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
+    return captured.err.removeprefix("bumblebee: ").removesuffix("\n")
 
 
 def lines(file) -> list[dict]:
@@ -60,19 +60,19 @@ def lines(file) -> list[dict]:
 GREEDY = ("--temperature", "0", "--max_new_tokens", "6", "--ignore_eos")
 
 
-def test_each_record_is_answered_in_its_order_and_keeps_its_keys(folder, jsonl, tmp_path, capsys):
+def test_lines_keep_order_and_keys_of_the_records(folder, jsonl, tmp_path, capsys):
     run(folder, "--prompts", jsonl, "--output", tmp_path / "new" / "out.jsonl", *GREEDY)
-    found = lines(tmp_path / "new" / "out.jsonl")
+    written = lines(tmp_path / "new" / "out.jsonl")
     generator = Generator.from_pretrained(folder, device="cpu")
     params = SamplingParams(temperature=0.0, max_new_tokens=6, top_k=7, ignore_eos=True)
-    for number, (line, prompt) in enumerate(zip(found, PROMPTS, strict=True)):
+    for number, (line, prompt) in enumerate(zip(written, PROMPTS, strict=True)):
         [expected] = generator.generate([prompt], params)
         assert line == {
             "prompt": prompt, "id": number, "text": expected.text, "finish_reason": "length",
             "prompt_tokens": len(generator.encode(prompt)), "new_tokens": 6,
         }  # fmt: skip
-    told = capsys.readouterr()
-    assert told.out == "" and told.err == "", "quiet where nobody watches"
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "", "no progress bar without a terminal"
 
 
 def test_lines_of_a_text_file_are_prompts(folder, tmp_path, capsys):
@@ -81,7 +81,7 @@ def test_lines_of_a_text_file_are_prompts(folder, tmp_path, capsys):
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["The bee", "A  ", "last"]
 
 
-def test_a_compressed_file_is_read(tmp_path):
+def test_compressed_files_are_read(tmp_path):
     for name, text in (("a.txt.gz", "one\ntwo\n"), ("b.jsonl.gz", '{"prompt": "one"}\n{"prompt": "two"}\n')):
         (tmp_path / name).write_bytes(gzip.compress(text.encode()))
         prompts = list(read_prompts(str(tmp_path / name)))
@@ -89,29 +89,29 @@ def test_a_compressed_file_is_read(tmp_path):
         assert [prompt.place for prompt in prompts] == [f"{tmp_path / name}:1", f"{tmp_path / name}:2"]
 
 
-def test_defaults_are_the_folders_unless_a_flag_says_otherwise(folder, jsonl, capsys):
+def test_flags_override_the_folders_generation_config(folder, jsonl, capsys):
     generator = Generator.from_pretrained(folder, device="cpu")
     run(folder, "--prompts", jsonl, "--seed", "3")
-    found = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    written = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
     params = SamplingParams(temperature=0.5, top_k=7, max_new_tokens=9, seed=3)
-    assert found == [out.text for out in generator.generate(PROMPTS, params)]
+    assert written == [out.text for out in generator.generate(PROMPTS, params)]
     run(folder, "--prompts", jsonl, "--seed", "3", "--temperature", "1.0", "--top_k", "0")
     other = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
     params = SamplingParams(max_new_tokens=9, seed=3)
-    assert other == [out.text for out in generator.generate(PROMPTS, params)] and other != found
+    assert other == [out.text for out in generator.generate(PROMPTS, params)] and other != written
 
 
-def test_several_samples_of_a_prompt_differ_and_are_numbered(folder, jsonl, capsys):
+def test_samples_of_a_prompt_differ_and_are_numbered(folder, jsonl, capsys):
     run(folder, "--prompts", jsonl, "--num_samples", "3", "--seed", "5", "--temperature", "2", "--top_k", "0")
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(line["id"], line["sample"]) for line in found] == [(n, k) for n in range(len(PROMPTS)) for k in range(3)]
-    assert len({line["text"] for line in found[:3]}) == 3
+    written = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["id"], line["sample"]) for line in written] == [(n, k) for n in range(len(PROMPTS)) for k in range(3)]
+    assert len({line["text"] for line in written[:3]}) == 3
     run(folder, "--prompt", PROMPTS[0], "--num_samples", "2", "--seed", "6", "--temperature", "2", "--top_k", "0")
     again = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
-    assert again == [line["text"] for line in found[1:3]], "a sample's seed is the first one's and its number"
+    assert again == [line["text"] for line in written[1:3]], "sample n has the seed of the first plus n"
 
 
-def test_logprobs_are_written_with_the_texts_of_tokens(folder, jsonl, capsys):
+def test_logprobs_are_written_with_token_texts(folder, jsonl, capsys):
     run(folder, "--prompts", jsonl, "--logprobs", "2", *GREEDY)
     for line in map(json.loads, capsys.readouterr().out.splitlines()):
         assert len(line["logprobs"]) == line["new_tokens"] == 6
@@ -122,24 +122,24 @@ def test_logprobs_are_written_with_the_texts_of_tokens(folder, jsonl, capsys):
             assert 0 > token["logprob"] == first >= second
 
 
-def test_chats_and_questions_go_through_the_template(folder, tmp_path, capsys):
+def test_chats_and_questions_use_the_chat_template(folder, tmp_path, capsys):
     question = {"role": "user", "content": "Why?"}
     system = {"role": "system", "content": "Be short."}
-    answered = [question, {"role": "assistant", "content": "So."}, {"role": "user", "content": "How?"}]
-    records = [{"prompt": "Why?"}, {"messages": [question]}, {"messages": [system, question]}, {"messages": answered}]
+    conversation = [question, {"role": "assistant", "content": "So."}, {"role": "user", "content": "How?"}]
+    records = [{"prompt": "Why?"}, {"messages": [question]}, {"messages": [system, question]}, {"messages": conversation}]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     run(folder, "--prompts", tmp_path / "c.jsonl", "--chat", "--system", "Be kind.", *GREEDY)
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    written = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     generator = Generator.from_pretrained(folder, device="cpu")
-    kind = {"role": "system", "content": "Be kind."}
-    chats = [[kind, question], [kind, question], [system, question], [kind, *answered]]
+    default = {"role": "system", "content": "Be kind."}
+    chats = [[default, question], [default, question], [system, question], [default, *conversation]]
     prompts = [generator.tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     params = SamplingParams(temperature=0.0, max_new_tokens=6, ignore_eos=True)
-    assert [line["text"] for line in found] == [out.text for out in generator.generate(prompts, params)]
-    assert [line["prompt_tokens"] for line in found] == list(map(len, prompts))
+    assert [line["text"] for line in written] == [out.text for out in generator.generate(prompts, params)]
+    assert [line["prompt_tokens"] for line in written] == list(map(len, prompts))
 
 
-def test_a_single_prompt_is_printed_with_its_text(folder, capsys):
+def test_single_prompt_is_printed_with_its_completion(folder, capsys):
     generator = Generator.from_pretrained(folder, device="cpu")
     [expected] = generator.generate(["The bee"], SamplingParams(temperature=0.0, max_new_tokens=6, ignore_eos=True))
     for stream in ("--stream", "--no_stream"):
@@ -152,25 +152,25 @@ def test_a_single_prompt_is_printed_with_its_text(folder, capsys):
     [
         ("{", "not valid JSON"),
         ("[1]", "a record must be a JSON object, {...}, not an array"),
-        ('{"id": 5}', "one of 'prompt' and 'messages' is expected; the record's keys: 'id'"),
-        ('{"prompt": "a", "messages": []}', "one of 'prompt' and 'messages' is expected"),
+        ('{"id": 5}', "expected one of 'prompt' and 'messages'; the record's keys: 'id'"),
+        ('{"prompt": "a", "messages": []}', "expected one of 'prompt' and 'messages'"),
         ('{"prompt": ""}', "'prompt' is empty"),
         ('{"prompt": 7}', "'prompt' must be a string, not a number"),
         ('{"prompt": null}', "'prompt' must be a string, not null"),
         ('{"prompt": "a", "text": "b"}', "the output uses the key 'text': rename the record's key"),
         ('{"messages": []}', "'messages' is empty"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "'assistant' cannot stand at the beginning"),
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "ends with 'user'"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "'assistant' cannot come first"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "must end with 'user'"),
         ('{"messages": [{"role": "robot", "content": "a"}]}', "robot"),
         ('{"prompt": "' + "bee " * 500 + '"}', "the model takes 256, including new ones"),
         ('{"prompt": "\xff"}', "UTF-8"),
     ],
 )
-def test_a_bad_record_is_named_with_file_and_line_and_nothing_is_written(folder, record, message, tmp_path, capsys):
+def test_bad_record_is_reported_with_file_and_line(folder, record, message, tmp_path, capsys):
     file, output = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
     file.write_bytes(b'{"prompt": "a good one"}\n\n' + record.encode("latin-1") + b"\n")
-    told = refused(capsys, folder, "--prompts", file, "--output", output)
-    assert told.startswith(f"prompts: {file}:3: ") and message in told
+    error = error_of(capsys, folder, "--prompts", file, "--output", output)
+    assert error.startswith(f"prompts: {file}:3: ") and message in error
     assert not output.exists()
 
 
@@ -180,7 +180,7 @@ def test_a_bad_record_is_named_with_file_and_line_and_nothing_is_written(folder,
         ([], "prompt: give either --prompt TEXT or --prompts FILE"),
         (["--prompt", "a", "--prompts", "{tmp}/p.jsonl"], "prompt: give either --prompt TEXT or --prompts FILE"),
         (["--prompts", "{tmp}/none.jsonl"], "{tmp}/none.jsonl: No such file or directory"),
-        (["--prompts", "{tmp}/p.docx"], "files of kind '.docx' cannot be read"),
+        (["--prompts", "{tmp}/p.docx"], "unsupported file type '.docx'"),
         (["--prompts", "{tmp}/empty.jsonl"], "prompts: the file has none"),
         (["--prompts", "{tmp}"], "prompts: {tmp} is a folder; name a file in it"),
         (["--prompt", ""], "prompt: the prompt is empty: there is nothing to continue"),
@@ -194,22 +194,22 @@ def test_a_bad_record_is_named_with_file_and_line_and_nothing_is_written(folder,
         (["--prompt", "a", "--seed", str(2**64 - 1), "--num_samples", "2"], "seed must be a 64-bit integer"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_done_is_refused_in_one_line(folder, words, message, tmp_path, capsys):
+def test_invalid_options_are_reported_in_one_line(folder, words, message, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "empty.jsonl").touch()
-    told = refused(capsys, folder, *(word.format(tmp=tmp_path) for word in words))
-    assert message.format(tmp=tmp_path) in told
+    error = error_of(capsys, folder, *(word.format(tmp=tmp_path) for word in words))
+    assert message.format(tmp=tmp_path) in error
     assert (tmp_path / "p.jsonl").read_text() == '{"prompt": "a"}\n'
 
 
-def test_an_output_is_replaced_when_it_is_said(folder, jsonl, tmp_path):
+def test_overwrite_replaces_the_output(folder, jsonl, tmp_path):
     (tmp_path / "out.jsonl").write_text("before\n" * 1000)
     run(folder, "--prompts", jsonl, "--output", tmp_path / "out.jsonl", "--overwrite", *GREEDY)
     assert [line["prompt"] for line in lines(tmp_path / "out.jsonl")] == PROMPTS
 
 
-def test_a_killed_run_leaves_complete_lines_of_the_first_prompts(folder, tmp_path):
-    """Killed as nobody can expect, while it writes."""
+def test_killed_run_leaves_complete_lines_in_order(folder, tmp_path):
+    """With SIGKILL, while it writes."""
     file, output = tmp_path / "many.jsonl", tmp_path / "out.jsonl"
     file.write_text("".join(json.dumps({"prompt": "bee", "id": n}) + "\n" for n in range(5000)))
     words = ["generate", "--model", folder, "--device", "cpu", "--prompts", str(file), "--output", str(output)]
@@ -218,14 +218,14 @@ def test_a_killed_run_leaves_complete_lines_of_the_first_prompts(folder, tmp_pat
     while time.monotonic() < until and not (output.exists() and output.stat().st_size > 2000):
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was killed before its end"
+    assert process.wait() == -signal.SIGKILL, "killed before it finished"
     assert output.read_bytes().endswith(b"\n")
-    found = lines(output)
-    assert [line["id"] for line in found] == list(range(len(found))) and 0 < len(found) < 5000
+    written = lines(output)
+    assert [line["id"] for line in written] == list(range(len(written))) and 0 < len(written) < 5000
 
 
-def test_a_chat_ends_with_its_turn_also_where_the_folder_does_not_say_so(folder):
-    """A base model's folder names the end of a text alone; its tokenizer's template ends turns with another token."""
+def test_chat_stops_at_end_of_turn_token_of_the_template(folder):
+    """A base model's folder names only the end-of-text token; the chat template ends turns with another one."""
     generator = Generator.from_pretrained(folder)
     [end] = generator.tokenizer.end_of_turn_ids
     assert end not in generator.stop_ids

@@ -1,4 +1,4 @@
-"""The pool of blocks against a naive one, under random histories: what is found is what was written, and no block is lost."""
+"""BlockPool against a naive model under random histories: hits hold the right tokens, and no block is lost."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ TOTAL, SIZE = 8, 2
 
 
 class Histories(RuleBasedStateMachine):
-    """Sequences over two letters, which often begin alike, come and go.
+    """Sequences over two tokens, which often share prefixes, come and go.
 
-    The naive pool: what was written to each block (all tokens up to its end), and a list of unused known blocks, oldest first.
+    The naive model: the tokens written to each block (all up to its end), and a list of unused known blocks, oldest first.
     """
 
     def __init__(self) -> None:
@@ -31,39 +31,39 @@ class Histories(RuleBasedStateMachine):
 
     @rule(tokens=st.lists(st.integers(0, 1), max_size=SIZE * TOTAL), extra=st.integers(0, 2))
     def begin(self, tokens, extra):
-        """Take known blocks, write the others, keep the full ones; ``extra`` blocks stay without a name."""
+        """Acquire known blocks, write the others, register the full ones; ``extra`` blocks are never registered."""
         full, parent, held = len(tokens) // SIZE, ROOT, []
-        for place in range(full):
-            prefix = tuple(tokens[: (place + 1) * SIZE])
-            found = self.pool.lookup((parent, prefix[-SIZE:]))
-            assert (found is not None) == (prefix in self.known), "found exactly if it is known"
-            if found is None:
+        for index in range(full):
+            prefix = tuple(tokens[: (index + 1) * SIZE])
+            hit = self.pool.lookup((parent, prefix[-SIZE:]))
+            assert (hit is not None) == (prefix in self.known), "found if and only if known"
+            if hit is None:
                 break
-            assert self.written[found[0]] == prefix, "it holds these very tokens, behind these very tokens"
-            self.pool.acquire(found[0])
-            held.append(found[0])
-            parent = found[1]
+            assert self.written[hit[0]] == prefix, "the same tokens after the same prefix"
+            self.pool.acquire(hit[0])
+            held.append(hit[0])
+            parent = hit[1]
         self.unused = [block for block in self.unused if block not in held]
         used = len({block for blocks in self.live for block in blocks} | set(held))
         new = self.pool.allocate(full - len(held) + extra)
-        assert (new is None) == (full - len(held) + extra > TOTAL - used), "given if and only if there are so many"
+        assert (new is None) == (full - len(held) + extra > TOTAL - used), "allocated if and only if there are enough"
         if new is None:
             self.pool.release(reversed(held))
             self.unused += [block for block in reversed(held) if self.references(block) == 0]
             return
-        self.forget_for(new)
-        for place, block in zip(range(len(held), full), new, strict=False):
-            prefix = tuple(tokens[: (place + 1) * SIZE])
+        self.check_evicted(new)
+        for index, block in zip(range(len(held), full), new, strict=False):
+            prefix = tuple(tokens[: (index + 1) * SIZE])
             self.written[block] = prefix
             parent = self.pool.register(block, (parent, prefix[-SIZE:]))
             self.known.setdefault(prefix, block)
         self.live.append(held + new)
 
-    def forget_for(self, new: list[int]) -> None:
-        """The oldest unused blocks have gone, no more than were needed."""
+    def check_evicted(self, new: list[int]) -> None:
+        """The least recently used blocks were evicted, no more than needed."""
         assert not set(new) & {block for blocks in self.live for block in blocks}, "a block has one owner"
-        gone = [block for block in self.unused if block in new]
-        assert gone == self.unused[: len(gone)], "least recently used first"
+        evicted = [block for block in self.unused if block in new]
+        assert evicted == self.unused[: len(evicted)], "least recently used first"
         self.unused = [block for block in self.unused if block not in new]
         self.known = {prefix: block for prefix, block in self.known.items() if block not in new}
 
@@ -72,11 +72,11 @@ class Histories(RuleBasedStateMachine):
     def end(self, data):
         blocks = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
         self.pool.release(reversed(blocks))
-        named = set(self.known.values())
-        self.unused += [block for block in reversed(blocks) if block in named and self.references(block) == 0]
+        registered = set(self.known.values())
+        self.unused += [block for block in reversed(blocks) if block in registered and self.references(block) == 0]
 
     @invariant()
-    def every_page_is_free_or_cached_or_used(self):
+    def every_block_is_free_cached_or_used(self):
         assert self.pool.num_free + self.pool.num_cached + self.pool.num_used == TOTAL
         assert self.pool.num_used == len({block for blocks in self.live for block in blocks})
         assert self.pool.num_cached == len(self.unused)
@@ -91,30 +91,30 @@ TestHistories = Histories.TestCase
 TestHistories.settings = settings(max_examples=150, stateful_step_count=40)
 
 
-def test_a_page_is_not_found_behind_another_parent():
-    """The same tokens after other tokens have other keys and values."""
+def test_block_is_not_found_after_another_parent():
+    """The keys and values of the same tokens differ after another prefix."""
     pool = BlockPool(4, SIZE)
     first, second, child = pool.allocate(3)
     one, two = pool.register(first, (ROOT, (1, 1))), pool.register(second, (ROOT, (2, 2)))
-    identity = pool.register(child, (one, (3, 3)))
-    assert pool.lookup((one, (3, 3))) == (child, identity)
+    content_id = pool.register(child, (one, (3, 3)))
+    assert pool.lookup((one, (3, 3))) == (child, content_id)
     assert pool.lookup((two, (3, 3))) is None and pool.lookup((ROOT, (3, 3))) is None
 
 
-def test_a_child_is_not_found_when_its_parent_has_gone_and_come_back():
-    """The parent's block is known anew, perhaps in another place, and has another identity."""
+def test_child_is_not_found_after_its_parent_was_evicted():
+    """The parent is registered again, perhaps in another block, with a new content id."""
     pool = BlockPool(2, SIZE)
     parent, child = pool.allocate(2)
     before = pool.register(parent, (ROOT, (1, 1)))
     pool.register(child, (before, (2, 2)))
     pool.release([parent])
-    pool.release([child])  # the wrong order: the parent goes first
+    pool.release([child])  # the wrong order: the parent is evicted first
     (block,) = pool.allocate(1)
     after = pool.register(block, (ROOT, (1, 1)))
     assert after != before and pool.lookup((after, (2, 2))) is None
 
 
-def test_without_reuse_nothing_is_cached():
+def test_nothing_is_cached_without_prefix_caching():
     pool = BlockPool(2, SIZE, prefix_caching=False)
     (block,) = pool.allocate(1)
     pool.register(block, (ROOT, (1, 1)))
@@ -123,7 +123,7 @@ def test_without_reuse_nothing_is_cached():
     assert (pool.num_free, pool.num_cached, pool.num_used) == (2, 0, 0)
 
 
-def test_a_page_that_is_given_back_too_often_is_noticed():
+def test_double_release_raises():
     pool = BlockPool(1, SIZE)
     held = pool.allocate(1)
     pool.release(held)

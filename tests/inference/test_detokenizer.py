@@ -1,4 +1,4 @@
-"""The pieces of a stream join to the text of its bytes, and no character is given out before its last byte is there."""
+"""Streamed text joins to the decoded bytes, and no character is emitted before its last byte has arrived."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [*map(detokenizer.add, ids), detokenizer.finish()]
 
 
-def test_any_ids_give_the_text_of_their_bytes(tokenizer):
-    """Ids of special tokens, of bytes that are no UTF-8, and of rows that the tokenizer does not have."""
+def test_any_ids_decode_to_their_bytes(tokenizer):
+    """Including special tokens, invalid UTF-8, and ids beyond the tokenizer's vocabulary."""
 
     @settings(deadline=None, max_examples=300)
     @given(st.lists(st.integers(0, tokenizer.vocab_size + 5)))
@@ -35,8 +35,8 @@ def test_any_ids_give_the_text_of_their_bytes(tokenizer):
     check()
 
 
-def test_every_prefix_of_a_stream_is_a_prefix_of_the_text(tokenizer):
-    """One byte a token, so that every character of several bytes is cut."""
+def test_streamed_text_is_always_a_prefix_of_the_text(tokenizer):
+    """One byte per token, so that every multi-byte character is split."""
     one_byte = {data: index for index, data in enumerate(tokenizer.token_bytes) if len(data) == 1}
 
     @settings(deadline=None)
@@ -45,13 +45,13 @@ def test_every_prefix_of_a_stream_is_a_prefix_of_the_text(tokenizer):
         detokenizer, so_far = Detokenizer(tokenizer), ""
         for number, byte in enumerate(text.encode(), start=1):
             so_far += detokenizer.add(one_byte[bytes([byte])])
-            assert so_far == text.encode()[:number].decode("utf-8", errors="ignore"), "complete characters, and only those"
+            assert so_far == text.encode()[:number].decode("utf-8", errors="ignore"), "complete characters only"
         assert detokenizer.finish() == "" and so_far == text
 
     check()
 
 
-def test_a_character_that_is_never_completed_ends_as_the_replacement_character(tokenizer):
+def test_incomplete_character_becomes_replacement_character(tokenizer):
     first = tokenizer.token_bytes.index("🐝".encode()[:1])
     assert pieces(tokenizer, [first]) == ["", "\ufffd"]
     letter = tokenizer.token_bytes.index(b"a")
@@ -65,7 +65,7 @@ def test_special_tokens_have_no_text(tokenizer):
 # -- stop strings --------------------------------------------------------------------------------------------------------
 
 
-def test_special_tokens_that_are_to_be_spelled_are_text(tokenizer):
+def test_spelled_special_tokens_are_text(tokenizer):
     start, end = (tokenizer.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>"))
     detokenizer = Detokenizer(tokenizer, ["_start|>!"], [start])
     ids = [start, *tokenizer.encode("a"), end, start, *tokenizer.encode("!")]
@@ -73,25 +73,25 @@ def test_special_tokens_that_are_to_be_spelled_are_text(tokenizer):
 
 
 def cut(text: str, stop: list[str]) -> tuple[str, bool]:
-    """A search of the whole text: the first moment at which a stop string is complete, and the longest one then."""
+    """Reference: search after every character; cut before the longest stop string that is complete first."""
     for end in range(len(text) + 1):
-        if found := [each for each in stop if text[:end].endswith(each)]:
-            return text[: end - len(max(found, key=len))], True
+        if matches := [each for each in stop if text[:end].endswith(each)]:
+            return text[: end - len(max(matches, key=len))], True
     return text, False
 
 
-def may_go_on(text: str, stop: list[str]) -> int:
-    """How much of a text's end some stop string may begin with."""
+def partial_stop(text: str, stop: list[str]) -> int:
+    """Length of the longest suffix that is a proper prefix of a stop string."""
     return max((size for each in stop for size in range(len(each)) if text.endswith(each[:size])), default=0)
 
 
-# Few characters, so that stop strings are found often, overlap and nearly begin; some of several bytes.
-WRITTEN = st.text("ab 🐝é", max_size=30)
+# A small alphabet, so that stop strings match often, overlap and almost match; some characters have several bytes.
+TEXTS = st.text("ab 🐝é", max_size=30)
 STOPS = st.lists(st.text("ab 🐝é", min_size=1, max_size=5), max_size=4)
 
 
 def byte_level(tokenizer: Tokenizer, data: bytes, sizes: list[int]) -> list[int]:
-    """One byte a token where sizes are exhausted, else the tokens of as many bytes as there are."""
+    """Split into tokens of the given sizes in bytes where the vocabulary has them, otherwise the longest up to 4."""
     table = {piece: index for index, piece in enumerate(tokenizer.token_bytes) if piece}
     ids = []
     while data:
@@ -101,11 +101,11 @@ def byte_level(tokenizer: Tokenizer, data: bytes, sizes: list[int]) -> list[int]
     return ids
 
 
-def test_a_stop_string_is_found_wherever_the_borders_of_tokens_are(tokenizer):
-    """What is given out is, after every token, as much as a search of the text so far can be certain of."""
+def test_stop_strings_are_found_across_token_boundaries(tokenizer):
+    """After every token, exactly the text is emitted that the reference can be certain of."""
 
     @settings(max_examples=400)
-    @given(WRITTEN, STOPS, st.lists(st.integers(1, 4)))
+    @given(TEXTS, STOPS, st.lists(st.integers(1, 4)))
     def check(text, stop, sizes):
         detokenizer, so_far, read = Detokenizer(tokenizer, stop), "", b""
         for index in byte_level(tokenizer, text.encode(), sizes):
@@ -114,21 +114,21 @@ def test_a_stop_string_is_found_wherever_the_borders_of_tokens_are(tokenizer):
             complete = read.decode("utf-8", errors="ignore")
             expected, stopped = cut(complete, stop)
             assert detokenizer.stopped == stopped
-            held = 0 if stopped else may_go_on(complete, stop)
-            assert so_far == expected[: len(expected) - held], "no less and no more than is certain"
+            held_back = 0 if stopped else partial_stop(complete, stop)
+            assert so_far == expected[: len(expected) - held_back], "exactly what is certain"
         assert so_far + detokenizer.finish() == cut(text, stop)[0]
-        assert detokenizer.finish() == "", "there is nothing left after the end"
+        assert detokenizer.finish() == "", "nothing is left after finish"
 
     check()
 
 
-def test_nothing_is_given_out_after_a_stop_string(tokenizer):
+def test_nothing_is_emitted_after_a_stop_string(tokenizer):
     detokenizer = Detokenizer(tokenizer, ["b"])
     assert [detokenizer.add(index) for index in byte_level(tokenizer, b"abc", [1, 1, 1])] == ["a", "", ""]
     assert detokenizer.stopped and detokenizer.finish() == ""
 
 
-def test_text_that_was_held_back_is_given_out_when_it_becomes_no_stop_string(tokenizer):
+def test_held_back_text_is_emitted_once_no_stop_can_match(tokenizer):
     ids = byte_level(tokenizer, b"x###y", [1] * 5)
     detokenizer = Detokenizer(tokenizer, ["####"])
     assert [detokenizer.add(index) for index in ids] == ["x", "", "", "", "###y"]
@@ -136,17 +136,17 @@ def test_text_that_was_held_back_is_given_out_when_it_becomes_no_stop_string(tok
     assert [detokenizer.add(index) for index in ids[:3]] == ["x", "", ""] and detokenizer.finish() == "##"
 
 
-def test_special_tokens_do_not_part_a_stop_string(tokenizer):
+def test_special_tokens_do_not_break_a_stop_string(tokenizer):
     first, second = byte_level(tokenizer, b"ab", [1, 1])
     detokenizer = Detokenizer(tokenizer, ["ab"])
     assert [detokenizer.add(first), detokenizer.add(0), detokenizer.add(second)] == ["", "", ""]
     assert detokenizer.stopped
 
 
-def test_bytes_that_are_no_utf8_can_complete_a_stop_string(tokenizer):
+def test_invalid_utf8_can_complete_a_stop_string(tokenizer):
     first = tokenizer.token_bytes.index("🐝".encode()[:1])
     detokenizer = Detokenizer(tokenizer, ["\ufffd"])
-    assert detokenizer.add(first) == "" and not detokenizer.stopped, "it may still become a bee"
+    assert detokenizer.add(first) == "" and not detokenizer.stopped, "it may still become a complete character"
     assert detokenizer.finish() == "" and detokenizer.stopped
 
 
@@ -155,16 +155,16 @@ def test_bytes_that_are_no_utf8_can_complete_a_stop_string(tokenizer):
 
 @pytest.fixture(scope="module")
 def sentencepiece() -> Tokenizer:
-    """As Llama 2's: U+2581 for a space, and a token for each byte that has no piece."""
+    """As in Llama 2: U+2581 for a space, and byte fallback."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁ab", "▁a", "ab", "▁ab", "é"]
-    backend = tokenizers.Tokenizer(models.BPE({piece: place for place, piece in enumerate(pieces)}, [], byte_fallback=True))
+    backend = tokenizers.Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True))
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     return Tokenizer(backend, {"eos_token": "</s>"})
 
 
-def test_sentencepiece_tokens_and_single_bytes_join_to_the_text(sentencepiece):
+def test_sentencepiece_tokens_and_byte_fallback(sentencepiece):
     @settings(max_examples=200)
-    @given(WRITTEN, STOPS, st.lists(st.integers(1, 4)))
+    @given(TEXTS, STOPS, st.lists(st.integers(1, 4)))
     def check(text, stop, sizes):
         ids = byte_level(sentencepiece, text.encode(), sizes)
         detokenizer = Detokenizer(sentencepiece, stop)

@@ -1,4 +1,4 @@
-"""The engine's tokens are those of a loop without any cache, whatever else it computes; and it loses no page."""
+"""The engine generates the same tokens as a loop without a cache, whatever else runs, and leaks no block."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee import Bumblebee, SamplingParams, Tokenizer
-from bumblebee.inference.engine import EngineConfig, GenerationEngine
+from bumblebee.inference.engine import GenerationEngine
+from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.inference.request import EngineRequest, RequestOutput
 
-V, LONGEST = 64, 96
-PADDINGS = [0.0, 1.3, math.inf]  # each single token has its own call of attention; those alike share one; all share one
-COMMON = [(7 * n) % V for n in range(40)]  # a prefix of two pages and a half
+V, MAX_POSITIONS = 64, 96
+PADDINGS = [0.0, 1.3, math.inf]  # one attention call per decode token; similar lengths share a call; all share one
+COMMON = [(7 * n) % V for n in range(40)]  # a prefix of two and a bf16_model blocks
 
 
-def greedy(new: int = 12, **others) -> SamplingParams:
-    return SamplingParams(max_new_tokens=new, temperature=0.0, **others)
+def greedy(new: int = 12, **params) -> SamplingParams:
+    return SamplingParams(max_new_tokens=new, temperature=0.0, **params)
 
 
 def make_model(tiny) -> Bumblebee:
-    """Weights drawn wide, so that the most likely token leads by far more than rounding."""
+    """A large init std separates the top logits by far more than rounding."""
     torch.manual_seed(0)
-    return Bumblebee(tiny(vocab_size=V, initializer_range=0.3, max_position_embeddings=LONGEST)).eval()
+    return Bumblebee(tiny(vocab_size=V, initializer_range=0.3, max_position_embeddings=MAX_POSITIONS)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def model(tiny) -> Bumblebee:
 
 @pytest.fixture(scope="module")
 def naive(model):
-    """The most likely token of a full forward pass, again and again: (prompt, number) -> new tokens."""
+    """Greedy decoding with full forward passes: (prompt, number) -> new tokens."""
 
     @cache
     @torch.no_grad()
@@ -57,15 +58,15 @@ def tokenizer(tokenizer_folder) -> Tokenizer:
 
 @pytest.fixture
 def engine_of(model, tokenizer):
-    """Makes engines; when the test is over, none of them has lost a page or kept a request."""
-    made: list[GenerationEngine] = []
+    """Make engines; at the end of the test none of them may have leaked a block or kept a request."""
+    engines: list[GenerationEngine] = []
 
     def make(stop_ids=(), **options) -> GenerationEngine:
-        made.append(GenerationEngine(model, tokenizer, stop_ids, EngineConfig(**options)))
-        return made[-1]
+        engines.append(GenerationEngine(model, tokenizer, stop_ids, EngineConfig(**options)))
+        return engines[-1]
 
     yield make
-    for engine in made:
+    for engine in engines:
         finish(engine)
         check_blocks(engine)
         stats = engine.stats()
@@ -75,20 +76,20 @@ def engine_of(model, tokenizer):
 def check_blocks(engine: GenerationEngine) -> None:
     pool = engine.block_pool
     assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks
-    held = {page for sequence in engine.scheduler.running for page in sequence.block_table}
-    assert pool.num_used == len(held)
+    used = {block for sequence in engine.scheduler.running for block in sequence.block_table}
+    assert pool.num_used == len(used)
 
 
 def finish(engine: GenerationEngine, steps: int = 2000) -> dict[str, list[RequestOutput]]:
-    """Step until nothing is left; the outputs of each request."""
-    found: dict[str, list[RequestOutput]] = {}
+    """Step until the engine is idle; returns the outputs of each request."""
+    results: dict[str, list[RequestOutput]] = {}
     for _ in range(steps):
         if not engine.busy:
-            return found
+            return results
         for output in engine.step():
-            found.setdefault(output.id, []).append(output)
+            results.setdefault(output.id, []).append(output)
         check_blocks(engine)
-    raise AssertionError("it does not end")
+    raise AssertionError("the engine does not become idle")
 
 
 def ids(outputs: list[RequestOutput]) -> list[int]:
@@ -98,49 +99,49 @@ def ids(outputs: list[RequestOutput]) -> list[int]:
 def run(engine: GenerationEngine, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
     for number, prompt in enumerate(prompts):
         engine.submit(EngineRequest(str(number), prompt, params))
-    found = finish(engine)
-    return [ids(found[str(number)]) for number in range(len(prompts))]
+    results = finish(engine)
+    return [ids(results[str(number)]) for number in range(len(prompts))]
 
 
 PROMPTS = [[5], [1, 2, 3], COMMON, COMMON[:16], COMMON[:17], [*COMMON, 9], [60, 3] * 20]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
-def test_alone(engine_of, naive, prompt):
-    (found,) = run(engine_of(), [prompt], greedy())
-    assert found == naive(prompt, 12)
-    assert len(set(found)) > 3, "not the same token again and again, which would prove little"
+def test_single_prompt_matches_loop_without_cache(engine_of, naive, prompt):
+    (results,) = run(engine_of(), [prompt], greedy())
+    assert results == naive(prompt, 12)
+    assert len(set(results)) > 3, "a repeated token would prove little"
 
 
 @pytest.mark.parametrize("step_tokens", [1, 2, 7, 16, 17, 512])
 @pytest.mark.parametrize("prefix_reuse", [True, False])
-def test_together_with_prompts_in_chunks_of_any_size(engine_of, naive, step_tokens, prefix_reuse):
+def test_chunked_prefill_of_any_size_matches(engine_of, naive, step_tokens, prefix_reuse):
     engine = engine_of(step_tokens=step_tokens, prefix_reuse=prefix_reuse)
     assert run(engine, PROMPTS, greedy()) == [naive(prompt, 12) for prompt in PROMPTS]
     assert (engine.stats().cached_tokens > 0) == prefix_reuse
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-def test_single_tokens_in_one_call_or_each_in_its_own(engine_of, naive, padding):
+def test_decode_in_one_attention_call_or_several(engine_of, naive, padding):
     engine = engine_of(step_tokens=20)
     engine.model_runner.max_padding = padding
     assert run(engine, PROMPTS, greedy()) == [naive(prompt, 12) for prompt in PROMPTS]
 
 
-def test_requests_that_join_and_leave_midway(engine_of, naive):
-    engine, found = engine_of(), {}
+def test_requests_join_and_leave_midway(engine_of, naive):
+    engine, results = engine_of(), {}
     for number, prompt in enumerate(PROMPTS):
         engine.submit(EngineRequest(str(number), prompt, greedy(3 + 2 * number)))
         for _ in range(3):
             for output in engine.step():
-                found.setdefault(output.id, []).append(output)
+                results.setdefault(output.id, []).append(output)
     for name, outputs in finish(engine).items():
-        found.setdefault(name, []).extend(outputs)
+        results.setdefault(name, []).extend(outputs)
     for number, prompt in enumerate(PROMPTS):
-        assert ids(found[str(number)]) == naive(prompt, 3 + 2 * number)
+        assert ids(results[str(number)]) == naive(prompt, 3 + 2 * number)
 
 
-def test_a_known_prefix_is_not_computed_again(engine_of, naive):
+def test_cached_prefix_is_not_recomputed(engine_of, naive):
     engine = engine_of()
     engine.submit(EngineRequest("first", COMMON, greedy()))
     finish(engine)
@@ -152,35 +153,35 @@ def test_a_known_prefix_is_not_computed_again(engine_of, naive):
     assert engine.stats().steps - before == 12
 
 
-def test_the_next_turn_of_a_chat_takes_over_the_answer_before(engine_of, naive):
+def test_next_chat_turn_reuses_the_previous_answer(engine_of, naive):
     engine = engine_of()
     (answer,) = run(engine, [COMMON], greedy(30))
     engine.submit(EngineRequest("next", [*COMMON, *answer, 8, 9], greedy()))
     outputs = finish(engine)["next"]
-    assert outputs[0].cached_tokens == 64, "of 40 + 30 tokens four whole pages"
+    assert outputs[0].cached_tokens == 64, "four full blocks of 40 + 30 tokens"
     assert ids(outputs) == naive([*COMMON, *answer, 8, 9], 12)
 
 
-def test_a_cancelled_request_frees_its_pages_in_the_next_step_and_the_others_go_on(engine_of, naive):
+def test_cancelled_request_frees_its_blocks_at_the_next_step(engine_of, naive):
     engine = engine_of(prefix_reuse=False)
     for name, prompt in (("a", COMMON), ("b", [*COMMON, 1]), ("c", [9, 8, 7])):
         engine.submit(EngineRequest(name, prompt, greedy()))
     seen = [output for _ in range(3) for output in engine.step()]
     engine.cancel("a")
-    engine.cancel("nobody")
+    engine.cancel("unknown")
     used = engine.block_pool.num_used
     after = engine.step()
     (last,) = [output for output in after if output.id == "a"]
     assert last.finish_reason == "cancelled" and last.tokens == [] and engine.block_pool.num_used == used - 4
     seen += after
-    engine.cancel("a")  # it is gone: nothing happens
+    engine.cancel("a")  # already finished: ignored
     seen += [output for outputs in finish(engine).values() for output in outputs]
     for name, prompt in (("b", [*COMMON, 1]), ("c", [9, 8, 7])):
         assert ids([output for output in seen if output.id == name]) == naive(prompt, 12)
     assert sum(output.finish_reason is not None for output in seen) == 3
 
 
-def test_a_request_is_cancelled_while_another_waits_for_its_prefix(engine_of, naive):
+def test_cancel_while_another_waits_for_the_prefix(engine_of, naive):
     engine = engine_of(step_tokens=5)
     engine.submit(EngineRequest("first", COMMON, greedy()))
     engine.submit(EngineRequest("second", [*COMMON, 1], greedy()))
@@ -190,18 +191,18 @@ def test_a_request_is_cancelled_while_another_waits_for_its_prefix(engine_of, na
     assert ids(finish(engine)["second"]) == naive([*COMMON, 1], 12)
 
 
-def test_a_waiting_request_can_be_cancelled(engine_of):
+def test_waiting_request_can_be_cancelled(engine_of):
     engine = engine_of(max_running=1)
     engine.submit(EngineRequest("first", [1], greedy()))
     engine.submit(EngineRequest("second", [2], greedy()))
     engine.step()
     engine.cancel("second")
-    found = finish(engine)
-    assert [output.finish_reason for output in found["second"]] == ["cancelled"] and len(ids(found["first"])) == 11
+    results = finish(engine)
+    assert [output.finish_reason for output in results["second"]] == ["cancelled"] and len(ids(results["first"])) == 11
 
 
-def test_after_pages_were_taken_from_others(engine_of, naive):
-    """A cache of five pages, in which each prompt pushes out what the ones before have left."""
+def test_results_after_evicting_other_blocks(engine_of, naive):
+    """In a cache of five blocks each prompt evicts those of earlier ones."""
     engine = engine_of(cache_tokens=80)
     for round_ in range(3):
         for number, prompt in enumerate([COMMON, [1] * 40, [*COMMON, 5], [2, 3] * 20]):
@@ -212,35 +213,35 @@ def test_after_pages_were_taken_from_others(engine_of, naive):
 
 
 @pytest.fixture(scope="module")
-def half(tiny) -> Bumblebee:
+def bf16_model(tiny) -> Bumblebee:
     return make_model(tiny).to(torch.bfloat16)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-def test_bf16_logits_are_those_of_one_pass_within_rounding(half, tokenizer, padding, monkeypatch):
-    """bf16 is up to 0.5 away from fp32 here; two ways to add up in bf16 may differ by nearly as much."""
-    engine = GenerationEngine(half, tokenizer, (), EngineConfig(step_tokens=11))
+def test_bf16_logits_match_one_pass_within_rounding(bf16_model, tokenizer, padding, monkeypatch):
+    """bf16 is up to 0.5 away from fp32 here; two orders of summation in bf16 may differ by nearly as much."""
+    engine = GenerationEngine(bf16_model, tokenizer, (), EngineConfig(step_tokens=11))
     engine.model_runner.max_padding = padding
     logits, run_ = {}, engine.model_runner.run
 
-    def kept(chunks):
+    def recorded(chunks):
         out = run_(chunks)
         rows = [chunk.sequence for chunk in chunks if chunk.is_last]
         logits.update({(each.request.id, len(each.token_ids)): row for each, row in zip(rows, out, strict=True)})
         return out
 
-    monkeypatch.setattr(engine.model_runner, "run", kept)
-    found = run(engine, PROMPTS, greedy())
+    monkeypatch.setattr(engine.model_runner, "run", recorded)
+    results = run(engine, PROMPTS, greedy())
     assert len(logits) == 12 * len(PROMPTS)
     for (name, length), row in logits.items():
-        text = torch.tensor([[*PROMPTS[int(name)], *found[int(name)]][:length]])
-        torch.testing.assert_close(row, half(text)[0, -1], rtol=0, atol=0.3)
+        text = torch.tensor([[*PROMPTS[int(name)], *results[int(name)]][:length]])
+        torch.testing.assert_close(row, bf16_model(text)[0, -1], rtol=0, atol=0.3)
 
 
 @settings(max_examples=30)
 @given(data=st.data())
 def test_any_schedule(data, model, tokenizer, naive):
-    """Random prompts over a few tokens, options, moments of arrival and cancellations."""
+    """Random prompts over a few tokens, options, arrival times and cancellations."""
     options = EngineConfig(
         cache_tokens=data.draw(st.sampled_from([96, 160, 400])),
         max_running=data.draw(st.integers(1, 5)),
@@ -254,28 +255,28 @@ def test_any_schedule(data, model, tokenizer, naive):
     prompts = data.draw(st.lists(prompt.filter(bool), min_size=1, max_size=6))
     lengths = [data.draw(st.integers(1, 12)) for _ in prompts]
     engine.model_runner.max_padding = data.draw(st.sampled_from(PADDINGS))
-    found: dict[str, list[RequestOutput]] = {str(number): [] for number in range(len(prompts))}
+    results: dict[str, list[RequestOutput]] = {str(number): [] for number in range(len(prompts))}
     cancelled = set()
     for number, prompt in enumerate(prompts):
         engine.submit(EngineRequest(str(number), prompt, greedy(lengths[number])))
         for _ in range(data.draw(st.integers(0, 4))):
             for output in engine.step():
-                found[output.id].append(output)
+                results[output.id].append(output)
             check_blocks(engine)
         if data.draw(st.integers(0, 4)) == 0:
             cancelled.add(str(name := data.draw(st.integers(0, number))))
             engine.cancel(str(name))
     for name, outputs in finish(engine).items():
-        found[name] += outputs
+        results[name] += outputs
     for number, prompt in enumerate(prompts):
-        expected, outputs = naive(prompt, lengths[number]), found[str(number)]
+        expected, outputs = naive(prompt, lengths[number]), results[str(number)]
         assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
         assert ids(outputs) == expected[: len(ids(outputs))]
         assert outputs[-1].finish_reason == "length" and ids(outputs) == expected or str(number) in cancelled
     assert engine.block_pool.num_free + engine.block_pool.num_cached == engine.block_pool.num_blocks
 
 
-def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(engine_of):
+def test_seeded_tokens_do_not_depend_on_the_batch(engine_of):
     params = SamplingParams(max_new_tokens=20, seed=7, temperature=1.5)
     alone = [run(engine_of(), [prompt], params)[0] for prompt in PROMPTS]
     assert run(engine_of(), PROMPTS, params) == alone
@@ -284,20 +285,20 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(engine_of):
     assert len({tuple(tokens) for tokens in run(engine_of(), [COMMON] * 3, SamplingParams(max_new_tokens=20))}) == 3
 
 
-def test_stop_ids_and_strings_end_a_text_before_themselves(engine_of, naive, tokenizer):
+def test_text_ends_before_stop_ids_and_stop_strings(engine_of, naive, tokenizer):
     tokens = naive(COMMON, 12)
-    place = next(place for place in range(3, 12) if tokens[place] not in tokens[:place])
-    before = b"".join(tokenizer.token_bytes[token] for token in tokens[:place]).decode(errors="replace")
+    position = next(position for position in range(3, 12) if tokens[position] not in tokens[:position])
+    before = b"".join(tokenizer.token_bytes[token] for token in tokens[:position]).decode(errors="replace")
     for engine, params in (
-        (engine_of(), greedy(stop_ids=[tokens[place]])),
-        (engine_of(), greedy(stop_ids=[tokens[place]], ignore_eos=True)),
-        (engine_of(stop_ids=[tokens[place]]), greedy()),
+        (engine_of(), greedy(stop_ids=[tokens[position]])),
+        (engine_of(), greedy(stop_ids=[tokens[position]], ignore_eos=True)),
+        (engine_of(stop_ids=[tokens[position]]), greedy()),
     ):
         engine.submit(EngineRequest("a", COMMON, params))
         outputs = finish(engine)["a"]
-        assert ids(outputs) == tokens[: place + 1] and outputs[-1].finish_reason == "stop"
+        assert ids(outputs) == tokens[: position + 1] and outputs[-1].finish_reason == "stop"
         assert "".join(output.text for output in outputs) == before
-    engine = engine_of(stop_ids=[tokens[place]])
+    engine = engine_of(stop_ids=[tokens[position]])
     engine.submit(EngineRequest("a", COMMON, greedy(ignore_eos=True)))
     assert ids(finish(engine)["a"]) == tokens
     letter = next(character for character in before if character.isascii())
@@ -307,20 +308,20 @@ def test_stop_ids_and_strings_end_a_text_before_themselves(engine_of, naive, tok
     assert "".join(output.text for output in outputs) == before[: before.index(letter)]
 
 
-def test_a_deadline_ends_running_and_waiting_requests(engine_of, monkeypatch):
+def test_deadline_ends_running_and_waiting_requests(engine_of, monkeypatch):
     now = time.monotonic()
     engine = engine_of(max_running=1)
     for name, deadline in (("running", now + 50), ("waiting", now + 50), ("free", None), ("later", now + 500)):
         engine.submit(EngineRequest(name, [1, 2], greedy(), deadline))
     assert [output.id for output in engine.step()] == ["running"]
     monkeypatch.setattr(time, "monotonic", lambda: now + 100)
-    found = finish(engine)
-    assert [output.finish_reason for output in found["running"]] == ["timeout"]
-    assert [output.finish_reason for output in found["waiting"]] == ["timeout"]
-    assert len(ids(found["free"])) == len(ids(found["later"])) == 12
+    results = finish(engine)
+    assert [output.finish_reason for output in results["running"]] == ["timeout"]
+    assert [output.finish_reason for output in results["waiting"]] == ["timeout"]
+    assert len(ids(results["free"])) == len(ids(results["later"])) == 12
 
 
-def test_the_order_of_first_tokens_is_the_order_of_submission(engine_of):
+def test_first_tokens_come_in_order_of_submission(engine_of):
     engine = engine_of(max_running=2, cache_tokens=96, step_tokens=8)
     for number in range(8):
         engine.submit(EngineRequest(str(number), [number] * (30 if number % 3 == 0 else 4), greedy(3)))
@@ -328,19 +329,19 @@ def test_the_order_of_first_tokens_is_the_order_of_submission(engine_of):
     while engine.busy:
         first += [output.id for output in engine.step() if output.id not in first]
     assert set(first) == set(map(str, range(8)))
-    assert all(abs(place - int(name)) <= 1 for place, name in enumerate(first)), "two run at a time"
+    assert all(abs(position - int(name)) <= 1 for position, name in enumerate(first)), "two run at the same time"
 
 
-def test_logprobs_are_those_of_the_model(engine_of, model):
+def test_logprobs_are_the_models(engine_of, model):
     engine = engine_of()
     engine.submit(EngineRequest("a", COMMON, greedy(4, logprobs=3)))
     tokens = [token for output in finish(engine)["a"] for token in output.tokens]
     text = [*COMMON, *(token.id for token in tokens)]
     with torch.no_grad():
         expected = model(torch.tensor([text]))[0].log_softmax(-1)
-    for place, token in enumerate(tokens, start=len(COMMON) - 1):
-        assert token.logprob == pytest.approx(float(expected[place, token.id]), abs=1e-4)
-        values, indices = expected[place].topk(3)
+    for position, token in enumerate(tokens, start=len(COMMON) - 1):
+        assert token.logprob == pytest.approx(float(expected[position, token.id]), abs=1e-4)
+        values, indices = expected[position].topk(3)
         assert [index for index, _ in token.top] == indices.tolist()
         assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-4)
 
@@ -360,7 +361,7 @@ def test_logprobs_are_those_of_the_model(engine_of, model):
         ),
     ],
 )  # fmt: skip
-def test_what_can_never_run_is_refused_with_the_numbers(engine_of, prompt, params, message):
+def test_requests_that_can_never_run_raise(engine_of, prompt, params, message):
     engine = engine_of(cache_tokens=60)
     with pytest.raises(ValueError) as caught:
         engine.submit(EngineRequest("a", prompt, params))
@@ -368,7 +369,7 @@ def test_what_can_never_run_is_refused_with_the_numbers(engine_of, prompt, param
     assert not engine.busy and engine.step() == []
 
 
-def test_an_id_that_is_in_use_is_refused(engine_of):
+def test_duplicate_id_raises(engine_of):
     engine = engine_of()
     engine.submit(EngineRequest("a", [1], greedy(1)))
     with pytest.raises(ValueError, match="duplicate request id 'a'"):
@@ -377,29 +378,29 @@ def test_an_id_that_is_in_use_is_refused(engine_of):
     engine.submit(EngineRequest("a", [2], greedy(1)))
 
 
-def test_a_broken_step_changes_nothing_and_can_be_computed_again(engine_of, naive, monkeypatch):
+def test_failed_step_changes_nothing_and_can_be_retried(engine_of, naive, monkeypatch):
     engine = engine_of(step_tokens=20)
     for number, prompt in enumerate(PROMPTS):
         engine.submit(EngineRequest(str(number), prompt, greedy()))
     engine.submit(EngineRequest("late", [1], greedy()))
-    found: dict[str, list[RequestOutput]] = {}
-    forward, broken = engine.model_runner.model.forward, 0
+    results: dict[str, list[RequestOutput]] = {}
+    forward, failures = engine.model_runner.model.forward, 0
     while engine.busy:
-        monkeypatch.setattr(engine.model_runner.model, "forward", breaks_after_the_first_layer(engine.model_runner.model))
+        monkeypatch.setattr(engine.model_runner.model, "forward", fail_after_first_layer(engine.model_runner.model))
         engine.cancel("late")
         with pytest.raises(MemoryError):
             engine.step()
-        broken += 1
+        failures += 1
         monkeypatch.setattr(engine.model_runner.model, "forward", forward)
         check_blocks(engine)
         for output in engine.step():
-            found.setdefault(output.id, []).append(output)
-    assert broken > 12
-    assert [output.finish_reason for output in found["late"]] == ["cancelled"], "told when a step succeeds"
-    assert [ids(found[str(number)]) for number in range(len(PROMPTS))] == [naive(prompt, 12) for prompt in PROMPTS]
+            results.setdefault(output.id, []).append(output)
+    assert failures > 12
+    assert [output.finish_reason for output in results["late"]] == ["cancelled"], "reported by the next step that succeeds"
+    assert [ids(results[str(number)]) for number in range(len(PROMPTS))] == [naive(prompt, 12) for prompt in PROMPTS]
 
 
-def breaks_after_the_first_layer(model: Bumblebee):
+def fail_after_first_layer(model: Bumblebee):
     def forward(input_ids, position_ids, cache, logits_at):
         noise = torch.randn(1, input_ids.shape[1], 4, 8)
         cache[0].attend(noise, noise[:, :, :2], noise[:, :, :2])
@@ -408,7 +409,7 @@ def breaks_after_the_first_layer(model: Bumblebee):
     return forward
 
 
-def test_a_reset_drops_everything(engine_of, naive):
+def test_reset_drops_all_requests_and_blocks(engine_of, naive):
     engine = engine_of()
     for number, prompt in enumerate(PROMPTS):
         engine.submit(EngineRequest(str(number), prompt, greedy()))
@@ -420,7 +421,7 @@ def test_a_reset_drops_everything(engine_of, naive):
     assert run(engine, [COMMON], greedy()) == [naive(COMMON, 12)]
 
 
-def test_the_stats_tell_what_was_done(engine_of):
+def test_stats_count_tokens_steps_and_blocks(engine_of):
     engine = engine_of(max_running=1, cache_tokens=100)
     stats = engine.stats()
     assert (stats.blocks_total, stats.blocks_free, stats.steps) == (7, 7, 0)
@@ -434,7 +435,7 @@ def test_the_stats_tell_what_was_done(engine_of):
     assert (stats.blocks_free, stats.blocks_cached) == (5, 2)
 
 
-def test_a_cache_larger_than_the_memory_is_refused_before_anything_is_reserved(engine_of):
+def test_cache_larger_than_memory_raises(engine_of):
     with pytest.raises(
         ValueError, match=r"^cache_tokens: 1,000,000,000,000,000 positions take .* GiB on cpu, which has .*: at most"
     ):
@@ -442,6 +443,6 @@ def test_a_cache_larger_than_the_memory_is_refused_before_anything_is_reserved(e
 
 
 @pytest.mark.parametrize("name", ["cache_tokens", "max_running", "step_tokens"])
-def test_a_limit_below_one_is_refused(name):
+def test_limit_below_one_raises(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         EngineConfig(**{name: 0})

@@ -1,4 +1,4 @@
-"""Generation from a cache gives, token by token, what a loop without any cache gives; and it ends where it should."""
+"""Generator: the same tokens as a loop without a cache, stop conditions, streaming, and defaults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tokenizer(tokenizer_folder):
 
 @pytest.fixture(scope="module")
 def generator(tiny, tokenizer) -> Generator:
-    """Weights drawn wide, so that the most likely token leads by far more than rounding."""
+    """A large init std separates the top logits by far more than rounding."""
     torch.manual_seed(0)
     return Generator(Bumblebee(tiny(initializer_range=0.3)), tokenizer)
 
@@ -38,7 +38,7 @@ def with_stops(generator: Generator, stop_ids: list[int]) -> Generator:
 
 @torch.no_grad()
 def naive(generator: Generator, prompt: str, number: int) -> list[int]:
-    """The most likely token of a full forward pass, number times."""
+    """Greedy decoding with full forward passes, ``number`` times."""
     ids = generator.encode(prompt)
     for _ in range(number):
         ids = [*ids, int(generator.model(torch.tensor([ids]))[0, -1].argmax())]
@@ -46,30 +46,30 @@ def naive(generator: Generator, prompt: str, number: int) -> list[int]:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_generation_equals_the_loop_without_cache(generator, prompt):
+def test_greedy_matches_loop_without_cache(generator, prompt):
     (out,) = generator.generate([prompt], GREEDY)
     assert out.token_ids == naive(generator, prompt, 12)
-    assert len(set(out.token_ids)) > 3, "not the same token again and again, which would prove little"
+    assert len(set(out.token_ids)) > 3, "a repeated token would prove little"
 
 
-def test_a_batch_of_ragged_prompts_equals_the_loop_without_cache(generator):
+def test_ragged_batch_matches_loop_without_cache(generator):
     outs = generator.generate(PROMPTS, GREEDY)
     assert [out.token_ids for out in outs] == [naive(generator, prompt, 12) for prompt in PROMPTS]
 
 
-def test_more_prompts_than_run_at_once_come_back_in_order(generator, monkeypatch):
+def test_completions_are_in_the_order_of_the_prompts(generator, monkeypatch):
     monkeypatch.setattr(generators, "EngineConfig", lambda **limits: EngineConfig(max_running=2, **limits))
     outs = generator.generate(PROMPTS, GREEDY)
     assert [out.token_ids for out in outs] == [naive(generator, prompt, 12) for prompt in PROMPTS]
 
 
-def test_no_prompts_give_no_generations(generator):
+def test_no_prompts_give_no_completions(generator):
     assert generator.generate([], GREEDY) == []
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 3.0])
-def test_the_pieces_of_a_stream_join_to_the_text_of_generate(generator, temperature):
-    """Random tokens of a byte-level vocabulary: most characters outside ASCII are cut or broken."""
+def test_stream_joins_to_the_text_of_generate(generator, temperature):
+    """Random tokens of a byte-level vocabulary: most non-ASCII characters are split or invalid."""
     for seed in range(8):
         params = SamplingParams(max_new_tokens=40, temperature=temperature, seed=seed)
         (out,) = generator.generate(["The bee"], params)
@@ -78,15 +78,15 @@ def test_the_pieces_of_a_stream_join_to_the_text_of_generate(generator, temperat
         assert out.text == expected.decode("utf-8", errors="replace")
 
 
-def test_a_character_cut_across_tokens_is_streamed_whole(generator, monkeypatch):
-    """The model is made to say 🐝, one byte a token."""
+def test_character_split_across_tokens_is_streamed_whole(generator, monkeypatch):
+    """Scripted tokens: 🐝, one byte per token."""
     pieces = generator.tokenizer.token_bytes
     script = iter([pieces.index(bytes([byte])) for byte in "a🐝b".encode()])
     monkeypatch.setattr(module, "sample", lambda *args: [SampledToken(next(script))])
     assert list(generator.stream("x", SamplingParams(max_new_tokens=6))) == ["a", "🐝", "b"]
 
 
-def test_a_stream_begins_before_all_is_computed(generator, monkeypatch):
+def test_stream_starts_before_all_is_computed(generator, monkeypatch):
     steps = []
     original = module.sample
     monkeypatch.setattr(module, "sample", lambda *args: steps.append(1) or original(*args))
@@ -95,7 +95,7 @@ def test_a_stream_begins_before_all_is_computed(generator, monkeypatch):
     assert len(steps) < 30
 
 
-def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(generator):
+def test_same_seed_gives_same_text_alone_and_in_a_batch(generator):
     params = SamplingParams(max_new_tokens=10, seed=7)
     first, second = generator.generate(PROMPTS, params), generator.generate(PROMPTS, params)
     assert first == second
@@ -103,7 +103,7 @@ def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(generator):
     assert generator.generate(PROMPTS, SamplingParams(max_new_tokens=10, seed=8)) != first
 
 
-def test_without_a_seed_each_call_draws_anew(generator):
+def test_results_differ_without_a_seed(generator):
     params = SamplingParams(max_new_tokens=20)
     texts = [out.text for out in generator.generate(["The bee"] * 3, params)]
     assert len(set(texts)) == 3
@@ -115,7 +115,7 @@ def test_max_new_tokens_ends_with_length(generator, number):
     assert [(len(out.token_ids), out.finish_reason) for out in outs] == [(number, "length")] * len(PROMPTS)
 
 
-def test_the_last_position_ends_with_length(tiny, tokenizer):
+def test_last_position_ends_with_length(tiny, tokenizer):
     torch.manual_seed(0)
     generator = Generator(Bumblebee(tiny(initializer_range=0.3, max_position_embeddings=20)), tokenizer)
     params = SamplingParams(max_new_tokens=100, temperature=0.0, ignore_eos=True)
@@ -125,33 +125,33 @@ def test_the_last_position_ends_with_length(tiny, tokenizer):
         assert out.token_ids == naive(generator, prompt, len(out.token_ids))
 
 
-def test_each_end_of_text_id_ends_with_stop_and_has_no_text(generator):
+def test_stop_ids_end_with_stop_and_have_no_text(generator):
     tokens = naive(generator, "The bee", 12)
-    place = next(i for i in range(2, 12) if tokens[i] not in tokens[:i])
-    stopped = with_stops(generator, [399, tokens[place]])
+    position = next(i for i in range(2, 12) if tokens[i] not in tokens[:i])
+    stopped = with_stops(generator, [399, tokens[position]])
     (out,) = stopped.generate(["The bee"], SamplingParams(max_new_tokens=12, temperature=0.0))
-    assert out.token_ids == tokens[: place + 1] and out.finish_reason == "stop"
+    assert out.token_ids == tokens[: position + 1] and out.finish_reason == "stop"
     assert "".join(stopped.stream("The bee", SamplingParams(max_new_tokens=12, temperature=0.0))) == out.text
 
 
-def test_the_rows_of_a_batch_end_on_their_own(generator):
-    """The first row stops early; the others go on as if it had not."""
+def test_rows_of_a_batch_end_independently(generator):
+    """The first row stops early; the others are unaffected."""
     alone = {prompt: naive(generator, prompt, 12) for prompt in PROMPTS}
-    others = {token for prompt in PROMPTS[1:] for token in alone[prompt]}
-    stop = next(token for token in alone[PROMPTS[0]] if token not in others)
+    rest = {token for prompt in PROMPTS[1:] for token in alone[prompt]}
+    stop = next(token for token in alone[PROMPTS[0]] if token not in rest)
     outs = with_stops(generator, [stop]).generate(PROMPTS, SamplingParams(max_new_tokens=12, temperature=0.0))
     assert outs[0].finish_reason == "stop" and outs[0].token_ids[-1] == stop
     assert [out.token_ids for out in outs[1:]] == [alone[prompt] for prompt in PROMPTS[1:]]
     assert [out.finish_reason for out in outs[1:]] == ["length"] * 4
 
 
-def test_ignore_eos_goes_on(generator):
+def test_ignore_eos_continues(generator):
     tokens = naive(generator, "The bee", 12)
     (out,) = with_stops(generator, tokens).generate(["The bee"], GREEDY)
     assert out.token_ids == tokens and out.finish_reason == "length"
 
 
-def test_stop_ids_come_from_the_config_the_tokenizer_and_generation_config(tiny, tokenizer, tmp_path):
+def test_stop_ids_come_from_all_configs(tiny, tokenizer, tmp_path):
     Bumblebee(tiny(eos_token_id=[5, 6])).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert Generator.from_pretrained(tmp_path, device="cpu").stop_ids == {0, 5, 6}
@@ -165,13 +165,13 @@ def test_stop_ids_come_from_the_config_the_tokenizer_and_generation_config(tiny,
         Generator.from_pretrained(tmp_path, device="cpu")
 
 
-def test_a_folder_gives_the_same_text_as_the_model_it_was_saved_from(generator, tmp_path):
+def test_saved_folder_generates_the_same_text(generator, tmp_path):
     generator.model.save_pretrained(tmp_path)
     generator.tokenizer.save_pretrained(tmp_path)
     assert Generator.from_pretrained(tmp_path, device="cpu").generate(PROMPTS, GREEDY) == generator.generate(PROMPTS, GREEDY)
 
 
-def test_a_dtype_can_be_asked_for(generator, tmp_path):
+def test_dtype_option(generator, tmp_path):
     generator.model.save_pretrained(tmp_path)
     generator.tokenizer.save_pretrained(tmp_path)
     half = Generator.from_pretrained(tmp_path, device="cpu", dtype="bfloat16")
@@ -182,7 +182,7 @@ def test_a_dtype_can_be_asked_for(generator, tmp_path):
 
 
 @pytest.mark.parametrize("run", [lambda g, p: g.generate(["x", p]), lambda g, p: next(g.stream(p))], ids=["generate", "stream"])
-def test_prompts_that_cannot_be_continued_are_refused(generator, run):
+def test_empty_and_too_long_prompts_raise(generator, run):
     with pytest.raises(ValueError, match="the prompt is empty"):
         run(generator, "")
     long = "q" * 256
@@ -191,22 +191,22 @@ def test_prompts_that_cannot_be_continued_are_refused(generator, run):
         run(generator, long)
 
 
-def test_a_prompt_that_leaves_one_position_gets_one_token(generator):
+def test_prompt_leaving_one_position_gets_one_token(generator):
     (out,) = generator.generate(["q" * 255], GREEDY)
     assert len(out.token_ids) == 1 and out.finish_reason == "length"
 
 
-def test_a_prompt_that_spells_a_special_token_is_text(generator):
+def test_spelled_special_token_in_a_prompt_is_text(generator):
     assert not generator.tokenizer.special_ids.intersection(generator.prepare("<|im_end|>", GREEDY))
 
 
-def test_ids_as_a_prompt_are_the_text_they_stand_for(generator):
+def test_token_ids_as_prompt_equal_the_text(generator):
     for prompt in PROMPTS:
         (text,), (ids,) = (generator.generate([each], GREEDY) for each in (prompt, generator.encode(prompt)))
         assert text == ids
 
 
-def test_a_question_is_put_into_the_chat_template(generator, tokenizer):
+def test_encode_chat_applies_the_chat_template(generator, tokenizer):
     system = {"role": "system", "content": "Be brief."}
     messages = [system, {"role": "user", "content": "Who lays <|im_end|> eggs?"}]
     assert generator.encode_chat("Who lays <|im_end|> eggs?", system="Be brief.") == tokenizer.apply_chat_template(
@@ -215,7 +215,7 @@ def test_a_question_is_put_into_the_chat_template(generator, tokenizer):
     assert generator.encode_chat("Who?") == tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], None, True)
 
 
-def test_each_prompt_can_have_params_of_its_own(generator):
+def test_params_per_prompt(generator):
     numbers = dict(zip(PROMPTS[:3], (3, 1, 5), strict=True))
     params = [SamplingParams(max_new_tokens=number, temperature=0.0, ignore_eos=True) for number in numbers.values()]
     outs = generator.generate(list(numbers), params)
@@ -224,34 +224,34 @@ def test_each_prompt_can_have_params_of_its_own(generator):
         generator.generate(PROMPTS[:2], params)
 
 
-def test_of_several_prompts_the_one_that_cannot_be_continued_is_named(generator):
+def test_error_names_the_invalid_prompt(generator):
     with pytest.raises(ValueError, match="^prompt 2 of 3: the prompt is empty"):
         generator.generate(["a", "", "b"], GREEDY)
     with pytest.raises(ValueError, match="^prompt 3 of 3: the prompt has token id 400; the model's ids are 0 to 399"):
         generator.generate(["a", "b", [400]], GREEDY)
 
 
-def test_log_probabilities_come_with_the_tokens(generator):
+def test_tokens_have_logprobs(generator):
     (out,) = generator.generate(["The bee"], SamplingParams(max_new_tokens=3, temperature=0.0, logprobs=2))
     for token in out.tokens:
         assert token.top[0] == (token.id, token.logprob) and len(token.top) == 2 and token.logprob < 0
 
 
-def test_a_small_batch_takes_a_small_cache(generator, monkeypatch):
-    """26 characters at most and 12 new tokens: not the thousands of positions of an engine that stays."""
-    made = []
+def test_cache_is_sized_for_the_batch(generator, monkeypatch):
+    """A few blocks, not the thousands of positions of a long-lived engine."""
+    engines = []
     original = generator.engine
-    monkeypatch.setattr(generator, "engine", lambda options=None: made.append(original(options)) or made[-1])
+    monkeypatch.setattr(generator, "engine", lambda options=None: engines.append(original(options)) or engines[-1])
     generator.generate(PROMPTS, GREEDY)
-    assert made[0].block_pool.num_blocks == sum(-(-(len(generator.encode(prompt)) + 11) // 16) for prompt in PROMPTS)
+    assert engines[0].block_pool.num_blocks == sum(-(-(len(generator.encode(prompt)) + 11) // 16) for prompt in PROMPTS)
     config = generator.model.config
-    assert original().block_pool.num_blocks == config.max_position_embeddings * 64 // 16  # of all that can run at the same time
+    assert original().block_pool.num_blocks == config.max_position_embeddings * 64 // 16  # for max_running sequences
     big = EngineConfig(max_running=10**6)
     assert original(big).block_pool.num_blocks == 2**29 // (bytes_per_position(config, generator.dtype) * 16)
 
 
-def test_what_was_in_the_caches_memory_before_is_never_read(generator, monkeypatch):
-    """Prompts of several lengths, alone and padded, long after the memory was another's."""
+def test_uninitialised_cache_memory_is_never_read(generator, monkeypatch):
+    """Prompts of several lengths, alone and padded, in a cache filled with NaN."""
     engines = []
     original = generator.engine
 
@@ -268,22 +268,22 @@ def test_what_was_in_the_caches_memory_before_is_never_read(generator, monkeypat
     assert engines
 
 
-def test_a_stream_that_is_left_early_frees_all_it_holds(generator, monkeypatch):
-    made = []
+def test_closing_a_stream_frees_its_engine(generator, monkeypatch):
+    engines = []
     original = generator.engine
 
     def engine(options):
         new = original(options)
-        made.append(weakref.ref(new))
+        engines.append(weakref.ref(new))
         return new
 
     monkeypatch.setattr(generator, "engine", engine)
     stream = generator.stream("The bee", SamplingParams(max_new_tokens=100, temperature=0.0, ignore_eos=True))
     next(stream)
-    assert made[0]() is not None
+    assert engines[0]() is not None
     stream.close()
     gc.collect()
-    assert made[0]() is None
+    assert engines[0]() is None
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_stream_that_is_left_early_frees_all_it_holds(generator, monkeypatch):
         ),
     ],
 )
-def test_defaults_are_what_transformers_would_do_with_the_folder(tiny, tokenizer, tmp_path, settings, expected):
+def test_sampling_defaults_match_transformers(tiny, tokenizer, tmp_path, settings, expected):
     Bumblebee(tiny()).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     file = tmp_path / "generation_config.json"

@@ -1,4 +1,4 @@
-"""A forward pass over the paged cache equals one over the whole text, however the text is cut and wherever its pages lie."""
+"""A forward pass over the paged KV cache equals one over the whole text, for any chunks and any block table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bumblebee.inference.attention_metadata import AttentionMetadata
 from bumblebee.inference.kv_cache import KVCache, bytes_per_position
 
 CPU = torch.device("cpu")
-V, SIZE, PAGES = 64, 4, 12
+V, SIZE, NUM_BLOCKS = 64, 4, 12
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}
 
 
@@ -33,7 +33,7 @@ def model(request, tiny) -> Bumblebee:
 
 
 def cache_of(model: Bumblebee, filler: float = 0.0) -> KVCache:
-    cache = KVCache(model.config, PAGES, SIZE, model.lm_head.weight.dtype, [CPU] * model.config.num_hidden_layers)
+    cache = KVCache(model.config, NUM_BLOCKS, SIZE, model.lm_head.weight.dtype, [CPU] * model.config.num_hidden_layers)
     for layer in cache.layers:
         layer.keys.fill_(filler)
         layer.values.fill_(filler)
@@ -41,57 +41,57 @@ def cache_of(model: Bumblebee, filler: float = 0.0) -> KVCache:
 
 
 @st.composite
-def cut_texts(draw) -> tuple[list[list[int]], list[list[int]]]:
-    """Up to three sequences: for each its pages, somewhere in the pool, and the lengths of its chunks."""
-    pages = draw(st.permutations(range(PAGES)))
+def chunked_texts(draw) -> tuple[list[list[int]], list[list[int]]]:
+    """Up to three sequences: for each a random block table and the lengths of its chunks."""
+    block_tables = draw(st.permutations(range(NUM_BLOCKS)))
     chunks = draw(st.lists(st.lists(st.sampled_from([1, 1, 1, 2, 3, 5]), min_size=1, max_size=5), min_size=1, max_size=3))
     chunks = [its[: next((n for n in range(len(its)) if sum(its[: n + 1]) > 4 * SIZE), len(its))] or [1] for its in chunks]
-    return [list(pages[4 * row : 4 * row + 4]) for row in range(len(chunks))], chunks
+    return [list(block_tables[4 * row : 4 * row + 4]) for row in range(len(chunks))], chunks
 
 
 @torch.inference_mode()
-def over_the_cache(model: Bumblebee, texts: list[list[int]], pages, chunks, padding: float) -> list[torch.Tensor]:
-    """The logits of each sequence, computed chunk by chunk: all first chunks in one step, then all second ones ..."""
+def over_the_cache(model: Bumblebee, texts: list[list[int]], block_tables, chunks, padding: float) -> list[torch.Tensor]:
+    """The logits of each sequence, computed chunk by chunk: all first chunks in one step, then all second ones, and so on."""
     cache, logits = cache_of(model, filler=7.0), [[] for _ in texts]
     done = [0] * len(texts)
     for step in range(max(map(len, chunks))):
         rows = sorted((row for row in range(len(texts)) if step < len(chunks[row])), key=lambda row: chunks[row][step] > 1)
         counts = [chunks[row][step] for row in rows]
         ends = [done[row] + count for row, count in zip(rows, counts, strict=True)]
-        layers = cache.prepare(AttentionMetadata.build([pages[row] for row in rows], ends, counts, SIZE, CPU, padding))
+        layers = cache.prepare(AttentionMetadata.build([block_tables[row] for row in rows], ends, counts, SIZE, CPU, padding))
         ids = [index for row, end in zip(rows, ends, strict=True) for index in texts[row][done[row] : end]]
-        places = [place for row, end in zip(rows, ends, strict=True) for place in range(done[row], end)]
-        out = model(torch.tensor([ids]), torch.tensor([places]), cache=layers)[0].split(counts)
+        position_ids = [position for row, end in zip(rows, ends, strict=True) for position in range(done[row], end)]
+        out = model(torch.tensor([ids]), torch.tensor([position_ids]), cache=layers)[0].split(counts)
         for row, end, part in zip(rows, ends, out, strict=True):
             logits[row].append(part)
             done[row] = end
     return [torch.cat(parts) for parts in logits]
 
 
-@pytest.mark.parametrize("padding", [0, 1.5, math.inf], ids=["each alone", "together where alike", "together"])
-def test_logits_over_a_cache_equal_those_of_one_pass_however_the_texts_are_cut(model, padding):
-    """What lay in the pages before, and other sequences in the same step, are not seen."""
+@pytest.mark.parametrize("padding", [0, 1.5, math.inf], ids=["separate", "similar", "together"])
+def test_chunked_logits_equal_one_full_pass(model, padding):
+    """Old content of the blocks, and other sequences of the same step, have no effect."""
 
     @settings(max_examples=40)
-    @given(cut_texts(), st.integers(0, 99))
+    @given(chunked_texts(), st.integers(0, 99))
     def check(cut, seed):
-        pages, chunks = cut
-        drawn = torch.Generator().manual_seed(seed)
-        texts = [torch.randint(V, (sum(its),), generator=drawn).tolist() for its in chunks]
-        for text, logits in zip(texts, over_the_cache(model, texts, pages, chunks, padding), strict=True):
+        block_tables, chunks = cut
+        generator = torch.Generator().manual_seed(seed)
+        texts = [torch.randint(V, (sum(its),), generator=generator).tolist() for its in chunks]
+        for text, logits in zip(texts, over_the_cache(model, texts, block_tables, chunks, padding), strict=True):
             expected = model(torch.tensor([text]))[0]
             torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE[logits.dtype])
 
     check()
 
 
-def test_a_padded_row_reads_nothing_of_others_not_even_what_is_no_number(model):
-    """Another sequence's broken numbers stay in its pages, and in the rest of pages that have changed hands."""
+def test_padded_rows_read_nothing_of_others_not_even_nan(model):
+    """NaN stays in another sequence's blocks, and in the unused rest of reused blocks."""
     cache = cache_of(model, filler=float("nan"))
     long, short = list(range(9)), [5]
-    for pages, text in (([0, 1, 2], long), ([3], short)):
+    for block_tables, text in (([0, 1, 2], long), ([3], short)):
         layers = cache.prepare(
-            AttentionMetadata.build([pages], [len(text) - 1 or 1], [len(text) - 1 or 1], SIZE, CPU, math.inf)
+            AttentionMetadata.build([block_tables], [len(text) - 1 or 1], [len(text) - 1 or 1], SIZE, CPU, math.inf)
         )
         part = text[:-1] or text
         model(torch.tensor([part]), torch.arange(len(part))[None], cache=layers)
@@ -102,11 +102,11 @@ def test_a_padded_row_reads_nothing_of_others_not_even_what_is_no_number(model):
     torch.testing.assert_close(out[1], model(torch.tensor([[5, 6]]))[0, -1], rtol=0, atol=tolerance)
 
 
-def test_the_cache_has_the_shape_dtype_and_bytes_that_are_promised(tiny):
+def test_cache_shape_dtype_and_bytes(tiny):
     config = tiny(head_dim=16)
     cache = KVCache(config, num_blocks=3, block_size=5, dtype=torch.bfloat16, devices=[CPU] * config.num_hidden_layers)
     assert len(cache.layers) == 2
     assert {tuple(layer.keys.shape) for layer in cache.layers} == {(3, 5, 2, 16)}
     assert {layer.values.dtype for layer in cache.layers} == {torch.bfloat16}
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == 3 * 5 * bytes_per_position(config, torch.bfloat16)
+    total = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert total == 3 * 5 * bytes_per_position(config, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""SamplingParams refuses what is out of its range, with the name, the rule and the value."""
+"""SamplingParams: values out of range raise with the name, the rule and the value."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IDS = "a list of token ids, 0 or more"
         ("ignore_eos", "true or false", [1, None, "yes"]),
     ],
 )
-def test_a_value_out_of_its_range_is_refused(name, rule, values):
+def test_values_out_of_range_raise(name, rule, values):
     for value in values:
         with pytest.raises(ValueError) as caught:
             SamplingParams(**{name: value})
@@ -47,7 +47,7 @@ def test_a_value_out_of_its_range_is_refused(name, rule, values):
 @pytest.mark.parametrize(
     "values", [{"stop": ["a" * 257]}, {"stop": list("abcdefghijklmnopq")}, {"logit_bias": dict.fromkeys(range(1025), 1.0)}]
 )
-def test_more_than_a_sane_number_is_refused_in_one_short_line(values):
+def test_oversized_values_raise_with_a_short_message(values):
     with pytest.raises(ValueError) as caught:
         SamplingParams(**values)
     assert len(str(caught.value)) < 250 and "\n" not in str(caught.value)
@@ -74,23 +74,23 @@ VALUES = st.builds(
 
 
 @given(VALUES)
-def test_every_value_in_its_range_is_taken_and_travels_between_processes(values):
+def test_valid_values_are_kept_and_can_be_pickled(values):
     params = SamplingParams(**values)
     assert dataclasses.asdict(params) == values
     assert pickle.loads(pickle.dumps(params)) == params
 
 
-def test_a_request_cannot_be_changed_once_it_is_made():
+def test_params_are_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().temperature = 0.5
 
 
-def test_requests_do_not_share_their_lists():
+def test_defaults_are_not_shared():
     assert SamplingParams().stop is not SamplingParams().stop
 
 
 @pytest.mark.parametrize(("name", "values"), [("logit_bias", {9: 1.0, 10: 1.0}), ("stop_ids", [9, 10])])
-def test_ids_that_the_model_does_not_have_are_refused(name, values):
+def test_ids_out_of_the_vocabulary_raise(name, values):
     params = SamplingParams(**{name: values})
     params.check_ids(11)
     with pytest.raises(ValueError, match=f"{name}: token id 10 is out of the vocabulary; the model.s ids are 0 to 9"):

@@ -21,7 +21,7 @@ import transformers  # noqa: E402
 from bumblebee import Bumblebee, Generator, HuggingFaceModel, SamplingParams, Tokenizer  # noqa: E402
 from bumblebee.checkpoint.consolidate import consolidate  # noqa: E402
 from bumblebee.checkpoint.merge import merge  # noqa: E402
-from bumblebee.lora import differences  # noqa: E402
+from bumblebee.lora import logit_differences  # noqa: E402
 from bumblebee.models.loading import load_model  # noqa: E402
 from bumblebee.verify.reference_loop import sample_indices
 
@@ -214,7 +214,7 @@ def test_lora_trains_adapters_that_resume_and_merge(olmo2: Path, tmp_path: Path)
     train(tmp_path / "part", resume=str(tmp_path / "whole" / "checkpoint-3"), **job)
     assert adapter_bytes(tmp_path / "part") == adapter_bytes(tmp_path / "whole")
     merge(tmp_path / "whole", tmp_path / "merged")
-    assert differences(tmp_path / "merged", tmp_path / "whole")["float32"][0] < 1e-4
+    assert logit_differences(tmp_path / "merged", tmp_path / "whole")["float32"][0] < 1e-4
     ids = tokens(1, 9)
     with torch.no_grad():
         same(load_model(tmp_path / "whole").eval()(ids), hf(tmp_path / "merged")(ids).logits)

@@ -1,4 +1,4 @@
-"""A chat template gives in our sandbox the text, the ids and the mask that it gives in transformers."""
+"""Chat templates give the same text, ids and mask as in transformers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def both(folder: Path):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_text_and_ids_of_any_conversation_are_those_of_transformers(folders, backend, template):
+def test_text_and_ids_equal_transformers(folders, backend, template):
     ours, hf = both(folders / backend / template)
 
     @settings(deadline=None, max_examples=25)
@@ -82,7 +82,7 @@ def test_text_and_ids_of_any_conversation_are_those_of_transformers(folders, bac
 @pytest.mark.parametrize("template", ["chatml", "qwen"])
 @pytest.mark.parametrize("content", [None, "", "One moment."])
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
-def test_tools_and_calls_are_rendered_as_in_transformers(folders, template, content, system):
+def test_tools_and_calls_equal_transformers(folders, template, content, system):
     ours, hf = both(folders / "bytes" / template)
     call = {"role": "assistant", "content": content, "tool_calls": [CALL, CALL]}
     results = [{"role": "tool", "content": "3.5"}, {"role": "tool", "content": "4"}]
@@ -93,7 +93,7 @@ def test_tools_and_calls_are_rendered_as_in_transformers(folders, template, cont
         assert ours.apply_chat_template(messages, tools) == hf.apply_chat_template(messages, tools=tools, return_dict=False)
 
 
-def test_the_mask_of_a_tagged_template_is_that_of_transformers(folders):
+def test_assistant_mask_equals_transformers(folders):
     ours, hf = both(folders / "bytes" / "tagged")
 
     @settings(deadline=None, max_examples=50)
@@ -107,7 +107,7 @@ def test_the_mask_of_a_tagged_template_is_that_of_transformers(folders):
     check()
 
 
-def test_the_tool_use_template_is_chosen_as_in_transformers(tmp_path):
+def test_tool_use_template_is_selected_as_in_transformers(tmp_path):
     named = [{"name": "default", "template": LLAMA}, {"name": "tool_use", "template": QWEN}]
     ours, hf = both(write(tmp_path, BACKENDS["bytes"], named))
     messages = [{"role": "user", "content": "Add."}]
@@ -116,7 +116,7 @@ def test_the_tool_use_template_is_chosen_as_in_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("given_as", ["settings", "jinja", "json", "default"])
-def test_a_saved_folder_has_a_template_that_transformers_applies(tmp_path, given_as):
+def test_saved_template_works_in_transformers(tmp_path, given_as):
     folder = write(tmp_path / "old", BACKENDS["bytes"], QWEN if given_as == "settings" else None)
     if given_as == "jinja":
         (folder / "chat_template.jinja").write_text(QWEN)

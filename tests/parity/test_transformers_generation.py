@@ -1,4 +1,4 @@
-"""Greedy generation over a folder gives the tokens that transformers' generate gives, and stops where it stops."""
+"""Greedy generation from a model folder gives the same tokens as transformers' ``generate`` and stops with it."""
 
 from __future__ import annotations
 
@@ -49,27 +49,27 @@ def save(model: Qwen2ForCausalLM, tokenizer: Tokenizer, folder: Path, eos: int |
     return folder
 
 
-def continued(model: Qwen2ForCausalLM, ids: list[int]) -> list[int]:
+def hf_generate(model: Qwen2ForCausalLM, ids: list[int]) -> list[int]:
     out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=LENGTH)
     return out[0, len(ids) :].tolist()
 
 
-def test_greedy_tokens_are_those_of_transformers(hf, tokenizer, tmp_path):
+def test_greedy_tokens_match_transformers(hf, tokenizer, tmp_path):
     """Our Generator also stops at the tokenizer's EOS token, so transformers gets it too."""
     generator = Generator.from_pretrained(save(hf, tokenizer, tmp_path, [399, tokenizer.eos_token_id]), device="cpu")
     outs = generator.generate(PROMPTS, SamplingParams(max_new_tokens=LENGTH, temperature=0.0))
-    assert [out.token_ids for out in outs] == [continued(hf, tokenizer.encode(prompt)) for prompt in PROMPTS]
+    assert [out.token_ids for out in outs] == [hf_generate(hf, tokenizer.encode(prompt)) for prompt in PROMPTS]
     assert LENGTH in [len(out.token_ids) for out in outs]
 
 
-def test_every_id_of_a_list_in_generation_config_stops_both(hf, tokenizer, tmp_path):
+def test_every_eos_id_of_generation_config_stops(hf, tokenizer, tmp_path):
     ids = tokenizer.encode(PROMPTS[0])
     save(hf, tokenizer, tmp_path / "free", 399)
-    free = continued(hf, ids)
-    for place in (3, 6):
-        save(hf, tokenizer, tmp_path / "list", [398, free[place]])
-        stopped = continued(hf, ids)
-        assert len(stopped) < LENGTH and stopped[-1] == free[place]
+    free = hf_generate(hf, ids)
+    for index in (3, 6):
+        save(hf, tokenizer, tmp_path / "list", [398, free[index]])
+        stopped = hf_generate(hf, ids)
+        assert len(stopped) < LENGTH and stopped[-1] == free[index]
         generator = Generator.from_pretrained(tmp_path / "list", device="cpu")
         (out,) = generator.generate([PROMPTS[0]], SamplingParams(max_new_tokens=LENGTH, temperature=0.0))
         assert out.token_ids == stopped and out.finish_reason == "stop"
@@ -90,16 +90,16 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_family_generates_what_transformers_generates(name, tokenizer, tmp_path):
+def test_each_family_generates_the_same_tokens(name, tokenizer, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[name], dtype=torch.float32).eval()
     generator = Generator.from_pretrained(save(model, tokenizer, tmp_path, [399, tokenizer.eos_token_id]), device="cpu")
     outs = generator.generate(PROMPTS, SamplingParams(max_new_tokens=LENGTH, temperature=0.0))
-    assert [out.token_ids for out in outs] == [continued(model, tokenizer.encode(prompt)) for prompt in PROMPTS]
+    assert [out.token_ids for out in outs] == [hf_generate(model, tokenizer.encode(prompt)) for prompt in PROMPTS]
     assert max(len(out.token_ids) for out in outs) == LENGTH
 
 
-def test_generation_ends_before_dynamic_frequencies_would_change(tokenizer, tmp_path):
+def test_generation_ends_before_dynamic_rope_changes(tokenizer, tmp_path):
     """Cached keys were rotated with the frequencies of the model's own context length."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES["dynamic"], dtype=torch.float32).eval()

@@ -33,7 +33,7 @@ from transformers import (  # noqa: E402
 from bumblebee import Bumblebee, BumblebeeConfig  # noqa: E402
 from bumblebee.checkpoint.families import FAMILIES, family_of, read_config  # noqa: E402
 from bumblebee.checkpoint.hf_folder import load_config  # noqa: E402
-from bumblebee.checkpoint.weight_mapping import as_stored  # noqa: E402
+from bumblebee.checkpoint.weight_mapping import to_file_tensors  # noqa: E402
 from bumblebee.hardware.flops import num_active_parameters  # noqa: E402
 
 SHAPE: dict[str, Any] = {
@@ -152,7 +152,7 @@ def test_gradients_equal_transformers(ours, hf, input_ids):
     expected = dict(hf.named_parameters())
     actual = {name: parameter.grad for name, parameter in ours.named_parameters()}
     rules = family_of(ours.config).rules(ours.config)
-    actual |= dict(as_stored(rules, actual.items()))  # transformers names modules like ours or like the file
+    actual |= dict(to_file_tensors(rules, actual.items()))  # transformers names modules like ours or like the file
     for name in expected:
         gradient = actual[name]
         if name.endswith("k_proj.bias"):  # adds the same to all scores of a query: its true gradient is zero

@@ -1,4 +1,4 @@
-"""Penalties and cuts are those of transformers' logits processors, in the same order."""
+"""Penalties and truncation match transformers' logits processors, in the same order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VOCABULARY, NUMBERS = 600, 400
 
 
 def hf(params: SamplingParams) -> LogitsProcessorList:
-    """What transformers' generate would put together."""
+    """The logits processors that transformers' ``generate`` would use."""
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(params.repetition_penalty)])
     processors.append(TemperatureLogitsWarper(params.temperature))
     if params.top_k:
@@ -36,8 +36,8 @@ def hf(params: SamplingParams) -> LogitsProcessorList:
     return processors
 
 
-class Evenly(SamplerState):
-    """Requests whose random numbers are spread evenly over 0 to 1."""
+class FixedNumber(SamplerState):
+    """A request with a fixed random number."""
 
     number = 0.0
 
@@ -45,11 +45,11 @@ class Evenly(SamplerState):
         return self.number
 
 
-def drawn(logits: torch.Tensor, prompt: list[int], params: SamplingParams) -> torch.Tensor:
-    """Shares of the tokens over many evenly spread random numbers."""
-    states = [Evenly(prompt, params) for _ in range(NUMBERS)]
-    for place, state in enumerate(states):
-        state.number = (place + 0.5) / NUMBERS
+def frequencies(logits: torch.Tensor, prompt: list[int], params: SamplingParams) -> torch.Tensor:
+    """Token frequencies over many evenly spaced random numbers."""
+    states = [FixedNumber(prompt, params) for _ in range(NUMBERS)]
+    for index, state in enumerate(states):
+        state.number = (index + 0.5) / NUMBERS
     tokens = torch.tensor([token.id for token in sample(logits.expand(NUMBERS, -1), states)])
     return torch.bincount(tokens, minlength=VOCABULARY) / NUMBERS
 
@@ -67,18 +67,18 @@ def drawn(logits: torch.Tensor, prompt: list[int], params: SamplingParams) -> to
         repetition_penalty=st.sampled_from([1.0, 1.2, 0.7]),
     ),
 )
-def test_shares_of_drawn_tokens_are_the_probabilities_of_transformers(seed, width, params):
-    """Evenly spread numbers hit a token as often as its probability says, give or take one number at either end."""
+def test_token_frequencies_match_transformers_probabilities(seed, width, params):
+    """FixedNumber spaced numbers hit a token in proportion to its probability, give or take one number at either end."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(1, VOCABULARY, generator=generator) * width
     prompt = torch.randint(VOCABULARY, (30,), generator=generator).tolist()
     expected = hf(params)(torch.tensor([prompt]), logits).softmax(-1)[0]
-    assert (drawn(logits, prompt, params) - expected).abs().max().item() <= 1.01 / NUMBERS
+    assert (frequencies(logits, prompt, params) - expected).abs().max().item() <= 1.01 / NUMBERS
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.6])
-def test_the_most_likely_token_after_a_repetition_penalty_is_theirs_step_by_step(penalty):
-    """Prompt and new tokens alike."""
+def test_greedy_with_repetition_penalty_matches_stepwise(penalty):
+    """The penalty applies to prompt and new tokens."""
     params = SamplingParams(temperature=0.0, repetition_penalty=penalty)
     logits = torch.randn(40, 1, 50, generator=torch.Generator().manual_seed(0))
     prompt, new = [3, 3, 7], []

@@ -1,8 +1,8 @@
-"""Our Tokenizer and transformers' AutoTokenizer give the same ids for a folder of either side.
+"""Our Tokenizer and transformers' AutoTokenizer give the same ids for the same folder.
 
-What differs, on purpose: text that spells a special token is text for us; AutoTokenizer reads the token unless it is told
-``split_special_tokens=True``. And beside a Qwen2 config.json, transformers 5 composes characters (NFC) before it encodes,
-whatever tokenizer.json says; a tokenizer trained here does not, so that every text can be decoded.
+Two differences are intended. Text that spells a special token is text for us; AutoTokenizer encodes the token unless it gets
+``split_special_tokens=True``. And next to a Qwen2 config.json, transformers 5 normalizes to NFC whatever tokenizer.json says; a
+tokenizer trained here does not, so that every text can be decoded.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def qwen2_like(folder: Path) -> Path:
     return write(folder, backend, tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-# What a sentencepiece vocabulary begins with: three control pieces, and a piece for each byte.
+# The beginning of a SentencePiece vocabulary: three control tokens and one token per byte.
 FIRST = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
 
 
 def finish_llama(backend: tokenizers.Tokenizer) -> None:
-    """The parts that both kinds of Llama-like tokenizer share."""
+    """What both Llama-like tokenizers have in common."""
     backend.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -71,7 +71,7 @@ def finish_llama(backend: tokenizers.Tokenizer) -> None:
 
 
 def llama_like_bpe(folder: Path) -> Path:
-    """As Llama 2's: merges over pieces with \u2581 for a space, bytes for characters without a piece."""
+    """As Llama 2: merges with \u2581 for a space, and byte fallback."""
     learner = tokenizers.Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     learner.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=120, show_progress=False))
@@ -87,7 +87,7 @@ def llama_like_bpe(folder: Path) -> Path:
 
 
 def llama_like_unigram(folder: Path) -> Path:
-    """As sentencepiece's unigram model with byte fallback."""
+    """As a SentencePiece unigram model with byte fallback."""
     learner = tokenizers.Tokenizer(models.Unigram())
     learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     learner.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=80, show_progress=False))
@@ -121,7 +121,7 @@ def as_text(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def test_ids_of_any_text_are_those_of_autotokenizer(ours, hf):
+def test_ids_equal_autotokenizer(ours, hf):
     @settings(deadline=None)
     @given(TEXTS)
     def check(text):
@@ -130,7 +130,7 @@ def test_ids_of_any_text_are_those_of_autotokenizer(ours, hf):
     check()
 
 
-def test_decoded_text_is_that_of_autotokenizer(ours, hf):
+def test_decoded_text_equals_autotokenizer(ours, hf):
     @settings(deadline=None)
     @given(st.lists(st.integers(0, ours.vocab_size - 1), max_size=12), st.booleans())
     def check(ids, skip):
@@ -140,7 +140,7 @@ def test_decoded_text_is_that_of_autotokenizer(ours, hf):
     check()
 
 
-def test_a_prompt_begins_as_autotokenizer_begins_it(ours, hf):
+def test_prompt_prefix_and_special_ids_equal_autotokenizer(ours, hf):
     assert ours.prefix_ids + ours.encode("hello") == hf.encode("hello")
     assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (
         hf.bos_token_id, hf.eos_token_id, hf.pad_token_id
@@ -148,10 +148,10 @@ def test_a_prompt_begins_as_autotokenizer_begins_it(ours, hf):
     assert ours.vocab_size == len(hf)
 
 
-def test_streamed_bytes_are_the_text(ours):
-    """After NFC for the Qwen2-like, and behind one space for the Llama-like, as sentencepiece has it.
+def test_streamed_bytes_equal_the_text(ours):
+    """Normalized to NFC for the Qwen2-like, and after one space for the Llama-like tokenizers, as in SentencePiece.
 
-    A unigram model finds pieces such as ``<s>`` and ``<0x41>`` in a text by itself, and the library has no switch for it.
+    A unigram model matches control tokens such as ``<s>`` and ``<0x41>`` in a text, and the library cannot disable it.
     """
     finds_control_pieces = isinstance(ours.backend.model, models.Unigram)
 
@@ -174,7 +174,7 @@ def test_streamed_bytes_are_the_text(ours):
 
 @pytest.fixture(scope="module", params=["alone", "beside a qwen2 config.json", "beside a llama config.json"])
 def trained(request, tiny, tmp_path_factory) -> Iterator[tuple[Tokenizer, object]]:
-    """A tokenizer trained here, and what AutoTokenizer makes of its folder."""
+    """A tokenizer trained here, and AutoTokenizer on its folder."""
     folder = tmp_path_factory.mktemp("trained")
     if request.param != "alone":
         Bumblebee(tiny(attention_bias="qwen2" in request.param)).save_pretrained(folder)
@@ -183,7 +183,7 @@ def trained(request, tiny, tmp_path_factory) -> Iterator[tuple[Tokenizer, object
     yield tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def test_autotokenizer_gives_the_ids_of_a_tokenizer_trained_here(trained):
+def test_autotokenizer_loads_trained_tokenizers(trained):
     ours, hf = trained
 
     @settings(deadline=None)
@@ -195,7 +195,7 @@ def test_autotokenizer_gives_the_ids_of_a_tokenizer_trained_here(trained):
     assert (hf.eos_token_id, hf.pad_token_id, len(hf)) == (ours.eos_token_id, ours.pad_token_id, ours.vocab_size)
 
 
-def test_a_spelled_special_token_is_text_for_us_and_a_token_for_autotokenizer(trained):
+def test_spelled_special_token_differs_from_autotokenizer(trained):
     ours, hf = trained
     text = "a<|im_end|>b"
     assert hf.encode(text) == [*ours.encode("a"), ours.token_to_id("<|im_end|>"), *ours.encode("b")]

@@ -143,7 +143,7 @@ def test_data_without_targets_is_an_error(recipe, capsys):
 def test_data_without_samples_that_fit_is_an_error(recipe, capsys):
     text = Path(recipe).read_text().replace("datamodules.Pretrain", "datamodules.SFT").replace("pretrain.jsonl", "sft.jsonl")
     Path(recipe).write_text(text.replace("max_length: 32", "max_length: 2"))
-    assert re.search(r"data.files: none of \d+ conversations is left; longer than max_length 2: \d+ dropped", error_line(
+    assert re.search(r"data.files: none of \d+ conversations remains; longer than max_length 2: \d+ dropped", error_line(
         capsys, "--config", recipe, *QUICK
     ))  # fmt: skip
 

@@ -91,9 +91,9 @@ def test_port_in_use_is_one_line(served_folder: Path):
 
 
 def test_missing_folder_model_or_tokenizer_is_one_line(served_folder: Path, tmp_path: Path):
-    assert "nowhere is no model folder: it is not there" in rejected("--model", str(tmp_path / "nowhere"))
+    assert "nowhere is not a model folder: folder not found" in rejected("--model", str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    assert "empty is no model folder: it has no config.json" in rejected("--model", str(tmp_path / "empty"))
+    assert "empty is not a model folder: config.json not found" in rejected("--model", str(tmp_path / "empty"))
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((served_folder / "config.json").read_bytes())
@@ -114,7 +114,7 @@ def test_missing_folder_model_or_tokenizer_is_one_line(served_folder: Path, tmp_
         (["--examples", "5"], "examples"),
         (["--cache_tokens", "0"], "cache_tokens must be at least 1"),
         (["--max_running", "0"], "max_running must be at least 1"),
-        (["--dtype", "int4"], "dtype: expected auto, float32, bfloat16 or float16, got int4"),
+        (["--dtype", "int4"], "dtype: expected auto, float32, bfloat16 or float16, got 'int4'"),
         (["--device_map", "auto", "--device", "cpu"], "device_map auto uses all GPUs and cannot be combined with device cpu"),
     ],
 )
@@ -124,7 +124,7 @@ def test_invalid_option_is_one_line(served_folder: Path, words: list[str], messa
 
 def test_custom_model_class_needs_trust_remote_code(shifted_place: Path, server: Running):
     message = rejected("--model", "model", "--port", "0", cwd=shifted_place)
-    assert "model holds a shifted.Shifted, whose code would have to be imported" in message
+    assert "model was saved by shifted.Shifted, whose code would have to be imported" in message
     with serving("model", "--trust_remote_code", cwd=shifted_place) as running:
         own, plain = (each.complete(max_tokens=8, temperature=0.0).json()["choices"][0]["text"] for each in (running, server))
     assert own != plain

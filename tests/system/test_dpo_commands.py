@@ -49,7 +49,7 @@ def test_validate_reproduces_the_metrics_of_fit(recipe, stage, workspace):
         (["--task.reference", "nowhere"], "folder not found: 'nowhere'"),
         (["--task.reference", "adapters_off"], "reference: adapters_off needs adapters"),
         (["--task.pref_beta", "0"], "pref_beta must be more than 0, got 0.0"),
-        (["--task.reference", "recipes"], "recipes is no model folder"),
+        (["--task.reference", "recipes"], "recipes is not a model folder"),
         (["--data.class_path", "datamodules.Pretrain", "--data.files", "recipes/samples/pretrain.jsonl"], "DPO needs pairs"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Adapters on two ranks: every stage saves them whole, continues to the byte, and goes on at every other stage."""
+"""LoRA on two ranks: every stage saves complete adapters, resumes byte-identically, and resumes at other stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDING = 1e-5
 
 
 def job(folder: Path, base: Path, ranks: int, stage: int, **changes: Any) -> dict[str, Any]:
-    """Four samples a step, however many ranks there are."""
+    """A job with four samples per step on any number of ranks."""
     lora = {"rank": 4, "alpha": 8, "dropout": changes.pop("dropout", 0.0), "dora": changes.pop("dora", False)}
     save = {"checkpoint": ("Checkpoint", {"every": CUT, "keep": None})}
     adam = ("AdamW", {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4})
@@ -24,14 +24,14 @@ def job(folder: Path, base: Path, ranks: int, stage: int, **changes: Any) -> dic
     return {**common, "micro_batch_size": 1, "accumulate": 4 // ranks, "max_steps": TOTAL, **changes}
 
 
-def distance(ours: Path, theirs: Path) -> float:
-    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs))
+def distance(first: Path, second: Path) -> float:
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
     assert a.keys() == b.keys() and all(tensor.numel() for tensor in a.values())
     return max(float((a[name].float() - b[name].float()).abs().max()) for name in b)
 
 
 @pytest.mark.slow
-def test_two_ranks_save_whole_adapters_resume_to_the_byte_and_on_other_stages(tmp_path: Path) -> None:
+def test_two_ranks_save_and_resume_adapters_exactly(tmp_path: Path) -> None:
     small_model().save_pretrained(tmp_path / "base")
     base = tmp_path / "base"
     run = {"base": base, "ranks": 2}

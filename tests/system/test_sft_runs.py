@@ -1,4 +1,4 @@
-"""Fine-tuning runs: batches by length change neither a resume nor what ranks learn together."""
+"""Fine-tuning runs with batches of similar length: resuming and several ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BY_LENGTH: dict[str, Any] = {
 EACH = {"checkpoint": ("Checkpoint", {"every": 3})}
 
 
-def test_a_resume_with_batches_by_length_is_byte_identical(tmp_path: Path) -> None:
+def test_resume_with_length_batches_is_byte_identical(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", **BY_LENGTH)
     train(tmp_path / "pieces", **BY_LENGTH, callbacks={**EACH, "stop": ("StopAfter", {"step": 7})})
     assert train(tmp_path / "pieces", **BY_LENGTH, resume="auto", callbacks=EACH) == whole
@@ -27,7 +27,7 @@ def test_a_resume_with_batches_by_length_is_byte_identical(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_two_ranks_with_batches_by_length_learn_as_one_and_continue_its_run(tmp_path: Path) -> None:
+def test_two_ranks_with_length_batches_train_like_one(tmp_path: Path) -> None:
     alone = train(tmp_path / "alone", **BY_LENGTH, callbacks=EACH)
     two = {**BY_LENGTH, "accumulate": 1}
     resume = str(tmp_path / "alone" / "checkpoint-6")
@@ -38,6 +38,6 @@ def test_two_ranks_with_batches_by_length_learn_as_one_and_continue_its_run(tmp_
     whole, continued = (result["metrics"] for result in run_jobs(jobs, ranks=2, folder=tmp_path))
     for lines in (whole, continued):
         assert [line["step"] for line in lines] == [line["step"] for line in alone]
-        for ours, theirs in zip(lines, alone, strict=True):
-            assert ours["tokens"] == theirs["tokens"]
-            assert math.isclose(ours["loss"], theirs["loss"], rel_tol=1e-4), ours["step"]
+        for line, expected in zip(lines, alone, strict=True):
+            assert line["tokens"] == expected["tokens"]
+            assert math.isclose(line["loss"], expected["loss"], rel_tol=1e-4), line["step"]

@@ -14,7 +14,7 @@ from helpers.training_runs import Pairs, small_model, train, weight_bytes, weigh
 from safetensors.torch import load_file
 from torch import nn
 
-from bumblebee.checkpoint.sharded_state import PieceReader
+from bumblebee.checkpoint.sharded_state import ShardReader
 from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel, is_sharded
 from bumblebee.tasks import reference_cache
@@ -237,7 +237,7 @@ def test_checkpoints_do_not_hold_the_reference(stage, tmp_path):
     run(tmp_path, callbacks=EACH, **STAGES[stage])
     names = {name for name, _ in small_model().named_parameters()}
     assert set(weights(tmp_path)) == names
-    with PieceReader(tmp_path / "checkpoint-5" / "training_state") as reader:
+    with ShardReader(tmp_path / "checkpoint-5" / "training_state") as reader:
         assert set(reader.shapes) == names
 
 

@@ -19,7 +19,7 @@ from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.reference import FrozenReference
 from bumblebee.tasks.task import counted_tokens
 from bumblebee.transforms import ActivationCheckpointing
-from datamodules.collate import tensors
+from datamodules.collate import collate_rows
 
 MOE: dict[str, Any] = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0], "num_hidden_layers": 3,
@@ -116,7 +116,7 @@ def widened(batch: Batch, width: int) -> Batch:
 def test_prompts_count_and_padding_does_not():
     ids = [5, 6, 7, 8]
     pieces = [[(ids, [IGNORE_INDEX, 7, 8, 9]), (ids[:1], [6])], [(ids[:2], [IGNORE_INDEX, 9])], [(ids, [IGNORE_INDEX] * 4)], []]
-    counted = counted_tokens(tensors(pieces, 8, 0))
+    counted = counted_tokens(collate_rows(pieces, 8, 0))
     assert counted.sum(1).tolist() == [5, 2, 0, 0]
     assert counted[0].tolist() == [True] * 5 + [False] * 3
 
@@ -124,7 +124,7 @@ def test_prompts_count_and_padding_does_not():
 def test_padding_does_not_change_the_gradient():
     model = small_model(**MOE)
     pieces = [[(list(range(1, 8)), list(range(2, 9)))], [([9, 8, 7], [8, 7, 6])]]
-    narrow, wide = (tensors(pieces, width, 0) for width in (8, 24))
+    narrow, wide = (collate_rows(pieces, width, 0) for width in (8, 24))
     same(gradient(LanguageModeling(model), [narrow]), gradient(LanguageModeling(model), [wide]))
     task = LanguageModeling(model)
     gradient(task, [wide])

@@ -1,11 +1,10 @@
-"""Targets are the assistant's turns and nothing else, spelled special tokens are text, and templates that lie are refused."""
+"""Chat templates: targets are the assistant turns, spelled special tokens are text, bad templates are rejected."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +14,15 @@ from hypothesis import strategies as st
 
 from bumblebee import Tokenizer
 from bumblebee.tokenizer.chatml import CHATML
-from bumblebee.tokenizer.special_token_guard import SpecialTokenGuard, unescape
 
 BYTES = byte_level()
 TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "mistral": MISTRAL, "qwen": QWEN, "thinking": THINKING, "tagged": TAGGED}
-# Text that tries: special tokens, halves of them, one within another, the guard's own characters.
+# Adversarial text: special tokens, halves of them, one inside another, escape characters.
 SPELLED = st.sampled_from(
     [*SPECIAL, "<|im_", "end|>", "<<|im_end|>", "<s", ">", "\ufdd0", "\ufdd1", "\\ufdd0", " ", "\n", "{{"]
 )
 TEXTS = st.lists(SPELLED | st.text(st.characters(exclude_categories=["Cs"]), max_size=4), max_size=6).map("".join)
-ANSWERS = TEXTS.map(lambda text: f"a{text}z")  # blanks at the ends are a matter of the template
+ANSWERS = TEXTS.map(lambda text: f"a{text}z")  # templates may strip blanks at the ends
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
@@ -38,21 +36,21 @@ def chat(*texts: str) -> list[dict[str, Any]]:
 
 
 def targets(tok: Tokenizer, messages: list[dict[str, Any]], **options: Any) -> str:
-    """The targets as text, a bar before each run of them."""
-    found = tok.chat_template.encode(messages, **options)
-    runs = itertools.groupby(zip(found.ids, found.target_mask, strict=True), key=lambda token: token[1])
+    """The targets as text, with a bar before each run of targets."""
+    encoded = tok.chat_template.encode(messages, **options)
+    runs = itertools.groupby(zip(encoded.ids, encoded.target_mask, strict=True), key=lambda token: token[1])
     trained = [[index for index, _ in run] for is_target, run in runs if is_target]
     return "".join("|" + tok.decode(run, skip_special_tokens=False) for run in trained)
 
 
-# ---- what is trained
+# -- targets -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("template", "end"),
     [("chatml", "<|im_end|>"), ("llama", "<|eot|>"), ("mistral", "</s>"), ("qwen", "<|im_end|>"), ("tagged", "<|im_end|>")],
 )
-def test_targets_are_the_answers_with_their_end_and_without_the_newline_behind_it(template, end):
+def test_targets_end_with_the_end_of_turn_token(template, end):
     tok = tokenizer(TEMPLATES[template])
     blank = " " if template == "mistral" else ""
     messages = chat("one", "two", "three", "four")
@@ -69,9 +67,9 @@ def test_masked_text_decodes_to_the_answers(template, train_on):
     @settings(max_examples=100)
     @given(st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=3))
     def check(pairs):
-        found = tok.chat_template.encode([message for pair in pairs for message in chat(*pair)], train_on=train_on)
+        encoded = tok.chat_template.encode([message for pair in pairs for message in chat(*pair)], train_on=train_on)
         end = tok.decode([tok.chat_template.end_of_turn_id], skip_special_tokens=False)
-        trained = [index for index, is_target in zip(found.ids, found.target_mask, strict=True) if is_target]
+        trained = [index for index, is_target in zip(encoded.ids, encoded.target_mask, strict=True) if is_target]
         answers = [answer for _, answer in pairs][-1 if train_on == "last" else 0 :]
         assert tok.decode(trained, skip_special_tokens=False) == "".join(answer + end for answer in answers)
 
@@ -80,20 +78,20 @@ def test_masked_text_decodes_to_the_answers(template, train_on):
 
 @pytest.mark.parametrize("backend", ["bytes", "first", "always", "normalizer"])
 @pytest.mark.parametrize("template", ["chatml", "mistral"])
-def test_what_precedes_a_target_is_the_prompt_as_it_is_encoded_at_generation(backend, template):
+def test_prompt_ids_equal_those_of_generation(backend, template):
     tok = tokenizer(TEMPLATES[template], BYTES if backend == "bytes" else sentencepiece(backend))
 
     @settings(max_examples=50)
     @given(st.lists(ANSWERS | TEXTS.map(lambda text: "\n a" + text), min_size=2, max_size=2))
     def check(texts):
-        found = tok.chat_template.encode(chat(*texts))
-        begin = found.target_mask.index(True)
-        assert found.ids[:begin] == tok.apply_chat_template(chat(*texts)[:1], add_generation_prompt=True)
+        encoded = tok.chat_template.encode(chat(*texts))
+        begin = encoded.target_mask.index(True)
+        assert encoded.ids[:begin] == tok.apply_chat_template(chat(*texts)[:1], add_generation_prompt=True)
 
     check()
 
 
-def test_a_turn_of_calls_is_trained_in_the_syntax_of_the_template():
+def test_calls_are_targets_in_the_syntax_of_the_template():
     tok = tokenizer(CHATML)
     called = {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]}
     messages = [
@@ -112,7 +110,7 @@ def test_a_turn_of_calls_is_trained_in_the_syntax_of_the_template():
 
 
 @pytest.mark.parametrize("template", [CHATML, QWEN])
-def test_arguments_as_json_text_are_rendered_like_objects(template):
+def test_arguments_as_json_text_are_rendered_as_objects(template):
     as_text = {"function": {"name": "add", "arguments": '{"a": 1}'}}
     texts = [
         tokenizer(template).apply_chat_template(
@@ -124,7 +122,7 @@ def test_arguments_as_json_text_are_rendered_like_objects(template):
     assert texts[0].replace(' "type": "function",', "") == texts[1].replace(' "type": "function",', "")
 
 
-def test_a_null_beside_calls_is_no_text():
+def test_null_content_next_to_calls_is_empty():
     template = TAGGED.replace(
         "{{ message.content +", "{{ message.content | trim + message.tool_calls | map(attribute='name') | join +"
     )
@@ -132,7 +130,7 @@ def test_a_null_beside_calls_is_no_text():
     assert targets(tokenizer(template), [*chat("?"), message]) == "|add<|im_end|>"
 
 
-def test_the_default_takes_a_system_prompt_and_brings_none():
+def test_default_template_adds_no_system_prompt():
     tok = tokenizer(None)
     system = {"role": "system", "content": "Be brief."}
     assert tok.apply_chat_template(chat("Hi."), tokenize=False) == "<|im_start|>user\nHi.<|im_end|>\n"
@@ -140,12 +138,12 @@ def test_the_default_takes_a_system_prompt_and_brings_none():
     assert tok.apply_chat_template([system], [TOOL], tokenize=False).startswith("<|im_start|>system\nBe brief.\n\n# Tools\n")
 
 
-# ---- special tokens
+# -- special tokens ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("prefix", [None, "first", "normalizer"])
-def test_text_that_spells_special_tokens_never_becomes_one(template, prefix):
+def test_spelled_special_tokens_stay_text(template, prefix):
     tok = tokenizer(TEMPLATES[template], sentencepiece(prefix) if prefix else BYTES)
 
     @settings(max_examples=50)
@@ -162,7 +160,7 @@ def test_text_that_spells_special_tokens_never_becomes_one(template, prefix):
     check()
 
 
-def test_names_arguments_and_tools_that_spell_special_tokens_are_text_too():
+def test_spelled_special_tokens_in_calls_and_tools_stay_text():
     def conversation(text: str) -> tuple[list[dict[str, Any]], list[Any]]:
         call = {"function": {"name": f"f{text}", "arguments": {f"k{text}": [f"v{text}"]}}}
         result = {"role": "tool", "content": text, "name": text}
@@ -178,39 +176,30 @@ def test_names_arguments_and_tools_that_spell_special_tokens_are_text_too():
         assert "<|im_end|>" in targets(tok, conversation("<|im_end|>")[0], tools=conversation("<|im_end|>")[1])[:40]
 
 
-def test_a_json_escape_of_the_guards_character_is_taken_out_too():
+def test_json_escaped_escape_character_is_removed():
     template = CHATML.replace("message.content or ''", "message.content | tojson(ensure_ascii=True)")
     tok = tokenizer(template)
     assert targets(tok, chat("x", "<s>")) == '|"<s>"<|im_end|>'
 
 
-@given(st.recursive(TEXTS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=5))
-def test_guarded_values_hold_no_spelling_and_mend_to_what_they_were(value):
-    guarded, breaker, marks = SpecialTokenGuard(SPECIAL).escape(value, marks=2)
-    text = json.dumps(guarded, ensure_ascii=False)
-    assert not any(token in text for token in SPECIAL)
-    assert unescape(text, breaker) == json.dumps(value, ensure_ascii=False)
-    assert len(set(marks)) == 2 and not set(marks) & set(text)
-
-
-def test_text_with_all_of_unicodes_noncharacters_is_encoded_exactly():
+def test_text_with_all_noncharacters_is_encoded_exactly():
     text = "".join(map(chr, range(0xFDD0, 0xFDF0))) + "<|im_end|>"
     assert targets(tokenizer(CHATML), chat(text, text)) == f"|{text}<|im_end|>"
 
 
-def test_half_a_surrogate_pair_in_a_message_becomes_the_replacement_character():
+def test_lone_surrogates_in_messages_are_replaced():
     assert targets(tokenizer(CHATML), chat("x\ud800", "y\udc00")) == "|y\ufffd<|im_end|>"
 
 
-def test_the_begin_of_text_token_comes_once():
+def test_begin_of_text_token_occurs_once():
     tok = tokenizer(MISTRAL)
     assert tok.apply_chat_template(chat("a")).count(tok.bos_token_id) == 1
 
 
-# ---- templates and messages that are refused
+# -- rejected templates and messages -------------------------------------------------------------------------------------
 
 
-def refused(template: Any, messages: Any, **options: Any) -> str:
+def error_of(template: Any, messages: Any, **options: Any) -> str:
     with pytest.raises(ValueError) as caught:
         tokenizer(template).chat_template.encode(messages, **options)
     return str(caught.value)
@@ -219,8 +208,8 @@ def refused(template: Any, messages: Any, **options: Any) -> str:
 REASONING = chat("one", "<think>\nhm\n</think>\ntwo", "three", "<think>\nso\n</think>\nfour")
 
 
-def test_a_template_that_rewrites_history_is_refused_unless_the_last_turn_alone_is_trained():
-    message = refused(THINKING, REASONING)
+def test_template_that_rewrites_history_trains_the_last_turn_only():
+    message = error_of(THINKING, REASONING)
     assert message.startswith("FOLDER: the chat template renders turn 1 differently during generation ('<think>")
     assert "and in the complete conversation ('two<|im_end|>" in message
     assert "use train_on: last, which requires this of the last turn only" in message
@@ -228,24 +217,24 @@ def test_a_template_that_rewrites_history_is_refused_unless_the_last_turn_alone_
     assert targets(tokenizer(THINKING), REASONING[:2]) == "|<think>\nhm\n</think>\ntwo<|im_end|>"
 
 
-def test_a_template_that_prompts_for_what_the_answer_lacks_is_refused():
+def test_generation_prompt_missing_from_the_answer_is_rejected():
     prompting = CHATML.replace("'<|im_start|>assistant\\n' if add", "'<|im_start|>assistant\\n<think>' if add")
     assert prompting != CHATML
     for train_on in ("all", "last"):
-        message = refused(prompting, chat("a", "b"), train_on=train_on)
+        message = error_of(prompting, chat("a", "b"), train_on=train_on)
         assert "renders turn 1 differently during generation ('<think>')" in message and "use train_on: last" not in message
 
 
-def test_tags_in_a_template_that_rewrites_history_do_not_hide_it():
+def test_tags_do_not_hide_rewritten_history():
     content = "content + '<|im_end|>"
     tags = "''}}{% if message.role == 'assistant' %}{% generation %}{{ content + '<|im_end|>' }}{% endgeneration %}"
     tagged = THINKING.replace(content, f"{tags}{{% else %}}{{{{ {content}' }}}}{{% endif %}}{{{{ '")
     assert tagged != THINKING
-    assert "omits part of the assistant turns: '<think>" in refused(tagged, REASONING)
+    assert "omits part of the assistant turns: '<think>" in error_of(tagged, REASONING)
     assert targets(tokenizer(tagged), REASONING, train_on="last") == "|<think>\nso\n</think>\nfour<|im_end|>"
 
 
-def test_tags_that_stop_before_the_end_of_turn_are_extended_to_it():
+def test_tagged_spans_are_extended_to_the_end_of_turn():
     shorter = TAGGED.replace("message.content + '<|im_end|>' }}{% endgen", "message.content }}{% endgen")
     shorter = shorter.replace("{% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>' }}")
     assert targets(tokenizer(shorter), chat("a", "b", "c", "d")) == "|b<|im_end|>|d<|im_end|>"
@@ -308,76 +297,42 @@ def test_tags_that_stop_before_the_end_of_turn_are_extended_to_it():
         ("{% if %}", chat("a", "b"), "FOLDER: the chat template is not valid Jinja, line 1: "),
     ],
 )
-def test_what_cannot_be_trained_is_refused_by_folder_and_reason(template, messages, message):
-    found = refused(template, messages)
-    assert message in found and (found.startswith("FOLDER: ") or "no assistant turn" in found)
+def test_untrainable_chats_are_rejected_with_folder_and_reason(template, messages, message):
+    error = error_of(template, messages)
+    assert message in error and (error.startswith("FOLDER: ") or "no assistant turn" in error)
 
 
-def test_an_unknown_train_on_is_refused():
-    assert refused(CHATML, chat("a", "b"), train_on="first") == "train_on must be 'all' or 'last', got 'first'"
+def test_unknown_train_on_is_rejected():
+    assert error_of(CHATML, chat("a", "b"), train_on="first") == "train_on must be 'all' or 'last', got 'first'"
 
 
 @pytest.mark.parametrize("tokenize", [True, False])
-def test_a_template_that_leaves_out_the_tools_is_refused(tokenize):
+def test_template_that_omits_the_tools_is_rejected(tokenize):
     with pytest.raises(ValueError, match=r"FOLDER: the chat template omits the tools \('add'\)"):
         tokenizer(LLAMA).apply_chat_template(chat("a"), [TOOL], tokenize=tokenize)
-    assert "omits the tools" in refused(LLAMA, chat("a", "b"), tools=[TOOL])
+    assert "omits the tools" in error_of(LLAMA, chat("a", "b"), tools=[TOOL])
     for tool in ({"function": {}}, "add", {"function": "add"}, {"name": 3}):
         message = f"FOLDER: a tool must be an object with the name of a function, not {tool!r}"
-        assert refused(CHATML.replace("tool | tojson", "''"), chat("a", "b"), tools=[tool]) == message
+        assert error_of(CHATML.replace("tool | tojson", "''"), chat("a", "b"), tools=[tool]) == message
 
 
 @pytest.mark.parametrize("call", ["add", {"function": None}, {"function": {"arguments": {}}}])
-def test_a_call_without_a_name_is_refused(call):
+def test_call_without_a_name_is_rejected(call):
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
     assert (
-        refused(CHATML, [*chat("a"), message]) == f"FOLDER: a call must be an object with the name of a function, not {call!r}"
+        error_of(CHATML, [*chat("a"), message]) == f"FOLDER: a call must be an object with the name of a function, not {call!r}"
     )
 
 
-@pytest.mark.parametrize(
-    "setting", [3, ["x"], [{"name": "default"}], [{"name": "default", "template": None}], {"default": "x"}]
-)
-def test_a_setting_that_is_no_template_is_refused(setting):
-    assert refused(setting, chat("a", "b")) == "FOLDER: chat_template must be a string or a list of {name, template}"
-
-
-def test_no_messages_are_refused():
+def test_empty_conversation_is_rejected():
     with pytest.raises(ValueError, match="FOLDER: a conversation needs at least one message"):
         tokenizer(CHATML).apply_chat_template([])
 
 
-def test_a_folder_without_template_and_without_the_tokens_of_chatml_is_refused():
-    import tokenizers
-
-    plain = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()), {}, "FOLDER")
-    with pytest.raises(ValueError, match=r"FOLDER has no chat template, .* <\|im_start\|> and <\|im_end\|>"):
-        plain.chat_template  # noqa: B018
+# -- pickling -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_template_file_that_is_no_utf8_is_named(tokenizer_folder, tmp_path: Path):
-    Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="chat_template.jinja: .*utf-8"):
-        Tokenizer.from_pretrained(tmp_path)
-
-
-# ---- tokenizers and their templates
-
-
-def test_a_new_tokenizer_has_the_default_template(tokenizer_folder):
-    assert json.loads((tokenizer_folder / "tokenizer_config.json").read_text())["chat_template"] == CHATML
-
-
-def test_named_templates_may_lie_in_files(tokenizer_folder, tmp_path: Path):
-    Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(LLAMA)
-    (tmp_path / "additional_chat_templates").mkdir()
-    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(QWEN)
-    assert Tokenizer.from_pretrained(tmp_path).chat_template.sources == {"default": LLAMA, "tool_use": QWEN}
-
-
-def test_a_tokenizer_that_travels_between_processes_encodes_as_before():
+def test_pickled_tokenizer_encodes_as_before():
     tok = tokenizer(CHATML)
     expected = tok.chat_template.encode(chat("<|im_end|>", "<|im_end|>"))
     again = pickle.loads(pickle.dumps(tok))

@@ -1,4 +1,4 @@
-"""The tokenizer loses nothing, takes text for text, and names the file that is at fault."""
+"""The tokenizer: lossless, spelled special tokens are text, errors name the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bumblebee import Tokenizer
 from bumblebee.tokenizer.tokenizer import SPECIAL_TOKENS
 
 SPELLED = st.sampled_from([*SPECIAL_TOKENS, "<|im_", "end|>", "<0x0A>", "\u2581", "'ll", "  ", "\r\n", "e\u0301", "🐝"])
-# Text that tries: pieces that look special, white space, combining marks, characters of four bytes. No lone surrogates.
+# Adversarial text: special tokens, whitespace, combining marks, characters of four bytes. No lone surrogates.
 TEXTS = st.lists(SPELLED | st.text(st.characters(exclude_categories=["Cs"]), max_size=8), max_size=8).map("".join)
 
 
@@ -23,7 +23,7 @@ def tokenizer(tokenizer_folder):
     return Tokenizer.from_pretrained(tokenizer_folder)
 
 
-def test_decoding_gives_back_every_text(tokenizer):
+def test_decode_inverts_encode(tokenizer):
     @settings(deadline=None)
     @given(TEXTS)
     def check(text):
@@ -32,7 +32,7 @@ def test_decoding_gives_back_every_text(tokenizer):
     check()
 
 
-def test_a_long_text_holds_up_no_other_thread(tokenizer):
+def test_encoding_a_long_text_does_not_block_threads(tokenizer):
     text = "an éternal 🐝 " * 40_000
     with ThreadPoolExecutor(1) as threads:
         begun = time.perf_counter()
@@ -47,7 +47,7 @@ def test_a_long_text_holds_up_no_other_thread(tokenizer):
     assert encoding.result() == tokenizer.backend.encode(text, add_special_tokens=False).ids
 
 
-def test_token_bytes_join_to_the_text_in_utf8(tokenizer):
+def test_token_bytes_concatenate_to_the_text(tokenizer):
     @settings(deadline=None)
     @given(TEXTS)
     def check(text):
@@ -56,7 +56,7 @@ def test_token_bytes_join_to_the_text_in_utf8(tokenizer):
     check()
 
 
-def test_no_text_gives_a_special_id(tokenizer):
+def test_text_never_gives_a_special_id(tokenizer):
     @settings(deadline=None)
     @given(TEXTS)
     def check(text):
@@ -65,7 +65,7 @@ def test_no_text_gives_a_special_id(tokenizer):
     check()
 
 
-def test_a_batch_is_encoded_like_each_text_alone(tokenizer):
+def test_encode_batch_equals_encode(tokenizer):
     @settings(deadline=None)
     @given(st.lists(TEXTS, max_size=4))
     def check(texts):
@@ -88,17 +88,17 @@ def test_ids_and_bytes_survive_saving(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udcffb", "\udc1d\ud83d"])
-def test_lone_surrogates_become_the_replacement_character(tokenizer, text):
+def test_lone_surrogates_are_replaced(tokenizer, text):
     repaired = "".join("\ufffd" if 0xD800 <= ord(c) < 0xE000 else c for c in text)
     assert tokenizer.encode(text) == tokenizer.encode(repaired)
     assert tokenizer.encode_batch([text, "b"]) == [tokenizer.encode(repaired), tokenizer.encode("b")]
 
 
-def test_a_pair_of_surrogates_is_its_character(tokenizer):
+def test_surrogate_pair_is_its_character(tokenizer):
     assert tokenizer.encode("\ud83d\udc1d") == tokenizer.encode("🐝")
 
 
-def test_special_tokens_have_the_first_ids_no_bytes_and_no_text(tokenizer):
+def test_special_tokens_have_the_first_ids_and_no_bytes(tokenizer):
     assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2]
     assert tokenizer.special_ids == {0, 1, 2}
     assert tokenizer.token_bytes[:3] == [b"", b"", b""]
@@ -107,12 +107,12 @@ def test_special_tokens_have_the_first_ids_no_bytes_and_no_text(tokenizer):
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>hi<|im_end|>"
 
 
-def test_end_and_padding_are_the_end_of_text_and_nothing_begins_a_text(tokenizer):
+def test_trained_tokenizer_has_eos_and_pad_but_no_bos(tokenizer):
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
     assert tokenizer.bos_token_id is None and tokenizer.prefix_ids == []
 
 
-def test_vocab_size_is_one_more_than_the_largest_id(tokenizer):
+def test_vocab_size_is_the_largest_id_plus_one(tokenizer):
     assert tokenizer.vocab_size == 400 == len(tokenizer.token_bytes)
     assert tokenizer.token_to_id("no such token") is None
 
@@ -121,12 +121,12 @@ def test_every_single_byte_is_a_token(tokenizer):
     assert {bytes([byte]) for byte in range(256)} <= set(tokenizer.token_bytes)
 
 
-def test_bytes_that_are_no_utf8_decode_to_the_replacement_character(tokenizer):
+def test_invalid_utf8_decodes_to_the_replacement_character(tokenizer):
     first_byte = tokenizer.token_bytes.index("🐝".encode()[:1])
     assert tokenizer.decode([first_byte]) == "\ufffd"
 
 
-def test_training_learns_frequent_pieces_and_repeats_itself():
+def test_training_is_deterministic_and_compresses():
     texts = ["the bumblebee and the flower"] * 20
     first, second = Tokenizer.train(iter(texts), 290), Tokenizer.train(texts, 290)
     assert first.token_to_id("Ġbumblebee") is not None or first.token_to_id("Ġthe") is not None
@@ -139,18 +139,18 @@ def test_digits_are_single_tokens():
     assert [tokenizer.token_bytes[index] for index in tokenizer.encode("123")] == [b"1", b"2", b"3"]
 
 
-def test_a_vocabulary_without_room_for_all_bytes_is_refused():
+def test_too_small_vocab_size_is_rejected():
     with pytest.raises(ValueError, match="vocab_size must be at least 259 .*, got 258"):
         Tokenizer.train(["text"], 258)
     assert Tokenizer.train(["text"], 259).vocab_size == 259
 
 
 @pytest.mark.parametrize("spelling", ["<|im_end|>", {"content": "<|im_end|>", "special": True}], ids=["str", "AddedToken"])
-def test_the_end_token_is_read_from_tokenizer_config(tokenizer, spelling):
+def test_eos_token_is_read_from_tokenizer_config(tokenizer, spelling):
     assert Tokenizer(tokenizer.backend, {"eos_token": spelling}).eos_token_id == 2
 
 
-def test_a_folder_without_tokenizer_config_has_no_end_token(tokenizer_folder, tmp_path):
+def test_missing_tokenizer_config_means_no_eos_token(tokenizer_folder, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
     assert Tokenizer.from_pretrained(tmp_path).eos_token_id is None
 
@@ -177,6 +177,6 @@ def test_errors_name_the_file(tokenizer_folder, tmp_path, files, message):
     assert message.format(folder=folder) in str(caught.value)
 
 
-def test_the_files_are_readable_json(tokenizer_folder):
+def test_saved_files_are_valid_json(tokenizer_folder):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert json.loads((tokenizer_folder / name).read_text(encoding="utf-8"))

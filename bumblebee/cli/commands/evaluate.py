@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from bumblebee.cli.parser import Parser
-from bumblebee.cli.recipe_options import recipe_parser, require_validation
+from bumblebee.cli.recipe_options import recipe_command_parser, require_validation
 from bumblebee.cli.value_errors import user_errors
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def parser() -> Parser:
     """Return the options of the command."""
-    options = recipe_parser("evaluate")
+    options = recipe_command_parser("evaluate")
     options.add_argument("--model", type=str | None, default=None, help="model folder; null: the recipe's output_dir")
     options.add_argument("--split", type=Literal["train", "validation"], default="train", help="samples of the recipe's data")
     options.add_argument("--limit", type=int | None, default=None, help="maximum number of questions; null: all")

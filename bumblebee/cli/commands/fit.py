@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bumblebee.cli.parser import Parser
-from bumblebee.cli.recipe_options import recipe_parser
+from bumblebee.cli.recipe_options import recipe_command_parser
 from bumblebee.cli.value_errors import user_errors
 from bumblebee.distributed import process_group
 from bumblebee.recipe import build, dump
@@ -14,7 +14,7 @@ from bumblebee.recipe import build, dump
 
 def parser() -> Parser:
     """Return the options of the command."""
-    options = recipe_parser("fit")
+    options = recipe_command_parser("fit")
     options.add_argument("--overwrite", type=bool, default=False, help="delete an earlier run in output_dir")
     return options
 

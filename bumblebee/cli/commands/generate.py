@@ -42,7 +42,7 @@ def run(words: Sequence[str]) -> None:
     with user_errors(cfg, options.words):
         from bumblebee.inference.batch import BatchGeneration, PromptRecord, check_files, open_output
         from bumblebee.inference.generator import Generator
-        from datamodules.prompts import read_prompts
+        from datamodules.prompt_files import read_prompts
 
         sampling = explicit_sampling(cfg)
         check_files(cfg.prompt, cfg.prompts, cfg.output, cfg.overwrite)

@@ -34,8 +34,8 @@ def run(words: Sequence[str]) -> None:
     print(f"model folder: {cfg.output}", flush=True)
     if cfg.check:
         with user_errors(cfg, options.words):
-            from bumblebee.lora import differences
+            from bumblebee.lora import logit_differences
 
-            by_dtype = differences(cfg.output, cfg.adapter, cfg.base, cfg.trust_remote_code)
+            by_dtype = logit_differences(cfg.output, cfg.adapter, cfg.base, cfg.trust_remote_code)
         for dtype, (difference, largest) in by_dtype.items():
             print(f"{dtype}: maximum logit difference {difference:.3g}, maximum logit {largest:.3g}", flush=True)

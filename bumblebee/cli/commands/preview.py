@@ -9,14 +9,14 @@ from typing import Literal
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from bumblebee.cli.parser import Parser
-from bumblebee.cli.recipe_options import recipe_parser
+from bumblebee.cli.recipe_options import recipe_command_parser
 from bumblebee.cli.value_errors import user_errors
 from bumblebee.distributed import process_group
 
 
 def parser() -> Parser:
     """Return the options of the command."""
-    options = recipe_parser("preview")
+    options = recipe_command_parser("preview")
     options.add_argument("--samples", type=NonNegativeInt, default=3, help="number of training samples to show")
     options.add_argument("--ranks", type=PositiveInt | None, default=None, help="world size; null: that of the launcher")
     options.add_argument("--overwrite", type=bool, default=False, help="as for fit; preview deletes nothing")

@@ -8,13 +8,13 @@ from contextlib import nullcontext
 from jsonargparse import Namespace
 
 from bumblebee.cli.parser import Parser
-from bumblebee.cli.recipe_options import recipe_parser, require_validation
+from bumblebee.cli.recipe_options import recipe_command_parser, require_validation
 from bumblebee.cli.value_errors import user_errors
 
 
 def parser() -> Parser:
     """Return the options of the command."""
-    options = recipe_parser("validate")
+    options = recipe_command_parser("validate")
     options.add_argument("--model", type=str | None, default=None, help="model folder; null: the recipe's output_dir")
     return options
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bumblebee.checkpoint.sharded_state import PieceReader, write_buffers, write_pieces
+from bumblebee.checkpoint.sharded_state import ShardReader, write_buffers, write_shards
 from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed.sharded_parameters import full_shape
-from bumblebee.distributed.deepspeed.zero_shards import iter_shards, restore_shards, saved_pieces
+from bumblebee.distributed.deepspeed.zero_shards import iter_shards, restore_shards, saved_shards
 
 
 def save(folder: Path, model: nn.Module, optimizer: Any, stage: int) -> None:
@@ -31,7 +31,7 @@ def save(folder: Path, model: nn.Module, optimizer: Any, stage: int) -> None:
     if rank == 0 or stage > 0:  # at stage 0 every rank has everything
         count = process_group.world_size() if stage > 0 else 1
         shards = iter_shards(model, optimizer, stage, rank)
-        write_pieces(folder, f"optimizer-{rank:05d}-of-{count:05d}", saved_pieces(shards, optimizer))
+        write_shards(folder, f"optimizer-{rank:05d}-of-{count:05d}", saved_shards(shards, optimizer))
     if rank == 0:
         write_buffers(folder, _buffers(model))
 
@@ -50,7 +50,7 @@ def load(folder: Path, model: nn.Module, optimizer: Any, stage: int) -> None:
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     buffers = _buffers(model)
-    with PieceReader(folder) as reader:
+    with ShardReader(folder) as reader:
         shapes = {name: full_shape(p) for name, p in trainable.items()} | _shapes(buffers)
         saved = {**reader.shapes, **_shapes(reader.buffers)}
         if wrong := sorted(set(shapes.items()) ^ set(saved.items())):
@@ -62,17 +62,17 @@ def load(folder: Path, model: nn.Module, optimizer: Any, stage: int) -> None:
             _restore_model_weights(trainable.items(), stage, reader)
 
 
-def _restore_model_weights(named: Iterable[tuple[str, nn.Parameter]], stage: int, reader: PieceReader) -> None:
+def _restore_model_weights(named: Iterable[tuple[str, nn.Parameter]], stage: int, reader: ShardReader) -> None:
     """Copy the optimizer's fp32 weights into the model's, which may have a lower precision."""
     from deepspeed.runtime.zero import GatheredParameters
 
     for name, parameter in named:
         if stage < 3:
-            parameter.data.copy_(reader.whole(name))
+            parameter.data.copy_(reader.parameter(name))
             continue
         with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0):
             if process_group.is_main():
-                parameter.copy_(reader.whole(name))
+                parameter.copy_(reader.parameter(name))
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

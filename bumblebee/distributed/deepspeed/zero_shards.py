@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bumblebee.checkpoint.sharded_state import WEIGHTS, Piece, PieceReader
+from bumblebee.checkpoint.sharded_state import WEIGHTS, SavedShard, ShardReader
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel, full_shape
 
 
@@ -78,7 +78,7 @@ def _shard_at_stage_3(name: str, parameter: nn.Parameter, optimizer: Any, rank: 
     return Shard(name, full_shape(parameter), start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
 
 
-def saved_pieces(shards: Iterable[Shard], optimizer: Any) -> Iterator[Piece]:
+def saved_shards(shards: Iterable[Shard], optimizer: Any) -> Iterator[SavedShard]:
     """Yield the weights and optimizer state of each shard; valid until the next one is yielded.
 
     Raises:
@@ -86,10 +86,10 @@ def saved_pieces(shards: Iterable[Shard], optimizer: Any) -> Iterator[Piece]:
     """
     for flat, group in _by_flat(shards):
         with in_memory(flat, optimizer):
-            yield from (_piece(shard, optimizer) for shard in group)
+            yield from (_saved_shard(shard, optimizer) for shard in group)
 
 
-def _piece(shard: Shard, optimizer: Any) -> Piece:
+def _saved_shard(shard: Shard, optimizer: Any) -> SavedShard:
     tensors = {WEIGHTS: shard.view(shard.flat)}
     for kind, value in state_of(optimizer, shard.flat).items():
         if torch.is_tensor(value) and value.numel() == shard.flat.numel() and value.dim():
@@ -103,10 +103,10 @@ def _piece(shard: Shard, optimizer: Any) -> Piece:
                 f"cannot save {kind!r} of {type(base_optimizer(optimizer)).__name__}:"
                 " optimizer state must be a number, or a tensor with a number per element"
             )
-    return Piece(shard.name, shard.shape, shard.start, shard.numel, tensors)
+    return SavedShard(shard.name, shard.shape, shard.start, shard.numel, tensors)
 
 
-def restore_shards(shards: Iterable[Shard], optimizer: Any, reader: PieceReader) -> None:
+def restore_shards(shards: Iterable[Shard], optimizer: Any, reader: ShardReader) -> None:
     """Copy a checkpoint's weights and optimizer state into this rank's shards, whatever ranks and stage wrote them."""
     for flat, group in _by_flat(shards):
         with in_memory(flat, optimizer, changed=True):
@@ -117,7 +117,7 @@ def restore_shards(shards: Iterable[Shard], optimizer: Any, reader: PieceReader)
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _restore(shard: Shard, state: dict[str, Any], reader: PieceReader) -> None:
+def _restore(shard: Shard, state: dict[str, Any], reader: ShardReader) -> None:
     shard.view(shard.flat).copy_(reader.read(WEIGHTS, shard.name, shard.start, shard.numel))
     for kind in reader.kinds(shard.name):
         value = reader.read(kind, shard.name, shard.start, shard.numel)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from bumblebee.checkpoint.sharded_state import PieceReader
+from bumblebee.checkpoint.sharded_state import ShardReader
 from bumblebee.datamodule import Batch
 from bumblebee.distributed import process_group
 from bumblebee.optim import Cosine
@@ -42,8 +42,8 @@ def run(context: Context) -> CheckResult:
     record = run_training(
         RunRecorder(save_at=STEPS), trainer, data, optimizer, folder, context.options.attention, schedule
     )  # fmt: skip
-    with PieceReader(folder / f"checkpoint-{STEPS}" / "training_state") as pieces:
-        weights = {name: pieces.whole(name) for name in pieces.shapes}
+    with ShardReader(folder / f"checkpoint-{STEPS}" / "training_state") as shards:
+        weights = {name: shards.parameter(name) for name in shards.shapes}
     skipped = skipped_steps(record.metrics)
     model = reference_model(record.initial_weights, context.device)
     curve = reference_loop.train_adamw(

@@ -129,6 +129,7 @@ def test_sidebar_is_a_drawer_on_a_phone(open_page: Callable[..., ChatPage], scri
     chat.items.locator(".open").tap()
     expect(chat.items).to_be_hidden()
     chat.button("Conversations").tap()
+    expect(chat.items).to_be_visible()
     chat.page.keyboard.press("Escape")
     expect(chat.items).to_be_hidden()
     expect(chat.button("Conversations")).to_be_focused()

@@ -191,6 +191,6 @@ def test_custom_model_class_needs_trust_remote_code(shifted_place, served_folder
     monkeypatch.chdir(shifted_place)
     out, err, code = talk("--model", "model", *GREEDY, inputs="Who flies?\n")
     assert (out, code) == ("", 2) and err.count("\n") == 1
-    assert "model holds a shifted.Shifted, whose code would have to be imported" in err
+    assert "model was saved by shifted.Shifted, whose code would have to be imported" in err
     own, _, code = talk("--model", "model", *GREEDY, "--trust_remote_code", inputs="Who flies?\n")
     assert code == 0 and own != talk("--model", served_folder, *GREEDY, inputs="Who flies?\n")[0]

@@ -1,4 +1,4 @@
-"""Building caches: in workers as in one process, with less memory than data, and through kill -9."""
+"""Worker processes: same cache as one process, less memory than data, and killed processes."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ import pytest
 
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from datamodules import worker_pool
-from datamodules.cache_writer import build
-from datamodules.record_files import Record, RecordError, read
-from datamodules.token_cache import TokenCache
-from datamodules.tokenize import TextEncoder
-from datamodules.worker_pool import encoded, how_many
+from datamodules.record_files import read
+from datamodules.records import Record, RecordError
+from datamodules.token_cache import TokenCache, write_token_cache
+from datamodules.tokenize import TextTokenizer
+from datamodules.worker_pool import tokenize_batches, worker_count
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "cache_build.py"
 ROOT = Path(__file__).parents[2]
 
 
-class Slow(TextEncoder):
-    """Batches that take the longer the earlier they come, so that later ones are done first."""
+class Slow(TextTokenizer):
+    """Takes longer for earlier batches, so that later ones finish first."""
 
-    threaded = False
+    multithreaded = False
 
-    def samples(self, records):
+    def tokenize(self, records):
         time.sleep(0.2 / (1 + records[0].line))
         if any(record.value.get("text") == "die" for record in records):
             os.kill(os.getpid(), signal.SIGKILL)
         if any(record.value.get("text") == "break" for record in records):
             raise ZeroDivisionError("our own mistake")
-        return super().samples(records)
+        return super().tokenize(records)
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +59,11 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_workers_write_what_one_process_writes(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("datamodules.cache_writer.RECORDS", 7)
+def test_workers_write_the_same_cache_as_one_process(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("datamodules.worker_pool.BATCH_RECORDS", 7)
     bad = {3: "", 40: "", 41: ""}
     for processes in (1, 3):
-        build(tmp_path / str(processes), iter(records(60, bad)), encoder, ["a.jsonl"], True, False, processes)
+        write_token_cache(tmp_path / str(processes), iter(records(60, bad)), encoder, ["a.jsonl"], True, False, processes)
     assert written(tmp_path / "1") == written(tmp_path / "3")
     cache = TokenCache(tmp_path / "3")
     assert cache.sources[:, 1].tolist() == [number for number in range(60) if number not in bad]
@@ -71,53 +71,53 @@ def test_workers_write_what_one_process_writes(encoder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_bad_record_in_a_worker_stops_with_its_file_and_line_the_first_one_first(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("datamodules.cache_writer.RECORDS", 7)
+def test_first_bad_record_in_a_worker_is_raised(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("datamodules.worker_pool.BATCH_RECORDS", 7)
     with pytest.raises(RecordError, match=r"^a\.jsonl:30: no key 'text'; the record's keys: 'txt'$"):
-        build(tmp_path / "c", iter(records(60, {30: "", 31: "", 59: ""})), encoder, ["a.jsonl"], False, False, 2)
+        write_token_cache(tmp_path / "c", iter(records(60, {30: "", 31: "", 59: ""})), encoder, ["a.jsonl"], False, False, 2)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_what_was_read_before_an_error_is_encoded_before_it_is_raised(encoder):
+def test_batches_before_a_read_error_are_yielded_first(encoder):
     def breaking():
         yield from batched(records(20))
         raise RecordError("a.jsonl", 21, "the file is truncated")
 
     seen = []
     with pytest.raises(RecordError, match="truncated"):
-        for items, block in encoded(encoder, breaking(), 2):
+        for items, block in tokenize_batches(encoder, breaking(), 2):
             seen += [item.line for item in items]
             assert len(block.lengths) == len(items)
     assert seen == list(range(20))
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_told_and_an_error_of_ours_keeps_its_kind(encoder):
-    with pytest.raises(ValueError, match="ended by signal 9; where memory is short"):
-        list(encoded(encoder, batched(records(60, {30: "die"})), 2))
+def test_worker_errors_are_raised_in_the_parent(encoder):
+    with pytest.raises(ValueError, match="was killed by signal 9; a common reason is too little memory"):
+        list(tokenize_batches(encoder, batched(records(60, {30: "die"})), 2))
     with pytest.raises(ZeroDivisionError, match="our own mistake"):
-        list(encoded(encoder, batched(records(60, {30: "break"})), 2))
+        list(tokenize_batches(encoder, batched(records(60, {30: "break"})), 2))
 
 
 @pytest.mark.slow
-def test_no_worker_is_left_when_the_reader_of_the_blocks_stops_early(encoder):
+def test_workers_exit_when_the_consumer_stops_early(encoder):
     before = children(os.getpid())
-    blocks = encoded(encoder, batched(records(60)), 2)
+    blocks = tokenize_batches(encoder, batched(records(60)), 2)
     next(blocks)
     assert len(children(os.getpid()) - before) >= 2
     blocks.close()
     assert len(children(os.getpid()) - before) <= 1  # ps itself
 
 
-def test_workers_are_started_only_where_they_earn_their_start(encoder, monkeypatch):
+def test_workers_are_used_only_if_they_are_faster(encoder, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64), raising=False)
-    assert how_many(encoder, worker_pool.ENOUGH - 1) == 1
-    assert how_many(encoder, worker_pool.ENOUGH) == worker_pool.MOST
-    threaded = TextEncoder(encoder.folder, encoder.tokenizer)
-    assert how_many(threaded, 10**12) == 1  # the library's threads do it
+    assert worker_count(encoder, worker_pool.MIN_BYTES - 1) == 1
+    assert worker_count(encoder, worker_pool.MIN_BYTES) == worker_pool.MAX_WORKERS
+    threaded = TextTokenizer(encoder.folder, encoder.tokenizer)
+    assert worker_count(threaded, 10**12) == 1  # the library's threads do it
     monkeypatch.setattr(Slow, "__module__", "__main__")
-    assert how_many(encoder, 10**12) == 1  # another process could not import it
+    assert worker_count(encoder, 10**12) == 1  # another process could not import it
 
 
 # -- processes that build ------------------------------------------------------------------------------------------------
@@ -130,8 +130,8 @@ def start(folder: Path, tokenizer: Path, megabytes: int, file: Path, processes: 
 
 
 @pytest.mark.slow
-def test_a_cache_larger_than_memory_is_built_and_read(tokenizer_folder, tmp_path):
-    """100 MB of records and their 80 MB of tokens, with less memory than either."""
+def test_cache_may_be_larger_than_memory(tokenizer_folder, tmp_path):
+    """100 MB of records and 80 MB of tokens, with less memory than either."""
     line = json.dumps({"text": "the quick brown fox " * 30}) + "\n"
     count, megabytes = 160_000, 60
     with gzip.open(tmp_path / "large.jsonl.gz", "wt", compresslevel=1) as file:
@@ -147,8 +147,8 @@ def test_a_cache_larger_than_memory_is_built_and_read(tokenizer_folder, tmp_path
 
 
 def children(parent: int) -> set[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True).stdout.split()
-    return {int(pid) for pid in found}
+    pids = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True).stdout.split()
+    return {int(pid) for pid in pids}
 
 
 def is_gone(pid: int) -> bool:
@@ -158,7 +158,7 @@ def is_gone(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_build_that_is_killed_leaves_nothing_that_is_used_and_the_next_one_is_whole(processes, tokenizer_folder, tmp_path):
+def test_killed_write_is_cleaned_up_and_repeated(processes, tokenizer_folder, tmp_path):
     caches = tmp_path / "caches"
     file, other = tmp_path / "texts.jsonl", tmp_path / "other.jsonl"
     file.write_text("".join(json.dumps({"text": f"text number {n} of very many"}) + "\n" for n in range(60_000)))
@@ -183,10 +183,10 @@ def test_a_build_that_is_killed_leaves_nothing_that_is_used_and_the_next_one_is_
     assert not tokens.exists()
     third = start(caches / "c", tokenizer_folder, 0, file)
     assert third.communicate(timeout=120)[0].split()[1:2] == ["60000"]
-    build(tmp_path / "alone", read(str(file)), _encoder(tokenizer_folder), [str(file)], False, False)
+    write_token_cache(tmp_path / "alone", read(str(file)), _encoder(tokenizer_folder), [str(file)], False, False)
     assert written(caches / "c") == written(tmp_path / "alone")
     assert np.all(np.diff(TokenCache(caches / "c").ends) > 0)
 
 
-def _encoder(folder: Path) -> TextEncoder:
-    return TextEncoder(str(folder), Tokenizer.from_pretrained(folder))
+def _encoder(folder: Path) -> TextTokenizer:
+    return TextTokenizer(str(folder), Tokenizer.from_pretrained(folder))

@@ -1,6 +1,6 @@
-"""How Hugging Face's mixtures of experts are read and written: the fields of their config.json, and their experts' keys.
+"""Mixture-of-experts families: the fields of their config.json, and the keys of their experts.
 
-In the files experts lie one by one; in a model all experts of a layer are one tensor for each projection.
+The files hold a tensor for each expert; in the model, all experts of a layer are one tensor for each projection.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from bumblebee.config import BumblebeeConfig
 
 Json = dict[str, Any]
 
-# For training: the first is Hugging Face's own, of the others it knows nothing and keeps them.
+# For training. Only the first is a field of Hugging Face, which keeps and ignores the others.
 _ROUTERS: Json = {"router_aux_loss_coef": 0.001, "router_z_loss_coef": 0.0, "router_balance_loss": "sequence"}
 _QWEN: Json = {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None}
 
 
 def read_mixtral(raw: Json) -> Json:
-    """Every layer is sparse, the experts are as wide as the config says of a dense layer."""
+    """Mixtral: every layer is sparse, and ``intermediate_size`` is the width of an expert."""
     if raw.get("router_jitter_noise"):
         raise ValueError(f"config.json has router_jitter_noise {raw['router_jitter_noise']}, which is not supported")
     return {
@@ -30,12 +30,12 @@ def read_mixtral(raw: Json) -> Json:
 
 
 def write_mixtral(config: BumblebeeConfig) -> Json:
-    """The same fields back."""
+    """The inverse of the function above."""
     return {"num_local_experts": config.num_experts, **_write(config, ("sliding_window", "num_experts_per_tok", *_ROUTERS))}
 
 
 def mixtral_rules(config: BumblebeeConfig) -> list[Rule]:
-    """``block_sparse_moe`` is our ``mlp``; w1 is the gate, w3 up, w2 down."""
+    """``block_sparse_moe`` is the model's ``mlp``; w1 is the gate, w3 the up and w2 the down projection."""
     rules = _expert_rules(config, "block_sparse_moe", ("w1", "w3", "w2"))
     for layer in _sparse_layers(config):
         rules.append(Rule.rename(f"{layer}.block_sparse_moe.gate.weight", f"{layer}.mlp.gate.weight"))
@@ -43,7 +43,7 @@ def mixtral_rules(config: BumblebeeConfig) -> list[Rule]:
 
 
 def read_qwen3_moe(raw: Json) -> Json:
-    """Which layers are sparse is a pattern; the sliding window, if any, is for all layers."""
+    """Qwen3-MoE: a pattern decides which layers are sparse; a sliding window applies to every layer."""
     bias = bool(raw.get("attention_bias", False))
     return {
         "qk_norm": True,
@@ -56,19 +56,19 @@ def read_qwen3_moe(raw: Json) -> Json:
 
 
 def write_qwen3_moe(config: BumblebeeConfig) -> Json:
-    """The same fields back."""
+    """The inverse of the function above."""
     names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "attention_bias", "sliding_window")
     return {"use_sliding_window": config.sliding_window is not None, **_write(config, (*names, *_QWEN, *_ROUTERS))}
 
 
 def read_qwen2_moe(raw: Json) -> Json:
-    """As Qwen3-MoE, with one shared expert, which we count in experts."""
+    """Qwen2-MoE: like Qwen3-MoE, with one wide shared expert, which is counted in units of ``moe_intermediate_size``."""
     if raw.get("use_sliding_window"):
         raise ValueError("config.json has use_sliding_window true, which is not supported in Qwen2MoeForCausalLM")
     width, shared = raw.get("moe_intermediate_size") or 1408, raw.get("shared_expert_intermediate_size", 5632)
     if shared % width:
         raise ValueError(
-            f"config.json has shared_expert_intermediate_size {shared}, which is no multiple of moe_intermediate_size {width}"
+            f"config.json has shared_expert_intermediate_size {shared}; expected a multiple of moe_intermediate_size {width}"
         )
     return {
         "attention_bias": bool(raw.get("qkv_bias", True)),
@@ -80,7 +80,7 @@ def read_qwen2_moe(raw: Json) -> Json:
 
 
 def write_qwen2_moe(config: BumblebeeConfig) -> Json:
-    """The same fields back."""
+    """The inverse of the function above."""
     return {
         "qkv_bias": config.attention_bias,
         "use_sliding_window": False,
@@ -90,7 +90,7 @@ def write_qwen2_moe(config: BumblebeeConfig) -> Json:
 
 
 def qwen_moe_rules(config: BumblebeeConfig) -> list[Rule]:
-    """Only the shared expert, of Qwen2-MoE, has another name, beside the experts."""
+    """The experts, and the shared expert of Qwen2-MoE, which has another name in the model."""
     rules = _expert_rules(config, "mlp", ("gate_proj", "up_proj", "down_proj"))
     for layer in _sparse_layers(config):
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -99,7 +99,7 @@ def qwen_moe_rules(config: BumblebeeConfig) -> list[Rule]:
 
 
 def expert_shapes(config: BumblebeeConfig) -> dict[str, tuple[int, int, int]]:
-    """Our tensors that hold all experts of a layer, by their keys: (experts, outputs, inputs)."""
+    """Shapes of the model's expert tensors by key: (experts, outputs, inputs)."""
     count, inner, width = config.num_experts or 0, config.moe_intermediate_size or 0, config.hidden_size
     shapes = {"gate_up_proj": (count, 2 * inner, width), "down_proj": (count, width, inner)}
     return {f"{layer}.mlp.experts.{name}": shape for layer in _sparse_layers(config) for name, shape in shapes.items()}
@@ -118,12 +118,12 @@ def _sparse_layers(config: BumblebeeConfig) -> list[str]:
 
 
 def _expert_rules(config: BumblebeeConfig, part: str, names: tuple[str, str, str]) -> list[Rule]:
-    """``part`` of a block has the experts, ``names`` are those of their gate, up and down projections."""
+    """Rules for the experts in ``part`` of each block; ``names`` are their gate, up and down projections in the file."""
     rules = []
     gate, up, down = names
     for layer in _sparse_layers(config):
-        theirs = [f"{layer}.{part}.experts.{expert}" for expert in range(config.num_experts or 0)]
-        pairs = [f"{expert}.{name}.weight" for expert in theirs for name in (gate, up)]
+        experts = [f"{layer}.{part}.experts.{index}" for index in range(config.num_experts or 0)]
+        pairs = [f"{expert}.{name}.weight" for expert in experts for name in (gate, up)]
         rules.append(Rule.stack(pairs, f"{layer}.mlp.experts.gate_up_proj"))
-        rules.append(Rule.stack([f"{expert}.{down}.weight" for expert in theirs], f"{layer}.mlp.experts.down_proj"))
+        rules.append(Rule.stack([f"{expert}.{down}.weight" for expert in experts], f"{layer}.mlp.experts.down_proj"))
     return rules

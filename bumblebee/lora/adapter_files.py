@@ -1,0 +1,71 @@
+"""The folders of a model with LoRA: the adapter alone, with PEFT's config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bumblebee.checkpoint.adapters.folder import WEIGHTS, adapter_chain, base_model_name
+from bumblebee.checkpoint.adapters.fused import fused_modules, fused_settings
+from bumblebee.checkpoint.adapters.writer import is_adapter_key, write_adapter_config, write_adapter_weights
+from bumblebee.checkpoint.model_files import ModelFiles, write_generation_config
+from bumblebee.checkpoint.weight_mapping import Rule
+from bumblebee.config import BumblebeeConfig
+
+
+class AdapterFiles(ModelFiles):
+    """The folder of a LoRA adapter.
+
+    Args:
+        config: the model's.
+        adapter: PEFT's LoraConfig.
+        rules: how the modules of the family's transformers model map to the model's.
+        adapted: names of the modules that have updates.
+    """
+
+    def __init__(self, config: BumblebeeConfig, adapter: Any, rules: Sequence[Rule] = (), adapted: Sequence[str] = ()) -> None:
+        super().__init__(config)
+        self.adapter, self.adapted, self._rules = adapter, adapted, list(rules)
+
+    def rules(self) -> list[Rule]:
+        """How the base model's files map to the model."""
+        return self._rules
+
+    def includes(self, key: str) -> bool:
+        """Whether a tensor belongs to the adapter."""
+        return is_adapter_key(key)
+
+    def write(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: str = "5GB") -> set[str]:
+        """Write adapter_model.safetensors, adapter_config.json and generation_config.json."""
+        write_adapter_weights(folder, ((key, tensor) for key, tensor in tensors if self.includes(key)), self.rules())
+        self.write_configs(folder, "")
+        return {WEIGHTS}
+
+    def write_configs(self, folder: Path, dtype: str) -> None:
+        """Write adapter_config.json and generation_config.json."""
+        settings = {**self.adapter.to_dict(), "inference_mode": True}
+        modules = fused_modules(self.rules())
+        settings = fused_settings(settings, modules, self.adapted, self.adapter.r, self.adapter.lora_alpha)
+        write_adapter_config(
+            folder, {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+        )
+        write_generation_config(folder, self.config)
+
+    def check_output(self, output_dir: Path) -> None:
+        """Raise if the run would overwrite the base model, which the adapter needs."""
+        for folder in adapter_chain(self.adapter.base_model_name_or_path):
+            if output_dir.resolve() in (folder.resolve(), folder.resolve().parent):
+                raise ValueError(
+                    f"output_dir: {output_dir} contains the base model {folder}, which adapters need: choose another"
+                )
+
+    def check_resumed(self, checkpoint: Path) -> None:
+        """Raise if the checkpoint names another base model that exists; one that does not exist may have been moved."""
+        base, resumed_base = self.adapter.base_model_name_or_path, base_model_name(checkpoint)
+        if resumed_base is not None and Path(resumed_base).is_dir() and Path(resumed_base).resolve() != Path(base).resolve():
+            raise ValueError(
+                f"trainer.resume: {checkpoint} was trained on the base model {resumed_base}, but this run uses {base}"
+            )

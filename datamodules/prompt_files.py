@@ -1,0 +1,50 @@
+"""Prompts from a file: each line of a .txt file, or each record of another format with "prompt" or "messages".
+
+{"prompt": "The bee"}                                        a text to continue, or with --chat a question
+{"messages": [{"role": "user", "content": "Why?"}], ...}     a chat that ends with a question, in any chat format
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bumblebee.inference.batch import PromptRecord
+from datamodules import record_files
+from datamodules.chat_formats import FORMATS
+from datamodules.conversations import parse_prompt
+from datamodules.readers import suffix_of
+from datamodules.records import Record, RecordError, json_type, keys_of
+
+
+def read_prompts(path: str) -> Iterator[PromptRecord]:
+    """Iterate over the prompts of a file. Blank lines of a .txt file are skipped.
+
+    Raises:
+        RecordError: a record without a prompt, or damage; the message names file and line.
+        ValueError: the file type is not supported.
+    """
+    for record in record_files.read(path):
+        if suffix_of(path) == ".txt":
+            yield from _lines_of(record)
+        else:
+            yield _prompt_of(record)
+
+
+def _lines_of(document: Record) -> Iterator[PromptRecord]:
+    for number, line in enumerate(document.value["text"].split("\n"), start=1):
+        if line.strip():
+            yield PromptRecord(f"{document.file}:{number}", {"prompt": line}, line)
+
+
+def _prompt_of(record: Record) -> PromptRecord:
+    present, source = [key for key in ("prompt", *FORMATS) if key in record.value], f"{record.file}:{record.line}"
+    if len(present) != 1:
+        reason = f"expected one of 'prompt' and 'messages'; the record's keys: {keys_of(record.value)}"
+        raise RecordError(record.file, record.line, reason)
+    if present != ["prompt"]:
+        return PromptRecord(source, record.value, *parse_prompt(record))
+    text = record.value["prompt"]
+    if not isinstance(text, str) or not text:
+        reason = "is empty" if text == "" else f"must be a string, not {json_type(text)}"
+        raise RecordError(record.file, record.line, f"'prompt' {reason}")
+    return PromptRecord(source, record.value, text)
