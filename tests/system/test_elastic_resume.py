@@ -38,7 +38,9 @@ def uninterrupted(folder: Path, stages: tuple[int, ...]) -> Path:
     """Uninterrupted runs of one and of two ranks at each stage, with a checkpoint in the middle."""
     for stage in stages:
         train(**job(folder / f"one-{stage}", 1, stage))
-    run_jobs([job(folder / f"two-{stage}", 2, stage) for stage in stages], 2, folder)
+    jobs_folder = folder / f"jobs-{stages[0]}"  # one per call: the ranks' stores must not be reused
+    jobs_folder.mkdir()
+    run_jobs([job(folder / f"two-{stage}", 2, stage) for stage in stages], 2, jobs_folder)
     return folder
 
 
