@@ -27,7 +27,8 @@ def pretrained(tmp_path_factory, tokenizer_folder) -> Path:
             "fit", "--config", "recipes/quickstart/pretrain.yaml", "--task.model", "recipes/models/tiny-moe.yaml",
             f"{config}vocab_size", "400", f"{config}hidden_size", "64", f"{config}num_hidden_layers", "2",
             f"{config}moe_intermediate_size", "32", f"{config}router_bias_update_rate", "0.01",
-            "--data.files", "recipes/samples/pretrain.jsonl", "--data.tokenizer", str(tokenizer_folder),
+            "--data.files", "recipes/samples/pretrain.jsonl", "--data.validation_files=null", "--data.validation_ratio", "0.1",
+            "--data.tokenizer", str(tokenizer_folder),
             "--data.max_length", "64", "--trainer.max_steps", "4", "--callbacks.checkpoint.every", "2",
             "--callbacks.plot", "null", "--callbacks.progress", "null", "--output_dir", str(folder / "run"),
         ])  # fmt: skip
