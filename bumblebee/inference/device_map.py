@@ -7,7 +7,7 @@ weights are.
 
 Why not accelerate's planner (1.15): ``infer_auto_device_map`` reserves room for offloading and sends layers to the disk
 although the model fits (two devices of 0.6 of its size each), and ``get_balanced_memory`` uses every GPU even if one is enough.
-Neither raises if the model does not fit. Both need visible GPUs; this planner is plain arithmetic and is tested on CPU and meta
+Neither raises if the model does not fit. Both expect visible GPUs; this planner is plain arithmetic, tested on CPU and meta
 devices.
 """
 

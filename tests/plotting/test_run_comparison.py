@@ -67,7 +67,7 @@ def test_plot_command_writes_a_picture_and_prints_a_table(runs, tmp_path, capsys
         (["{wide}", "--output", "{wide}/a.doc"], "is not a picture file; use .png"),
         (["{wide}", "--smoothing", "1"], "smoothing must be in [0, 1), got 1.0"),
         (["{wide}", "--along", "minutes"], "along"),
-        ([], "runs is missing"),
+        ([], "missing required option 'runs'"),
     ],
 )
 def test_invalid_arguments_are_one_line_errors_and_write_nothing(runs, tmp_path, capsys, monkeypatch, words, message):
