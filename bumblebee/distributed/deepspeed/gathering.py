@@ -1,4 +1,4 @@
-"""Gathering the full weights of a model under ZeRO, one tensor at a time or all at once."""
+"""Gather the full weights of a model under ZeRO, one parameter at a time or all together."""
 
 from __future__ import annotations
 
