@@ -65,10 +65,11 @@ def imported(*words: str) -> tuple[set[str], float]:
 
 
 def test_help_is_fast_and_imports_no_large_package():
-    packages, seconds = imported("--help")
+    runs = [imported("--help") for _ in range(3)]
+    packages, seconds = runs[0][0], min(seconds for _, seconds in runs)  # the best: other processes share the cores
     assert "bumblebee" in packages
     assert not packages & {"torch", "deepspeed", "jsonargparse", "numpy", "yaml", "callbacks", "datamodules", "serve"}
-    assert seconds < 10, "a generous bound for a busy machine: it takes 0.2 s"
+    assert seconds < 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
