@@ -137,7 +137,7 @@ def format_summary(summary: dict[str, Section]) -> str:
 def _model_line(model: Section) -> str:
     count, trained = model["parameters"], model["trainable_parameters"]
     share = "all trainable" if trained == count else f"{short(trained)} ({trained / count:.2%}) trainable"
-    active = f" ({short(model['num_active_parameters'])} active)" if model["active_parameters"] < count else ""
+    active = f" ({short(model['active_parameters'])} active)" if model["active_parameters"] < count else ""
     parts = [f"{model['class']}, {short(count)} parameters{active}, {share}"]
     parts += [f"{name.replace('_', ' ')} {number(model[name])}" for name in _SHAPE if name in model]
     if model["attention"]:
