@@ -41,8 +41,8 @@ def make_logits(vocabulary: int, trained: bool):
 
 def bumblebee_step(logits, prompts, options):
     """A function that samples one step."""
-    from bumblebee.inference.sampler import SamplerState, sample
-    from bumblebee.inference.sampling_params import SamplingParams
+    from bumblebee.inference.sampling.sampler import SamplerState, sample
+    from bumblebee.inference.sampling.sampling_params import SamplingParams
 
     states = [SamplerState(prompt, SamplingParams(seed=row, **options)) for row, prompt in enumerate(prompts.tolist())]
     return lambda: [token.id for token in sample(logits, states)]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bumblebee.config import BumblebeeConfig
     from bumblebee.datamodule import DataModule
     from bumblebee.inference.generator import Generator
-    from bumblebee.inference.sampling_params import SamplingParams
+    from bumblebee.inference.sampling.sampling_params import SamplingParams
     from bumblebee.model import Bumblebee
     from bumblebee.models.huggingface import HuggingFaceModel
     from bumblebee.tasks.dpo import DPO
@@ -33,7 +33,7 @@ _HOME = {
     "Generator": "bumblebee.inference.generator",
     "HuggingFaceModel": "bumblebee.models.huggingface",
     "LanguageModeling": "bumblebee.tasks.language_modeling",
-    "SamplingParams": "bumblebee.inference.sampling_params",
+    "SamplingParams": "bumblebee.inference.sampling.sampling_params",
     "Task": "bumblebee.tasks.task",
     "Tokenizer": "bumblebee.tokenizer.tokenizer",
     "Trainer": "bumblebee.trainer",

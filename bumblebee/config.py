@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from bumblebee.formatting import hint
+from bumblebee.utils.formatting import hint
 
 # rope_type -> (required, optional) parameters, as in Hugging Face's config.json
 ROPE_TYPES: dict[str, tuple[set[str], set[str]]] = {

@@ -7,6 +7,7 @@ command line reads the options of this module without importing torch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,9 +17,9 @@ from bumblebee.callback import Callback
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.distributed import process_group
 from bumblebee.optim import GroupRule, Optimizer, Schedule, set_learning_rate
-from bumblebee.signals import stop_on_signals
 from bumblebee.tasks.task import Task
 from bumblebee.training.run_state import RunState
+from bumblebee.utils.signals import stop_on_signals
 
 
 class Trainer(RunState):
@@ -163,6 +164,8 @@ class Trainer(RunState):
 
     def _on_signal(self) -> None:
         self.signalled = True
+        if process_group.is_main():
+            print("\nstopping after this step and saving; interrupt again to stop at once", file=sys.stderr, flush=True)
 
     def agree_on_stopping(self) -> bool:
         """Whether any rank is to stop: callbacks and signals reach the ranks at different times. Collective."""

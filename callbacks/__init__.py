@@ -1,14 +1,14 @@
 """Callbacks: what happens beside the training loop, one per file, named in a recipe as ``callbacks.Checkpoint``.
 
 Classes are imported on first use, so that the command line does not pay for callbacks that a recipe does not name. The
-package name is shared with a ``callbacks`` folder of the user's; see ``bumblebee/shared_packages.py``.
+package name is shared with a ``callbacks`` folder of the user's; see ``bumblebee/utils/shared_packages.py``.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bumblebee.shared_packages import extend_path, lazy_attributes
+from bumblebee.utils.shared_packages import extend_path, lazy_attributes
 
 if TYPE_CHECKING:
     from callbacks.bigram_baseline import BigramBaseline

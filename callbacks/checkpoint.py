@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
 from bumblebee.checkpoint.atomic import remove
-from bumblebee.json_files import write_json
-from bumblebee.training.metric_monitor import MetricMonitor
+from bumblebee.training.metrics.monitor import MetricMonitor
 from bumblebee.training.run_folder import SavedCheckpoint, checkpoints
+from bumblebee.utils.json_files import write_json
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
-from bumblebee.formatting import number
-from bumblebee.training.metric_formatting import print_line
-from bumblebee.training.metric_monitor import MetricMonitor
+from bumblebee.training.metrics.formatting import print_line
+from bumblebee.training.metrics.monitor import MetricMonitor
+from bumblebee.utils.formatting import number
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from bumblebee.training.metric_formatting import format_metrics, format_progress, format_validation
+from bumblebee.training.metrics.formatting import format_metrics, format_progress, format_validation
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from bumblebee.callback import Callback
-from bumblebee.training.jsonl_log import json_line, truncate_after
+from bumblebee.training.metrics.jsonl_log import json_line, truncate_after
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from bumblebee.training.metric_formatting import print_line
+from bumblebee.training.metrics.formatting import print_line
 
 if TYPE_CHECKING:
     from torch.profiler import profile, record_function

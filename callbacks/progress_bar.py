@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from bumblebee.callback import Callback
-from bumblebee.formatting import duration, number, short
-from bumblebee.training.metric_formatting import format_validation
+from bumblebee.training.metrics.formatting import format_validation
+from bumblebee.utils.formatting import duration, number, short
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

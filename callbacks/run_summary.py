@@ -6,9 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from bumblebee.json_files import write_json
-from bumblebee.training.metric_formatting import format_progress
+from bumblebee.training.metrics.formatting import format_progress
 from bumblebee.training.run_summary import format_summary, summarize
+from bumblebee.utils.json_files import write_json
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer

@@ -6,9 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from bumblebee.inference.sampling_params import SamplingParams
-from bumblebee.training.jsonl_log import truncate_after
-from bumblebee.training.metric_formatting import print_line
+from bumblebee.inference.sampling.sampling_params import SamplingParams
+from bumblebee.training.metrics.formatting import print_line
+from bumblebee.training.metrics.jsonl_log import truncate_after
 
 if TYPE_CHECKING:
     from bumblebee.inference.generator import Generator

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from bumblebee.training.metric_formatting import strip_validation_prefix
+from bumblebee.training.metrics.formatting import strip_validation_prefix
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from bumblebee.callback import Callback
 from bumblebee.distributed import process_group
-from bumblebee.formatting import short
 from bumblebee.hardware import flops
+from bumblebee.utils.formatting import short
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
-from bumblebee.training.metric_formatting import strip_validation_prefix
+from bumblebee.training.metrics.formatting import strip_validation_prefix
 from bumblebee.training.run_summary import summarize
 
 if TYPE_CHECKING:

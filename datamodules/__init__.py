@@ -1,13 +1,13 @@
 """DataModules: from files to batches. Classes are imported on first use.
 
-The package name is shared with a ``datamodules`` folder of the user's; see ``bumblebee/shared_packages.py``.
+The package name is shared with a ``datamodules`` folder of the user's; see ``bumblebee/utils/shared_packages.py``.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bumblebee.shared_packages import extend_path, lazy_attributes
+from bumblebee.utils.shared_packages import extend_path, lazy_attributes
 
 if TYPE_CHECKING:
     from datamodules.preference import Preferences

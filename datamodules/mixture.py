@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bumblebee.formatting import hint
+from bumblebee.utils.formatting import hint
 from datamodules import record_files
 
 Files = str | list[str | dict[str, Any]]

@@ -30,8 +30,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from bumblebee.checkpoint.atomic import remove, written_aside
-from bumblebee.json_files import JSON, read_json, write_json
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.utils.json_files import JSON, read_json, write_json
 from datamodules.records import Record, RecordError
 from datamodules.tokenize import RecordTokenizer, TokenizedBatch
 from datamodules.worker_pool import RecordBatch, batched, tokenize_batches

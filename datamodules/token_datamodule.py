@@ -15,12 +15,12 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
-from bumblebee.cache_dir import resolve_cache_dir
 from bumblebee.datamodule import DataModule, SampleT
 from bumblebee.distributed import process_group
 from bumblebee.distributed.local_main_first import local_main_first
-from bumblebee.json_files import JSON
 from bumblebee.tokenizer.tokenizer import Tokenizer
+from bumblebee.utils.cache_dir import resolve_cache_dir
+from bumblebee.utils.json_files import JSON
 from datamodules import record_files
 from datamodules.collate import TokenDataset
 from datamodules.mixture import Files, Mixture

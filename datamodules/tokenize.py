@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bumblebee.json_files import JSON
 from bumblebee.tokenizer.chat_template import Message, Tool
 from bumblebee.tokenizer.tokenizer import Tokenizer
+from bumblebee.utils.json_files import JSON
 from datamodules import record_files
 from datamodules.conversations import parse_conversation, parse_preference, with_system
 from datamodules.records import Record, RecordError

@@ -9,7 +9,7 @@ import hmac
 import ipaddress
 from urllib.parse import urlsplit
 
-from serve.api_errors import APIError, quoted
+from serve.api.errors import APIError, quoted
 from serve.serve_options import ServeOptions
 
 

@@ -20,15 +20,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from serve.api_errors import APIError, invalid
-from serve.engine_client import EngineClient, model_loading
+from serve.api.errors import APIError, invalid
+from serve.api.requests import ChoiceRequest, RequestBuilder
+from serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder
+from serve.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from serve.api.streaming import ResponseBuilder, collect, stream_response, unless_disconnected
 from serve.http_limits import read_json_body
-from serve.requests import ChoiceRequest, RequestBuilder
-from serve.responses import ChatResponseBuilder, CompletionResponseBuilder
-from serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from serve.serve_options import ServeOptions
-from serve.streaming import ResponseBuilder, collect, stream_response, unless_disconnected
-from serve.worker_messages import WorkerReady
+from serve.workers.engine_client import EngineClient, model_loading
+from serve.workers.messages import WorkerReady
 
 # Sampling defaults in the model card, so that a client can display them.
 CARD_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")

@@ -10,7 +10,7 @@ import asyncio
 from starlette.requests import Request
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serve.api_errors import APIError
+from serve.api.errors import APIError
 
 HEAD_TIMEOUT = 15  # seconds for the head of a request (request line and headers) to arrive
 MAX_HEAD_SIZE = 64 * 2**10  # bytes, not counting what arrives together with the end of the head

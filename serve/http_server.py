@@ -12,7 +12,7 @@ from types import FrameType
 
 import uvicorn
 
-from serve.engine_client import EngineClient
+from serve.workers.engine_client import EngineClient
 
 logger = logging.getLogger(f"bumblebee.{__name__}")
 

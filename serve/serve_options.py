@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bumblebee.inference.engine_config import EngineConfig
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 
 
 @dataclass

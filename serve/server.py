@@ -32,17 +32,17 @@ from litserve import LitServer
 
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from serve import chat_page
-from serve.api_errors import install_exception_handlers
+from serve.api.errors import install_exception_handlers
 from serve.auth import BearerAuth
 from serve.endpoints import Endpoints
-from serve.engine_client import EngineClient
 from serve.http_limits import BoundedHTTPProtocol
 from serve.http_server import DrainingServer, open_listening_socket
 from serve.metrics import Metrics, RequestCountMiddleware
 from serve.serve_options import ServeOptions
-from serve.supervisor import Supervisor
-from serve.worker import Worker
-from serve.worker_messages import WorkerReady
+from serve.workers.engine_client import EngineClient
+from serve.workers.messages import WorkerReady
+from serve.workers.supervisor import Supervisor
+from serve.workers.worker import Worker
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 KEEP_ALIVE = 15  # seconds that an idle connection stays open: longer than most clients keep theirs

@@ -19,7 +19,7 @@ PACKAGES = ("bumblebee", "callbacks", "datamodules", "serve")
 # Files that import inside functions, so that `bumblebee --help` and the parsers of all commands start without what is named.
 LATE_IMPORTS = {
     "bumblebee/cli/commands/*": "torch and whatever else the command needs after its options are parsed",
-    "bumblebee/cli/parse_errors.py": "the shipped classes, needed for errors only",
+    "bumblebee/cli/errors/parse_errors.py": "the shipped classes, needed for errors only",
     "bumblebee/cli/parser.py": "the shipped classes, needed for help only",
     "bumblebee/distributed/deepspeed/*": "deepspeed, which takes seconds and reads environment variables on import",
     "bumblebee/distributed/local_main_first.py": "torch",
@@ -34,12 +34,13 @@ LATE_IMPORTS = {
     "bumblebee/recipe.py": "torch",
     "bumblebee/trainer.py": "torch",
     "bumblebee/training/*": "torch",
+    "bumblebee/training/metrics/formatting.py": "tqdm",
     "bumblebee/verify/checks/machine_throughput.py": "torch.distributed, which some builds of torch lack",
     "callbacks/*": "torch, numpy, tqdm, matplotlib and optional packages such as wandb",
     "datamodules/readers.py": "pyarrow",
     "serve/server.py": "torch: the server process runs without it",
     "serve/terminal/chat.py": "prompt_toolkit, openai or torch, whichever the chat needs",
-    "serve/worker.py": "torch: only worker processes load it",
+    "serve/workers/worker.py": "torch: only worker processes load it",
 }
 
 

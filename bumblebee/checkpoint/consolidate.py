@@ -21,7 +21,7 @@ from bumblebee.checkpoint.sharded_state import ShardReader
 from bumblebee.checkpoint.trainer_state import read_trainer_state
 from bumblebee.checkpoint.weight_files import stored_keys
 from bumblebee.checkpoint.weight_mapping import slices_by_file_key
-from bumblebee.json_files import read_json
+from bumblebee.utils.json_files import read_json
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -15,7 +15,7 @@ from bumblebee.checkpoint.adapters.folder import WEIGHTS, base_model_folder, is_
 from bumblebee.checkpoint.families import is_supported, read_config
 from bumblebee.checkpoint.weight_files import INDEX, SINGLE
 from bumblebee.config import BumblebeeConfig
-from bumblebee.json_files import read_json
+from bumblebee.utils.json_files import read_json
 
 TIED_KEY = "lm_head.weight"  # left out of the files where the head is tied to the embedding, and tied again on load
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

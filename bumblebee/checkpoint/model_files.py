@@ -18,7 +18,7 @@ from bumblebee.checkpoint.hf_folder import SPECIAL_IDS, TIED_KEY, load_config, p
 from bumblebee.checkpoint.weight_mapping import Rule, to_file_tensors
 from bumblebee.checkpoint.weight_writer import remove_stale_weights, write_weights
 from bumblebee.config import BumblebeeConfig
-from bumblebee.json_files import write_json
+from bumblebee.utils.json_files import write_json
 
 Tensors = Iterable[tuple[str, Tensor]]  # (key, tensor) pairs
 

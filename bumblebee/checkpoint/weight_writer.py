@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bumblebee.checkpoint.weight_files import INDEX, SINGLE
-from bumblebee.json_files import write_json
+from bumblebee.utils.json_files import write_json
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

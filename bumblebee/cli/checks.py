@@ -10,9 +10,9 @@ from dataclasses import is_dataclass
 from jsonargparse import Namespace
 
 from bumblebee.cli.config_files import callback_names, plain, where
-from bumblebee.cli.errors import fail
+from bumblebee.cli.errors.reporting import fail
 from bumblebee.cli.signatures import locate_callable, parameter_types
-from bumblebee.formatting import hint
+from bumblebee.utils.formatting import hint
 
 
 def check_flags(cfg: Namespace, flags: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from bumblebee.formatting import hint
+from bumblebee.utils.formatting import hint
 
 
 def plain(key: str) -> str:

@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from bumblebee.cli.errors import fail
+from bumblebee.cli.errors.reporting import fail
 from bumblebee.distributed import process_group
 
 LEVELS = ("debug", "info", "warning", "error")

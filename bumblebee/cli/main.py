@@ -13,11 +13,12 @@ from contextlib import suppress
 from importlib import import_module
 
 from bumblebee import __version__
-from bumblebee.cli import logs, renamed
+from bumblebee.cli import logs
 from bumblebee.cli.commands import COMMANDS
-from bumblebee.cli.errors import fail
-from bumblebee.formatting import hint
-from bumblebee.shared_packages import NameCollision, prefer_ours
+from bumblebee.cli.errors import renamed
+from bumblebee.cli.errors.reporting import fail
+from bumblebee.utils.formatting import hint
+from bumblebee.utils.shared_packages import NameCollision, prefer_ours
 
 prefer_ours()  # on import, so that spawned processes, which import this module again, find our packages too
 

@@ -16,8 +16,8 @@ from bumblebee.cli import checks
 from bumblebee.cli.argv import fold
 from bumblebee.cli.commands import COMMANDS
 from bumblebee.cli.config_files import option_values, plain, problem_of_file
-from bumblebee.cli.errors import fail
-from bumblebee.cli.parse_errors import explain
+from bumblebee.cli.errors.parse_errors import explain
+from bumblebee.cli.errors.reporting import fail
 
 _TRANSFORMS = "task.init_args.transforms"
 

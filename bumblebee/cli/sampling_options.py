@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from jsonargparse import Namespace
 
 from bumblebee.cli.parser import Parser
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 
 
 def add_sampling_options(parser: Parser, group: str = "", leave_out: Collection[str] = ()) -> None:

@@ -12,12 +12,12 @@ from importlib import import_module
 from jsonargparse import ArgumentParser
 
 from bumblebee.callback import Callback
-from bumblebee.cli.errors import fail
+from bumblebee.cli.errors.reporting import fail
 from bumblebee.cli.signatures import locate_callable
 from bumblebee.datamodule import DataModule
-from bumblebee.formatting import hint
 from bumblebee.optim import Optimizer, Schedule
 from bumblebee.tasks.task import Task
+from bumblebee.utils.formatting import hint
 
 ClassOrFunction = Callable[..., object]
 

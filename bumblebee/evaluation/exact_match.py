@@ -11,7 +11,7 @@ from tqdm import tqdm
 from bumblebee.datamodule import DataModule, SampleT
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.request import EngineRequest
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.nn import IGNORE_INDEX
 
 ROLES = ("system", "user", "assistant")  # left over from many chat templates when special tokens are removed

@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from bumblebee.formatting import short
 from bumblebee.inference.generator import Completion, Generator
 from bumblebee.inference.request import EngineRequest, SampledToken
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.sampling_params import SamplingParams
+from bumblebee.utils.formatting import short
 
 OUTPUT_KEYS = ("sample", "text", "finish_reason", "prompt_tokens", "new_tokens", "logprobs")
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} texts [{elapsed}, {remaining} left{postfix}]"

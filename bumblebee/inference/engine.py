@@ -20,7 +20,7 @@ from bumblebee.inference.engine_config import EngineConfig, EngineStats
 from bumblebee.inference.kv_cache import BLOCK_SIZE, num_blocks
 from bumblebee.inference.model_runner import ModelRunner
 from bumblebee.inference.request import EngineRequest, FinishReason, RequestOutput, SampledToken
-from bumblebee.inference.sampler import SamplerState, sample
+from bumblebee.inference.sampling.sampler import SamplerState, sample
 from bumblebee.inference.scheduler import Scheduler
 from bumblebee.inference.sequence import Sequence, validate_prompt
 from bumblebee.models.base import LanguageModel

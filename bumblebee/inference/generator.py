@@ -14,14 +14,14 @@ from typing import Literal
 import torch
 
 from bumblebee.distributed import process_group
-from bumblebee.inference.cpu_prepack import prepack
-from bumblebee.inference.device_map import available_devices, load_on_devices
 from bumblebee.inference.engine import GenerationEngine
 from bumblebee.inference.engine_config import EngineConfig
-from bumblebee.inference.generation_config import default_sampling, read_generation_config, stop_ids_of
 from bumblebee.inference.kv_cache import BLOCK_SIZE, num_blocks
+from bumblebee.inference.placement.cpu_prepack import prepack
+from bumblebee.inference.placement.device_map import available_devices, load_on_devices
 from bumblebee.inference.request import EngineRequest, FinishReason, RequestOutput, SampledToken
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.generation_config import default_sampling, read_generation_config, stop_ids_of
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.inference.sequence import blocks_needed, validate_prompt
 from bumblebee.models.base import LanguageModel
 from bumblebee.models.loading import load_model

@@ -18,8 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bumblebee.config import BumblebeeConfig
 from bumblebee.inference.attention_metadata import AttentionMetadata, QuerySpan
-from bumblebee.inference.device_map import layer_devices
 from bumblebee.inference.engine_config import EngineConfig
+from bumblebee.inference.placement.device_map import layer_devices
 from bumblebee.models.base import LanguageModel
 
 BLOCK_SIZE = 16  # positions per block

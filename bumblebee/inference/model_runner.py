@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bumblebee.inference.attention_metadata import AttentionMetadata
-from bumblebee.inference.device_map import layer_devices
 from bumblebee.inference.kv_cache import KVCache
+from bumblebee.inference.placement.device_map import layer_devices
 from bumblebee.inference.sequence import ScheduledChunk
 from bumblebee.models.base import LanguageModel
 

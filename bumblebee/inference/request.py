@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bumblebee.formatting import duration, hint, number
 from bumblebee.plotting.curves import MetricCurve, picture_formats, plot_runs, save_figure, smooth
+from bumblebee.utils.formatting import duration, hint, number
 
 FILE = "metrics.jsonl"
 VALIDATION_PREFIX = "validation_"

@@ -24,8 +24,8 @@ from bumblebee.hardware.memory_stats import max_memory_allocated, memory_allocat
 from bumblebee.preview.data_subset import DataSubset
 from bumblebee.preview.dry_run import MAX_MICRO_BATCHES, REFUSED, RESULT, DryRunResult
 from bumblebee.recipe import Run, build, recipe_parser
-from bumblebee.shared_packages import prefer_ours
 from bumblebee.trainer import Trainer
+from bumblebee.utils.shared_packages import prefer_ours
 
 TIMING_BUDGET = 10.0  # seconds in which steps are repeated
 

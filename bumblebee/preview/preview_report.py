@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 
-from bumblebee.formatting import number, short, span
 from bumblebee.hardware.flops import num_active_parameters
 from bumblebee.preview.parameter_counts import count_by_component
 from bumblebee.preview.preview import Preview, format_bytes
 from bumblebee.preview.sample_text import Highlight, format_samples
 from bumblebee.preview.sparkline import sparkline
+from bumblebee.utils.formatting import number, short, span
 
 LABEL_WIDTH = 20
 

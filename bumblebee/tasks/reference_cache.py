@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from bumblebee.cache_dir import resolve_cache_dir
 from bumblebee.checkpoint.adapters.folder import adapter_chain
 from bumblebee.checkpoint.atomic import flush
 from bumblebee.datamodule import Batch
@@ -29,6 +28,7 @@ from bumblebee.tasks.pair_log_probs import valid_pairs
 from bumblebee.tasks.reference import Reference
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import ForwardFn
+from bumblebee.utils.cache_dir import resolve_cache_dir
 
 FORMAT = 1  # increase it when a file's content changes for the same inputs
 Columns = dict[str, Tensor]  # for each split "<split>/index" (N,), sorted, and "<split>/logps" (N, 2)

@@ -8,8 +8,8 @@ from typing import Any
 
 import tokenizers
 
-from bumblebee.json_files import read_json
 from bumblebee.tokenizer.chatml import CHATML, CHATML_TOKENS
+from bumblebee.utils.json_files import read_json
 
 
 def template_from_files(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from bumblebee.checkpoint.adapters.folder import folder_with_file
-from bumblebee.json_files import read_json, write_json
 from bumblebee.tokenizer.assistant_mask import Message
 from bumblebee.tokenizer.chat_template import ChatTemplate, Tool
 from bumblebee.tokenizer.chatml import CHATML
@@ -24,6 +23,7 @@ from bumblebee.tokenizer.special_token_guard import replace_surrogates
 from bumblebee.tokenizer.template_sources import default_template, special_tokens, template_from_files, token_content
 from bumblebee.tokenizer.template_tokenizer import encode_text
 from bumblebee.tokenizer.token_bytes import token_bytes_table
+from bumblebee.utils.json_files import read_json, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 # Special tokens of a new tokenizer: the end of a document, and ChatML's, so that chat training needs no new embedding rows.

@@ -12,11 +12,11 @@ from bumblebee.checkpoint.model_files import files_of
 from bumblebee.checkpoint.trainer_state import TRAINER_STATE, read_trainer_state
 from bumblebee.datamodule import DataModule
 from bumblebee.distributed import process_group
-from bumblebee.json_files import write_json
 from bumblebee.training import random_state
 from bumblebee.training.collective_folder import collective_folder
 from bumblebee.training.plan import Position
 from bumblebee.training.run_state import RunState
+from bumblebee.utils.json_files import write_json
 
 TRAINING_STATE = "training_state"  # subfolder of a checkpoint
 

@@ -15,7 +15,7 @@ from bumblebee.datamodule import Batch, DataModule
 from bumblebee.distributed import process_group
 from bumblebee.optim import GroupRule, Schedule
 from bumblebee.tasks.task import Task
-from bumblebee.training.metric_accumulator import MetricAccumulator
+from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import bumblebee
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
-from bumblebee.formatting import number, short
 from bumblebee.hardware.flops import num_active_parameters
+from bumblebee.utils.formatting import number, short
 
 if TYPE_CHECKING:
     from bumblebee.training.run_state import RunState

@@ -28,7 +28,7 @@ from bumblebee.optim import Constant, Optimizer, Schedule, parameter_groups
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import Task
 from bumblebee.training import checkpointing, loader
-from bumblebee.training.metric_accumulator import MetricAccumulator
+from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan, Position
 from bumblebee.training.run_folder import check_free, clear, find_resume
 from bumblebee.training.run_state import RunState

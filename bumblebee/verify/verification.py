@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bumblebee.distributed import process_group
-from bumblebee.signals import handle_signals
+from bumblebee.utils.signals import handle_signals
 from bumblebee.verify.check import Check, all_checks
 from bumblebee.verify.check_result import CheckResult
 from bumblebee.verify.context import Context, resolve_options

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from bumblebee.formatting import hint
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.sampling_params import SamplingParams
+from bumblebee.utils.formatting import hint
 
 if TYPE_CHECKING:
     from serve.terminal.backends import Sampling

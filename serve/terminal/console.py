@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from bumblebee.signals import handle_signals
+from bumblebee.utils.signals import handle_signals
 
 # Characters that move the cursor, change colours or ring the bell; a model's answer must not. Tab and newline are allowed.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

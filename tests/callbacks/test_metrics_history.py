@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from bumblebee.training.jsonl_log import json_line, truncate_after
+from bumblebee.training.metrics.jsonl_log import json_line, truncate_after
 from callbacks import MetricsHistory
 
 
@@ -75,7 +75,7 @@ def test_truncation_is_atomic(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bumblebee.training.jsonl_log.os.replace", killed)
+    monkeypatch.setattr("bumblebee.training.metrics.jsonl_log.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         truncate_after(path, 1)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from bumblebee import Bumblebee
 from bumblebee.checkpoint import atomic, model_files, weight_writer
 from bumblebee.checkpoint.atomic import written_aside
-from bumblebee.json_files import read_json, write_json
+from bumblebee.utils.json_files import read_json, write_json
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,8 +8,8 @@ import re
 import pytest
 
 import bumblebee
-from bumblebee.cli import parse_errors, renamed
 from bumblebee.cli.commands import COMMANDS
+from bumblebee.cli.errors import parse_errors, renamed
 from bumblebee.cli.logs import pop_log_level
 from bumblebee.cli.main import main
 from bumblebee.cli.shipped_classes import GROUPS, shipped

@@ -8,7 +8,7 @@ import pytest
 
 from bumblebee.cli.parser import Parser
 from bumblebee.cli.sampling_options import add_sampling_options, explicit_sampling
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 
 
 def explicit(*words: str, group: str = "", leave_out: tuple[str, ...] = ()) -> dict:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bumblebee import Bumblebee
-from bumblebee.inference.cpu_prepack import PrepackedLinear, PrepackedMatmul, can_prepack, prepack
+from bumblebee.inference.placement.cpu_prepack import PrepackedLinear, PrepackedMatmul, can_prepack, prepack
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.06}
 

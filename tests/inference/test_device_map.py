@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from bumblebee import Bumblebee, Generator, SamplingParams, Tokenizer
 from bumblebee.inference.attention_metadata import AttentionMetadata
-from bumblebee.inference.device_map import assign_parts, available_devices, layer_devices, load_on_devices, part_sizes
 from bumblebee.inference.kv_cache import KVCache
+from bumblebee.inference.placement.device_map import assign_parts, available_devices, layer_devices, load_on_devices, part_sizes
 
 CPU, META = torch.device("cpu"), torch.device("meta")  # meta computes nothing, but raises if devices differ
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)

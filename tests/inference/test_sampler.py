@@ -16,10 +16,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bumblebee import SamplingParams
-from bumblebee.inference import sampler
-from bumblebee.inference.penalties import Penalties, apply_penalties
 from bumblebee.inference.request import SampledToken
-from bumblebee.inference.sampler import SamplerState, sample
+from bumblebee.inference.sampling import sampler
+from bumblebee.inference.sampling.penalties import Penalties, apply_penalties
+from bumblebee.inference.sampling.sampler import SamplerState, sample
 
 # Probabilities as distinct integer weights: exact fractions, so that the reference does not round.
 WEIGHTS = st.lists(st.integers(1, 10_000), min_size=1, max_size=20, unique=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bumblebee.inference.block_pool import BlockPool
 from bumblebee.inference.request import EngineRequest
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.inference.scheduler import Scheduler
 from bumblebee.inference.sequence import Sequence
 

@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (  # noqa: E402
 )
 
 from bumblebee import SamplingParams  # noqa: E402
-from bumblebee.inference.sampler import SamplerState, sample  # noqa: E402
+from bumblebee.inference.sampling.sampler import SamplerState, sample  # noqa: E402
 
 VOCABULARY, NUMBERS = 600, 400
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serve.api_errors import APIError
+from serve.api.errors import APIError
 from serve.auth import BearerAuth
 from serve.serve_options import ServeOptions
 

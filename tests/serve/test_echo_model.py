@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee.inference.generator import Generator
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 
 TEXT = "# Hello\n\nHello, hello!\n\n- a a a a b\n- a a a c 🐝\n\n```python\nprint('Hello')\nprint('Hello')\n```\n"
 

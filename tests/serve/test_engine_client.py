@@ -10,12 +10,12 @@ import pytest
 
 from bumblebee.inference.engine_config import EngineStats
 from bumblebee.inference.request import EngineRequest, RequestOutput, SampledToken
-from bumblebee.inference.sampling_params import SamplingParams
-from serve.api_errors import APIError
-from serve.engine_client import EngineClient, Replica
+from bumblebee.inference.sampling.sampling_params import SamplingParams
+from serve.api.errors import APIError
 from serve.metrics import Metrics
 from serve.serve_options import ServeOptions
-from serve.worker_messages import CancelRequest, StepOutputs, WorkerReady
+from serve.workers.engine_client import EngineClient, Replica
+from serve.workers.messages import CancelRequest, StepOutputs, WorkerReady
 
 pytestmark = pytest.mark.anyio
 

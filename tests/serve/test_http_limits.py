@@ -17,7 +17,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from serve import http_limits
-from serve.api_errors import install_exception_handlers
+from serve.api.errors import install_exception_handlers
 from serve.http_limits import MAX_HEAD_SIZE, BoundedHTTPProtocol, read_json_body
 from serve.http_server import open_listening_socket
 from serve.server import print_line

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from serve.api_errors import APIError
-from serve.requests import ChoiceRequest, RequestBuilder
-from serve.responses import ChatResponseBuilder, CompletionResponseBuilder
-from serve.schemas import ChatRequest, CompletionRequest, parse
+from serve.api.errors import APIError
+from serve.api.requests import ChoiceRequest, RequestBuilder
+from serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder
+from serve.api.schemas import ChatRequest, CompletionRequest, parse
 
 words = st.text(max_size=8) | st.sampled_from(["user", "assistant", "tool", "system", "text", "function", "auto", "none", "c1"])
 values = st.recursive(

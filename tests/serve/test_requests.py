@@ -9,12 +9,12 @@ from helpers import chat_folders
 from helpers.malformed_bodies import CHAT, COMPLETION, MALFORMED
 from helpers.tool_call_templates import tokenizer_of
 
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.tokenizer.chat_template import ChatTemplate
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from serve.api_errors import APIError
-from serve.requests import RequestBuilder
-from serve.schemas import ChatRequest, CompletionRequest, TokenizeRequest, parse
+from serve.api.errors import APIError
+from serve.api.requests import RequestBuilder
+from serve.api.schemas import ChatRequest, CompletionRequest, TokenizeRequest, parse
 
 TOOLS = [{"type": "function", "function": {"name": "fly", "parameters": {"type": "object"}}}]
 

@@ -18,9 +18,9 @@ from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.request import EngineRequest, RequestOutput, SampledToken
 from bumblebee.model import Bumblebee
-from serve.requests import RequestBuilder
-from serve.responses import ChatResponseBuilder, CompletionResponseBuilder
-from serve.schemas import ChatRequest, CompletionRequest, parse
+from serve.api.requests import RequestBuilder
+from serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder
+from serve.api.schemas import ChatRequest, CompletionRequest, parse
 
 ANSWER = "Hé 🐝!"
 CALL = '<tool_call>\n{"name": "fly", "arguments": {"to": "花"}}\n</tool_call>'

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from helpers.malformed_bodies import CHAT, COMPLETION
 
-from serve.api_errors import APIError
-from serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from serve.api.errors import APIError
+from serve.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 
 
 def chat(**changes):

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from bumblebee.inference.engine_config import EngineStats
-from bumblebee.inference.sampling_params import SamplingParams
-from serve.engine_client import EngineClient
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 from serve.metrics import Metrics
 from serve.serve_options import ServeOptions
-from serve.supervisor import Supervisor
-from serve.worker_messages import WorkerFailed, WorkerReady
+from serve.workers.engine_client import EngineClient
+from serve.workers.messages import WorkerFailed, WorkerReady
+from serve.workers.supervisor import Supervisor
 
 pytestmark = pytest.mark.anyio
 

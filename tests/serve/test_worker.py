@@ -14,9 +14,9 @@ import pytest
 from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.request import EngineRequest
-from bumblebee.inference.sampling_params import SamplingParams
-from serve.worker import receive_messages, run_engine
-from serve.worker_messages import CancelRequest, StepOutputs
+from bumblebee.inference.sampling.sampling_params import SamplingParams
+from serve.workers.messages import CancelRequest, StepOutputs
+from serve.workers.worker import receive_messages, run_engine
 
 LONG = SamplingParams(max_new_tokens=1000, ignore_eos=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bumblebee.json_files import read_json
+from bumblebee.utils.json_files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bumblebee.checkpoint.adapters.folder import CONFIG
-from bumblebee.json_files import read_json
+from bumblebee.utils.json_files import read_json
 
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")  # parameters that LoRA(experts=True) adapts
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from bumblebee.checkpoint.adapters.folder import CONFIG, WEIGHTS
 from bumblebee.checkpoint.adapters.fused import fuse, fused_modules
 from bumblebee.checkpoint.weight_mapping import Rule
-from bumblebee.json_files import write_json
+from bumblebee.utils.json_files import write_json
 
 ADAPTER_NAME = "default"  # PEFT's name for an adapter within a model; it is left out of the files
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bumblebee.cli.errors.value_errors import user_errors
 from bumblebee.cli.parser import Parser, command_parser
-from bumblebee.cli.value_errors import user_errors
 
 
 def parser() -> Parser:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from bumblebee.cli.errors.value_errors import user_errors
 from bumblebee.cli.parser import Parser
 from bumblebee.cli.recipe_options import recipe_command_parser, require_validation
-from bumblebee.cli.value_errors import user_errors
 
 if TYPE_CHECKING:
     from bumblebee.evaluation.exact_match import Answer

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from bumblebee.cli.errors.value_errors import user_errors
 from bumblebee.cli.parser import Parser
 from bumblebee.cli.recipe_options import recipe_command_parser
-from bumblebee.cli.value_errors import user_errors
 from bumblebee.distributed import process_group
 from bumblebee.recipe import build, dump
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from bumblebee.cli.errors import run_errors
+from bumblebee.cli.errors.reporting import run_errors
+from bumblebee.cli.errors.value_errors import user_errors
 from bumblebee.cli.parser import Parser, command_parser
 from bumblebee.cli.sampling_options import add_sampling_options, explicit_sampling
-from bumblebee.cli.value_errors import user_errors
 
 
 def parser() -> Parser:

@@ -8,9 +8,9 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from bumblebee.cli.errors.value_errors import user_errors
 from bumblebee.cli.parser import Parser
 from bumblebee.cli.recipe_options import recipe_command_parser
-from bumblebee.cli.value_errors import user_errors
 from bumblebee.distributed import process_group
 
 

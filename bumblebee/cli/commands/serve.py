@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bumblebee.cli.errors.value_errors import user_errors
 from bumblebee.cli.parser import ConfigFile, Parser, command_parser
 from bumblebee.cli.sampling_options import add_sampling_options, explicit_sampling
-from bumblebee.cli.value_errors import user_errors
 
 
 def parser() -> Parser:

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bumblebee.cli.errors.value_errors import user_errors
 from bumblebee.cli.parser import Parser, command_parser
-from bumblebee.cli.value_errors import user_errors
 
 
 def parser() -> Parser:

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 
 from jsonargparse import Namespace
 
+from bumblebee.cli.errors.value_errors import user_errors
 from bumblebee.cli.parser import Parser
 from bumblebee.cli.recipe_options import recipe_command_parser, require_validation
-from bumblebee.cli.value_errors import user_errors
 
 
 def parser() -> Parser:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bumblebee.cli.errors import run_errors
+from bumblebee.cli.errors.reporting import run_errors
+from bumblebee.cli.errors.value_errors import user_errors
 from bumblebee.cli.parser import Parser, command_parser
-from bumblebee.cli.value_errors import user_errors
 from bumblebee.verify.verify_options import VerifyOptions
 
 

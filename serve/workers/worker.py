@@ -24,7 +24,7 @@ from starlette.requests import Request
 from bumblebee.inference.request import EngineRequest
 from serve.auth import BearerAuth
 from serve.serve_options import ServeOptions
-from serve.worker_messages import CancelRequest, StepOutputs, WorkerFailed, WorkerReady
+from serve.workers.messages import CancelRequest, StepOutputs, WorkerFailed, WorkerReady
 
 if TYPE_CHECKING:
     from bumblebee.inference.engine import GenerationEngine

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-
-from bumblebee.distributed.process_group import is_main
 
 SignalHandler = Callable[[int, FrameType | None], object]
 
@@ -43,10 +40,10 @@ def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
     def handler(number: int, frame: FrameType | None) -> None:
         if number in seen:  # a launcher may forward Ctrl-C as SIGTERM: another number is not a second request
             raise KeyboardInterrupt
-        if is_main() and not seen:
-            print("\nstopping after this step and saving; interrupt again to stop at once", file=sys.stderr, flush=True)
+        first = not seen
         seen.add(number)
-        stop()
+        if first:
+            stop()
 
     with handle_signals(handler, signal.SIGINT, signal.SIGTERM):
         yield

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bumblebee.checkpoint.adapters.folder import folder_with_file
-from bumblebee.inference.sampling_params import SamplingParams
-from bumblebee.json_files import read_json
+from bumblebee.inference.sampling.sampling_params import SamplingParams
+from bumblebee.utils.json_files import read_json
 
 ALWAYS_READ = ("max_new_tokens", "repetition_penalty")
 READ_IF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")

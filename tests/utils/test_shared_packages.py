@@ -17,7 +17,8 @@ HELLO = "from bumblebee import Callback\n\n\nclass Hello(Callback):\n    pass\n"
 
 def run(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Run code as the command line would import packages, with the user's folder first on the path."""
-    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bumblebee.shared_packages import prefer_ours; prefer_ours()\n"
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    start += "from bumblebee.utils.shared_packages import prefer_ours; prefer_ours()\n"
     start += f"sys.path.insert(0, {str(folder)!r})\n"
     return subprocess.run([sys.executable, "-c", start + code], cwd=folder, capture_output=True, text=True)
 
@@ -63,7 +64,7 @@ def test_names_on_both_sides_are_refused(repository, file, text, name):
     (repository / "callbacks" / file).write_text(text)
     done = run(repository, "import callbacks")
     message = done.stderr.splitlines()[-1]
-    assert message.startswith("bumblebee.shared_packages.NameCollision: " + str(repository / "callbacks" / file)), message
+    assert message.startswith("bumblebee.utils.shared_packages.NameCollision: " + str(repository / "callbacks" / file)), message
     assert f"callbacks.{name} is taken by Bumblebee" in message
 
 

@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from serve.worker_messages import FromWorker, ToWorker
+from serve.workers.messages import FromWorker, ToWorker
 
 
 class WorkerPipe:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 
 MAX_LOGIT = 1e30  # bound of penalised logits: they stay finite with a repetition penalty or temperature near zero
 

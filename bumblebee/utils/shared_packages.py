@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 
 SHARED = ("callbacks", "datamodules", "serve")
-HOME = Path(__file__).resolve().parent.parent  # of the installed packages, or of the checkout
+HOME = Path(__file__).resolve().parents[2]  # of the installed packages, or of the checkout
 
 
 class NameCollision(ImportError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bumblebee.inference.engine_config import EngineStats
 from bumblebee.inference.request import EngineRequest, RequestOutput
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 
 
 @dataclass

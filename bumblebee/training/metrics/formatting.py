@@ -1,4 +1,4 @@
-"""Formatting of metrics for console and log file. Numbers: ``bumblebee/formatting.py``."""
+"""Formatting of metrics for console and log file. Numbers: ``bumblebee/utils/formatting.py``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from bumblebee.formatting import number
+from bumblebee.utils.formatting import number
 
 if TYPE_CHECKING:
     from bumblebee.training.run_state import RunState

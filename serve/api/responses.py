@@ -21,9 +21,9 @@ from typing import Any
 
 from bumblebee.inference.request import RequestOutput, SampledToken
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from serve.schemas import ChatRequest, CompletionRequest, GenerationRequest
-from serve.tool_call_format import ToolCallFormat
-from serve.tool_call_parser import ParsedCall, ToolCallParser
+from serve.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from serve.api.tool_call_format import ToolCallFormat
+from serve.api.tool_call_parser import ParsedCall, ToolCallParser
 
 JSONObject = dict[str, Any]
 MIN_LOGPROB = -9999.0

@@ -12,9 +12,9 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from bumblebee.inference.request import RequestOutput
-from serve.api_errors import APIError
-from serve.engine_client import OutputStream
-from serve.responses import ChatResponseBuilder, CompletionResponseBuilder
+from serve.api.errors import APIError
+from serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder
+from serve.workers.engine_client import OutputStream
 
 ResponseBuilder = ChatResponseBuilder | CompletionResponseBuilder
 Result = TypeVar("Result")

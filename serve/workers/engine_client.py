@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 from bumblebee.inference.engine_config import EngineStats
 from bumblebee.inference.request import EngineRequest, RequestOutput
-from serve.api_errors import APIError
+from serve.api.errors import APIError
+from serve.api.requests import ChoiceRequest
 from serve.metrics import Metrics
-from serve.requests import ChoiceRequest
 from serve.serve_options import ServeOptions
-from serve.worker_messages import CancelRequest, StepOutputs, WorkerReady
-from serve.worker_pipe import WorkerPipe
+from serve.workers.messages import CancelRequest, StepOutputs, WorkerReady
+from serve.workers.pipe import WorkerPipe
 
 RETRY_SOON = {"Retry-After": "1"}
 DO_NOT_RETRY = {"x-should-retry": "false"}  # OpenAI's clients retry after every 5xx unless this header is set

@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.tokenizer.chat_template import ChatTemplate, with_system
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from serve.api_errors import invalid, quoted
-from serve.schemas import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest, Message, TokenizeRequest, Tool
-from serve.tool_call_format import ToolCallFormat
+from serve.api.errors import invalid, quoted
+from serve.api.schemas import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest, Message, TokenizeRequest, Tool
+from serve.api.tool_call_format import ToolCallFormat
 
 # max_tokens of requests that omit it, unless the server sets max_new_tokens.
 CHAT_MAX_TOKENS, COMPLETION_MAX_TOKENS = 2048, 16

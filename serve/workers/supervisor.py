@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-from serve.engine_client import EngineClient, Replica
-from serve.worker_messages import FromWorker, StepOutputs, WorkerReady
-from serve.worker_pipe import WorkerPipe
+from serve.workers.engine_client import EngineClient, Replica
+from serve.workers.messages import FromWorker, StepOutputs, WorkerReady
+from serve.workers.pipe import WorkerPipe
 
 logger = logging.getLogger(f"bumblebee.{__name__}")
 

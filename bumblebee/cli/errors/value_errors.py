@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from jsonargparse import Namespace
 
 from bumblebee.cli.config_files import plain, where
-from bumblebee.cli.errors import fail, message_of, run_errors
-from bumblebee.cli.parse_errors import reason
+from bumblebee.cli.errors.parse_errors import reason
+from bumblebee.cli.errors.reporting import fail, message_of, run_errors
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from pathlib import Path
 import yaml
 
 from bumblebee.cli.config_files import callbacks_in, config_files, option_values, plain, where, yaml_files_beside
-from bumblebee.cli.renamed import OPTIONS as RENAMED
+from bumblebee.cli.errors.renamed import OPTIONS as RENAMED
 from bumblebee.cli.signatures import parameter_names
-from bumblebee.formatting import did_you_mean, hint
+from bumblebee.utils.formatting import did_you_mean, hint
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _UNKNOWN = re.compile(

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic_core
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, ValidationError, model_validator
 
-from bumblebee.inference.sampling_params import MAX_BIASES, MAX_STOP_LENGTH, MAX_STOPS
-from serve.api_errors import APIError, invalid, quoted
-from serve.schema_types import (
+from bumblebee.inference.sampling.sampling_params import MAX_BIASES, MAX_STOP_LENGTH, MAX_STOPS
+from serve.api.errors import APIError, invalid, quoted
+from serve.api.schema_types import (
     StrictModel,
     as_biases,
     as_list,

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bumblebee.inference.penalties import Penalties, apply_penalties
 from bumblebee.inference.request import SampledToken
-from bumblebee.inference.sampling_params import SamplingParams
+from bumblebee.inference.sampling.penalties import Penalties, apply_penalties
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 
 GREEDY_TEMPERATURE = 1e-6  # logits divided by less overflow fp32; the most likely token would be drawn anyway
 CANDIDATES = (256, 4096)  # number of largest logits to examine first, and then, if the vocabulary is much larger

@@ -1,0 +1,1 @@
+"""Where the weights go: devices, and the CPU's prepacked layout."""

@@ -1,0 +1,1 @@
+"""Metrics of a run: reduced over ranks, formatted, logged to JSON Lines, and followed by callbacks."""

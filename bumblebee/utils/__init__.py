@@ -1,0 +1,1 @@
+"""Helpers without torch that any module may import."""

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible protocol: schemas, requests, responses, streams, tool calls and errors."""
