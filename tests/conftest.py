@@ -15,8 +15,11 @@ from hypothesis import settings
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-settings.register_profile("no deadline", deadline=None)  # a busy machine must not fail a test
-settings.load_profile("no deadline")
+# No deadline: a busy machine must not fail a test. The same examples in each run, so that a failure is due to the change
+# that is tested; `pytest --hypothesis-profile random` tries others.
+settings.register_profile("random", deadline=None)
+settings.register_profile("reproducible", deadline=None, derandomize=True)
+settings.load_profile("reproducible")
 
 SAMPLES = Path(__file__).parent.parent / "recipes" / "samples"
 

@@ -8,7 +8,7 @@ import pytest
 from golden import RUNS, lines
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if "bf16" in name else []) for name in RUNS])
 def test_losses_equal_the_golden_losses(name: str) -> None:
     golden = (Path(__file__).parent / f"{name}.txt").read_text().splitlines()
     for line, golden_line in zip(lines(name), golden, strict=True):

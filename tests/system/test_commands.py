@@ -92,6 +92,7 @@ class Mine(Callback):
 """
 
 
+@pytest.mark.slow
 def test_log_level_debug_shows_debug_messages(recipe, tmp_path):
     (tmp_path / "mine.py").write_text(LOGGING_CALLBACK)
     words = ["--trainer.max_steps", "1", "--callbacks.mine", "mine.Mine", "--log_level", "debug"]
@@ -119,6 +120,7 @@ def test_run_writes_recipe_metrics_checkpoints_and_model(trained):
     assert not [path for path in trained.rglob("*") if "partial" in path.name]
 
 
+@pytest.mark.slow
 def test_saved_recipe_reproduces_the_weights(trained, tmp_path):
     saved = yaml.safe_load((trained / "recipe.yaml").read_text())
     assert saved["trainer"]["gradient_clip"] is None and saved["trainer"]["max_steps"] == 6
@@ -164,6 +166,7 @@ def test_resume_after_a_signal_is_byte_identical(number, recipe, trained, tmp_pa
     assert weight_bytes(tmp_path / "run") == weight_bytes(trained)
 
 
+@pytest.mark.slow
 def test_kill_during_a_save_loses_only_that_save(recipe, trained, tmp_path):
     done = fit(recipe, tmp_path / "run", *SIX, *with_callback("KillInSave", step=4))
     assert done.returncode == -signal.SIGKILL
@@ -217,6 +220,7 @@ def intact(folder: Path, step: int) -> None:
     assert all(len(tensor) for tensor in weights(folder / f"checkpoint-{step}").values())
 
 
+@pytest.mark.slow
 def test_broken_pipe_ends_without_a_traceback(recipe, tmp_path):
     printing = ["--callbacks.summary", "callbacks.RunSummary", "--callbacks.log", "callbacks.ProgressBar"]
     run = ["fit", "--config", recipe, "--output_dir", str(tmp_path / "run"), *printing]
@@ -228,6 +232,7 @@ def test_broken_pipe_ends_without_a_traceback(recipe, tmp_path):
     assert done.returncode == 128 + signal.SIGPIPE, "the exit code of a traceback would be 1"
 
 
+@pytest.mark.slow
 def test_full_disk_during_a_save_keeps_the_earlier_checkpoint(recipe, trained, tmp_path):
     done = fit(recipe, tmp_path / "run", *SIX, *with_callback("FullDisk", step=3))
     assert done.returncode == 2
@@ -237,6 +242,7 @@ def test_full_disk_during_a_save_keeps_the_earlier_checkpoint(recipe, trained, t
     assert weight_bytes(tmp_path / "run") == weight_bytes(trained)
 
 
+@pytest.mark.slow
 def test_full_disk_at_the_start_is_one_line(recipe, tmp_path):
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -248,6 +254,7 @@ def test_full_disk_at_the_start_is_one_line(recipe, tmp_path):
     assert not list((tmp_path / "cache").glob("tokens/[!.]*"))
 
 
+@pytest.mark.slow
 def test_removed_output_folder_is_one_line(recipe, tmp_path):
     """The folder is replaced by a file, which not even root can write a checkpoint into."""
     done = fit(recipe, tmp_path / "run", *SIX, *with_callback("ReplaceFolder", step=3))
@@ -258,7 +265,7 @@ def test_removed_output_folder_is_one_line(recipe, tmp_path):
 # -- two ranks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stage", "launcher"), [(0, "torchrun"), (3, "deepspeed")])
+@pytest.mark.parametrize(("stage", "launcher"), [(0, "torchrun"), pytest.param(3, "deepspeed", marks=pytest.mark.slow)])
 def test_two_ranks_exit_with_0_and_only_rank_0_prints(stage, launcher, recipe, tmp_path):
     words = ["--trainer.zero_stage", str(stage), "--callbacks.bar", "callbacks.ProgressBar", "--callbacks.bar.interval", "0",
              "--callbacks.summary", "callbacks.RunSummary"]  # fmt: skip

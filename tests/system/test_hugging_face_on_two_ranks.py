@@ -12,11 +12,12 @@ import torch
 from helpers.processes import run_command, run_jobs
 from helpers.training_runs import VOCABULARY, train, weight_bytes, weights
 
+pytestmark = pytest.mark.slow
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 STAGES = range(4)
 
 
-@pytest.mark.slow
 def test_two_ranks_equal_one_and_resume_at_every_stage(tmp_path: Path) -> None:
     import transformers
 

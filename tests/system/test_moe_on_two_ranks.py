@@ -10,6 +10,8 @@ import torch
 from helpers.processes import run_jobs
 from helpers.training_runs import train, weight_bytes, weights
 
+pytestmark = pytest.mark.slow
+
 MODEL: dict[str, Any] = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0], "num_hidden_layers": 3,
     "router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01, "router_bias_update_rate": 0.01, "n_shared_experts": 1,

@@ -13,6 +13,8 @@ from bumblebee import Bumblebee
 from bumblebee.checkpoint.consolidate import consolidate
 from bumblebee.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

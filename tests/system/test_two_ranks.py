@@ -17,6 +17,8 @@ from helpers.zero_stages import EACH_STAGE
 from bumblebee.optim import Cosine
 from bumblebee.training.run_folder import checkpoints
 
+pytestmark = pytest.mark.slow
+
 UNEQUAL = (16, 1, 7, 0, 12, 0, 0, 3)
 TARGETS = (16, 1, 7, 0, 12)
 UNTRAINED = "k_proj.bias"  # its true gradient is zero; Adam amplifies rounding errors to full steps
@@ -101,7 +103,7 @@ def runs(tmp_path_factory, alone):
 
 @pytest.fixture
 def runs_at(request):
-    """A function from a stage to the runs that include it: those of stages 1 and 2 are in the slow suite."""
+    """A function from a stage to the runs that include it: those of stages 1 and 2 have processes of their own."""
     return lambda stage: request.getfixturevalue("runs" if stage in (0, 3) else "more_runs")
 
 
@@ -192,7 +194,7 @@ def test_one_rank_resumes_two_at_another_stage(stage, runs, tmp_path):
             torch.testing.assert_close(tensor, weights(tmp_path / "b")[name], rtol=0, atol=1e-4)
 
 
-# -- slow suite ----------------------------------------------------------------------------------------------------------
+# -- other stages and precisions -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +215,6 @@ def more_runs(tmp_path_factory):
     return Runs(jobs, tmp_path_factory.mktemp("more"), timeout=900)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_stays_close_to_fp32(stage, more_runs):
     lines, _ = train_reference(Rows(8, (16,)), per_step=4, steps=24, schedule=Cosine(), clip=1.0)
@@ -221,19 +222,16 @@ def test_bf16_stays_close_to_fp32(stage, more_runs):
     assert max(abs(line["loss"] - expected["loss"]) for line, expected in pairs) < 0.004
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 def test_resume_is_byte_identical_at_other_stages(stage, more_runs):
     assert more_runs.metrics(f"pieces-{stage}") == more_runs.metrics(f"whole-{stage}")
     assert weight_bytes(more_runs.folder(f"pieces-{stage}")) == weight_bytes(more_runs.folder(f"whole-{stage}"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_resume_in_bf16_is_byte_identical(stage, more_runs):
     assert weight_bytes(more_runs.folder(f"bf16-pieces-{stage}")) == weight_bytes(more_runs.folder(f"bf16-whole-{stage}"))
 
 
-@pytest.mark.slow
 def test_worker_processes_do_not_change_the_result(more_runs):
     assert weight_bytes(more_runs.folder("workers")) == weight_bytes(more_runs.folder("whole-2"))
