@@ -62,16 +62,11 @@ def _model(trainer: RunState) -> Section:
 
 
 def _attention(trainer: RunState) -> str | None:
-    """The attention kernel; None for a model class other than Bumblebee."""
-    import torch
-
-    from bumblebee.model import Bumblebee
+    """The attention kernel that the training steps use; None for a model that does not choose one of ours."""
     from bumblebee.nn.attention_kernels import select_kernel
 
-    model = trainer.task.model
-    if not isinstance(model, Bumblebee):
-        return None
-    return select_kernel(model.attention, torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
+    attention = getattr(trainer.task.model, "attention", None)
+    return select_kernel(attention, trainer.engine.options.compute_dtype) if isinstance(attention, str) else None
 
 
 def _plan(trainer: RunState) -> Section:

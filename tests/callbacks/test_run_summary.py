@@ -1,10 +1,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
+import torch
 
+from bumblebee.model import Bumblebee
+from bumblebee.training.run_summary import summarize
 from callbacks import RunSummary
+
+PRECISIONS = [
+    ("fp32", 0, None), ("fp32", 1, None), ("bf16", 0, None), ("bf16", 1, None), ("fp16", 0, None), ("fp16", 2, None),
+    ("fp32", 1, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +63,37 @@ def test_summary_is_printed_before_the_first_step(complete_run):
         f"output     {complete_run.folder}\n",
     ):
         assert part in begin
+
+
+@pytest.mark.parametrize(("precision", "stage", "deepspeed"), PRECISIONS)
+def test_summary_asks_for_the_dtype_that_attention_computes_in(precision, stage, deepspeed, stub_trainer, tiny, monkeypatch):
+    """Also with QK-norm, which returns fp32 under autocast. fp16 needs a GPU only because of DeepSpeed."""
+    requested = []
+
+    def record(name: str, dtype: torch.dtype | None) -> str:
+        requested.append(dtype)
+        return "sdpa"
+
+    trainer = stub_trainer([], precision=precision, zero_stage=stage, deepspeed=deepspeed)
+    options = trainer.engine.options
+    trainer.task.model = Bumblebee(tiny(qk_norm=True)).to(options.weights_dtype)
+    monkeypatch.setattr("bumblebee.nn.attention_kernels.select_kernel", record)
+    monkeypatch.setattr("bumblebee.nn.attention.select_kernel", record)
+    summarize(trainer)
+    autocast = options.weights_dtype != options.compute_dtype
+    with torch.autocast("cpu", options.compute_dtype) if autocast else nullcontext():
+        trainer.task.model(torch.zeros(1, 8, dtype=torch.int64))
+    assert set(requested) == {options.compute_dtype} and len(requested) == 3  # the summary, and two layers
+    expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert options.compute_dtype == (torch.bfloat16 if deepspeed else expected)
+
+
+def test_flash_attention_with_fp16_is_summarized(stub_trainer, monkeypatch):
+    trainer = stub_trainer([], precision="fp16")
+    trainer.task.model.attention = "flash"
+    monkeypatch.setattr("bumblebee.nn.attention_kernels.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert summarize(trainer)["model"]["attention"] == "flash"
 
 
 def test_resumed_run_shows_its_step_and_the_initial_lr(resumed_run, summary):
