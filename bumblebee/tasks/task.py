@@ -132,6 +132,10 @@ class Task(ABC):
         if self.auxiliary is not None:
             self.auxiliary.after_step(process_group.all_reduce_sum)
 
+    def derived_metrics(self, means: Mapping[str, float], /) -> dict[str, float]:
+        """Further metrics that are functions of the means of a line, such as a perplexity."""
+        return {}
+
     def metrics(self) -> dict[str, float]:
         """Further metrics since the last call, besides means of sums. Collective."""
         return self.auxiliary.metrics(process_group.all_reduce_sum) if self.auxiliary is not None else {}

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from bumblebee.utils.formatting import number
+from bumblebee.utils.formatting import format_metric
 
 if TYPE_CHECKING:
     from bumblebee.training.run_state import RunState
@@ -27,7 +27,7 @@ def format_progress(trainer: RunState) -> str:
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
     """Names and values on one line."""
-    return " · ".join(f"{name} {number(value)}" for name, value in metrics.items())
+    return " · ".join(f"{name} {format_metric(name, value)}" for name, value in metrics.items())
 
 
 def format_validation(step: int, metrics: Mapping[str, float]) -> str:
