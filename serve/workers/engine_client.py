@@ -64,6 +64,7 @@ class OutputStream:
         self._first_token: dict[str, float] = {}  # id -> time of the first token
         self._new_tokens = dict.fromkeys(self.choices, 0)
         self._unfinished = dict.fromkeys(self.choices)
+        self._ended: set[str] = set()
         self._undelivered = len(requests)
         self._queue: asyncio.Queue[RequestOutput | APIError] = asyncio.Queue()
         timed_out = APIError(504, f"request timed out after {timeout:g} s", code="timeout", headers=DO_NOT_RETRY)
@@ -75,7 +76,8 @@ class OutputStream:
     async def __anext__(self) -> tuple[int, RequestOutput]:
         if not self._undelivered:
             raise StopAsyncIteration
-        output = await self._queue.get()
+        while isinstance(output := await self._queue.get(), RequestOutput) and output.id in self._ended:
+            pass  # produced before the cancellation arrived
         if isinstance(output, APIError):
             self._undelivered = 0
             raise output
@@ -94,13 +96,23 @@ class OutputStream:
         """End the stream with an error."""
         self._queue.put_nowait(error)
 
+    def end(self, index: int) -> None:
+        """Cancel a choice whose last output has not been delivered; no more of its outputs are."""
+        id = next(id for id, choice in self.choices.items() if choice == index)
+        self._ended.add(id)
+        self._undelivered -= 1
+        self._cancel(id)
+
     def close(self) -> None:
         """Cancel the unfinished choices."""
         self._timer.cancel()
-        for id in self._unfinished:
-            if self.replica.streams.pop(id, None):  # otherwise the worker has died
-                self.replica.pipe.send(CancelRequest(id))
-        self._unfinished.clear()
+        for id in list(self._unfinished):
+            self._cancel(id)
+
+    def _cancel(self, id: str) -> None:
+        if id in self._unfinished and self.replica.streams.pop(id, None):  # otherwise it has finished, or the worker has died
+            self.replica.pipe.send(CancelRequest(id))
+        self._unfinished.pop(id, None)
 
     def _measure(self, output: RequestOutput) -> None:
         now, new_tokens = time.monotonic(), len(output.tokens)
