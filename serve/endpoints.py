@@ -130,7 +130,8 @@ class Endpoints(LitSpec):
         requests = self._require_model()
         if unknown := [id for id in body.tokens if id >= requests.vocab_size]:
             raise invalid(f"Invalid token id {unknown[0]}: the vocabulary size is {requests.vocab_size}", "tokens")
-        return JSONResponse({"prompt": await self._in_thread(request, self.tokenizer.decode, body.tokens)})
+        skip = bool(body.skip_special_tokens)
+        return JSONResponse({"prompt": await self._in_thread(request, self.tokenizer.decode, body.tokens, skip)})
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models: a list of one model."""

@@ -30,7 +30,8 @@ class ServeOptions:
         max_running: maximum number of running requests per device; others are queued.
         max_queue: maximum number of queued requests; further ones are rejected (429).
         max_payload: maximum size of a request body in bytes (413).
-        context_length: maximum number of prompt and completion tokens together (400); null uses the model's.
+        context_length: maximum number of prompt and completion tokens together; longer prompts are rejected (400), longer
+            completions end there; null uses the model's.
         request_timeout: seconds after which a request fails (504), including its time in the queue.
         drain_timeout: seconds to wait for running requests on shutdown.
         cache_tokens: size of each device's KV cache in tokens; null derives it from the free memory.

@@ -80,6 +80,6 @@ class Detokenizer:
         """Length of the longest suffix that is the beginning of a stop string."""
         longest = max((len(stop) - 1 for stop in self._stop), default=0)
         for size in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self._stop):
+            if any(size < len(stop) and stop.startswith(text[-size:]) for stop in self._stop):
                 return size
         return 0

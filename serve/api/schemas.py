@@ -7,8 +7,8 @@ Choices made:
   the response.
 - An assistant message is accepted as clients return it: what OpenAI's and LiteLLM's clients add to a response (annotations,
   provider_specific_fields, parsed values) is no part of the conversation and is ignored.
-- Additional fields, as in vLLM: top_k, min_p, repetition_penalty, min_tokens, stop_token_ids, include_stop_str_in_output and
-  ignore_eos.
+- Additional fields, as in other servers: top_k, min_p, repetition_penalty, ignore_eos, min_tokens, stop_token_ids,
+  include_stop_str_in_output, add_special_tokens and parse_special.
 """
 
 from __future__ import annotations
@@ -322,6 +322,8 @@ class CompletionRequest(GenerationRequest):
     unsupported = {"suffix": "fill-in-the-middle is not supported"}
 
     prompt: PromptList
+    add_special_tokens: bool | None = None
+    parse_special: bool | None = None
     best_of: Annotated[int | None, only(1, "completions are not ranked; use n")] = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
@@ -338,6 +340,8 @@ class TokenizeRequest(StrictModel):
 
     model: str | None = None
     prompt: str | None = None
+    add_special_tokens: bool | None = None
+    parse_special: bool | None = None
     messages: Messages | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
 
@@ -347,6 +351,9 @@ class TokenizeRequest(StrictModel):
             raise value_error("must have either prompt or messages")
         if self.tools and self.messages is None:
             raise field_error("tools", "only allowed with messages")
+        for name in ("add_special_tokens", "parse_special"):
+            if getattr(self, name) is not None and self.prompt is None:
+                raise field_error(name, "only allowed with prompt: the special tokens of a chat are its template's")
         return self
 
 
@@ -355,3 +362,4 @@ class DetokenizeRequest(StrictModel):
 
     model: str | None = None
     tokens: list[Annotated[int, Field(ge=0, le=INT64 - 1)]]
+    skip_special_tokens: bool | None = None

@@ -63,7 +63,7 @@ class OutputStream:
         self.choices = {uuid.uuid4().hex: request.index for request in requests}  # engine request id -> choice index
         self._first_token: dict[str, float] = {}  # id -> time of the first token
         self._new_tokens = dict.fromkeys(self.choices, 0)
-        self._unfinished = dict.fromkeys(self.choices)
+        self._unfinished = set(self.choices)
         self._ended: set[str] = set()
         self._undelivered = len(requests)
         self._queue: asyncio.Queue[RequestOutput | APIError] = asyncio.Queue()
@@ -88,7 +88,7 @@ class OutputStream:
         """Queue the output of an engine step."""
         self._measure(output)
         if output.finish_reason is not None:
-            self._unfinished.pop(output.id, None)
+            self._unfinished.discard(output.id)
             self.replica.streams.pop(output.id, None)
         self._queue.put_nowait(output)
 
@@ -112,7 +112,7 @@ class OutputStream:
     def _cancel(self, id: str) -> None:
         if id in self._unfinished and self.replica.streams.pop(id, None):  # otherwise it has finished, or the worker has died
             self.replica.pipe.send(CancelRequest(id))
-        self._unfinished.pop(id, None)
+        self._unfinished.discard(id)
 
     def _measure(self, output: RequestOutput) -> None:
         now, new_tokens = time.monotonic(), len(output.tokens)
