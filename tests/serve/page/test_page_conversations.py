@@ -29,7 +29,8 @@ def test_conversations_survive_a_reload(chat: ChatPage, script: ScriptedServer) 
 # As in Firefox: the requests of a page that is being left fail before `pagehide`.
 ABORTS_EARLY = """
 const [real, left] = [fetch, new AbortController()];
-window.fetch = (url, { signal = left.signal, ...rest } = {}) => real(url, { ...rest, signal: AbortSignal.any([left.signal, signal]) });
+const both = (signal) => AbortSignal.any([left.signal, signal ?? left.signal]);
+window.fetch = (url, options = {}) => real(url, { ...options, signal: both(options.signal) });
 addEventListener("beforeunload", () => left.abort());
 """
 
