@@ -21,7 +21,7 @@ from bumblebee.tokenizer.chat_template import ChatTemplate, Tool
 from bumblebee.tokenizer.chatml import CHATML
 from bumblebee.tokenizer.special_token_guard import replace_surrogates
 from bumblebee.tokenizer.template_sources import default_template, special_tokens, template_from_files, token_content
-from bumblebee.tokenizer.template_tokenizer import encode_text
+from bumblebee.tokenizer.template_tokenizer import TemplateTokenizer, encode_text
 from bumblebee.tokenizer.token_bytes import token_bytes_table
 from bumblebee.utils.json_files import read_json, write_json
 
@@ -130,9 +130,17 @@ class Tokenizer:
         """Encode a text without adding or recognizing special tokens. Lone surrogates become U+FFFD."""
         return encode_text(self.backend, replace_surrogates(text))
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """Encode a text to be continued by a model: ``prefix_ids`` followed by ``encode(text)``."""
-        return self.prefix_ids + self.encode(text)
+    def prompt_ids(self, text: str, parse_special: bool = False, add_special_tokens: bool = True) -> list[int]:
+        """Encode a text to be continued by a model.
+
+        Args:
+            text: the text.
+            parse_special: encode special tokens that are spelled in the text, such as "<|im_end|>", as their ids.
+            add_special_tokens: put ``prefix_ids`` first, unless the text itself begins with them.
+        """
+        ids = self._template_tokenizer.encode([(text, True)])[0] if parse_special else self.encode(text)
+        prefix = self.prefix_ids if add_special_tokens else []
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` each text, on all cores."""
@@ -166,6 +174,10 @@ class Tokenizer:
     def pad_token_id(self) -> int | None:
         """Id of the padding token, or None."""
         return self._id_of_setting("pad_token")
+
+    @cached_property
+    def _template_tokenizer(self) -> TemplateTokenizer:
+        return TemplateTokenizer(self.backend)
 
     @cached_property
     def prefix_ids(self) -> list[int]:

@@ -2,7 +2,10 @@
 
 Choices made:
 - The server's defaults apply to everything a request omits. max_tokens defaults to 16 for completions, as in OpenAI's
-  reference, and for chats to the rest of the context up to a limit, because the cache is reserved for all of it.
+  reference, and for chats to the rest of the context up to a limit, because the cache is reserved for all of it. A larger one
+  than the rest of the context is capped there: the completion ends with finish_reason "length".
+- Special tokens that are spelled in a completion's prompt are special tokens, as in vLLM and llama.cpp, so that a rendered
+  template can be sent. Those in a chat's messages are text: they come from the users of an application.
 - Choice k of a seeded request has a seed derived from both, choice 0 the seed itself: a larger n changes no other choice.
 - tool_choice "none" leaves the tools out of the prompt: the model cannot call what it does not see.
 - A chat also stops at its template's end of turn, which the folder of a base model may not name, unless ignore_eos is set.
@@ -173,7 +176,7 @@ class RequestBuilder:
         if len(body.prompt) * (body.n or 1) > MAX_CHOICES:
             message = f"Too many choices: {len(body.prompt)} prompts with n = {body.n or 1}, at most {MAX_CHOICES} in total"
             raise invalid(message, "n")
-        prompts = [self._prompt_ids(prompt) for prompt in body.prompt]
+        prompts = [self._prompt_ids(prompt, body) for prompt in body.prompt]
         return self._choices(prompts, self._params(body, body.logprobs), body, body.max_tokens, COMPLETION_MAX_TOKENS)
 
     def tokenize(self, body: TokenizeRequest) -> list[int]:
@@ -185,15 +188,18 @@ class RequestBuilder:
         if body.messages is not None:
             return self.renderer.render(body.messages, body.tools or [])
         assert body.prompt is not None
-        return self.tokenizer.prompt_ids(body.prompt)
+        return self._encode(body.prompt, body)
 
     def echo(self, prompt: str | list[int]) -> str:
-        """The text of a prompt."""
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+        """The text of a prompt, special tokens included."""
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, skip_special_tokens=False)
 
-    def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
+    def _encode(self, text: str, body: CompletionRequest | TokenizeRequest) -> list[int]:
+        return self.tokenizer.prompt_ids(text, body.parse_special is not False, body.add_special_tokens is not False)
+
+    def _prompt_ids(self, prompt: str | list[int], body: CompletionRequest) -> list[int]:
         if isinstance(prompt, str):
-            ids = self.tokenizer.prompt_ids(prompt)
+            ids = self._encode(prompt, body)
             if not ids:
                 raise invalid("Invalid value for 'prompt': must not be empty", "prompt")
             return ids
@@ -223,23 +229,22 @@ class RequestBuilder:
     ) -> list[ChoiceRequest]:
         choices: list[ChoiceRequest] = []
         for prompt in prompts:
-            remaining = self._remaining(len(prompt), max_tokens, body)
-            new_tokens = max_tokens or min(remaining, self.max_new_tokens or default_max_tokens)
+            remaining = self._remaining(len(prompt), body)
+            new_tokens = min(max_tokens or self.max_new_tokens or default_max_tokens, remaining)
             for sample in range(body.n or 1):
                 own = replace(params, max_new_tokens=new_tokens, seed=sample_seed(params.seed, sample))
                 choices.append(ChoiceRequest(prompt, own, len(choices)))
         return choices
 
-    def _remaining(self, prompt_tokens: int, max_tokens: int | None, body: GenerationRequest) -> int:
-        """Tokens of the context that are left after a prompt."""
+    def _remaining(self, prompt_tokens: int, body: GenerationRequest) -> int:
+        """Tokens of the context that are left after a prompt, at least 1."""
         remaining = self.context_length - prompt_tokens
-        if remaining >= (max_tokens or 1):
+        if remaining >= 1:
             return remaining
         param = "prompt" if isinstance(body, CompletionRequest) else "messages"
-        total = prompt_tokens + (max_tokens or 1)
         message = (
-            f"This model's maximum context length is {self.context_length} tokens, but you requested {total} tokens"
-            f" ({prompt_tokens} in the {param}, {max_tokens or 'at least 1'} in the completion)"
+            f"This model's maximum context length is {self.context_length} tokens, but you requested at least"
+            f" {prompt_tokens + 1} tokens ({prompt_tokens} in the {param}, at least 1 in the completion)"
         )
         raise invalid(message, param, "context_length_exceeded")
 

@@ -4,7 +4,7 @@ Choices made:
 - No type coercion: neither "1" nor true is accepted for 1, and NaN is rejected. Bounds are those of OpenAI's reference.
 - OpenAI's fields that this server does not implement are rejected by name (``unsupported``), and so are unknown fields. Null
   means absent. Fields that only label a request (``user``) are accepted, because they would not change the response.
-- Additional fields, as in other servers: top_k, min_p, repetition_penalty and ignore_eos.
+- Additional fields, as in other servers: top_k, min_p, repetition_penalty, ignore_eos, add_special_tokens and parse_special.
 """
 
 from __future__ import annotations
@@ -267,6 +267,8 @@ class CompletionRequest(GenerationRequest):
     unsupported = {"suffix": "fill-in-the-middle is not supported"}
 
     prompt: PromptList
+    add_special_tokens: bool | None = None
+    parse_special: bool | None = None
     best_of: Annotated[int | None, only(1, "completions are not ranked; use n")] = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
@@ -283,6 +285,8 @@ class TokenizeRequest(StrictModel):
 
     model: str | None = None
     prompt: str | None = None
+    add_special_tokens: bool | None = None
+    parse_special: bool | None = None
     messages: Messages | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
 
@@ -292,6 +296,9 @@ class TokenizeRequest(StrictModel):
             raise value_error("must have either prompt or messages")
         if self.tools and self.messages is None:
             raise field_error("tools", "only allowed with messages")
+        for name in ("add_special_tokens", "parse_special"):
+            if getattr(self, name) is not None and self.prompt is None:
+                raise field_error(name, "only allowed with prompt: the special tokens of a chat are its template's")
         return self
 
 
@@ -300,3 +307,4 @@ class DetokenizeRequest(StrictModel):
 
     model: str | None = None
     tokens: list[Annotated[int, Field(ge=0, le=INT64 - 1)]]
+    skip_special_tokens: bool | None = None

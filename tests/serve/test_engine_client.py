@@ -92,6 +92,24 @@ async def test_choices_go_together_to_the_least_busy_worker():
     assert [stream.replica.index for stream in streams] == [0, 1, 2, 1]
 
 
+async def test_late_worker_gets_requests_only_if_alone():
+    engine_client = engine_client_of(workers=2)
+    engine_client.replicas[1].silence = 5.0
+    assert {engine_client.generate(choices()).replica.index for _ in range(4)} == {0}
+    engine_client.replicas[0].ready = None
+    assert engine_client.generate(choices()).replica.index == 1
+
+
+async def test_hanging_worker_fails_its_streams():
+    engine_client = engine_client_of()
+    stream = engine_client.generate(choices())
+    engine_client.worker_hangs(engine_client.replicas[0])
+    error = await error_of(stream)
+    stream.close()
+    assert (error.status, error.code) == (500, "worker_unresponsive")
+    assert engine_client.idle
+
+
 async def test_loading_worker_gets_no_requests():
     engine_client = engine_client_of(workers=2)
     engine_client.replicas[0].ready = None

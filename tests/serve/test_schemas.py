@@ -74,10 +74,17 @@ TOOL = {"type": "function", "function": {"name": "fly"}}
 
 
 @pytest.mark.parametrize(
-    "body", [{}, {"prompt": "a", "messages": CHAT["messages"]}, {"prompt": "a", "tools": [TOOL]}], ids=["none", "both", "tools"]
+    "body",
+    [
+        {},
+        {"prompt": "a", "messages": CHAT["messages"]},
+        {"prompt": "a", "tools": [TOOL]},
+        {"messages": CHAT["messages"], "parse_special": True},
+    ],
+    ids=["none", "both", "tools", "parse_special"],
 )
 def test_tokenize_requires_prompt_or_messages(body):
-    with pytest.raises(APIError, match="prompt or messages|'tools': only allowed with messages"):
+    with pytest.raises(APIError, match="prompt or messages|'tools': only allowed with messages|only allowed with prompt"):
         parse(TokenizeRequest, json.dumps(body).encode())
 
 
