@@ -113,8 +113,8 @@ class Throughput(Callback):
         self._remove_hook()
         self._collect(trainer)  # steps since the last report of a run that stopped early
         averages = self._averages(self._total, trainer)
-        if trainer.is_main and averages:
-            print(f"throughput: {_describe(averages, self._memory, self._peak)}", flush=True)
+        if averages:
+            trainer.print(f"throughput: {_describe(averages, self._memory, self._peak)}")
 
     def _clear(self) -> None:
         self._recent, self._total = _Work(), _Work()

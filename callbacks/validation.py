@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bumblebee.callback import Callback
 
@@ -26,6 +26,10 @@ class Validation(Callback):
         if every is not None and every < 1:
             raise ValueError(f"every must be at least 1 or null, got {every}")
         self.every, self.at_start, self.at_end = every, at_start, at_end
+
+    def summary(self) -> dict[str, Any]:
+        """When to validate."""
+        return {"every": "epoch" if self.every is None else self.every}
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Check the data.

@@ -234,8 +234,10 @@ def _plot_reward(
         label = f"{name}, smoothed ({smoothing:g})"
         axes.plot(rewards.smoothed[0], rewards.smoothed[column], color=dark, linewidth=1.8, label=label)
     if rewards.validation[0]:
-        points = {"marker": "D", "markersize": 5, "linestyle": "", "markeredgecolor": "white"}
-        axes.plot(rewards.validation[0], rewards.validation[column], color=dark, label=f"{name}, validation", **points)
+        axes.plot(
+            rewards.validation[0], rewards.validation[column], color=dark, marker="D", markersize=5, linestyle="",
+            markeredgecolor="white", label=f"{name}, validation",
+        )  # fmt: skip
 
 
 def _plot_learning_rate(axes: Axes, steps: list[float], learning_rates: list[float]) -> Axes:

@@ -32,7 +32,8 @@ class LanguageModeling(Task):
 
     def __init__(self, model: nn.Module, transforms: list[Callable[[nn.Module], Any]] | None = None) -> None:
         self.model = model
-        for transform in transforms or []:
+        self.transforms = transforms or []
+        for transform in self.transforms:
             transform(model)
         self.weights = {"loss": 1.0}
         self._token_lengths: Tensor | None = None  # (V,) bytes of each token, for bits per byte

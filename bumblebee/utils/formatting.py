@@ -18,6 +18,11 @@ def format_metric(name: str, value: float) -> str:
     return f"{value:.3g}" if name == "lr" else number(value)
 
 
+def plural(count: int, noun: str) -> str:
+    """Format a count of things: 1 document, 1,234 documents."""
+    return f"{number(count)} {noun}{'' if count == 1 else 's'}"
+
+
 def short(count: float) -> str:
     """Format a count with three significant digits and a unit: 494 M."""
     for unit in ("", " k", " M", " G"):

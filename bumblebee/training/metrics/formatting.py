@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -10,14 +9,6 @@ from bumblebee.utils.formatting import format_metric
 
 if TYPE_CHECKING:
     from bumblebee.training.run_state import RunState
-
-
-def print_line(text: str) -> None:
-    """Print to stdout during training without tearing the progress bar."""
-    from tqdm import tqdm
-
-    tqdm.write(text)
-    sys.stdout.flush()
 
 
 def format_progress(trainer: RunState) -> str:
