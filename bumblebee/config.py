@@ -316,8 +316,10 @@ def _size(
 # experiments: tiny (about 5 M parameters) and tiny-moe (13 M, 5 M active).
 PRESETS: dict[str, dict[str, float]] = {
     "tiny": _size(256, 704, 5, 4, 2, True, 4096) | {"max_position_embeddings": 1024, "rope_theta": 10_000.0},
-    "tiny-moe": _size(256, 704, 5, 4, 2, True, 4096)
+    "tiny-moe": _size(256, 704, 5, 4, 2, True, 4096)  # the shape of Qwen3-MoE, so that transformers loads it
     | {
+        "qk_norm": True,
+        "attention_bias": False,
         "max_position_embeddings": 1024,
         "rope_theta": 10_000.0,
         "num_experts": 8,
