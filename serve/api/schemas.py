@@ -4,7 +4,8 @@ Choices made:
 - No type coercion: neither "1" nor true is accepted for 1, and NaN is rejected. Bounds are those of OpenAI's reference.
 - OpenAI's fields that this server does not implement are rejected by name (``unsupported``), and so are unknown fields. Null
   means absent. Fields that only label a request (``user``) are accepted, because they would not change the response.
-- Additional fields, as in other servers: top_k, min_p, repetition_penalty, ignore_eos, add_special_tokens and parse_special.
+- Additional fields, as in other servers: top_k, min_p, repetition_penalty, ignore_eos, add_special_tokens, parse_special and
+  prompt_logprobs.
 """
 
 from __future__ import annotations
@@ -199,12 +200,15 @@ class GenerationRequest(StrictModel):
     ] = None
     seed: Annotated[int, Field(ge=-INT64, le=INT64 - 1)] | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     user: str | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise field_error("stream_options", "only allowed with stream: true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise field_error("prompt_logprobs", "not available in a stream; use echo with logprobs", "unsupported")
         return self
 
     @property
@@ -267,17 +271,12 @@ class CompletionRequest(GenerationRequest):
     unsupported = {"suffix": "fill-in-the-middle is not supported"}
 
     prompt: PromptList
+    max_tokens: Annotated[int, Field(ge=0, le=INT64 - 1)] | None = None
     add_special_tokens: bool | None = None
     parse_special: bool | None = None
     best_of: Annotated[int | None, only(1, "completions are not ranked; use n")] = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-
-    @model_validator(mode="after")
-    def _check_echo(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise field_error("echo", "cannot be combined with logprobs, because prompts have none", "unsupported")
-        return self
 
 
 class TokenizeRequest(StrictModel):

@@ -153,7 +153,8 @@ class EngineClient:
         stream = OutputStream(replica, requests, self.options.request_timeout, self.metrics)
         for id, request in zip(stream.choices, requests, strict=True):
             replica.streams[id] = stream
-            replica.pipe.send(EngineRequest(id, request.prompt, request.params))
+            scored, only = request.prompt_logprobs, request.prompt_only
+            replica.pipe.send(EngineRequest(id, request.prompt, request.params, prompt_logprobs=scored, prompt_only=only))
         return stream
 
     def admit(self, count: int = 1) -> Replica:
