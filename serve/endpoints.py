@@ -108,6 +108,7 @@ class Endpoints(LitSpec):
         choices: Sequence[ChoiceRequest],
         response: ResponseBuilder,
     ) -> Response:
+        response.prompt_tokens = [len(choice.prompt) for choice in choices]
         outputs = self.engine_client.generate(choices)
         if body.stream:
             return await stream_response(request, outputs, response)

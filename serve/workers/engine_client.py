@@ -66,7 +66,8 @@ class OutputStream:
         self.choices = {uuid.uuid4().hex: request.index for request in requests}  # engine request id -> choice index
         self._first_token: dict[str, float] = {}  # id -> time of the first token
         self._new_tokens = dict.fromkeys(self.choices, 0)
-        self._unfinished = dict.fromkeys(self.choices)
+        self._unfinished = set(self.choices)
+        self._ended: set[str] = set()
         self._undelivered = len(requests)
         self._queue: asyncio.Queue[RequestOutput | APIError] = asyncio.Queue()
         timed_out = APIError(504, f"request timed out after {timeout:g} s", code="timeout", headers=DO_NOT_RETRY)
@@ -78,7 +79,8 @@ class OutputStream:
     async def __anext__(self) -> tuple[int, RequestOutput]:
         if not self._undelivered:
             raise StopAsyncIteration
-        output = await self._queue.get()
+        while isinstance(output := await self._queue.get(), RequestOutput) and output.id in self._ended:
+            pass  # produced before the cancellation arrived
         if isinstance(output, APIError):
             self._undelivered = 0
             raise output
@@ -89,7 +91,7 @@ class OutputStream:
         """Queue the output of an engine step."""
         self._measure(output)
         if output.finish_reason is not None:
-            self._unfinished.pop(output.id, None)
+            self._unfinished.discard(output.id)
             self.replica.streams.pop(output.id, None)
         self._queue.put_nowait(output)
 
@@ -97,13 +99,23 @@ class OutputStream:
         """End the stream with an error."""
         self._queue.put_nowait(error)
 
+    def end(self, index: int) -> None:
+        """Cancel a choice whose last output has not been delivered; no more of its outputs are."""
+        id = next(id for id, choice in self.choices.items() if choice == index)
+        self._ended.add(id)
+        self._undelivered -= 1
+        self._cancel(id)
+
     def close(self) -> None:
         """Cancel the unfinished choices."""
         self._timer.cancel()
-        for id in self._unfinished:
-            if self.replica.streams.pop(id, None):  # otherwise the worker has died
-                self.replica.pipe.send(CancelRequest(id))
-        self._unfinished.clear()
+        for id in list(self._unfinished):
+            self._cancel(id)
+
+    def _cancel(self, id: str) -> None:
+        if id in self._unfinished and self.replica.streams.pop(id, None):  # otherwise it has finished, or the worker has died
+            self.replica.pipe.send(CancelRequest(id))
+        self._unfinished.discard(id)
 
     def _measure(self, output: RequestOutput) -> None:
         now, new_tokens = time.monotonic(), len(output.tokens)

@@ -73,6 +73,23 @@ async def test_outputs_reach_their_stream_with_the_choice_index():
     assert engine_client.idle
 
 
+async def test_ended_choice_is_cancelled_and_delivers_no_more():
+    engine_client = engine_client_of()
+    replica = engine_client.replicas[0]
+    stream = engine_client.generate(choices(2))
+    first, second = replica.pipe.ids
+    deliver(engine_client, replica, output(first, "a"), output(first, "late"), output(first, "later", "stop"))
+    assert (await anext(stream))[1].text == "a"
+    stream.end(0)
+    assert replica.pipe[2:] == [], "its generation has finished"
+    deliver(engine_client, replica, output(second, "b"))
+    assert (await anext(stream))[1].text == "b"
+    stream.end(1)
+    assert replica.pipe[2:] == [CancelRequest(second)]
+    deliver(engine_client, replica, output(second, "late", "cancelled"))
+    assert [each async for each in stream] == [] and engine_client.idle
+
+
 async def test_closing_a_stream_cancels_only_unfinished_choices():
     engine_client = engine_client_of()
     replica = engine_client.replicas[0]

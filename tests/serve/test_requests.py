@@ -99,6 +99,13 @@ def test_default_max_tokens(builder, tokenizer):
     assert chat(bounded, max_completion_tokens=60)[0].params.max_new_tokens == 60
 
 
+def test_fields_of_vllm_become_sampling_params(builder):
+    params = completion(builder, top_k=-1, stop_token_ids=[3, 5], min_tokens=20, include_stop_str_in_output=True)[0].params
+    assert (params.top_k, params.stop_ids, params.min_new_tokens, params.include_stop_str_in_output) == (0, [3, 5], 20, True)
+    assert params.max_new_tokens == 20, "the default, 16, is less"
+    assert completion(builder, max_tokens=30, min_tokens=30)[0].params.max_new_tokens == 30
+
+
 def test_sample_seeds_do_not_depend_on_n(builder):
     seeds = [choice.params.seed for choice in chat(builder, n=4, seed=-7)]
     assert len(set(seeds)) == 4 and seeds[0] == -7
@@ -212,12 +219,11 @@ def test_model_without_chat_template_only_completes(tmp_path):
     assert completion(builder)[0].prompt == tokenizer.encode("Hello")
 
 
-def test_name_dropped_by_the_template_is_rejected(builder, tmp_path):
-    with pytest.raises(APIError, match="does not support the name"):
-        chat(builder, messages=[{"role": "user", "content": "Hello", "name": "ada"}])
+def test_name_is_up_to_the_template(builder, tmp_path):
+    named = [{"role": "user", "content": "Hello", "name": "ada"}]
+    assert chat(builder, messages=named) == chat(builder)
     template = "{% for message in messages %}{{ message.name }}: {{ message.content }}{% endfor %}"
     tokenizer = Tokenizer.from_pretrained(chat_folders.write(tmp_path, chat_folders.byte_level(), template))
-    named = [{"role": "user", "content": "Hello", "name": "ada"}]
     assert tokenizer.decode(chat(RequestBuilder(tokenizer, 256, 400), messages=named)[0].prompt) == "ada: Hello"
 
 
