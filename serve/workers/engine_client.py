@@ -109,11 +109,13 @@ class OutputStream:
     def close(self) -> None:
         """Cancel the unfinished choices."""
         self._timer.cancel()
-        for id in list(self._unfinished):
+        for id in self.choices:
             self._cancel(id)
 
     def _cancel(self, id: str) -> None:
-        if id in self._unfinished and self.replica.streams.pop(id, None):  # otherwise it has finished, or the worker has died
+        if (
+            id in self._unfinished and self.replica.streams.pop(id, None) is not None
+        ):  # otherwise it has finished, or the worker has died
             self.replica.pipe.send(CancelRequest(id))
         self._unfinished.discard(id)
 
