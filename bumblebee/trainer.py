@@ -290,7 +290,7 @@ class Trainer(RunState):
             engine.close()
         process_group.stop(orderly=self.__dict__.get("finished", False))
 
-    def call(self, hook: str, *args: Any) -> None:
+    def call(self, hook: str, *args: object) -> None:
         """Call a hook of every callback."""
         for callback in self.callbacks.values():
             getattr(callback, hook)(self, *args)

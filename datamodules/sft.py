@@ -37,6 +37,7 @@ class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
         deduplicate: keep one of the conversations that differ in whitespace only.
         on_bad_record: "stop", or "skip" to omit bad records and count them.
         cache_dir: where tokens are kept between runs; by default $BUMBLEBEE_CACHE or ~/.cache/bumblebee.
+        chat_template: path of a Jinja file, or "chatml", to use instead of the folder's template; saved with the model.
 
     Raises:
         ValueError: a number is out of range, or the folder has no tokenizer.
@@ -61,17 +62,19 @@ class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
         deduplicate: bool = False,
         on_bad_record: Literal["stop", "skip"] = "stop",
         cache_dir: str | None = None,
+        chat_template: str | None = None,
     ) -> None:
         super().__init__(
             files, tokenizer, max_length, validation_files, validation_ratio, deduplicate, on_bad_record, cache_dir
         )
+        self.chat_template = chat_template
         self.train_on, self.system = train_on, system
         self.too_long, self.packing = too_long, packing
 
     def setup(self, seed: int) -> None:
         """Tokenize, hold out, fit into windows or rows."""
         super().setup(seed)
-        self.stop_ids = [self.tokenizer.chat_template.end_of_turn_id]
+        self.stop_ids = self.tokenizer.chat_template.end_of_turn_ids
         self.lengths = None if self.packing else chunks_of(self.train).lengths
 
     def record_tokenizer(self) -> ConversationTokenizer:
@@ -95,6 +98,8 @@ class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
     def summary(self) -> dict[str, object]:
         """Conversations, targets, omitted samples, and how full the windows are."""
         lines = super().summary()
+        if self.chat_template is not None:
+            lines["chat template"] = self.chat_template
         chunks = chunks_of(self.train)
         targets, tokens = int(chunks.targets.sum()), int(chunks.lengths.sum())
         lines["trained tokens"] = f"{targets} of {tokens} ({targets / tokens:.1%})"

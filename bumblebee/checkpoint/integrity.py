@@ -10,10 +10,16 @@ from bumblebee.checkpoint.trainer_state import TRAINER_STATE, TRAINING_STATE, ch
 
 
 def state_files(checkpoint: Path) -> list[str]:
-    """The files that training resumes from, by path relative to the checkpoint: those on disk, and those that should be."""
+    """The files that training resumes from, by path relative to the checkpoint: those on disk, and those that should be.
+
+    None for a checkpoint whose training state has no digests, even if a model folder with digests was consolidated into it.
+    """
+    listed = [name for name in _listed(checkpoint) if name.startswith(f"{TRAINING_STATE}/")]
+    if not listed:
+        return []
     on_disk = (checkpoint / TRAINING_STATE).glob("*")
     names = {file.relative_to(checkpoint).as_posix() for file in on_disk if file.suffix in (".safetensors", ".json")}
-    return sorted({TRAINER_STATE, *names, *(name for name in _listed(checkpoint) if name.startswith(f"{TRAINING_STATE}/"))})
+    return sorted({TRAINER_STATE, *names, *listed})
 
 
 def weights_of(folder: Path) -> list[str]:

@@ -61,8 +61,8 @@ def merge(
     )
     with written_aside(output) as aside:
         digests = files.write_file_tensors(aside, tensors, max_shard_size)
-        copy_files(_TOKENIZER, _last_with("tokenizer.json", folders), aside)
-        copy_files(["generation_config.json"], _last_with("generation_config.json", folders), aside)
+        copy_files(_TOKENIZER, _last_with(("tokenizer.json", "vocab.json"), folders), aside)
+        copy_files(["generation_config.json"], _last_with(("generation_config.json",), folders), aside)
         write_digests(aside, digests)
     remove_stale_weights(output, digests)
 
@@ -74,5 +74,6 @@ def _check_output(output: Path, folders: list[Path], overwrite: bool) -> None:
         raise ValueError(f"output: {output} already contains a model: add --overwrite to replace it")
 
 
-def _last_with(name: str, folders: list[Path]) -> Path:
-    return next((folder for folder in reversed(folders) if (folder / name).is_file()), folders[-1])
+def _last_with(names: tuple[str, ...], folders: list[Path]) -> Path:
+    """The last folder that has one of several files."""
+    return next((folder for folder in reversed(folders) if any((folder / name).is_file() for name in names)), folders[-1])

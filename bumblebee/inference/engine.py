@@ -28,13 +28,16 @@ from bumblebee.tokenizer.tokenizer import Tokenizer
 
 
 class _RequestState:
-    """A request in the engine: its sequence, sampler state and detokenizer."""
+    """A request in the engine: its sequence, stop ids, sampler state and detokenizer."""
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
-        request = sequence.request
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, eos_ids: Collection[int]) -> None:
+        request, params = sequence.request, sequence.request.params
         self.sequence = sequence
-        self.sampler = SamplerState(request.prompt, request.params)
-        self.detokenizer = Detokenizer(tokenizer, request.params.stop, request.params.spelled_ids)
+        self.stop_ids = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
+        self.sampler = SamplerState(request.prompt, params, self.stop_ids)
+        self.detokenizer = Detokenizer(
+            tokenizer, params.stop, params.spelled_ids, params.min_new_tokens, params.include_stop_str_in_output
+        )
 
 
 class GenerationEngine:
@@ -87,7 +90,7 @@ class GenerationEngine:
         sequence = self.validate(request)
         if request.id in self._states:
             raise ValueError(f"duplicate request id {request.id!r}")
-        self._states[request.id] = _RequestState(sequence, self.tokenizer)
+        self._states[request.id] = _RequestState(sequence, self.tokenizer, self.stop_ids)
         self.scheduler.waiting.append(sequence)
 
     def validate(self, request: EngineRequest) -> Sequence:
@@ -152,8 +155,8 @@ class GenerationEngine:
             self._counts["cached_tokens"] += sequence.num_cached
         self._counts["new_tokens"] += 1
         sequence.token_ids.append(token.id)
-        is_stop = token.id in params.stop_ids or (token.id in self.stop_ids and not params.ignore_eos)
-        text = "" if is_stop else state.detokenizer.add(token.id)
+        is_stop = token.id in state.stop_ids
+        text = "" if is_stop and not params.include_stop_str_in_output else state.detokenizer.add(token.id)
         if is_stop or state.detokenizer.stopped:
             self._finish(state, [token], text, "stop")
         elif len(sequence.token_ids) == sequence.max_length:

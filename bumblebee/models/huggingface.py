@@ -15,11 +15,12 @@ transformers is imported in this file only. Shapes: B rows, T positions, V vocab
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from bumblebee.config import BumblebeeConfig
 from bumblebee.models.base import LanguageModel
 from bumblebee.models.load_context import current_load_context, meta_parameters
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.nn.attention import LayerCache
 from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, select_kernel
 from bumblebee.nn.lm_head import LMHead
 
@@ -48,13 +50,19 @@ class _ForwardContext:
     """State of a forward pass for our attention; transformers passes it down to every layer."""
 
     mask: AttentionMask
-    cache: list[Any] | None
+    cache: Sequence[LayerCache] | None
     kernel: str
 
 
+class _AttentionLayer(Protocol):
+    """Transformers' attention modules."""
+
+    layer_idx: int
+
+
 def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None,
-    dropout: float = 0.0, sliding_window: int | None = None, bumblebee_pass: _ForwardContext | None = None, **kwargs: Any,
+    module: _AttentionLayer, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, scaling: float | None = None,
+    dropout: float = 0.0, sliding_window: int | None = None, bumblebee_pass: _ForwardContext | None = None, **kwargs: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention function with transformers' signature: (B, heads, T, D) each -> (B, T, H, D)."""
     if unsupported := sorted(name for name in _UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None):
@@ -134,7 +142,7 @@ class HuggingFaceModel(LanguageModel):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        cache: list[Any] | None = None,
+        cache: Sequence[LayerCache] | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
         """Return logits, or token losses if labels are passed; see ``Bumblebee.forward``."""
@@ -153,7 +161,7 @@ class HuggingFaceModel(LanguageModel):
             hidden = hidden.flatten(0, 1)[logits_at]
         return head(hidden) if labels is None else head(hidden, labels)
 
-    def _kwargs(self, position_ids: Tensor, mask: AttentionMask, cache: list[Any] | None) -> dict[str, Any]:
+    def _kwargs(self, position_ids: Tensor, mask: AttentionMask, cache: Sequence[LayerCache] | None) -> dict[str, object]:
         """Keyword arguments of the wrapped model's forward."""
         return {
             "position_ids": position_ids,
@@ -243,7 +251,7 @@ def _no_initialization_when_sharded() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
+def _quiet(logging: ModuleType) -> Iterator[None]:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -287,7 +295,7 @@ def _check(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} is not supported: {why}")
 
 
-def _raw(model: Any) -> dict[str, Any]:
+def _raw(model: Any) -> dict[str, object]:
     """Content of config.json."""
     raw = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
     return raw | {"architectures": [type(model).__name__]}

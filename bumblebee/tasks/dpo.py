@@ -181,7 +181,7 @@ class DPO(Task):
         tensors = run.engine.full_tensors(lambda name: name not in skipped)
         return tensors_digest(tensors, getattr(self.model, "config", None))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """The loss, the options in use, and the reference."""
         computed = ", log-probabilities computed before training" if self.precompute_reference else ""
         names = {"adapters_off": "the model without its adapters", "copy": "the initial model"}

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.distributed import process_group
@@ -72,7 +72,7 @@ class Task(ABC):
         """After ``setup``, the frozen models that a run keeps in memory besides the trained one."""
         return []
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """What the run summary shows about the task, in order."""
         return {}
 
@@ -111,7 +111,7 @@ class Task(ABC):
     @cached_property
     def auxiliary(self) -> RouterLosses | None:
         """The model's auxiliary losses, from its method ``auxiliary_losses``; None for most models."""
-        auxiliary_losses: Any = getattr(self.model, "auxiliary_losses", None)
+        auxiliary_losses: Callable[[], RouterLosses | None] | None = getattr(self.model, "auxiliary_losses", None)
         return auxiliary_losses() if auxiliary_losses else None
 
     def all_counts(self, batch: Batch) -> dict[str, int | Tensor]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from bumblebee.datamodule import DataModule
 from bumblebee.tokenizer.tokenizer import Tokenizer
+from bumblebee.tokenizer.vocab_merges import has_vocab_and_merges
 
 
 def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer, stop_ids: Sequence[int] = ()) -> None:
@@ -59,7 +60,7 @@ def _check_folder(folder: Path | None, tokenizer: Tokenizer) -> None:
     """Check that the tokenizer has the same ids as the one in the model's folder; added tokens are accepted."""
     if (
         folder is None
-        or not (folder / "tokenizer.json").is_file()
+        or not ((folder / "tokenizer.json").is_file() or has_vocab_and_merges(folder))
         or Path(tokenizer.name_or_path).resolve() == folder.resolve()
     ):
         return

@@ -177,7 +177,7 @@ def _class_line(section: Section) -> str:
     return ", ".join([section["class"], *options])
 
 
-def _format(value: Any) -> str:
+def _format(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return number(value)
     return f"{value:g}" if isinstance(value, float) else str(value)

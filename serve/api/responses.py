@@ -8,6 +8,7 @@ Choices made:
 - A token that is not a complete UTF-8 sequence is named as by OpenAI: "bytes:\\xf0\\x9f".
 - The log probability of an impossible token is -9999.0, as in OpenAI's API: JSON has no infinity.
 - A tool call is sent in one chunk, because only a complete one can be told from text.
+- With parallel_tool_calls: false, a choice ends with its first tool call.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ class ResponseBuilder:
         model: name of the model.
         tokenizer: the model's.
         choices: number of choices.
+
+    Attributes:
+        finish_reasons: of the choices; None while they run.
+        prompt_tokens: number of prompt tokens of each choice.
     """
 
     prefix, object, chunk_object = "", "", ""
@@ -69,7 +74,7 @@ class ResponseBuilder:
         self.model = model
         self.names = TokenNames(tokenizer)
         self.samples = body.n or 1
-        self.include_usage = body.include_usage
+        self.include_usage, self.continuous_usage = body.include_usage, body.continuous_usage
         self.finish_reasons: list[str | None] = [None] * choices
         self.prompt_tokens, self.cached_tokens, self.new_tokens = [0] * choices, [0] * choices, [0] * choices
 
@@ -96,7 +101,9 @@ class ResponseBuilder:
         return {"id": self.id, "object": object, "created": self.created, "model": self.model}
 
     def _chunk(self, choice: JSONObject) -> JSONObject:
-        usage = {"usage": None} if self.include_usage else {}
+        usage = (
+            {"usage": self.usage() if self.continuous_usage else None} if self.include_usage or self.continuous_usage else {}
+        )
         return {**self._head(self.chunk_object), "choices": [choice], **usage}
 
     def _body(self, choices: list[JSONObject]) -> JSONObject:
@@ -123,6 +130,7 @@ class ChatResponseBuilder(ResponseBuilder):
         self._parsers = [
             ToolCallParser(tool_call_format, names) if tool_call_format and names else None for _ in range(self.samples)
         ]
+        self._only_one_call = body.parallel_tool_calls is False
         self._texts: list[list[str]] = [[] for _ in range(self.samples)]
         self._calls: list[list[JSONObject]] = [[] for _ in range(self.samples)]
         self._logprobs: list[list[JSONObject]] | None = [[] for _ in range(self.samples)] if body.logprobs else None
@@ -132,16 +140,21 @@ class ChatResponseBuilder(ResponseBuilder):
         return [self._delta(index, {"role": "assistant", "content": ""}) for index in range(self.samples)]
 
     def add(self, index: int, output: RequestOutput) -> list[JSONObject]:
-        """Add an output to a choice. Returns the chunks for a stream."""
+        """Add an output to a choice. Returns the chunks for a stream.
+
+        A choice may end before its generation does: then its finish reason is set, but not the output's.
+        """
         self._count(index, output)
-        deltas = [self._part_delta(index, part) for part in _parts(self._parsers[index], output)]
+        parts, reason = _parts(self._parsers[index], output), output.finish_reason
+        if self._only_one_call and (calls := [position for position, part in enumerate(parts) if isinstance(part, ParsedCall)]):
+            parts, reason = parts[: calls[0] + 1], "stop"
+        deltas = [self._part_delta(index, part) for part in parts]
         logprobs = self._logprobs_of(index, output.tokens)
         if logprobs and not deltas:
             deltas = [{}]
         chunks = [self._delta(index, delta, logprobs=None if position else logprobs) for position, delta in enumerate(deltas)]
-        if output.finish_reason is not None:
-            has_calls = self._calls[index] and output.finish_reason == "stop"
-            self.finish_reasons[index] = "tool_calls" if has_calls else output.finish_reason
+        if reason is not None:
+            self.finish_reasons[index] = "tool_calls" if self._calls[index] and reason == "stop" else reason
             chunks.append(self._delta(index, {}, self.finish_reasons[index]))
         return chunks
 

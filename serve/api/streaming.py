@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from bumblebee.inference.request import RequestOutput
 from serve.api.errors import APIError
-from serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder
+from serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder, JSONObject
 from serve.workers.engine_client import OutputStream
 
 ResponseBuilder = ChatResponseBuilder | CompletionResponseBuilder
@@ -57,10 +57,10 @@ async def event_stream(
     outputs: OutputStream, response: ResponseBuilder, index: int, first: RequestOutput
 ) -> AsyncIterator[str]:
     """The chunks of a response as events. An error is sent as the last event, because the status has been sent already."""
-    yield to_events([*response.first_chunks(), *response.add(index, first)])
+    yield to_events([*response.first_chunks(), *add_output(response, outputs, index, first)])
     try:
         async for choice, output in outputs:
-            if chunks := response.add(choice, output):
+            if chunks := add_output(response, outputs, choice, output):
                 yield to_events(chunks)
     except APIError as error:
         yield to_events([error.body()])
@@ -76,7 +76,15 @@ def to_events(chunks: Sequence[object]) -> str:
 async def collect(response: ResponseBuilder, outputs: OutputStream) -> None:
     """Add all outputs to a response."""
     async for index, output in outputs:
-        response.add(index, output)
+        add_output(response, outputs, index, output)
+
+
+def add_output(response: ResponseBuilder, outputs: OutputStream, index: int, output: RequestOutput) -> list[JSONObject]:
+    """Add an output to a response and return the chunks for a stream. A choice that is complete is generated no further."""
+    chunks = response.add(index, output)
+    if output.finish_reason is None and response.finish_reasons[index] is not None:
+        outputs.end(index)
+    return chunks
 
 
 async def unless_disconnected(request: Request, work: Awaitable[Result]) -> Result:

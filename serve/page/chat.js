@@ -135,9 +135,12 @@ export class Chat extends EventTarget {
     if (conversations.length) this.open(conversations[0].id);
   }
 
-  /** Saves running answers; called when the page is about to close. */
-  keep() {
-    for (const id of this.answers.keys()) if (this.store.get(id)) this.store.save(this.store.get(id));
+  /** Ends and saves running answers; called when the page is about to close. */
+  interrupt() {
+    for (const [id, answer] of this.answers) {
+      answer.interrupt();
+      if (this.store.get(id)) this.store.save(this.store.get(id));
+    }
   }
 
   #indexOf(id) {

@@ -14,8 +14,11 @@ from serve.terminal.console import raise_interrupt
 
 CONNECT_TIMEOUT = 10.0  # seconds
 READ_TIMEOUT = 600.0  # seconds between two chunks: a busy server queues requests
-OPENAI_NAMES = {"max_new_tokens": "max_tokens"}  # SamplingParams' names -> OpenAI's, where they differ
-EXTRA_FIELDS = ("top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_ids")  # not parameters of OpenAI's client
+# SamplingParams' names -> OpenAI's or vLLM's, where they differ
+OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_ids": "stop_token_ids"}
+EXTRA_FIELDS = (  # not parameters of OpenAI's client
+    "top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens", "stop_token_ids", "include_stop_str_in_output",
+)  # fmt: skip
 ADVICE: dict[int | str, str] = {  # error code or HTTP status -> what the user can do
     401: "use --api_key KEY",
     403: "use another --api_key KEY",
@@ -72,8 +75,9 @@ class RemoteBackend:
             raise ChatError(f"cannot connect to {self.url} ({error_message(error)}): is the server running?") from error
 
     def _create(self, messages: Sequence[Message], sampling: Sampling) -> Any:
-        options = {OPENAI_NAMES.get(name, name): value for name, value in sampling.items() if name not in EXTRA_FIELDS}
-        extra = {name: value for name, value in sampling.items() if name in EXTRA_FIELDS}
+        fields = {OPENAI_NAMES.get(name, name): value for name, value in sampling.items()}
+        options = {name: value for name, value in fields.items() if name not in EXTRA_FIELDS}
+        extra = {name: value for name, value in fields.items() if name in EXTRA_FIELDS}
         common = {"model": self.name, "stream": True, "stream_options": {"include_usage": True}}
         common |= {"extra_body": extra, "extra_headers": self.headers}
         create: Any = self.client.completions.create if self.raw else self.client.chat.completions.create

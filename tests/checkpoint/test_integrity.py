@@ -156,8 +156,12 @@ def test_missing_unlisted_and_malformed_are_named(run: Path, tmp_path: Path) -> 
         resume(checkpoint, tmp_path / "resumed")
 
 
-def test_checkpoint_without_digests_resumes(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("consolidated", [False, True])
+def test_checkpoint_without_digests_resumes(consolidated: bool, run: Path, tmp_path: Path) -> None:
     (run / "checkpoint-4" / NAME).unlink()
+    if consolidated:  # adds those of the model's files
+        consolidate(run / "checkpoint-4", run / "checkpoint-4")
+        assert "model.safetensors" in (read_digests(run / "checkpoint-4") or {})
     resume(run / "checkpoint-4", tmp_path / "resumed")
     assert weight_bytes(tmp_path / "resumed") == weight_bytes(run)
 

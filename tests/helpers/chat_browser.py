@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,12 @@ class ChatPage:
             field.fill(value)
             field.blur()
         self.button("Done").click()
+
+    def import_messages(self, messages: list[dict[str, str]]) -> None:
+        """Import one conversation through the settings dialog."""
+        buffer = json.dumps({"messages": messages}).encode()
+        file = {"name": "conversation.json", "mimeType": "application/json", "buffer": buffer}
+        self.page.locator("#import-file").set_input_files(file)
 
     def export(self, label: str, folder: Path) -> Path:
         self.button("Conversation menu: rename, export, delete").click()

@@ -308,6 +308,33 @@ def test_text_ends_before_stop_ids_and_stop_strings(engine_of, naive, tokenizer)
     assert "".join(output.text for output in outputs) == before[: before.index(letter)]
 
 
+def test_min_new_tokens_delays_every_kind_of_stop(engine_of, naive, tokenizer):
+    tokens = naive(COMMON, 12)
+    texts = [tokenizer.token_bytes[token].decode(errors="replace") for token in tokens]
+    stops = [text for text in texts[:4] if text]
+    engine = engine_of(stop_ids=[tokens[0]])
+    engine.submit(EngineRequest("a", COMMON, greedy(stop_ids=tokens[1:3], stop=stops, min_new_tokens=8)))
+    outputs = finish(engine)["a"]
+    assert len(ids(outputs)) > 8 and not {*tokens[:3]} & {*ids(outputs)[:8]}
+    engine.submit(EngineRequest("a", COMMON, greedy(min_new_tokens=20)))
+    assert [finish(engine)["a"][-1].finish_reason] == ["length"], "max_new_tokens comes first"
+
+
+def test_stop_is_included_in_the_text_on_request(engine_of, naive, tokenizer):
+    tokens = naive(COMMON, 12)
+    texts = [tokenizer.token_bytes[token].decode(errors="replace") for token in tokens]
+    position = next(position for position in range(3, 12) if tokens[position] not in tokens[:position] and texts[position])
+    engine = engine_of()
+    engine.submit(EngineRequest("id", COMMON, greedy(stop_ids=[tokens[position]], include_stop_str_in_output=True)))
+    letter = next(character for character in "".join(texts) if character.isascii())
+    engine.submit(EngineRequest("text", COMMON, greedy(stop=[letter], include_stop_str_in_output=True)))
+    outputs = finish(engine)
+    id_text, text = ("".join(output.text for output in outputs[name]) for name in ("id", "text"))
+    before = b"".join(tokenizer.token_bytes[token] for token in tokens[: position + 1]).decode(errors="replace")
+    assert id_text == before
+    assert text.endswith(letter) and text.count(letter) == 1
+
+
 def test_deadline_ends_running_and_waiting_requests(engine_of, monkeypatch):
     now = time.monotonic()
     engine = engine_of(max_running=1)

@@ -66,9 +66,11 @@ def respond(generator: Generator, path: str, **changes: Any) -> tuple[dict[str, 
         body = parse(CompletionRequest, json.dumps({**COMPLETION, **changes}).encode())
         echoes = [builder.echo(prompt) for prompt in body.prompt] if body.echo else None
         requests, response = builder.completion(body), CompletionResponseBuilder(body, "bumblebee", generator.tokenizer, echoes)
+    response.prompt_tokens = [len(request.prompt) for request in requests]
     chunks = response.first_chunks()
     for index, output in outputs_of(generator, requests):
-        chunks += response.add(index, output)
+        if response.finish_reasons[index] is None:
+            chunks += response.add(index, output)
     chunks += response.last_chunks()
     return json.loads(json.dumps(response.body(), allow_nan=False)), json.loads(json.dumps(chunks, allow_nan=False))
 
@@ -114,6 +116,18 @@ def test_usage_is_the_last_chunk(generator):
     assert last.choices == [] and last.usage is not None
     assert [chunk.usage for chunk in chunks] == [None] * len(chunks)
     assert last.usage == chat(whole).usage
+
+
+@pytest.mark.parametrize("path", ["chat", "completion"])
+def test_continuous_usage_is_in_every_chunk(generator, path):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    whole, chunks = respond(generator, path, stream=True, stream_options=options)
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {whole["usage"]["prompt_tokens"]}
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and len(set(counts)) >= 3
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole["usage"]
+    alone = respond(generator, path, stream=True, stream_options={"continuous_usage_stats": True})[1]
+    assert all(chunk["choices"] and chunk["usage"] for chunk in alone)
 
 
 def test_usage_counts_a_prompt_once(generator):
@@ -169,6 +183,16 @@ def test_tool_calls_are_removed_from_the_text(caller):
     assert [(call.type, call.function.name) for call in choice.message.tool_calls] == [("function", "fly")] * 2
     assert [json.loads(call.function.arguments) for call in choice.message.tool_calls] == [{"to": "花"}] * 2
     assert len({call.id for call in choice.message.tool_calls}) == 2
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_answer_ends_with_its_only_permitted_call(caller, n):
+    whole, chunks = respond(caller, "chat", tools=TOOLS, parallel_tool_calls=False, stream=True, n=n)
+    assert [len(choice.message.tool_calls) for choice in chat(whole).choices] == [1] * n
+    assert {choice.finish_reason for choice in chat(whole).choices} == {"tool_calls"}
+    assert sum(len(chunk.choices[0].delta.tool_calls or ()) for chunk in chat_chunks(chunks)) == n
+    unlimited = respond(caller, "chat", tools=TOOLS, parallel_tool_calls=True, n=n)[0]
+    assert whole["usage"]["completion_tokens"] < unlimited["usage"]["completion_tokens"]
 
 
 def test_stream_has_text_and_then_each_call(caller):

@@ -116,7 +116,7 @@ def uses_nvme(config: DsConfig) -> bool:
     return any(isinstance(value, dict) and value.get("device") == "nvme" for value in settings)
 
 
-def _without_auto(overrides: Mapping[str, Any]) -> DsConfig:
+def _without_auto(overrides: Mapping[str, object]) -> DsConfig:
     """Drop the values "auto" of a file written for Hugging Face's Trainer: ours decides those anyway."""
     kept = {key: _without_auto(value) if isinstance(value, Mapping) else value for key, value in overrides.items()}
     return {key: value for key, value in kept.items() if value != "auto"}
@@ -185,7 +185,7 @@ def _nest(options: DsConfig) -> DsConfig:
     return result
 
 
-def _from_text(value: str) -> Any:
+def _from_text(value: str) -> object:
     try:
         return json.loads(value)
     except ValueError:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bumblebee.checkpoint.sharded_state import ShardReader, write_buffers, write_shards
 from bumblebee.distributed import process_group
+from bumblebee.distributed.deepspeed.optimizer_types import ZeroOptimizer
 from bumblebee.distributed.deepspeed.sharded_parameters import full_shape
 from bumblebee.distributed.deepspeed.zero_shards import iter_shards, restore_shards, saved_shards
 
 
-def save(folder: Path, model: nn.Module, optimizer: Any, stage: int) -> dict[str, str]:
+def save(folder: Path, model: nn.Module, optimizer: ZeroOptimizer, stage: int) -> dict[str, str]:
     """Write this rank's shards of weights and optimizer state into an existing folder, and the buffers on rank 0.
 
     Args:
@@ -41,7 +41,7 @@ def save(folder: Path, model: nn.Module, optimizer: Any, stage: int) -> dict[str
     return digests
 
 
-def load(folder: Path, model: nn.Module, optimizer: Any, stage: int) -> None:
+def load(folder: Path, model: nn.Module, optimizer: ZeroOptimizer, stage: int) -> None:
     """Restore what ``save`` wrote, at any number of ranks and any stage. Collective.
 
     Args:
