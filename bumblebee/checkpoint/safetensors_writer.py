@@ -40,7 +40,7 @@ def save_file(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, 
     ordered = sorted(tensors.items(), key=lambda pair: (_ORDER[pair[1].dtype], pair[0]))
     digest = hashlib.sha256()
     try:
-        # hashlib and file objects release the GIL: a second thread hashes what this one writes, and lags behind if it is slower.
+        # hashlib and file objects release the GIL: a second thread hashes what this one writes, and may lag behind.
         with file.open("wb") as stream, ThreadPoolExecutor(1) as hashing:
             for part in _parts(ordered, metadata):
                 hashing.submit(digest.update, part)
