@@ -57,7 +57,7 @@ class Callback:
     def on_fit_end(self, trainer: Trainer) -> None:
         """Called after the last step."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Return the state to save in a checkpoint, as JSON values."""
         return {}
 

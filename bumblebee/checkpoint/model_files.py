@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bumblebee.checkpoint.atomic import written_aside
-from bumblebee.checkpoint.families import family_of, is_supported, write_config
+from bumblebee.checkpoint.families import TRANSFORMERS_VERSION, family_of, is_supported, write_config
 from bumblebee.checkpoint.hf_folder import SPECIAL_IDS, TIED_KEY, load_config, parse_config_json
 from bumblebee.checkpoint.weight_mapping import Rule, to_file_tensors
 from bumblebee.checkpoint.weight_writer import remove_stale_weights, write_weights
@@ -106,7 +106,10 @@ class HuggingFaceModelFiles(ModelFiles):
     def write_configs(self, folder: Path, dtype: str) -> None:
         """Write config.json with the current special ids, and generation_config.json."""
         ids = {name: getattr(self.config, name) for name in SPECIAL_IDS}
-        write_json(folder / "config.json", {**self.raw, **ids, "torch_dtype": dtype, "dtype": dtype})
+        config = {**self.raw, **ids, "torch_dtype": dtype, "dtype": dtype}
+        if str(self.raw.get("transformers_version") or "0") < TRANSFORMERS_VERSION:
+            config["transformers_version"] = TRANSFORMERS_VERSION
+        write_json(folder / "config.json", config)
         write_generation_config(folder, self.config)
 
 
