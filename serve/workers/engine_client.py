@@ -113,9 +113,8 @@ class OutputStream:
             self._cancel(id)
 
     def _cancel(self, id: str) -> None:
-        if (
-            id in self._unfinished and self.replica.streams.pop(id, None) is not None
-        ):  # otherwise it has finished, or the worker has died
+        # Otherwise it has finished, or the worker has died.
+        if id in self._unfinished and self.replica.streams.pop(id, None) is not None:
             self.replica.pipe.send(CancelRequest(id))
         self._unfinished.discard(id)
 
