@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
 from bumblebee.checkpoint.atomic import remove
+from bumblebee.checkpoint.trainer_state import SavedCheckpoint, checkpoints
 from bumblebee.training.metrics.monitor import MetricMonitor
-from bumblebee.training.run_folder import SavedCheckpoint, checkpoints
 from bumblebee.utils.json_files import write_json
 
 if TYPE_CHECKING:

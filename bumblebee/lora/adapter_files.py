@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from bumblebee.checkpoint.adapters.folder import WEIGHTS, adapter_chain, base_model_name
+from bumblebee.checkpoint.adapters.folder import adapter_chain, base_model_name
 from bumblebee.checkpoint.adapters.fused import fused_modules, fused_settings
 from bumblebee.checkpoint.adapters.writer import is_adapter_key, write_adapter_config, write_adapter_weights
 from bumblebee.checkpoint.model_files import ModelFiles, write_generation_config
@@ -45,11 +45,12 @@ class AdapterFiles(ModelFiles):
         """Whether a tensor belongs to the adapter."""
         return is_adapter_key(key)
 
-    def write(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: str = "5GB") -> set[str]:
+    def write(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: str = "5GB") -> dict[str, str]:
         """Write adapter_model.safetensors, adapter_config.json and generation_config.json."""
-        write_adapter_weights(folder, ((key, tensor) for key, tensor in tensors if self.includes(key)), self.rules())
+        updates = ((key, tensor) for key, tensor in tensors if self.includes(key))
+        digests = write_adapter_weights(folder, updates, self.rules())
         self.write_configs(folder, "")
-        return {WEIGHTS}
+        return digests
 
     def write_configs(self, folder: Path, dtype: str) -> None:
         """Write adapter_config.json and generation_config.json."""

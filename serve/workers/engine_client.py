@@ -109,7 +109,7 @@ class OutputStream:
     def close(self) -> None:
         """Cancel the unfinished choices."""
         self._timer.cancel()
-        for id in list(self._unfinished):
+        for id in self.choices:
             self._cancel(id)
 
     def _cancel(self, id: str) -> None:
@@ -166,7 +166,8 @@ class EngineClient:
         stream = OutputStream(replica, requests, self.options.request_timeout, self.metrics)
         for id, request in zip(stream.choices, requests, strict=True):
             replica.streams[id] = stream
-            replica.pipe.send(EngineRequest(id, request.prompt, request.params))
+            scored, only = request.prompt_logprobs, request.prompt_only
+            replica.pipe.send(EngineRequest(id, request.prompt, request.params, prompt_logprobs=scored, prompt_only=only))
         return stream
 
     def admit(self, count: int = 1) -> Replica:
