@@ -57,11 +57,11 @@ class Callback:
     def on_fit_end(self, trainer: Trainer) -> None:
         """Called after the last step."""
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Return options to show in the run summary, as JSON values; empty for most callbacks."""
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Return the state to save in a checkpoint, as JSON values."""
         return {}
 

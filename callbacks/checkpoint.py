@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
 from bumblebee.checkpoint.atomic import remove
+from bumblebee.checkpoint.trainer_state import SavedCheckpoint, checkpoints
 from bumblebee.training.metrics.monitor import MetricMonitor
-from bumblebee.training.run_folder import SavedCheckpoint, checkpoints
 from bumblebee.utils.json_files import write_json
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Checkpoint(Callback):
         """Remember step and time, also of checkpoints that others saved."""
         self._saved_step, self._saved_time = trainer.step, time.monotonic()
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """When to save and how many to keep."""
         return {"every": self.every, "minutes": self.minutes, "keep": self.keep, "best": self.best}
 

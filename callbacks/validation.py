@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
 
@@ -27,7 +27,7 @@ class Validation(Callback):
             raise ValueError(f"every must be at least 1 or null, got {every}")
         self.every, self.at_start, self.at_end = every, at_start, at_end
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """When to validate."""
         return {"every": "epoch" if self.every is None else self.every}
 

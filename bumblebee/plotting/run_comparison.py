@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from bumblebee.plotting.curves import MetricCurve, is_smoothed, picture_formats, plot_runs, save_figure, smooth
 from bumblebee.utils.formatting import duration, format_metric, hint, number
@@ -24,11 +23,11 @@ class LoggedRun:
 
     Args:
         folder: output folder of the run.
-        lines: entries of metrics.jsonl, in order.
+        lines: entries of metrics.jsonl, in order; NaN for a value that is not a number.
     """
 
     folder: Path
-    lines: list[dict[str, Any]]
+    lines: list[dict[str, float]]
 
     @classmethod
     def read(cls, folder: str | Path) -> LoggedRun:
@@ -60,12 +59,14 @@ class LoggedRun:
         return positions, [line[metric] for line in lines]
 
 
-def _entry(line: str) -> dict[str, Any] | None:
+def _entry(line: str) -> dict[str, float] | None:
     try:
         value = json.loads(line)
     except ValueError:  # truncated when the run was killed
         return None
-    return value if isinstance(value, dict) and "step" in value else None
+    if not isinstance(value, dict) or "step" not in value:
+        return None
+    return {name: number if isinstance(number, int | float) else math.nan for name, number in value.items()}
 
 
 def _is_finite(value: object) -> bool:

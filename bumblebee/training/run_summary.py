@@ -197,7 +197,8 @@ def _plan_line(plan: Section) -> str:
     epochs = f"{plan['epochs']:.3g} {'epoch' if plan['epochs'] == 1 else 'epochs'}"
     return (
         f"{epochs} of {plural(plan['steps_per_epoch'], 'step')} = {plural(plan['steps'], 'step')} of"
-        f" {plural(plan['samples_per_step'], 'sample')} (micro-batch {plan['micro_batch_size']} x accumulate {plan['accumulate']} x ranks {plan['ranks']})"
+        f" {plural(plan['samples_per_step'], 'sample')} (micro-batch {plan['micro_batch_size']}"
+        f" x accumulate {plan['accumulate']} x ranks {plan['ranks']})"
     )
 
 

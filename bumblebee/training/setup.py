@@ -63,6 +63,8 @@ def set_up(
     checkpoint = find_resume(run.resume, run.output_dir)
     run.device = process_group.pick_device(run.device_name)
     process_group.start(run.device)
+    if checkpoint is not None:
+        checkpointing.verify_checkpoint(checkpoint)
     data.setup(seed)
     task.setup(data)
     run.plan = make_plan(run, data, seed, process_group.world_size(), checkpoint)

@@ -7,8 +7,7 @@ import pytest
 from helpers.stub_engine import StubTrainer
 
 from bumblebee.callback import Callback
-from bumblebee.checkpoint.trainer_state import read_trainer_state
-from bumblebee.training.run_folder import checkpoints
+from bumblebee.checkpoint.trainer_state import checkpoints, read_trainer_state
 from callbacks import Checkpoint
 from callbacks.checkpoint import delete
 

@@ -75,8 +75,8 @@ class StubEngine:
     def whole_model(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.model)
 
-    def save(self, folder: Path) -> None:
-        pass
+    def save(self, folder: Path) -> dict[str, str]:
+        return {}
 
     def load(self, folder: Path) -> None:
         pass
