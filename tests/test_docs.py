@@ -32,8 +32,32 @@ def test_chinese_readme_has_the_same_commands_code_and_links() -> None:
     english, chinese = ROOT / "README.md", ROOT / "README.zh.md"
     assert commands(chinese) == commands(english)
     for pattern in (r"```python\n.*?```", r"\]\(((?!README)[^)]+)\)"):
-        both = [re.findall(pattern, path.read_text(encoding="utf-8"), re.DOTALL) for path in (english, chinese)]
-        assert sorted(both[0]) == sorted(both[1])
+        texts = [path.read_text(encoding="utf-8").replace(".zh.md)", ".md)") for path in (english, chinese)]
+        assert sorted(re.findall(pattern, texts[0], re.DOTALL)) == sorted(re.findall(pattern, texts[1], re.DOTALL))
+
+
+@pytest.mark.parametrize("page", ["tutorial", "configuration"])
+def test_chinese_page_has_the_same_commands(page: str) -> None:
+    english, chinese = ROOT / "docs" / f"{page}.md", ROOT / "docs" / f"{page}.zh.md"
+    assert commands(chinese) == commands(english)
+    assert f"]({chinese.name})" in english.read_text(encoding="utf-8")
+    assert f"]({english.name})" in chinese.read_text(encoding="utf-8")
+
+
+def test_chinese_configuration_guide_names_existing_options() -> None:
+    guide, reference = (
+        (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("configuration.zh.md", "configuration.md")
+    )
+    named = set(re.findall(r"`(?:trainer|data|callbacks\.checkpoint)\.(\w+)`", guide))
+    known = set(re.findall(r"^\| `(?:trainer\.)?(\w+)`", reference, re.MULTILINE))
+    assert len(named) > 15 and named <= known
+
+
+def test_chinese_tutorial_has_the_same_links_and_sections() -> None:
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("tutorial.md", "tutorial.zh.md")]
+    links = [sorted(set(re.findall(r"\]\(((?!tutorial)[^)]+)\)", page))) for page in pages]
+    headings = [[line.split()[0] for line in page.splitlines() if re.match("#+ ", line)] for page in pages]
+    assert links[0] == links[1] and headings[0] == headings[1]
 
 
 def test_make_targets_in_the_docs_exist() -> None:
