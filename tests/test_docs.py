@@ -48,6 +48,7 @@ TUTORIAL = "tokenizer preview fit generate fit fit evaluate fit fit fit merge ev
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("document", "expected"),
     [("README.md", "tokenizer fit generate validate fit"), ("docs/tutorial.md", TUTORIAL)],
