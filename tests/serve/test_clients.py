@@ -1,7 +1,6 @@
 """Agent and chat libraries against a running server: tools, and conversations continued with the library's own messages.
 
-A library that is not installed is skipped; ``pip install -e '.[clients]' -c constraints.txt`` installs those that share our
-versions.
+A library that is not installed is skipped; the extra ``clients`` installs those that work with the versions in constraints.txt.
 """
 
 from __future__ import annotations
