@@ -73,6 +73,15 @@ class EngineOptions:
         return HALF_DTYPES.get(self.precision)
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products and of attention. An fp32 run may set autocast in ``overrides``."""
+        autocast = self.overrides.get("torch_autocast", {})
+        if self.half_dtype is None and autocast.get("enabled"):
+            name = autocast.get("dtype", "bf16").removeprefix("torch.")
+            return HALF_DTYPES.get(name) or getattr(torch, name)
+        return self.half_dtype or torch.float32
+
+    @property
     def weights_dtype(self) -> torch.dtype:
         """The dtype of the model's weights. At stage 0 they are fp32 and run under autocast."""
         return self.half_dtype if self.half_dtype is not None and self.zero_stage > 0 else torch.float32
