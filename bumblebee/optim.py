@@ -145,7 +145,7 @@ class Schedule(ABC):
     def observe(self, metrics: dict[str, float]) -> None:  # noqa: B027  (most schedules ignore them)
         """Receive the metrics of a validation, on every rank."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """State that a resumed run needs besides the step, as JSON values."""
         return {}
 
@@ -339,7 +339,7 @@ class ReduceOnPlateau(Schedule):
         if self.bad > self.patience:
             self.ratio, self.bad = max(self.ratio * self.reduce, self.min_ratio), 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"ratio": self.ratio, "best": None if math.isinf(self.best) else self.best, "bad": self.bad}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

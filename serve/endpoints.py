@@ -74,6 +74,7 @@ class Endpoints(LitSpec):
         self.add_endpoint("/v1/models/{id:path}", self.model, ["GET"])
         self.add_endpoint("/tokenize", self.tokenize, ["POST"])
         self.add_endpoint("/detokenize", self.detokenize, ["POST"])
+        self.add_endpoint("/tokenizer_info", self.tokenizer_info, ["GET"])
         self.add_endpoint("/metrics", self.metrics, ["GET"])
 
     def setup(self, server: LitServer) -> None:
@@ -132,6 +133,15 @@ class Endpoints(LitSpec):
             raise invalid(f"Invalid token id {unknown[0]}: the vocabulary size is {requests.vocab_size}", "tokens")
         skip = bool(body.skip_special_tokens)
         return JSONResponse({"prompt": await self._in_thread(request, self.tokenizer.decode, body.tokens, skip)})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """GET /tokenizer_info: the special tokens and the chat template, for clients that tokenize through the server."""
+        named = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token")) | self.tokenizer.special_tokens
+        try:
+            template = self.tokenizer.chat_template.sources.get("default")
+        except ValueError:  # the model only completes texts
+            template = None
+        return JSONResponse({**named, "chat_template": template})
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models: a list of one model."""

@@ -41,17 +41,17 @@ class ModelFiles:
         """Whether a tensor of the model is saved."""
         return True
 
-    def write(self, folder: Path, tensors: Tensors, max_shard_size: str = "5GB") -> set[str]:
-        """Write the weights and configs into an existing folder; returns the names of the weight files."""
+    def write(self, folder: Path, tensors: Tensors, max_shard_size: str = "5GB") -> dict[str, str]:
+        """Write the weights and configs into an existing folder; returns the SHA-256 of each weight file by name."""
         return self.write_file_tensors(folder, to_file_tensors(self.rules(), tensors), max_shard_size)
 
-    def write_file_tensors(self, folder: Path, tensors: Tensors, max_shard_size: str = "5GB") -> set[str]:
+    def write_file_tensors(self, folder: Path, tensors: Tensors, max_shard_size: str = "5GB") -> dict[str, str]:
         """``write`` for tensors with the keys and shapes of the file."""
         tied = self.config.tie_word_embeddings
         saved = (pair for pair in tensors if not (tied and pair[0] == TIED_KEY))
-        names, dtype = write_weights(folder, saved, max_shard_size)
+        digests, dtype = write_weights(folder, saved, max_shard_size)
         self.write_configs(folder, dtype)
-        return names
+        return digests
 
     def write_configs(self, folder: Path, dtype: str) -> None:
         """Write everything but the weights; ``dtype`` is the name of their dtype, e.g. "bfloat16"."""
@@ -97,11 +97,11 @@ class HuggingFaceModelFiles(ModelFiles):
         """Whether a tensor is saved; tied tensors are saved once."""
         return key not in self.tied
 
-    def write_file_tensors(self, folder: Path, tensors: Tensors, max_shard_size: str = "5GB") -> set[str]:
+    def write_file_tensors(self, folder: Path, tensors: Tensors, max_shard_size: str = "5GB") -> dict[str, str]:
         """Write the weights and both configs."""
-        names, dtype = write_weights(folder, (pair for pair in tensors if self.includes(pair[0])), max_shard_size)
+        digests, dtype = write_weights(folder, (pair for pair in tensors if self.includes(pair[0])), max_shard_size)
         self.write_configs(folder, dtype)
-        return names
+        return digests
 
     def write_configs(self, folder: Path, dtype: str) -> None:
         """Write config.json with the current special ids, and generation_config.json."""
@@ -149,8 +149,8 @@ def save_model(
     folder = Path(folder)
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     with written_aside(folder) as aside:
-        names = files.write(aside, pairs, max_shard_size)
-    remove_stale_weights(folder, names)
+        digests = files.write(aside, pairs, max_shard_size)
+    remove_stale_weights(folder, digests)
 
 
 def write_generation_config(folder: Path, config: BumblebeeConfig) -> None:

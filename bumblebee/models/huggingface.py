@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.attention import LayerCache
 from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, select_kernel
 from bumblebee.nn.lm_head import LMHead
+
+# transformers.PreTrainedModel. Not by that name: jsonargparse would import transformers to read from_pretrained's options.
+TransformersModel: TypeAlias = Any
 
 NAME = "bumblebee"  # name of our attention function in transformers' registry
 _UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask")  # of attention functions
@@ -91,9 +94,9 @@ class HuggingFaceModel(LanguageModel):
         ValueError: the model is not supported; the message says why.
     """
 
-    def __init__(self, model: Any, attention: str = "auto") -> None:
+    def __init__(self, model: TransformersModel, attention: str = "auto") -> None:
         super().__init__()
-        select_kernel(attention, torch.bfloat16)
+        select_kernel(attention, None)
         _check(model)
         self.attention = attention
         self.config = _config_of(model)
@@ -213,7 +216,7 @@ def _default_positions(input_ids: Tensor) -> Tensor:
     return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
 
 
-def _build(folder: Path, trust_remote_code: bool) -> Any:
+def _build(folder: Path, trust_remote_code: bool) -> TransformersModel:
     """Build the transformers model of a folder's config, with our attention.
 
     Raises:
@@ -270,7 +273,7 @@ def weights_gathered() -> Iterator[None]:
     del alive
 
 
-def _check(model: Any) -> None:
+def _check(model: TransformersModel) -> None:
     """Reject a model whose outputs would differ from transformers.
 
     Raises:
@@ -295,13 +298,13 @@ def _check(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} is not supported: {why}")
 
 
-def _raw(model: Any) -> dict[str, object]:
+def _raw(model: TransformersModel) -> dict[str, object]:
     """Content of config.json."""
     raw = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
     return raw | {"architectures": [type(model).__name__]}
 
 
-def _renamed(model: Any) -> list[Rule]:
+def _renamed(model: TransformersModel) -> list[Rule]:
     """Rules for tensors that have other names in files."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
@@ -313,7 +316,7 @@ def _renamed(model: Any) -> list[Rule]:
     return [Rule.rename(theirs, ours) for theirs, ours in pairs if theirs != ours]
 
 
-def _config_of(model: Any) -> BumblebeeConfig:
+def _config_of(model: TransformersModel) -> BumblebeeConfig:
     """The shape as a BumblebeeConfig, as far as tasks, generator and memory estimates need it."""
     config = model.config
     heads = config.num_attention_heads

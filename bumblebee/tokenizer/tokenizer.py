@@ -266,6 +266,11 @@ class Tokenizer:
         apply = self.chat_template.apply if tokenize else self.chat_template.render
         return apply(messages, tools, add_generation_prompt)
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The named special tokens: "bos_token", "eos_token", "pad_token" and so on, as far as the folder has them."""
+        return special_tokens(self.settings)
+
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids of the special tokens, which do not stand for text."""

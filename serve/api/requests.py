@@ -50,11 +50,15 @@ class ChoiceRequest:
         prompt: token ids.
         params: sampling parameters.
         index: of the choice.
+        prompt_logprobs: number of most likely tokens to return with the log-probability of each prompt token; None for neither.
+        prompt_only: generate no token.
     """
 
     prompt: list[int]
     params: SamplingParams
     index: int
+    prompt_logprobs: int | None = None
+    prompt_only: bool = False
 
 
 class ChatRenderer:
@@ -229,26 +233,34 @@ class RequestBuilder:
         default_max_tokens: int,
     ) -> list[ChoiceRequest]:
         choices: list[ChoiceRequest] = []
+        prompt_only, scored = max_tokens == 0, _prompt_logprobs(body)
         for prompt in prompts:
-            remaining = self._remaining(len(prompt), body)
+            remaining = self._remaining(len(prompt), body, 0 if prompt_only else 1)
             limit = max_tokens or max(self.max_new_tokens or default_max_tokens, params.min_new_tokens)
-            new_tokens = min(limit, remaining)
+            new_tokens = min(limit, max(remaining, 1))
             for sample in range(body.n or 1):
                 own = replace(params, max_new_tokens=new_tokens, seed=sample_seed(params.seed, sample))
-                choices.append(ChoiceRequest(prompt, own, len(choices)))
+                choices.append(ChoiceRequest(prompt, own, len(choices), scored, prompt_only))
         return choices
 
-    def _remaining(self, prompt_tokens: int, body: GenerationRequest) -> int:
-        """Tokens of the context that are left after a prompt, at least 1."""
+    def _remaining(self, prompt_tokens: int, body: GenerationRequest, minimum: int) -> int:
+        """Tokens of the context that are left after a prompt, at least ``minimum``."""
         remaining = self.context_length - prompt_tokens
-        if remaining >= 1:
+        if remaining >= minimum:
             return remaining
         param = "prompt" if isinstance(body, CompletionRequest) else "messages"
         message = (
             f"This model's maximum context length is {self.context_length} tokens, but you requested at least"
-            f" {prompt_tokens + 1} tokens ({prompt_tokens} in the {param}, at least 1 in the completion)"
+            f" {prompt_tokens + minimum} tokens ({prompt_tokens} in the {param}, at least {minimum} in the completion)"
         )
         raise invalid(message, param, "context_length_exceeded")
+
+
+def _prompt_logprobs(body: GenerationRequest) -> int | None:
+    """Number of most likely tokens to return for each prompt token; None if the prompt needs no log-probabilities."""
+    echoed = body.logprobs if isinstance(body, CompletionRequest) and body.echo else None
+    counts = [count for count in (body.prompt_logprobs, echoed) if count is not None]
+    return max(counts, default=None)
 
 
 def sample_seed(seed: int | None, sample: int) -> int | None:

@@ -8,7 +8,7 @@ Choices made:
 - An assistant message is accepted as clients return it: what OpenAI's and LiteLLM's clients add to a response (annotations,
   provider_specific_fields, parsed values) is no part of the conversation and is ignored.
 - Additional fields, as in other servers: top_k, min_p, repetition_penalty, ignore_eos, min_tokens, stop_token_ids,
-  include_stop_str_in_output, add_special_tokens and parse_special.
+  include_stop_str_in_output, add_special_tokens, parse_special and prompt_logprobs.
 """
 
 from __future__ import annotations
@@ -233,17 +233,20 @@ class GenerationRequest(StrictModel):
     min_tokens: Annotated[int, Field(ge=0, le=INT64 - 1)] | None = None
     seed: Annotated[int, Field(ge=-INT64, le=INT64 - 1)] | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     user: str | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise field_error("stream_options", "only allowed with stream: true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise field_error("prompt_logprobs", "not available in a stream; use echo with logprobs", "unsupported")
         return self
 
     @model_validator(mode="after")
     def _check_min_tokens(self) -> GenerationRequest:
-        if self.min_tokens and self.token_limit and self.min_tokens > self.token_limit:
+        if self.min_tokens and self.token_limit is not None and self.min_tokens > self.token_limit:
             raise field_error("min_tokens", f"must be at most max_tokens, {self.token_limit}, got {self.min_tokens}")
         return self
 
@@ -322,17 +325,12 @@ class CompletionRequest(GenerationRequest):
     unsupported = {"suffix": "fill-in-the-middle is not supported"}
 
     prompt: PromptList
+    max_tokens: Annotated[int, Field(ge=0, le=INT64 - 1)] | None = None
     add_special_tokens: bool | None = None
     parse_special: bool | None = None
     best_of: Annotated[int | None, only(1, "completions are not ranked; use n")] = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-
-    @model_validator(mode="after")
-    def _check_echo(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise field_error("echo", "cannot be combined with logprobs, because prompts have none", "unsupported")
-        return self
 
 
 class TokenizeRequest(StrictModel):

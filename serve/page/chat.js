@@ -76,8 +76,7 @@ export class Chat extends EventTarget {
 
   /** Continues an answer that was cut off. */
   continueAnswer() {
-    if (this.conversation.mode === "completion") this.complete();
-    else this.send(CONTINUE_PROMPT);
+    this.send(CONTINUE_PROMPT);
   }
 
   /** Lets the model continue the text, in completion mode. */

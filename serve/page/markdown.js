@@ -111,12 +111,19 @@ function linkTo(image) {
 function blockOf(html) {
   const block = element("div", { className: "block" }, sanitize(html));
   for (const pre of block.querySelectorAll("pre")) frame(pre);
+  for (const list of block.querySelectorAll("ol")) indent(list);
   for (const table of block.querySelectorAll("table")) {
     const scroller = element("div", { className: "table" });
     surround(table, scroller);
     scrollable(scroller, "Table");
   }
   return block;
+}
+
+/** Makes room for numbers of more than two digits. */
+function indent(list) {
+  const digits = String(list.start + list.childElementCount - 1).length;
+  if (digits > 2) list.style.paddingLeft = `calc(${digits}ch + 1rem)`;
 }
 
 /** Adds a bar with the language and a copy button to a code block. */

@@ -153,7 +153,7 @@ export class MessageView {
   }
 
   #continueButton() {
-    return element("button", { type: "button", onclick: () => this.actions.continueAnswer() }, "Continue");
+    return element("button", { type: "button", className: "continue", onclick: () => this.actions.continueAnswer() }, "Continue");
   }
 
   #againButton() {

@@ -109,11 +109,12 @@ class OutputStream:
     def close(self) -> None:
         """Cancel the unfinished choices."""
         self._timer.cancel()
-        for id in list(self._unfinished):
+        for id in self.choices:
             self._cancel(id)
 
     def _cancel(self, id: str) -> None:
-        if id in self._unfinished and self.replica.streams.pop(id, None):  # otherwise it has finished, or the worker has died
+        # Otherwise it has finished, or the worker has died.
+        if id in self._unfinished and self.replica.streams.pop(id, None) is not None:
             self.replica.pipe.send(CancelRequest(id))
         self._unfinished.discard(id)
 
@@ -165,7 +166,8 @@ class EngineClient:
         stream = OutputStream(replica, requests, self.options.request_timeout, self.metrics)
         for id, request in zip(stream.choices, requests, strict=True):
             replica.streams[id] = stream
-            replica.pipe.send(EngineRequest(id, request.prompt, request.params))
+            scored, only = request.prompt_logprobs, request.prompt_only
+            replica.pipe.send(EngineRequest(id, request.prompt, request.params, prompt_logprobs=scored, prompt_only=only))
         return stream
 
     def admit(self, count: int = 1) -> Replica:

@@ -32,11 +32,11 @@ class ChatPage:
         self.question.fill(text)
         self.question.press("Enter")
 
-    def answered(self, text: str, count: int = 1) -> None:
+    def answered(self, text: str, count: int = 1, seconds: float = 5.0) -> None:
         """Wait until there are ``count`` answers, the last one contains the text, and none is running."""
         expect(self.answers).to_have_count(count)
-        expect(self.answers.last).to_contain_text(text)
-        expect(self.page.locator("#stop")).to_be_hidden()
+        expect(self.answers.last).to_contain_text(text, timeout=1000 * seconds)
+        expect(self.page.locator("#stop")).to_be_hidden(timeout=1000 * seconds)
 
     def button(self, name: str) -> Any:
         return self.page.get_by_role("button", name=name, exact=True)

@@ -157,7 +157,9 @@ MALFORMED = [
     _completion("too many texts", "n", "128", prompt=["a"] * 100, n=2),
     _completion("a suffix", "suffix", "not supported", suffix="!"),
     _completion("the best of", "best_of", "must be 1", best_of=3),
-    _completion("an echo with logprobs", "echo", "combined with logprobs", echo=True, logprobs=2),
+    _completion("prompt logprobs in a stream", "prompt_logprobs", "not available in a stream", prompt_logprobs=2, stream=True),
+    _completion("too many prompt logprobs", "prompt_logprobs", "at most 20", prompt_logprobs=21),
+    _completion("fewer than no tokens", "max_tokens", "at least 0", max_tokens=-1),
     _completion("many alternatives of a completion", "logprobs", "at most 5", logprobs=6),
     _completion("a chat's field", "messages", "Unknown parameter", messages=[USER]),
 ]  # fmt: skip

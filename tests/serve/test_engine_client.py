@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from bumblebee.inference.engine_config import EngineStats
 from bumblebee.inference.request import EngineRequest, RequestOutput, SampledToken
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 from serve.api.errors import APIError
+from serve.api.requests import ChoiceRequest
 from serve.metrics import Metrics
 from serve.serve_options import ServeOptions
 from serve.workers.engine_client import EngineClient, Replica
@@ -49,8 +49,8 @@ def engine_client_of(workers: int = 1, **options: Any) -> EngineClient:
     return client
 
 
-def choices(count: int = 1) -> list[Any]:
-    return [SimpleNamespace(index=index, prompt=[1, 2, 3], params=SamplingParams()) for index in range(count)]
+def choices(count: int = 1) -> list[ChoiceRequest]:
+    return [ChoiceRequest([1, 2, 3], SamplingParams(), index) for index in range(count)]
 
 
 def output(id: str, text: str, finish_reason: Any = None) -> RequestOutput:

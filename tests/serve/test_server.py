@@ -59,6 +59,43 @@ def test_max_tokens_beyond_the_context_end_with_length(server: Running):
     assert answer["usage"]["total_tokens"] == 2048
 
 
+def test_echoed_logprobs_equal_a_plain_forward_pass(server: Running, served_folder: Path):
+    import torch
+
+    from bumblebee import Bumblebee
+
+    text = "Return a new list " * 90  # longer than a step, and cached after the first request
+    ids = server.post("/tokenize", {"prompt": text}).json()["tokens"]
+    with torch.no_grad():
+        expected = Bumblebee.from_pretrained(served_folder)(torch.tensor([ids]))[0].log_softmax(dim=-1)
+    own = expected[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    for fields in ({"max_tokens": 1}, {"max_tokens": 0}, {"max_tokens": 0, "prompt": ids}):
+        answer = server.complete(**{"prompt": text, **fields}, echo=True, logprobs=1).json()
+        [choice] = answer["choices"]
+        values, tops = choice["logprobs"]["token_logprobs"], choice["logprobs"]["top_logprobs"]
+        assert values[0] is None and values[1 : len(ids)] == pytest.approx(own, abs=1e-3)
+        best = [max(top.values()) for top in tops[1 : len(ids)]]
+        assert best == pytest.approx(expected[:-1].amax(dim=-1).tolist(), abs=1e-3)
+        assert len(values) == len(ids) + fields["max_tokens"] and choice["text"].startswith(text)
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert server.complete(text, max_tokens=1).json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_echoed_logprobs_are_streamed(server: Running):
+    fields = {"max_tokens": 4, "ignore_eos": True, "temperature": 0.0, "echo": True, "logprobs": 1}
+    whole = server.complete("The list is", **fields).json()["choices"][0]
+    with server.stream("The list is", **fields) as chunks:
+        parts = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(part["text"] for part in parts) == whole["text"]
+    values = [value for part in parts if part["logprobs"] for value in part["logprobs"]["token_logprobs"]]
+    assert values[0] is None and values[1:] == pytest.approx(whole["logprobs"]["token_logprobs"][1:], abs=1e-4)
+
+
+def test_tokenizer_info(server: Running):
+    info = server.http.get("/tokenizer_info").json()
+    assert (info["eos_token"], info["bos_token"]) == ("<|endoftext|>", None) and "<|im_start|>" in info["chat_template"]
+
+
 def test_model_card(server: Running):
     card = server.http.get("/v1/models").json()["data"][0]
     assert (card["id"], card["object"], card["max_model_len"]) == ("bumblebee", "model", 2048)

@@ -405,7 +405,7 @@ def send_request(running: Running, number: int) -> int:
     if number % 4 == 0:
         return running.complete(prompt, max_tokens=8).status_code
     if number % 4 == 3:
-        return running.complete(prompt, max_tokens=0).status_code
+        return running.complete(prompt, max_tokens=-1).status_code
     with running.stream(prompt, max_tokens=8) as chunks:
         if number % 4 == 1:
             list(chunks)

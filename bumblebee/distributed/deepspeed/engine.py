@@ -59,7 +59,7 @@ class TrainingEngine:
         # Weights from a folder have the file's dtype. For bf16 at stages 1 to 3 DeepSpeed casts, and keeps an fp32 copy.
         model.to(device=device, dtype=torch.float32 if options.weights_dtype == torch.float32 else None)
         config = usable_config(options)
-        with quiet_initialization(deepspeed):
+        with quiet_initialization(deepspeed, options.overrides):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer(groups), config=config, dist_init_required=False
             )
@@ -162,13 +162,16 @@ class TrainingEngine:
             return nullcontext(self.model)
         return gathered_model(self.model, self._optimizer)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> dict[str, str]:
         """Write this rank's shards of weights and optimizer state into an existing folder.
+
+        Returns:
+            The SHA-256 of each file that this rank wrote, by name.
 
         Raises:
             OSError: they cannot be written.
         """
-        engine_state.save(folder, self.model, self._optimizer, self.options.zero_stage)
+        return engine_state.save(folder, self.model, self._optimizer, self.options.zero_stage)
 
     def load(self, folder: Path) -> None:
         """Restore what ``save`` wrote, at any number of ranks and any stage. Collective.

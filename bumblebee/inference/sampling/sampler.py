@@ -7,7 +7,7 @@ the rest of the batch. Tokens are ordered by id, or, where some are cut off, by 
 What is kept of a vocabulary is mostly short: a few hundred of the largest logits are examined first, and only rows whose cut is
 not among them are examined again with more.
 
-Log-probabilities are the model's own, before penalties, temperature and cuts, as in the OpenAI API and vLLM.
+Log-probabilities are the model's own; see logprobs.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bumblebee.inference.request import SampledToken
+from bumblebee.inference.sampling.logprobs import check_finite, token_logprobs
 from bumblebee.inference.sampling.penalties import Penalties, apply_penalties
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 
@@ -73,8 +74,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[SampledToken]
         FloatingPointError: the maximum of a row is NaN or infinite.
     """
     logits = logits.float()
-    if not logits.amax(dim=-1).isfinite().all():
-        raise FloatingPointError("the model's logits are NaN or infinite: its weights are damaged, or its dtype overflows")
+    check_finite(logits)
     chosen = _choose(_exclude_stops(apply_penalties(logits, [state.penalties for state in states]), states), states)
     tokens = [SampledToken(token_id) for token_id in chosen.tolist()]
     _add_logprobs(tokens, logits, chosen, states)
@@ -232,10 +232,5 @@ def _add_logprobs(tokens: list[SampledToken], logits: Tensor, chosen: Tensor, st
         return
     rows = list(counts)
     logits = logits if len(rows) == len(tokens) else logits[rows]
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    own = (logits.gather(1, chosen[rows][:, None]) - total)[:, 0].tolist()
-    top = logits.topk(min(max(counts.values()), logits.shape[-1]), dim=-1)
-    pairs = zip(top.indices.tolist(), (top.values - total).tolist(), strict=True)
-    for row, logprob, (ids, values) in zip(rows, own, pairs, strict=True):
-        count = counts[row]
-        tokens[row].logprob, tokens[row].top = logprob, list(zip(ids[:count], values[:count], strict=True))
+    for row, (logprob, top) in zip(rows, token_logprobs(logits, chosen[rows], list(counts.values())), strict=True):
+        tokens[row].logprob, tokens[row].top = logprob, top

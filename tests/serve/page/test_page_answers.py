@@ -98,6 +98,23 @@ def test_lists_keep_numbers_and_tables_their_layout(chat: ChatPage, script: Scri
     expect(chat.answers).to_contain_text("Write <table> or <table> for a table.")
 
 
+@pytest.mark.parametrize("count", [1, 12])
+def test_wide_list_numbers_fit_on_a_phone(open_page: Callable[..., ChatPage], script: ScriptedServer, count: int) -> None:
+    """Numbers stand to the left of the text, in the list's padding."""
+    chat = open_page(viewport={"width": 390, "height": 844})
+    script.replies.append(Reply("\n".join(f"{number}. item" for number in range(99_999, 99_999 + count))))
+    chat.ask("Count")
+    chat.answered("item")
+    room, number = chat.answers.locator("ol").evaluate(
+        """list => {
+          const canvas = new OffscreenCanvas(1, 1).getContext("2d");
+          canvas.font = getComputedStyle(list).font;
+          return [parseFloat(getComputedStyle(list).paddingLeft), canvas.measureText("99999. ").width];
+        }"""
+    )
+    assert room >= number
+
+
 @pytest.mark.parametrize(
     ("text", "pause", "rated"), [("Two words", 0.0, False), ("word " * 400, 0.0, False), ("word " * 40, 0.02, True)]
 )
