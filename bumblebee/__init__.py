@@ -6,7 +6,7 @@ The public names are imported on first use, so that ``import bumblebee`` and ``b
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bumblebee.callback import Callback
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'bumblebee' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

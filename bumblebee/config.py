@@ -6,8 +6,9 @@ config.json of each model family is in ``bumblebee/checkpoint/families/``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol
 
 from bumblebee.utils.formatting import hint
 
@@ -31,6 +32,17 @@ EXPERT_FIELDS = (
     "router_bias_update_rate",
 )  # fmt: skip
 LAYER_TYPES = FULL, SLIDING = ("full_attention", "sliding_attention")
+
+
+class TransformerConfig(Protocol):
+    """The dimensions of a transformer under Hugging Face's names. BumblebeeConfig has them, and so have other configs."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
 
 
 @dataclass
@@ -204,9 +216,9 @@ class BumblebeeConfig:
         return self.sliding_window if self.layer_types is None or self.layer_types[layer] == SLIDING else None
 
     @staticmethod
-    def _check_rope_scaling(scaling: dict[str, Any]) -> None:
+    def _check_rope_scaling(scaling: Mapping[str, object]) -> None:
         kind = scaling.get("rope_type")
-        if kind not in ROPE_TYPES:
+        if not isinstance(kind, str) or kind not in ROPE_TYPES:
             raise ValueError(f"rope_scaling has rope_type {kind!r}; available: {', '.join(ROPE_TYPES)}")
         needed, optional = ROPE_TYPES[kind]
         if missing := sorted(needed - set(scaling)):
@@ -214,8 +226,9 @@ class BumblebeeConfig:
         if unknown := sorted(set(scaling) - needed - optional - {"rope_type"}):
             raise ValueError(f"rope_scaling of rope_type {kind!r} does not support {', '.join(unknown)}")
         for name in needed:
-            if not isinstance(scaling[name], int | float) or not scaling[name] > 0:
-                raise ValueError(f"rope_scaling: {name} must be a positive number, got {scaling[name]!r}")
+            value = scaling[name]
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"rope_scaling: {name} must be a positive number, got {value!r}")
 
     @property
     def rotary_dim(self) -> int:
@@ -280,12 +293,14 @@ class BumblebeeConfig:
                 raise ValueError(f"unknown field {key!r}{hint(key, known)}")
         return cls(**{**PRESETS[name], **changes})
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the fields as a plain dict."""
         return asdict(self)
 
 
-def _size(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, tied: bool, vocabulary: int) -> dict:
+def _size(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, tied: bool, vocabulary: int
+) -> dict[str, float]:
     return {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -299,10 +314,12 @@ def _size(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
 
 # Qwen2.5 (arXiv 2412.15115, table 1), Qwen3-30B-A3B (arXiv 2505.09388, table 2; 3.3 B active parameters), and two sizes for
 # experiments: tiny (about 5 M parameters) and tiny-moe (13 M, 5 M active).
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, float]] = {
     "tiny": _size(256, 704, 5, 4, 2, True, 4096) | {"max_position_embeddings": 1024, "rope_theta": 10_000.0},
-    "tiny-moe": _size(256, 704, 5, 4, 2, True, 4096)
+    "tiny-moe": _size(256, 704, 5, 4, 2, True, 4096)  # the shape of Qwen3-MoE, so that transformers loads it
     | {
+        "qk_norm": True,
+        "attention_bias": False,
         "max_position_embeddings": 1024,
         "rope_theta": 10_000.0,
         "num_experts": 8,

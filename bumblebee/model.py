@@ -17,9 +17,10 @@ Module names and state-dict keys are Hugging Face's. To change one part, overrid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,9 @@ class Decoder(nn.Module):
         self.rotary = rotary
         self.checkpoint_every = 0  # recompute activations of every n-th block; 0 disables
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, mask: AttentionMask, cache: list[Any] | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, mask: AttentionMask, cache: Sequence[LayerCache] | None = None
+    ) -> Tensor:
         """``input_ids`` and ``position_ids`` (B, T) -> hidden states (B, T, hidden_size)."""
         x = self.embed_tokens(input_ids)
         x = self.dropout(x if self.positions is None else x + self.positions(position_ids))
@@ -143,7 +146,7 @@ class Bumblebee(LanguageModel):
 
     def __init__(self, config: BumblebeeConfig, attention: str = "auto") -> None:
         super().__init__()
-        select_kernel(attention, torch.bfloat16)  # fails early; checked again in forward, where the dtype is known
+        select_kernel(attention, None)  # fails early; checked again in forward, where the dtype is known
         # A subclass computes something else, so its class path is saved in config.json.
         self.config = config if type(self) is Bumblebee else replace(config, model_class=class_path_of(type(self)))
         self.attention = attention
@@ -251,7 +254,7 @@ class Bumblebee(LanguageModel):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        cache: list[Any] | None = None,
+        cache: Sequence[LayerCache] | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
         """Return logits, or token losses if labels are passed.

@@ -18,13 +18,19 @@ from bumblebee.distributed.deepspeed.sharded_parameters import full_shape
 if TYPE_CHECKING:
     from torch import nn
 
+    from bumblebee.distributed.deepspeed.optimizer_types import ParamGroup
 
-class Optimizer(ABC):  # noqa: B024  (it has no methods of its own)
-    """Stands for torch.optim.Optimizer in type hints, so that the command line reads its options without importing torch."""
 
-    @classmethod
-    def __subclasshook__(cls, candidate: type) -> bool:
-        return hasattr(candidate, "step") and hasattr(candidate, "zero_grad")
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+else:
+
+    class Optimizer(ABC):  # noqa: B024  (it has no methods of its own)
+        """Stands for torch.optim.Optimizer, so that the command line reads an optimizer's options without importing torch."""
+
+        @classmethod
+        def __subclasshook__(cls, candidate: type) -> bool:
+            return hasattr(candidate, "step") and hasattr(candidate, "zero_grad")
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class GroupRule:
     weight_decay: float | None = None
 
 
-def parameter_groups(model: nn.Module, rules: Sequence[GroupRule] = ()) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, rules: Sequence[GroupRule] = ()) -> list[ParamGroup]:
     """Group trainable parameters: matrices have the optimizer's weight decay; norms, biases and embeddings have none.
 
     Args:
@@ -56,16 +62,17 @@ def parameter_groups(model: nn.Module, rules: Sequence[GroupRule] = ()) -> list[
 
     patterns = [_compile(rule.pattern) for rule in rules]
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups: dict[tuple[float | None, ...], dict[str, Any]] = {}
+    groups: dict[tuple[float | None, ...], ParamGroup] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         undecayed = len(full_shape(parameter)) < 2 or id(parameter) in embeddings
-        options = {"weight_decay": 0.0} if undecayed else {}
+        options: ParamGroup = {"weight_decay": 0.0} if undecayed else {}
         rule = next((rule for rule, pattern in zip(rules, patterns, strict=True) if pattern.search(name)), None)
-        if rule is not None:
-            overrides = {"lr": rule.lr, "weight_decay": rule.weight_decay}
-            options |= {key: value for key, value in overrides.items() if value is not None}
+        if rule is not None and rule.lr is not None:
+            options["lr"] = rule.lr
+        if rule is not None and rule.weight_decay is not None:
+            options["weight_decay"] = rule.weight_decay
         key = (options.get("lr"), options.get("weight_decay"))
         groups.setdefault(key, {"params": [], **options})["params"].append(parameter)
     if not groups:
@@ -88,7 +95,7 @@ def _check_all_match(rules: Sequence[GroupRule], patterns: Sequence[re.Pattern[s
             raise ValueError(f"trainer.groups: {rule.pattern!r} matches no parameter; names are like {names[0]}, {names[-1]}")
 
 
-def set_learning_rate(groups: Iterable[dict[str, Any]], factor: float) -> float:
+def set_learning_rate(groups: Iterable[ParamGroup], factor: float) -> float:
     """Set each group's learning rate to its initial one times ``factor``; returns the first group's."""
     rates = []
     for group in groups:
@@ -138,7 +145,7 @@ class Schedule(ABC):
     def observe(self, metrics: dict[str, float]) -> None:  # noqa: B027  (most schedules ignore them)
         """Receive the metrics of a validation, on every rank."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """State that a resumed run needs besides the step, as JSON values."""
         return {}
 
@@ -332,7 +339,7 @@ class ReduceOnPlateau(Schedule):
         if self.bad > self.patience:
             self.ratio, self.bad = max(self.ratio * self.reduce, self.min_ratio), 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"ratio": self.ratio, "best": None if math.isinf(self.best) else self.best, "bad": self.bad}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

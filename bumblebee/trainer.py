@@ -202,6 +202,7 @@ class Trainer(RunState):
             # Of the task's own terms; the model's auxiliary losses are logged separately.
             metrics["loss"] = sum(weight * terms[name] for name, weight in self.task.weights.items() if name in terms)
             metrics.update((name, value) for name, value in terms.items() if name != "loss")
+            metrics.update(self.task.derived_metrics(terms))
             metrics.update(grad_norm=self.engine.gradient_norm(), **self.engine.loss_scale())
         metrics.update(lr=self.learning_rate, tokens=self.tokens, **self.task.metrics(), **self.extra_metrics)
         self.accumulator.clear()
@@ -290,7 +291,7 @@ class Trainer(RunState):
             engine.close()
         process_group.stop(orderly=self.__dict__.get("finished", False))
 
-    def call(self, hook: str, *args: Any) -> None:
+    def call(self, hook: str, *args: object) -> None:
         """Call a hook of every callback."""
         for callback in self.callbacks.values():
             getattr(callback, hook)(self, *args)

@@ -31,4 +31,4 @@ class Consolidate(Callback):
         from bumblebee.checkpoint.consolidate import consolidate
 
         if trainer.is_main:
-            consolidate(path, path, self.dtype, self.max_shard_size)
+            consolidate(path, path, self.dtype, self.max_shard_size, verify=False)  # just written

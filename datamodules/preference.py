@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from bumblebee.datamodule import Batch
+from bumblebee.utils.formatting import number, plural
 from datamodules.collate import TokenDataset, collate_rows, padded_width
 from datamodules.mixture import Files
 from datamodules.token_cache import Segment, TokenCache
@@ -74,6 +75,7 @@ class Preferences(TokenDataModule[Pair, PairDataset]):
         deduplicate: keep one of the pairs that differ in whitespace only.
         on_bad_record: "stop", or "skip" to omit bad records and count them.
         cache_dir: where tokens are kept between runs; by default $BUMBLEBEE_CACHE or ~/.cache/bumblebee.
+        chat_template: path of a Jinja file, or "chatml", to use instead of the folder's template; saved with the model.
 
     Raises:
         ValueError: a number is out of range, or the folder has no tokenizer.
@@ -96,16 +98,18 @@ class Preferences(TokenDataModule[Pair, PairDataset]):
         deduplicate: bool = False,
         on_bad_record: Literal["stop", "skip"] = "stop",
         cache_dir: str | None = None,
+        chat_template: str | None = None,
     ) -> None:
         super().__init__(
             files, tokenizer, max_length, validation_files, validation_ratio, deduplicate, on_bad_record, cache_dir
         )
+        self.chat_template = chat_template
         self.system, self.too_long = system, too_long
 
     def setup(self, seed: int) -> None:
         """Tokenize, hold out, fit into rows."""
         super().setup(seed)
-        self.stop_ids = [self.tokenizer.chat_template.end_of_turn_id]
+        self.stop_ids = self.tokenizer.chat_template.end_of_turn_ids
         self.lengths = self.train.row_lengths.max(axis=0)
 
     def record_tokenizer(self) -> PreferenceTokenizer:
@@ -128,17 +132,19 @@ class Preferences(TokenDataModule[Pair, PairDataset]):
     def summary(self) -> dict[str, object]:
         """Pairs, tokens of the answers, omitted pairs."""
         lines = super().summary()
+        if self.chat_template is not None:
+            lines["chat template"] = self.chat_template
         tokens = int(self.train.row_lengths.sum())
-        lines["answers' tokens"] = f"{self.train.targets} of {tokens} ({self.train.targets / tokens:.1%})"
+        lines["answers' tokens"] = f"{number(self.train.targets)} of {number(tokens)} ({self.train.targets / tokens:.1%})"
         if self.validation is not None:
-            lines["held out"] = f"{len(self.validation)} pairs"
+            lines["held out"] = plural(len(self.validation), "pair")
         return lines
 
     def omitted(self, dataset: PairDataset) -> dict[str, int | str]:
         """See the base class."""
         lines: dict[str, int | str] = {}
         if dataset.dropped:
-            lines[f"longer than max_length {self.max_length}"] = f"{dataset.dropped} dropped"
+            lines[f"longer than max_length {self.max_length}"] = f"{number(dataset.dropped)} dropped"
         if dataset.truncated:
             lines["prompts cut from the left"] = dataset.truncated
         return lines

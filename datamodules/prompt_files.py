@@ -1,4 +1,4 @@
-"""Prompts from a file: each line of a .txt file, or each record of another format with "prompt" or "messages".
+"""Prompts from a file: each line of a text file, or each record of another format with "prompt" or "messages".
 
 {"prompt": "The bee"}                                        a text to continue, or with --chat a question
 {"messages": [{"role": "user", "content": "Why?"}], ...}     a chat that ends with a question, in any chat format
@@ -12,19 +12,21 @@ from bumblebee.inference.batch import PromptRecord
 from datamodules import record_files
 from datamodules.chat_formats import FORMATS
 from datamodules.conversations import parse_prompt
-from datamodules.readers import suffix_of
+from datamodules.file_type import file_type
+from datamodules.readers import READERS
 from datamodules.records import Record, RecordError, json_type, keys_of
 
 
 def read_prompts(path: str) -> Iterator[PromptRecord]:
-    """Iterate over the prompts of a file. Blank lines of a .txt file are skipped.
+    """Iterate over the prompts of a file. Blank lines of a text file are skipped.
 
     Raises:
         RecordError: a record without a prompt, or damage; the message names file and line.
         ValueError: the file type is not supported.
     """
+    is_text = file_type(path, READERS) == ".txt"
     for record in record_files.read(path):
-        if suffix_of(path) == ".txt":
+        if is_text:
             yield from _lines_of(record)
         else:
             yield _prompt_of(record)

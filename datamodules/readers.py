@@ -1,4 +1,4 @@
-"""One reader per file format, chosen by suffix. To support another format, add a reader to READERS.
+"""One reader per file format, chosen by ``file_type``. To support another format, add a reader to READERS.
 
 pyarrow is imported here only. Parquet files are read by row group, so memory is bounded by one of them.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from datamodules.file_type import file_type, is_gzip
 from datamodules.json_stream import BinaryFile, decode_line, describe_decode_error, iter_values, read_bytes
 from datamodules.records import OnError, Record, RecordError, json_type
 
@@ -26,28 +26,12 @@ def read_with(reader: Reader, path: str, on_error: OnError) -> Iterator[Record]:
 
 
 def reader_for(path: str) -> Reader:
-    """The reader for a file's suffix.
+    """The reader for a file, see file_type.py.
 
     Raises:
         ValueError: the file type is not supported.
     """
-    suffix = suffix_of(path)
-    if suffix not in READERS:
-        supported = ", ".join(READERS)
-        raise ValueError(f"{path!r}: unsupported file type {suffix!r}; supported: {supported}, each also as .gz")
-    if suffix == ".parquet" and is_gzip(path):
-        raise ValueError(f"{path!r}: Parquet files, which are compressed internally, cannot be read as .gz: use gunzip first")
-    return READERS[suffix]
-
-
-def suffix_of(path: str) -> str:
-    """The suffix that determines the format, without .gz."""
-    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
-
-
-def is_gzip(path: str) -> bool:
-    """Whether a file name ends in .gz."""
-    return path.lower().endswith(".gz")
+    return READERS[file_type(path, READERS)]
 
 
 def _read_json_lines(path: str, file: BinaryFile, on_error: OnError) -> Iterator[Record]:

@@ -5,7 +5,8 @@
     .parquet          one record per row; its columns are the keys
     .txt .md          the whole file is one document, {"text": ...}
 
-All formats except Parquet may be compressed with gzip (.jsonl.gz). Text is UTF-8, with or without a byte order mark.
+The first bytes of a file decide where they contradict its suffix or there is none (file_type.py). All formats except Parquet
+may be compressed with gzip (.jsonl.gz). Text is UTF-8, with or without a byte order mark.
 
 Choices:
 - Every record knows its file and line, and every error names them: ``data.jsonl:17: not valid JSON: ...``.
@@ -21,7 +22,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from datamodules.readers import READERS, is_gzip, read_with, reader_for, suffix_of
+from datamodules.file_type import is_gzip, suffix_of
+from datamodules.readers import READERS, read_with, reader_for
 from datamodules.records import OnError, Record, RecordError, json_type, keys_of, raise_error
 
 PLACEHOLDER = re.compile(r"(^|/)path/to(/|$)|<[^<>]+>|(^|[/_-])your[_-]|\.\.\.", re.IGNORECASE)

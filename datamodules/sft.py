@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from bumblebee.datamodule import Batch
+from bumblebee.utils.formatting import number, plural
 from datamodules.collate import PackedDataset, PaddedDataset, collate_rows, padded_width
 from datamodules.mixture import Files
 from datamodules.packing import Chunks, TooLong, fit_sequences, pack
@@ -37,6 +38,7 @@ class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
         deduplicate: keep one of the conversations that differ in whitespace only.
         on_bad_record: "stop", or "skip" to omit bad records and count them.
         cache_dir: where tokens are kept between runs; by default $BUMBLEBEE_CACHE or ~/.cache/bumblebee.
+        chat_template: path of a Jinja file, or "chatml", to use instead of the folder's template; saved with the model.
 
     Raises:
         ValueError: a number is out of range, or the folder has no tokenizer.
@@ -61,17 +63,19 @@ class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
         deduplicate: bool = False,
         on_bad_record: Literal["stop", "skip"] = "stop",
         cache_dir: str | None = None,
+        chat_template: str | None = None,
     ) -> None:
         super().__init__(
             files, tokenizer, max_length, validation_files, validation_ratio, deduplicate, on_bad_record, cache_dir
         )
+        self.chat_template = chat_template
         self.train_on, self.system = train_on, system
         self.too_long, self.packing = too_long, packing
 
     def setup(self, seed: int) -> None:
         """Tokenize, hold out, fit into windows or rows."""
         super().setup(seed)
-        self.stop_ids = [self.tokenizer.chat_template.end_of_turn_id]
+        self.stop_ids = self.tokenizer.chat_template.end_of_turn_ids
         self.lengths = None if self.packing else chunks_of(self.train).lengths
 
     def record_tokenizer(self) -> ConversationTokenizer:
@@ -95,16 +99,20 @@ class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
     def summary(self) -> dict[str, object]:
         """Conversations, targets, omitted samples, and how full the windows are."""
         lines = super().summary()
+        if self.chat_template is not None:
+            lines["chat template"] = self.chat_template
         chunks = chunks_of(self.train)
         targets, tokens = int(chunks.targets.sum()), int(chunks.lengths.sum())
-        lines["trained tokens"] = f"{targets} of {tokens} ({targets / tokens:.1%})"
+        lines["trained tokens"] = f"{number(targets)} of {number(tokens)} ({targets / tokens:.1%})"
         if isinstance(self.train, PackedDataset):
-            lines["windows"] = f"{len(self.train)} of {self.max_length} tokens, {self.train.windows.efficiency:.1%} full"
+            lines["windows"] = (
+                f"{number(len(self.train))} of {number(self.max_length)} tokens, {self.train.windows.efficiency:.1%} full"
+            )
         else:
-            lines["samples"] = f"{len(self.train)} of at most {self.max_length} tokens, padded, by length"
+            lines["samples"] = f"{number(len(self.train))} of at most {number(self.max_length)} tokens, padded, by length"
         if self.validation is not None:
             held_out = int(chunks_of(self.validation).targets.sum())
-            lines["held out"] = f"{len(self.held_out)} conversations, {held_out} trained tokens"
+            lines["held out"] = f"{plural(len(self.held_out), 'conversation')}, {plural(held_out, 'trained token')}"
         return lines
 
     def omitted(self, dataset: PackedDataset | PaddedDataset) -> dict[str, int | str]:
@@ -113,7 +121,7 @@ class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
         chunks = chunks_of(dataset)
         lines: dict[str, int | str] = {}
         if chunks.too_long:
-            lines[f"longer than max_length {self.max_length}"] = f"{chunks.too_long} {done[self.too_long]}"
+            lines[f"longer than max_length {self.max_length}"] = f"{number(chunks.too_long)} {done[self.too_long]}"
         if chunks.without_targets:
             lines["without a target"] = f"{chunks.without_targets} dropped"
         return lines

@@ -37,7 +37,10 @@ from datamodules.token_cache import (
 from datamodules.tokenize import RecordTokenizer
 from datamodules.worker_pool import worker_count
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt",
+    "added_tokens.json",
+)  # fmt: skip
 
 
 DatasetT = TypeVar("DatasetT", bound=TokenDataset[Any])
@@ -62,6 +65,7 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
     """
 
     record_noun = "documents"  # what the summary calls the records
+    chat_template: str | None = None  # replaces that of the folder: a file or "chatml"
 
     mixture: Mixture
     cache: TokenCache  # of ``files``
@@ -110,7 +114,7 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
 
     def setup(self, seed: int) -> None:
         """Tokenize or open the cache, hold samples out, apply weights."""
-        self.tokenizer = Tokenizer.from_pretrained(self.tokenizer_folder)
+        self.tokenizer = self.load_tokenizer()
         self.mixture = Mixture(self.files)
         self.cache = self.open_cache(self.mixture)
         self.kept, self.held_out = self.split(self.cache)
@@ -125,6 +129,18 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
             self.validation = self._nonempty_dataset("validation_files", cache, self.held_out)
         elif len(self.held_out):
             self.validation = self._nonempty_dataset("validation_ratio", self.cache, self.held_out)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Read the tokenizer, with the chat template that ``chat_template`` names.
+
+        Raises:
+            ValueError: the folder has no tokenizer, or there is no such template.
+        """
+        tokenizer = Tokenizer.from_pretrained(self.tokenizer_folder)
+        try:
+            return tokenizer.with_chat_template(self.chat_template)
+        except ValueError as error:
+            raise ValueError(f"data.chat_template: {error}") from error
 
     def _nonempty_dataset(self, option: str, cache: TokenCache, samples: np.ndarray) -> DatasetT:
         dataset = self.make_dataset(cache, samples)

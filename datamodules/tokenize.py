@@ -73,10 +73,14 @@ class RecordTokenizer(ABC):
         self.folder, self.tokenizer = folder, tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "tokenizer"}
+        # Reading the folder again is faster than sending the vocabulary, but data.chat_template is not in the folder.
+        template = self.tokenizer.settings.get("chat_template")
+        return {name: value for name, value in self.__dict__.items() if name != "tokenizer"} | {"template": template}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        template = state.pop("template")
         self.__dict__.update(state, tokenizer=Tokenizer.from_pretrained(state["folder"]))
+        self.tokenizer.settings["chat_template"] = template
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:

@@ -74,6 +74,7 @@ class Endpoints(LitSpec):
         self.add_endpoint("/v1/models/{id:path}", self.model, ["GET"])
         self.add_endpoint("/tokenize", self.tokenize, ["POST"])
         self.add_endpoint("/detokenize", self.detokenize, ["POST"])
+        self.add_endpoint("/tokenizer_info", self.tokenizer_info, ["GET"])
         self.add_endpoint("/metrics", self.metrics, ["GET"])
 
     def setup(self, server: LitServer) -> None:
@@ -107,6 +108,7 @@ class Endpoints(LitSpec):
         choices: Sequence[ChoiceRequest],
         response: ResponseBuilder,
     ) -> Response:
+        response.prompt_tokens = [len(choice.prompt) for choice in choices]
         outputs = self.engine_client.generate(choices)
         if body.stream:
             return await stream_response(request, outputs, response)
@@ -129,7 +131,17 @@ class Endpoints(LitSpec):
         requests = self._require_model()
         if unknown := [id for id in body.tokens if id >= requests.vocab_size]:
             raise invalid(f"Invalid token id {unknown[0]}: the vocabulary size is {requests.vocab_size}", "tokens")
-        return JSONResponse({"prompt": await self._in_thread(request, self.tokenizer.decode, body.tokens)})
+        skip = bool(body.skip_special_tokens)
+        return JSONResponse({"prompt": await self._in_thread(request, self.tokenizer.decode, body.tokens, skip)})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """GET /tokenizer_info: the special tokens and the chat template, for clients that tokenize through the server."""
+        named = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token")) | self.tokenizer.special_tokens
+        try:
+            template = self.tokenizer.chat_template.sources.get("default")
+        except ValueError:  # the model only completes texts
+            template = None
+        return JSONResponse({**named, "chat_template": template})
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models: a list of one model."""
@@ -145,8 +157,9 @@ class Endpoints(LitSpec):
         return Response(self.engine_client.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def health(self, request: Request) -> Response:
-        """GET /health, the liveness probe: the server process is running."""
-        return JSONResponse({"status": "ok"})
+        """GET /health, the liveness probe: the server process is running, and its workers have not all been lost."""
+        lost = self.engine_client.state == "restarting"
+        return JSONResponse({"status": "restarting" if lost else "ok"}, 503 if lost else 200)
 
     async def ready(self, request: Request) -> Response:
         """GET /ready, the readiness probe: requests are accepted."""

@@ -1,6 +1,6 @@
 """What the server counts, for Prometheus (https://prometheus.io/docs/instrumenting/exposition_formats/).
 
-A registry of its own: nothing of the process is mixed in. TokenNames and units follow https://prometheus.io/docs/practices/naming/.
+A registry of its own: nothing of the process is mixed in. Names and units follow https://prometheus.io/docs/practices/naming/.
 """
 
 from __future__ import annotations

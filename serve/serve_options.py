@@ -30,8 +30,13 @@ class ServeOptions:
         max_running: maximum number of running requests per device; others are queued.
         max_queue: maximum number of queued requests; further ones are rejected (429).
         max_payload: maximum size of a request body in bytes (413).
-        context_length: maximum number of prompt and completion tokens together (400); null uses the model's.
+        context_length: maximum number of prompt and completion tokens together; longer prompts are rejected (400), longer
+            completions end there; null uses the model's.
         request_timeout: seconds after which a request fails (504), including its time in the queue.
+        heartbeat_timeout: seconds without a heartbeat after which a worker process hangs: its requests fail (500) and it is
+            replaced. A busy worker sends heartbeats too.
+        step_timeout: seconds that one engine step may take before its worker process hangs, such as in a GPU kernel; a step
+            computes at most step_tokens tokens.
         drain_timeout: seconds to wait for running requests on shutdown.
         cache_tokens: size of each device's KV cache in tokens; null derives it from the free memory.
         step_tokens: maximum number of tokens per engine step.
@@ -60,6 +65,8 @@ class ServeOptions:
     max_payload: int = 4 * 2**20
     context_length: int | None = None
     request_timeout: float = 600.0
+    heartbeat_timeout: float = 15.0
+    step_timeout: float = 300.0
     drain_timeout: float = 30.0
     cache_tokens: int | None = None
     step_tokens: int = 512
@@ -75,6 +82,8 @@ class ServeOptions:
             ("max_payload", self.max_payload >= 1, "at least 1"),
             ("context_length", self.context_length is None or self.context_length >= 2, "at least 2"),
             ("request_timeout", self.request_timeout > 0, "greater than 0"),
+            ("heartbeat_timeout", self.heartbeat_timeout > 0, "greater than 0"),
+            ("step_timeout", self.step_timeout > 0, "greater than 0"),
             ("drain_timeout", self.drain_timeout >= 0, "0 or more"),
         ]
         if self.device_map is not None and self.device not in ("auto", "cuda"):
@@ -89,6 +98,11 @@ class ServeOptions:
     def engine_config(self) -> EngineConfig:
         """Limits of each worker's engine."""
         return EngineConfig(self.cache_tokens, self.max_running, self.step_tokens, self.prefix_reuse)
+
+    @property
+    def heartbeat_interval(self) -> float:
+        """Seconds between two heartbeats of a worker."""
+        return min(1.0, self.heartbeat_timeout / 5)
 
     @property
     def devices(self) -> list[str]:

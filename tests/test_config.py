@@ -135,7 +135,8 @@ def test_which_layers_are_sparse_is_a_pattern(changes, sparse):
 
 @pytest.mark.parametrize("none", [0, None])
 def test_without_experts_their_options_say_nothing(none):
-    assert BumblebeeConfig.preset("tiny-moe", num_experts=none, decoder_sparse_step=7) == BumblebeeConfig.preset("tiny")
+    changes = {"num_experts": none, "decoder_sparse_step": 7, "qk_norm": False, "attention_bias": True}
+    assert BumblebeeConfig.preset("tiny-moe", **changes) == BumblebeeConfig.preset("tiny")
 
 
 @pytest.mark.parametrize(

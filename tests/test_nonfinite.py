@@ -11,9 +11,9 @@ import torch
 from helpers.training_runs import SMALL, Rows, small_model
 
 import callbacks
+from bumblebee.checkpoint.trainer_state import checkpoints
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.trainer import Trainer
-from bumblebee.training.run_folder import checkpoints
 from datamodules import Pretrain
 
 

@@ -27,11 +27,11 @@ from helpers.training_runs import (
 from helpers.zero_stages import EACH_STAGE
 
 from bumblebee.callback import Callback
+from bumblebee.checkpoint.trainer_state import checkpoints
 from bumblebee.model import Bumblebee
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.trainer import Trainer
 from bumblebee.training import loader
-from bumblebee.training.run_folder import checkpoints
 
 UNEQUAL = (16, 1, 7, 0, 12, 0, 0, 3)  # targets of 8 samples: some micro-batches have none
 SGD = ("SGD", {"lr": 1.0})

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bumblebee.checkpoint import digests
+
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
@@ -45,7 +47,8 @@ def put_in_place(aside: Path, folder: Path, whole: bool = False) -> None:
     """
     flush_tree(aside)
     if folder.exists() and not whole:
-        for file in sorted(aside.iterdir()):
+        digests.replace_digests(folder, aside)
+        for file in sorted(aside.iterdir(), key=lambda file: (file.name == digests.NAME, file.name)):  # digests last
             os.replace(file, folder / file.name)
         flush(folder)
         aside.rmdir()

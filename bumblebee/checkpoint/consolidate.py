@@ -15,10 +15,12 @@ import torch
 from bumblebee.checkpoint.adapters.folder import CONFIG, base_model_folder, is_adapter_folder
 from bumblebee.checkpoint.adapters.writer import is_adapter_key, write_adapter_weights
 from bumblebee.checkpoint.atomic import written_aside
+from bumblebee.checkpoint.digests import write_digests
 from bumblebee.checkpoint.hf_folder import is_model_folder
+from bumblebee.checkpoint.integrity import check_intact, state_damage
 from bumblebee.checkpoint.model_files import ModelFiles, files_of_folder
 from bumblebee.checkpoint.sharded_state import ShardReader
-from bumblebee.checkpoint.trainer_state import read_trainer_state
+from bumblebee.checkpoint.trainer_state import TRAINING_STATE, read_trainer_state
 from bumblebee.checkpoint.weight_files import stored_keys
 from bumblebee.checkpoint.weight_mapping import slices_by_file_key
 from bumblebee.utils.json_files import read_json
@@ -27,7 +29,13 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def consolidate(checkpoint: str | Path, output: str | Path, dtype: str = "auto", max_shard_size: str = "5GB") -> None:
+def consolidate(
+    checkpoint: str | Path,
+    output: str | Path,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    verify: bool = True,
+) -> None:
     """Write a model folder from a checkpoint's training state.
 
     Args:
@@ -35,13 +43,16 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str = "auto",
         output: model folder to write; may be the checkpoint itself.
         dtype: auto for the training precision, or float32, bfloat16, float16.
         max_shard_size: maximum size of a safetensors file, such as "5GB".
+        verify: compare the training state with its digests first.
 
     Raises:
-        ValueError: the checkpoint does not exist or is incomplete, or the dtype is unknown.
+        ValueError: the checkpoint does not exist, is incomplete or damaged, or the dtype is unknown.
         OSError: the output cannot be written; an existing folder then stays unchanged.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     check_dtype(dtype)
+    if verify:
+        check_intact(checkpoint, state_damage)
     write = _write_adapter if is_adapter_folder(checkpoint) else _write_model
     write(checkpoint, output, dtype, max_shard_size)
 
@@ -50,10 +61,11 @@ def _write_model(checkpoint: Path, output: Path, dtype: str, max_shard_size: str
     files = files_of_folder(checkpoint)
     if dtype == "auto":
         dtype = read_json(checkpoint / "config.json")["torch_dtype"]
-    with ShardReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
+    with ShardReader(checkpoint / TRAINING_STATE) as reader, written_aside(output) as aside:
         _check_complete(checkpoint, files, reader)
-        files.write(aside, reader.weights(DTYPES[dtype]), max_shard_size)
+        digests = files.write(aside, reader.weights(DTYPES[dtype]), max_shard_size)
         copy_files(_TOKENIZER, checkpoint, aside)
+        write_digests(aside, digests)
 
 
 def _check_complete(checkpoint: Path, files: ModelFiles, reader: ShardReader) -> None:
@@ -73,11 +85,12 @@ def _write_adapter(checkpoint: Path, output: Path, dtype: str, max_shard_size: s
     if dtype == "auto":
         dtype = read_trainer_state(checkpoint)["dtype"]
     rules = files_of_folder(base_model_folder(checkpoint)).rules()
-    with ShardReader(checkpoint / "training_state") as reader, written_aside(output) as aside:
+    with ShardReader(checkpoint / TRAINING_STATE) as reader, written_aside(output) as aside:
         weights = reader.weights(DTYPES[dtype])
         updates = ((name, tensor) for name, tensor in weights if is_adapter_key(name))  # excludes the base model's buffers
-        write_adapter_weights(aside, updates, rules)
+        digests = write_adapter_weights(aside, updates, rules)
         copy_files((*_TOKENIZER, CONFIG, "generation_config.json"), checkpoint, aside)
+        write_digests(aside, digests)
 
 
 def check_dtype(dtype: str) -> None:

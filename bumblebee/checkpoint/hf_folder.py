@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,6 +77,9 @@ def parse_config_json(folder: str | Path, parse: Callable[[dict[str, Any]], T]) 
 
 def _hub_hint(name: str) -> str:
     """A hint for a name that looks like a model hub's: models are never downloaded implicitly."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.exists():
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(("runs/", "models/")) or Path(name).parent.exists():
         return ""
-    return f"; to download a model from the Hugging Face Hub: hf download {name} --local-dir models/{Path(name).name}"
+    target = f"models/{Path(name).name}"
+    install = "" if find_spec("huggingface_hub") else "pip install huggingface_hub && "
+    command = f"{install}hf download {name} --local-dir {target}"
+    return f"; to use the model from the Hugging Face Hub, run: {command}, and name {target}"

@@ -14,7 +14,9 @@ from tqdm import tqdm
 from bumblebee.checkpoint.adapters.folder import CONFIG, adapter_chain, is_adapter_folder
 from bumblebee.checkpoint.atomic import written_aside
 from bumblebee.checkpoint.consolidate import DTYPES, check_dtype, copy_files
+from bumblebee.checkpoint.digests import write_digests
 from bumblebee.checkpoint.hf_folder import is_model_folder
+from bumblebee.checkpoint.integrity import check_intact, weight_damage
 from bumblebee.checkpoint.model_files import files_of_folder
 from bumblebee.checkpoint.weight_reader import read_tensors
 from bumblebee.checkpoint.weight_writer import remove_stale_weights
@@ -41,7 +43,8 @@ def merge(
         overwrite: replace an existing model in ``output``.
 
     Raises:
-        ValueError: not an adapter folder, a missing or different base model, an unknown dtype, or an output that exists.
+        ValueError: not an adapter folder, a missing or different base model, damaged weights, an unknown dtype, or an output
+            that exists.
         OSError: the output cannot be written; an existing folder then stays unchanged.
     """
     adapter, output = Path(adapter), Path(output)
@@ -50,15 +53,18 @@ def merge(
         raise ValueError(f"adapter: {adapter} is not an adapter folder: it has no {CONFIG}, or also a complete model")
     folders = adapter_chain(adapter, base)
     _check_output(output, folders, overwrite)
+    for folder in folders:
+        check_intact(folder, weight_damage)
     files = files_of_folder(folders[0])
     tensors = tqdm(
         read_tensors(adapter, DTYPES.get(dtype), base), desc="merging", unit=" tensors", disable=not sys.stderr.isatty()
     )
     with written_aside(output) as aside:
-        names = files.write_file_tensors(aside, tensors, max_shard_size)
-        copy_files(_TOKENIZER, _last_with("tokenizer.json", folders), aside)
-        copy_files(["generation_config.json"], _last_with("generation_config.json", folders), aside)
-    remove_stale_weights(output, names)
+        digests = files.write_file_tensors(aside, tensors, max_shard_size)
+        copy_files(_TOKENIZER, _last_with(("tokenizer.json", "vocab.json"), folders), aside)
+        copy_files(["generation_config.json"], _last_with(("generation_config.json",), folders), aside)
+        write_digests(aside, digests)
+    remove_stale_weights(output, digests)
 
 
 def _check_output(output: Path, folders: list[Path], overwrite: bool) -> None:
@@ -68,5 +74,6 @@ def _check_output(output: Path, folders: list[Path], overwrite: bool) -> None:
         raise ValueError(f"output: {output} already contains a model: add --overwrite to replace it")
 
 
-def _last_with(name: str, folders: list[Path]) -> Path:
-    return next((folder for folder in reversed(folders) if (folder / name).is_file()), folders[-1])
+def _last_with(names: tuple[str, ...], folders: list[Path]) -> Path:
+    """The last folder that has one of several files."""
+    return next((folder for folder in reversed(folders) if any((folder / name).is_file() for name in names)), folders[-1])

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bumblebee.checkpoint.atomic import written_aside
-from bumblebee.checkpoint.families import family_of, is_supported, write_config
+from bumblebee.checkpoint.families import TRANSFORMERS_VERSION, family_of, is_supported, write_config
 from bumblebee.checkpoint.hf_folder import SPECIAL_IDS, TIED_KEY, load_config, parse_config_json
 from bumblebee.checkpoint.weight_mapping import Rule, to_file_tensors
 from bumblebee.checkpoint.weight_writer import remove_stale_weights, write_weights
@@ -41,17 +41,17 @@ class ModelFiles:
         """Whether a tensor of the model is saved."""
         return True
 
-    def write(self, folder: Path, tensors: Tensors, max_shard_size: str = "5GB") -> set[str]:
-        """Write the weights and configs into an existing folder; returns the names of the weight files."""
+    def write(self, folder: Path, tensors: Tensors, max_shard_size: str = "5GB") -> dict[str, str]:
+        """Write the weights and configs into an existing folder; returns the SHA-256 of each weight file by name."""
         return self.write_file_tensors(folder, to_file_tensors(self.rules(), tensors), max_shard_size)
 
-    def write_file_tensors(self, folder: Path, tensors: Tensors, max_shard_size: str = "5GB") -> set[str]:
+    def write_file_tensors(self, folder: Path, tensors: Tensors, max_shard_size: str = "5GB") -> dict[str, str]:
         """``write`` for tensors with the keys and shapes of the file."""
         tied = self.config.tie_word_embeddings
         saved = (pair for pair in tensors if not (tied and pair[0] == TIED_KEY))
-        names, dtype = write_weights(folder, saved, max_shard_size)
+        digests, dtype = write_weights(folder, saved, max_shard_size)
         self.write_configs(folder, dtype)
-        return names
+        return digests
 
     def write_configs(self, folder: Path, dtype: str) -> None:
         """Write everything but the weights; ``dtype`` is the name of their dtype, e.g. "bfloat16"."""
@@ -97,16 +97,19 @@ class HuggingFaceModelFiles(ModelFiles):
         """Whether a tensor is saved; tied tensors are saved once."""
         return key not in self.tied
 
-    def write_file_tensors(self, folder: Path, tensors: Tensors, max_shard_size: str = "5GB") -> set[str]:
+    def write_file_tensors(self, folder: Path, tensors: Tensors, max_shard_size: str = "5GB") -> dict[str, str]:
         """Write the weights and both configs."""
-        names, dtype = write_weights(folder, (pair for pair in tensors if self.includes(pair[0])), max_shard_size)
+        digests, dtype = write_weights(folder, (pair for pair in tensors if self.includes(pair[0])), max_shard_size)
         self.write_configs(folder, dtype)
-        return names
+        return digests
 
     def write_configs(self, folder: Path, dtype: str) -> None:
         """Write config.json with the current special ids, and generation_config.json."""
         ids = {name: getattr(self.config, name) for name in SPECIAL_IDS}
-        write_json(folder / "config.json", {**self.raw, **ids, "torch_dtype": dtype, "dtype": dtype})
+        config = {**self.raw, **ids, "torch_dtype": dtype, "dtype": dtype}
+        if str(self.raw.get("transformers_version") or "0") < TRANSFORMERS_VERSION:
+            config["transformers_version"] = TRANSFORMERS_VERSION
+        write_json(folder / "config.json", config)
         write_generation_config(folder, self.config)
 
 
@@ -146,8 +149,8 @@ def save_model(
     folder = Path(folder)
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     with written_aside(folder) as aside:
-        names = files.write(aside, pairs, max_shard_size)
-    remove_stale_weights(folder, names)
+        digests = files.write(aside, pairs, max_shard_size)
+    remove_stale_weights(folder, digests)
 
 
 def write_generation_config(folder: Path, config: BumblebeeConfig) -> None:

@@ -18,8 +18,10 @@ from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from bumblebee.checkpoint.safetensors_writer import save_file
 
 WEIGHTS = "fp32"  # the kind of the weights themselves
 BUFFERS = "buffers.safetensors"
@@ -53,7 +55,7 @@ class SavedShard:
     tensors: dict[str, Tensor]
 
 
-def write_shards(folder: Path, stem: str, shards: Iterable[SavedShard], limit: int = FILE_BYTES) -> None:
+def write_shards(folder: Path, stem: str, shards: Iterable[SavedShard], limit: int = FILE_BYTES) -> dict[str, str]:
     """Write one rank's shards to ``STEM.safetensors``, continued in ``STEM-1.safetensors`` and so on.
 
     Args:
@@ -62,42 +64,47 @@ def write_shards(folder: Path, stem: str, shards: Iterable[SavedShard], limit: i
         shards: consumed one by one, so that they may be copied from a device or disk while they are written.
         limit: size in bytes after which another file is started; at most this much and one shard are held in memory.
 
+    Returns:
+        The SHA-256 of each file, by name.
+
     Raises:
         OSError: a file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     ranges: dict[str, ShardRange] = {}
-    files = 0
+    digests: dict[str, str] = {}
     for shard in shards:
         ranges[shard.name] = {"shape": shard.shape, "start": shard.start, "numel": shard.numel}
         for kind, tensor in shard.tensors.items():
             tensors[f"{kind}/{shard.name}"] = tensor.detach().cpu().clone()
         if sum(tensor.nbytes for tensor in tensors.values()) >= limit:
-            _write_file(folder / _file_name(stem, files), tensors, ranges)
-            tensors, ranges, files = {}, {}, files + 1
-    if tensors or not files:
-        _write_file(folder / _file_name(stem, files), tensors, ranges)
+            digests |= _write_file(folder / _file_name(stem, len(digests)), tensors, ranges)
+            tensors, ranges = {}, {}
+    if tensors or not digests:
+        digests |= _write_file(folder / _file_name(stem, len(digests)), tensors, ranges)
+    return digests
 
 
 def _file_name(stem: str, number: int) -> str:
     return f"{stem}-{number}.safetensors" if number else f"{stem}.safetensors"
 
 
-def _write_file(file: Path, tensors: dict[str, Tensor], ranges: dict[str, ShardRange]) -> None:
-    try:
-        save_file(tensors, file, metadata={"pieces": json.dumps(ranges)})
-    except SafetensorError as error:
-        raise OSError(f"cannot write {file}: {error}") from error
+def _write_file(file: Path, tensors: dict[str, Tensor], ranges: dict[str, ShardRange]) -> dict[str, str]:
+    return {file.name: save_file(tensors, file, metadata={"pieces": json.dumps(ranges)})}
 
 
-def write_buffers(folder: Path, tensors: dict[str, Tensor]) -> None:
+def write_buffers(folder: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     """Write a model's buffers, if it has any.
+
+    Returns:
+        The SHA-256 of the file, by name.
 
     Raises:
         OSError: the file cannot be written.
     """
-    if tensors:
-        _write_file(folder / BUFFERS, {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, {})
+    if not tensors:
+        return {}
+    return _write_file(folder / BUFFERS, {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, {})
 
 
 def _read_buffers(file: Path) -> dict[str, Tensor]:

@@ -2,25 +2,60 @@
 
 --flag, --no_flag      --flag=true, --flag=false
 --data.files a b       --data.files=["a", "b"]
+--stop a               --stop=["a"], because the option's type is a list
 --config a b           --config a --config b, before all other options
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args, get_origin
 
 import yaml
 
-_LISTS = ("--data.files", "--data.validation_files", "--files", "--metrics", "--device")  # a list if several values follow
-_ALWAYS_LISTS = ("stop", "stop_ids", "spelled_ids")  # a list even for one value, in any group
 _WITHOUT_VALUE = ("--help", "--print_config")
 
 
-def fold(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+@dataclass(frozen=True)
+class ListOption:
+    """An option whose values may be written one after another.
+
+    Args:
+        item: type of the values.
+        always: one value is a list too; otherwise the option also accepts a plain value.
+    """
+
+    item: type
+    always: bool
+
+
+# Options of the classes that a recipe names, which the parser learns only from the recipe.
+_OF_RECIPES = {f"--data.{name}": ListOption(str, always=False) for name in ("files", "validation_files")}
+
+
+def list_options(actions: Iterable[argparse.Action]) -> dict[str, ListOption]:
+    """Return the options of a parser whose type is a list of strings or integers, by their word on the command line."""
+    options = {}
+    for action in actions:
+        kind = getattr(action, "_typehint", action.type)
+        kinds = get_args(kind) if get_origin(kind) is not list else (kind,)
+        items = [get_args(each)[0] for each in kinds if get_origin(each) is list]
+        if items and items[0] in (str, int):
+            options[f"--{action.dest}"] = ListOption(items[0], always=items[0] not in kinds)
+    return options
+
+
+def fold(argv: Sequence[str], lists: Mapping[str, ListOption] | None = None) -> tuple[list[str], list[str]]:
     """Rewrite the words for the parser.
 
     Config files move to the front, so that an option on the command line overrides all of them wherever it is written.
+
+    Args:
+        argv: the words after the command.
+        lists: the parser's ``list_options``.
 
     Returns:
         The words, and the options that were written without a value, which must turn out to be booleans.
@@ -28,14 +63,16 @@ def fold(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     words: list[str] = []
     config_files: list[str] = []
     flags: list[str] = []
-    for word, values in _split_lists(_options(argv)):
+    lists = {**_OF_RECIPES, **(lists or {})}
+    for word, values in _split_lists(_options(argv), lists):
+        option = lists.get(word)
         if word.split("=")[0] == "--config" and (values or "=" in word):
             config_files += [word] if "=" in word else [part for value in values for part in (word, value)]
         elif not word.startswith("--") or "=" in word:
             words += [word, *values]
-        elif values and _is_list(word):
-            words.append(f"{word}={json.dumps(values)}")
-        elif word in _LISTS and len(values) > 1:
+        elif option and option.always and values:
+            words.append(f"{word}={values[0] if _is_array(values, option.item) else json.dumps(values)}")
+        elif option and len(values) > 1:
             words.append(f"{word}={json.dumps([_list_item(value) for value in values])}")
         elif not values and word not in _WITHOUT_VALUE:
             flags.append(word[2:].removeprefix("no_"))
@@ -56,18 +93,23 @@ def _options(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         index = end
 
 
-def _split_lists(options: Iterable[tuple[str, list[str]]]) -> Iterator[tuple[str, list[str]]]:
-    """Write ``--stop=a`` as ``--stop a``; a object list after the equals sign stays."""
+def _split_lists(options: Iterable[tuple[str, list[str]]], lists: Mapping[str, ListOption]) -> Iterator[tuple[str, list[str]]]:
+    """Write ``--stop=a`` as ``--stop a``; a list after the equals sign stays."""
     for word, values in options:
         name, equals, value = word.partition("=")
-        if equals and _is_list(name) and not value.startswith("["):
+        if equals and name in lists and lists[name].always and not value.startswith("["):
             yield name, [value, *values]
         else:
             yield word, values
 
 
-def _is_list(word: str) -> bool:
-    return word.startswith("--") and word[2:].partition("=")[0].rpartition(".")[2] in _ALWAYS_LISTS
+def _is_array(values: Sequence[str], item: type) -> bool:
+    """Whether the only value is the whole list as JSON: ``["a"]`` for strings; ``[1]`` is then a string itself."""
+    try:
+        array = json.loads(values[0]) if len(values) == 1 else None
+    except ValueError:
+        return False
+    return isinstance(array, list) and all(type(each) is item for each in array)
 
 
 def _list_item(word: str) -> object:

@@ -80,6 +80,12 @@ def problem_of_file(file: str) -> str | None:
     return next((f"{file}:{line}: duplicate key {name!r}" for name, line in _duplicates(node)), None)
 
 
+def class_in_file(file: str) -> str | None:
+    """Return the class path of a file that describes one class instead of a recipe; it may be the value of an option."""
+    node = _as_dict(_parse(file)).get("class_path")
+    return node.value if isinstance(node, yaml.ScalarNode) else None
+
+
 def yaml_files_beside(file: str) -> list[str]:
     """Return the YAML files in a file's folder."""
     folder = Path(file).parent

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from bumblebee.cli import checks
-from bumblebee.cli.argv import fold
+from bumblebee.cli.argv import fold, list_options
 from bumblebee.cli.commands import COMMANDS
-from bumblebee.cli.config_files import option_values, plain, problem_of_file
+from bumblebee.cli.config_files import class_in_file, option_values, plain, problem_of_file
 from bumblebee.cli.errors.parse_errors import explain
 from bumblebee.cli.errors.reporting import fail
 
@@ -31,6 +31,11 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         if problem := problem_of_file(str(values)):
             fail(problem)
+        if (class_path := class_in_file(str(values))) and parser.has_recipe:
+            from bumblebee.cli.shipped_classes import GROUPS, shipped  # imports torch
+
+            group = next((group for group in GROUPS if class_path in shipped(group)), "task.model")
+            fail(f"--config: {values} describes a {class_path}, not a recipe: use --{group} {values} besides a recipe")
         callbacks, transforms = cfg.get("callbacks") or {}, cfg.get(_TRANSFORMS) or []
         super().__call__(parser, cfg, values, option_string)
         if callbacks and (added := cfg.get("callbacks")) is not None:
@@ -60,10 +65,11 @@ class Parser(ArgumentParser):
 
     def parse(self, words: Sequence[str]) -> Namespace:
         """Parse and check the words after the command; an error ends the program with one line."""
-        self.words, self.flags = fold(words)
+        self.words, self.flags = fold(words, list_options(self._actions))
         if "config" in self.flags:
             fail("--config: expected a value")
         self._print_class_help()
+        self._complete_class_paths()
         cfg = self.parse_args(self.words)
         checks.check_groups(cfg, self.words)
         checks.check_nulls(cfg, self._actions, self.words)
@@ -81,10 +87,22 @@ class Parser(ArgumentParser):
         options = [action.dest for action in self._actions if not action.dest.endswith(".help")]
         fail(explain(message, self.words, options))
 
+    @property
+    def has_recipe(self) -> bool:
+        """Whether the command takes the groups of a recipe."""
+        return any(action.dest == "task" for action in self._actions)
+
+    def _complete_class_paths(self) -> None:
+        """Let a recipe's groups name shipped classes without their module on the command line."""
+        if self.has_recipe and any(value.isidentifier() for _, value in option_values(self.words)):
+            from bumblebee.cli.shipped_classes import complete_class_paths  # imports torch
+
+            self.words = complete_class_paths(self.words)
+
     def _print_class_help(self) -> None:
         """Handle ``--GROUP.help [CLASS]`` of a recipe's groups, and exit."""
         requests = [(option[2:-5], value) for option, value in option_values(self.words) if option.endswith(".help")]
-        if not requests or not any(action.dest == "task" for action in self._actions):
+        if not requests or not self.has_recipe:
             return
         from bumblebee.cli.shipped_classes import GROUPS, print_help  # imports torch
 

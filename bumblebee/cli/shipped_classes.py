@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from jsonargparse import ArgumentParser
 
 from bumblebee.callback import Callback
+from bumblebee.cli.config_files import plain
 from bumblebee.cli.errors.reporting import fail
-from bumblebee.cli.signatures import locate_callable
+from bumblebee.cli.signatures import locate_callable, parameter_names
 from bumblebee.datamodule import DataModule
 from bumblebee.optim import Optimizer, Schedule
 from bumblebee.tasks.task import Task
@@ -30,6 +33,7 @@ _BASES: dict[str, tuple[str, type]] = {  # group -> package, base class
 }
 _MODELS = ("bumblebee.Bumblebee", "bumblebee.Bumblebee.from_pretrained", "bumblebee.HuggingFaceModel.from_pretrained")
 GROUPS = (*_BASES, "task.model", "task.transforms")
+EXAMPLES = {"bumblebee.Bumblebee.from_pretrained": "recipes/continue_pretrain.yaml"}  # recipes that use a class
 
 
 def shipped(group: str) -> dict[str, ClassOrFunction]:
@@ -40,6 +44,47 @@ def shipped(group: str) -> dict[str, ClassOrFunction]:
         return {**_located("bumblebee.lora.LoRA"), **_classes_in("bumblebee.transforms", object)}
     package, base = _BASES[group]
     return _classes_in(package, base)
+
+
+def group_of(key: str) -> str | None:
+    """Return the group whose class a key names, such as "callbacks" for ``callbacks.bar``; None if there is none."""
+    return next(
+        (group for group in GROUPS if key == group or (group == "callbacks" and re.fullmatch(r"callbacks\.\w+", key))), None
+    )
+
+
+def named_like(group: str, name: str) -> list[str]:
+    """Return the shipped classes of a group with this name, ignoring case and module; if there are none, a similar one."""
+    by_path = {path: path.rpartition(".")[2].lower() for path in shipped(group)}
+    bare = name.rpartition(".")[2].lower()
+    names = [bare] if bare in by_path.values() else difflib.get_close_matches(bare, by_path.values(), n=1)
+    return [path for path, other in by_path.items() if other in names]
+
+
+def having_option(group: str, option: str) -> list[str]:
+    """Return the shipped classes of a group that have an option."""
+    return [path for path in shipped(group) if option in parameter_names(path)]
+
+
+def complete_class_paths(words: Sequence[str]) -> list[str]:
+    """Write the names of shipped classes on a command line as class paths: ``--optimizer AdamW`` is ``torch.optim.AdamW``.
+
+    Upper and lower case are not distinguished. A name that fits no class, or several, is left for the parser to refuse.
+    """
+    completed: list[str] = []
+    previous = ""
+    for word in words:
+        option, equals, value = word.partition("=") if word.startswith("--") else (previous, "", word)
+        path = _class_path_of(option, value) if option.startswith("--") else None
+        completed.append(f"{option}={path}" if path and equals else path or word)
+        previous = word
+    return completed
+
+
+def _class_path_of(option: str, name: str) -> str | None:
+    group = group_of(plain(option[2:]).removesuffix(".class_path")) if re.fullmatch(r"[A-Za-z]\w*", name) else None
+    paths = [path for path in shipped(group) if path.rpartition(".")[2].lower() == name.lower()] if group else []
+    return paths[0] if len(paths) == 1 else None
 
 
 def print_help(group: str, path: str | None = None) -> None:

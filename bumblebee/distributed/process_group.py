@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -163,6 +165,13 @@ def all_gather_items(items: list[T]) -> list[T]:
     lists: list[list[T]] = [[]] * dist.get_world_size()
     dist.all_gather_object(lists, items)
     return [item for per_rank in lists for item in per_rank]
+
+
+def share_of_machine(items: Sequence[T]) -> Sequence[T]:
+    """This rank's share of items that each machine needs once, whatever its number of ranks. Collective."""
+    names = all_gather_items([socket.gethostname()])
+    here = [index for index, name in enumerate(names) if name == socket.gethostname()]
+    return items[here.index(rank()) :: len(here)] if len(names) > 1 else items
 
 
 def barrier() -> None:

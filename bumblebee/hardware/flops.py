@@ -8,13 +8,15 @@ Recomputation is not counted; causal masks and document boundaries are not subtr
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from bumblebee.config import TransformerConfig
 
 # Dense TFLOP/s of 16-bit matmuls with fp32 accumulation, from NVIDIA's data sheets. An entry matches device names that contain
 # all its words; the first match counts.
@@ -91,9 +93,9 @@ def attention_flops_per_token(model: nn.Module, length: int) -> float:
 
     A layer with a sliding window counts at most the window's positions.
     """
-    config: Any = getattr(model, "config", None)
+    config: TransformerConfig | None = getattr(model, "config", None)
     layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
-    if not layers or not heads:
+    if config is None or not layers or not heads:
         return 0.0
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     window_of = getattr(config, "window_of", lambda layer: None)

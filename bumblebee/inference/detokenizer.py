@@ -2,7 +2,7 @@
 
 A character is emitted when its last byte has arrived. Text that may become a stop string is held back until it is certain. The
 text ends where a search after every character would end it: as soon as some stop string is complete, before the longest one
-that is complete at that point.
+that is complete at that point, or after it if it is to be included.
 """
 
 from __future__ import annotations
@@ -20,21 +20,33 @@ class Detokenizer:
         tokenizer: of the tokens.
         stop: stop strings, none of them empty.
         spelled: ids of special tokens to emit as they are spelled.
+        min_tokens: number of tokens whose text completes no stop string.
+        include_stop: emit the stop string.
 
     Attributes:
         stopped: whether a stop string was found; the text is then complete.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), spelled: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        spelled: Sequence[int] = (),
+        min_tokens: int = 0,
+        include_stop: bool = False,
+    ) -> None:
         self.stopped = False
         self._token_bytes = tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._stop = tuple(stop)
+        self._stop, self._include_stop = tuple(stop), include_stop
         self._spelled = {token_id: (tokenizer.backend.id_to_token(token_id) or "").encode() for token_id in spelled}
+        self._min_tokens, self._num_tokens = min_tokens, 0
         self._held_back = ""
+        self._unchecked = 0  # characters at the start of the text held back that complete no stop string
 
     def add(self, token_id: int) -> str:
         """Return the text that this token completes; may be empty."""
+        self._num_tokens += 1
         # A padded embedding has more rows than the tokenizer has ids; the extra ids have no text.
         token = self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
         return self._emit(self._decoder.decode(self._spelled.get(token_id, token)))
@@ -50,16 +62,24 @@ class Detokenizer:
         if self.stopped or not text:
             return ""
         text = self._held_back + text
-        matches = [(begin + len(stop), begin) for stop in self._stop if (begin := text.find(stop)) >= 0]
+        if self._num_tokens <= self._min_tokens:
+            self._unchecked = len(text)
+        matches = [match for stop in self._stop if (match := self._find(text, stop))]
         self.stopped = bool(matches)
-        end = min(matches)[1] if matches else len(text) - self._partial_stop(text)
+        end = min(matches)[0 if self._include_stop else 1] if matches else len(text) - self._partial_stop(text)
         self._held_back = "" if matches else text[end:]
+        self._unchecked = max(0, self._unchecked - end)
         return text[:end]
+
+    def _find(self, text: str, stop: str) -> tuple[int, int] | None:
+        """(end, begin) of the first occurrence of a stop string that ends after what is unchecked."""
+        begin = text.find(stop, max(0, self._unchecked + 1 - len(stop)))
+        return None if begin < 0 else (begin + len(stop), begin)
 
     def _partial_stop(self, text: str) -> int:
         """Length of the longest suffix that is the beginning of a stop string."""
         longest = max((len(stop) - 1 for stop in self._stop), default=0)
         for size in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self._stop):
+            if any(size < len(stop) and stop.startswith(text[-size:]) for stop in self._stop):
                 return size
         return 0

@@ -14,27 +14,42 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable
 
+from torch import Tensor
+
 from bumblebee.inference.block_pool import BlockPool
 from bumblebee.inference.detokenizer import Detokenizer
 from bumblebee.inference.engine_config import EngineConfig, EngineStats
 from bumblebee.inference.kv_cache import BLOCK_SIZE, num_blocks
 from bumblebee.inference.model_runner import ModelRunner
-from bumblebee.inference.request import EngineRequest, FinishReason, RequestOutput, SampledToken
+from bumblebee.inference.request import EngineRequest, FinishReason, PromptToken, RequestOutput, SampledToken
+from bumblebee.inference.sampling.logprobs import prompt_logprobs
 from bumblebee.inference.sampling.sampler import SamplerState, sample
 from bumblebee.inference.scheduler import Scheduler
-from bumblebee.inference.sequence import Sequence, validate_prompt
+from bumblebee.inference.sequence import ScheduledChunk, Sequence, validate_prompt
 from bumblebee.models.base import LanguageModel
 from bumblebee.tokenizer.tokenizer import Tokenizer
 
 
 class _RequestState:
-    """A request in the engine: its sequence, sampler state and detokenizer."""
+    """A request in the engine: its sequence, stop ids, sampler state, detokenizer and, if requested, scored prompt tokens."""
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
-        request = sequence.request
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, eos_ids: Collection[int]) -> None:
+        request, params = sequence.request, sequence.request.params
         self.sequence = sequence
-        self.sampler = SamplerState(request.prompt, request.params)
-        self.detokenizer = Detokenizer(tokenizer, request.params.stop, request.params.spelled_ids)
+        self.stop_ids = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
+        self.sampler = SamplerState(request.prompt, params, self.stop_ids)
+        self.detokenizer = Detokenizer(
+            tokenizer, params.stop, params.spelled_ids, params.min_new_tokens, params.include_stop_str_in_output
+        )
+        self.prompt_logprobs = [PromptToken(request.prompt[0])] if sequence.scores_prompt else []
+
+    def output(self, text: str, tokens: list[SampledToken], reason: FinishReason | None) -> RequestOutput:
+        """The request's output of a step, the first time after the prompt with the scored prompt tokens."""
+        sequence, scored = self.sequence, None
+        if self.prompt_logprobs and sequence.num_computed >= sequence.num_prompt_tokens:
+            scored, self.prompt_logprobs = self.prompt_logprobs, []
+        id, prompt_tokens, cached_tokens = sequence.request.id, sequence.num_prompt_tokens, sequence.num_cached
+        return RequestOutput(id, text, tokens, reason, prompt_tokens, cached_tokens, scored)
 
 
 class GenerationEngine:
@@ -87,7 +102,7 @@ class GenerationEngine:
         sequence = self.validate(request)
         if request.id in self._states:
             raise ValueError(f"duplicate request id {request.id!r}")
-        self._states[request.id] = _RequestState(sequence, self.tokenizer)
+        self._states[request.id] = _RequestState(sequence, self.tokenizer, self.stop_ids)
         self.scheduler.waiting.append(sequence)
 
     def validate(self, request: EngineRequest) -> Sequence:
@@ -97,7 +112,7 @@ class GenerationEngine:
             ValueError: the prompt is empty or too long, an id is out of the vocabulary, or the request needs more positions
                 than the KV cache has.
         """
-        validate_prompt(request.prompt, self.model_config)
+        validate_prompt(request.prompt, self.model_config, request.prompt_only)
         request.params.check_ids(self.model_config.vocab_size)
         sequence = Sequence(request, self.model_config.max_position_embeddings, self.block_pool.block_size)
         if sequence.blocks_needed > self.block_pool.num_blocks:
@@ -127,12 +142,11 @@ class GenerationEngine:
         self._finish_all(self._cancelled, "cancelled")
         self._finish_all(self._expired(), "timeout")
         if chunks := sorted(self.scheduler.schedule(), key=lambda chunk: chunk.num_tokens > 1):
-            states = [self._states[chunk.sequence.request.id] for chunk in chunks if chunk.is_last]
-            logits = self.model_runner.run(chunks)
+            logits, prompt_logits = self.model_runner.run(chunks)
+            scored = self._score(chunks, prompt_logits)
+            states = [self._state(chunk) for chunk in chunks if chunk.samples]
             tokens = sample(logits, [state.sampler for state in states]) if states else []
-            self._counts["steps"] += 1
-            for chunk in chunks:
-                self.scheduler.advance(chunk)
+            self._advance(chunks, scored)
             for state, token in zip(states, tokens, strict=True):
                 self._append(state, token)
         outputs, self._outputs = self._outputs, []
@@ -144,22 +158,50 @@ class GenerationEngine:
         queue = (len(self.scheduler.running), len(self.scheduler.waiting))
         return EngineStats(*queue, pool.num_blocks, pool.num_free, pool.num_cached, **self._counts)
 
+    def _state(self, chunk: ScheduledChunk) -> _RequestState:
+        return self._states[chunk.sequence.request.id]
+
+    def _score(self, chunks: Iterable[ScheduledChunk], logits: Tensor) -> list[tuple[_RequestState, PromptToken]]:
+        """The scored prompt tokens of the chunks, in their order, given their logits (m, V)."""
+        owners = [(self._state(chunk), id) for chunk in chunks for id in chunk.scored]
+        counts = [state.sequence.request.prompt_logprobs or 0 for state, _ in owners]
+        tokens = prompt_logprobs(logits, [id for _, id in owners], counts)
+        return [(state, token) for (state, _), token in zip(owners, tokens, strict=True)]
+
+    def _advance(self, chunks: Iterable[ScheduledChunk], scored: Iterable[tuple[_RequestState, PromptToken]]) -> None:
+        """Account for a computed step, and end the prompts that it has completed."""
+        self._counts["steps"] += 1
+        for state, token in scored:
+            state.prompt_logprobs.append(token)
+        for chunk in chunks:
+            is_last = chunk.is_last
+            self.scheduler.advance(chunk)
+            if is_last:
+                self._end_prompt(self._state(chunk))
+
+    def _end_prompt(self, state: _RequestState) -> None:
+        """Count a prompt that has just been computed, and finish a request that ends after it."""
+        sequence = state.sequence
+        if len(sequence.token_ids) > sequence.num_prompt_tokens:
+            return
+        self._counts["prompt_tokens"] += sequence.num_prompt_tokens
+        self._counts["cached_tokens"] += sequence.num_cached
+        if sequence.request.prompt_only:
+            self._finish(state, [], "", "length")
+
     def _append(self, state: _RequestState, token: SampledToken) -> None:
         """Append a sampled token to its sequence and finish the request if it is the last."""
         sequence, params = state.sequence, state.sequence.request.params
-        if len(sequence.token_ids) == sequence.num_prompt_tokens:
-            self._counts["prompt_tokens"] += sequence.num_prompt_tokens
-            self._counts["cached_tokens"] += sequence.num_cached
         self._counts["new_tokens"] += 1
         sequence.token_ids.append(token.id)
-        is_stop = token.id in params.stop_ids or (token.id in self.stop_ids and not params.ignore_eos)
-        text = "" if is_stop else state.detokenizer.add(token.id)
+        is_stop = token.id in state.stop_ids
+        text = "" if is_stop and not params.include_stop_str_in_output else state.detokenizer.add(token.id)
         if is_stop or state.detokenizer.stopped:
             self._finish(state, [token], text, "stop")
         elif len(sequence.token_ids) == sequence.max_length:
             self._finish(state, [token], text, "length")
         else:
-            self._outputs.append(self._output(sequence, text, [token], None))
+            self._outputs.append(state.output(text, [token], None))
 
     def _expired(self) -> list[str]:
         now = time.monotonic()
@@ -173,12 +215,9 @@ class GenerationEngine:
     def _finish(self, state: _RequestState, tokens: list[SampledToken], text: str, reason: FinishReason) -> None:
         """Emit the request's last output and release its blocks."""
         text += state.detokenizer.finish()
-        self._outputs.append(self._output(state.sequence, text, tokens, reason))
+        self._outputs.append(state.output(text, tokens, reason))
         self._drop(state.sequence.request.id)
 
     def _drop(self, id: str) -> None:
         self.scheduler.remove(self._states.pop(id).sequence)
         self._cancelled.discard(id)
-
-    def _output(self, sequence: Sequence, text: str, tokens: list[SampledToken], reason: FinishReason | None) -> RequestOutput:
-        return RequestOutput(sequence.request.id, text, tokens, reason, sequence.num_prompt_tokens, sequence.num_cached)

@@ -1,4 +1,4 @@
-"""ModelRunner: one forward pass over a step's chunks, a flat row of tokens in, logits of the tokens to sample out."""
+"""ModelRunner: one forward pass over a step's chunks, a flat row of tokens in, the logits that are needed out."""
 
 from __future__ import annotations
 
@@ -33,21 +33,28 @@ class ModelRunner:
         self.max_padding = MAX_CPU_PADDING if weight.device.type == "cpu" else math.inf
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
-        """Compute the chunks, decode first; returns logits (n, V) after the n chunks that are their sequence's last."""
+    def run(self, chunks: Sequence[ScheduledChunk]) -> tuple[Tensor, Tensor]:
+        """Compute the chunks, decode first.
+
+        Returns:
+            Logits (n, V) after the n chunks that sample, and logits (m, V) for the m prompt tokens that are scored.
+        """
         token_ids: list[int] = []
         positions: list[int] = []
-        last: list[int] = []
+        sampled: list[int] = []
+        scored: list[int] = []
         for chunk in chunks:
             begin, end = chunk.sequence.num_computed, chunk.sequence.num_computed + chunk.num_tokens
+            scored += range(len(token_ids), len(token_ids) + len(chunk.scored))
             token_ids += chunk.sequence.token_ids[begin:end]
             positions += range(begin, end)
-            if chunk.is_last:
-                last.append(len(token_ids) - 1)
+            if chunk.samples:
+                sampled.append(len(token_ids) - 1)
         device = self.kv_cache.device
-        input_ids, position_ids, logits_at = (torch.tensor(x, device=device) for x in (token_ids, positions, last))
+        input_ids, position_ids, logits_at = (torch.tensor(x, device=device) for x in (token_ids, positions, sampled + scored))
         layers = self.kv_cache.prepare(self._metadata(chunks))
-        return self.model(input_ids[None], position_ids[None], cache=layers, logits_at=logits_at.long())
+        logits: Tensor = self.model(input_ids[None], position_ids[None], cache=layers, logits_at=logits_at.long())
+        return logits[: len(sampled)], logits[len(sampled) :]
 
     def _metadata(self, chunks: Sequence[ScheduledChunk]) -> AttentionMetadata:
         return AttentionMetadata.build(

@@ -19,12 +19,17 @@ class EngineRequest:
         prompt: token ids.
         params: how to sample the new tokens.
         deadline: when the request times out, on the clock of ``time.monotonic()``; None for never.
+        prompt_logprobs: return the log-probability of each prompt token, and of this number of the most likely ones in its
+            place; None returns none. Such a prompt is computed without the prefix cache, which holds no logits.
+        prompt_only: end after the prompt, without a new token; the finish reason is "length".
     """
 
     id: str
     prompt: list[int]
     params: SamplingParams
     deadline: float | None = None
+    prompt_logprobs: int | None = None
+    prompt_only: bool = False
 
 
 @dataclass
@@ -43,6 +48,23 @@ class SampledToken:
 
 
 @dataclass
+class PromptToken:
+    """A token of the prompt, with its log-probability given the tokens before it.
+
+    Args:
+        id: token id.
+        logprob: the model's log-probability; None for the first token, which nothing precedes.
+        rank: 1 if it is the most likely token in its place, and so on; 0 for the first token.
+        top: (id, logprob) of the most likely tokens in its place, best first, as many as requested.
+    """
+
+    id: int
+    logprob: float | None = None
+    rank: int = 0
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass
 class RequestOutput:
     """What one engine step produced for one request.
 
@@ -55,6 +77,7 @@ class RequestOutput:
             max_new_tokens or the model's last position; "cancelled"; "timeout" at the deadline.
         prompt_tokens: length of the prompt in tokens.
         cached_tokens: prompt tokens taken from the prefix cache.
+        prompt_logprobs: all prompt tokens, if requested, in the first output after the prompt has been computed; else None.
     """
 
     id: str
@@ -63,3 +86,4 @@ class RequestOutput:
     finish_reason: FinishReason | None
     prompt_tokens: int
     cached_tokens: int
+    prompt_logprobs: list[PromptToken] | None = None

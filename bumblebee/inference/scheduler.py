@@ -7,6 +7,9 @@ prefill, oldest sequence first. At most as many sequences run as a step has toke
 Prompts with a common prefix are computed once: while an older sequence computes a block that a younger one needs next, the
 younger one waits and then reuses it. The older sequence is part of the same step, so there is no deadlock; if it is cancelled,
 the younger one computes the block itself.
+
+A request for the log-probabilities of its prompt needs the logits of all of it, which the cache does not hold. It reads no
+cached blocks and waits for none, but others may reuse what it computes.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from collections import deque
 
 from bumblebee.inference.block_pool import BlockKey, BlockPool
 from bumblebee.inference.sequence import ScheduledChunk, Sequence
+
+MAX_SCORED = 512  # prompt tokens of a sequence whose logits a step computes: they take memory, V numbers each
 
 
 class Scheduler:
@@ -59,11 +64,13 @@ class Scheduler:
             if sequence.num_remaining > 1 and budget:
                 self._reuse_cached(sequence)
                 key = sequence.next_block_key()
-                if key in being_computed and sequence.num_computed == sequence.num_registered:
+                waits = key in being_computed and sequence.num_computed == sequence.num_registered
+                if waits and not sequence.scores_prompt:
                     continue
                 if key is not None and self.block_pool.prefix_caching:
                     being_computed.add(key)
-                chunks.append(ScheduledChunk(sequence, min(budget, sequence.num_remaining)))
+                limit = min(budget, MAX_SCORED) if sequence.scores_prompt else budget
+                chunks.append(ScheduledChunk(sequence, min(limit, sequence.num_remaining)))
                 budget -= chunks[-1].num_tokens
         return chunks
 
@@ -82,7 +89,8 @@ class Scheduler:
         """Skip prompt blocks that are already computed, replacing the sequence's own blocks by the cached ones."""
         size = self.block_pool.block_size
         while (
-            sequence.num_computed == sequence.num_registered
+            not sequence.scores_prompt
+            and sequence.num_computed == sequence.num_registered
             and (key := sequence.next_block_key())
             and (hit := self.block_pool.lookup(key))
         ):

@@ -9,8 +9,13 @@ from bumblebee.inference.block_pool import ROOT, BlockKey
 from bumblebee.inference.request import EngineRequest
 
 
-def validate_prompt(prompt: list[int], config: BumblebeeConfig) -> None:
+def validate_prompt(prompt: list[int], config: BumblebeeConfig, prompt_only: bool = False) -> None:
     """Check that a model can continue a prompt.
+
+    Args:
+        prompt: token ids.
+        config: of the model.
+        prompt_only: no new token follows, so the prompt may take all positions.
 
     Raises:
         ValueError: the prompt is empty, leaves no position for a new token, or has an id that is out of the vocabulary.
@@ -18,7 +23,7 @@ def validate_prompt(prompt: list[int], config: BumblebeeConfig) -> None:
     max_positions = config.max_position_embeddings
     if not prompt:
         raise ValueError("the prompt is empty: there is nothing to continue")
-    if len(prompt) >= max_positions:
+    if len(prompt) >= max_positions + prompt_only:
         raise ValueError(f"the prompt has {len(prompt)} tokens; the model takes {max_positions}, including new ones")
     for token_id in (min(prompt), max(prompt)):
         if not 0 <= token_id < config.vocab_size:
@@ -27,12 +32,13 @@ def validate_prompt(prompt: list[int], config: BumblebeeConfig) -> None:
 
 def max_length(request: EngineRequest, max_positions: int) -> int:
     """Length in tokens, prompt included, at which a request ends at the latest."""
-    return min(max_positions, len(request.prompt) + request.params.max_new_tokens)
+    new_tokens = 0 if request.prompt_only else request.params.max_new_tokens
+    return min(max_positions, len(request.prompt) + new_tokens)
 
 
 def blocks_needed(request: EngineRequest, max_positions: int, block_size: int) -> int:
-    """Blocks for the longest completion of a request. The last token's keys and values are never stored."""
-    return -(-(max_length(request, max_positions) - 1) // block_size)
+    """Blocks for the longest completion of a request. The last new token's keys and values are never stored."""
+    return -(-max(max_length(request, max_positions) - 1, len(request.prompt)) // block_size)
 
 
 class Sequence:
@@ -65,6 +71,11 @@ class Sequence:
         return len(self.request.prompt)
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt are requested: every prompt token has to be computed."""
+        return self.request.prompt_logprobs is not None
+
+    @property
     def num_remaining(self) -> int:
         """Tokens to compute; 1 in decode."""
         return len(self.token_ids) - self.num_computed
@@ -87,5 +98,17 @@ class ScheduledChunk:
 
     @property
     def is_last(self) -> bool:
-        """Whether the sequence's next token can be sampled after this chunk."""
+        """Whether no token of the sequence remains to be computed after this chunk."""
         return self.num_tokens == self.sequence.num_remaining
+
+    @property
+    def samples(self) -> bool:
+        """Whether the sequence's next token is sampled after this chunk."""
+        return self.is_last and not self.sequence.request.prompt_only
+
+    @property
+    def scored(self) -> list[int]:
+        """The prompt tokens whose log-probabilities the logits of this chunk give: those after its prompt tokens."""
+        sequence = self.sequence
+        begin, end = sequence.num_computed + 1, sequence.num_computed + self.num_tokens + 1
+        return sequence.request.prompt[begin:end] if sequence.scores_prompt else []

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from bumblebee.checkpoint.adapters.folder import WEIGHTS, adapter_chain, base_model_name
+from bumblebee.checkpoint.adapters.folder import adapter_chain, base_model_name
 from bumblebee.checkpoint.adapters.fused import fused_modules, fused_settings
 from bumblebee.checkpoint.adapters.writer import is_adapter_key, write_adapter_config, write_adapter_weights
 from bumblebee.checkpoint.model_files import ModelFiles, write_generation_config
 from bumblebee.checkpoint.weight_mapping import Rule
 from bumblebee.config import BumblebeeConfig
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 class AdapterFiles(ModelFiles):
@@ -21,14 +24,18 @@ class AdapterFiles(ModelFiles):
 
     Args:
         config: the model's.
-        adapter: PEFT's LoraConfig.
+        adapter: PEFT's LoraConfig, which names the base model's folder.
         rules: how the modules of the family's transformers model map to the model's.
         adapted: names of the modules that have updates.
     """
 
-    def __init__(self, config: BumblebeeConfig, adapter: Any, rules: Sequence[Rule] = (), adapted: Sequence[str] = ()) -> None:
+    def __init__(
+        self, config: BumblebeeConfig, adapter: LoraConfig, rules: Sequence[Rule] = (), adapted: Sequence[str] = ()
+    ) -> None:
         super().__init__(config)
-        self.adapter, self.adapted, self._rules = adapter, adapted, list(rules)
+        assert adapter.base_model_name_or_path is not None
+        self.adapter, self.base_model = adapter, adapter.base_model_name_or_path
+        self.adapted, self._rules = adapted, list(rules)
 
     def rules(self) -> list[Rule]:
         """How the base model's files map to the model."""
@@ -38,11 +45,12 @@ class AdapterFiles(ModelFiles):
         """Whether a tensor belongs to the adapter."""
         return is_adapter_key(key)
 
-    def write(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: str = "5GB") -> set[str]:
+    def write(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: str = "5GB") -> dict[str, str]:
         """Write adapter_model.safetensors, adapter_config.json and generation_config.json."""
-        write_adapter_weights(folder, ((key, tensor) for key, tensor in tensors if self.includes(key)), self.rules())
+        updates = ((key, tensor) for key, tensor in tensors if self.includes(key))
+        digests = write_adapter_weights(folder, updates, self.rules())
         self.write_configs(folder, "")
-        return {WEIGHTS}
+        return digests
 
     def write_configs(self, folder: Path, dtype: str) -> None:
         """Write adapter_config.json and generation_config.json."""
@@ -56,7 +64,7 @@ class AdapterFiles(ModelFiles):
 
     def check_output(self, output_dir: Path) -> None:
         """Raise if the run would overwrite the base model, which the adapter needs."""
-        for folder in adapter_chain(self.adapter.base_model_name_or_path):
+        for folder in adapter_chain(self.base_model):
             if output_dir.resolve() in (folder.resolve(), folder.resolve().parent):
                 raise ValueError(
                     f"output_dir: {output_dir} contains the base model {folder}, which adapters need: choose another"
@@ -64,7 +72,7 @@ class AdapterFiles(ModelFiles):
 
     def check_resumed(self, checkpoint: Path) -> None:
         """Raise if the checkpoint names another base model that exists; one that does not exist may have been moved."""
-        base, resumed_base = self.adapter.base_model_name_or_path, base_model_name(checkpoint)
+        base, resumed_base = self.base_model, base_model_name(checkpoint)
         if resumed_base is not None and Path(resumed_base).is_dir() and Path(resumed_base).resolve() != Path(base).resolve():
             raise ValueError(
                 f"trainer.resume: {checkpoint} was trained on the base model {resumed_base}, but this run uses {base}"

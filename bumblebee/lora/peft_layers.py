@@ -8,27 +8,51 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bumblebee.checkpoint.adapters.writer import ADAPTER_NAME, is_adapter_key
 from bumblebee.lora.switch import adapter_layers
+from bumblebee.lora.targets import Targets
 from bumblebee.models.huggingface import weights_gathered
 from bumblebee.models.load_context import current_load_context
 from bumblebee.nn.moe import Experts
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
-def create_config(base: Path, **settings: Any) -> Any:
+
+def create_config(
+    base: Path,
+    *,
+    r: int,
+    lora_alpha: int,
+    lora_dropout: float,
+    target_modules: Targets,
+    target_parameters: list[str] | None,
+    use_dora: bool,
+    use_rslora: bool,
+) -> LoraConfig:
     """Create PEFT's LoraConfig for a causal language model."""
     from peft import LoraConfig, TaskType
 
     path = str(base.resolve())  # absolute, so that it is valid in any working directory
-    return LoraConfig(task_type=TaskType.CAUSAL_LM, base_model_name_or_path=path, **settings)
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=path,
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=target_modules,
+        target_parameters=target_parameters,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+    )
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path) -> LoraConfig:
     """Read the LoraConfig of an adapter folder."""
     from peft import LoraConfig
 
@@ -41,11 +65,11 @@ def load_adapter(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """Load an adapter's state dict into injected layers; returns unexpected keys."""
     from peft import set_peft_model_state_dict
 
-    result: Any = set_peft_model_state_dict(model, dict(weights), adapter_name=ADAPTER_NAME)
+    result: Any = set_peft_model_state_dict(model, dict(weights), adapter_name=ADAPTER_NAME)  # a named tuple without a type
     return result.unexpected_keys
 
 
-def inject(model: nn.Module, config: Any) -> None:
+def inject(model: nn.Module, config: LoraConfig) -> None:
     """Replace layers by PEFT's, in place, and freeze everything else."""
     from peft import inject_adapter_in_model
 

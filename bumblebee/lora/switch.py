@@ -4,14 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol, TypeGuard
 
 from torch import nn
 
 
-def adapter_layers(model: nn.Module) -> Iterator[Any]:
-    """Yield PEFT's layers, recognised by an attribute that all have, so that models without adapters need not import peft."""
-    return (module for module in model.modules() if hasattr(module, "_disable_adapters"))
+class AdapterLayer(Protocol):
+    """What we use of PEFT's LoRA layers."""
+
+    _disable_adapters: bool
+    in_features: int
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_dropout: nn.ModuleDict
+    lora_magnitude_vector: nn.ModuleDict
+    reads: tuple[nn.Module, ...]  # set by us: modules whose weights it reads, which ZeRO-3 must gather
+
+    def get_base_layer(self) -> nn.Module: ...
+
+
+def adapter_layers(model: nn.Module) -> Iterator[AdapterLayer]:
+    """Yield PEFT's layers."""
+    return (module for module in model.modules() if _is_adapter_layer(module))
+
+
+def _is_adapter_layer(module: nn.Module) -> TypeGuard[AdapterLayer]:
+    """Whether it has an attribute that all of PEFT's layers have: models without adapters need not import peft."""
+    return hasattr(module, "_disable_adapters")
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -15,11 +15,12 @@ transformers is imported in this file only. Shapes: B rows, T positions, V vocab
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,12 @@ from bumblebee.config import BumblebeeConfig
 from bumblebee.models.base import LanguageModel
 from bumblebee.models.load_context import current_load_context, meta_parameters
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.nn.attention import LayerCache
 from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, select_kernel
 from bumblebee.nn.lm_head import LMHead
+
+# transformers.PreTrainedModel. Not by that name: jsonargparse would import transformers to read from_pretrained's options.
+TransformersModel: TypeAlias = Any
 
 NAME = "bumblebee"  # name of our attention function in transformers' registry
 _UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask")  # of attention functions
@@ -48,13 +53,19 @@ class _ForwardContext:
     """State of a forward pass for our attention; transformers passes it down to every layer."""
 
     mask: AttentionMask
-    cache: list[Any] | None
+    cache: Sequence[LayerCache] | None
     kernel: str
 
 
+class _AttentionLayer(Protocol):
+    """Transformers' attention modules."""
+
+    layer_idx: int
+
+
 def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None,
-    dropout: float = 0.0, sliding_window: int | None = None, bumblebee_pass: _ForwardContext | None = None, **kwargs: Any,
+    module: _AttentionLayer, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, scaling: float | None = None,
+    dropout: float = 0.0, sliding_window: int | None = None, bumblebee_pass: _ForwardContext | None = None, **kwargs: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention function with transformers' signature: (B, heads, T, D) each -> (B, T, H, D)."""
     if unsupported := sorted(name for name in _UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None):
@@ -83,9 +94,9 @@ class HuggingFaceModel(LanguageModel):
         ValueError: the model is not supported; the message says why.
     """
 
-    def __init__(self, model: Any, attention: str = "auto") -> None:
+    def __init__(self, model: TransformersModel, attention: str = "auto") -> None:
         super().__init__()
-        select_kernel(attention, torch.bfloat16)
+        select_kernel(attention, None)
         _check(model)
         self.attention = attention
         self.config = _config_of(model)
@@ -134,7 +145,7 @@ class HuggingFaceModel(LanguageModel):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        cache: list[Any] | None = None,
+        cache: Sequence[LayerCache] | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
         """Return logits, or token losses if labels are passed; see ``Bumblebee.forward``."""
@@ -153,7 +164,7 @@ class HuggingFaceModel(LanguageModel):
             hidden = hidden.flatten(0, 1)[logits_at]
         return head(hidden) if labels is None else head(hidden, labels)
 
-    def _kwargs(self, position_ids: Tensor, mask: AttentionMask, cache: list[Any] | None) -> dict[str, Any]:
+    def _kwargs(self, position_ids: Tensor, mask: AttentionMask, cache: Sequence[LayerCache] | None) -> dict[str, object]:
         """Keyword arguments of the wrapped model's forward."""
         return {
             "position_ids": position_ids,
@@ -205,7 +216,7 @@ def _default_positions(input_ids: Tensor) -> Tensor:
     return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
 
 
-def _build(folder: Path, trust_remote_code: bool) -> Any:
+def _build(folder: Path, trust_remote_code: bool) -> TransformersModel:
     """Build the transformers model of a folder's config, with our attention.
 
     Raises:
@@ -243,7 +254,7 @@ def _no_initialization_when_sharded() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
+def _quiet(logging: ModuleType) -> Iterator[None]:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -262,7 +273,7 @@ def weights_gathered() -> Iterator[None]:
     del alive
 
 
-def _check(model: Any) -> None:
+def _check(model: TransformersModel) -> None:
     """Reject a model whose outputs would differ from transformers.
 
     Raises:
@@ -287,13 +298,13 @@ def _check(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} is not supported: {why}")
 
 
-def _raw(model: Any) -> dict[str, Any]:
+def _raw(model: TransformersModel) -> dict[str, object]:
     """Content of config.json."""
     raw = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
     return raw | {"architectures": [type(model).__name__]}
 
 
-def _renamed(model: Any) -> list[Rule]:
+def _renamed(model: TransformersModel) -> list[Rule]:
     """Rules for tensors that have other names in files."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
@@ -305,7 +316,7 @@ def _renamed(model: Any) -> list[Rule]:
     return [Rule.rename(theirs, ours) for theirs, ours in pairs if theirs != ours]
 
 
-def _config_of(model: Any) -> BumblebeeConfig:
+def _config_of(model: TransformersModel) -> BumblebeeConfig:
     """The shape as a BumblebeeConfig, as far as tasks, generator and memory estimates need it."""
     config = model.config
     heads = config.num_attention_heads

@@ -9,10 +9,10 @@ Shapes: R rows, E experts, D inputs, F outputs.
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -38,9 +38,17 @@ def has_grouped_kernel(x: Tensor, weight: Tensor) -> bool:
     return torch.cuda.get_device_capability(x.device) >= (9, 0) and not any(size % 8 for size in weight.shape[1:])
 
 
+class _Context(FunctionCtx):
+    """What ``_GroupedLinear`` keeps for the backward pass."""
+
+    saved_tensors: tuple[Tensor, Tensor]  # x and weight
+    needs_input_grad: tuple[bool, bool, bool]
+    bounds: list[tuple[int, slice]]
+
+
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         ctx.bounds = _bounds(counts)
         ctx.save_for_backward(x, weight)
         out = x.new_empty(len(x), weight.shape[1])
@@ -49,7 +57,7 @@ class _GroupedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None

@@ -13,10 +13,10 @@ the chunks, and ``LossWeighting`` remembers it, so that the next forward pass co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 ROWS = 1024  # rows per chunk: each chunk accumulates into the full weight gradient, which exceeds every cache
 CACHED = {"cpu": 2**20}  # logits per softmax block, chosen to fit the CPU's cache; on a GPU a whole chunk
@@ -96,10 +96,19 @@ class _Gradients:
         return self.hidden, None if self.weight is None else self.weight.to(self.inputs[1].dtype)
 
 
+class _Context(FunctionCtx):
+    """What ``_LinearCrossEntropy`` keeps for the backward pass."""
+
+    saved_tensors: tuple[Tensor, Tensor, Tensor]  # hidden, weight and labels
+    needs_input_grad: tuple[bool, bool, bool, bool, bool]
+    gradients: _Gradients | None
+    weighting: LossWeighting
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weighting: LossWeighting, eager_gradients: bool
+        ctx: _Context, hidden: Tensor, weight: Tensor, labels: Tensor, weighting: LossWeighting, eager_gradients: bool
     ) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradients = _Gradients(hidden, weight, ctx.needs_input_grad[:2]) if eager_gradients else None
@@ -113,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (grad,) = grads
         hidden, weight, labels = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place below, so used once

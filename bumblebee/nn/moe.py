@@ -12,10 +12,12 @@ Shapes: N tokens, E experts, k experts per token, D hidden size, I intermediate 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from bumblebee.nn.grouped_linear import grouped_linear
 from bumblebee.nn.mlp import ACTIVATIONS, GatedMLP
@@ -67,7 +69,7 @@ class Router(nn.Module):
                 weights = weights / weights.sum(-1, keepdim=True)
         return RouterOutput(logits, experts, weights)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Keep the bias in fp32 when the model is cast: its updates are below bf16's resolution."""
         before = self.e_score_correction_bias
         super()._apply(fn, recurse)
@@ -176,17 +178,24 @@ def mixture_of_experts(
     )
 
 
+class _Context(FunctionCtx):
+    """What the functions below keep for the backward pass."""
+
+    saved_tensors: tuple[Tensor]  # position or order
+    tokens: int  # N
+
+
 class _SortByExpert(torch.autograd.Function):
     """(N, D) -> (N k, D), rows sorted by expert. The backward pass is a gather and a sum; index_select's adds row by row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, position: Tensor) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, order: Tensor, position: Tensor) -> Tensor:
         ctx.save_for_backward(position)
         ctx.tokens = len(x)
         return x.index_select(0, order // (len(order) // len(x)))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None, None]:
         (position,) = ctx.saved_tensors
         return grads[0].index_select(0, position).view(ctx.tokens, -1, grads[0].shape[1]).sum(1), None, None
 
@@ -195,11 +204,11 @@ class _RestoreOrder(torch.autograd.Function):
     """(N k, D) sorted by expert -> (N k, D) in token order."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, position: Tensor) -> Tensor:
+    def forward(ctx: _Context, rows: Tensor, order: Tensor, position: Tensor) -> Tensor:
         ctx.save_for_backward(order)
         return rows.index_select(0, position)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
         return grads[0].index_select(0, order), None, None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from bumblebee.datamodule import Batch, DataModule
+from bumblebee.datamodule import Batch, DataModule, SampleT
 from bumblebee.preview.dry_run import MAX_MICRO_BATCHES
 from bumblebee.training.loader import epoch_order
 
 
-class DataSubset(DataModule):
+class DataSubset(DataModule[SampleT]):
     """A few samples of a DataModule: its largest micro-batch, and typical ones.
 
     Args:
@@ -18,7 +16,7 @@ class DataSubset(DataModule):
         seed: of the order.
     """
 
-    def __init__(self, data: DataModule, micro_batch_size: int, seed: int) -> None:
+    def __init__(self, data: DataModule[SampleT], micro_batch_size: int, seed: int) -> None:
         self.data, self.micro_batch_size, self.seed = data, micro_batch_size, seed
 
     def setup(self, seed: int) -> None:
@@ -29,7 +27,7 @@ class DataSubset(DataModule):
         indices = dict.fromkeys(index for micro_batch in self.micro_batches for index in micro_batch)  # pairs must be unique
         self.train = [self.data.train[index] for index in indices]
 
-    def collate(self, samples: list[Any]) -> Batch:
+    def collate(self, samples: list[SampleT]) -> Batch:
         """Collate like the whole."""
         return self.data.collate(samples)
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
+from bumblebee.config import BumblebeeConfig, TransformerConfig
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
+from bumblebee.lora.switch import AdapterLayer, adapter_layers
 from bumblebee.nn.linear_cross_entropy import ROWS
 from bumblebee.nn.moe import Experts
 
@@ -53,15 +54,15 @@ class ModelSize:
     largest_block: int
     matrices: int
     adapter_dropout_width: int
-    config: Any
+    config: TransformerConfig | None
     checkpoint_every: int = 0
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelSize:
         """Measure a model, which may be on the meta device."""
         parameters = list(model.parameters())
-        decoder: Any = getattr(model, "model", None)
-        config: Any = getattr(model, "config", None)
+        decoder: object = getattr(model, "model", None)
+        config: TransformerConfig | None = getattr(model, "config", None)
         blocks = [sum(map(full_numel, layer.parameters())) for layer in getattr(decoder, "layers", ())]
         matrices = {id(p): full_numel(p) for m in model.modules() if isinstance(m, nn.Linear | Experts)
                     for name, p in m.named_parameters(recurse=False) if name != "bias"}  # fmt: skip
@@ -70,16 +71,14 @@ class ModelSize:
             sum(full_numel(p) for p in parameters if p.requires_grad),
             max([*blocks, *map(full_numel, parameters)]),
             sum(matrices.values()),
-            sum(map(_adapter_dropout_width, model.modules())),
+            sum(map(_adapter_dropout_width, adapter_layers(model))),
             config if getattr(config, "num_hidden_layers", None) and getattr(config, "intermediate_size", None) else None,
             getattr(decoder, "checkpoint_every", 0),
         )
 
 
-def _adapter_dropout_width(layer: Any) -> int:
+def _adapter_dropout_width(layer: AdapterLayer) -> int:
     """Width of the inputs of a PEFT layer's LoRA dropouts. Without dropout the adapter shares the layer's input."""
-    if not hasattr(layer, "lora_A"):
-        return 0
     return sum(layer.in_features for dropout in layer.lora_dropout.values() if getattr(dropout, "p", 0.0))
 
 
@@ -204,7 +203,7 @@ def activation_bytes(size: ModelSize, setup: TrainingSetup, batch: BatchShape) -
     return _FRAGMENTATION[setup.device] * tokens * per_token + autocast + _lm_head_bytes(c, setup, batch)
 
 
-def layer_bytes(c: Any, setup: TrainingSetup, batch: BatchShape) -> float:
+def layer_bytes(c: TransformerConfig, setup: TrainingSetup, batch: BatchShape) -> float:
     """Bytes per token that autograd keeps in a ``Block``, see ``bumblebee/nn``."""
     s = 2 if setup.precision != "fp32" else 4  # of matrix products
     r = 2 if setup.half else 4  # of the residual stream
@@ -228,20 +227,21 @@ def layer_bytes(c: Any, setup: TrainingSetup, batch: BatchShape) -> float:
     return norms + attention + dropout + s * _mlp_numbers(c)
 
 
-def _mlp_numbers(c: Any) -> float:
+def _mlp_numbers(c: TransformerConfig) -> float:
     """Numbers per token of an MLP, averaged over layers: four of the inner width, two without a gate.
 
     Experts of a mixture add their input and output.
     """
-    sparse = sum(map(c.is_sparse, range(c.num_hidden_layers))) / c.num_hidden_layers if getattr(c, "is_sparse", None) else 0
-    if not sparse:
+    if not isinstance(c, BumblebeeConfig) or not c.num_experts:
         return (4 if getattr(c, "mlp_gated", True) else 2) * c.intermediate_size
+    assert c.moe_intermediate_size is not None
+    sparse = sum(map(c.is_sparse, range(c.num_hidden_layers))) / c.num_hidden_layers
     inner = 4 * c.moe_intermediate_size
     experts = c.num_experts_per_tok * (inner + 2 * c.hidden_size) + c.n_shared_experts * inner
     return sparse * experts + (1 - sparse) * 4 * c.intermediate_size
 
 
-def _lm_head_bytes(c: Any, setup: TrainingSetup, batch: BatchShape) -> float:
+def _lm_head_bytes(c: TransformerConfig, setup: TrainingSetup, batch: BatchShape) -> float:
     """The chunk of logits in the training precision and in fp32, and the gradients of weight and hidden states."""
     s = 2 if setup.precision != "fp32" else 4
     rows = min(ROWS, batch.targets)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jsonargparse import Namespace
@@ -179,7 +179,7 @@ def probe_optimizer(factory: OptimizerFactory, config: Namespace) -> tuple[float
     if config.class_path.startswith("deepspeed."):
         return config.init_args.get("lr"), 8.0
     weight = nn.Parameter(torch.zeros(64, 64))
-    optimizer: Any = factory([weight])
+    optimizer = factory([weight])
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     tensors = [value for value in optimizer.state[weight].values() if torch.is_tensor(value) and value.dim()]

@@ -90,7 +90,8 @@ class DPO(Task):
     ) -> None:
         _check(pref_beta, loss_type, dpo_label_smoothing, sft_weight, ld_alpha, reference)
         self.model = model
-        for transform in transforms or []:
+        self.transforms = transforms or []
+        for transform in self.transforms:
             transform(model)
         self.pref_beta, self.dpo_label_smoothing = pref_beta, dpo_label_smoothing
         self.loss_type, self.length_normalised = loss_type, length_normalised
@@ -181,7 +182,7 @@ class DPO(Task):
         tensors = run.engine.full_tensors(lambda name: name not in skipped)
         return tensors_digest(tensors, getattr(self.model, "config", None))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """The loss, the options in use, and the reference."""
         computed = ", log-probabilities computed before training" if self.precompute_reference else ""
         names = {"adapters_off": "the model without its adapters", "copy": "the initial model"}

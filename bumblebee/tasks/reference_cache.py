@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,7 +33,7 @@ from bumblebee.utils.cache_dir import resolve_cache_dir
 FORMAT = 1  # increase it when a file's content changes for the same inputs
 Columns = dict[str, Tensor]  # for each split "<split>/index" (N,), sorted, and "<split>/logps" (N, 2)
 Row = TypeVar("Row", bound=tuple[int, object])
-Splits = dict[str, Sequence[Any]]  # "train" and "validation" -> samples
+Splits = dict[str, Sequence[object]]  # "train" and "validation" -> samples
 
 
 class CachedReference(Reference):
@@ -99,7 +99,7 @@ def _compute(reference: Reference, run: RunContext, splits: Splits) -> Columns:
     return columns
 
 
-def _batches(run: RunContext, samples: Sequence[Any], description: str) -> Iterable[Batch]:
+def _batches(run: RunContext, samples: Sequence[object], description: str) -> Iterable[Batch]:
     """This rank's share of the samples, with a progress bar."""
     total = -(-len(samples) // (run.micro_batch_size * process_group.world_size()))
     disable = None if run.is_main else True
@@ -130,7 +130,7 @@ def _write(file: Path, columns: Columns) -> None:
 # -- digests -------------------------------------------------------------------------------------------------------------
 
 
-def _tokens_digest(run: RunContext, samples: Sequence[Any]) -> str:
+def _tokens_digest(run: RunContext, samples: Sequence[object]) -> str:
     """Hash the tokens of all pairs, independent of batching and padding. Collective."""
     rows = [
         (index, _row_digest(batch, 2 * pair) + _row_digest(batch, 2 * pair + 1))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bumblebee.datamodule import Batch, DataModule
 
@@ -49,5 +49,5 @@ class RunContext:
     is_main: bool
     frozen: Callable[[nn.Module], FrozenEngine]
     building: Callable[[], AbstractContextManager[None]]
-    local_batches: Callable[[Sequence[Any]], Iterator[Batch]]
+    local_batches: Callable[[Sequence[object]], Iterator[Batch]]
     to_device: Callable[[Batch], Batch]

@@ -13,10 +13,10 @@ each of them is divided by.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.distributed import process_group
@@ -39,11 +39,13 @@ class Task(ABC):
         model: the trained module; ``training_step`` receives an engine that wraps it.
         weights: weight of each loss term in the total, by name.
         units: name of the count that a sum is divided by, for each sum that is logged and not trained.
+        transforms: what has been applied to the model, for the run summary.
     """
 
     model: nn.Module
     weights: dict[str, float]
     units: Mapping[str, str] = MappingProxyType({})
+    transforms: Sequence[Callable[[nn.Module], object]] = ()
 
     def setup(self, data: DataModule) -> None:  # noqa: B027  (optional)
         """Check the prepared data before training. The model has not been moved to a device yet.
@@ -72,7 +74,7 @@ class Task(ABC):
         """After ``setup``, the frozen models that a run keeps in memory besides the trained one."""
         return []
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """What the run summary shows about the task, in order."""
         return {}
 
@@ -111,7 +113,7 @@ class Task(ABC):
     @cached_property
     def auxiliary(self) -> RouterLosses | None:
         """The model's auxiliary losses, from its method ``auxiliary_losses``; None for most models."""
-        auxiliary_losses: Any = getattr(self.model, "auxiliary_losses", None)
+        auxiliary_losses: Callable[[], RouterLosses | None] | None = getattr(self.model, "auxiliary_losses", None)
         return auxiliary_losses() if auxiliary_losses else None
 
     def all_counts(self, batch: Batch) -> dict[str, int | Tensor]:
@@ -131,6 +133,10 @@ class Task(ABC):
         """Called after each optimizer step, e.g. to adjust router biases. Collective."""
         if self.auxiliary is not None:
             self.auxiliary.after_step(process_group.all_reduce_sum)
+
+    def derived_metrics(self, means: Mapping[str, float], /) -> dict[str, float]:
+        """Further metrics that are functions of the means of a line, such as a perplexity."""
+        return {}
 
     def metrics(self) -> dict[str, float]:
         """Further metrics since the last call, besides means of sums. Collective."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from bumblebee.config import BumblebeeConfig
 from bumblebee.datamodule import DataModule
 from bumblebee.tokenizer.tokenizer import Tokenizer
+from bumblebee.tokenizer.vocab_merges import has_vocab_and_merges
 
 
 def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer, stop_ids: Sequence[int] = ()) -> None:
@@ -23,7 +24,7 @@ def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer, stop_ids: Sequence[i
     Raises:
         ValueError: the tokenizer has more ids than the model, or other ids than the tokenizer in the model's folder.
     """
-    config: Any = getattr(model, "config", None)
+    config: BumblebeeConfig | None = getattr(model, "config", None)
     if config is None:
         return
     if tokenizer.vocab_size > config.vocab_size:
@@ -59,7 +60,7 @@ def _check_folder(folder: Path | None, tokenizer: Tokenizer) -> None:
     """Check that the tokenizer has the same ids as the one in the model's folder; added tokens are accepted."""
     if (
         folder is None
-        or not (folder / "tokenizer.json").is_file()
+        or not ((folder / "tokenizer.json").is_file() or has_vocab_and_merges(folder))
         or Path(tokenizer.name_or_path).resolve() == folder.resolve()
     ):
         return

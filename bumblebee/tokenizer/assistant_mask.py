@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from bumblebee.tokenizer.special_token_guard import any_of
+
 Message = dict[str, Any]  # as in the OpenAI chat API
 CharSpan = tuple[int, int]  # [begin, end) in the rendered text
 Render = Callable[[Sequence[Message], bool], str]  # (messages, add_generation_prompt) -> text
@@ -90,19 +92,71 @@ def _remove_marks(marked: str, marks: str) -> tuple[str, list[CharSpan]]:
     return "".join(parts), [(ends[i], ends[i + 1]) for i in range(1, len(parts), 2)]
 
 
-def end_at_special_tokens(text: str, spans: list[CharSpan], turns: int, special: tuple[str, ...]) -> list[CharSpan]:
+def end_at_special_tokens(
+    text: str, spans: list[CharSpan], turns: int, special: tuple[str, ...], closing: Callable[[], str | None]
+) -> tuple[str, list[CharSpan]]:
     """Let each span end with the special token that ends its turn, without the newline that follows it.
 
     Some templates close their tags right before that token. It is included then, or the model would never learn to stop.
+    Others, such as GLM-4's, write no token at the end of a turn: the one that begins the next turn ends it, and ``closing`` is
+    appended to the last turn.
+
+    Args:
+        text: the rendered conversation.
+        spans: the assistant turns in it.
+        turns: how many turns are targets.
+        special: the special tokens.
+        closing: returns what ends the last turn in a template that does not do so itself, or None.
+
+    Returns:
+        The text, which may be longer now, and the spans.
 
     Raises:
         ValueError: fewer turns than ``turns`` end with a special token.
     """
     trimmed = [_trim(text, span, special) for span in spans]
     for candidate in (trimmed, [_extend(text, span, special) for span in trimmed]):
-        if sum(text.endswith(special, begin, end) for begin, end in candidate) >= turns:
-            return candidate
-    raise ValueError("the chat template ends assistant turns without a special token, so a model could not learn to stop")
+        if _count_ended(text, candidate, special) >= turns:
+            return text, candidate
+    if len(spans) < turns:
+        raise ValueError(f"the chat template marks {len(spans)} of {turns} assistant turns with {{% generation %}} tags")
+    if (token := closing()) is None:
+        raise ValueError("the chat template ends assistant turns without a special token, and the tokenizer has no eos_token")
+    text, spans = _close_last(text, spans, token)
+    spans = [_extend(text, span, special, blanks=r"\s*") for span in spans]
+    if _count_ended(text, spans, special) < turns:
+        raise ValueError(
+            "the chat template ends assistant turns without a special token, so a model could not learn to stop; use"
+            f" train_on: last, which ends the last turn with {token!r}"
+        )
+    return text, spans
+
+
+def closing_token(first: str, both: str, special: tuple[str, ...], eos: str | None) -> str | None:
+    """What ends an answer in a template without end-of-turn token: the special token of the next turn, or else ``eos``.
+
+    Args:
+        first: a rendered conversation that ends with an answer.
+        both: the same with another message.
+        special: the special tokens.
+        eos: the end-of-text token.
+    """
+    answer = first.rstrip()
+    follows = re.match(rf"\s*(?:{any_of(special)})", both[len(answer) :]) if both.startswith(answer) else None
+    return follows[0] if follows else eos
+
+
+def _close_last(text: str, spans: list[CharSpan], token: str) -> tuple[str, list[CharSpan]]:
+    """Append a token to the last span if nothing but blanks follows it."""
+    *earlier, (begin, end) = spans
+    if text[end:].strip():
+        return text, spans
+    text = text[:begin] + text[begin:].rstrip() + token
+    return text, [*earlier, (begin, len(text))]
+
+
+def _count_ended(text: str, spans: list[CharSpan], special: tuple[str, ...]) -> int:
+    return sum(text.endswith(special, begin, end) for begin, end in spans)
 
 
 def _trim(text: str, span: CharSpan, special: tuple[str, ...]) -> CharSpan:
@@ -111,11 +165,12 @@ def _trim(text: str, span: CharSpan, special: tuple[str, ...]) -> CharSpan:
     return (begin, stripped) if text.endswith(special, begin, stripped) else span
 
 
-def _extend(text: str, span: CharSpan, special: tuple[str, ...]) -> CharSpan:
+def _extend(text: str, span: CharSpan, special: tuple[str, ...], blanks: str = "") -> CharSpan:
     begin, end = span
     if text.endswith(special, begin, end):
         return span
-    return begin, end + max((len(token) for token in special if text.startswith(token, end)), default=0)
+    follows = re.compile(f"{blanks}(?:{any_of(special)})").match(text, end)
+    return (begin, follows.end()) if follows else span
 
 
 def require_contents(targets: str, messages: Sequence[Message]) -> None:

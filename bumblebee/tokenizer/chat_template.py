@@ -6,6 +6,8 @@ Choices:
 - User text that spells a special token stays text, in contents, names, arguments and tools alike.
 - Targets are located in the text, never by token id: the assistant turns, each including the special token that ends it but not
   the newline after it. The text is split where a target begins and ends, because at generation the prompt is tokenized alone.
+- Where a template writes no special token at the end of a turn, the one that begins the next turn ends the answer, as in
+  GLM-4's generation_config.json; a template whose turns begin with text gets the end-of-text token after the last answer.
 - A template for which this does not hold is rejected, and so is one that omits an answer, a tool call or the tools.
 """
 
@@ -23,6 +25,7 @@ import tokenizers
 from bumblebee.tokenizer.assistant_mask import (
     CharSpan,
     Message,
+    closing_token,
     end_at_special_tokens,
     require_contents,
     spans_by_prefix,
@@ -37,6 +40,7 @@ from bumblebee.tokenizer.template_sources import default_template, templates_by_
 from bumblebee.tokenizer.template_tokenizer import TemplateTokenizer
 
 Tool = dict[str, Any]  # as in the OpenAI chat API
+PROBE: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]  # shows how a turn ends
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class ChatTemplate:
         self._tokenizer = TemplateTokenizer(backend)
         self._spellings = tuple(self._tokenizer.special)
         self._guard = SpecialTokenGuard(self._spellings)
+        self._closing: dict[tuple[str, str], str | None] = {}  # by template and role of the next message
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
@@ -113,8 +118,8 @@ class ChatTemplate:
             train_on: make "all" assistant turns targets, or only the "last".
 
         Raises:
-            ValueError: the template cannot render the messages, omits tools, calls or answers, rewrites earlier turns, or ends
-                a turn without a special token; or there is no assistant turn.
+            ValueError: the template cannot render the messages, omits tools, calls or answers, rewrites earlier turns, or
+                leaves no special token to end a turn with; or there is no assistant turn.
         """
         turns = target_turns(messages, train_on)
         name = self._template_name(tools)
@@ -123,7 +128,8 @@ class ChatTemplate:
         with self._name_in_errors(escape):
             render = partial(self._render, name, escaped_tools, marks)
             text, spans = (spans_by_tags(marks) if tagged else spans_by_prefix)(render, escaped, turns)
-            spans = end_at_special_tokens(text, spans, len(turns), self._spellings)
+            closing = partial(self._closing_token, name, "user")
+            text, spans = end_at_special_tokens(text, spans, len(turns), self._spellings, closing)
             targets = [unescape(text[begin:end], escape) for begin, end in spans]
             require_contents("".join(targets), [messages[turn] for turn in turns])
             _require_tools(unescape(text, escape), tools)
@@ -133,13 +139,47 @@ class ChatTemplate:
 
     @cached_property
     def end_of_turn_id(self) -> int:
-        """Id of the special token that ends an assistant turn, at which generation stops.
+        """Id of the special token that ends an assistant turn before a user's, at which generation stops.
 
         Raises:
-            ValueError: the template does not end turns with a special token.
+            ValueError: no special token ends turns.
         """
-        chat = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        chat = self.encode(PROBE)
         return next(token for token, is_target in zip(reversed(chat.ids), reversed(chat.target_mask), strict=True) if is_target)
+
+    @cached_property
+    def end_of_turn_ids(self) -> list[int]:
+        """``end_of_turn_id``, and in a template where the next turn ends an answer, the ids that begin tool results.
+
+        Raises:
+            ValueError: no special token ends turns.
+        """
+        ids, rendered = [self.end_of_turn_id], self._render_or_none("default", PROBE)
+        token = self._backend.id_to_token(ids[0])
+        if rendered is not None and rendered.rstrip().endswith(token):
+            return ids  # the template ends turns itself
+        closing = [self._closing_token("default", role) or "" for role in ("tool", "observation")]
+        return list(dict.fromkeys([*ids, *(self._tokenizer.special[text.strip()] for text in closing if text)]))
+
+    def _closing_token(self, name: str, next_role: str) -> str | None:
+        """What ends an answer that is followed by a message of a role, if the template does not end turns itself."""
+        if (name, next_role) not in self._closing:
+            eos = self._special_tokens.get("eos_token")
+            first = self._render_or_none(name, PROBE)
+            both = self._render_or_none(name, [*PROBE, {"role": next_role, "content": "c"}])
+            eos = eos if eos in self._spellings else None
+            if first is not None and both is not None:
+                self._closing[name, next_role] = closing_token(first, both, self._spellings, eos)
+            else:
+                self._closing[name, next_role] = eos
+        return self._closing[name, next_role]
+
+    def _render_or_none(self, name: str, messages: Sequence[Message]) -> str | None:
+        """Render messages that a template may reject."""
+        try:
+            return self._render(name, None, "", messages, False)
+        except ValueError:
+            return None
 
     def _render_escaped(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None, add_generation_prompt: bool
@@ -206,7 +246,8 @@ def _default_source(backend: tokenizers.Tokenizer, name_or_path: str) -> str:
     if source is None:
         raise ValueError(
             f"{name_or_path} has no chat template, and its tokenizer lacks the special tokens of the default one,"
-            f" {' and '.join(CHATML_TOKENS)}: add a chat_template.jinja to the folder"
+            f" {' and '.join(CHATML_TOKENS)}: add a chat_template.jinja to the folder, or train with --data.chat_template"
+            " FILE or --data.chat_template chatml"
         )
     return source
 

@@ -45,3 +45,11 @@ CHATML = r"""
 {%- endfor %}
 {{- '<|im_start|>assistant\n' if add_generation_prompt }}
 """.strip()
+
+
+def chatml_ending_with(end: str) -> str:
+    """ChatML for a tokenizer that lacks its special tokens: turns end with another token, and <|im_start|> is plain text.
+
+    No embedding has to be added to a base model. A user cannot end a turn, because special tokens in user text are text.
+    """
+    return CHATML.replace(CHATML_TOKENS[1], end.replace("\\", "\\\\").replace("'", "\\'"))

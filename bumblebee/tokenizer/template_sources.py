@@ -1,4 +1,4 @@
-"""Where the source of a chat template comes from: the files of a model folder, its settings, or ChatML by default."""
+"""Where the source of a chat template comes from: files or settings of a model folder, an option, or ChatML by default."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 
-from bumblebee.tokenizer.chatml import CHATML, CHATML_TOKENS
+from bumblebee.tokenizer.chatml import CHATML, CHATML_TOKENS, chatml_ending_with
 from bumblebee.utils.json_files import read_json
 
 
@@ -58,8 +58,33 @@ def templates_by_name(setting: Any) -> dict[str, str]:
 
 def default_template(backend: tokenizers.Tokenizer) -> str | None:
     """ChatML if the tokenizer has its special tokens, otherwise None."""
-    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    return CHATML if special.issuperset(CHATML_TOKENS) else None
+    return CHATML if special_contents(backend).issuperset(CHATML_TOKENS) else None
+
+
+def named_template(name: str, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> str:
+    """The template that an option names: ``chatml``, or the path of a Jinja file.
+
+    A tokenizer without ChatML's special tokens gets a ChatML that ends turns with the end-of-text token.
+
+    Raises:
+        ValueError: there is no such file, or the tokenizer has neither an end-of-turn nor an end-of-text token.
+    """
+    if name == "chatml":
+        if (source := default_template(backend)) is not None:
+            return source
+        eos, special = special_tokens(settings).get("eos_token"), special_contents(backend)
+        end = next((token for token in (CHATML_TOKENS[1], eos) if token in special), None)
+        if end is None:
+            raise ValueError("chatml needs the special token <|im_end|>, or an eos_token in tokenizer_config.json")
+        return chatml_ending_with(end)
+    if not (file := Path(name).expanduser()).is_file():
+        raise ValueError(f"{name!r} is not a file; expected the path of a Jinja template, or chatml")
+    return _read(file)
+
+
+def special_contents(backend: tokenizers.Tokenizer) -> set[str]:
+    """The special tokens of a tokenizer."""
+    return {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

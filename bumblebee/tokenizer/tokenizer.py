@@ -20,20 +20,48 @@ from bumblebee.tokenizer.assistant_mask import Message
 from bumblebee.tokenizer.chat_template import ChatTemplate, Tool
 from bumblebee.tokenizer.chatml import CHATML
 from bumblebee.tokenizer.special_token_guard import replace_surrogates
-from bumblebee.tokenizer.template_sources import default_template, special_tokens, template_from_files, token_content
-from bumblebee.tokenizer.template_tokenizer import encode_text
+from bumblebee.tokenizer.template_sources import (
+    default_template,
+    named_template,
+    special_tokens,
+    template_from_files,
+    token_content,
+)
+from bumblebee.tokenizer.template_tokenizer import TemplateTokenizer, encode_text
 from bumblebee.tokenizer.token_bytes import token_bytes_table
+from bumblebee.tokenizer.vocab_merges import END_OF_TEXT, SPLIT_PATTERN, VOCAB, has_vocab_and_merges, read_vocab_and_merges
 from bumblebee.utils.json_files import read_json, write_json
 
-END_OF_TEXT = "<|endoftext|>"
+FILE = "tokenizer.json"
 # Special tokens of a new tokenizer: the end of a document, and ChatML's, so that chat training needs no new embedding rows.
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
-# Where text is split before BPE merges: Qwen2's pattern. It has to be the same one, because transformers 5 takes only the
-# vocabulary and merges from the tokenizer.json next to a Qwen2 config.json and splits by itself. (Qwen2 also normalizes to NFC
-# first. We do not, so that decoding restores every text; the ids of text that is not in NFC therefore differ.)
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# A new tokenizer splits text with Qwen2's pattern, because transformers 5 takes only the vocabulary and merges from the
+# tokenizer.json next to a Qwen2 config.json and splits by itself. (Qwen2 also normalizes to NFC first. We do not, so that
+# decoding restores every text; the ids of text that is not in NFC therefore differ.)
+
+
+def tokenizer_folder_of(folder: str | Path) -> Path:
+    """The folder itself, or for an adapter folder without tokenizer files the nearest one below it that has some."""
+    with_json = folder_with_file(folder, FILE)
+    return with_json if (with_json / FILE).is_file() else folder_with_file(folder, VOCAB)
+
+
+def _read_backend(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _missing_files(folder: Path) -> str:
+    if not folder.is_dir():
+        return "it does not exist"
+    if (folder / "tokenizer.model").is_file():
+        return (
+            f"it has only tokenizer.model, of SentencePiece; write a {FILE} with transformers:"
+            f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
+    return f"it has no {FILE}"
 
 
 class Tokenizer:
@@ -60,20 +88,20 @@ class Tokenizer:
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:
         """Read the tokenizer files of a model folder; an adapter folder without any uses its base model's.
 
+        A folder has tokenizer.json, or vocab.json and merges.txt, which are converted.
+
         Raises:
             ValueError: a file is missing or damaged; the message names it.
         """
-        folder = folder_with_file(folder, "tokenizer.json")
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            reason = "it has no tokenizer.json" if folder.is_dir() else "it does not exist"
-            raise ValueError(f"{folder} is not a tokenizer folder: {reason}")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{file}: {error}") from error
+        folder = tokenizer_folder_of(folder)
         config = folder / "tokenizer_config.json"
         settings = read_json(config) if config.is_file() else {}
+        if (folder / FILE).is_file():
+            backend = _read_backend(folder / FILE)
+        elif has_vocab_and_merges(folder):
+            backend, settings = read_vocab_and_merges(folder, settings)
+        else:
+            raise ValueError(f"{folder} is not a tokenizer folder: {_missing_files(folder)}")
         return cls(backend, settings | template_from_files(folder), str(folder))
 
     @classmethod
@@ -115,6 +143,22 @@ class Tokenizer:
         }
         return cls(backend, settings)
 
+    def with_chat_template(self, name: str | None) -> Tokenizer:
+        """This tokenizer with another chat template, which is saved with it.
+
+        Args:
+            name: path of a Jinja file, or "chatml"; None keeps the folder's own.
+
+        Raises:
+            ValueError: there is no such file, or the tokenizer has no token to end ChatML's turns with.
+        """
+        if name is None:
+            return self
+        source = named_template(name, self.backend, self.settings)
+        if name == "chatml" and self.prefix_ids:  # the base model has never seen a text without begin-of-text token
+            source = "{{- bos_token }}\n" + source
+        return Tokenizer(self.backend, self.settings | {"chat_template": source}, self.name_or_path)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, including the chat template (also if it is the default one).
 
@@ -130,9 +174,17 @@ class Tokenizer:
         """Encode a text without adding or recognizing special tokens. Lone surrogates become U+FFFD."""
         return encode_text(self.backend, replace_surrogates(text))
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """Encode a text to be continued by a model: ``prefix_ids`` followed by ``encode(text)``."""
-        return self.prefix_ids + self.encode(text)
+    def prompt_ids(self, text: str, parse_special: bool = False, add_special_tokens: bool = True) -> list[int]:
+        """Encode a text to be continued by a model.
+
+        Args:
+            text: the text.
+            parse_special: encode special tokens that are spelled in the text, such as "<|im_end|>", as their ids.
+            add_special_tokens: put ``prefix_ids`` first, unless the text itself begins with them.
+        """
+        ids = self._template_tokenizer.encode([(text, True)])[0] if parse_special else self.encode(text)
+        prefix = self.prefix_ids if add_special_tokens else []
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` each text, on all cores."""
@@ -168,6 +220,10 @@ class Tokenizer:
         return self._id_of_setting("pad_token")
 
     @cached_property
+    def _template_tokenizer(self) -> TemplateTokenizer:
+        return TemplateTokenizer(self.backend)
+
+    @cached_property
     def prefix_ids(self) -> list[int]:
         """The ids that the folder's post-processor puts before a text: the begin-of-text token, or nothing."""
         added = self.backend.encode("", add_special_tokens=True).ids
@@ -189,9 +245,9 @@ class Tokenizer:
 
     @cached_property
     def end_of_turn_ids(self) -> list[int]:
-        """The id that ends an answer in the chat template; empty without a template or if no special token ends a turn."""
+        """The ids that end an answer in the chat template; empty without a template or if no special token ends a turn."""
         try:
-            return [self.chat_template.end_of_turn_id]
+            return self.chat_template.end_of_turn_ids
         except ValueError:  # only the end-of-text token ends an answer then
             return []
 
@@ -209,6 +265,11 @@ class Tokenizer:
         """
         apply = self.chat_template.apply if tokenize else self.chat_template.render
         return apply(messages, tools, add_generation_prompt)
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The named special tokens: "bos_token", "eos_token", "pad_token" and so on, as far as the folder has them."""
+        return special_tokens(self.settings)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

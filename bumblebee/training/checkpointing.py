@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from bumblebee.checkpoint.digests import describe_damage
+from bumblebee.checkpoint.integrity import check_intact, state_files
 from bumblebee.checkpoint.model_files import files_of
-from bumblebee.checkpoint.trainer_state import TRAINER_STATE, read_trainer_state
+from bumblebee.checkpoint.trainer_state import TRAINER_STATE, TRAINING_STATE, read_trainer_state
 from bumblebee.datamodule import DataModule
 from bumblebee.distributed import process_group
 from bumblebee.training import random_state
@@ -17,8 +19,6 @@ from bumblebee.training.collective_folder import collective_folder
 from bumblebee.training.plan import Position
 from bumblebee.training.run_state import RunState
 from bumblebee.utils.json_files import write_json
-
-TRAINING_STATE = "training_state"  # subfolder of a checkpoint
 
 
 def write_checkpoint(run: RunState, path: Path, last: bool, model: bool) -> None:
@@ -34,14 +34,34 @@ def write_checkpoint(run: RunState, path: Path, last: bool, model: bool) -> None
         OSError: it cannot be written.
         OtherRankFailed: another rank cannot write it.
     """
-    with collective_folder(path, run.device, replace=True) as partial:
-        _write_model(run, partial, weights=model)
+    with collective_folder(path, run.device, replace=True) as (partial, digests):
+        digests.update(_write_model(run, partial, weights=model))
         state = partial / TRAINING_STATE
         state.mkdir(exist_ok=True)
-        run.engine.save(state)
-        random_state.save_random_state(state, process_group.rank())
+        written = run.engine.save(state) | random_state.save_random_state(state, process_group.rank())
+        digests.update((f"{TRAINING_STATE}/{name}", digest) for name, digest in written.items())
         if run.is_main:
             write_json(partial / TRAINER_STATE, _trainer_state(run, last))
+
+
+def verify_checkpoint(checkpoint: Path) -> None:
+    """Compare the files that training resumes from with their digests. Collective.
+
+    Every machine reads every file once, as its ranks are about to: they divide the files between them. A checkpoint without
+    digests, of an earlier version, is not checked.
+
+    Raises:
+        ValueError: on all ranks; names a damaged file and the previous good checkpoint.
+    """
+    try:
+        check_intact(checkpoint, _damage, option="--trainer.resume ")
+    except ValueError as error:
+        raise ValueError(f"trainer.resume: {error}") from error
+
+
+def _damage(checkpoint: Path) -> str | None:
+    damage = describe_damage(checkpoint, process_group.share_of_machine(state_files(checkpoint)))
+    return next(iter(process_group.all_gather_items([damage] if damage else [])), None)
 
 
 def load_checkpoint(run: RunState, path: Path) -> None:
@@ -77,11 +97,13 @@ def resumed_position(checkpoint: Path, data: DataModule, seed: int) -> Position:
 
 def write_model(run: RunState, folder: Path) -> None:
     """Write the model folder: weights in the training precision, config, tokenizer. Collective."""
-    with collective_folder(folder, run.device) as partial:
-        _write_model(run, partial)
+    with collective_folder(folder, run.device) as (partial, digests):
+        digests.update(_write_model(run, partial))
 
 
-def _write_model(run: RunState, folder: Path, weights: bool = True) -> None:
+def _write_model(run: RunState, folder: Path, weights: bool = True) -> dict[str, str]:
+    """Write a model folder's files; returns the SHA-256 of the weight files by name, on rank 0. Collective."""
+    digests: dict[str, str] = {}
     files = files_of(run.task.model)
     # The training state holds trainable parameters only: a model with frozen ones is always written.
     weights = weights or any(files.includes(n) and not p.requires_grad for n, p in run.engine.model.named_parameters())
@@ -89,7 +111,7 @@ def _write_model(run: RunState, folder: Path, weights: bool = True) -> None:
     try:
         if run.is_main:
             if weights:
-                files.write(folder, tensors)
+                digests = files.write(folder, tensors)
             else:
                 files.write_configs(folder, run.engine.dtype)
             if run.data.tokenizer is not None:
@@ -97,6 +119,7 @@ def _write_model(run: RunState, folder: Path, weights: bool = True) -> None:
     finally:
         for _ in tensors:  # every rank takes part in gathering every tensor, even if writing failed
             pass
+    return digests
 
 
 def _trainer_state(run: RunState, last: bool) -> dict[str, object]:

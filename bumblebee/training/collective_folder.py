@@ -9,12 +9,16 @@ from pathlib import Path
 import torch
 
 from bumblebee.checkpoint.atomic import put_in_place, remove, start_aside
+from bumblebee.checkpoint.digests import write_digests
 from bumblebee.distributed import process_group
 
 
 @contextmanager
-def collective_folder(folder: Path, device: torch.device, replace: bool = False) -> Iterator[Path]:
+def collective_folder(folder: Path, device: torch.device, replace: bool = False) -> Iterator[tuple[Path, dict[str, str]]]:
     """Yield a temporary folder into which every rank writes, and rename it to ``folder``. An error on any rank reaches all.
+
+    The yielded dict is for the SHA-256 of files that this rank has written, by path relative to the folder. Rank 0 writes
+    SHA256SUMS with the digests of all ranks, and with those of the remaining files, which it reads.
 
     Args:
         folder: where the files belong.
@@ -26,20 +30,24 @@ def collective_folder(folder: Path, device: torch.device, replace: bool = False)
         OtherRankFailed: another rank could not.
     """
     error: BaseException | None = None
+    digests: dict[str, str] = {}
     partial = folder.parent / f".{folder.name}.partial"
     if process_group.is_main():
         error = _error_of(lambda: start_aside(folder))
     _raise_on_all_ranks(error, device, folder)
     try:
-        yield partial
+        yield partial, digests
     except Exception as failure:
         error = failure
     if process_group.any_rank(error is not None, device):
         if process_group.is_main():
             remove(partial)
         _raise_on_all_ranks(error, device, folder)
+    everywhere = dict(process_group.all_gather_items(list(digests.items())))
     if process_group.is_main():
-        error = _error_of(lambda: put_in_place(partial, folder, replace))
+        error = _error_of(lambda: write_digests(partial, everywhere)) or _error_of(
+            lambda: put_in_place(partial, folder, replace)
+        )
     _raise_on_all_ranks(error, device, folder)
 
 

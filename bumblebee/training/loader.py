@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bumblebee.datamodule import Batch, DataModule
+from bumblebee.datamodule import Batch, DataModule, SampleT
 from bumblebee.training.plan import Plan, SampleRange
 
 # Constants, so that the order does not depend on ranks and batch sizes.
@@ -105,7 +104,9 @@ def validation_batches(data: DataModule, batch_size: int, rank: int, world_size:
     return batches_in_order(data, data.validation or (), batch_size, rank, world_size)
 
 
-def batches_in_order(data: DataModule, samples: Sequence[Any], batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
+def batches_in_order(
+    data: DataModule[SampleT], samples: Sequence[SampleT], batch_size: int, rank: int, world_size: int
+) -> Iterator[Batch]:
     """Yield a rank's share of samples, in order, in as many batches as on every other rank: the last may have no targets."""
     across = batch_size * world_size
     for begin in range(0, len(samples), across):

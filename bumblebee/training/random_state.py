@@ -8,18 +8,22 @@ from pathlib import Path
 
 import numpy
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from bumblebee.checkpoint.digests import file_digest
+from bumblebee.checkpoint.safetensors_writer import save_file
 
 
-def save_random_state(folder: Path, rank: int) -> None:
-    """Write the states of all generators."""
+def save_random_state(folder: Path, rank: int) -> dict[str, str]:
+    """Write the states of all generators; returns the SHA-256 of each file by name."""
+    tensor_file, json_file = folder / f"random-{rank:05d}.safetensors", folder / f"random-{rank:05d}.json"
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, folder / f"random-{rank:05d}.safetensors")
     name, keys, *rest = numpy.random.get_state(legacy=True)
     states = {"python": random.getstate(), "numpy": [name, numpy.asarray(keys).tolist(), *rest]}
-    (folder / f"random-{rank:05d}.json").write_text(json.dumps(states), encoding="utf-8")
+    json_file.write_text(json.dumps(states), encoding="utf-8")
+    return {tensor_file.name: save_file(tensors, tensor_file), json_file.name: file_digest(json_file)}
 
 
 def load_random_state(folder: Path, rank: int) -> None:

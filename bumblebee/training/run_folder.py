@@ -8,42 +8,15 @@ output_dir/adapter_config.json adapter_model.safetensors
 
 from __future__ import annotations
 
-import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
-from bumblebee.checkpoint.trainer_state import TRAINER_STATE, read_trainer_state
+from bumblebee.checkpoint.trainer_state import TRAINER_STATE, checkpoints
 
 _RUN_FILES = ("recipe.yaml", "metrics.jsonl", "log.txt", "loss.png", "summary.json", "tensorboard", "config.json",
              "generation_config.json", "tokenizer.json", "tokenizer_config.json", "best.json", "samples.jsonl", "trace.json",
-             "profile.txt", "wandb", "adapter_config.json", "adapter_model.safetensors")  # fmt: skip
+             "profile.txt", "wandb", "adapter_config.json", "adapter_model.safetensors", "SHA256SUMS")  # fmt: skip
 _RUN_GLOBS = ("checkpoint-*", ".checkpoint-*.partial", "model*.safetensors*")
-
-
-@dataclass(frozen=True)
-class SavedCheckpoint:
-    """A complete checkpoint on disk.
-
-    Args:
-        path: its folder.
-        step: number of optimizer steps done.
-        last: whether it was saved at the end of a run.
-    """
-
-    path: Path
-    step: int
-    last: bool
-
-
-def checkpoints(output_dir: Path) -> list[SavedCheckpoint]:
-    """The complete checkpoints of a run, oldest first."""
-    complete = []
-    for path in output_dir.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / TRAINER_STATE).is_file():
-            complete.append(SavedCheckpoint(path, int(match[1]), bool(read_trainer_state(path).get("last"))))
-    return sorted(complete, key=lambda checkpoint: checkpoint.step)
 
 
 def holds_a_run(output_dir: Path) -> bool:

@@ -28,6 +28,7 @@ from bumblebee.optim import Constant, Optimizer, Schedule, parameter_groups
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import Task
 from bumblebee.training import checkpointing, loader
+from bumblebee.training.console import Console
 from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan, Position
 from bumblebee.training.run_folder import check_free, clear, find_resume
@@ -62,6 +63,8 @@ def set_up(
     checkpoint = find_resume(run.resume, run.output_dir)
     run.device = process_group.pick_device(run.device_name)
     process_group.start(run.device)
+    if checkpoint is not None:
+        checkpointing.verify_checkpoint(checkpoint)
     data.setup(seed)
     task.setup(data)
     run.plan = make_plan(run, data, seed, process_group.world_size(), checkpoint)
@@ -85,6 +88,7 @@ def _reset(run: RunState) -> None:
     run.learning_rate = 0.0
     run.accumulator, run.extra_metrics = MetricAccumulator(), {}
     run.frozen_engines = []
+    run.console = Console()
 
 
 def make_plan(run: RunState, data: DataModule, seed: int, ranks: int, checkpoint: Path | None) -> Plan:

@@ -23,7 +23,6 @@ from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 SHARED = ("callbacks", "datamodules", "serve")
 HOME = Path(__file__).resolve().parents[2]  # of the installed packages, or of the checkout
@@ -51,7 +50,7 @@ def extend_path(path: Iterable[str], package: str, names: Iterable[str] = ()) ->
     return [ours, *added]
 
 
-def lazy_attributes(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+def lazy_attributes(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
     """A module-level ``__getattr__`` (PEP 562) that imports each name on first use.
 
     A name that is not ours is looked up in the ``__init__.py`` of the user's packages of that name, which runs then.
@@ -62,7 +61,7 @@ def lazy_attributes(package: str, homes: Mapping[str, str]) -> Callable[[str], A
     """
     extensions: dict[str, ModuleType] = {}
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         if name in homes:
             return getattr(import_module(homes[name]), name)
         if not name.startswith("__"):

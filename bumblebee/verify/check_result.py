@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,14 @@ class CheckResult:
         """Whether the check can fail: it has bounds, or it ended with an error."""
         return self.error is not None or any(measurement.bound is not None for measurement in self.measurements)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the result as JSON values."""
-        return asdict(self)
+    def to_json(self) -> str:
+        """Return the result as JSON text."""
+        return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> CheckResult:
-        """Rebuild a result from the values of ``to_json``."""
+    def from_json(cls, text: str) -> CheckResult:
+        """Rebuild a result from ``to_json``."""
+        values = json.loads(text)
         return cls(**{**values, "measurements": tuple(Measurement(**fields) for fields in values["measurements"])})
 
     @classmethod

@@ -6,9 +6,8 @@ waiting in a collective, where no collective could reach them.
 
 from __future__ import annotations
 
-import json
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bumblebee.distributed import process_group
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class RankMessages:
-    """Exchanges JSON values by topic. ``topic`` is the one in progress, which the watchdog observes."""
+    """Exchanges texts by topic. ``topic`` is the one in progress, which the watchdog observes."""
 
     def __init__(self) -> None:
         self.rank, self.world_size = process_group.rank(), process_group.world_size()
@@ -33,29 +32,29 @@ class RankMessages:
         """Seconds since ``begin``."""
         return time.monotonic() - self.started_at
 
-    def post(self, topic: str, value: object, failed: bool = False) -> None:
-        """Post this rank's message, a JSON value. ``failed`` starts the watchdog's grace period on the other ranks."""
+    def post(self, topic: str, message: str, failed: bool = False) -> None:
+        """Post this rank's message. ``failed`` starts the watchdog's grace period on the other ranks."""
         store = process_group.store()
         if failed:
             store.set(f"{topic}/failed", str(self.rank))
-        store.set(f"{topic}/{self.rank}", json.dumps(value))
+        store.set(f"{topic}/{self.rank}", message)
 
-    def collect(self, topic: str) -> list[Any]:
+    def collect(self, topic: str) -> list[str]:
         """Wait for the messages of all ranks and return them in rank order."""
         while None in (messages := self.received(topic, process_group.store())):
             time.sleep(0.05)
         self.topic = None
-        return messages
+        return [message for message in messages if message is not None]
 
-    def received(self, topic: str, store: Store) -> list[Any]:
+    def received(self, topic: str, store: Store) -> list[str | None]:
         """Return the messages posted so far in rank order, None for a rank that has not posted."""
         keys = [f"{topic}/{rank}" for rank in range(self.world_size)]
-        return [json.loads(store.get(key)) if store.check([key]) else None for key in keys]
+        return [store.get(key).decode() if store.check([key]) else None for key in keys]
 
     def leave(self) -> None:
         """End the exchange. Rank 0, whose process may host the store, leaves last."""
         if self.rank:
-            self.post("leave", True)
+            self.post("leave", "")
             return
         deadline = time.monotonic() + 10
         while None in self.received("leave", process_group.store())[1:] and time.monotonic() < deadline:

@@ -6,10 +6,9 @@ The rows are awkward on purpose: packed documents, from none to all tokens as ta
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -20,7 +19,7 @@ from bumblebee.config import BumblebeeConfig
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.model import Bumblebee
 from bumblebee.nn import IGNORE_INDEX
-from bumblebee.optim import Schedule
+from bumblebee.optim import Optimizer, Schedule
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.task import ForwardFn
 from bumblebee.trainer import Trainer
@@ -51,7 +50,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-class RandomTokens(DataModule):
+class RandomTokens(DataModule[int]):
     """Rows of random tokens, two documents each. The last ``NUM_TARGETS[i]`` tokens of row i are targets.
 
     Args:
@@ -75,7 +74,7 @@ class RandomTokens(DataModule):
         }
         self.train = range(self.samples)
 
-    def collate(self, samples: list[Any]) -> Batch:
+    def collate(self, samples: list[int]) -> Batch:
         """Return the rows with these indices as a micro-batch."""
         return {name: column[samples] for name, column in self.columns.items()}
 
@@ -138,7 +137,7 @@ def run_training(
     recorder: RunRecorder,
     trainer: Trainer,
     data: RandomTokens,
-    optimizer: Callable[..., Any],
+    optimizer: Callable[[Iterable], Optimizer],
     folder: Path,
     attention: str,
     schedule: Schedule | None = None,

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -77,7 +76,7 @@ class Verification:
             self.messages.begin(self._topic)
             own = _run_check(check, context)
             self.messages.post(self._topic, own.to_json(), failed=own.error is not None)
-            results = [CheckResult.from_json(values) for values in self.messages.collect(self._topic)]
+            results = [CheckResult.from_json(message) for message in self.messages.collect(self._topic)]
             self._results.append((check, CheckResult.merge(results)))
             # After the same error everywhere the ranks are still in step: each got equally far.
             out_of_step |= check.collective and len({result.error for result in results}) > 1
@@ -95,12 +94,12 @@ class Verification:
             others = ["has not reported"] * (self.messages.world_size - 1)
             self._give_up(self.messages.received(self._topic, process_group.store()), [own, *others])
 
-    def _give_up(self, messages: list[Any], locations: list[str]) -> None:
+    def _give_up(self, messages: list[str | None], locations: list[str]) -> None:
         """Report the check in progress as failed. Runs on rank 0, possibly in the watchdog's thread."""
         check = self.checks[len(self._results)]
-        results = [(rank, CheckResult.from_json(values)) for rank, values in enumerate(messages) if values is not None]
+        results = [(rank, CheckResult.from_json(message)) for rank, message in enumerate(messages) if message is not None]
         errors = sorted((result.finished_at, f"rank {rank}: {result.error}") for rank, result in results if result.error)
-        waiting = [f"rank {rank} {locations[rank]}" for rank, values in enumerate(messages) if values is None]
+        waiting = [f"rank {rank} {locations[rank]}" for rank, message in enumerate(messages) if message is None]
         reason = "; ".join([error for _, error in errors[:1]] + waiting)
         self._results.append((check, CheckResult(error=reason, seconds=self.messages.seconds)))
         self._results += [(check, CheckResult(was_run=False)) for check in self.checks[len(self._results) :]]
@@ -125,23 +124,23 @@ class Verification:
 
     def _make_folder(self) -> Path:
         """Create a hidden folder on rank 0 and return its path on every rank."""
-        message: dict[str, str] = {}
+        folder = ""  # if it cannot be made
         error: OSError | None = None
         if process_group.is_main():
             try:
                 self._parent.mkdir(parents=True, exist_ok=True)
                 self._folder = Path(tempfile.mkdtemp(prefix=".bumblebee-verify-", dir=self._parent.absolute()))
-                message = {"folder": str(self._folder)}
+                folder = str(self._folder)
             except OSError as failure:
                 error = OSError(f"folder: cannot write {self._parent}: {failure.strerror}")
         if self.messages.world_size > 1:
-            self.messages.post("folder", message)
-            message = self.messages.collect("folder")[0]
+            self.messages.post("folder", folder)
+            folder = self.messages.collect("folder")[0]
         if error is not None:
             raise error
-        if not message:
+        if not folder:
             raise process_group.OtherRankFailed("rank 0 cannot write the folder; see its error message")
-        return Path(message["folder"])
+        return Path(folder)
 
     def _remove_folder(self) -> None:
         if self._folder is not None:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bumblebee.distributed import process_group
 from bumblebee.verify.rank_messages import RankMessages
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 GRACE = 20.0  # seconds to finish a check after another rank has failed in it
 LIMIT = 300.0  # seconds a check may take; a few are normal
 
-GiveUp = Callable[[list[Any], list[str]], None]
+GiveUp = Callable[[list[str | None], list[str]], None]
 
 
 class Watchdog:

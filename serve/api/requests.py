@@ -2,12 +2,15 @@
 
 Choices made:
 - The server's defaults apply to everything a request omits. max_tokens defaults to 16 for completions, as in OpenAI's
-  reference, and for chats to the rest of the context up to a limit, because the cache is reserved for all of it.
+  reference, and for chats to the rest of the context up to a limit, because the cache is reserved for all of it. A larger one
+  than the rest of the context is capped there: the completion ends with finish_reason "length".
+- Special tokens that are spelled in a completion's prompt are special tokens, as in vLLM and llama.cpp, so that a rendered
+  template can be sent. Those in a chat's messages are text: they come from the users of an application.
 - Choice k of a seeded request has a seed derived from both, choice 0 the seed itself: a larger n changes no other choice.
 - tool_choice "none" leaves the tools out of the prompt: the model cannot call what it does not see.
 - A chat also stops at its template's end of turn, which the folder of a base model may not name, unless ignore_eos is set.
-- Nothing in a conversation is dropped silently: a name or a tool call that the template does not render is rejected. The name
-  in a tool's result is an exception, because its tool_call_id identifies it.
+- A tool call that the template does not render is rejected. The name and the reasoning of a message are up to the template:
+  agent libraries send both with every message, and most templates render neither.
 - Tokenizing megabytes of text takes a second: call this in a thread.
 """
 
@@ -31,11 +34,12 @@ CHAT_MAX_TOKENS, COMPLETION_MAX_TOKENS = 2048, 16
 MIN_TOP_P = 1e-9  # keeps only the most likely token, like OpenAI's 0
 # Fields with the same name in request bodies and SamplingParams.
 SHARED_FIELDS = (
-    "temperature", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "stop",
-    "seed", "ignore_eos",
+    "temperature", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "stop",
+    "include_stop_str_in_output", "seed", "ignore_eos",
 )  # fmt: skip
 
 TemplateMessage = dict[str, Any]  # a message as chat templates expect it
+TemplateTool = dict[str, object]  # a tool as chat templates expect it
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,15 @@ class ChoiceRequest:
         prompt: token ids.
         params: sampling parameters.
         index: of the choice.
+        prompt_logprobs: number of most likely tokens to return with the log-probability of each prompt token; None for neither.
+        prompt_only: generate no token.
     """
 
     prompt: list[int]
     params: SamplingParams
     index: int
+    prompt_logprobs: int | None = None
+    prompt_only: bool = False
 
 
 class ChatRenderer:
@@ -73,11 +81,11 @@ class ChatRenderer:
         template = self._template
         if tools and self.tool_call_format is None:
             raise invalid("Tools are not supported: no tool-call format was detected in the model's chat template", "tools")
-        tool_dicts = [tool.model_dump(exclude_none=True) for tool in tools] or None
+        tool_dicts = [tool.to_template() for tool in tools] or None
         original = with_system([message.to_template() for message in messages], self.system_prompt)
         rewritten = self.tool_call_format.rewrite(original) if self.tool_call_format else original
         try:
-            _check_nothing_dropped(template, rewritten, original, tool_dicts)
+            _check_calls_rendered(template, rewritten, original, tool_dicts)
             return template.apply(rewritten, tool_dicts, True)
         except ValueError as error:
             raise invalid(str(error).removeprefix(f"{template.name_or_path}: "), "messages") from None
@@ -99,23 +107,16 @@ class ChatRenderer:
             raise invalid(message, "messages", "no_chat_template") from None
 
 
-def _check_nothing_dropped(
-    template: ChatTemplate, rewritten: list[TemplateMessage], original: list[TemplateMessage], tools: Any
+def _check_calls_rendered(
+    template: ChatTemplate, rewritten: list[TemplateMessage], original: list[TemplateMessage], tools: list[TemplateTool] | None
 ) -> None:
-    """Raise if the template drops names or tool calls."""
+    """Raise if the template drops tool calls."""
     calls = dict.fromkeys(call["function"]["name"] for message in original for call in message.get("tool_calls", ()))
-    nameless = [message if message["role"] == "tool" else _without_name(message) for message in rewritten]
-    if not calls and nameless == rewritten:
+    if not calls:
         return
     text = template.render(rewritten, tools, True)
     if missing := [name for name in calls if name not in text]:
         raise ValueError(f"the model's chat template does not support tool calls ({missing[0]!r})")
-    if nameless != rewritten and template.render(nameless, tools, True) == text:
-        raise ValueError("the model's chat template does not support the name of a message: omit it")
-
-
-def _without_name(message: TemplateMessage) -> TemplateMessage:
-    return {key: value for key, value in message.items() if key != "name"}
 
 
 class RequestBuilder:
@@ -162,7 +163,7 @@ class RequestBuilder:
         marker_ids = self.tool_call_format.marker_ids if self.tool_call_format and body.callable_tools else ()
         params = params.ending_with(self.tokenizer.end_of_turn_ids)
         params = replace(params, spelled_ids=[*params.spelled_ids, *marker_ids])
-        return self._choices([prompt], params, body, body.max_completion_tokens or body.max_tokens, CHAT_MAX_TOKENS)
+        return self._choices([prompt], params, body, body.token_limit, CHAT_MAX_TOKENS)
 
     def completion(self, body: CompletionRequest) -> list[ChoiceRequest]:
         """The n choices for each prompt, ordered by prompt.
@@ -173,8 +174,8 @@ class RequestBuilder:
         if len(body.prompt) * (body.n or 1) > MAX_CHOICES:
             message = f"Too many choices: {len(body.prompt)} prompts with n = {body.n or 1}, at most {MAX_CHOICES} in total"
             raise invalid(message, "n")
-        prompts = [self._prompt_ids(prompt) for prompt in body.prompt]
-        return self._choices(prompts, self._params(body, body.logprobs), body, body.max_tokens, COMPLETION_MAX_TOKENS)
+        prompts = [self._prompt_ids(prompt, body) for prompt in body.prompt]
+        return self._choices(prompts, self._params(body, body.logprobs), body, body.token_limit, COMPLETION_MAX_TOKENS)
 
     def tokenize(self, body: TokenizeRequest) -> list[int]:
         """The token ids of a text or of a chat, as the model receives them.
@@ -185,15 +186,18 @@ class RequestBuilder:
         if body.messages is not None:
             return self.renderer.render(body.messages, body.tools or [])
         assert body.prompt is not None
-        return self.tokenizer.prompt_ids(body.prompt)
+        return self._encode(body.prompt, body)
 
     def echo(self, prompt: str | list[int]) -> str:
-        """The text of a prompt."""
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+        """The text of a prompt, special tokens included."""
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, skip_special_tokens=False)
 
-    def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
+    def _encode(self, text: str, body: CompletionRequest | TokenizeRequest) -> list[int]:
+        return self.tokenizer.prompt_ids(text, body.parse_special is not False, body.add_special_tokens is not False)
+
+    def _prompt_ids(self, prompt: str | list[int], body: CompletionRequest) -> list[int]:
         if isinstance(prompt, str):
-            ids = self.tokenizer.prompt_ids(prompt)
+            ids = self._encode(prompt, body)
             if not ids:
                 raise invalid("Invalid value for 'prompt': must not be empty", "prompt")
             return ids
@@ -208,9 +212,16 @@ class RequestBuilder:
 
     def _params(self, body: GenerationRequest, logprobs: int | None) -> SamplingParams:
         self._check_token_ids(list(body.logit_bias or ()), "logit_bias")
+        self._check_token_ids(body.stop_token_ids or (), "stop_token_ids")
         explicit = {name: getattr(body, name) for name in SHARED_FIELDS if getattr(body, name) is not None}
         if body.top_p is not None:
             explicit["top_p"] = max(body.top_p, MIN_TOP_P)
+        if body.top_k is not None:
+            explicit["top_k"] = max(body.top_k, 0)  # -1 keeps all tokens, as in vLLM
+        if body.stop_token_ids is not None:
+            explicit["stop_ids"] = body.stop_token_ids
+        if body.min_tokens is not None:
+            explicit["min_new_tokens"] = body.min_tokens
         return replace(self.defaults, **explicit, logprobs=logprobs)
 
     def _choices(
@@ -222,26 +233,34 @@ class RequestBuilder:
         default_max_tokens: int,
     ) -> list[ChoiceRequest]:
         choices: list[ChoiceRequest] = []
+        prompt_only, scored = max_tokens == 0, _prompt_logprobs(body)
         for prompt in prompts:
-            remaining = self._remaining(len(prompt), max_tokens, body)
-            new_tokens = max_tokens or min(remaining, self.max_new_tokens or default_max_tokens)
+            remaining = self._remaining(len(prompt), body, 0 if prompt_only else 1)
+            limit = max_tokens or max(self.max_new_tokens or default_max_tokens, params.min_new_tokens)
+            new_tokens = min(limit, max(remaining, 1))
             for sample in range(body.n or 1):
                 own = replace(params, max_new_tokens=new_tokens, seed=sample_seed(params.seed, sample))
-                choices.append(ChoiceRequest(prompt, own, len(choices)))
+                choices.append(ChoiceRequest(prompt, own, len(choices), scored, prompt_only))
         return choices
 
-    def _remaining(self, prompt_tokens: int, max_tokens: int | None, body: GenerationRequest) -> int:
-        """Tokens of the context that are left after a prompt."""
+    def _remaining(self, prompt_tokens: int, body: GenerationRequest, minimum: int) -> int:
+        """Tokens of the context that are left after a prompt, at least ``minimum``."""
         remaining = self.context_length - prompt_tokens
-        if remaining >= (max_tokens or 1):
+        if remaining >= minimum:
             return remaining
         param = "prompt" if isinstance(body, CompletionRequest) else "messages"
-        total = prompt_tokens + (max_tokens or 1)
         message = (
-            f"This model's maximum context length is {self.context_length} tokens, but you requested {total} tokens"
-            f" ({prompt_tokens} in the {param}, {max_tokens or 'at least 1'} in the completion)"
+            f"This model's maximum context length is {self.context_length} tokens, but you requested at least"
+            f" {prompt_tokens + minimum} tokens ({prompt_tokens} in the {param}, at least {minimum} in the completion)"
         )
         raise invalid(message, param, "context_length_exceeded")
+
+
+def _prompt_logprobs(body: GenerationRequest) -> int | None:
+    """Number of most likely tokens to return for each prompt token; None if the prompt needs no log-probabilities."""
+    echoed = body.logprobs if isinstance(body, CompletionRequest) and body.echo else None
+    counts = [count for count in (body.prompt_logprobs, echoed) if count is not None]
+    return max(counts, default=None)
 
 
 def sample_seed(seed: int | None, sample: int) -> int | None:

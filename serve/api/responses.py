@@ -4,51 +4,27 @@ A response builder receives all outputs of all choices. ``add`` returns the chun
 response at the end.
 
 Choices made:
-- A special token has an empty text. In logprobs, where it needs a name, it is written as in the vocabulary, with null bytes.
-- A token that is not a complete UTF-8 sequence is named as by OpenAI: "bytes:\\xf0\\x9f".
-- The log probability of an impossible token is -9999.0, as in OpenAI's API: JSON has no infinity.
+- Tokens and log probabilities are written as token_names.py describes.
 - A tool call is sent in one chunk, because only a complete one can be told from text.
+- With parallel_tool_calls: false, a choice ends with its first tool call.
 """
 
 from __future__ import annotations
 
-import codecs
 import time
 import uuid
 from collections.abc import Sequence
-from itertools import count, repeat
 from typing import Any
 
 from bumblebee.inference.request import RequestOutput, SampledToken
 from bumblebee.tokenizer.tokenizer import Tokenizer
+from serve.api.prompt_logprobs import CompletionLogprobs, Logprobs, PromptLogprob, prompt_logprobs
 from serve.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from serve.api.token_names import TokenNames, finite
 from serve.api.tool_call_format import ToolCallFormat
 from serve.api.tool_call_parser import ParsedCall, ToolCallParser
 
 JSONObject = dict[str, Any]
-MIN_LOGPROB = -9999.0
-
-
-class TokenNames:
-    """Names of tokens in logprobs."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def bytes_of(self, index: int) -> bytes | None:
-        """The bytes of a token; None for a special token and for an id without a token."""
-        table = self._tokenizer.token_bytes
-        return None if index in self._tokenizer.special_ids or index >= len(table) else table[index]
-
-    def name(self, index: int) -> str:
-        """The text of a token, or its entry in the vocabulary."""
-        text = self.bytes_of(index)
-        if text is None:
-            return self._tokenizer.backend.id_to_token(index) or f"token_id:{index}"
-        try:
-            return text.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
 
 
 class ResponseBuilder:
@@ -59,6 +35,10 @@ class ResponseBuilder:
         model: name of the model.
         tokenizer: the model's.
         choices: number of choices.
+
+    Attributes:
+        finish_reasons: of the choices; None while they run.
+        prompt_tokens: number of prompt tokens of each choice.
     """
 
     prefix, object, chunk_object = "", "", ""
@@ -69,8 +49,10 @@ class ResponseBuilder:
         self.model = model
         self.names = TokenNames(tokenizer)
         self.samples = body.n or 1
-        self.include_usage = body.include_usage
+        self.include_usage, self.continuous_usage = body.include_usage, body.continuous_usage
         self.finish_reasons: list[str | None] = [None] * choices
+        self.prompt_logprobs_count = body.prompt_logprobs
+        self.prompt_logprobs: list[list[dict[str, PromptLogprob] | None] | None] = [None] * choices
         self.prompt_tokens, self.cached_tokens, self.new_tokens = [0] * choices, [0] * choices, [0] * choices
 
     def usage(self) -> JSONObject:
@@ -91,12 +73,16 @@ class ResponseBuilder:
     def _count(self, index: int, output: RequestOutput) -> None:
         self.prompt_tokens[index], self.cached_tokens[index] = output.prompt_tokens, output.cached_tokens
         self.new_tokens[index] += len(output.tokens)
+        if output.prompt_logprobs is not None and self.prompt_logprobs_count is not None:
+            self.prompt_logprobs[index] = prompt_logprobs(output.prompt_logprobs, self.prompt_logprobs_count, self.names)
 
     def _head(self, object: str) -> JSONObject:
         return {"id": self.id, "object": object, "created": self.created, "model": self.model}
 
     def _chunk(self, choice: JSONObject) -> JSONObject:
-        usage = {"usage": None} if self.include_usage else {}
+        usage = (
+            {"usage": self.usage() if self.continuous_usage else None} if self.include_usage or self.continuous_usage else {}
+        )
         return {**self._head(self.chunk_object), "choices": [choice], **usage}
 
     def _body(self, choices: list[JSONObject]) -> JSONObject:
@@ -123,6 +109,7 @@ class ChatResponseBuilder(ResponseBuilder):
         self._parsers = [
             ToolCallParser(tool_call_format, names) if tool_call_format and names else None for _ in range(self.samples)
         ]
+        self._only_one_call = body.parallel_tool_calls is False
         self._texts: list[list[str]] = [[] for _ in range(self.samples)]
         self._calls: list[list[JSONObject]] = [[] for _ in range(self.samples)]
         self._logprobs: list[list[JSONObject]] | None = [[] for _ in range(self.samples)] if body.logprobs else None
@@ -132,22 +119,28 @@ class ChatResponseBuilder(ResponseBuilder):
         return [self._delta(index, {"role": "assistant", "content": ""}) for index in range(self.samples)]
 
     def add(self, index: int, output: RequestOutput) -> list[JSONObject]:
-        """Add an output to a choice. Returns the chunks for a stream."""
+        """Add an output to a choice. Returns the chunks for a stream.
+
+        A choice may end before its generation does: then its finish reason is set, but not the output's.
+        """
         self._count(index, output)
-        deltas = [self._part_delta(index, part) for part in _parts(self._parsers[index], output)]
+        parts, reason = _parts(self._parsers[index], output), output.finish_reason
+        if self._only_one_call and (calls := [position for position, part in enumerate(parts) if isinstance(part, ParsedCall)]):
+            parts, reason = parts[: calls[0] + 1], "stop"
+        deltas = [self._part_delta(index, part) for part in parts]
         logprobs = self._logprobs_of(index, output.tokens)
         if logprobs and not deltas:
             deltas = [{}]
         chunks = [self._delta(index, delta, logprobs=None if position else logprobs) for position, delta in enumerate(deltas)]
-        if output.finish_reason is not None:
-            has_calls = self._calls[index] and output.finish_reason == "stop"
-            self.finish_reasons[index] = "tool_calls" if has_calls else output.finish_reason
+        if reason is not None:
+            self.finish_reasons[index] = "tool_calls" if self._calls[index] and reason == "stop" else reason
             chunks.append(self._delta(index, {}, self.finish_reasons[index]))
         return chunks
 
     def body(self) -> JSONObject:
         """The complete response, after all choices have finished."""
-        return self._body([self._choice(index) for index in range(self.samples)])
+        scored = {} if self.prompt_logprobs_count is None else {"prompt_logprobs": self.prompt_logprobs[0]}
+        return self._body([self._choice(index) for index in range(self.samples)]) | scored
 
     def _part_delta(self, index: int, part: str | ParsedCall) -> JSONObject:
         """The delta for text or a tool call."""
@@ -207,60 +200,46 @@ class CompletionResponseBuilder(ResponseBuilder):
         super().__init__(body, model, tokenizer, choices)
         prefixes = echoes or [""] * len(body.prompt)
         self._texts = [[prefixes[index // self.samples]] for index in range(choices)]
-        self._logprobs = None if body.logprobs is None else [_empty_logprobs() for _ in range(choices)]
-        self._offsets = [0] * choices
-        self._decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(choices)]
+        self._echoes = bool(echoes)
+        self._logprobs: list[CompletionLogprobs] | None = None
+        if body.logprobs is not None:
+            self._logprobs = [CompletionLogprobs(self.names, body.logprobs) for _ in range(choices)]
 
     def first_chunks(self) -> list[JSONObject]:
-        """The chunks before the first token: the prompts, if requested."""
+        """The chunks before the first token: the prompts, if requested; with logprobs, they follow when these are known."""
+        if self._logprobs is not None:
+            return []
         return [self._chunk(self._choice_text(index, texts[0])) for index, texts in enumerate(self._texts) if texts[0]]
 
     def add(self, index: int, output: RequestOutput) -> list[JSONObject]:
         """Add an output to a choice. Returns the chunks for a stream."""
         self._count(index, output)
+        chunks = self._prompt_chunks(index, output)
         self._texts[index].append(output.text)
         self.finish_reasons[index] = output.finish_reason
-        logprobs = self._logprobs_of(index, output.tokens)
-        if not (output.text or logprobs or output.finish_reason):
-            return []
-        return [self._chunk(self._choice_text(index, output.text, logprobs))]
+        logprobs = self._logprobs[index].add(output.tokens) if self._logprobs and output.tokens else None
+        if output.text or logprobs or output.finish_reason:
+            chunks.append(self._chunk(self._choice_text(index, output.text, logprobs)))
+        return chunks
 
     def body(self) -> JSONObject:
         """The complete response, after all choices have finished."""
-        logprobs = self._logprobs or repeat(None)
-        choices = zip(count(), self._texts, logprobs)
-        return self._body([self._choice_text(index, "".join(texts), own) for index, texts, own in choices])
+        return self._body([self._choice(index) for index in range(len(self._texts))])
 
-    def _choice_text(self, index: int, text: str, logprobs: JSONObject | None = None) -> JSONObject:
+    def _choice(self, index: int) -> JSONObject:
+        scored = {} if self.prompt_logprobs_count is None else {"prompt_logprobs": self.prompt_logprobs[index]}
+        logprobs = self._logprobs[index].whole if self._logprobs else None
+        return self._choice_text(index, "".join(self._texts[index]), logprobs) | scored
+
+    def _prompt_chunks(self, index: int, output: RequestOutput) -> list[JSONObject]:
+        """The chunk of an echoed prompt with logprobs."""
+        if output.prompt_logprobs is None or not (self._logprobs and self._echoes):
+            return []
+        text = self._texts[index][0]
+        return [self._chunk(self._choice_text(index, text, self._logprobs[index].add_prompt(output.prompt_logprobs, text)))]
+
+    def _choice_text(self, index: int, text: str, logprobs: Logprobs | None = None) -> JSONObject:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reasons[index]}
-
-    def _logprobs_of(self, index: int, tokens: Sequence[SampledToken]) -> JSONObject | None:
-        if self._logprobs is None or not tokens:
-            return None
-        new = _empty_logprobs()
-        for token in tokens:
-            name = self.names.name(token.id)
-            new["tokens"].append(name)
-            new["token_logprobs"].append(finite(token.logprob))
-            top = {
-                self.names.name(alternative): finite(value) for alternative, value in [*token.top, (token.id, token.logprob)]
-            }
-            new["top_logprobs"].append(top)
-            new["text_offset"].append(self._offsets[index])
-            self._offsets[index] += len(self._decoders[index].decode(self.names.bytes_of(token.id) or b""))
-        for key, values in new.items():
-            self._logprobs[index][key] += values
-        return new
-
-
-def finite(logprob: float | None) -> float:
-    """A log probability that JSON can represent."""
-    assert logprob is not None  # the request asks for logprobs
-    return max(logprob, MIN_LOGPROB)
-
-
-def _empty_logprobs() -> JSONObject:
-    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
 def _parts(parser: ToolCallParser | None, output: RequestOutput) -> list[str | ParsedCall]:

@@ -18,10 +18,10 @@ MAX_FIELD_NAME = 64  # characters of a client's field name that a message quotes
 
 
 class StrictModel(BaseModel):
-    """An object that rejects unknown fields."""
+    """An object that rejects unknown fields. Null is the same as an absent field, also for fields that are not known."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    # OpenAI's fields that this server does not implement -> the reason; null is accepted.
+    # OpenAI's fields that this server does not implement -> the reason.
     unsupported: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
@@ -29,7 +29,7 @@ class StrictModel(BaseModel):
     def _check_fields(cls, content: object) -> object:
         if not isinstance(content, dict):
             return content
-        content = {name: value for name, value in content.items() if value is not None or name not in cls.unsupported}
+        content = {name: value for name, value in content.items() if value is not None or name in cls.model_fields}
         for name in content:
             if name in cls.unsupported:
                 raise field_error(name, cls.unsupported[name], "unsupported")

@@ -13,11 +13,12 @@ from starlette.types import Receive, Scope, Send
 
 from bumblebee.inference.request import RequestOutput
 from serve.api.errors import APIError
-from serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder
+from serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder, JSONObject
 from serve.workers.engine_client import OutputStream
 
 ResponseBuilder = ChatResponseBuilder | CompletionResponseBuilder
 Result = TypeVar("Result")
+LONG_PROMPT = 1000  # tokens
 
 
 class EventStream(StreamingResponse):
@@ -57,10 +58,10 @@ async def event_stream(
     outputs: OutputStream, response: ResponseBuilder, index: int, first: RequestOutput
 ) -> AsyncIterator[str]:
     """The chunks of a response as events. An error is sent as the last event, because the status has been sent already."""
-    yield to_events([*response.first_chunks(), *response.add(index, first)])
+    yield to_events([*response.first_chunks(), *await add_output(response, outputs, index, first)])
     try:
         async for choice, output in outputs:
-            if chunks := response.add(choice, output):
+            if chunks := await add_output(response, outputs, choice, output):
                 yield to_events(chunks)
     except APIError as error:
         yield to_events([error.body()])
@@ -76,7 +77,21 @@ def to_events(chunks: Sequence[object]) -> str:
 async def collect(response: ResponseBuilder, outputs: OutputStream) -> None:
     """Add all outputs to a response."""
     async for index, output in outputs:
-        response.add(index, output)
+        await add_output(response, outputs, index, output)
+
+
+async def add_output(response: ResponseBuilder, outputs: OutputStream, index: int, output: RequestOutput) -> list[JSONObject]:
+    """Add an output to a response and return the chunks for a stream. A choice that is complete is generated no further.
+
+    The log probabilities of a long prompt take a while: they are written in a thread.
+    """
+    if len(output.prompt_logprobs or ()) > LONG_PROMPT:
+        chunks = await asyncio.to_thread(response.add, index, output)
+    else:
+        chunks = response.add(index, output)
+    if output.finish_reason is None and response.finish_reasons[index] is not None:
+        outputs.end(index)
+    return chunks
 
 
 async def unless_disconnected(request: Request, work: Awaitable[Result]) -> Result:

@@ -5,7 +5,12 @@
 
 import { Failure } from "./failure.js";
 
+const MIN_CHUNKS = 5;  // for a rate
+const MIN_SECONDS = 0.25;  // for a rate: text that a proxy or the network held back arrives at once
+const SETTLE = 250;  // milliseconds
 const ROUTES = { chat: "v1/chat/completions", completion: "v1/completions" };
+
+const LOST = new Set(["lost", "offline"]);
 
 export class Answer extends EventTarget {
   #abort = new AbortController();
@@ -26,6 +31,13 @@ export class Answer extends EventTarget {
     this.#abort.abort();
   }
 
+  /** Ends the answer because the page is about to close. */
+  interrupt() {
+    delete this.message.error;
+    this.message.finish = "interrupted";
+    this.#abort.abort();
+  }
+
   /**
    * Resolves when the answer has ended. Errors are stored in the message.
    * @param {"chat"|"completion"} mode
@@ -38,6 +50,8 @@ export class Answer extends EventTarget {
       while (!(await this.#attempt(mode, body))) await this.connection.ready(this.#abort.signal);
       message.finish ??= "stop";
     } catch (error) {
+      // Some browsers abort the requests of a page that is being left before `pagehide`, which is no lost connection.
+      if (LOST.has(error.kind)) await new Promise((resolve) => setTimeout(resolve, SETTLE));
       this.#end(error);
     }
     this.dispatchEvent(new Event("change"));
@@ -77,17 +91,24 @@ export class Answer extends EventTarget {
 
   /** Counts chunks as tokens until the usage arrives with the last chunk. */
   #stats(usage) {
-    const { sent, first, last, chunks } = this.#clock;
+    const { sent, first, chunks } = this.#clock;
     const tokens = usage?.completion_tokens ?? chunks;
-    const rate = tokens > 1 && last > first ? ((tokens - 1) * 1000) / (last - first) : undefined;
-    return { prompt: usage?.prompt_tokens, tokens, first: first ? (first - sent) / 1000 : undefined, rate };
+    return { prompt: usage?.prompt_tokens, tokens, first: first ? (first - sent) / 1000 : undefined, rate: this.#rate(tokens) };
+  }
+
+  /** Tokens per second after the first chunk; undefined if there were too few chunks or too little time to measure it. */
+  #rate(tokens) {
+    const { first, last, chunks } = this.#clock;
+    const seconds = (last - first) / 1000;
+    if (chunks < MIN_CHUNKS || seconds < MIN_SECONDS) return undefined;
+    return (tokens * (chunks - 1)) / chunks / seconds;
   }
 
   #end(error) {
     const { message } = this;
     if (this.#abort.signal.aborted) {
       delete message.error;
-      message.finish = "stopped";
+      message.finish ??= "stopped";
       return;
     }
     message.finish = "failed";

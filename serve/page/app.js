@@ -173,7 +173,7 @@ connection.addEventListener("change", () => {
 settings.addEventListener("change", () => (showTheme(settings.theme), drawStats()));
 for (const source of [store, settings]) source.addEventListener("full", () => notify(FULL));
 addEventListener("online", () => connection.connect());
-addEventListener("pagehide", () => chat.keep());
+addEventListener("pagehide", () => chat.interrupt());
 addEventListener("storage", ({ key }) => {
   if (!key) return;
   settings.reload();

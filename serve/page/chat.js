@@ -76,8 +76,7 @@ export class Chat extends EventTarget {
 
   /** Continues an answer that was cut off. */
   continueAnswer() {
-    if (this.conversation.mode === "completion") this.complete();
-    else this.send(CONTINUE_PROMPT);
+    this.send(CONTINUE_PROMPT);
   }
 
   /** Lets the model continue the text, in completion mode. */
@@ -135,9 +134,12 @@ export class Chat extends EventTarget {
     if (conversations.length) this.open(conversations[0].id);
   }
 
-  /** Saves running answers; called when the page is about to close. */
-  keep() {
-    for (const id of this.answers.keys()) if (this.store.get(id)) this.store.save(this.store.get(id));
+  /** Ends and saves running answers; called when the page is about to close. */
+  interrupt() {
+    for (const [id, answer] of this.answers) {
+      answer.interrupt();
+      if (this.store.get(id)) this.store.save(this.store.get(id));
+    }
   }
 
   #indexOf(id) {

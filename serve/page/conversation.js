@@ -3,10 +3,11 @@
  *
  * @typedef {object} Message
  * @property {string} id
- * @property {"user"|"assistant"} role
+ * @property {"user"|"assistant"|"system"} role
  * @property {string} content
  * @property {string} [model]
- * @property {string} [finish] of an answer: "stop", "length", "stopped" (by the user), "failed"; absent while it is streaming
+ * @property {string} [finish] of an answer: "stop", "length", "stopped" (by the user), "interrupted" (by leaving the page),
+ *     "failed"; absent while it is streaming
  * @property {{kind: string, message: string, retryAfter?: number}} [error]
  * @property {{prompt?: number, tokens?: number, first?: number, rate?: number}} [stats] tokens; seconds; tokens per second
  *
@@ -46,9 +47,9 @@ export function isEmpty({ messages, text }) {
   return messages.length === 0 && text === "";
 }
 
-/** The name, or the first line. */
+/** The name, or the first line after a system prompt. */
 export function titleOf({ name, messages, text, mode }) {
-  const line = (messages[0]?.content ?? text).trim().split("\n", 1)[0].trimEnd();
+  const line = (messages.find(({ role }) => role !== "system")?.content ?? text).trim().split("\n", 1)[0].trimEnd();
   const short = line.length > TITLE_LENGTH ? `${line.slice(0, TITLE_LENGTH - 1).trimEnd()}…` : line;
   return name || short || (mode === "chat" ? "New chat" : "New text");
 }
@@ -62,7 +63,7 @@ export function matches(conversation, query) {
 
 /** @param {Conversation} conversation */
 export function toMarkdown(conversation) {
-  const speaker = { user: "You", assistant: "Bumblebee" };
+  const speaker = { user: "You", assistant: "Bumblebee", system: "System" };
   const parts = conversation.messages.map(({ role, content }) => `## ${speaker[role]}\n\n${content.trim()}\n`);
   return [`# ${titleOf(conversation)}\n`, ...(conversation.text ? [conversation.text] : parts)].join("\n");
 }
@@ -105,7 +106,7 @@ function restored({ mode, name, created, updated, messages = [], text }) {
     name: typeof name === "string" ? name : "",
     created: Number.isFinite(created) ? created : fresh.created,
     updated: Number.isFinite(updated) ? updated : fresh.updated,
-    messages: messages.filter(({ role }) => role !== "system").map(({ role, content }) => ({ ...newMessage(role, content), finish: "stop" })),
+    messages: messages.map(({ role, content }) => ({ ...newMessage(role, content), finish: "stop" })),
     text: typeof text === "string" ? text : "",
   };
 }

@@ -1,7 +1,7 @@
 /**
  * Renders a model's Markdown to safe elements.
  *
- * marked converts it to HTML, where all but the simplest HTML tags are escaped; highlight.js highlights code; and DOMPurify
+ * marked converts it to HTML, where all HTML but tables and the simplest tags is escaped; highlight.js highlights code; and DOMPurify
  * removes all elements and attributes that are not listed here. The result cannot run scripts, cannot load resources (remote
  * images become links, because fetching one would leak the conversation to its server), cannot imitate the page (no class, id
  * or style) and can only link to the web and to mail addresses.
@@ -19,17 +19,24 @@ const MAX_HIGHLIGHTED = 20_000;  // characters of code; highlighting more would 
 const ALLOWED = {
   ALLOWED_TAGS: [
     "p", "br", "hr", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "pre", "code", "span", "strong", "em", "b", "i", "u",
-    "s", "del", "sub", "sup", "kbd", "mark", "small", "a", "img", "table", "thead", "tbody", "tr", "th", "td", "dl", "dt", "dd",
-    "details", "summary",
+    "s", "del", "sub", "sup", "kbd", "mark", "small", "a", "img", "table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td",
+    "dl", "dt", "dd", "details", "summary",
   ],
   ALLOWED_ATTR: ["href", "src", "alt", "title", "class", "align", "start", "reversed", "colspan", "rowspan", "lang"],
   ALLOWED_URI_REGEXP: /^(?:https?:|mailto:)/i,
+  // Without this list, the expression above applies to the value of every attribute.
+  ADD_URI_SAFE_ATTR: ["align", "start", "reversed", "colspan", "rowspan", "lang"],
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
 };
 const PLAIN_TAGS = new Set(["br", "hr", "b", "i", "u", "s", "em", "strong", "sub", "sup", "kbd", "mark", "small", "details", "summary"]);
-const TAG = /<\/?([a-z]+)\s*\/?>|[<>]/gi;  // without attributes
+const TABLE_TAGS = new Set(["table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td", "p", "ul", "ol", "li", "code"]);
+const TABLE = /^\s*<table\b[^<>]*>\s*<(?:caption|thead|tbody|tr)\b/i;  // not a sentence that names the tag
+const LAYOUT = /\b(align|colspan|rowspan)\s*=\s*["']?(\w+)/gi;
+const TAG = /<(\/?)([a-z]+)\b([^<>]*)>|[<>]/gi;
+const NO_ATTRIBUTES = /^\s*\/?$/;
+const ESCAPED = { "<": "&lt;", ">": "&gt;" };
 const ALLOWED_CLASS = /^(?:hljs[\w-]*|language-[\w+#.-]+)$/;
 const INLINE_IMAGE = /^data:image\/(?:png|jpeg|gif|webp);/i;
 
@@ -42,7 +49,7 @@ marked.use({
       const level = Math.min(6, depth + 2);
       return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>`;
     },
-    html: ({ text }) => plainTags(text),
+    html: ({ text, block }) => safeTags(text, Boolean(block) && TABLE.test(text)),
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
   },
 });
@@ -53,10 +60,18 @@ DOMPurify.addHook("uponSanitizeAttribute", (node, data) => {
   data.keepAttr = data.attrValue !== "";
 });
 
-/** HTML within Markdown: keeps the simplest tags and escapes all others. */
-function plainTags(text) {
-  const escaped = { "<": "&lt;", ">": "&gt;" };
-  return text.replace(TAG, (tag, name) => (PLAIN_TAGS.has(name?.toLowerCase()) ? tag : tag.replace(/[<>]/g, (sign) => escaped[sign])));
+/** HTML within Markdown: keeps the simplest tags, and those of a table with its layout; escapes all others. */
+function safeTags(text, inTable) {
+  return text.replace(TAG, (tag, slash, name = "", attributes = "") => {
+    if (inTable && TABLE_TAGS.has(name.toLowerCase())) return `<${slash}${name}${slash ? "" : layoutOf(attributes)}>`;
+    const plain = PLAIN_TAGS.has(name.toLowerCase()) && NO_ATTRIBUTES.test(attributes);
+    return plain ? tag : tag.replace(/[<>]/g, (sign) => ESCAPED[sign]);
+  });
+}
+
+/** The attributes of a table's tag that are kept, written anew. */
+function layoutOf(attributes) {
+  return [...attributes.matchAll(LAYOUT)].map(([, name, value]) => ` ${name}="${value}"`).join("");
 }
 
 /** @returns {string} a language of highlight.js, or "plaintext" */
@@ -96,12 +111,19 @@ function linkTo(image) {
 function blockOf(html) {
   const block = element("div", { className: "block" }, sanitize(html));
   for (const pre of block.querySelectorAll("pre")) frame(pre);
+  for (const list of block.querySelectorAll("ol")) indent(list);
   for (const table of block.querySelectorAll("table")) {
     const scroller = element("div", { className: "table" });
     surround(table, scroller);
     scrollable(scroller, "Table");
   }
   return block;
+}
+
+/** Makes room for numbers of more than two digits. */
+function indent(list) {
+  const digits = String(list.start + list.childElementCount - 1).length;
+  if (digits > 2) list.style.paddingLeft = `calc(${digits}ch + 1rem)`;
 }
 
 /** Adds a bar with the language and a copy button to a code block. */

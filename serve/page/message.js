@@ -1,4 +1,4 @@
-/** A message: a question as plain text, or an answer as Markdown with buttons, statistics and errors. */
+/** A message: a system prompt or a question as plain text, or an answer as Markdown with buttons, statistics and errors. */
 
 import { copy, element, icon, iconButton } from "./dom.js";
 import { describe } from "./failure.js";
@@ -9,7 +9,11 @@ const THINKING = /^\s*<think>([\s\S]*?)(?:<\/think>\s*|$)/;  // the reasoning be
 const FINISH_TEXTS = {
   length: "Cut off: the token limit was reached.",
   stopped: "Stopped.",
+  interrupted: "Interrupted: the page was closed or reloaded.",
 };
+
+const SPEAKERS = { user: "You", assistant: "Bumblebee", system: "System" };
+const CLASSES = { user: ["of-user", "question"], assistant: ["of-model", "prose"], system: ["of-system", "prose"] };
 
 /**
  * Operations on a message, implemented by `Chat`.
@@ -32,15 +36,16 @@ export class MessageView {
   constructor(message, actions) {
     this.message = message;
     this.actions = actions;
-    const isUser = message.role === "user";
-    const heading = element("h2", { className: "visually-hidden" }, isUser ? "You" : "Bumblebee");
-    this.body = element("div", { className: isUser ? "question" : "prose" });
+    const [owner, body] = CLASSES[message.role];
+    const heading = element("h2", { className: "visually-hidden" }, SPEAKERS[message.role]);
+    this.body = element("div", { className: body });
     this.ends = element("div", { className: "ends" });
     this.tools = element("div", { className: "tools" });
-    this.root = element("article", { className: `message ${isUser ? "of-user" : "of-model"}`, dataset: { id: message.id } },
+    this.root = element("article", { className: `message ${owner}`, dataset: { id: message.id } },
       heading, this.body, this.ends, this.tools);
-    if (isUser) this.#showQuestion();
-    else this.#prepareAnswer();
+    if (message.role === "assistant") this.#prepareAnswer();
+    else if (message.role === "user") this.#showQuestion();
+    else this.body.append(folded("System prompt", message.content));
   }
 
   /**
@@ -49,7 +54,7 @@ export class MessageView {
    */
   update({ running, last }) {
     this.root.classList.toggle("last", last);
-    if (this.message.role === "user") return;
+    if (this.message.role !== "assistant") return;
     const { message } = this;
     const thoughts = THINKING.exec(message.content);
     this.#showThoughts(thoughts, running);
@@ -91,7 +96,7 @@ export class MessageView {
 
   #prepareAnswer() {
     const { message, actions } = this;
-    this.thoughts = element("details", { className: "thoughts" }, element("summary", {}), element("div", {}));
+    this.thoughts = folded("Thoughts", "");
     const text = element("div", {});
     this.body.append(text);
     this.markdown = new MarkdownView(text);
@@ -116,11 +121,12 @@ export class MessageView {
     const state = JSON.stringify([running, last, message.error, message.finish]);
     if (state === this.#ended) return;
     this.#ended = state;
-    this.root.classList.toggle("failed", Boolean(message.error));
-    if (message.error) return this.ends.replaceChildren(this.#errorBox(message.error, last, running));
-    const cut = message.finish ?? (running ? undefined : "lost");
-    const words = cut === "lost" ? describe({ kind: "lost", message: "" }).title : FINISH_TEXTS[cut];
-    this.ends.replaceChildren(...(words && !running ? [element("p", {}, words), ...(last ? this.#continueButton() : [])] : []));
+    const finish = running ? message.finish : (message.finish ?? "interrupted");  // stored, but the page did not see its end
+    const error = finish === "interrupted" ? undefined : message.error;
+    this.root.classList.toggle("failed", Boolean(error));
+    if (error) return this.ends.replaceChildren(this.#errorBox(error, last, running));
+    const words = running ? "" : FINISH_TEXTS[finish];
+    this.ends.replaceChildren(...(words ? [element("p", {}, words), ...(last ? this.#nextStep() : [])] : []));
   }
 
   #errorBox(error, last, running) {
@@ -135,15 +141,23 @@ export class MessageView {
   #remedies({ kind, retryAfter }) {
     const { actions, message } = this;
     const help = (label, what) => element("button", { type: "button", onclick: () => actions.help(what) }, label);
-    const again = element("button", { type: "button", onclick: () => actions.regenerate(message.id) }, "Try again");
+    const again = this.#againButton();
     if (retryAfter) countDown(again, retryAfter);
     const remedies = { key: [help("Enter API key", "key")], too_long: [help("New conversation", "new")], no_template: [help("Completion mode", "completion")] };
-    return [...(remedies[kind] ?? []), ...(message.content ? this.#continueButton() : []), again];
+    return [...(remedies[kind] ?? []), ...(message.content ? [this.#continueButton()] : []), again];
+  }
+
+  /** For an answer that ended early without an error. One without text has no tools, and so no other way to ask again. */
+  #nextStep() {
+    return [this.message.content ? this.#continueButton() : this.#againButton()];
   }
 
   #continueButton() {
-    const { continueAnswer } = this.actions;
-    return this.message.content ? [element("button", { type: "button", onclick: () => continueAnswer() }, "Continue")] : [];
+    return element("button", { type: "button", className: "continue", onclick: () => this.actions.continueAnswer() }, "Continue");
+  }
+
+  #againButton() {
+    return element("button", { type: "button", onclick: () => this.actions.regenerate(this.message.id) }, "Try again");
   }
 
   #showStats(running) {
@@ -163,6 +177,10 @@ export class MessageView {
     this.#spoken += texts.length;
     texts.forEach(announce);
   }
+}
+
+function folded(title, text) {
+  return element("details", { className: "folded" }, element("summary", {}, title), element("div", {}, text));
 }
 
 function copyButton(label, text) {

@@ -4,12 +4,14 @@ const TEXT_TOKENS = 128;  // OpenAI's default for completions, 16, is too short 
 const STREAMED = { stream: true, stream_options: { include_usage: true } };
 
 /**
+ * An imported conversation may have a system prompt of its own, which replaces the one in the settings.
  * @param {import("./conversation.js").Message[]} messages up to the question; empty answers are omitted
  * @param {import("./settings.js").Settings} settings
  * @param {string} model
  */
 export function chatRequest(messages, settings, model) {
-  const system = settings.system ? [{ role: "system", content: settings.system }] : [];
+  const hasOwn = messages.some(({ role }) => role === "system");
+  const system = settings.system && !hasOwn ? [{ role: "system", content: settings.system }] : [];
   const turns = messages.filter(({ content }) => content !== "").map(({ role, content }) => ({ role, content }));
   return { model, messages: [...system, ...turns], ...settings.sampling(), ...STREAMED };
 }

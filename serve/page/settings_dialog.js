@@ -1,7 +1,11 @@
-/** The settings dialog. Valid changes apply immediately; an empty field uses the server's default. */
+/**
+ * The settings dialog. Valid changes apply immediately; an empty field uses the server's default. An invalid value is an error at
+ * its field, and "Done" waits until it is corrected.
+ */
 
 import { fromJson, toJson } from "./conversation.js";
 import { byId, download, element } from "./dom.js";
+import { sentenceOf, showError } from "./field_error.js";
 import { notify } from "./notices.js";
 
 export class SettingsDialog {
@@ -13,7 +17,9 @@ export class SettingsDialog {
     Object.assign(this, { settings, chat });
     this.dialog = byId("settings");
     this.form = byId("settings-form");
-    this.form.addEventListener("submit", (event) => (event.preventDefault(), this.dialog.close()));
+    this.form.addEventListener("submit", (event) => (event.preventDefault(), this.#done()));
+    this.form.addEventListener("input", ({ target }) => target.ariaInvalid && showError(target));
+    this.dialog.addEventListener("close", () => this.#reportUnsaved());
     this.form.addEventListener("change", ({ target }) => this.#apply(target));
     byId("reset").onclick = () => this.#reset();
     byId("export-all").onclick = () => download("bumblebee-conversations.json", toJson(chat.store.list()), "application/json");
@@ -36,7 +42,25 @@ export class SettingsDialog {
     for (const control of this.form.elements) {
       if (control.name) this.#set(control);
       if (control.name in defaults) control.placeholder = defaults[control.name];
+      if (control.ariaInvalid) showError(control);
     }
+  }
+
+  get #invalid() {
+    return [...this.form.elements].filter(({ validity }) => !validity.valid);
+  }
+
+  #done() {
+    const [first] = this.#invalid;
+    if (!first) return this.dialog.close();
+    showError(first);
+    first.focus();
+  }
+
+  /** Closed by Escape or its cross, with an invalid value. */
+  #reportUnsaved() {
+    const [first] = this.#invalid;
+    if (first) notify(`Not saved: ${sentenceOf(first)}`);
   }
 
   #set(control) {
@@ -48,7 +72,7 @@ export class SettingsDialog {
   }
 
   #apply(control) {
-    if (!control.name || !control.reportValidity()) return;
+    if (!control.name || !showError(control)) return;
     if (control.name === "key") {
       this.settings.key = control.value.trim();
       this.chat.connection.connect();

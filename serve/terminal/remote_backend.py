@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import urlsplit
 
 import openai
+from openai.types import CompletionChoice
 
 from serve.terminal.backends import ChatError, Delta, DeltaStream, Message, Sampling
 from serve.terminal.console import raise_interrupt
 
+if TYPE_CHECKING:
+    from openai.types import Completion
+    from openai.types.chat import ChatCompletionChunk
+
+Chunk: TypeAlias = "Completion | ChatCompletionChunk"
+ChunkStream: TypeAlias = "openai.Stream[Completion] | openai.Stream[ChatCompletionChunk]"
+
 CONNECT_TIMEOUT = 10.0  # seconds
 READ_TIMEOUT = 600.0  # seconds between two chunks: a busy server queues requests
-OPENAI_NAMES = {"max_new_tokens": "max_tokens"}  # SamplingParams' names -> OpenAI's, where they differ
-EXTRA_FIELDS = ("top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_ids")  # not parameters of OpenAI's client
+# SamplingParams' names -> OpenAI's or vLLM's, where they differ
+OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_ids": "stop_token_ids"}
+EXTRA_FIELDS = (  # not parameters of OpenAI's client
+    "top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens", "stop_token_ids", "include_stop_str_in_output",
+)  # fmt: skip
 ADVICE: dict[int | str, str] = {  # error code or HTTP status -> what the user can do
     401: "use --api_key KEY",
     403: "use another --api_key KEY",
@@ -59,7 +70,7 @@ class RemoteBackend:
         if not finished:
             raise ChatError(f"{self.url} ended the stream before the answer was complete")
 
-    def _open(self, messages: Sequence[Message], sampling: Sampling) -> Any:
+    def _open(self, messages: Sequence[Message], sampling: Sampling) -> ChunkStream:
         """Send the request and return the stream of chunks; translates the client's errors to ``ChatError``."""
         try:
             with raise_interrupt():
@@ -71,16 +82,17 @@ class RemoteBackend:
         except openai.APIError as error:
             raise ChatError(f"cannot connect to {self.url} ({error_message(error)}): is the server running?") from error
 
-    def _create(self, messages: Sequence[Message], sampling: Sampling) -> Any:
-        options = {OPENAI_NAMES.get(name, name): value for name, value in sampling.items() if name not in EXTRA_FIELDS}
-        extra = {name: value for name, value in sampling.items() if name in EXTRA_FIELDS}
+    def _create(self, messages: Sequence[Message], sampling: Sampling) -> ChunkStream:
+        fields = {OPENAI_NAMES.get(name, name): value for name, value in sampling.items()}
+        options = {name: value for name, value in fields.items() if name not in EXTRA_FIELDS}
+        extra = {name: value for name, value in fields.items() if name in EXTRA_FIELDS}
         common = {"model": self.name, "stream": True, "stream_options": {"include_usage": True}}
         common |= {"extra_body": extra, "extra_headers": self.headers}
-        create: Any = self.client.completions.create if self.raw else self.client.chat.completions.create
+        create: Callable[..., ChunkStream] = self.client.completions.create if self.raw else self.client.chat.completions.create
         prompt = {"prompt": messages[-1]["content"]} if self.raw else {"messages": list(messages)}
         return create(**prompt, **common, **options)
 
-    def _chunks(self, chunks: Iterator[Any]) -> Iterator[Any]:
+    def _chunks(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         """The chunks. Any exception while reading comes from the network or the server, whatever its class."""
         try:
             while (chunk := self._next(chunks)) is not None:
@@ -88,16 +100,19 @@ class RemoteBackend:
         except Exception as error:
             raise ChatError(f"{self.url} broke off the answer: {error_message(error)}") from error
 
-    def _next(self, chunks: Iterator[Any]) -> Any:
+    def _next(self, chunks: Iterator[Chunk]) -> Chunk | None:
         with raise_interrupt():
             return next(chunks, None)
 
-    def _delta(self, chunk: Any) -> Delta:
+    def _delta(self, chunk: Chunk) -> Delta:
         """Convert a chunk of either endpoint; the chunk with the usage has no choices."""
         choice = chunk.choices[0] if chunk.choices else None
-        text = "" if choice is None else (choice.text if self.raw else choice.delta.content) or ""
+        if choice is None:
+            text = ""
+        else:
+            text = (choice.text if isinstance(choice, CompletionChoice) else choice.delta.content) or ""
         usage = chunk.usage
-        return Delta(text, usage and usage.completion_tokens, choice.finish_reason if choice else None)
+        return Delta(text, usage.completion_tokens if usage else None, choice.finish_reason if choice else None)
 
 
 def error_message(error: Exception) -> str:

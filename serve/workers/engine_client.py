@@ -22,6 +22,7 @@ from serve.workers.messages import CancelRequest, StepOutputs, WorkerReady
 from serve.workers.pipe import WorkerPipe
 
 RETRY_SOON = {"Retry-After": "1"}
+LATE = 3  # heartbeat intervals without a message after which other replicas are preferred
 DO_NOT_RETRY = {"x-should-retry": "false"}  # OpenAI's clients retry after every 5xx unless this header is set
 
 
@@ -35,6 +36,7 @@ class Replica:
         ready: the worker's message after loading the model; None before.
         stats: the engine's statistics after its last step.
         streams: the output streams by engine request id.
+        silence: seconds since the last message of the loaded worker, counted by the supervisor.
     """
 
     index: int
@@ -42,13 +44,14 @@ class Replica:
     ready: WorkerReady | None = None
     stats: EngineStats | None = None
     streams: dict[str, OutputStream] = field(default_factory=dict)
+    silence: float = 0.0
 
 
 class OutputStream:
     """Async iterator over the engine outputs of one HTTP request; ``close`` cancels what is unfinished.
 
     Yields (choice index, output) until all choices have finished. Raises APIError if that is impossible: a prompt that can
-    never run (400), a worker that died (500), a timeout (504).
+    never run (400), a worker that died or hangs (500), a timeout (504).
 
     Args:
         replica: the worker that runs the request.
@@ -63,7 +66,8 @@ class OutputStream:
         self.choices = {uuid.uuid4().hex: request.index for request in requests}  # engine request id -> choice index
         self._first_token: dict[str, float] = {}  # id -> time of the first token
         self._new_tokens = dict.fromkeys(self.choices, 0)
-        self._unfinished = dict.fromkeys(self.choices)
+        self._unfinished = set(self.choices)
+        self._ended: set[str] = set()
         self._undelivered = len(requests)
         self._queue: asyncio.Queue[RequestOutput | APIError] = asyncio.Queue()
         timed_out = APIError(504, f"request timed out after {timeout:g} s", code="timeout", headers=DO_NOT_RETRY)
@@ -75,7 +79,8 @@ class OutputStream:
     async def __anext__(self) -> tuple[int, RequestOutput]:
         if not self._undelivered:
             raise StopAsyncIteration
-        output = await self._queue.get()
+        while isinstance(output := await self._queue.get(), RequestOutput) and output.id in self._ended:
+            pass  # produced before the cancellation arrived
         if isinstance(output, APIError):
             self._undelivered = 0
             raise output
@@ -86,7 +91,7 @@ class OutputStream:
         """Queue the output of an engine step."""
         self._measure(output)
         if output.finish_reason is not None:
-            self._unfinished.pop(output.id, None)
+            self._unfinished.discard(output.id)
             self.replica.streams.pop(output.id, None)
         self._queue.put_nowait(output)
 
@@ -94,13 +99,24 @@ class OutputStream:
         """End the stream with an error."""
         self._queue.put_nowait(error)
 
+    def end(self, index: int) -> None:
+        """Cancel a choice whose last output has not been delivered; no more of its outputs are."""
+        id = next(id for id, choice in self.choices.items() if choice == index)
+        self._ended.add(id)
+        self._undelivered -= 1
+        self._cancel(id)
+
     def close(self) -> None:
         """Cancel the unfinished choices."""
         self._timer.cancel()
-        for id in self._unfinished:
-            if self.replica.streams.pop(id, None):  # otherwise the worker has died
-                self.replica.pipe.send(CancelRequest(id))
-        self._unfinished.clear()
+        for id in self.choices:
+            self._cancel(id)
+
+    def _cancel(self, id: str) -> None:
+        # Otherwise it has finished, or the worker has died.
+        if id in self._unfinished and self.replica.streams.pop(id, None) is not None:
+            self.replica.pipe.send(CancelRequest(id))
+        self._unfinished.discard(id)
 
     def _measure(self, output: RequestOutput) -> None:
         now, new_tokens = time.monotonic(), len(output.tokens)
@@ -124,14 +140,16 @@ class EngineClient:
     def __init__(self, options: ServeOptions, metrics: Metrics) -> None:
         self.options, self.metrics = options, metrics
         self.replicas: list[Replica] = []
-        self.draining = False
+        self.draining = self.was_ready = False
 
     @property
     def state(self) -> str:
-        """Readiness: "draining", "ready" or "loading"."""
+        """Readiness: "draining", "ready", "loading" at first, or "restarting" when all workers were lost."""
         if self.draining:
             return "draining"
-        return "ready" if any(replica.ready for replica in self.replicas) else "loading"
+        if any(replica.ready for replica in self.replicas):
+            return "ready"
+        return "restarting" if self.was_ready else "loading"
 
     @property
     def idle(self) -> bool:
@@ -148,11 +166,12 @@ class EngineClient:
         stream = OutputStream(replica, requests, self.options.request_timeout, self.metrics)
         for id, request in zip(stream.choices, requests, strict=True):
             replica.streams[id] = stream
-            replica.pipe.send(EngineRequest(id, request.prompt, request.params))
+            scored, only = request.prompt_logprobs, request.prompt_only
+            replica.pipe.send(EngineRequest(id, request.prompt, request.params, prompt_logprobs=scored, prompt_only=only))
         return stream
 
     def admit(self, count: int = 1) -> Replica:
-        """Check that requests can be accepted, and return the least busy replica.
+        """Check that requests can be accepted, and return the least busy replica. Those that may hang come last.
 
         Args:
             count: number of engine requests.
@@ -164,11 +183,16 @@ class EngineClient:
             raise shutting_down()
         ready = [replica for replica in self.replicas if replica.ready]
         if not ready:
-            raise model_loading()
+            raise worker_restarting() if self.was_ready else model_loading()
         capacity = len(ready) * self.options.max_running + self.options.max_queue
         if count > capacity - sum(len(replica.streams) for replica in ready):
             raise APIError(429, "The request queue is full; try again later", code="queue_full", headers=RETRY_SOON)
-        return min(ready, key=lambda replica: len(replica.streams))
+        late = LATE * self.options.heartbeat_interval
+        return min(ready, key=lambda replica: (replica.silence > late, len(replica.streams)))
+
+    def worker_ready(self, replica: Replica, message: WorkerReady) -> None:
+        """Send requests to a worker that has loaded the model."""
+        replica.ready, replica.stats, self.was_ready = message, message.stats, True
 
     def deliver(self, replica: Replica, step: StepOutputs) -> None:
         """Pass the outputs of a worker's step on to their streams."""
@@ -182,13 +206,21 @@ class EngineClient:
 
     def worker_died(self, replica: Replica) -> None:
         """Fail the requests of a worker process that ended."""
-        replica.ready = replica.stats = None
-        self._fail_all(replica, APIError(500, "The worker process died and is being restarted", code="worker_died"))
+        self._lose(replica, APIError(500, "The worker process died and is being restarted", code="worker_died"))
+
+    def worker_hangs(self, replica: Replica) -> None:
+        """Fail the requests of a worker process that no longer responds."""
+        message = "The worker process does not respond and is being restarted"
+        self._lose(replica, APIError(500, message, code="worker_unresponsive"))
 
     def abort_all(self) -> None:
         """Fail all running and queued requests."""
         for replica in self.replicas:
             self._fail_all(replica, shutting_down())
+
+    def _lose(self, replica: Replica, error: APIError) -> None:
+        replica.ready = replica.stats = None
+        self._fail_all(replica, error)
 
     def _fail_all(self, replica: Replica, error: APIError) -> None:
         streams = set(replica.streams.values())
@@ -200,6 +232,11 @@ class EngineClient:
 def model_loading() -> APIError:
     """The error while no worker has loaded the model."""
     return APIError(503, "The model is loading", code="loading", headers=RETRY_SOON)
+
+
+def worker_restarting() -> APIError:
+    """The error while no worker is left and a new one loads the model."""
+    return APIError(503, "The worker process is being restarted", code="restarting", headers=RETRY_SOON)
 
 
 def shutting_down() -> APIError:

@@ -1,7 +1,7 @@
 """Messages between the server process and a worker process, over one pipe for each worker.
 
 To the worker: the engine's ``EngineRequest``, ``CancelRequest`` and, at the end, ``None``. From the worker: one ``WorkerReady``
-or ``WorkerFailed``, then ``StepOutputs`` after each engine step.
+or ``WorkerFailed``, then ``StepOutputs`` after each engine step and a ``Heartbeat`` at regular intervals.
 """
 
 from __future__ import annotations
@@ -71,5 +71,16 @@ class StepOutputs:
     stats: EngineStats
 
 
+@dataclass
+class Heartbeat:
+    """The worker process is running.
+
+    Args:
+        step_seconds: for how long the loop has been in its current step; 0 between steps.
+    """
+
+    step_seconds: float
+
+
 ToWorker = EngineRequest | CancelRequest | None
-FromWorker = WorkerReady | WorkerFailed | StepOutputs
+FromWorker = WorkerReady | WorkerFailed | StepOutputs | Heartbeat

@@ -2,7 +2,7 @@
 
 LitServe starts the process, calls ``Worker.setup`` and then ``WorkerLoop.run``. LitServe's own continuous-batching loop polls
 when idle and cannot cancel. This loop waits on the pipe, reads all pending messages before each step, and sends all outputs of
-a step in one message: a cancelled request is gone before the next step, and an idle worker uses no CPU.
+a step in one message: a cancelled request is gone before the next step, and an idle worker only sends heartbeats.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from starlette.requests import Request
 from bumblebee.inference.request import EngineRequest
 from serve.auth import BearerAuth
 from serve.serve_options import ServeOptions
+from serve.workers.heartbeat import Heartbeats
 from serve.workers.messages import CancelRequest, StepOutputs, WorkerFailed, WorkerReady
 
 if TYPE_CHECKING:
@@ -101,18 +102,20 @@ class WorkerLoop(LitLoop):
         request_queue.send(lit_api.result)
         if lit_api.engine is not None:
             with suppress(ConnectionError):  # the server process has ended
-                run_engine(lit_api.engine, request_queue)
+                run_engine(lit_api.engine, request_queue, lit_api.options.heartbeat_interval)
         sys.stdout.flush()
         os._exit(0)  # finalizing an interpreter with torch takes a second, and LitServe would call this method again
 
 
-def run_engine(engine: GenerationEngine, pipe: Connection) -> None:
+def run_engine(engine: GenerationEngine, pipe: Connection, heartbeat_interval: float = 1.0) -> None:
     """Step the engine and send its outputs, until the pipe is closed."""
-    while (messages := receive_messages(pipe, engine.busy)) is not None:
-        rejected = [rejection for message in messages if (rejection := handle_message(engine, message))]
-        outputs = engine.step()
-        if outputs or rejected:
-            pipe.send(StepOutputs(outputs, rejected, engine.stats()))
+    with Heartbeats(pipe, heartbeat_interval) as heartbeats:
+        while (messages := receive_messages(pipe, engine.busy)) is not None:
+            with heartbeats.step():
+                rejected = [rejection for message in messages if (rejection := handle_message(engine, message))]
+                outputs = engine.step()
+            if outputs or rejected:
+                heartbeats.send(StepOutputs(outputs, rejected, engine.stats()))
 
 
 def receive_messages(pipe: Connection, busy: bool) -> list[EngineRequest | CancelRequest] | None:

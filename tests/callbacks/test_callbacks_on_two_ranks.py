@@ -9,8 +9,8 @@ import pytest
 from helpers.processes import finish, start
 
 from bumblebee import Bumblebee, Generator, SamplingParams
+from bumblebee.checkpoint.trainer_state import checkpoints
 from bumblebee.hardware import flops
-from bumblebee.training.run_folder import checkpoints
 
 pytestmark = pytest.mark.slow
 

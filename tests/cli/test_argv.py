@@ -22,6 +22,7 @@ from bumblebee.cli.argv import fold
         ("--a 1 --config x --b=2", "--config x --a 1 --b=2", []),
         ("--config x y", "--config x --config y", []),
         ("--config=x --a 1 --config y", "--config=x --config y --a 1", []),
+        ("--callbacks.stop a", "--callbacks.stop a", []),
         ("--trainer.epochs -1", "--trainer.epochs -1", []),
         ("--help", "--help", []),
         ("--print_config", "--print_config", []),

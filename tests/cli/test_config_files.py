@@ -99,6 +99,23 @@ def test_callbacks_are_added_and_removed_on_the_command_line(workdir, capsys):
     assert config["callbacks"]["bar"]["class_path"] == "callbacks.ProgressBar"
 
 
+@pytest.mark.parametrize(
+    ("words", "class_path"),
+    [
+        (["--optimizer", "adamw"], "torch.optim.AdamW"),
+        (["--optimizer=SGD", "--optimizer.momentum", "0.9"], "torch.optim.SGD"),
+        (["--schedule", "linear"], "bumblebee.optim.Linear"),
+        (["--callbacks.stop", "callbacks.EarlyStopping"], "callbacks.EarlyStopping"),
+        (["--callbacks.stop", "EarlyStopping", "--callbacks.stop.patience", "3"], "callbacks.EarlyStopping"),
+    ],
+)
+def test_command_line_may_name_a_shipped_class_without_module(words, class_path, workdir, capsys):
+    config = printed(capsys, "--config", "recipe.yaml", *words)
+    for part in words[0][2:].partition("=")[0].split("."):
+        config = config[part]
+    assert config["class_path"] == class_path
+
+
 def test_printed_config_is_the_same_config(workdir, capsys):
     words = ["--config", "recipe.yaml", "--trainer.gradient_clip=null", "--callbacks.checkpoint=null", "--data.files", "a", "b"]
     config = printed(capsys, *words)

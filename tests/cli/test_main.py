@@ -145,10 +145,10 @@ def test_class_help_of_an_unknown_class_is_refused(error_line):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--data sft", "data: expected the class_path of a DataModule, got 'sft' (did you mean 'datamodules.SFT'?)"),
+        ("--data sftt", "data: expected the class_path of a DataModule, got 'sftt' (did you mean 'datamodules.SFT'?)"),
         ("--data Zzz", "data: expected the class_path of a DataModule, got 'Zzz'; shipped classes: datamodules."),
         ("--callbacks.x callbacks.Zzz", "callbacks.x: callbacks has no class 'Zzz'; shipped classes: callbacks."),
-        ("--callbacks.x checkpoint", "callbacks.x: expected the class_path of a Callback, got 'checkpoint' (did you mean"),
+        ("--callbacks.x chekpoint", "callbacks.x: expected the class_path of a Callback, got 'chekpoint' (did you mean"),
     ],
 )
 def test_unknown_class_suggests_shipped_ones(words, expected, workdir, error_line):

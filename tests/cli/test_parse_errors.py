@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-from helpers.recipe_files import RECIPE
+from helpers.recipe_files import RECIPE, SAMPLES
 
 from bumblebee.cli.main import main
 from bumblebee.cli.parser import ConfigFile, Parser
@@ -84,6 +85,21 @@ ON_THE_COMMAND_LINE = {
     "--optimizer torch.nn.Linear": "optimizer: torch.nn.Linear is not an Optimizer",
     "--schedule datamodules.Pretrain": "schedule: datamodules.Pretrain is not a Schedule",
     "--callbacks.mine bumblebee.Trainer": "callbacks.mine: bumblebee.Trainer is not a Callback",
+    "--optimizer Adamm": "optimizer: expected a class path, got 'Adamm' (did you mean 'torch.optim.Adam'?)",
+    "--schedule cosin": "schedule: expected the class_path of a Schedule, got 'cosin' (did you mean 'bumblebee.optim.Cosine'?)",
+    "--callbacks.stop callbacks.EarlyStoping": "callbacks.stop: callbacks has no class 'EarlyStoping' (did you mean ...)",
+    "--callbacks.stop 5": "callbacks.stop: expected the class_path of a Callback, got 5; shipped classes: ...",
+    "--config recipes/models/tiny.yaml": "--config: recipes/models/tiny.yaml describes a bumblebee.Bumblebee, not a recipe: "
+    "use --task.model recipes/models/tiny.yaml besides a recipe",
+    # options of another class, or without their group
+    "--task.model.folder runs/sft": "unknown option 'task.model.folder': not an option of bumblebee.Bumblebee, but of "
+    "bumblebee.Bumblebee.from_pretrained or bumblebee.HuggingFaceModel.from_pretrained (--task.model CLASS); "
+    "see recipes/continue_pretrain.yaml",
+    "--schedule.decay_ratio 1": "unknown option 'schedule.decay_ratio': not an option of bumblebee.optim.Cosine, but of "
+    "bumblebee.optim.WarmupStableDecay (--schedule CLASS)",
+    "--trust_remote_code": unknown("trust_remote_code", "task.model.trust_remote_code"),
+    "--max_steps 3": unknown("max_steps", "trainer.max_steps"),
+    "--lr 3": unknown("lr", "optimizer.lr"),
     # files
     "--data.files dato.jsonl": "data.files: 'dato.jsonl' does not exist; did you mean 'data.jsonl'...",
     "--data.files path/to/data.jsonl": "data.files: 'path/to/data.jsonl' is a placeholder; replace it with...",
@@ -121,6 +137,8 @@ ON_THE_COMMAND_LINE = {
 
 @pytest.mark.parametrize("words", ON_THE_COMMAND_LINE)
 def test_error_on_the_command_line(words, workdir, error_line):
+    (workdir / "recipes" / "models").mkdir(parents=True)
+    shutil.copy(SAMPLES.parent / "models" / "tiny.yaml", workdir / "recipes" / "models")
     before = files(workdir)
     line = error_line("fit", "--config", "recipe.yaml", *words.split())
     assert matches(line, ON_THE_COMMAND_LINE[words]), line
@@ -214,6 +232,16 @@ def test_missing_group_is_named(group, name, workdir, error_line):
         ("generate --model tok", "prompt: give either --prompt TEXT or --prompts FILE"),
         ("generate --model nowhere --prompt x", "model: nowhere is not a model folder: folder not found"),
         ("generate --model nowhere --promt x", "unknown option 'promt' (did you mean 'prompt' or 'prompts'?)"),
+        (
+            "generate --model tok --prompt x --do_sample",
+            "unknown option 'do_sample': use temperature; 0 always takes the most likely token, above 0 samples",
+        ),
+        (
+            "generate --model Qwen/Qwen3-0.6B --prompt x",
+            "model: Qwen/Qwen3-0.6B is not a model folder: folder not found; to use the model from the Hugging Face Hub, run: "
+            "...hf download Qwen/Qwen3-0.6B --local-dir models/Qwen3-0.6B, and name models/Qwen3-0.6B",
+        ),
+        ("generate --model runs/sft --prompt x", "model: runs/sft is not a model folder: folder not found"),
         ("generate tok --prompt x", "unexpected argument 'tok' (did you mean '--model tok'?)"),
         ("fit recipe.yaml", "unexpected argument 'recipe.yaml' (did you mean '--config recipe.yaml'?)"),
         (

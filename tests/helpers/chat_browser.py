@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,11 +32,11 @@ class ChatPage:
         self.question.fill(text)
         self.question.press("Enter")
 
-    def answered(self, text: str, count: int = 1) -> None:
+    def answered(self, text: str, count: int = 1, seconds: float = 5.0) -> None:
         """Wait until there are ``count`` answers, the last one contains the text, and none is running."""
         expect(self.answers).to_have_count(count)
-        expect(self.answers.last).to_contain_text(text)
-        expect(self.page.locator("#stop")).to_be_hidden()
+        expect(self.answers.last).to_contain_text(text, timeout=1000 * seconds)
+        expect(self.page.locator("#stop")).to_be_hidden(timeout=1000 * seconds)
 
     def button(self, name: str) -> Any:
         return self.page.get_by_role("button", name=name, exact=True)
@@ -51,6 +52,12 @@ class ChatPage:
             field.fill(value)
             field.blur()
         self.button("Done").click()
+
+    def import_messages(self, messages: list[dict[str, str]]) -> None:
+        """Import one conversation through the settings dialog."""
+        buffer = json.dumps({"messages": messages}).encode()
+        file = {"name": "conversation.json", "mimeType": "application/json", "buffer": buffer}
+        self.page.locator("#import-file").set_input_files(file)
 
     def export(self, label: str, folder: Path) -> Path:
         self.button("Conversation menu: rename, export, delete").click()

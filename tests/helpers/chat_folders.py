@@ -96,6 +96,15 @@ TAGGED = """
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
 """
 
+# GLM-4 style: roles are special tokens, and nothing ends a turn.
+GLM = """[gMASK]<sop>
+{%- for message in messages %}
+    {{- '<|' + message.role + '|>' + (message.metadata or '') + '\n' + message.content }}
+{%- endfor %}
+{{- '<|assistant|>' if add_generation_prompt }}
+"""
+GLM_TOKENS = ["[gMASK]", "<sop>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+
 
 def byte_level(**flags: bool) -> tokenizers.Tokenizer:
     """A byte-level BPE as in GPT-2; flags are those of its special tokens."""

@@ -41,13 +41,18 @@ def _tool(**function: Any) -> list[Any]:
     return [{"type": "function", "function": {"name": "fly", **function}}]
 
 
+def _calls(arguments: Any) -> list[Any]:
+    return [{"id": "call_1", "type": "function", "function": {"name": "fly", "arguments": arguments}}]
+
+
 def _call(arguments: Any) -> dict[str, Any]:
-    call = {"id": "call_1", "type": "function", "function": {"name": "fly", "arguments": arguments}}
-    return {"role": "assistant", "content": None, "tool_calls": [call]}
+    return {"role": "assistant", "content": None, "tool_calls": _calls(arguments)}
 
 
 HUGE = 10**400
+ANSWER = {"role": "assistant", "content": "Hello"}
 USER = {"role": "user", "content": "Hello"}
+PADDED = {"include_obfuscation": True}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
 
 MALFORMED = [
@@ -111,6 +116,10 @@ MALFORMED = [
         _call("{}"),
         {"role": "tool", "content": "2", "tool_call_id": "call_2"},
     ),
+    _message("a user's calls", "messages[0].tool_calls", "only allowed in assistant", USER | {"tool_calls": _calls("{}")}),
+    _message("a user's reasoning", "messages[0].reasoning", "only allowed in assistant", USER | {"reasoning": "Hm."}),
+    _message("no calls and no content", "messages[0].content", "a string or", {"role": "assistant", "tool_calls": []}),
+    _message("an answer to be heard again", "messages[0].audio", "only text input", ANSWER | {"audio": {"id": "a"}}),
     _message("arguments as object", "messages[0].tool_calls[0].function.arguments", "a string", _call({})),
     _message("invalid JSON arguments", "messages[0].tool_calls[0].function.arguments", "a JSON object encoded", _call("{")),
     _message("deep arguments", "messages[0].tool_calls[0].function.arguments", "a JSON object encoded", _call("[" * 50_000)),
@@ -124,8 +133,13 @@ MALFORMED = [
     _chat("functions", "functions", "replaced by tools", functions=[{"name": "fly"}]),
     _chat("JSON mode", "response_format", '{"type": "text"}', response_format={"type": "json_object"}),
     _chat("a call on demand", "tool_choice", "'auto' or 'none'", tools=_tool(), tool_choice="required"),
-    _chat("one call at a time", "parallel_tool_calls", "must be true", parallel_tool_calls=False),
-    _chat("a strict tool", "tools[0].function.strict", "must be false", tools=_tool(strict=True)),
+    _chat("a number of calls", "parallel_tool_calls", "true or false, got 1", parallel_tool_calls=1),
+    _chat("a strictness", "tools[0].function.strict", "true or false", tools=_tool(strict="yes")),
+    _chat("a top-k of less than all", "top_k", "at least -1", top_k=-2),
+    _chat("more tokens than the limit", "min_tokens", "at most max_tokens, 4, got 5", min_tokens=5, max_tokens=4),
+    _chat("an unknown stop token", "stop_token_ids", "4000000", stop_token_ids=[4_000_000]),
+    _chat("too many stop tokens", "stop_token_ids", "at most 128 items", stop_token_ids=[1] * 129),
+    _chat("padded chunks", "stream_options.include_obfuscation", "must be false", stream=True, stream_options=PADDED),
     _chat("a tool's odd name", "tools[0].function.name", "must match", tools=_tool(name="fly away")),
     _chat("two tools of one name", "tools", "duplicate function name 'fly'", tools=_tool() * 2),
     _chat("effort", "reasoning_effort", "Unsupported parameter", reasoning_effort="high"),
@@ -143,7 +157,9 @@ MALFORMED = [
     _completion("too many texts", "n", "128", prompt=["a"] * 100, n=2),
     _completion("a suffix", "suffix", "not supported", suffix="!"),
     _completion("the best of", "best_of", "must be 1", best_of=3),
-    _completion("an echo with logprobs", "echo", "combined with logprobs", echo=True, logprobs=2),
+    _completion("prompt logprobs in a stream", "prompt_logprobs", "not available in a stream", prompt_logprobs=2, stream=True),
+    _completion("too many prompt logprobs", "prompt_logprobs", "at most 20", prompt_logprobs=21),
+    _completion("fewer than no tokens", "max_tokens", "at least 0", max_tokens=-1),
     _completion("many alternatives of a completion", "logprobs", "at most 5", logprobs=6),
     _completion("a chat's field", "messages", "Unknown parameter", messages=[USER]),
 ]  # fmt: skip

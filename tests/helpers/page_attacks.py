@@ -14,6 +14,11 @@ ATTACKS = """Hello <img src=x onerror=alert(1)> <script>alert(2)</script> [click
 <details open ontoggle=alert(9)><summary>s</summary>d</details>
 <a href="https://example.org" target="_self" onclick="alert(10)">ten</a> <video src=x onerror=alert(11)> <base href="https://evil.example/">
 
+<table onclick=alert(15) style="position:fixed"><tr><td colspan="2" onmouseover="alert(16)" id="question" background="https://evil.example/t.png">cell
+<img src=x onerror=alert(17)><a href="javascript:alert(18)">link</a>
+<td rowspan="1&quot; onclick=alert(19)"><script>alert(20)</script>
+<style>body { display: none }</style></td></tr></table>
+
 ```html"onmouseover="alert(12)
 <img src=x onerror=alert(13)>
 ```

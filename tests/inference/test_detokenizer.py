@@ -72,11 +72,11 @@ def test_spelled_special_tokens_are_text(tokenizer):
     assert "".join(map(detokenizer.add, ids)) == "<|im_start|>a<|im" and detokenizer.stopped
 
 
-def cut(text: str, stop: list[str]) -> tuple[str, bool]:
-    """Reference: search after every character; cut before the longest stop string that is complete first."""
-    for end in range(len(text) + 1):
+def cut(text: str, stop: list[str], unchecked: int = 0, include_stop: bool = False) -> tuple[str, bool]:
+    """Reference: search after every character that is checked; cut before the longest stop string that is complete first."""
+    for end in range(unchecked + 1, len(text) + 1):
         if matches := [each for each in stop if text[:end].endswith(each)]:
-            return text[: end - len(max(matches, key=len))], True
+            return text[: end if include_stop else end - len(max(matches, key=len))], True
     return text, False
 
 
@@ -105,18 +105,20 @@ def test_stop_strings_are_found_across_token_boundaries(tokenizer):
     """After every token, exactly the text is emitted that the reference can be certain of."""
 
     @settings(max_examples=400)
-    @given(TEXTS, STOPS, st.lists(st.integers(1, 4)))
-    def check(text, stop, sizes):
-        detokenizer, so_far, read = Detokenizer(tokenizer, stop), "", b""
-        for index in byte_level(tokenizer, text.encode(), sizes):
+    @given(TEXTS, STOPS, st.lists(st.integers(1, 4)), st.integers(0, 6), st.booleans())
+    def check(text, stop, sizes, min_tokens, include_stop):
+        detokenizer, so_far, read = Detokenizer(tokenizer, stop, (), min_tokens, include_stop), "", b""
+        unchecked = 0  # characters of the first tokens, in which no stop string may end
+        for number, index in enumerate(byte_level(tokenizer, text.encode(), sizes), start=1):
             so_far += detokenizer.add(index)
             read += tokenizer.token_bytes[index]
             complete = read.decode("utf-8", errors="ignore")
-            expected, stopped = cut(complete, stop)
+            unchecked = len(complete) if number <= min_tokens else unchecked
+            expected, stopped = cut(complete, stop, unchecked, include_stop)
             assert detokenizer.stopped == stopped
             held_back = 0 if stopped else partial_stop(complete, stop)
             assert so_far == expected[: len(expected) - held_back], "exactly what is certain"
-        assert so_far + detokenizer.finish() == cut(text, stop)[0]
+        assert so_far + detokenizer.finish() == cut(text, stop, unchecked, include_stop)[0]
         assert detokenizer.finish() == "", "nothing is left after finish"
 
     check()

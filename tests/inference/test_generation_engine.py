@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bumblebee import Bumblebee, SamplingParams, Tokenizer
 from bumblebee.inference.engine import GenerationEngine
 from bumblebee.inference.engine_config import EngineConfig
-from bumblebee.inference.request import EngineRequest, RequestOutput
+from bumblebee.inference.request import EngineRequest, PromptToken, RequestOutput
 
 V, MAX_POSITIONS = 64, 96
 PADDINGS = [0.0, 1.3, math.inf]  # one attention call per decode token; similar lengths share a call; all share one
@@ -212,6 +212,99 @@ def test_results_after_evicting_other_blocks(engine_of, naive):
     assert engine.stats().cached_tokens > 0
 
 
+# -- log-probabilities of prompts ------------------------------------------------------------------------------------------
+
+
+def scoring(name: str, prompt: list[int], count: int = 3, new: int = 4, **fields) -> EngineRequest:
+    return EngineRequest(name, prompt, greedy(new), prompt_logprobs=count, **fields)
+
+
+def scored(outputs: list[RequestOutput]) -> list[PromptToken]:
+    """The prompt's tokens, which the first output has."""
+    assert [output.prompt_logprobs is not None for output in outputs] == [True] + [False] * (len(outputs) - 1)
+    return outputs[0].prompt_logprobs
+
+
+@torch.no_grad()
+def check_scored(model: Bumblebee, prompt: list[int], tokens: list[PromptToken], count: int = 3) -> None:
+    """Compare with a plain forward pass."""
+    assert [token.id for token in tokens] == prompt
+    assert tokens[0] == PromptToken(prompt[0])
+    expected = model(torch.tensor([prompt]))[0].log_softmax(dim=-1)
+    for row, token in zip(expected, tokens[1:], strict=False):
+        ordered = row.argsort(descending=True).tolist()
+        assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
+        assert token.rank == ordered.index(token.id) + 1
+        assert [id for id, _ in token.top] == ordered[:count]
+        assert [value for _, value in token.top] == pytest.approx(row[ordered[:count]].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("step_tokens", [1, 7, 16, 512])
+def test_scored_prompts_match_a_plain_forward_pass(engine_of, model, naive, step_tokens):
+    engine = engine_of(step_tokens=step_tokens)
+    for number, prompt in enumerate(PROMPTS):
+        engine.submit(scoring(f"scored {number}", prompt))
+        engine.submit(EngineRequest(f"plain {number}", prompt, greedy(4)))
+    results = finish(engine)
+    for number, prompt in enumerate(PROMPTS):
+        check_scored(model, prompt, scored(results[f"scored {number}"]))
+        assert ids(results[f"scored {number}"]) == ids(results[f"plain {number}"]) == naive(prompt, 4)
+        assert all(output.prompt_logprobs is None for output in results[f"plain {number}"])
+
+
+def test_cached_prompts_are_scored_and_reused(engine_of, model):
+    engine = engine_of()
+    for name in ("first", "second"):
+        run(engine, [COMMON], greedy(1))
+        engine.submit(scoring(name, COMMON))
+        outputs = finish(engine)[name]
+        check_scored(model, COMMON, scored(outputs))
+        assert outputs[0].cached_tokens == 0
+    engine.block_pool.reset()
+    engine.submit(scoring("third", COMMON))
+    finish(engine)
+    engine.submit(EngineRequest("plain", COMMON, greedy(1)))
+    assert finish(engine)["plain"][0].cached_tokens == 32, "others reuse the blocks of a scored prompt"
+
+
+def test_prompt_only_ends_without_a_new_token(engine_of, model):
+    engine = engine_of(cache_tokens=MAX_POSITIONS, step_tokens=20)
+    whole = [(5 * n) % V for n in range(MAX_POSITIONS)]
+    for name, prompt in (("whole", whole), ("one", [5])):
+        engine.submit(scoring(name, prompt, prompt_only=True))
+    results = finish(engine)
+    for name, prompt in (("whole", whole), ("one", [5])):
+        [output] = results[name]
+        assert (output.tokens, output.text, output.finish_reason) == ([], "", "length")
+        check_scored(model, prompt, scored([output]))
+    assert engine.stats().prompt_tokens == MAX_POSITIONS + 1 and engine.stats().new_tokens == 0
+    with pytest.raises(ValueError, match="the prompt has 97 tokens"):
+        engine.submit(scoring("longer", [*whole, 1], prompt_only=True))
+
+
+def test_only_requested_logits_are_computed(engine_of, model, monkeypatch):
+    engine, rows = engine_of(step_tokens=16), []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *args, **options: (rows.append(len(options["logits_at"])), forward(*args, **options))[1]
+    )
+    engine.submit(EngineRequest("plain", COMMON, greedy(2)))
+    finish(engine)
+    assert rows == [0, 0, 1, 1]
+    rows.clear()
+    engine.submit(scoring("scored", COMMON, new=2))
+    finish(engine)
+    assert rows == [16, 16, 8, 1], "39 scored tokens and two sampled ones"
+
+
+def test_cancelled_prompt_has_no_logprobs(engine_of):
+    engine = engine_of(step_tokens=16)
+    engine.submit(scoring("a", COMMON))
+    engine.step()
+    engine.cancel("a")
+    assert finish(engine)["a"][0].prompt_logprobs is None
+
+
 @pytest.fixture(scope="module")
 def bf16_model(tiny) -> Bumblebee:
     return make_model(tiny).to(torch.bfloat16)
@@ -227,7 +320,7 @@ def test_bf16_logits_match_one_pass_within_rounding(bf16_model, tokenizer, paddi
     def recorded(chunks):
         out = run_(chunks)
         rows = [chunk.sequence for chunk in chunks if chunk.is_last]
-        logits.update({(each.request.id, len(each.token_ids)): row for each, row in zip(rows, out, strict=True)})
+        logits.update({(each.request.id, len(each.token_ids)): row for each, row in zip(rows, out[0], strict=True)})
         return out
 
     monkeypatch.setattr(engine.model_runner, "run", recorded)
@@ -306,6 +399,33 @@ def test_text_ends_before_stop_ids_and_stop_strings(engine_of, naive, tokenizer)
     outputs = finish(engine)["a"]
     assert outputs[-1].finish_reason == "stop"
     assert "".join(output.text for output in outputs) == before[: before.index(letter)]
+
+
+def test_min_new_tokens_delays_every_kind_of_stop(engine_of, naive, tokenizer):
+    tokens = naive(COMMON, 12)
+    texts = [tokenizer.token_bytes[token].decode(errors="replace") for token in tokens]
+    stops = [text for text in texts[:4] if text]
+    engine = engine_of(stop_ids=[tokens[0]])
+    engine.submit(EngineRequest("a", COMMON, greedy(stop_ids=tokens[1:3], stop=stops, min_new_tokens=8)))
+    outputs = finish(engine)["a"]
+    assert len(ids(outputs)) > 8 and not {*tokens[:3]} & {*ids(outputs)[:8]}
+    engine.submit(EngineRequest("a", COMMON, greedy(min_new_tokens=20)))
+    assert [finish(engine)["a"][-1].finish_reason] == ["length"], "max_new_tokens comes first"
+
+
+def test_stop_is_included_in_the_text_on_request(engine_of, naive, tokenizer):
+    tokens = naive(COMMON, 12)
+    texts = [tokenizer.token_bytes[token].decode(errors="replace") for token in tokens]
+    position = next(position for position in range(3, 12) if tokens[position] not in tokens[:position] and texts[position])
+    engine = engine_of()
+    engine.submit(EngineRequest("id", COMMON, greedy(stop_ids=[tokens[position]], include_stop_str_in_output=True)))
+    letter = next(character for character in "".join(texts) if character.isascii())
+    engine.submit(EngineRequest("text", COMMON, greedy(stop=[letter], include_stop_str_in_output=True)))
+    outputs = finish(engine)
+    id_text, text = ("".join(output.text for output in outputs[name]) for name in ("id", "text"))
+    before = b"".join(tokenizer.token_bytes[token] for token in tokens[: position + 1]).decode(errors="replace")
+    assert id_text == before
+    assert text.endswith(letter) and text.count(letter) == 1
 
 
 def test_deadline_ends_running_and_waiting_requests(engine_of, monkeypatch):

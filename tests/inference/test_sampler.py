@@ -317,6 +317,22 @@ def test_logit_bias_forbids_and_forces_tokens():
 # -- temperature ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_k": 2}, {"logit_bias": {1: 100}}])
+def test_stop_ids_are_not_sampled_before_min_new_tokens(options):
+    logits = torch.tensor([[0.0, 50.0, 1.0, 40.0]]).expand(2, -1)
+    early, other = (
+        SamplerState((), SamplingParams(seed=0, min_new_tokens=minimum, **options), {1, 3, 99}) for minimum in (2, 0)
+    )
+    tokens = [[token.id for token in sample(logits, [early, other])] for _ in range(3)]
+    assert [token for _, token in tokens] == [1, 1, 1]
+    assert {tokens[0][0], tokens[1][0]} <= {0, 2} and tokens[2][0] == 1
+
+
+def test_min_new_tokens_leaves_a_token_to_sample():
+    whole = SamplerState((), SamplingParams(min_new_tokens=2), {0, 1})
+    assert sample(torch.zeros(1, 2), [whole])[0].id in (0, 1)
+
+
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=20, unique=True))
 def test_temperature_zero_is_argmax_for_any_seed(logits):
     best = max(range(len(logits)), key=logits.__getitem__)

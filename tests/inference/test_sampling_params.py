@@ -35,6 +35,8 @@ IDS = "a list of token ids, 0 or more"
         ("logprobs", "between 0 and 100", [-1, 101, True, 1.0]),
         ("seed", "a 64-bit integer", [2**64, -(2**63) - 1, 1.0, "x", True]),
         ("ignore_eos", "true or false", [1, None, "yes"]),
+        ("min_new_tokens", "0 or more", [-1, 1.5, True, None]),
+        ("include_stop_str_in_output", "true or false", [1, None]),
     ],
 )
 def test_values_out_of_range_raise(name, rule, values):
@@ -70,6 +72,8 @@ VALUES = st.builds(
     logprobs=st.none() | st.integers(0, 100),
     seed=st.none() | st.integers(-(2**63), 2**64 - 1),
     ignore_eos=st.booleans(),
+    min_new_tokens=st.integers(0, 10**9),
+    include_stop_str_in_output=st.booleans(),
 )
 
 

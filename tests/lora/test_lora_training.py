@@ -131,7 +131,7 @@ def test_dropout_and_seed_change_the_run(base: Path, tmp_path: Path) -> None:
 def test_run_saves_no_base_weights(base: Path, tmp_path: Path, stage: int) -> None:
     fit(tmp_path / "run", base, zero_stage=stage)
     checkpoint = tmp_path / "run" / "checkpoint-6"
-    assert {file.name for file in checkpoint.iterdir()} == FILES | {"training_state", "trainer_state.json"}
+    assert {file.name for file in checkpoint.iterdir()} == FILES | {"training_state", "trainer_state.json", "SHA256SUMS"}
     assert adapter_bytes(checkpoint) == adapter_bytes(tmp_path / "run")
     tensors = adapter(checkpoint)
     assert len(tensors) == 2 * 2 * 7 and all(tensor.numel() for tensor in tensors.values())
@@ -151,7 +151,7 @@ def test_consolidation_gives_the_gathered_adapter(base: Path, tmp_path: Path, st
     saved = tmp_path / "run" / "checkpoint-6"
     assert not (saved / "adapter_model.safetensors").exists() and not is_model_folder(saved)
     consolidate(saved, tmp_path / "out")
-    assert {file.name for file in (tmp_path / "out").iterdir()} == FILES
+    assert {file.name for file in (tmp_path / "out").iterdir()} == FILES | {"SHA256SUMS"}
     ours, gathered = adapter(tmp_path / "out"), adapter(tmp_path / "run")
     assert ours.keys() == gathered.keys()
     for name, tensor in gathered.items():

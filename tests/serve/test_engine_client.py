@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from bumblebee.inference.engine_config import EngineStats
 from bumblebee.inference.request import EngineRequest, RequestOutput, SampledToken
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 from serve.api.errors import APIError
+from serve.api.requests import ChoiceRequest
 from serve.metrics import Metrics
 from serve.serve_options import ServeOptions
 from serve.workers.engine_client import EngineClient, Replica
@@ -49,8 +49,8 @@ def engine_client_of(workers: int = 1, **options: Any) -> EngineClient:
     return client
 
 
-def choices(count: int = 1) -> list[Any]:
-    return [SimpleNamespace(index=index, prompt=[1, 2, 3], params=SamplingParams()) for index in range(count)]
+def choices(count: int = 1) -> list[ChoiceRequest]:
+    return [ChoiceRequest([1, 2, 3], SamplingParams(), index) for index in range(count)]
 
 
 def output(id: str, text: str, finish_reason: Any = None) -> RequestOutput:
@@ -73,6 +73,23 @@ async def test_outputs_reach_their_stream_with_the_choice_index():
     assert engine_client.idle
 
 
+async def test_ended_choice_is_cancelled_and_delivers_no_more():
+    engine_client = engine_client_of()
+    replica = engine_client.replicas[0]
+    stream = engine_client.generate(choices(2))
+    first, second = replica.pipe.ids
+    deliver(engine_client, replica, output(first, "a"), output(first, "late"), output(first, "later", "stop"))
+    assert (await anext(stream))[1].text == "a"
+    stream.end(0)
+    assert replica.pipe[2:] == [], "its generation has finished"
+    deliver(engine_client, replica, output(second, "b"))
+    assert (await anext(stream))[1].text == "b"
+    stream.end(1)
+    assert replica.pipe[2:] == [CancelRequest(second)]
+    deliver(engine_client, replica, output(second, "late", "cancelled"))
+    assert [each async for each in stream] == [] and engine_client.idle
+
+
 async def test_closing_a_stream_cancels_only_unfinished_choices():
     engine_client = engine_client_of()
     replica = engine_client.replicas[0]
@@ -90,6 +107,24 @@ async def test_choices_go_together_to_the_least_busy_worker():
     engine_client = engine_client_of(workers=3)
     streams = [engine_client.generate(choices(count)) for count in (2, 1, 1, 1)]
     assert [stream.replica.index for stream in streams] == [0, 1, 2, 1]
+
+
+async def test_late_worker_gets_requests_only_if_alone():
+    engine_client = engine_client_of(workers=2)
+    engine_client.replicas[1].silence = 5.0
+    assert {engine_client.generate(choices()).replica.index for _ in range(4)} == {0}
+    engine_client.replicas[0].ready = None
+    assert engine_client.generate(choices()).replica.index == 1
+
+
+async def test_hanging_worker_fails_its_streams():
+    engine_client = engine_client_of()
+    stream = engine_client.generate(choices())
+    engine_client.worker_hangs(engine_client.replicas[0])
+    error = await error_of(stream)
+    stream.close()
+    assert (error.status, error.code) == (500, "worker_unresponsive")
+    assert engine_client.idle
 
 
 async def test_loading_worker_gets_no_requests():

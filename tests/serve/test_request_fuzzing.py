@@ -52,7 +52,13 @@ chats = st.fixed_dictionaries(
 ids = st.lists(st.integers(-1, 410), max_size=4)
 completions = st.fixed_dictionaries(
     {"model": words},
-    optional={**shared, "prompt": words | ids | st.lists(words | ids, max_size=3) | values, "echo": values, "logprobs": values},
+    optional={
+        **shared,
+        "prompt": words | ids | st.lists(words | ids, max_size=3) | values,
+        "echo": values,
+        "logprobs": values,
+        "prompt_logprobs": values,
+    },
 )
 
 
@@ -85,9 +91,11 @@ def test_any_json_body_is_accepted_or_rejected(builder, chat, data):
     except APIError as error:
         assert error.status == 400 and error.message and json.dumps(error.body(), allow_nan=False).isascii()
     else:
-        assert requests and all(
-            choice.prompt and len(choice.prompt) + choice.params.max_new_tokens <= 256 for choice in requests
-        )
+        assert requests and all(choice.prompt and length(choice) <= 256 for choice in requests)
+
+
+def length(choice: ChoiceRequest) -> int:
+    return len(choice.prompt) + (0 if choice.prompt_only else choice.params.max_new_tokens)
 
 
 @given(st.binary(max_size=40))

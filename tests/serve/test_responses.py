@@ -16,11 +16,13 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.inference.generator import Generator
-from bumblebee.inference.request import EngineRequest, RequestOutput, SampledToken
+from bumblebee.inference.request import EngineRequest, PromptToken, RequestOutput, SampledToken
 from bumblebee.model import Bumblebee
+from serve.api.prompt_logprobs import CompletionLogprobs
 from serve.api.requests import RequestBuilder
 from serve.api.responses import ChatResponseBuilder, CompletionResponseBuilder
 from serve.api.schemas import ChatRequest, CompletionRequest, parse
+from serve.api.token_names import TokenNames
 
 ANSWER = "Hé 🐝!"
 CALL = '<tool_call>\n{"name": "fly", "arguments": {"to": "花"}}\n</tool_call>'
@@ -46,7 +48,10 @@ def random_generator(tiny, generator):
 def outputs_of(generator: Generator, requests: list[Any]) -> Iterator[tuple[int, RequestOutput]]:
     engine = generator.engine(EngineConfig())
     for request in requests:
-        engine.submit(EngineRequest(str(request.index), request.prompt, request.params))
+        scored, only = request.prompt_logprobs, request.prompt_only
+        engine.submit(
+            EngineRequest(str(request.index), request.prompt, request.params, prompt_logprobs=scored, prompt_only=only)
+        )
     while engine.busy:
         yield from ((int(output.id), output) for output in engine.step())
 
@@ -66,9 +71,11 @@ def respond(generator: Generator, path: str, **changes: Any) -> tuple[dict[str, 
         body = parse(CompletionRequest, json.dumps({**COMPLETION, **changes}).encode())
         echoes = [builder.echo(prompt) for prompt in body.prompt] if body.echo else None
         requests, response = builder.completion(body), CompletionResponseBuilder(body, "bumblebee", generator.tokenizer, echoes)
+    response.prompt_tokens = [len(request.prompt) for request in requests]
     chunks = response.first_chunks()
     for index, output in outputs_of(generator, requests):
-        chunks += response.add(index, output)
+        if response.finish_reasons[index] is None:
+            chunks += response.add(index, output)
     chunks += response.last_chunks()
     return json.loads(json.dumps(response.body(), allow_nan=False)), json.loads(json.dumps(chunks, allow_nan=False))
 
@@ -114,6 +121,18 @@ def test_usage_is_the_last_chunk(generator):
     assert last.choices == [] and last.usage is not None
     assert [chunk.usage for chunk in chunks] == [None] * len(chunks)
     assert last.usage == chat(whole).usage
+
+
+@pytest.mark.parametrize("path", ["chat", "completion"])
+def test_continuous_usage_is_in_every_chunk(generator, path):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    whole, chunks = respond(generator, path, stream=True, stream_options=options)
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {whole["usage"]["prompt_tokens"]}
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and len(set(counts)) >= 3
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole["usage"]
+    alone = respond(generator, path, stream=True, stream_options={"continuous_usage_stats": True})[1]
+    assert all(chunk["choices"] and chunk["usage"] for chunk in alone)
 
 
 def test_usage_counts_a_prompt_once(generator):
@@ -171,6 +190,16 @@ def test_tool_calls_are_removed_from_the_text(caller):
     assert len({call.id for call in choice.message.tool_calls}) == 2
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_answer_ends_with_its_only_permitted_call(caller, n):
+    whole, chunks = respond(caller, "chat", tools=TOOLS, parallel_tool_calls=False, stream=True, n=n)
+    assert [len(choice.message.tool_calls) for choice in chat(whole).choices] == [1] * n
+    assert {choice.finish_reason for choice in chat(whole).choices} == {"tool_calls"}
+    assert sum(len(chunk.choices[0].delta.tool_calls or ()) for chunk in chat_chunks(chunks)) == n
+    unlimited = respond(caller, "chat", tools=TOOLS, parallel_tool_calls=True, n=n)[0]
+    assert whole["usage"]["completion_tokens"] < unlimited["usage"]["completion_tokens"]
+
+
 def test_stream_has_text_and_then_each_call(caller):
     whole, chunks = respond(caller, "chat", tools=TOOLS, stream=True)
     choices = [chunk.choices[0] for chunk in chat_chunks(chunks)]
@@ -226,6 +255,72 @@ def test_echo_precedes_the_completion(generator):
     for choice in whole["choices"]:
         parts = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
         assert "".join(part["text"] for part in parts) == choice["text"]
+
+
+PROMPTS = ["é 🐝 <|im_end|>b", [5, 6, 0, 7]]  # special tokens, and tokens that are a part of a character
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {key: [value for part in parts if part for value in part[key]] for key in parts[0]}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["text", "ids"])
+@pytest.mark.parametrize("max_tokens", [0, 99])
+def test_echoed_prompt_has_logprobs(generator, prompt, max_tokens):
+    whole, chunks = respond(generator, "completion", prompt=prompt, n=2, echo=True, logprobs=2, max_tokens=max_tokens)
+    answer = strictly_known(Completion.model_validate(without_null_tops(whole), strict=True))
+    ids = generator.tokenizer.prompt_ids(prompt, True) if isinstance(prompt, str) else prompt
+    text = generator.tokenizer.decode(ids, skip_special_tokens=False) + (ANSWER if max_tokens else "")
+    for choice, raw in zip(answer.choices, whole["choices"], strict=True):
+        logprobs = raw["logprobs"]
+        assert choice.text == text and choice.finish_reason == ("stop" if max_tokens else "length")
+        assert len(logprobs["tokens"]) == len(ids) + answer.usage.completion_tokens / 2
+        assert (logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]) == (None, None)
+        for token, value, top in list(zip(*(logprobs[key] for key in list(logprobs)[:3]), strict=True))[1:]:
+            assert top[token] == value <= max(top.values()) <= 0 and len(top) <= 3
+        for token, offset in list(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))[:-1]:
+            assert token.startswith("bytes:") or text[offset : offset + len(token)] == token
+        parts = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice.index]
+        assert "".join(part["text"] for part in parts) == text
+        assert joined([part["logprobs"] for part in parts]) == logprobs
+
+
+def without_null_tops(whole: dict[str, Any]) -> dict[str, Any]:
+    """The response with an object for the null of a prompt's first token, which OpenAI's type does not foresee."""
+    changed = json.loads(json.dumps(whole))
+    for choice in changed["choices"]:
+        choice["logprobs"]["token_logprobs"][0], choice["logprobs"]["top_logprobs"][0] = 0.0, {}
+    return changed
+
+
+def test_echo_without_new_tokens(generator):
+    whole, chunks = respond(generator, "completion", prompt="b c", echo=True, max_tokens=0)
+    [choice] = whole["choices"]
+    assert (choice["text"], choice["logprobs"], choice["finish_reason"]) == ("b c", None, "length")
+    assert whole["usage"]["completion_tokens"] == 0
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "b c"
+
+
+def test_begin_of_text_takes_no_room_in_an_echo(generator):
+    names = TokenNames(generator.tokenizer)
+    logprobs = CompletionLogprobs(names, 0)
+    logprobs.add_prompt([PromptToken(id, -1.0, 1) for id in (0, *generator.tokenizer.encode("ab"))], "ab")
+    assert logprobs.whole["text_offset"][:2] == [0, 0]
+
+
+@pytest.mark.parametrize("path", ["chat", "completion"])
+def test_prompt_logprobs_have_vllms_shape(generator, path):
+    whole, _ = respond(generator, path, prompt_logprobs=2, max_tokens=1)
+    if path == "chat":
+        ids = generator.encode_chat("Hello")
+        places = whole["prompt_logprobs"]
+    else:
+        ids, places = generator.encode("Hello"), whole["choices"][0]["prompt_logprobs"]
+    assert places[0] is None and len(places) == len(ids) == whole["usage"]["prompt_tokens"]
+    for id, place in list(zip(ids, places, strict=True))[1:]:
+        own, ranks = place[str(id)], [entry["rank"] for entry in place.values()]
+        assert own["logprob"] <= 0 and own["decoded_token"] == TokenNames(generator.tokenizer).name(id)
+        assert {1, 2} <= set(ranks) and len(place) in (2, 3)
 
 
 def test_text_offsets_index_the_text(generator):

@@ -25,9 +25,12 @@ def test_integer_is_accepted_as_number():
     assert chat(temperature=1, top_p=1).temperature == 1.0
 
 
-def test_null_means_absent():
-    nulls = dict.fromkeys(("temperature", "stop", "tools", "audio", "functions", "reasoning_effort", "logit_bias"))
+def test_null_means_absent_also_for_unknown_fields():
+    nulls = dict.fromkeys(
+        ("temperature", "stop", "tools", "audio", "functions", "reasoning_effort", "logit_bias", "unheard_of")
+    )
     assert chat(**nulls) == chat()
+    assert chat(messages=[{**CHAT["messages"][0], "mood": None}]) == chat()
 
 
 def test_label_fields_are_accepted():
@@ -36,9 +39,32 @@ def test_label_fields_are_accepted():
     completion(user="ada", best_of=1)
 
 
-def test_own_response_message_is_accepted():
-    answer = {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None, "audio": None}
-    assert chat(messages=[*CHAT["messages"], answer]).messages[1].text == "Hello"
+CALL = {"id": "c", "type": "function", "function": {"name": "fly", "arguments": "{}"}}
+PLAIN = {"role": "assistant", "content": "Hello"}
+
+
+@pytest.mark.parametrize(
+    ("returned", "rendered"),
+    [
+        ({"refusal": None, "tool_calls": None, "audio": None, "function_call": None, "annotations": []}, PLAIN),
+        ({"tool_calls": [], "provider_specific_fields": {"refusal": None}, "parsed": {"a": 1}}, PLAIN),
+        ({"annotations": [{"type": "url_citation", "url_citation": {"url": "x"}}]}, PLAIN),
+        ({"reasoning_content": "Hm.", "reasoning": None}, {**PLAIN, "reasoning_content": "Hm."}),
+        ({"reasoning": "Hm."}, {**PLAIN, "reasoning_content": "Hm."}),
+        ({"content": None, "refusal": "No."}, {**PLAIN, "content": "No."}),
+        (
+            {"tool_calls": [{**CALL, "index": 0, "function": {**CALL["function"], "parsed_arguments": {}}}]},
+            {**PLAIN, "tool_calls": [CALL]},
+        ),
+    ],
+)
+def test_assistant_message_of_a_client_is_taken_back(returned, rendered):
+    assert chat(messages=[*CHAT["messages"], {**PLAIN, **returned}]).messages[1].to_template() == rendered
+
+
+def test_strict_of_a_tool_is_not_shown_to_the_model():
+    (tool,) = chat(tools=[{"type": "function", "function": {"name": "fly", "strict": True, "description": None}}]).tools
+    assert tool.to_template() == {"type": "function", "function": {"name": "fly"}}
 
 
 def test_text_parts_are_joined():
@@ -74,10 +100,17 @@ TOOL = {"type": "function", "function": {"name": "fly"}}
 
 
 @pytest.mark.parametrize(
-    "body", [{}, {"prompt": "a", "messages": CHAT["messages"]}, {"prompt": "a", "tools": [TOOL]}], ids=["none", "both", "tools"]
+    "body",
+    [
+        {},
+        {"prompt": "a", "messages": CHAT["messages"]},
+        {"prompt": "a", "tools": [TOOL]},
+        {"messages": CHAT["messages"], "parse_special": True},
+    ],
+    ids=["none", "both", "tools", "parse_special"],
 )
 def test_tokenize_requires_prompt_or_messages(body):
-    with pytest.raises(APIError, match="prompt or messages|'tools': only allowed with messages"):
+    with pytest.raises(APIError, match="prompt or messages|'tools': only allowed with messages|only allowed with prompt"):
         parse(TokenizeRequest, json.dumps(body).encode())
 
 

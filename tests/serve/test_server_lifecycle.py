@@ -109,6 +109,8 @@ def test_missing_folder_model_or_tokenizer_is_one_line(served_folder: Path, tmp_
         (["--host", "0.0.0.0"], "set --api_key KEY"),
         (["--host", "nowhere.invalid", "--without_key"], "is not an address of this machine"),
         (["--temperature", "-1"], "temperature must be 0 or more"),
+        (["--heartbeat_timeout", "0"], "heartbeat_timeout must be greater than 0"),
+        (["--step_timeout", "-1"], "step_timeout must be greater than 0"),
         (["--max_queue", "-1"], "max_queue must be 0 or more"),
         (["--examples", "[' ']"], "examples must be non-empty strings, got [' ']"),
         (["--examples", "5"], "examples"),
@@ -244,11 +246,57 @@ def test_killed_worker_fails_its_requests_and_is_replaced(served_folder: Path):
             assert list(chunks)[-1]["error"]["code"] == "worker_died"
         whole.thread.join(TIMEOUT)
         assert (whole.result.status_code, whole.result.json()["error"]["code"]) == (500, "worker_died")
-        assert running.http.get("/ready").status_code == 503
-        assert running.http.get("/health").status_code == 200
+        assert (running.http.get("/ready").status_code, running.http.get("/health").status_code) == (503, 503)
         running.line("ready: ", count=2)
         assert running.complete(max_tokens=1).status_code == 200
         assert "killed by signal 9" in running.output()
+
+
+HEARTBEAT = ("--heartbeat_timeout", "5")
+
+
+def test_stopped_worker_fails_its_requests_and_is_replaced(served_folder: Path):
+    with serving(served_folder, *HEARTBEAT) as running:
+        with running.stream(**LONG) as chunks:
+            next(chunks)
+            whole = run_in_thread(lambda: running.complete(**LONG))
+            running.wait_for_metric("bumblebee_running", 2)
+            running.workers[0].suspend()
+            assert list(chunks)[-1]["error"]["code"] == "worker_unresponsive"
+        whole.thread.join(TIMEOUT)
+        assert (whole.result.status_code, whole.result.json()["error"]["code"]) == (500, "worker_unresponsive")
+        unready, unhealthy = (running.http.get(path) for path in ("/ready", "/health"))
+        assert [unready.status_code, unhealthy.status_code] == [503, 503]
+        assert unready.json() == unhealthy.json() == {"status": "restarting"}
+        running.line("ready: ", count=2)
+        assert {running.http.get(path).status_code for path in ("/ready", "/health")} == {200}
+        assert running.complete(max_tokens=1).status_code == 200
+        assert "has sent no heartbeat for 5 s; killing it" in running.output()
+
+
+def test_requests_avoid_a_stopped_worker_among_two(served_folder: Path):
+    with serving(served_folder, "--device", "cpu", "cpu", *HEARTBEAT) as running:
+        running.line("ready: ", count=2)
+        running.workers[0].suspend()
+        time.sleep(4)  # late, but not yet replaced
+        assert [running.complete(max_tokens=1).status_code for _ in range(16)] == [200] * 16
+        running.line("warning: worker process on cpu was killed; restarting")
+        assert running.http.get("/ready").status_code == 200
+        running.line("ready: ", count=3)
+        assert [running.complete(max_tokens=1).status_code for _ in range(4)] == [200] * 4
+
+
+def test_suspended_server_blames_no_worker(served_folder: Path):
+    with serving(served_folder, "--heartbeat_timeout", "2") as running, running.stream(**LONG) as chunks:
+        next(chunks)
+        everything = [psutil.Process(running.process.pid), *running.workers]
+        for process in everything:
+            process.suspend()
+        time.sleep(4)
+        for process in everything:
+            process.resume()
+        assert list(chunks)[-1]["choices"][0]["finish_reason"] == "length"
+        assert "killing it" not in running.output()
 
 
 def run_in_thread(ask: Any) -> Any:
@@ -357,7 +405,7 @@ def send_request(running: Running, number: int) -> int:
     if number % 4 == 0:
         return running.complete(prompt, max_tokens=8).status_code
     if number % 4 == 3:
-        return running.complete(prompt, max_tokens=0).status_code
+        return running.complete(prompt, max_tokens=-1).status_code
     with running.stream(prompt, max_tokens=8) as chunks:
         if number % 4 == 1:
             list(chunks)

@@ -14,7 +14,7 @@ from bumblebee.inference.sampling.sampling_params import SamplingParams
 from serve.metrics import Metrics
 from serve.serve_options import ServeOptions
 from serve.workers.engine_client import EngineClient
-from serve.workers.messages import WorkerFailed, WorkerReady
+from serve.workers.messages import Heartbeat, StepOutputs, WorkerFailed, WorkerReady
 from serve.workers.supervisor import Supervisor
 
 pytestmark = pytest.mark.anyio
@@ -45,12 +45,12 @@ class Process:
 class Fake:
     """A supervisor with fake processes, and the calls it made."""
 
-    def __init__(self, fails: int = 0, devices: int = 1) -> None:
+    def __init__(self, fails: int = 0, devices: int = 1, **options: float) -> None:
         self.fails = fails  # number of starts that fail, after the first
         self.processes: list[Process] = []
         self.ready: list[WorkerReady] = []
         self.errors: list[BaseException] = []
-        self.engine_client = EngineClient(ServeOptions("folder"), Metrics(lambda: []))
+        self.engine_client = EngineClient(ServeOptions("folder", **options), Metrics(lambda: []))
         self.workers = Supervisor(self.engine_client, ["cpu"] * devices, self.launch, self.ready.append, self.errors.append)
 
     def launch(self, index: int, pipe: Connection) -> Any:
@@ -77,10 +77,46 @@ async def test_dead_worker_is_replaced():
     await wait_until(lambda: fake.engine_client.state == "ready")
     fake.processes[0].pipe.close()
     await wait_until(lambda: len(fake.processes) == 2)
-    assert fake.engine_client.state == "loading"
+    assert fake.engine_client.state == "restarting"
     fake.processes[1].pipe.send(READY)
     await wait_until(lambda: fake.engine_client.state == "ready")
     assert len(fake.engine_client.replicas) == 1 and not fake.errors
+    await fake.workers.stop()
+
+
+async def test_silent_worker_is_replaced_when_loaded(caplog: pytest.LogCaptureFixture):
+    fake = Fake(heartbeat_timeout=0.25)
+    await fake.workers.start()
+    await asyncio.sleep(0.5)
+    assert len(fake.processes) == 1, "loading may take long"
+    fake.processes[0].pipe.send(READY)
+    await wait_until(lambda: fake.ready)
+    await wait_until(lambda: len(fake.processes) == 2)
+    assert fake.engine_client.state == "restarting"
+    assert "worker process on cpu has sent no heartbeat for 0.25 s; killing it" in caplog.text
+    assert "worker process on cpu was killed; restarting" in caplog.text
+    await fake.workers.stop()
+
+
+@pytest.mark.parametrize("message", [Heartbeat(9.9), StepOutputs([], [], STATS)], ids=["heartbeat", "outputs"])
+async def test_worker_that_sends_anything_is_kept(message: Any):
+    fake = Fake(heartbeat_timeout=0.5, step_timeout=10)
+    await fake.workers.start()
+    fake.processes[0].pipe.send(READY)
+    for _ in range(40):
+        fake.processes[0].pipe.send(message)
+        await asyncio.sleep(0.02)
+    assert len(fake.processes) == 1 and fake.engine_client.state == "ready"
+    await fake.workers.stop()
+
+
+async def test_worker_in_an_endless_step_is_replaced(caplog: pytest.LogCaptureFixture):
+    fake = Fake(step_timeout=10)
+    await fake.workers.start()
+    fake.processes[0].pipe.send(READY)
+    fake.processes[0].pipe.send(Heartbeat(10.0))
+    await wait_until(lambda: len(fake.processes) == 2)
+    assert "worker process on cpu has been in one step for 10 s; killing it" in caplog.text
     await fake.workers.stop()
 
 

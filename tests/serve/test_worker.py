@@ -15,7 +15,7 @@ from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.request import EngineRequest
 from bumblebee.inference.sampling.sampling_params import SamplingParams
-from serve.workers.messages import CancelRequest, StepOutputs
+from serve.workers.messages import CancelRequest, Heartbeat, StepOutputs
 from serve.workers.worker import receive_messages, run_engine
 
 LONG = SamplingParams(max_new_tokens=1000, ignore_eos=True)
@@ -31,7 +31,7 @@ def pipe(generator: Generator) -> Iterator[Connection]:
     """A pipe to a loop in a thread."""
     engine = generator.engine(EngineConfig(cache_tokens=4096))
     server_end, worker_end = multiprocessing.Pipe()
-    thread = threading.Thread(target=run_engine, args=(engine, worker_end))
+    thread = threading.Thread(target=run_engine, args=(engine, worker_end, 0.05))
     thread.start()
     yield server_end
     server_end.send(None)
@@ -39,9 +39,12 @@ def pipe(generator: Generator) -> Iterator[Connection]:
     assert not thread.is_alive()
 
 
-def received(pipe: Connection) -> StepOutputs:
-    assert pipe.poll(30), "nothing came"
-    return pipe.recv()
+def received(pipe: Connection, kind: type = StepOutputs) -> Any:
+    """The next message of this kind."""
+    while pipe.poll(30):
+        if isinstance(message := pipe.recv(), kind):
+            return message
+    raise AssertionError("nothing came")
 
 
 def test_one_message_per_step_has_all_outputs(pipe: Connection):
@@ -73,6 +76,38 @@ def test_impossible_request_is_rejected(pipe: Connection, prompt: list[int]):
     assert id == "a" and why
     pipe.send(EngineRequest("b", [5], SamplingParams(max_new_tokens=1)))
     assert [output.id for output in received(pipe).outputs] == ["b"]
+
+
+def test_idle_loop_sends_heartbeats(pipe: Connection):
+    assert [received(pipe, Heartbeat).step_seconds for _ in range(3)] == [0, 0, 0]
+
+
+def test_heartbeats_measure_a_long_step():
+    class Slow:
+        busy = False
+
+        def step(self) -> list[Any]:
+            self.busy = not self.busy
+            if self.busy:
+                release.wait(30)
+            return []
+
+        def cancel(self, id: str) -> None:
+            pass
+
+    release = threading.Event()
+    server_end, worker_end = multiprocessing.Pipe()
+    thread = threading.Thread(target=run_engine, args=(Slow(), worker_end, 0.02))
+    thread.start()
+    server_end.send(CancelRequest("a"))
+    while received(server_end, Heartbeat).step_seconds < 0.1:
+        pass
+    release.set()
+    while received(server_end, Heartbeat).step_seconds > 0:
+        pass
+    server_end.send(None)
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 class Scripted:

@@ -22,8 +22,8 @@ from helpers.recipe_files import RECIPE, SAMPLES
 from helpers.training_runs import weight_bytes, weights
 
 import bumblebee
+from bumblebee.checkpoint.trainer_state import checkpoints
 from bumblebee.cli.commands import COMMANDS
-from bumblebee.training.run_folder import checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from helpers.processes import run_jobs
 from helpers.training_runs import Rows, reference_gradient, small_model, train, train_reference, weight_bytes, weights
 from helpers.zero_stages import EACH_STAGE
 
+from bumblebee.checkpoint.trainer_state import checkpoints
 from bumblebee.optim import Cosine
-from bumblebee.training.run_folder import checkpoints
 
 pytestmark = pytest.mark.slow
 

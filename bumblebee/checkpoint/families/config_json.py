@@ -32,6 +32,9 @@ _SHARED: Json = {
     "residual_dropout": 0.0,  # this one and the next are for training; Hugging Face keeps and ignores them
     "embedding_dropout": 0.0,
 }
+# Without a version from 5.0 on, transformers warns of an "incorrect regex pattern" in any large tokenizer beside config.json:
+# older versions wrote a wrong one for Mistral. Ours is read from and written to tokenizer.json as it is.
+TRANSFORMERS_VERSION = "5.0.0"
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -112,7 +115,7 @@ def write_config(config: BumblebeeConfig, dtype: str) -> Json:
         config: the model's.
         dtype: name of the weights' dtype, e.g. "bfloat16".
     """
-    return _write(family_of(config), config) | {"torch_dtype": dtype}
+    return _write(family_of(config), config) | {"torch_dtype": dtype, "transformers_version": TRANSFORMERS_VERSION}
 
 
 def _write(family: Family, config: BumblebeeConfig) -> Json:

@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from bumblebee.cli.config_files import callbacks_in, config_files, option_values, plain, where, yaml_files_beside
+from bumblebee.cli.errors.renamed import ELSEWHERE
 from bumblebee.cli.errors.renamed import OPTIONS as RENAMED
 from bumblebee.cli.signatures import parameter_names
 from bumblebee.utils.formatting import did_you_mean, hint
@@ -92,6 +93,8 @@ def reason(text: str, key: str = "") -> str:
     base = re.search(r"Not a valid subclass of (\w+)" + r"|Subtypes: \[<class '[\w.]*?(\w+)'>" * not_a_path, text)
     if base:
         return f"expected the class_path of {_with_article(base[1] or base[2])}{_got(text)}{_shipped(key, _value(text))}"
+    if not types and (bare := re.search(r"Expected a dot import path string: (\S*)", text)):
+        return f"expected a class path, got {_quoted(bare[1])}{_shipped(key, bare[1])}"
     if unread := re.search(r"Unable to load config ['\"](.+?)['\"]", text):
         return f"expected a mapping of options or a YAML file, got {_quoted(unread[1])}"
     if absent := _NO_ATTRIBUTE.search(text):
@@ -119,14 +122,12 @@ def _explain_absent(module: str | None, name: str | None, missing: str | None, k
 
 def _shipped(key: str, name: str = "") -> str:
     """Suggest the shipped classes of the group that a key belongs to: those of a similar name, else all."""
-    from bumblebee.cli.shipped_classes import GROUPS, shipped  # imports torch
+    from bumblebee.cli.shipped_classes import group_of, named_like, shipped  # imports torch
 
-    group = next((group for group in GROUPS if plain(key) == group or group == "callbacks" == key.split(".")[0]), None)
+    group = group_of(plain(key))
     if group is None:
         return ""
-    classes = list(shipped(group))
-    same_name = [path for path in classes if path.rpartition(".")[2].lower() == name.rpartition(".")[2].lower()]
-    return did_you_mean(same_name) or f"; shipped classes: {', '.join(classes)}"
+    return did_you_mean(named_like(group, name)) or f"; shipped classes: {', '.join(shipped(group))}"
 
 
 def _type_in_words(kind: str) -> str:
@@ -179,7 +180,7 @@ def _explain_unknown(unknown: re.Match[str], keys: list[str], message: str, word
     classes = _CLASS.findall(message)
     if not classes:
         key = plain(".".join([*keys, *path]))
-        return f"{where(key, words)}unknown option {key!r}{_nearest(key, options)}"
+        return f"{where(key, words)}unknown option {key!r}{_of_a_class(key, options) or _nearest(key, options)}"
     path = [part for part in path if part != "init_args"]
     known = parameter_names(classes[-1])
     depth = 1
@@ -189,7 +190,35 @@ def _explain_unknown(unknown: re.Match[str], keys: list[str], message: str, word
     if not known:
         return f"{where(key, words)}unknown option {key!r}: {classes[-1]} has no options (is class_path missing?)"
     parent = key.rpartition(".")[0]
-    return f"{where(key, words)}unknown option {key!r}{_nearest(key, [f'{parent}.{name}' for name in known])}"
+    near = _of_another_class(key, classes[-1]) if depth == 1 else ""
+    return f"{where(key, words)}unknown option {key!r}{near or _nearest(key, [f'{parent}.{name}' for name in known])}"
+
+
+def _of_a_class(key: str, options: list[str]) -> str:
+    """Say which group has an option that was written without one: ``--lr`` is ``--optimizer.lr``."""
+    if "." in key or "task" not in options:
+        return ""
+    from bumblebee.cli.shipped_classes import GROUPS, having_option  # imports torch
+
+    full = [option for option in options if option.rpartition(".")[2] == key]
+    full += [
+        f"{group}.{key}" for group in GROUPS if group not in ("callbacks", "task.transforms") and having_option(group, key)
+    ]
+    classes = [path for group in GROUPS for path in having_option(group, key) if f"{group}.{key}" in full]
+    return did_you_mean(full) + (f", an option of {classes[0]}" if len(classes) == 1 else "") if len(full) == 1 else ""
+
+
+def _of_another_class(key: str, chosen: str) -> str:
+    """Say which other shipped class of the group has an option that the chosen class does not have."""
+    from bumblebee.cli.shipped_classes import EXAMPLES, group_of, having_option  # imports torch
+
+    parent, _, name = key.rpartition(".")
+    group = group_of(parent)
+    classes = having_option(group, name) if group else []
+    if not classes:
+        return ""
+    example = next((f"; see {EXAMPLES[path]}" for path in classes if path in EXAMPLES), "")
+    return f": not an option of {chosen}, but of {_or(classes[:3])} (--{parent} CLASS){example}"
 
 
 def _option_for(argument: str, options: set[str]) -> str:
@@ -204,6 +233,8 @@ def _nearest(key: str, known: list[str]) -> str:
     """Suggest the most similar siblings of a key, else list them all; of an unknown group, the groups."""
     if key in RENAMED:
         return f": it was renamed to {RENAMED[key]!r}"
+    if key.rpartition(".")[2] in ELSEWHERE:
+        return f": {ELSEWHERE[key.rpartition('.')[2]]}"
     parent, _, name = key.rpartition(".")
     siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == parent]
     if not siblings:

@@ -1,6 +1,8 @@
-"""Renamed commands and options: the old name is refused, and the error names the new one."""
+"""Names that are no longer, or never were, names here: the error tells the one to use."""
 
 from __future__ import annotations
 
 COMMANDS = {"answer": "evaluate"}
 OPTIONS: dict[str, str] = {}  # dotted keys as written in a recipe, without init_args
+# Options of other libraries whose meaning has another form here, and that form.
+ELSEWHERE = {"do_sample": "use temperature; 0 always takes the most likely token, above 0 samples"}

@@ -65,6 +65,15 @@ class EngineOptions:
         return HALF_DTYPES.get(self.precision)
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products and of attention. An fp32 run may set autocast in ``overrides``."""
+        autocast = self.overrides.get("torch_autocast", {})
+        if self.half_dtype is None and autocast.get("enabled"):
+            name = autocast.get("dtype", "bf16").removeprefix("torch.")
+            return HALF_DTYPES.get(name) or getattr(torch, name)
+        return self.half_dtype or torch.float32
+
+    @property
     def weights_dtype(self) -> torch.dtype:
         """The dtype of the model's weights. At stage 0 they are fp32 and run under autocast."""
         return self.half_dtype if self.half_dtype is not None and self.zero_stage > 0 else torch.float32
@@ -116,7 +125,7 @@ def uses_nvme(config: DsConfig) -> bool:
     return any(isinstance(value, dict) and value.get("device") == "nvme" for value in settings)
 
 
-def _without_auto(overrides: Mapping[str, Any]) -> DsConfig:
+def _without_auto(overrides: Mapping[str, object]) -> DsConfig:
     """Drop the values "auto" of a file written for Hugging Face's Trainer: ours decides those anyway."""
     kept = {key: _without_auto(value) if isinstance(value, Mapping) else value for key, value in overrides.items()}
     return {key: value for key, value in kept.items() if value != "auto"}
@@ -185,7 +194,7 @@ def _nest(options: DsConfig) -> DsConfig:
     return result
 
 
-def _from_text(value: str) -> Any:
+def _from_text(value: str) -> object:
     try:
         return json.loads(value)
     except ValueError:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from bumblebee.distributed.deepspeed import engine_state
 from bumblebee.distributed.deepspeed.ds_config import EngineOptions
 from bumblebee.distributed.deepspeed.gathering import gathered_model, iter_full_tensors
 from bumblebee.distributed.deepspeed.operators import import_deepspeed, quiet_initialization, usable_config
+from bumblebee.distributed.deepspeed.optimizer_types import ParamGroup
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
 from bumblebee.distributed.deepspeed.zero_shards import base_optimizer
 
@@ -44,8 +45,8 @@ class TrainingEngine:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Callable[[list[dict[str, Any]]], Any],
-        groups: list[dict[str, Any]],
+        optimizer: Callable[[list[ParamGroup]], object],
+        groups: list[ParamGroup],
         device: torch.device,
         options: EngineOptions,
     ) -> None:
@@ -70,7 +71,7 @@ class TrainingEngine:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
         """The model's forward."""
         return self._engine(*args, **kwargs)
 
@@ -91,7 +92,7 @@ class TrainingEngine:
         self._engine.eval()
 
     @property
-    def parameter_groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[ParamGroup]:
         """The optimizer's groups; a changed ``lr`` takes effect at the next step."""
         return self._optimizer.param_groups
 
@@ -117,7 +118,7 @@ class TrainingEngine:
     # -- loss scaling in fp16 --------------------------------------------------------------------------------------------
 
     @property
-    def _autocast_scaler(self) -> Any:
+    def _autocast_scaler(self) -> torch.amp.GradScaler | None:
         """torch's scaler at stage 0; None at higher stages, where DeepSpeed's optimizer scales."""
         return getattr(self._engine, "torch_autocast_z0_gradscaler", None)
 
@@ -161,13 +162,16 @@ class TrainingEngine:
             return nullcontext(self.model)
         return gathered_model(self.model, self._optimizer)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> dict[str, str]:
         """Write this rank's shards of weights and optimizer state into an existing folder.
+
+        Returns:
+            The SHA-256 of each file that this rank wrote, by name.
 
         Raises:
             OSError: they cannot be written.
         """
-        engine_state.save(folder, self.model, self._optimizer, self.options.zero_stage)
+        return engine_state.save(folder, self.model, self._optimizer, self.options.zero_stage)
 
     def load(self, folder: Path) -> None:
         """Restore what ``save`` wrote, at any number of ranks and any stage. Collective.
@@ -186,7 +190,7 @@ class TrainingEngine:
         del self._engine, self._optimizer, self.model
 
 
-def _register_external_parameters(deepspeed: Any, model: nn.Module) -> None:
+def _register_external_parameters(deepspeed: ModuleType, model: nn.Module) -> None:
     """Tell DeepSpeed which modules use the weights of others: those that list them in an attribute ``reads``."""
     for module in model.modules():
         for other in getattr(module, "reads", ()):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bumblebee.checkpoint.sharded_state import ShardReader, write_buffers, write_shards
 from bumblebee.distributed import process_group
+from bumblebee.distributed.deepspeed.optimizer_types import ZeroOptimizer
 from bumblebee.distributed.deepspeed.sharded_parameters import full_shape
 from bumblebee.distributed.deepspeed.zero_shards import iter_shards, restore_shards, saved_shards
 
 
-def save(folder: Path, model: nn.Module, optimizer: Any, stage: int) -> None:
+def save(folder: Path, model: nn.Module, optimizer: ZeroOptimizer, stage: int) -> dict[str, str]:
     """Write this rank's shards of weights and optimizer state into an existing folder, and the buffers on rank 0.
 
     Args:
@@ -24,19 +24,24 @@ def save(folder: Path, model: nn.Module, optimizer: Any, stage: int) -> None:
         optimizer: what ``deepspeed.initialize`` returned for it.
         stage: of ZeRO.
 
+    Returns:
+        The SHA-256 of each file that this rank wrote, by name.
+
     Raises:
         OSError: they cannot be written.
     """
     rank = process_group.rank()
+    digests: dict[str, str] = {}
     if rank == 0 or stage > 0:  # at stage 0 every rank has everything
         count = process_group.world_size() if stage > 0 else 1
         shards = iter_shards(model, optimizer, stage, rank)
-        write_shards(folder, f"optimizer-{rank:05d}-of-{count:05d}", saved_shards(shards, optimizer))
+        digests |= write_shards(folder, f"optimizer-{rank:05d}-of-{count:05d}", saved_shards(shards, optimizer))
     if rank == 0:
-        write_buffers(folder, _buffers(model))
+        digests |= write_buffers(folder, _buffers(model))
+    return digests
 
 
-def load(folder: Path, model: nn.Module, optimizer: Any, stage: int) -> None:
+def load(folder: Path, model: nn.Module, optimizer: ZeroOptimizer, stage: int) -> None:
     """Restore what ``save`` wrote, at any number of ranks and any stage. Collective.
 
     Args:

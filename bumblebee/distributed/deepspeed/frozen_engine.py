@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bumblebee.distributed.deepspeed.ds_config import EngineOptions
 from bumblebee.distributed.deepspeed.operators import import_deepspeed, quiet_initialization, usable_config
 from bumblebee.distributed.deepspeed.zero_init import fill_sharded_copy
+
+
+class _DeepSpeedEngine(Protocol):
+    def __call__(self, *args: object, **kwargs: object) -> Tensor: ...
+
+    def destroy(self) -> None: ...
 
 
 class FrozenEngine:
@@ -27,7 +33,7 @@ class FrozenEngine:
     def __init__(self, model: nn.Module, device: torch.device, options: EngineOptions, copy_of: nn.Module) -> None:
         self._device = device
         self._autocast = options.half_dtype if options.zero_stage == 0 else None
-        self._engine: Any = None
+        self._engine: _DeepSpeedEngine | None = None
         self.model = model.requires_grad_(False)
         if options.zero_stage < 3:
             model.to(device=device, dtype=options.weights_dtype)
@@ -41,7 +47,7 @@ class FrozenEngine:
         model.eval()
 
     @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
         """The model's forward. Collective at stage 3."""
         with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
             return (self._engine or self.model)(*args, **kwargs)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
+
+from bumblebee.distributed.deepspeed.optimizer_types import ZeroOptimizer
 
 
 def iter_full_tensors(model: nn.Module, stage: int, select: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
@@ -31,7 +32,7 @@ def iter_full_tensors(model: nn.Module, stage: int, select: Callable[[str], bool
 
 
 @contextmanager
-def gathered_model(model: nn.Module, optimizer: Any) -> Iterator[nn.Module]:
+def gathered_model(model: nn.Module, optimizer: ZeroOptimizer) -> Iterator[nn.Module]:
     """Gather all weights of a stage-3 model on every rank, and remove the hooks that gather and release them. Collective.
 
     Inside, a rank may call the model alone, or not at all.
@@ -48,7 +49,8 @@ def gathered_model(model: nn.Module, optimizer: Any) -> Iterator[nn.Module]:
     before = [(table, dict(table)) for table in tables.values()]
     with GatheredParameters(list(model.parameters())):
         for handle in handles:
-            handle.hooks_dict_ref().pop(handle.id, None)
+            if (table := handle.hooks_dict_ref()) is not None:
+                table.pop(handle.id, None)
         try:
             yield model
         finally:

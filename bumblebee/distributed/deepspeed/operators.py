@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from subprocess import CalledProcessError
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 import torch
 
@@ -25,7 +26,11 @@ logger = logging.getLogger(__name__)
 SLOW = 3.0  # seconds; a load that takes longer is a compilation
 
 
-def import_deepspeed(device: torch.device) -> Any:
+class _OpBuilder(Protocol):
+    name: str
+
+
+def import_deepspeed(device: torch.device) -> ModuleType:
     """Import DeepSpeed for a type of device, with its log messages below ERROR hidden."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
@@ -37,7 +42,7 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 @contextmanager
-def quiet_initialization(deepspeed: Any) -> Iterator[None]:
+def quiet_initialization(deepspeed: ModuleType) -> Iterator[None]:
     """Initialize DeepSpeed inside: nothing is printed, and only operators that are used are compiled.
 
     Raises:
@@ -48,7 +53,7 @@ def quiet_initialization(deepspeed: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _without_shm_operator(deepspeed: Any) -> Iterator[None]:
+def _without_shm_operator(deepspeed: ModuleType) -> Iterator[None]:
     """Mark the shared-memory operator as incompatible: gloo does its work, and no compiler is needed."""
     compatible = deepspeed.ops.__compatible_ops__
     before = compatible.get("deepspeed_shm_comm")
@@ -72,7 +77,7 @@ def _reported_compilation() -> Iterator[None]:
         OpBuilder.jit_load = load
 
 
-def _compile(load: Callable[..., Any], builder: Any, *args: Any, **kwargs: Any) -> Any:
+def _compile(load: Callable[..., ModuleType], builder: _OpBuilder, *args: object, **kwargs: object) -> ModuleType:
     timer = threading.Timer(
         SLOW, logger.info, ["compiling DeepSpeed's %s operator, once on this machine; this takes minutes", builder.name]
     )

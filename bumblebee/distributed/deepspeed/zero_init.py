@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -39,7 +39,13 @@ def unsharded_init() -> Iterator[None]:
         partition_parameters.restore_init_context()
 
 
-def fill_sharded_copy(copy: nn.Module, original: nn.Module, zero_init: Any) -> None:
+class ZeroInit(Protocol):
+    """What we use of ``deepspeed.zero.Init``."""
+
+    def _convert_to_zero_parameters(self, param_list: list[nn.Parameter]) -> None: ...
+
+
+def fill_sharded_copy(copy: nn.Module, original: nn.Module, zero_init: ZeroInit) -> None:
     """Fill a ``copy.deepcopy`` of a sharded model, whose parameters are empty, and shard it. Collective.
 
     One whole parameter is in memory at a time.

@@ -11,13 +11,27 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bumblebee.checkpoint.sharded_state import WEIGHTS, SavedShard, ShardReader
+from bumblebee.distributed.deepspeed.optimizer_types import BaseOptimizer, OptimizerState, ZeroOptimizer
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel, full_shape
+
+
+class _FragmentAddress(Protocol):
+    start: int
+    numel: int
+
+
+class _FragmentMapping(Protocol):
+    """DeepSpeed's ``_hp_mapping`` of a parameter. lp: the model's low-precision weights; hp: the optimizer's fp32 copy."""
+
+    lp_fragment_address: _FragmentAddress
+    hp_fragment_address: _FragmentAddress
+    param_group_index: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Shard:
         return flat.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
-def iter_shards(model: nn.Module, optimizer: Any, stage: int, rank: int) -> Iterator[Shard]:
+def iter_shards(model: nn.Module, optimizer: ZeroOptimizer, stage: int, rank: int) -> Iterator[Shard]:
     """Yield this rank's shard of each trainable parameter that it has one of.
 
     Args:
@@ -61,24 +75,24 @@ def iter_shards(model: nn.Module, optimizer: Any, stage: int, rank: int) -> Iter
         yield from (shard for name, p in named if (shard := _shard_at_stage_3(name, p, optimizer, rank)).numel > 0)
     else:
         flats = getattr(optimizer, "fp32_groups_flat_partition", None) or optimizer.single_partition_of_fp32_groups
-        yield from (_shard_at_stage_1_or_2(name, p, flats) for name, p in named if p._hp_mapping is not None)  # type: ignore[attr-defined]
+        mapped = ((name, p, vars(p)["_hp_mapping"]) for name, p in named)
+        yield from (_shard_at_stage_1_or_2(name, p, mapping, flats) for name, p, mapping in mapped if mapping is not None)
 
 
-def _shard_at_stage_1_or_2(name: str, parameter: Any, flats: list[Tensor]) -> Shard:
-    mapping = parameter._hp_mapping  # lp: the model's weights in low precision; hp: the optimizer's in high precision
+def _shard_at_stage_1_or_2(name: str, parameter: nn.Parameter, mapping: _FragmentMapping, flats: list[Tensor]) -> Shard:
     in_parameter, in_flat = mapping.lp_fragment_address, mapping.hp_fragment_address
     flat = flats[mapping.param_group_index]
     return Shard(name, tuple(parameter.shape), in_parameter.start, in_parameter.numel, flat, in_flat.start)
 
 
-def _shard_at_stage_3(name: str, parameter: nn.Parameter, optimizer: Any, rank: int) -> Shard:
+def _shard_at_stage_3(name: str, parameter: nn.Parameter, optimizer: ZeroOptimizer, rank: int) -> Shard:
     group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = rank * size  # every rank has a shard of the same size; those of the last ranks may hold padding
     numel = max(0, min(size, full_numel(parameter) - start))
     return Shard(name, full_shape(parameter), start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
 
 
-def saved_shards(shards: Iterable[Shard], optimizer: Any) -> Iterator[SavedShard]:
+def saved_shards(shards: Iterable[Shard], optimizer: ZeroOptimizer) -> Iterator[SavedShard]:
     """Yield the weights and optimizer state of each shard; valid until the next one is yielded.
 
     Raises:
@@ -89,7 +103,7 @@ def saved_shards(shards: Iterable[Shard], optimizer: Any) -> Iterator[SavedShard
             yield from (_saved_shard(shard, optimizer) for shard in group)
 
 
-def _saved_shard(shard: Shard, optimizer: Any) -> SavedShard:
+def _saved_shard(shard: Shard, optimizer: ZeroOptimizer) -> SavedShard:
     tensors = {WEIGHTS: shard.view(shard.flat)}
     for kind, value in state_of(optimizer, shard.flat).items():
         if torch.is_tensor(value) and value.numel() == shard.flat.numel() and value.dim():
@@ -106,7 +120,7 @@ def _saved_shard(shard: Shard, optimizer: Any) -> SavedShard:
     return SavedShard(shard.name, shard.shape, shard.start, shard.numel, tensors)
 
 
-def restore_shards(shards: Iterable[Shard], optimizer: Any, reader: ShardReader) -> None:
+def restore_shards(shards: Iterable[Shard], optimizer: ZeroOptimizer, reader: ShardReader) -> None:
     """Copy a checkpoint's weights and optimizer state into this rank's shards, whatever ranks and stage wrote them."""
     for flat, group in _by_flat(shards):
         with in_memory(flat, optimizer, changed=True):
@@ -117,16 +131,16 @@ def restore_shards(shards: Iterable[Shard], optimizer: Any, reader: ShardReader)
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _restore(shard: Shard, state: dict[str, Any], reader: ShardReader) -> None:
+def _restore(shard: Shard, state: OptimizerState, reader: ShardReader) -> None:
     shard.view(shard.flat).copy_(reader.read(WEIGHTS, shard.name, shard.start, shard.numel))
     for kind in reader.kinds(shard.name):
         value = reader.read(kind, shard.name, shard.start, shard.numel)
         if value.dim() == 0:
-            state[kind] = value.item() if value.dtype == torch.int64 else value
+            state[kind] = int(value) if value.dtype == torch.int64 else value
             continue
-        if kind not in state:
-            state[kind] = torch.zeros_like(shard.flat, dtype=value.dtype, requires_grad=False)
-        shard.view(state[kind]).copy_(value)
+        if not isinstance(whole := state.get(kind), Tensor):
+            whole = state[kind] = torch.zeros_like(shard.flat, dtype=value.dtype, requires_grad=False)
+        shard.view(whole).copy_(value)
 
 
 def _by_flat(shards: Iterable[Shard]) -> Iterator[tuple[Tensor, list[Shard]]]:
@@ -136,7 +150,7 @@ def _by_flat(shards: Iterable[Shard]) -> Iterator[tuple[Tensor, list[Shard]]]:
 
 
 @contextmanager
-def in_memory(flat: Tensor, optimizer: Any, changed: bool = False) -> Iterator[None]:
+def in_memory(flat: Tensor, optimizer: ZeroOptimizer, changed: bool = False) -> Iterator[None]:
     """Hold a flat tensor and its optimizer state in memory, swapping them in from NVMe if they are offloaded.
 
     Args:
@@ -158,7 +172,7 @@ def in_memory(flat: Tensor, optimizer: Any, changed: bool = False) -> Iterator[N
             optimizer._release_swap_buffers(index)
 
 
-def _swapped_index(flat: Tensor, optimizer: Any) -> int | None:
+def _swapped_index(flat: Tensor, optimizer: ZeroOptimizer) -> int | None:
     """The index of a flat tensor that is offloaded to NVMe; None for one in memory, as small ones are."""
     if not getattr(optimizer, "swap_optimizer", False):
         return None
@@ -166,11 +180,11 @@ def _swapped_index(flat: Tensor, optimizer: Any) -> int | None:
     return index if optimizer._swappable_optimizer_subgroup(index) else None
 
 
-def base_optimizer(optimizer: Any) -> Any:
+def base_optimizer(optimizer: ZeroOptimizer) -> BaseOptimizer:
     """The optimizer that DeepSpeed wraps; at stage 0, the optimizer itself."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def state_of(optimizer: Any, flat: Tensor) -> dict[str, Any]:
+def state_of(optimizer: ZeroOptimizer, flat: Tensor) -> OptimizerState:
     """The optimizer's state of a flat tensor; empty before the first step."""
     return base_optimizer(optimizer).state.get(flat, {})

@@ -1,4 +1,4 @@
-"""Sampling: penalties and biases, temperature, then top-k, top-p and min-p.
+"""Sampling: penalties and biases, temperature, then top-k, top-p and min-p. Before ``min_new_tokens``, stop ids are impossible.
 
 The last three act on the tempered distribution, each on what the previous one kept, as in transformers. A token is chosen where
 the cumulative probabilities exceed one uniform random number, drawn from the request's own generator, so it does not depend on
@@ -7,17 +7,18 @@ the rest of the batch. Tokens are ordered by id, or, where some are cut off, by 
 What is kept of a vocabulary is mostly short: a few hundred of the largest logits are examined first, and only rows whose cut is
 not among them are examined again with more.
 
-Log-probabilities are the model's own, before penalties, temperature and cuts, as in the OpenAI API and vLLM.
+Log-probabilities are the model's own; see logprobs.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from bumblebee.inference.request import SampledToken
+from bumblebee.inference.sampling.logprobs import check_finite, token_logprobs
 from bumblebee.inference.sampling.penalties import Penalties, apply_penalties
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 
@@ -33,16 +34,29 @@ class SamplerState:
     Args:
         prompt: token ids.
         params: how to sample.
+        stop_ids: ids that end the sequence. They are not sampled before ``params.min_new_tokens``.
     """
 
-    def __init__(self, prompt: Sequence[int], params: SamplingParams) -> None:
+    def __init__(self, prompt: Sequence[int], params: SamplingParams, stop_ids: Collection[int] = ()) -> None:
         self.params = params
+        self.stop_ids = sorted(stop_ids) if params.min_new_tokens else []
+        self.num_sampled = 0
         self.penalties = Penalties(prompt, params)
         self.generator = torch.Generator()
         if params.seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(params.seed)
+
+    def add(self, token_id: int) -> None:
+        """Count a sampled token."""
+        self.num_sampled += 1
+        self.penalties.add(token_id)
+
+    def excluded_ids(self, vocab_size: int) -> list[int]:
+        """Ids that may not be sampled next; never the whole vocabulary."""
+        ids = [id for id in self.stop_ids if id < vocab_size] if self.num_sampled < self.params.min_new_tokens else []
+        return ids if len(ids) < vocab_size else []
 
     def uniform(self) -> float:
         """The next random number in [0, 1)."""
@@ -60,14 +74,22 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[SampledToken]
         FloatingPointError: the maximum of a row is NaN or infinite.
     """
     logits = logits.float()
-    if not logits.amax(dim=-1).isfinite().all():
-        raise FloatingPointError("the model's logits are NaN or infinite: its weights are damaged, or its dtype overflows")
-    chosen = _choose(apply_penalties(logits, [state.penalties for state in states]), states)
+    check_finite(logits)
+    chosen = _choose(_exclude_stops(apply_penalties(logits, [state.penalties for state in states]), states), states)
     tokens = [SampledToken(token_id) for token_id in chosen.tolist()]
     _add_logprobs(tokens, logits, chosen, states)
     for token, state in zip(tokens, states, strict=True):
-        state.penalties.add(token.id)
+        state.add(token.id)
     return tokens
+
+
+def _exclude_stops(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
+    """Make tokens impossible that would end a sequence too early, in logits (n, V). Returns a new tensor if there are any."""
+    excluded = [(row, id) for row, state in enumerate(states) for id in state.excluded_ids(logits.shape[-1])]
+    if not excluded:
+        return logits
+    rows, ids = torch.tensor(excluded, device=logits.device).unbind(1)
+    return logits.index_put((rows, ids), torch.tensor(-torch.inf, device=logits.device))
 
 
 # -- choosing a token ----------------------------------------------------------------------------------------------------
@@ -210,10 +232,5 @@ def _add_logprobs(tokens: list[SampledToken], logits: Tensor, chosen: Tensor, st
         return
     rows = list(counts)
     logits = logits if len(rows) == len(tokens) else logits[rows]
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    own = (logits.gather(1, chosen[rows][:, None]) - total)[:, 0].tolist()
-    top = logits.topk(min(max(counts.values()), logits.shape[-1]), dim=-1)
-    pairs = zip(top.indices.tolist(), (top.values - total).tolist(), strict=True)
-    for row, logprob, (ids, values) in zip(rows, own, pairs, strict=True):
-        count = counts[row]
-        tokens[row].logprob, tokens[row].top = logprob, list(zip(ids[:count], values[:count], strict=True))
+    for row, (logprob, top) in zip(rows, token_logprobs(logits, chosen[rows], list(counts.values())), strict=True):
+        tokens[row].logprob, tokens[row].top = logprob, top

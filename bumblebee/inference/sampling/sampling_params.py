@@ -35,6 +35,8 @@ class SamplingParams:
         logprobs: return the log-probability of each new token, and of this number of the most likely ones; null returns none.
         seed: of the random generator; null draws a new one each time.
         ignore_eos: continue after the end-of-text token.
+        min_new_tokens: number of tokens before which no stop id, stop string or end-of-text token ends the completion.
+        include_stop_str_in_output: the text ends after the stop string instead of before it.
 
     Raises:
         ValueError: a value of the wrong type or out of range.
@@ -55,6 +57,8 @@ class SamplingParams:
     logprobs: int | None = None
     seed: int | None = None
     ignore_eos: bool = False
+    min_new_tokens: int = 0
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         strings = f"a list of up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters"
@@ -75,6 +79,8 @@ class SamplingParams:
             ("logprobs", self.logprobs is None or _is_int(self.logprobs, 0, MAX_LOGPROBS), f"between 0 and {MAX_LOGPROBS}"),
             ("seed", self.seed is None or _is_int(self.seed, *SEED_RANGE), "a 64-bit integer"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
+            ("min_new_tokens", _is_int(self.min_new_tokens, 0), "0 or more"),
+            ("include_stop_str_in_output", isinstance(self.include_stop_str_in_output, bool), "true or false"),
         ]
         for name, valid, rule in rules:
             if not valid:

@@ -43,6 +43,27 @@
     return scrollTop > 50 && scrollHeight - scrollTop - clientHeight < 48;
   },
 
+  /** Records, from now on, the largest distance to the end and the largest upward movement between two frames, in pixels. */
+  observeScrolling() {
+    const scroller = document.getElementById("scroller");
+    window.scrolling = { away: 0, up: 0 };
+    let last = scroller.scrollTop;
+    const frame = () => {
+      const { scrollHeight, scrollTop, clientHeight } = scroller;
+      window.scrolling.away = Math.max(window.scrolling.away, scrollHeight - scrollTop - clientHeight);
+      window.scrolling.up = Math.max(window.scrolling.up, last - scrollTop);
+      last = scrollTop;
+      requestAnimationFrame(frame);
+    };
+    requestAnimationFrame(frame);
+  },
+
+  /** The stored conversations. */
+  stored() {
+    const keys = Object.keys(localStorage).filter((key) => key.startsWith("bumblebee.conversation."));
+    return keys.map((key) => JSON.parse(localStorage.getItem(key)));
+  },
+
   /** Marks the finished blocks: all but the last two. */
   mark() {
     [...document.querySelectorAll(".block")].slice(0, -2).forEach((block) => (block.marked = true));

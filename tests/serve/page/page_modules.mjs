@@ -47,9 +47,17 @@ test("a conversation is restored from JSON under a new id", () => {
   assert.deepEqual(back.messages.map(({ role, content }) => [role, content]), [["user", "Hello"], ["assistant", "Hi"]]);
 });
 
-test("OpenAI's messages can be imported, without the system prompt", () => {
+test("OpenAI's messages are imported with their system prompt", () => {
   const [chat] = fromJson('{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}');
-  assert.deepEqual(chat.messages.map(({ content }) => content), ["q"]);
+  assert.deepEqual(chat.messages.map(({ role, content }) => [role, content]), [["system", "s"], ["user", "q"]]);
+  assert.equal(titleOf(chat), "q");
+});
+
+test("a conversation's own system prompt replaces the one in the settings", () => {
+  const settings = new Settings(new MemoryStorage());
+  settings.update({ system: "Be short." });
+  const [chat] = fromJson('{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}');
+  assert.deepEqual(chatRequest(chat.messages, settings, "m").messages, [{ role: "system", content: "s" }, { role: "user", content: "q" }]);
 });
 
 for (const text of ["", "{", "null", "[1]", '{"messages": "x"}', '{"conversations": {}}', '{"messages": [{"role": "user"}]}', '[{"messages": [null]}]']) {

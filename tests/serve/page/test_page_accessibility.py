@@ -135,6 +135,18 @@ def test_sidebar_is_a_drawer_on_a_phone(open_page: Callable[..., ChatPage], scri
     expect(chat.button("Conversations")).to_be_focused()
 
 
+@pytest.mark.parametrize("size", [(320, 568), (844, 390)])
+def test_new_conversation_fits_small_screens(
+    open_page: Callable[..., ChatPage], script: ScriptedServer, size: tuple[int, int]
+) -> None:
+    script.ready = False  # with a banner
+    chat = open_page(viewport={"width": size[0], "height": size[1]}, has_touch=True)
+    expect(chat.page.locator("#banner")).to_be_visible()
+    expect(chat.page.locator("#examples button").first).to_be_in_viewport(ratio=1)
+    for each in (chat.page.locator(".greeting"), chat.question, chat.page.locator("#examples")):
+        expect(each).to_be_in_viewport(ratio=1)
+
+
 def test_screen_readers_get_whole_blocks(chat: ChatPage, script: ScriptedServer) -> None:
     script.replies.append(Reply("The first paragraph.\n\nThe second one.\n\nThe third.", pause=0.03))
     chat.check("hear")

@@ -40,7 +40,7 @@ def test_server_examples_replace_the_generic_ones(
 
 
 def test_answer_is_rendered_as_markdown_with_statistics(chat: ChatPage, script: ScriptedServer) -> None:
-    script.replies.append(Reply("# Title\n\nSome **bold** text\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n- [x] done", pause=0.01))
+    script.replies.append(Reply("# Title\n\nSome **bold** text\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n- [x] done", pause=0.05))
     chat.ask("Show me")
     chat.answered("Some bold text")
     expect(chat.answers.locator("strong")).to_have_text("bold")
@@ -59,6 +59,73 @@ def test_text_is_rendered_while_streaming(chat: ChatPage, script: ScriptedServer
     expect(chat.answers.locator("strong")).to_have_text("second")
     expect(chat.page.locator("#stop")).to_be_visible()
     chat.page.keyboard.press("Escape")
+
+
+STRUCTURED = """3. three
+4. four
+
+   1. inner
+
+```
+code
+```
+
+5. five
+
+| left | middle | right |
+|:-----|:------:|------:|
+| a    | b      | c     |
+
+<table>
+<tr><th colspan="2" align="right" onclick="alert(1)" style="color: red">both</th></tr>
+<tr><td rowspan=2>x</td><td>y</td></tr>
+</table>
+
+Write `<table>` or <table> for a table."""
+
+
+def test_lists_keep_numbers_and_tables_their_layout(chat: ChatPage, script: ScriptedServer) -> None:
+    script.replies.append(Reply(STRUCTURED))
+    chat.ask("Structure")
+    chat.answered("five")
+    lists = chat.answers.locator(".block > ol")
+    assert [each.get_attribute("start") for each in lists.all()] == ["3", "5"]
+    cells = chat.answers.locator("table").first.locator("th, td")
+    assert [cell.evaluate("e => getComputedStyle(e).textAlign") for cell in cells.all()] == ["left", "center", "right"] * 2
+    both, x, _ = chat.answers.locator("table").nth(1).locator("th, td").all()
+    assert both.evaluate("e => [e.colSpan, e.align, e.attributes.length]") == [2, "right", 2]
+    assert x.evaluate("e => e.rowSpan") == 2
+    expect(chat.answers).to_contain_text("Write <table> or <table> for a table.")
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_wide_list_numbers_fit_on_a_phone(open_page: Callable[..., ChatPage], script: ScriptedServer, count: int) -> None:
+    """Numbers stand to the left of the text, in the list's padding."""
+    chat = open_page(viewport={"width": 390, "height": 844})
+    script.replies.append(Reply("\n".join(f"{number}. item" for number in range(99_999, 99_999 + count))))
+    chat.ask("Count")
+    chat.answered("item")
+    room, number = chat.answers.locator("ol").evaluate(
+        """list => {
+          const canvas = new OffscreenCanvas(1, 1).getContext("2d");
+          canvas.font = getComputedStyle(list).font;
+          return [parseFloat(getComputedStyle(list).paddingLeft), canvas.measureText("99999. ").width];
+        }"""
+    )
+    assert room >= number
+
+
+@pytest.mark.parametrize(
+    ("text", "pause", "rated"), [("Two words", 0.0, False), ("word " * 400, 0.0, False), ("word " * 40, 0.02, True)]
+)
+def test_rate_needs_several_tokens_and_some_time(
+    chat: ChatPage, script: ScriptedServer, text: str, pause: float, rated: bool
+) -> None:
+    script.replies.append(Reply(text, pause=pause))
+    chat.ask("How fast?")
+    chat.answered(text.split()[0])
+    expect(chat.page.locator(".figures")).to_contain_text("tokens")
+    assert ("tokens/s" in chat.page.locator(".figures").inner_text()) == rated
 
 
 VARIED = """1. one
@@ -208,6 +275,28 @@ def test_view_scrolls_with_the_text_only_at_the_end(chat: ChatPage, script: Scri
     assert chat.page.locator("#scroller").evaluate("e => e.scrollTop") == 0
     chat.button("Latest").click()
     eventually(lambda: chat.check("atEnd"))
+
+
+def test_view_follows_answers_in_a_long_mixed_conversation(chat: ChatPage, script: ScriptedServer) -> None:
+    """Short and very long messages, as in practice: the view stays at the end, without a jump up."""
+    code = "```python\n" + "value = compute(value)\n" * 40 + "```"
+    answers = ["Yes.", "Some **text**.\n\n" * 40, code, "| a | b |\n|---|---|\n" + "| 1 | 2 |\n" * 30, "- item\n" * 60]
+    messages = [
+        {"role": role, "content": text}
+        for index in range(30)
+        for role, text in (("user", "Question " * (1 + 40 * (index % 3))), ("assistant", answers[index % len(answers)]))
+    ]
+    chat.import_messages(messages)
+    expect(chat.questions).to_have_count(30)
+    eventually(lambda: chat.check("atEnd"))
+    chat.check("observeScrolling")
+    for count, text in enumerate(("Fine.\n\n" * 60, "Short.", "word " * 30 + "\n\n" + code), 31):
+        script.replies.append(Reply(f"{text} end", pause=0.01))
+        chat.ask("Next")
+        chat.answered("end", count)
+        eventually(lambda: chat.check("atEnd"))
+    scrolling = chat.page.evaluate("window.scrolling")
+    assert scrolling["up"] < 30 and scrolling["away"] < 400, scrolling
 
 
 def test_streaming_leaves_finished_elements_unchanged(chat: ChatPage, script: ScriptedServer) -> None:

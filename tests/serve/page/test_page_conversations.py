@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.chat_browser import ChatPage, expect
+from helpers.chat_browser import ChatPage, eventually, expect
 from helpers.scripted_server import Reply, ScriptedServer
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -26,14 +26,58 @@ def test_conversations_survive_a_reload(chat: ChatPage, script: ScriptedServer) 
     expect(chat.items).to_have_count(1)
 
 
-def test_closing_the_page_keeps_a_partial_answer(chat: ChatPage, script: ScriptedServer) -> None:
+# As in Firefox: the requests of a page that is being left fail before `pagehide`.
+ABORTS_EARLY = """
+const [real, left] = [fetch, new AbortController()];
+const both = (signal) => AbortSignal.any([left.signal, signal ?? left.signal]);
+window.fetch = (url, options = {}) => real(url, { ...options, signal: both(options.signal) });
+addEventListener("beforeunload", () => left.abort());
+"""
+
+
+@pytest.mark.parametrize(("leave", "init"), [("reload", ""), ("reload", ABORTS_EARLY), ("close", "")])
+def test_leaving_during_an_answer_keeps_it_as_interrupted(
+    open_page: Callable[..., ChatPage], script: ScriptedServer, leave: str, init: str
+) -> None:
+    chat = open_page(init=init)
     script.replies.append(Reply("one two three " + "more " * 500, pause=0.05))
     chat.ask("Long")
     expect(chat.answers).to_contain_text("three")
-    chat.page.reload()
+    if leave == "reload":
+        chat.page.reload()
+    else:
+        url, context = chat.page.url, chat.page.context
+        chat.page.close()
+        chat = ChatPage(context.new_page())
+        chat.page.goto(url)
+        chat.items.first.click()
     expect(chat.answers).to_contain_text("one two three")
-    expect(chat.end).to_contain_text("The connection was lost")
+    expect(chat.end).to_contain_text("Interrupted")
+    expect(chat.fault).to_have_count(0)
     expect(chat.button("Continue")).to_be_visible()
+    [stored] = chat.check("stored")
+    assert stored["messages"][-1].get("finish") == "interrupted"
+    assert "error" not in stored["messages"][-1]
+
+
+def test_reloading_before_the_first_token_offers_another_try(chat: ChatPage, script: ScriptedServer) -> None:
+    script.replies.append(Reply("late", pause=30))
+    chat.ask("Slow")
+    eventually(lambda: len(script.bodies) == 1)
+    chat.page.reload()
+    expect(chat.end).to_contain_text("Interrupted")
+    expect(chat.fault).to_have_count(0)
+    chat.button("Try again").click()
+    chat.answered("Fine")
+
+
+def test_reloading_while_the_model_loads_shows_no_waiting(chat: ChatPage, script: ScriptedServer) -> None:
+    script.ready = False
+    chat.ask("Early")
+    expect(chat.fault).to_contain_text("not ready")
+    chat.page.reload()
+    expect(chat.end).to_contain_text("Interrupted")
+    expect(chat.fault).to_have_count(0)
 
 
 def test_conversations_can_be_renamed_searched_and_deleted(chat: ChatPage, script: ScriptedServer) -> None:
@@ -70,6 +114,25 @@ def test_exports_can_be_imported(chat: ChatPage, script: ScriptedServer, tmp_pat
     chat.page.keyboard.press("Control+,")
     chat.page.locator("#import-file").set_input_files(saved["JSON"])
     expect(chat.items).to_have_text(["Export me", "Export me"])
+
+
+def test_import_keeps_system_messages(chat: ChatPage, script: ScriptedServer, tmp_path: Path) -> None:
+    chat.setting(system="The page's own prompt.")
+    messages = [
+        {"role": "system", "content": "Answer like a pirate."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Ahoy"},
+    ]
+    chat.import_messages(messages)
+    expect(chat.page.get_by_role("heading", level=1)).to_have_text("Hello")
+    chat.page.get_by_text("System prompt").first.click()
+    expect(chat.page.get_by_text("Answer like a pirate.")).to_be_visible()
+    chat.ask("Again")
+    chat.answered("Fine", 2)
+    assert script.bodies[0]["messages"] == [*messages, {"role": "user", "content": "Again"}]
+    [stored] = json.loads(chat.export("Export as JSON", tmp_path).read_text())["conversations"]
+    assert [message["role"] for message in stored["messages"]] == ["system", "user", "assistant", "user", "assistant"]
+    assert "## System\n\nAnswer like a pirate." in chat.export("Export as Markdown", tmp_path).read_text()
 
 
 def test_invalid_import_is_rejected(chat: ChatPage, script: ScriptedServer) -> None:
@@ -126,11 +189,43 @@ def test_server_defaults_are_placeholders(chat: ChatPage, script: ScriptedServer
     expect(chat.page.get_by_label("Top k")).to_have_attribute("placeholder", "server default")
 
 
-def test_out_of_range_setting_is_ignored(chat: ChatPage, script: ScriptedServer) -> None:
-    chat.setting(temperature="9")
+def test_out_of_range_setting_is_an_error_at_its_field(chat: ChatPage, script: ScriptedServer) -> None:
+    chat.setting(temperature="0.5")
+    chat.setting(temperature="9")  # "Done" keeps the dialog open
+    dialog, field = chat.page.locator("#settings"), chat.page.get_by_label("Temperature")
+    expect(dialog).to_be_visible()
+    expect(field).to_be_focused()
+    expect(field).to_have_attribute("aria-invalid", "true")
+    expect(field).to_have_accessible_description("Must be between 0 and 2.")
+    chat.page.keyboard.press("Escape")
+    expect(chat.page.locator("#notes")).to_contain_text("Not saved: Temperature")
     chat.ask("Question")
     chat.answered("Fine")
-    assert "temperature" not in script.bodies[0]
+    assert script.bodies[0]["temperature"] == 0.5
+    chat.page.keyboard.press("Control+,")
+    expect(field).to_have_value("0.5")
+    expect(field).not_to_have_attribute("aria-invalid", "true")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_tokens", "0", "Must be at least 1."),
+        ("top_k", "1.5", "Must be a whole number."),
+        ("presence_penalty", "-3", "Must be between -2 and 2."),
+    ],
+)
+def test_setting_errors_say_what_is_valid(chat: ChatPage, script: ScriptedServer, name: str, value: str, message: str) -> None:
+    chat.setting(**{name: value})
+    field = chat.page.locator(f"#settings [name={name}]")
+    expect(field).to_have_accessible_description(message)
+    field.fill("2")
+    expect(field).not_to_have_attribute("aria-invalid", "true")
+    chat.button("Done").click()
+    expect(chat.page.locator("#settings")).to_be_hidden()
+    chat.ask("Question")
+    chat.answered("Fine")
+    assert script.bodies[0][name] == 2
 
 
 @pytest.mark.parametrize("system", ["light", "dark"])

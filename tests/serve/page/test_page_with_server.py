@@ -29,7 +29,7 @@ def test_real_model_output_is_sanitized(open_page: Callable[..., ChatPage], echo
     expect(chat.page.locator("#model")).to_have_text("bumblebee")
     chat.setting(temperature="0")
     chat.ask("Attack")
-    chat.answered("ten")
+    chat.answered("ten", seconds=30)
     assert chat.check("harm", "#thread") == []
     expect(chat.page.locator("#meter")).to_have_text(re.compile(r"[\d,]+ of 4,096 tokens"))
     expect(chat.page.locator(".figures")).to_have_text(re.compile(r"tokens/s · first token after"))
