@@ -48,13 +48,14 @@ TUTORIAL = "tokenizer preview fit generate fit fit evaluate fit fit fit merge ev
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("document", "expected"),
     [("README.md", "tokenizer fit generate validate fit"), ("docs/tutorial.md", TUTORIAL)],
 )
 def test_commands_run_as_written(document: str, expected: str, tmp_path: Path) -> None:
-    """Run in order, in a folder that contains only the recipes."""
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    """Run in order, in a folder that contains only the recipes and the documentation."""
+    _copy_recipes_and_docs(tmp_path)
     run = [c for c in commands(ROOT / document) if c.startswith("bumblebee ") and "quickstart" not in c]
     assert [shlex.split(c)[1] for c in run] == expected.split()
     for command in run:
@@ -63,6 +64,27 @@ def test_commands_run_as_written(document: str, expected: str, tmp_path: Path) -
                 pass
         else:
             run_in_shell(command, tmp_path, timeout=600)
+    if document == "README.md":
+        _check_curve(tmp_path / "runs" / "pretrain")
+
+
+def _check_curve(run: Path) -> None:
+    """The first training of a newcomer shows that the model learns."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    validation = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert len(losses) >= 100
+    assert len(validation) >= 4
+    assert sum(losses[-10:]) / 10 < losses[0] - 2
+    assert validation == sorted(validation, reverse=True)
+    assert (run / "loss.png").is_file()
+
+
+def _copy_recipes_and_docs(folder: Path) -> None:
+    for name in ("recipes", "docs"):
+        shutil.copytree(ROOT / name, folder / name)
+    for page in ("README.md", "README.zh.md"):
+        shutil.copy(ROOT / page, folder)
 
 
 @pytest.mark.slow
