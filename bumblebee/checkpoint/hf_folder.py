@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from bumblebee.checkpoint.adapters.folder import WEIGHTS, base_model_folder, is_adapter_folder
 from bumblebee.checkpoint.families import is_supported, read_config
+from bumblebee.checkpoint.trainer_state import checkpoints
 from bumblebee.checkpoint.weight_files import INDEX, SINGLE
 from bumblebee.config import BumblebeeConfig
 from bumblebee.utils.json_files import read_json
@@ -66,13 +67,20 @@ def parse_config_json(folder: str | Path, parse: Callable[[dict[str, Any]], T]) 
     """
     file = Path(folder) / "config.json"
     if not file.is_file():
-        problem = "config.json not found" if Path(folder).is_dir() else f"folder not found{_hub_hint(str(folder))}"
+        missing = f"folder not found{_hub_hint(str(folder))}"
+        problem = f"config.json not found{_checkpoint_hint(Path(folder))}" if Path(folder).is_dir() else missing
         raise ValueError(f"{folder} is not a model folder: {problem}")
     raw = read_json(file)
     try:
         return parse(raw)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _checkpoint_hint(folder: Path) -> str:
+    """A hint for the folder of a run that has not finished, which has checkpoints only."""
+    paths = [checkpoint.path for checkpoint in checkpoints(folder) if any(checkpoint.path.glob("*.safetensors"))]
+    return f"; the run has not finished, its newest checkpoint is {paths[-1]}" if paths else ""
 
 
 def _hub_hint(name: str) -> str:

@@ -176,3 +176,11 @@ def test_unsupported_setting_is_named_with_its_file(single, changes, message):
 def test_missing_folder_or_config_is_refused(tmp_path):
     assert refusal(tmp_path / "none") == f"{tmp_path / 'none'} is not a model folder: folder not found"
     assert refusal(tmp_path) == f"{tmp_path} is not a model folder: config.json not found"
+
+
+def test_refusal_of_an_unfinished_run_names_its_newest_checkpoint(tmp_path):
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in ("trainer_state.json", "model.safetensors"):
+            (tmp_path / f"checkpoint-{step}" / name).write_text("{}")
+    assert refusal(tmp_path).endswith(f"the run has not finished, its newest checkpoint is {tmp_path / 'checkpoint-10'}")
