@@ -50,7 +50,7 @@ def merge(
     adapter, output = Path(adapter), Path(output)
     check_dtype(dtype)
     if not is_adapter_folder(adapter):
-        raise ValueError(f"adapter: {adapter} is not an adapter folder: it has no {CONFIG}, or also a complete model")
+        raise ValueError(f"adapter: {adapter} is not an adapter folder: {_missing_part(adapter)}")
     folders = adapter_chain(adapter, base)
     _check_output(output, folders, overwrite)
     for folder in folders:
@@ -65,6 +65,12 @@ def merge(
         copy_files(["generation_config.json"], _last_with(("generation_config.json",), folders), aside)
         write_digests(aside, digests)
     remove_stale_weights(output, digests)
+
+
+def _missing_part(folder: Path) -> str:
+    if not folder.is_dir():
+        return "folder not found"
+    return "it contains a complete model" if (folder / CONFIG).is_file() else f"{CONFIG} not found"
 
 
 def _check_output(output: Path, folders: list[Path], overwrite: bool) -> None:
