@@ -33,4 +33,6 @@ def run(words: Sequence[str]) -> None:
         texts = (record_files.text_of(record) for file in record_files.expand(cfg.files) for record in record_files.read(file))
         tokenizer = Tokenizer.train(texts, cfg.vocab_size, show_progress=sys.stderr.isatty())
         tokenizer.save_pretrained(cfg.output)
-    print(f"{tokenizer.vocab_size} tokens in {cfg.output}")
+    fewer = tokenizer.vocab_size < cfg.vocab_size
+    reason = f" (requested {cfg.vocab_size}, but the files have no more pairs to merge)" if fewer else ""
+    print(f"{tokenizer.vocab_size} tokens in {cfg.output}{reason}")
