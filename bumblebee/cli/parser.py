@@ -35,7 +35,7 @@ class ConfigFile(ActionConfigFile):
             from bumblebee.cli.shipped_classes import GROUPS, shipped  # imports torch
 
             group = next((group for group in GROUPS if class_path in shipped(group)), "task.model")
-            fail(f"--config: {values} describes a {class_path}, not a recipe: use --{group} {values} besides a recipe")
+            fail(f"--config: {values} describes a {class_path}, not a recipe: use --{group} {values} together with a recipe")
         callbacks, transforms = cfg.get("callbacks") or {}, cfg.get(_TRANSFORMS) or []
         super().__call__(parser, cfg, values, option_string)
         if callbacks and (added := cfg.get("callbacks")) is not None:

@@ -90,7 +90,7 @@ ON_THE_COMMAND_LINE = {
     "--callbacks.stop callbacks.EarlyStoping": "callbacks.stop: callbacks has no class 'EarlyStoping' (did you mean ...)",
     "--callbacks.stop 5": "callbacks.stop: expected the class_path of a Callback, got 5; shipped classes: ...",
     "--config recipes/models/tiny.yaml": "--config: recipes/models/tiny.yaml describes a bumblebee.Bumblebee, not a recipe: "
-    "use --task.model recipes/models/tiny.yaml besides a recipe",
+    "use --task.model recipes/models/tiny.yaml together with a recipe",
     # options of another class, or without their group
     "--task.model.folder runs/sft": "unknown option 'task.model.folder': not an option of bumblebee.Bumblebee, but of "
     "bumblebee.Bumblebee.from_pretrained or bumblebee.HuggingFaceModel.from_pretrained (--task.model CLASS); "
