@@ -53,7 +53,7 @@ def _value(value: object) -> str:
 
 def _plan(preview: Preview) -> list[str]:
     plan, schedule, lr = preview.workload.plan, preview.schedule, preview.learning_rate
-    total = plan.max_steps
+    total, epochs = plan.max_steps, f"{plan.epoch(plan.max_steps):.3g}"
     ranks = plural(plan.world_size, "rank")
     warmup = min(schedule.warmup_of(total), total - 1)
     steps = dict.fromkeys((0, warmup, total - 1)) if lr is not None else {}
@@ -63,7 +63,7 @@ def _plan(preview: Preview) -> list[str]:
     return [
         "plan",
         _line("batch size", f"{batch} = {number(plan.samples_per_step)} samples"),
-        _line("steps", f"{number(plan.steps_per_epoch)} per epoch × {plan.epoch(total):.3g} epochs = {number(total)}"),
+        _line("steps", f"{number(plan.steps_per_epoch)} per epoch × {epochs} epoch{'s' * (epochs != '1')} = {number(total)}"),
         *resumed,
         _line("learning rate", f"{type(schedule).__name__}, warm-up {plural(warmup, 'step')}{': ' * bool(rates)}{rates}"),
         _line("", "|" + sparkline(lambda step: schedule.factor(step, total), total) + "|"),
@@ -122,7 +122,7 @@ def _time(preview: Preview) -> list[str]:
     steps = workload.plan.max_steps - workload.plan.origin.step
     shortest, longest = (span(steps * bound) for bound in seconds)
     if preview.dry_run is not None:
-        source = f"{len(preview.dry_run.step_seconds)} steps timed in a dry run"
+        source = f"{plural(len(preview.dry_run.step_seconds), 'step')} timed in a dry run"
         source += ", without communication between ranks" if workload.ranks > 1 else ""
     else:
         source = f"at 20 to 60 % of this device's {short(workload.peak_flops)}FLOP/s in matrix products"
