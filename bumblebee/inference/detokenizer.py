@@ -1,8 +1,8 @@
 """Incremental detokenization with stop strings.
 
-A character is emitted when its last byte has arrived. Text that may become a stop string is held back until it is certain. The
-text ends where a search after every character would end it: as soon as some stop string is complete, before the longest one
-that is complete at that point, or after it if it is to be included.
+A character is emitted when its last byte has arrived. Text that may become a stop string is held back until it is certain. A
+stop string matches as soon as its last character has been decoded, also in the middle of a token. Of several that end at the
+same character, the longest matches. The text ends before the match, or after it with ``include_stop``.
 """
 
 from __future__ import annotations

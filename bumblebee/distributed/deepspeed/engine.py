@@ -6,7 +6,8 @@ What is particular about DeepSpeed is handled here:
   would divide by the accumulation and never apply a partial window.
 - bf16 at stage 0 keeps no fp32 weights for the optimizer and trains wrongly: there fp32 weights run under autocast instead.
 - Gradients are accumulated in fp32: in bf16, many micro-batches lose bits.
-- Stage 0 measures the gradient norm only where it clips, and in another function.
+- Gradient clipping: at stages 1 to 3 DeepSpeed's optimizer clips in ``step`` (``gradient_clipping``, set by ds_config.py). At
+  stage 0 its clipping function is replaced by ``_clip_at_stage_0``, which also measures the norm if clipping is off.
 """
 
 from __future__ import annotations
