@@ -15,7 +15,7 @@ The loop calls nine hooks, each on every rank:
 
 Because of the phases observe, log and save, the order of callbacks in a recipe does not matter. Callbacks do not call each
 other; the only parts of the trainer they write are ``trainer.should_stop`` and ``trainer.log``. Only rank 0
-(``trainer.is_main``) may write files or print.
+(``trainer.is_main``) may write files. ``trainer.print`` prints on rank 0, and into log.txt.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ class Callback:
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Called after the last step."""
+
+    def summary(self) -> dict[str, object]:
+        """Return options to show in the run summary, as JSON values; empty for most callbacks."""
+        return {}
 
     def state_dict(self) -> dict[str, object]:
         """Return the state to save in a checkpoint, as JSON values."""

@@ -146,7 +146,7 @@ class Bumblebee(LanguageModel):
 
     def __init__(self, config: BumblebeeConfig, attention: str = "auto") -> None:
         super().__init__()
-        select_kernel(attention, torch.bfloat16)  # fails early; checked again in forward, where the dtype is known
+        select_kernel(attention, None)  # fails early; checked again in forward, where the dtype is known
         # A subclass computes something else, so its class path is saved in config.json.
         self.config = config if type(self) is Bumblebee else replace(config, model_class=class_path_of(type(self)))
         self.attention = attention

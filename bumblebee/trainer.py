@@ -31,7 +31,7 @@ class Trainer(RunState):
         micro_batch_size: samples per forward pass on each device.
         accumulate: forward passes per optimizer step on each device (gradient accumulation).
         precision: bf16, fp16 (on a GPU) or fp32.
-        zero_stage: DeepSpeed's ZeRO stage, 0 to 3.
+        zero_stage: DeepSpeed's ZeRO stage, 0 to 3; null for that of ``deepspeed``, or 1.
         deepspeed: further DeepSpeed configuration: a dict, or the path of a JSON file.
         gradient_clip: maximum gradient norm; null turns clipping off.
         log_every: steps between two lines of metrics.
@@ -41,7 +41,7 @@ class Trainer(RunState):
         groups: learning rate and weight decay of parameters by name; the first matching rule applies.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range, or zero_stage and the stage in ``deepspeed`` differ.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Trainer(RunState):
         micro_batch_size: int = 4,
         accumulate: int = 8,
         precision: Literal["fp32", "bf16", "fp16"] = "bf16",
-        zero_stage: Literal[0, 1, 2, 3] = 1,
+        zero_stage: Literal[0, 1, 2, 3] | None = None,
         deepspeed: dict[str, Any] | str | None = None,
         gradient_clip: float | None = 1.0,
         log_every: int = 1,
@@ -60,6 +60,8 @@ class Trainer(RunState):
         workers: int = 0,
         groups: list[GroupRule] | None = None,
     ) -> None:
+        from bumblebee.distributed.deepspeed.ds_config import resolve_stage
+
         at_least_1 = {"max_steps": max_steps, "micro_batch_size": micro_batch_size, "accumulate": accumulate}
         for name, value in {**at_least_1, "log_every": log_every}.items():
             if value is not None and value < 1:
@@ -72,7 +74,7 @@ class Trainer(RunState):
             raise ValueError(f"gradient_clip must be more than 0, got {gradient_clip}; null turns clipping off")
         self.max_steps, self.epochs = max_steps, epochs
         self.micro_batch_size, self.accumulate = micro_batch_size, accumulate
-        self.precision, self.zero_stage = precision, zero_stage
+        self.precision, self.zero_stage = precision, resolve_stage(zero_stage, deepspeed)
         self.deepspeed, self.gradient_clip = deepspeed, gradient_clip
         self.log_every, self.resume, self.workers = log_every, resume, workers
         self.device_name, self.groups = device, groups or []
@@ -202,6 +204,7 @@ class Trainer(RunState):
             # Of the task's own terms; the model's auxiliary losses are logged separately.
             metrics["loss"] = sum(weight * terms[name] for name, weight in self.task.weights.items() if name in terms)
             metrics.update((name, value) for name, value in terms.items() if name != "loss")
+            metrics.update(self.task.derived_metrics(terms))
             metrics.update(grad_norm=self.engine.gradient_norm(), **self.engine.loss_scale())
         metrics.update(lr=self.learning_rate, tokens=self.tokens, **self.task.metrics(), **self.extra_metrics)
         self.accumulator.clear()

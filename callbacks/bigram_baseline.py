@@ -47,7 +47,7 @@ class BigramBaseline(Callback):
             return
         self.bits_per_byte = bigram_bits_per_byte(trainer.data, self.discount)
         trainer.log("bigram_bits_per_byte", self.bits_per_byte)
-        print(f"bigram baseline: {self.bits_per_byte:.3f} bits per byte on the validation samples", flush=True)
+        trainer.print(f"bigram baseline: {self.bits_per_byte:.3f} bits per byte on the validation samples")
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Keep the trained model's latest value."""
@@ -56,7 +56,7 @@ class BigramBaseline(Callback):
     def on_fit_end(self, trainer: Trainer) -> None:
         """Print both values."""
         if trainer.is_main and self.latest is not None:
-            print(f"validation bits per byte: {self.latest:.3f} (bigram baseline {self.bits_per_byte:.3f})")
+            trainer.print(f"validation bits per byte: {self.latest:.3f} (bigram baseline {self.bits_per_byte:.3f})")
 
 
 def bigram_bits_per_byte(data: DataModule, discount: float) -> float:

@@ -71,7 +71,7 @@ class Checkpoint(Callback):
         self._saved_time = time.monotonic()
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Reset the clock. A resumed run keeps the ranking of the checkpoints that still exist.
+        """Reset the clock. A resumed run keeps the ranking of the checkpoints that still exist; best.json follows it.
 
         Raises:
             ValueError: best is set and the data has no validation samples.
@@ -79,8 +79,8 @@ class Checkpoint(Callback):
         self._saved_step, self._saved_time, self._validated = None, time.monotonic(), None
         if self.best:
             self.monitor.require_validation_data(trainer)
-            self._ranking = self._existing(trainer) if trainer.step and self._ranking else []
-            self._write_best(trainer)
+        self._ranking = self._existing(trainer) if trainer.step and self._ranking else []
+        self._write_best(trainer)  # without best this removes a file that no one updates any more
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Remember the value of the metric.
@@ -107,6 +107,10 @@ class Checkpoint(Callback):
     def on_checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
         """Remember step and time, also of checkpoints that others saved."""
         self._saved_step, self._saved_time = trainer.step, time.monotonic()
+
+    def summary(self) -> dict[str, object]:
+        """When to save and how many to keep."""
+        return {"every": self.every, "minutes": self.minutes, "keep": self.keep, "best": self.best}
 
     def state_dict(self) -> dict[str, Any]:
         """The ranking of the best checkpoints."""
@@ -138,7 +142,7 @@ class Checkpoint(Callback):
         return [(step, value) for step, value in self._ranking if exists[str(step)]]
 
     def _write_best(self, trainer: Trainer) -> None:
-        if not (self.best and trainer.is_main):
+        if not trainer.is_main:
             return
         file = trainer.output_dir / "best.json"
         if self._ranking:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
-from bumblebee.training.metrics.formatting import print_line
 from bumblebee.training.metrics.monitor import MetricMonitor
-from bumblebee.utils.formatting import number
+from bumblebee.utils.formatting import number, plural
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
@@ -63,10 +62,9 @@ class EarlyStopping(Callback):
         self._without_improvement += 1
         if self._without_improvement >= self.patience:
             trainer.should_stop = True
-            if trainer.is_main:
-                best = "no finite value yet" if self._best is None else f"best {number(self._best)}"
-                count = self._without_improvement
-                print_line(f"early stopping: {self.monitor.metric} did not improve in {count} validations ({best})")
+            best = "no finite value yet" if self._best is None else f"best {number(self._best)}"
+            count = plural(self._without_improvement, "validation")
+            trainer.print(f"early stopping: {self.monitor.metric} did not improve in {count} ({best})")
 
     def state_dict(self) -> dict[str, Any]:
         """The best value and the number of validations since then."""

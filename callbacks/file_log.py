@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class FileLog(Callback):
-    """Logs start, metrics, validations, checkpoints, exceptions with their traceback, and end to a file.
+    """Logs to a file: start, metrics, validations, checkpoints, exceptions with their traceback, and end.
+
+    The file also has what the run prints besides its progress (``trainer.print``), such as the run summary, and messages of the
+    ``bumblebee`` logger.
 
     Args:
         file: file name in output_dir.
@@ -36,12 +41,17 @@ class FileLog(Callback):
             raise ValueError(f"interval must be at least 0, got {interval}")
         self.file, self.every, self.interval = file, every, interval
         self._next_step, self._next_time = 0, 0.0
+        self._handler: _Handler | None = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Log the start."""
         self._next_step, self._next_time = 0, 0.0
         event = f"resume from step {trainer.step:,}" if trainer.step else "start"
         self._write(trainer, f"{event}: {trainer.plan.max_steps:,} steps on {trainer.plan.world_size} x {trainer.device}")
+        if trainer.is_main:
+            trainer.console.subscribe(lambda text: self._write_lines(trainer, text))
+            self._handler = _Handler(lambda text: self._write_lines(trainer, text))
+            logging.getLogger("bumblebee").addHandler(self._handler)
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Log the metrics if a line is due, and always after the last step."""
@@ -61,11 +71,13 @@ class FileLog(Callback):
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
         """Log the traceback."""
+        self._remove_handler()
         text = "".join(traceback.format_exception(error)).rstrip()
         self._write(trainer, f"failed after step {trainer.step:,}\n{text}")
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Log how the run ended."""
+        self._remove_handler()
         event = "interrupted" if trainer.interrupted else "stopped early" if trainer.should_stop else "finished"
         self._write(trainer, f"{event}: {format_progress(trainer)}")
 
@@ -73,5 +85,26 @@ class FileLog(Callback):
         if trainer.is_main:
             path = trainer.output_dir / self.file
             path.parent.mkdir(parents=True, exist_ok=True)
+            now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
             with path.open("a", encoding="utf-8") as stream:
-                stream.write(f"{datetime.now().astimezone().isoformat(sep=' ', timespec='seconds')}  {text}\n")
+                stream.write(f"{now}  {text}\n")
+
+    def _write_lines(self, trainer: Trainer, text: str) -> None:
+        for line in text.splitlines():
+            self._write(trainer, line)
+
+    def _remove_handler(self) -> None:
+        if self._handler is not None:
+            logging.getLogger("bumblebee").removeHandler(self._handler)
+        self._handler = None
+
+
+class _Handler(logging.Handler):
+    """Passes the messages of a logger on."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write(f"{record.levelname.lower()}: {record.getMessage()}")

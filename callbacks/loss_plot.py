@@ -1,8 +1,8 @@
 """LossPlot: a picture of the loss curve, updated during training.
 
-Thin line: the logged loss. Thick line: its exponential moving average, bias-corrected as in Adam (arXiv 1412.6980, section 3).
-Points: validation loss. Dashed, on its own axis: the learning rate. Preference training has a second panel with reward
-accuracies and margins. The points are kept in memory and in checkpoints. They are downsampled in long runs, after smoothing, so
+Thin line: the logged loss. Thick line: its exponential moving average (``bumblebee.plotting.curves.MovingAverage``). Points:
+validation loss. Dashed, on its own axis: the learning rate. Preference training has a second panel with reward accuracies and
+margins, drawn alike. The points are kept in memory and in checkpoints. They are downsampled in long runs, after smoothing, so
 that the average does not change.
 """
 
@@ -13,7 +13,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from bumblebee.callback import Callback
-from bumblebee.plotting.curves import MovingAverage, plot_run, save_figure
+from bumblebee.plotting.curves import MovingAverage, RewardCurves, plot_run, save_figure
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
@@ -53,7 +53,10 @@ class LossPlot(Callback):
             smooth = self._average.add(metrics["loss"], self.smoothing)
             self._training.add(trainer.step, metrics["loss"], smooth, metrics["lr"])
         if all(name in metrics for name in _REWARDS):
-            self._rewards.add(trainer.step, *(metrics[name] for name in _REWARDS))
+            accuracy, margin = (metrics[name] for name in _REWARDS)
+            self._rewards.add(trainer.step, accuracy, margin)
+            pairs = zip(self._averages, (accuracy, margin), strict=True)
+            self._smoothed_rewards.add(trainer.step, *(average.add(value, self.smoothing) for average, value in pairs))
         if trainer.step - self._drawn_at >= self.every:
             self._draw(trainer)
 
@@ -61,6 +64,9 @@ class LossPlot(Callback):
         """Add a validation point."""
         if math.isfinite(metrics.get("validation_loss", math.nan)):
             self._validation.add(trainer.step, metrics["validation_loss"])
+        names = [f"validation_{name}" for name in _REWARDS]
+        if all(name in metrics for name in names):
+            self._validation_rewards.add(trainer.step, *(metrics[name] for name in names))
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Draw the final picture."""
@@ -76,20 +82,31 @@ class LossPlot(Callback):
             vars(part).update(state.get(name, {}))
 
     def _clear(self) -> None:
-        self._training, self._validation, self._rewards = _Series(4), _Series(2), _Series(3)
+        self._training, self._validation = _Series(4), _Series(2)
+        self._rewards, self._smoothed_rewards, self._validation_rewards = _Series(3), _Series(3), _Series(3)
         self._average = MovingAverage()
+        self._averages = (MovingAverage(), MovingAverage())  # of accuracies and margins
         self._drawn_at = 0
 
     def _parts(self) -> dict[str, _Series | MovingAverage]:
-        series = {"training": self._training, "validation": self._validation, "rewards": self._rewards}
-        return {**series, "average": self._average}
+        return {
+            "training": self._training, "validation": self._validation, "average": self._average,
+            "rewards": self._rewards, "smoothed rewards": self._smoothed_rewards,
+            "validation rewards": self._validation_rewards, "average accuracy": self._averages[0],
+            "average margin": self._averages[1],
+        }  # fmt: skip
 
     def _draw(self, trainer: Trainer) -> None:
         self._drawn_at = trainer.step
         if trainer.is_main and self._training.columns[0]:
-            figure = plot_run(self._training.columns, self._validation.columns, self.smoothing, self._rewards.columns)
+            figure = plot_run(self._training.columns, self._validation.columns, self.smoothing, self._reward_curves())
             figure.suptitle(trainer.output_dir.resolve().name, x=0.01, ha="left", fontsize=13, fontweight="bold")
             save_figure(figure, trainer.output_dir / "loss.png")
+
+    def _reward_curves(self) -> RewardCurves | None:
+        """None for tasks without rewards."""
+        series = (self._rewards, self._smoothed_rewards, self._validation_rewards)
+        return RewardCurves(*(one.columns for one in series)) if self._rewards.columns[0] else None
 
 
 class _Series:

@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING, Protocol
 
 from bumblebee.callback import Callback
 from bumblebee.training.metrics.formatting import format_validation
-from bumblebee.utils.formatting import duration, number, short
+from bumblebee.utils.formatting import duration, format_metric, short
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
 
-_SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "lr": "lr"}  # metric -> label
+# Metric -> label, the most important first: a narrow terminal omits the last ones.
+_FIRST = {"loss": "loss", "rewards/accuracies": "accuracy", "lr": "lr"}
+_LAST = {"epoch": "epoch", "grad_norm": "grad norm"}
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}, {remaining} left{postfix}]"
 
 
 class ProgressBar(Callback):
-    """Shows step, loss, learning rate, tokens per second and the time left.
+    """Shows step, loss, learning rate, tokens and steps per second, epoch, gradient norm and the time left.
+
+    On a terminal that is too narrow for all of them, the last ones are omitted.
 
     Args:
         refresh: seconds between two updates of the bar on a terminal.
@@ -36,8 +40,8 @@ class ProgressBar(Callback):
                 raise ValueError(f"{name} must be at least 0, got {value}")
         self.refresh, self.interval = refresh, interval
         self._display: _Display | None = None
-        self._marks: deque[tuple[float, int]] = deque(maxlen=20)  # (time, tokens) of the latest logged steps
-        self._tokens_per_second = 0.0  # unknown yet
+        self._marks: deque[tuple[float, int, int]] = deque(maxlen=20)  # (time, tokens, step) of the latest logged steps
+        self._tokens_per_second = self._steps_per_second = 0.0  # unknown yet
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Choose the display. Nothing is drawn yet, since other callbacks may print first."""
@@ -51,10 +55,10 @@ class ProgressBar(Callback):
         """Show the metrics."""
         if self._display is not None:
             self._measure(trainer)
-            shown = [f"{label} {number(metrics[name])}" for name, label in _SHOWN.items() if name in metrics]
-            if self._tokens_per_second:
-                shown.append(f"{short(self._tokens_per_second)} tokens/s")
-            self._display.show_metrics(trainer.step, " · ".join(shown))
+            shown = [f"{label} {format_metric(name, metrics[name])}" for name, label in _FIRST.items() if name in metrics]
+            shown += self._rates()
+            shown += [f"{label} {metrics[name]:.3g}" for name, label in _LAST.items() if name in metrics]
+            self._display.show_metrics(trainer.step, shown)
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Print the results on a line of their own."""
@@ -88,17 +92,27 @@ class ProgressBar(Callback):
 
     def _restart_clock(self, trainer: Trainer) -> None:
         self._marks.clear()
-        self._marks.append((time.monotonic(), trainer.tokens))
+        self._marks.append((time.monotonic(), trainer.tokens, trainer.step))
 
     def _measure(self, trainer: Trainer) -> None:
-        self._marks.append((time.monotonic(), trainer.tokens))
-        (began, tokens_before), (now, tokens) = self._marks[0], self._marks[-1]
+        self._marks.append((time.monotonic(), trainer.tokens, trainer.step))
+        (began, tokens_before, step_before), (now, tokens, step) = self._marks[0], self._marks[-1]
         if tokens > tokens_before:  # not so in the step of a restart of the clock
-            self._tokens_per_second = (tokens - tokens_before) / max(now - began, 1e-9)
+            seconds = max(now - began, 1e-9)
+            self._tokens_per_second, self._steps_per_second = (tokens - tokens_before) / seconds, (step - step_before) / seconds
+
+    def _rates(self) -> list[str]:
+        if not self._tokens_per_second:
+            return []
+        return [f"{short(self._tokens_per_second)} tokens/s", f"{short(self._steps_per_second)} steps/s"]
+
+
+def _join(parts: list[str]) -> str:
+    return " · ".join(parts)
 
 
 class _Display(Protocol):
-    def show_metrics(self, step: int, text: str) -> None: ...
+    def show_metrics(self, step: int, parts: list[str]) -> None: ...
     def advance(self, step: int) -> None: ...
     def print_line(self, text: str) -> None: ...
     def close(self) -> None: ...
@@ -117,8 +131,15 @@ class _Bar:
             dynamic_ncols=True, bar_format=_BAR, file=sys.stderr,
         )  # fmt: skip
 
-    def show_metrics(self, step: int, text: str) -> None:
-        self._tqdm.set_postfix_str(text, refresh=False)
+    def show_metrics(self, step: int, parts: list[str]) -> None:
+        """Show as many parts as leave room for a bar of ten columns."""
+        settings = self._tqdm.format_dict
+        columns, count = settings["ncols"] or 10_000, len(parts)
+        while (
+            count > 1 and len(self._tqdm.format_meter(**{**settings, "ncols": None, "postfix": _join(parts[:count])})) > columns
+        ):
+            count -= 1
+        self._tqdm.set_postfix_str(_join(parts[:count]), refresh=False)
 
     def advance(self, step: int) -> None:
         self._tqdm.update(step - self._tqdm.n)
@@ -139,10 +160,10 @@ class _Lines:
         self._next = self._began
         self._pending: str | None = None
 
-    def show_metrics(self, step: int, text: str) -> None:
+    def show_metrics(self, step: int, parts: list[str]) -> None:
         now = time.monotonic()
         left = (now - self._began) / (step - self._done) * (self._total - step)
-        self._pending = f"step {step:,}/{self._total:,} · {text} · {duration(left)} left"
+        self._pending = f"step {step:,}/{self._total:,} · {_join(parts)} · {duration(left)} left"
         if now >= self._next or step == self._total:
             self._next = now + self._interval
             self._print_pending()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
@@ -23,17 +25,24 @@ class RunSummary(Callback):
             # The options of DataModules and schedules need not be JSON values.
             summary = json.loads(json.dumps(summarize(trainer), default=str))
             write_json(trainer.output_dir / "summary.json", summary)
-            print(format_summary(summary), flush=True)
+            trainer.print(format_summary(summary, _terminal_width()))
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Print the outcome and, for an interrupted run, how to resume it."""
-        if trainer.is_main:
-            print(format_outcome(trainer), flush=True)
+        trainer.print(format_outcome(trainer))
 
 
 def format_outcome(trainer: Trainer) -> str:
     """The outcome of the run on one line."""
     if trainer.interrupted:
         return f"interrupted at {format_progress(trainer)}; resume with --trainer.resume auto"
+    from bumblebee.lora import has_adapters  # late: it imports torch
+
     event = "stopped early" if trainer.should_stop else "finished"
-    return f"{event} at {format_progress(trainer)}; model saved in {trainer.output_dir}"
+    saved = "adapter" if has_adapters(trainer.task.model) else "model"
+    return f"{event} at {format_progress(trainer)}; {saved} saved in {trainer.output_dir}"
+
+
+def _terminal_width() -> int | None:
+    """Columns to wrap the summary to; None where stdout is not a terminal."""
+    return max(60, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
 from bumblebee.inference.sampling.sampling_params import SamplingParams
-from bumblebee.training.metrics.formatting import print_line
 from bumblebee.training.metrics.jsonl_log import truncate_after
 
 if TYPE_CHECKING:
@@ -83,4 +82,4 @@ class Samples(Callback):
             for prompt, text in zip(self.prompts, texts, strict=True):
                 line = {"step": trainer.step, "prompt": prompt, "text": text}
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-                print_line(f"sample at step {trainer.step:,}: {prompt}{text}")
+                trainer.print(f"sample at step {trainer.step:,}: {prompt}{text}")

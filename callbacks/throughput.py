@@ -1,4 +1,4 @@
-"""Throughput: tokens per second, FLOP/s, MFU and peak memory.
+"""Throughput: tokens per second, FLOP/s, MFU, GPU utilization and peak memory.
 
 Only training steps are timed, from waiting for data to the end of the optimizer step; saving, plotting and generating are not.
 Steps that include a validation are left out, and so is the first step of each start, which compiles kernels and allocates
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bumblebee.callback import Callback
 from bumblebee.distributed import process_group
 from bumblebee.hardware import flops
+from bumblebee.hardware.gpu_utilization import UtilizationMeter
 from bumblebee.utils.formatting import short
 
 if TYPE_CHECKING:
@@ -26,24 +27,29 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Work:
-    """Training work and the time it took."""
+    """Training work, the time it took, and the sum and number of samples of GPU utilization meanwhile."""
 
     seconds: float = 0.0
     tokens: int = 0
     flops: float = 0.0
+    utilization: float = 0.0
+    samples: float = 0
 
     def add(self, work: _Work) -> None:
         self.seconds += work.seconds
         self.tokens += work.tokens
         self.flops += work.flops
+        self.utilization += work.utilization
+        self.samples += work.samples
 
 
 class Throughput(Callback):
-    """Adds tokens_per_second, tflops, mfu and memory_gb to the metrics.
+    """Adds tokens_per_second, tflops, mfu, gpu_utilization and memory_gb to the metrics.
 
     tokens_per_second counts the targets of all devices. tflops are per device, by the rule of PaLM (arXiv 2204.02311, appendix
-    B), prompts and padding included; mfu is their share of the device's peak. memory_gb is the peak memory of the fullest
-    device so far; on a CPU, of its process.
+    B), prompts and padding included; mfu is their share of the device's peak. gpu_utilization is the share of
+    time, from 0 to 1, in which a GPU computes anything, averaged over devices; it is absent on a CPU and without the package
+    nvidia-ml-py. memory_gb is the peak memory of the fullest device so far; on a CPU, of its process.
 
     Args:
         every: optimizer steps to average over.
@@ -60,6 +66,7 @@ class Throughput(Callback):
     _memory: float
     _peak: float | None
     _handle: RemovableHandle | None
+    _utilization: UtilizationMeter
 
     def __init__(self, every: int = 10, peak_tflops: float | None = None) -> None:
         if every < 1:
@@ -73,6 +80,7 @@ class Throughput(Callback):
         """Determine the peak, and count FLOPs of forward passes from here on."""
         self._clear()
         self._peak = self.peak_tflops or _peak_tflops(trainer)
+        self._utilization = UtilizationMeter(trainer.device)
         self._flops_per_token = flops.weight_flops_per_token(trainer.task.model)
         self._handle = trainer.engine.model.register_forward_pre_hook(self._count_flops, with_kwargs=True)
 
@@ -90,6 +98,7 @@ class Throughput(Callback):
             _synchronize(trainer.device)
             seconds = time.perf_counter() - self._began
             self._recent.add(_Work(seconds, trainer.tokens - self._tokens_before, self._step_flops))
+            self._utilization.sample()
         self._began, self._warm = None, True
         if trainer.step % self.every == 0 or trainer.step == trainer.plan.max_steps:
             for name, value in self._collect(trainer).items():
@@ -104,8 +113,8 @@ class Throughput(Callback):
         self._remove_hook()
         self._collect(trainer)  # steps since the last report of a run that stopped early
         averages = self._averages(self._total, trainer)
-        if trainer.is_main and averages:
-            print(f"throughput: {_describe(averages, self._memory, self._peak)}", flush=True)
+        if averages:
+            trainer.print(f"throughput: {_describe(averages, self._memory, self._peak)}")
 
     def _clear(self) -> None:
         self._recent, self._total = _Work(), _Work()
@@ -129,9 +138,12 @@ class Throughput(Callback):
         """The metrics since the last report, over all ranks. Collective."""
         ranks = trainer.plan.world_size
         memory = {f"memory {rank}": _peak_memory(trainer.device) * (rank == process_group.rank()) for rank in range(ranks)}
-        sums = trainer.reduce_sums({"flops": self._recent.flops, **memory})
+        utilization, samples = self._utilization.pop()
+        sums = trainer.reduce_sums(
+            {"flops": self._recent.flops, "utilization": utilization, "samples": samples, **memory}
+        )  # fmt: skip
         self._memory = max(sums[name] for name in memory)
-        recent = _Work(self._recent.seconds, self._recent.tokens, sums["flops"])
+        recent = _Work(self._recent.seconds, self._recent.tokens, sums["flops"], sums["utilization"], sums["samples"])
         self._total.add(recent)
         self._recent = _Work()
         averages = self._averages(recent, trainer)
@@ -145,6 +157,8 @@ class Throughput(Callback):
             averages["tflops"] = work.flops / work.seconds / trainer.plan.world_size / 1e12
             if self._peak is not None:
                 averages["mfu"] = averages["tflops"] / self._peak
+        if work.samples:
+            averages["gpu_utilization"] = work.utilization / work.samples
         return averages
 
 
@@ -183,4 +197,6 @@ def _describe(averages: dict[str, float], memory: float, peak: float | None) -> 
         parts.append(f"{averages['tflops']:.3g} TFLOP/s per device")
     if "mfu" in averages:
         parts.append(f"MFU {averages['mfu']:.1%} of {peak:.4g} TFLOP/s")
+    if "gpu_utilization" in averages:
+        parts.append(f"GPU utilization {averages['gpu_utilization']:.0%}")
     return " · ".join([*parts, f"peak memory {memory:.3g} GB"])

@@ -27,6 +27,10 @@ class Validation(Callback):
             raise ValueError(f"every must be at least 1 or null, got {every}")
         self.every, self.at_start, self.at_end = every, at_start, at_end
 
+    def summary(self) -> dict[str, object]:
+        """When to validate."""
+        return {"every": "epoch" if self.every is None else self.every}
+
     def on_fit_start(self, trainer: Trainer) -> None:
         """Check the data.
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from bumblebee.datamodule import Batch
+from bumblebee.utils.formatting import number, plural
 from datamodules.collate import TokenDataset, collate_rows, padded_width
 from datamodules.mixture import Files
 from datamodules.token_cache import Segment, TokenCache
@@ -134,16 +135,16 @@ class Preferences(TokenDataModule[Pair, PairDataset]):
         if self.chat_template is not None:
             lines["chat template"] = self.chat_template
         tokens = int(self.train.row_lengths.sum())
-        lines["answers' tokens"] = f"{self.train.targets} of {tokens} ({self.train.targets / tokens:.1%})"
+        lines["answers' tokens"] = f"{number(self.train.targets)} of {number(tokens)} ({self.train.targets / tokens:.1%})"
         if self.validation is not None:
-            lines["held out"] = f"{len(self.validation)} pairs"
+            lines["held out"] = plural(len(self.validation), "pair")
         return lines
 
     def omitted(self, dataset: PairDataset) -> dict[str, int | str]:
         """See the base class."""
         lines: dict[str, int | str] = {}
         if dataset.dropped:
-            lines[f"longer than max_length {self.max_length}"] = f"{dataset.dropped} dropped"
+            lines[f"longer than max_length {self.max_length}"] = f"{number(dataset.dropped)} dropped"
         if dataset.truncated:
             lines["prompts cut from the left"] = dataset.truncated
         return lines

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from bumblebee.datamodule import Batch
+from bumblebee.utils.formatting import number, plural
 from datamodules.collate import PackedDataset, collate_rows
 from datamodules.packing import pack
 from datamodules.token_cache import Segment, TokenCache
@@ -44,8 +45,11 @@ class Pretrain(TokenDataModule[list[Segment], PackedDataset]):
         """Documents, targets, windows."""
         lines = super().summary()
         lines["targets"] = int(self.train.windows.lengths.sum())
-        lines["windows"] = f"{len(self.train)} of {self.max_length} tokens, {self.train.windows.efficiency:.1%} full"
+        lines["windows"] = (
+            f"{number(len(self.train))} of {number(self.max_length)} tokens, {self.train.windows.efficiency:.1%} full"
+        )
         if self.validation is not None:
             targets = int(self.validation.windows.lengths.sum())
-            lines["held out"] = f"{len(self.held_out)} documents, {targets} targets, {len(self.validation)} windows"
+            counts = {"document": len(self.held_out), "target": targets, "window": len(self.validation)}
+            lines["held out"] = ", ".join(plural(count, noun) for noun, count in counts.items())
         return lines

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from bumblebee.datamodule import Batch
+from bumblebee.utils.formatting import number, plural
 from datamodules.collate import PackedDataset, PaddedDataset, collate_rows, padded_width
 from datamodules.mixture import Files
 from datamodules.packing import Chunks, TooLong, fit_sequences, pack
@@ -102,14 +103,16 @@ class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
             lines["chat template"] = self.chat_template
         chunks = chunks_of(self.train)
         targets, tokens = int(chunks.targets.sum()), int(chunks.lengths.sum())
-        lines["trained tokens"] = f"{targets} of {tokens} ({targets / tokens:.1%})"
+        lines["trained tokens"] = f"{number(targets)} of {number(tokens)} ({targets / tokens:.1%})"
         if isinstance(self.train, PackedDataset):
-            lines["windows"] = f"{len(self.train)} of {self.max_length} tokens, {self.train.windows.efficiency:.1%} full"
+            lines["windows"] = (
+                f"{number(len(self.train))} of {number(self.max_length)} tokens, {self.train.windows.efficiency:.1%} full"
+            )
         else:
-            lines["samples"] = f"{len(self.train)} of at most {self.max_length} tokens, padded, by length"
+            lines["samples"] = f"{number(len(self.train))} of at most {number(self.max_length)} tokens, padded, by length"
         if self.validation is not None:
             held_out = int(chunks_of(self.validation).targets.sum())
-            lines["held out"] = f"{len(self.held_out)} conversations, {held_out} trained tokens"
+            lines["held out"] = f"{plural(len(self.held_out), 'conversation')}, {plural(held_out, 'trained token')}"
         return lines
 
     def omitted(self, dataset: PackedDataset | PaddedDataset) -> dict[str, int | str]:
@@ -118,7 +121,7 @@ class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
         chunks = chunks_of(dataset)
         lines: dict[str, int | str] = {}
         if chunks.too_long:
-            lines[f"longer than max_length {self.max_length}"] = f"{chunks.too_long} {done[self.too_long]}"
+            lines[f"longer than max_length {self.max_length}"] = f"{number(chunks.too_long)} {done[self.too_long]}"
         if chunks.without_targets:
             lines["without a target"] = f"{chunks.without_targets} dropped"
         return lines

@@ -96,7 +96,7 @@ class HuggingFaceModel(LanguageModel):
 
     def __init__(self, model: TransformersModel, attention: str = "auto") -> None:
         super().__init__()
-        select_kernel(attention, torch.bfloat16)
+        select_kernel(attention, None)
         _check(model)
         self.attention = attention
         self.config = _config_of(model)

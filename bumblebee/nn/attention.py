@@ -86,6 +86,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = self.rotate(q, *rotary), self.rotate(k, *rotary)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, norms return fp32, in which flash-attn cannot run
         if cache is not None:
             out = cache.attend(q, k, v, self.window)
         else:

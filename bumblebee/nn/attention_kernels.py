@@ -12,6 +12,7 @@ last W positions, its own included; None is full attention. ``dropout`` is the d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Protocol
@@ -122,25 +123,30 @@ def flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | No
 KERNELS: dict[str, Kernel] = {"naive": naive, "sdpa": sdpa, "flash": flash}
 
 
-def flash_is_usable(dtype: torch.dtype) -> bool:
-    """Whether flash-attn is installed, a GPU is available and the dtype is supported."""
-    return find_spec("flash_attn") is not None and torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16)
+def flash_problems(dtype: torch.dtype | None) -> Iterator[str]:
+    """Yield the reasons why flash-attn cannot run here; none if it can. None is a dtype that is not known yet."""
+    if find_spec("flash_attn") is None:
+        yield "the flash-attn package is not installed (pip install 'bumblebee[flash-attn]')"
+    if not torch.cuda.is_available():
+        yield "no GPU is visible"
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        yield f"it computes in bf16 or fp16, not in {str(dtype).removeprefix('torch.')}"
 
 
-def select_kernel(name: str, dtype: torch.dtype) -> str:
+def select_kernel(name: str, dtype: torch.dtype | None) -> str:
     """Resolve a kernel name: ``auto`` is flash-attn if it can run, else torch's SDPA.
+
+    Args:
+        name: auto, or a key of KERNELS.
+        dtype: of queries, keys and values; None if it is not known yet.
 
     Raises:
         ValueError: ``name`` is unknown, or is flash where flash-attn cannot run.
     """
     if name == "auto":
-        return "flash" if flash_is_usable(dtype) else "sdpa"
+        return "flash" if next(flash_problems(dtype), None) is None else "sdpa"
     if name not in KERNELS:
         raise ValueError(f"unknown attention {name!r}; available: auto, {', '.join(KERNELS)}")
-    if name == "flash" and not flash_is_usable(dtype):
-        raise ValueError(
-            f"attention 'flash' requires the flash-attn package (pip install 'bumblebee[flash-attn]'), a GPU, and bf16 or"
-            f" fp16; got dtype {str(dtype).removeprefix('torch.')} and"
-            f" {'a' if torch.cuda.is_available() else 'no'} visible GPU"
-        )
+    if name == "flash" and (problems := list(flash_problems(dtype))):
+        raise ValueError(f"attention 'flash' cannot run: {'; '.join(problems)}")
     return name

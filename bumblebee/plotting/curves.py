@@ -17,17 +17,40 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
 
 
+# Functions of the step or counters, which have no noise to smooth.
+_EXACT = {"step", "epoch", "seconds", "tokens", "lr", "loss_scale", "skipped_steps", "memory_gb"}
+
+
 class MovingAverage:
-    """An exponential moving average with bias correction."""
+    """An exponential moving average, bias-corrected as in Adam (arXiv 1412.6980, section 3).
+
+    The weight of earlier values rises with their number n as (1 + n) / (10 + n) until it reaches ``smoothing``: the average of
+    a short run covers a tenth of it, and does not lag far behind a falling loss.
+    """
 
     def __init__(self) -> None:
-        self.total, self.weight = 0.0, 0.0
+        self.total, self.weight, self.count = 0.0, 0.0, 0
 
     def add(self, value: float, smoothing: float) -> float:
-        """Add a value and return the average; ``smoothing`` is the weight of all earlier values."""
-        self.total = smoothing * self.total + (1 - smoothing) * value
-        self.weight = smoothing * self.weight + (1 - smoothing)
+        """Add a value and return the average; ``smoothing`` is the largest weight of all earlier values."""
+        decay = min(smoothing, (1 + self.count) / (10 + self.count))
+        self.total = decay * self.total + (1 - decay) * value
+        self.weight = decay * self.weight + (1 - decay)
+        self.count += 1
         return self.total / self.weight
+
+
+def is_smoothed(metric: str) -> bool:
+    """Whether plots and tables smooth a metric."""
+    return metric not in _EXACT
+
+
+def smooth(values: Sequence[float], smoothing: float) -> list[float]:
+    """The exponential moving average at each value; with a smoothing of 0 the values themselves."""
+    if not smoothing:
+        return list(values)
+    average = MovingAverage()
+    return [average.add(value, smoothing) for value in values]
 
 
 @dataclass
@@ -45,6 +68,21 @@ class MetricCurve:
     x: list[float]
     values: list[float]
     validation: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+
+
+@dataclass
+class RewardCurves:
+    """Rewards of preference training. Each field has the columns step, accuracy and margin.
+
+    Args:
+        training: the logged values.
+        smoothed: their moving average.
+        validation: values on the validation samples.
+    """
+
+    training: list[list[float]]
+    smoothed: list[list[float]] = field(default_factory=lambda: [[], [], []])
+    validation: list[list[float]] = field(default_factory=lambda: [[], [], []])
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -77,21 +115,30 @@ def plot_runs(panels: dict[str, list[MetricCurve]], xlabel: str, integer_x: bool
         panels: curves by the name of their metric; every panel has the same runs in the same order.
         xlabel: label of the horizontal axis.
         integer_x: whether the horizontal axis has whole numbers.
-        smoothing: of the thick lines; with 0 the values themselves are drawn thick.
+        smoothing: of the thick lines; with 0, and for metrics without noise, the values themselves are drawn thick.
     """
     figure = _new_figure(len(panels))
     first = None
     for row, (metric, curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(len(panels), 1, row, sharex=first)
         first = first or axes
+        panel_smoothing = smoothing if is_smoothed(metric) else 0.0
         for index, curve in enumerate(curves):
-            _plot_curve(axes, curve, index, smoothing)
+            _plot_curve(axes, curve, index, panel_smoothing)
         axes.set_ylabel(metric)
         _style_axes(axes, xlabel, integer_x)
-        if any(curve.validation[0] for curve in curves):
-            axes.plot([], [], color="#888888", linestyle="", marker="D", markersize=5, label="validation")
-        axes.legend(frameon=False)
+        _explain_styles(axes, panel_smoothing, any(curve.validation[0] for curve in curves))
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the curves
     return figure
+
+
+def _explain_styles(axes: Axes, smoothing: float, has_validation: bool) -> None:
+    """Add grey entries to the legend for what is not a run's colour."""
+    if smoothing:
+        axes.plot([], [], color="#888888", linewidth=1.8, label=f"smoothed ({smoothing:g})")
+        axes.plot([], [], color="#888888", linewidth=0.7, alpha=0.5, label="logged")
+    if has_validation:
+        axes.plot([], [], color="#888888", linestyle="", marker="D", markersize=5, label="validation")
 
 
 def _plot_curve(axes: Axes, curve: MetricCurve, index: int, smoothing: float) -> None:
@@ -105,36 +152,37 @@ def _plot_curve(axes: Axes, curve: MetricCurve, index: int, smoothing: float) ->
         axes.plot(*curve.validation, color=colour, linestyle="", marker="D", markersize=5)
 
 
-def smooth(values: Sequence[float], smoothing: float) -> list[float]:
-    """The exponential moving average at each value."""
-    average = MovingAverage()
-    return [average.add(value, smoothing) for value in values]
-
-
 # -- one run ---------------------------------------------------------------------------------------------------------------
 
 
 def plot_run(
-    training: list[list[float]], validation: list[list[float]], smoothing: float, rewards: list[list[float]] | None = None
+    training: list[list[float]], validation: list[list[float]], smoothing: float, rewards: RewardCurves | None = None
 ) -> Figure:
     """Plot the loss curve of a run.
 
     Args:
         training: columns of step, loss, smoothed loss and learning rate.
         validation: columns of step and loss.
-        smoothing: for the legend; 0 omits the smoothed curve.
-        rewards: columns of step, accuracy and margin; without any the second panel is omitted.
+        smoothing: for the legend; 0 omits the smoothed curves.
+        rewards: for a second panel.
     """
-    has_rewards = bool(rewards and rewards[0])
-    figure = _new_figure(2 if has_rewards else 1)
-    axes = figure.add_subplot(2 if has_rewards else 1, 1, 1)
+    panels = 1 if rewards is None else 2
+    figure = _new_figure(panels)
+    axes = figure.add_subplot(panels, 1, 1)
     _plot_losses(axes, training, validation, smoothing)
-    axes.set_ylabel("loss" if has_rewards else "loss (nats per token)")
-    _plot_learning_rate(axes, training[0], training[3])
-    axes.legend(frameon=False, loc="upper right")
-    if rewards and has_rewards:
-        _plot_rewards(figure.add_subplot(2, 1, 2, sharex=axes), *rewards)
+    axes.set_ylabel("loss (nats per token)" if rewards is None else "loss")
+    right = _plot_learning_rate(axes, training[0], training[3])
+    _legend_above(axes, right)
+    if rewards is not None:
+        _plot_rewards(figure.add_subplot(panels, 1, 2, sharex=axes), rewards, smoothing)
     return figure
+
+
+def _legend_above(axes: Axes, right: Axes) -> None:
+    """A legend of both axes' lines outside of the panel, where it covers no curve."""
+    handles, labels = (left + more for left, more in zip(*(a.get_legend_handles_labels() for a in (axes, right)), strict=True))
+    columns = 4 if len(labels) <= 4 else 2  # one row, or one column for each axis
+    axes.legend(handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns)
 
 
 def _plot_losses(axes: Axes, training: list[list[float]], validation: list[list[float]], smoothing: float) -> None:
@@ -160,24 +208,45 @@ def _style_axes(axes: Axes, xlabel: str = "optimizer steps", integer_x: bool = T
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _plot_rewards(axes: Axes, steps: list[float], accuracies: list[float], margins: list[float]) -> None:
+def _plot_rewards(axes: Axes, rewards: RewardCurves, smoothing: float) -> None:
     """Share of pairs whose chosen response has the higher reward, and the mean difference of rewards."""
-    axes.plot(steps, accuracies, color="#54a24b", linewidth=1.2, label="accuracy")
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_ylabel("reward accuracy", color="#3b7a34")
-    _style_axes(axes)
     right = axes.twinx()
-    right.plot(steps, margins, color="#b279a2", linewidth=1.2, label="margin")
-    right.set_ylabel("reward margin", color="#8a5680")
+    _plot_reward(axes, "accuracy", ("#54a24b", "#2f6b29"), rewards, 1, smoothing)
+    _plot_reward(right, "margin", ("#b279a2", "#77426a"), rewards, 2, smoothing)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_ylabel("reward accuracy", color="#2f6b29")
+    _style_axes(axes)
+    right.set_ylabel("reward margin", color="#77426a")
     right.spines["top"].set_visible(False)
     right.margins(x=0.01)
+    _legend_above(axes, right)
 
 
-def _plot_learning_rate(axes: Axes, steps: list[float], learning_rates: list[float]) -> None:
+def _plot_reward(
+    axes: Axes, name: str, colours: tuple[str, str], rewards: RewardCurves, column: int, smoothing: float
+) -> None:  # fmt: skip
+    """One column: the logged values thin, their average thick, validations as points."""
+    light, dark = colours
+    steps = rewards.training[0]
+    marker = "o" if len(steps) < 10 else ""  # a line through a single point is invisible
+    width, alpha = (0.8, 0.45) if smoothing else (1.2, 1.0)
+    axes.plot(steps, rewards.training[column], color=light, linewidth=width, alpha=alpha, marker=marker, label=name)
+    if smoothing:
+        label = f"{name}, smoothed ({smoothing:g})"
+        axes.plot(rewards.smoothed[0], rewards.smoothed[column], color=dark, linewidth=1.8, label=label)
+    if rewards.validation[0]:
+        axes.plot(
+            rewards.validation[0], rewards.validation[column], color=dark, marker="D", markersize=5, linestyle="",
+            markeredgecolor="white", label=f"{name}, validation",
+        )  # fmt: skip
+
+
+def _plot_learning_rate(axes: Axes, steps: list[float], learning_rates: list[float]) -> Axes:
+    """Draw the learning rate behind the loss, on an axis of its own, which is returned."""
     right = axes.twinx()
-    right.plot(steps, learning_rates, color="#bbbbbb", linewidth=1.0, linestyle=(0, (4, 3)))
+    right.plot(steps, learning_rates, color="#bbbbbb", linewidth=1.0, linestyle=(0, (4, 3)), label="learning rate")
     right.margins(x=0.01)
-    right.set_ylabel("learning rate (dashed)", color="#999999")
+    right.set_ylabel("learning rate", color="#999999")
     right.set_ylim(bottom=0)
     right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     right.tick_params(axis="y", colors="#999999")
@@ -186,3 +255,4 @@ def _plot_learning_rate(axes: Axes, steps: list[float], learning_rates: list[flo
         spine.set_color("#cccccc")
     axes.set_zorder(right.get_zorder() + 1)  # the loss in front of the learning rate
     axes.patch.set_visible(False)
+    return right

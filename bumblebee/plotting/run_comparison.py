@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from bumblebee.plotting.curves import MetricCurve, picture_formats, plot_runs, save_figure, smooth
-from bumblebee.utils.formatting import duration, hint, number
+from bumblebee.plotting.curves import MetricCurve, is_smoothed, picture_formats, plot_runs, save_figure, smooth
+from bumblebee.utils.formatting import duration, format_metric, hint, number
 
 FILE = "metrics.jsonl"
 VALIDATION_PREFIX = "validation_"
@@ -130,8 +130,11 @@ class RunComparison:
         save_figure(plot_runs(self.panels(), X_LABELS[self.along], self.along != "epoch", self.smoothing), path)
 
     def table(self) -> str:
-        """One row per run: steps, tokens and time, the last smoothed value and the best validation value of each metric."""
-        names = [name for metric in self.metrics for name in (metric, f"best {VALIDATION_PREFIX}{metric}")]
+        """One row per run: steps, tokens and time, the last value and the best validation value of each metric.
+
+        The last value is smoothed as in the picture; its heading says so.
+        """
+        names = [name for metric in self.metrics for name in (self._heading(metric), f"best {VALIDATION_PREFIX}{metric}")]
         rows = [["run", "steps", "tokens", "time", *names]]
         for name, run in zip(self.names, self.runs, strict=True):
             last = {key: value for line in run.lines for key, value in line.items()}
@@ -139,12 +142,18 @@ class RunComparison:
             rows.append(row + [cell for metric in self.metrics for cell in self._last_and_best(run, metric)])
         return _align(rows)
 
+    def _smoothing_of(self, metric: str) -> float:
+        return self.smoothing if is_smoothed(metric) else 0.0
+
+    def _heading(self, metric: str) -> str:
+        return f"{metric} (smoothed {smoothing:g})" if (smoothing := self._smoothing_of(metric)) else metric
+
     def _last_and_best(self, run: LoggedRun, metric: str) -> tuple[str, str]:
         _, values = run.column(metric, "step")
         _, validation = run.column(VALIDATION_PREFIX + metric, "step")
         best = max if "accurac" in metric or "margin" in metric else min
-        last = number(smooth(values, self.smoothing)[-1]) if values else "-"
-        return last, number(best(validation)) if validation else "-"
+        last = format_metric(metric, smooth(values, self._smoothing_of(metric))[-1]) if values else "-"
+        return last, format_metric(metric, best(validation)) if validation else "-"
 
 
 def _align(rows: list[list[str]]) -> str:

@@ -9,7 +9,7 @@ from bumblebee.preview.parameter_counts import count_by_component
 from bumblebee.preview.preview import Preview, format_bytes
 from bumblebee.preview.sample_text import Highlight, format_samples
 from bumblebee.preview.sparkline import sparkline
-from bumblebee.utils.formatting import number, short, span
+from bumblebee.utils.formatting import number, plural, short, span
 
 LABEL_WIDTH = 20
 
@@ -54,7 +54,7 @@ def _value(value: object) -> str:
 def _plan(preview: Preview) -> list[str]:
     plan, schedule, lr = preview.workload.plan, preview.schedule, preview.learning_rate
     total = plan.max_steps
-    ranks = _plural(plan.world_size, "rank")
+    ranks = plural(plan.world_size, "rank")
     warmup = min(schedule.warmup_of(total), total - 1)
     steps = dict.fromkeys((0, warmup, total - 1)) if lr is not None else {}
     rates = ", ".join(f"{(lr or 0.0) * schedule.factor(step, total):.3g} in step {step + 1:,}" for step in steps)
@@ -65,14 +65,10 @@ def _plan(preview: Preview) -> list[str]:
         _line("batch size", f"{batch} = {number(plan.samples_per_step)} samples"),
         _line("steps", f"{number(plan.steps_per_epoch)} per epoch × {plan.epoch(total):.3g} epochs = {number(total)}"),
         *resumed,
-        _line("learning rate", f"{type(schedule).__name__}, warm-up {_plural(warmup, 'step')}{': ' * bool(rates)}{rates}"),
+        _line("learning rate", f"{type(schedule).__name__}, warm-up {plural(warmup, 'step')}{': ' * bool(rates)}{rates}"),
         _line("", "|" + sparkline(lambda step: schedule.factor(step, total), total) + "|"),
         _line("output", str(preview.output_dir)),
     ]
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{number(count)} {noun}" + "s" * (count != 1)
 
 
 def _parameters(preview: Preview) -> list[str]:

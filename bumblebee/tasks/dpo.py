@@ -90,7 +90,8 @@ class DPO(Task):
     ) -> None:
         _check(pref_beta, loss_type, dpo_label_smoothing, sft_weight, ld_alpha, reference)
         self.model = model
-        for transform in transforms or []:
+        self.transforms = transforms or []
+        for transform in self.transforms:
             transform(model)
         self.pref_beta, self.dpo_label_smoothing = pref_beta, dpo_label_smoothing
         self.loss_type, self.length_normalised = loss_type, length_normalised

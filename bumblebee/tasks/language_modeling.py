@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,11 @@ from bumblebee.datamodule import Batch, DataModule
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats per token. At most e^80, about 5e34, which also fits into float32."""
+    return math.exp(min(loss, 80.0))
 
 
 class LanguageModeling(Task):
@@ -27,7 +32,8 @@ class LanguageModeling(Task):
 
     def __init__(self, model: nn.Module, transforms: list[Callable[[nn.Module], Any]] | None = None) -> None:
         self.model = model
-        for transform in transforms or []:
+        self.transforms = transforms or []
+        for transform in self.transforms:
             transform(model)
         self.weights = {"loss": 1.0}
         self._token_lengths: Tensor | None = None  # (V,) bytes of each token, for bits per byte
@@ -48,6 +54,10 @@ class LanguageModeling(Task):
         """Sum of token losses."""
         return {"loss": self._token_losses(model, batch).sum()}
 
+    def derived_metrics(self, means: Mapping[str, float], /) -> dict[str, float]:
+        """The perplexity."""
+        return {"perplexity": perplexity(means["loss"])} if "loss" in means else {}
+
     def validation_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
         """Sums of token losses, of targets, and of bytes of the targets' text."""
         labels = batch["labels"]
@@ -60,7 +70,7 @@ class LanguageModeling(Task):
     def validation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Mean loss in nats per token, perplexity, and bits per byte, which compares across tokenizers."""
         loss = sums["loss"] / max(sums["targets"], 1)
-        metrics = {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
+        metrics = {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
         if sums.get("bytes"):
             metrics["validation_bits_per_byte"] = sums["loss"] / math.log(2) / sums["bytes"]
         return metrics

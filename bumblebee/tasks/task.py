@@ -13,7 +13,7 @@ each of them is divided by.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -39,11 +39,13 @@ class Task(ABC):
         model: the trained module; ``training_step`` receives an engine that wraps it.
         weights: weight of each loss term in the total, by name.
         units: name of the count that a sum is divided by, for each sum that is logged and not trained.
+        transforms: what has been applied to the model, for the run summary.
     """
 
     model: nn.Module
     weights: dict[str, float]
     units: Mapping[str, str] = MappingProxyType({})
+    transforms: Sequence[Callable[[nn.Module], object]] = ()
 
     def setup(self, data: DataModule) -> None:  # noqa: B027  (optional)
         """Check the prepared data before training. The model has not been moved to a device yet.
@@ -131,6 +133,10 @@ class Task(ABC):
         """Called after each optimizer step, e.g. to adjust router biases. Collective."""
         if self.auxiliary is not None:
             self.auxiliary.after_step(process_group.all_reduce_sum)
+
+    def derived_metrics(self, means: Mapping[str, float], /) -> dict[str, float]:
+        """Further metrics that are functions of the means of a line, such as a perplexity."""
+        return {}
 
     def metrics(self) -> dict[str, float]:
         """Further metrics since the last call, besides means of sums. Collective."""

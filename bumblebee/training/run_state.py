@@ -15,6 +15,7 @@ from bumblebee.datamodule import Batch, DataModule
 from bumblebee.distributed import process_group
 from bumblebee.optim import GroupRule, Schedule
 from bumblebee.tasks.task import Task
+from bumblebee.training.console import Console
 from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan
 
@@ -69,11 +70,17 @@ class RunState:
     finished: bool  # the run ended without an error
     accumulator: MetricAccumulator  # sums and losses since the last line of metrics
     extra_metrics: dict[str, float]  # added by callbacks to the next line of metrics
+    console: Console  # what the run prints besides its progress
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the only one that logs and writes files."""
         return process_group.is_main()
+
+    def print(self, text: str) -> None:
+        """Print on rank 0 without tearing the progress bar; FileLog keeps the text too."""
+        if self.is_main:
+            self.console.print(text)
 
     def to_device(self, batch: Batch) -> Batch:
         """Move a batch to the run's device."""

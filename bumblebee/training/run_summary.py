@@ -1,16 +1,18 @@
-"""Summary of a run: model, data, plan, device and optimizer as plain values, and as a block of text.
+"""Summary of a run: model, features, data, plan, device and optimizer as plain values, and as a block of text.
 
 ``summarize`` collects the values of summary.json; ``format_summary`` formats them for the console.
 """
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import bumblebee
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
 from bumblebee.hardware.flops import num_active_parameters
-from bumblebee.utils.formatting import number, short
+from bumblebee.utils.formatting import number, plural, short
 
 if TYPE_CHECKING:
     from bumblebee.training.run_state import RunState
@@ -42,7 +44,8 @@ def summarize(trainer: RunState) -> dict[str, Section]:
         "plan": _plan(trainer),
         "device": _device(trainer),
         "optimizer": _optimizer(trainer),
-        "schedule": {"class": type(trainer.schedule).__name__, **vars(trainer.schedule)},
+        "schedule": {"class": type(trainer.schedule).__name__, **_options(trainer.schedule)},
+        "features": _features(trainer),
         "callbacks": {name: type(callback).__name__ for name, callback in trainer.callbacks.items()},
     }
 
@@ -62,16 +65,36 @@ def _model(trainer: RunState) -> Section:
 
 
 def _attention(trainer: RunState) -> str | None:
-    """The attention kernel; None for a model class other than Bumblebee."""
-    import torch
-
-    from bumblebee.model import Bumblebee
+    """The attention kernel that the training steps use; None for a model that does not choose one of ours."""
     from bumblebee.nn.attention_kernels import select_kernel
 
-    model = trainer.task.model
-    if not isinstance(model, Bumblebee):
-        return None
-    return select_kernel(model.attention, torch.bfloat16 if trainer.precision == "bf16" else torch.float32)
+    attention = getattr(trainer.task.model, "attention", None)
+    return select_kernel(attention, trainer.engine.options.compute_dtype) if isinstance(attention, str) else None
+
+
+def _features(trainer: RunState) -> Section:
+    """What changes how a run trains and saves besides its other sections: transforms, offload, seed, length, callbacks."""
+    zero = trainer.engine.options.overrides.get("zero_optimization", {})
+    offload = {name: zero.get(f"offload_{name}", {}).get("device") for name in ("optimizer", "param")}
+    callbacks = {name: callback.summary() for name, callback in trainer.callbacks.items()}
+    return {
+        "transforms": [{"class": _name(transform), **_options(transform)} for transform in trainer.task.transforms],
+        "offload": {name: device for name, device in offload.items() if device not in (None, "none")},
+        "seed": trainer.seed,
+        "max_length": getattr(trainer.data, "max_length", None),
+        "callbacks": {name: options for name, options in callbacks.items() if options},
+    }
+
+
+def _name(transform: object) -> str:
+    """The name of a function, or of an object's class."""
+    return getattr(transform, "__name__", type(transform).__name__)
+
+
+def _options(configured: object) -> Section:
+    """The attributes of an object that are arguments of its class, without state that changes during the run."""
+    names = inspect.signature(type(configured)).parameters
+    return {name: value for name, value in vars(configured).items() if name in names}
 
 
 def _plan(trainer: RunState) -> Section:
@@ -115,8 +138,8 @@ def _optimizer(trainer: RunState) -> Section:
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def format_summary(summary: dict[str, Section]) -> str:
-    """Format the summary as an indented block, one line per section."""
+def format_summary(summary: dict[str, Section], width: int | None = None) -> str:
+    """Format the summary as an indented block, one line per section; longer ones are wrapped to ``width`` columns."""
     run = summary["run"]
     lines = {
         "model": _model_line(summary["model"]),
@@ -126,12 +149,20 @@ def format_summary(summary: dict[str, Section]) -> str:
         "device": _device_line(summary["device"], summary["plan"]["ranks"]),
         "optimizer": _optimizer_line(summary["optimizer"]),
         "schedule": _class_line(summary["schedule"]),
+        "features": _features_line(summary["features"]),
         "callbacks": ", ".join(summary["callbacks"].values()) or "none",
         "output": run["output_dir"],
     }
     if run["resumed_from_step"]:
         lines["resumed"] = f"from step {number(run['resumed_from_step'])}"
-    return "\n".join([f"Bumblebee {run['bumblebee']}", *(f"  {name:<10} {line}" for name, line in lines.items())])
+    return "\n".join([f"Bumblebee {run['bumblebee']}", *(_line(name, text, width) for name, text in lines.items())])
+
+
+def _line(name: str, text: str, width: int | None) -> str:
+    line = f"  {name:<10} {text}"
+    if width is None:
+        return line
+    return textwrap.fill(line, width, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)
 
 
 def _model_line(model: Section) -> str:
@@ -145,10 +176,35 @@ def _model_line(model: Section) -> str:
     return ", ".join(parts)
 
 
+def _features_line(features: Section) -> str:
+    parts = [_with_options(transform["class"], transform) for transform in features["transforms"]]
+    names = {"optimizer": "optimizer state", "param": "parameters"}
+    parts += [f"{names[name]} offloaded to {device}" for name, device in features["offload"].items()]
+    parts.append(f"seed {features['seed']}")
+    if features["max_length"]:
+        parts.append(f"max length {number(features['max_length'])}")
+    return ", ".join([*parts, *(_with_options(name, _in_steps(options)) for name, options in features["callbacks"].items())])
+
+
+def _in_steps(options: Section) -> Section:
+    """The options of a callback, with the unit of its interval."""
+    return {
+        name: plural(value, "step") if name == "every" and isinstance(value, int) else value for name, value in options.items()
+    }
+
+
+def _with_options(name: str, options: Section) -> str:
+    """A name and, in parentheses, the options in use: those that are neither null, false nor 0."""
+    used = {key: value for key, value in options.items() if key != "class" and value}
+    words = [f"{key.replace('_', ' ')} {_format_value(value)}" for key, value in used.items()]
+    return f"{name} ({', '.join(words)})" if words else name
+
+
 def _plan_line(plan: Section) -> str:
+    epochs = f"{plan['epochs']:.3g} {'epoch' if plan['epochs'] == 1 else 'epochs'}"
     return (
-        f"{plan['epochs']:.3g} epochs of {number(plan['steps_per_epoch'])} steps = {number(plan['steps'])} steps"
-        f" of {number(plan['samples_per_step'])} samples (micro-batch {plan['micro_batch_size']}"
+        f"{epochs} of {plural(plan['steps_per_epoch'], 'step')} = {plural(plan['steps'], 'step')} of"
+        f" {plural(plan['samples_per_step'], 'sample')} (micro-batch {plan['micro_batch_size']}"
         f" x accumulate {plan['accumulate']} x ranks {plan['ranks']})"
     )
 
@@ -170,14 +226,16 @@ def _optimizer_line(optimizer: Section) -> str:
 
 
 def _class_line(section: Section) -> str:
-    """A class name and its options."""
-    options = [
-        f"{key.replace('_', ' ')} {_format(value)}" for key, value in section.items() if key != "class" and value is not None
-    ]
-    return ", ".join([section["class"], *options])
+    """A class name and its options; texts have a colon, and semicolons separate texts with commas."""
+    used = {key.replace("_", " "): value for key, value in section.items() if key != "class" and value is not None}
+    options = [f"{key}{':' * isinstance(value, str)} {_format_value(value)}" for key, value in used.items()]
+    separator = "; " if any("," in value for value in used.values() if isinstance(value, str)) else ", "
+    return separator.join([section["class"], *options])
 
 
-def _format(value: object) -> str:
+def _format_value(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     if isinstance(value, int) and not isinstance(value, bool):
         return number(value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -28,6 +28,7 @@ from bumblebee.optim import Constant, Optimizer, Schedule, parameter_groups
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import Task
 from bumblebee.training import checkpointing, loader
+from bumblebee.training.console import Console
 from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan, Position
 from bumblebee.training.run_folder import check_free, clear, find_resume
@@ -87,6 +88,7 @@ def _reset(run: RunState) -> None:
     run.learning_rate = 0.0
     run.accumulator, run.extra_metrics = MetricAccumulator(), {}
     run.frozen_engines = []
+    run.console = Console()
 
 
 def make_plan(run: RunState, data: DataModule, seed: int, ranks: int, checkpoint: Path | None) -> Plan:

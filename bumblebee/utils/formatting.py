@@ -13,6 +13,16 @@ def number(value: float) -> str:
     return f"{value:.4f}" if value == 0 or 0.01 <= abs(value) < 10_000 else f"{value:.3g}"
 
 
+def format_metric(name: str, value: float) -> str:
+    """Format the value of a metric: a learning rate with three significant digits, 5e-06, everything else as ``number``."""
+    return f"{value:.3g}" if name == "lr" else number(value)
+
+
+def plural(count: int, noun: str) -> str:
+    """Format a count of things: 1 document, 1,234 documents."""
+    return f"{number(count)} {noun}{'' if count == 1 else 's'}"
+
+
 def short(count: float) -> str:
     """Format a count with three significant digits and a unit: 494 M."""
     for unit in ("", " k", " M", " G"):

@@ -277,6 +277,13 @@ def test_ranking_is_that_of_the_resumed_checkpoint(fit, scripted, tmp_path):
     assert best_file(tmp_path / "run")["checkpoint"] == "checkpoint-2" and 2 in steps(tmp_path / "run")
 
 
+def test_resumed_without_best_leaves_no_stale_file(stub_trainer, scripted, tmp_path):
+    stub_trainer([scripted(1.0), Checkpoint(every=1, keep=1, best=1)], steps=2).run()
+    assert best_file(tmp_path)["checkpoint"] == "checkpoint-1"
+    stub_trainer([scripted(), Checkpoint(every=1, keep=1)], steps=4, step=2).run()
+    assert not (tmp_path / "best.json").exists() and 1 not in steps(tmp_path)
+
+
 def test_deleted_best_checkpoint_is_forgotten(fit, scripted, tmp_path):
     uses = {"values": scripted(1.0, 3.0, None, 2.0), "checkpoint": by_best(keep=None, every=2)}
     fit(tmp_path / "run", uses, max_steps=2)

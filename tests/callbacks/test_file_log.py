@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import logging
 import re
 
 import pytest
 
-from callbacks import FileLog
+from callbacks import FileLog, RunSummary
 
 
 def messages(folder):
@@ -13,16 +14,43 @@ def messages(folder):
 
 def test_lines_begin_with_a_timestamp(complete_run):
     for line in (complete_run.folder / "log.txt").read_text().splitlines():
-        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  \S", line)
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d +\S", line)
 
 
 def test_run_is_logged_from_start_to_end(complete_run):
     lines = messages(complete_run.folder)
     assert lines[0] == "start: 6 steps on 1 x cpu"
-    assert lines[1].startswith("validation at step 0: loss ")
-    assert lines[2].startswith("step 1 · epoch 0.3636 · loss ")
+    logged = [line for line in lines if line.startswith(("validation at", "step "))]
+    assert logged[0].startswith("validation at step 0: loss ") and logged[1].startswith("step 1 · epoch 0.3636 · loss ")
     assert f"checkpoint: {complete_run.folder / 'checkpoint-4'}" in lines
-    assert lines[-1].startswith("finished: step 6/6, ")
+    assert any(line.startswith("finished: step 6/6, ") for line in lines[-2:])
+
+
+def test_log_has_what_the_run_printed(complete_run):
+    lines = messages(complete_run.folder)
+    printed = [line for line in complete_run.text.splitlines() if not line.startswith(("step ", "validation at"))]
+    assert printed[0].startswith("Bumblebee ") and printed[-1].startswith("finished at step 6/6")
+    assert [line for line in lines if line in printed] == printed
+
+
+def test_order_of_callbacks_does_not_matter(stub_trainer, tmp_path):
+    stub_trainer([RunSummary(), FileLog()], steps=2).run()
+    first = messages(tmp_path)
+    (tmp_path / "log.txt").unlink()
+    stub_trainer([FileLog(), RunSummary()], steps=2).run()
+    assert len(first) == len(messages(tmp_path)) and any(line.startswith("Bumblebee ") for line in first)
+
+
+def test_messages_of_the_logger_are_logged_during_the_run(stub_trainer, tmp_path):
+    logger = logging.getLogger("bumblebee.datamodule")
+    trainer = stub_trainer([FileLog()])
+    logger.warning("too early")
+    trainer.call("on_fit_start")
+    logger.warning("careful with %s", "that")
+    trainer.call("on_fit_end")
+    logger.warning("too late")
+    text = (tmp_path / "log.txt").read_text()
+    assert "  warning: careful with that\n" in text and "too" not in text
 
 
 def test_exception_is_logged_with_its_traceback(crashed_run):

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from bumblebee.plotting.curves import RewardCurves, plot_run, smooth
 from callbacks import LossPlot
-from callbacks.loss_plot import plot_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -48,8 +48,23 @@ def test_moving_average_is_bias_corrected(stub_trainer):
     trainer = stub_trainer([plot])
     for loss in (4.0, 1.0, 7.0):
         trainer.call("on_log", {"loss": loss, "lr": 0.1})
-    expected = [4.0, (0.5 * 4 + 1) / 1.5, (0.25 * 4 + 0.5 * 1 + 7) / 1.75]
+    a, b = 2 / 11, 3 / 12  # weights of earlier values, before they reach 0.5
+    second = (a * 0.9 * 4 + (1 - a) * 1) / (1 - 0.1 * a)
+    third = (b * (1 - 0.1 * a) * second + (1 - b) * 7) / (1 - 0.1 * a * b)
+    expected = [4.0, second, third]
     assert plot.state_dict()["training"]["columns"][2] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("steps", [12, 50, 1000])
+def test_smoothed_curve_ends_near_the_falling_loss(steps):
+    losses = [7 + 5 * math.exp(-3 * step / steps) for step in range(steps)]
+    assert losses[-1] < smooth(losses, 0.9)[-1] < losses[-1] + 0.2
+
+
+def test_average_of_a_long_run_is_the_exponential_one():
+    noise = [math.sin(step * step) for step in range(2000)]
+    averages = smooth(noise, 0.9)
+    assert averages[-1] == pytest.approx(0.9 * averages[-2] + 0.1 * noise[-1])
 
 
 def test_non_finite_losses_are_left_out(stub_trainer, tmp_path):
@@ -116,10 +131,25 @@ def test_invalid_options_raise(options, message):
 
 def test_preferences_have_a_second_panel(stub_trainer):
     training = [[1, 2], [0.7, 0.6], [0.7, 0.65], [0.1, 0.1]]
-    figure = plot_run(training, [[], []], 0.9, rewards=[[1, 2], [0.5, 0.75], [0.0, 0.1]])
+    logged, smoothed = [[1, 2], [0.5, 0.75], [0.0, 0.1]], [[1, 2], [0.5, 0.7], [0.0, 0.08]]
+    figure = plot_run(training, [[], []], 0.9, RewardCurves(logged, smoothed, [[2], [0.6], [0.05]]))
     losses, _, accuracies, margins = figure.axes
-    assert list(accuracies.lines[0].get_ydata()) == [0.5, 0.75] and list(margins.lines[0].get_ydata()) == [0.0, 0.1]
+    assert [list(line.get_ydata()) for line in accuracies.lines] == [[0.5, 0.75], [0.5, 0.7], [0.6]]
+    assert [list(line.get_ydata()) for line in margins.lines] == [[0.0, 0.1], [0.0, 0.08], [0.05]]
     assert losses.get_ylabel() == "loss"
+    labels = [text.get_text() for text in accuracies.get_legend().get_texts()]
+    assert labels == [f"{name}{kind}" for name in ("accuracy", "margin") for kind in ("", ", smoothed (0.9)", ", validation")]
+
+
+def test_legends_cover_no_curve():
+    training = [[1, 2], [0.7, 0.6], [0.7, 0.65], [0.1, 0.1]]
+    rewards = [[1, 2], [0.5, 0.75], [0.0, 0.1]]
+    figure = plot_run(training, [[2], [0.6]], 0.9, RewardCurves(rewards, rewards, rewards))
+    figure.canvas.draw()
+    for axes in figure.axes:
+        if legend := axes.get_legend():
+            box = legend.get_window_extent()
+            assert box.y0 >= axes.bbox.y1 - 1 and box.x1 <= figure.bbox.x1
 
 
 def test_rewards_are_kept_in_the_state(stub_trainer):
@@ -129,7 +159,18 @@ def test_rewards_are_kept_in_the_state(stub_trainer):
     trainer.run()
     again = LossPlot()
     again.load_state_dict(plot.state_dict())
-    assert again.state_dict()["rewards"]["columns"] == [[1, 2, 3, 4, 5, 6], [0.75] * 6, [0.2] * 6]
+    for part in ("rewards", "smoothed rewards"):
+        steps, accuracies, margins = again.state_dict()[part]["columns"]
+        assert steps == [1, 2, 3, 4, 5, 6] and accuracies == pytest.approx([0.75] * 6) and margins == pytest.approx([0.2] * 6)
+
+
+def test_rewards_of_validations_are_plotted(stub_trainer):
+    plot = LossPlot()
+    trainer = stub_trainer([plot], steps=7)
+    trainer.step = 4
+    rewards = {"rewards/accuracies": 0.6, "rewards/margins": 0.1}
+    trainer.call("on_validation_end", {"validation_loss": 0.5, **{f"validation_{name}": rewards[name] for name in rewards}})
+    assert plot.state_dict()["validation rewards"]["columns"] == [[4], [0.6], [0.1]]
 
 
 def test_state_without_rewards_loads():

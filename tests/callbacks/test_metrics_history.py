@@ -15,7 +15,7 @@ def test_one_line_per_logged_step_and_validation(complete_run, read_lines):
     validations = [line for line in lines if "validation_loss" in line]
     assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in validations] == [0, 3, 6]
-    assert set(training[0]) == {"step", "epoch", "loss", "grad_norm", "lr", "tokens", "seconds"}
+    assert set(training[0]) == {"step", "epoch", "loss", "perplexity", "grad_norm", "lr", "tokens", "seconds"}
     assert validations[1]["epoch"] == 1.0 and validations[1]["validation_perplexity"] > 1
 
 

@@ -27,7 +27,10 @@ def test_lines_show_the_first_and_the_last_step(stub_trainer, capsys):
     stub_trainer([ProgressBar(interval=1000)], steps=6).run()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" · ")[0] for line in lines] == ["step 1/6", "step 6/6"]
-    assert re.fullmatch(r"step 6/6 · loss 0\.3333 · lr 0\.0100 · \S+ ?\w? tokens/s · 0:00:00 left", lines[-1])
+    assert re.fullmatch(
+        r"step 6/6 · loss 0\.3333 · lr 0\.01 · \S+ ?\w? tokens/s · \S+ ?\w? steps/s · epoch 2 · grad norm 1 · 0:00:00 left",
+        lines[-1],
+    )
 
 
 def test_lines_are_printed_at_intervals(stub_trainer, capsys, monkeypatch):
@@ -93,9 +96,26 @@ def test_terminal_shows_a_bar_with_metrics(stub_trainer, monkeypatch):
     screen = terminal(monkeypatch)
     stub_trainer([ProgressBar(refresh=0), Validation()], steps=3).run()
     text = screen.getvalue()
-    assert "3/3 steps" in text and "loss 0.6667" in text and "lr 0.0100" in text and "tokens/s" in text
+    assert "3/3 steps" in text and "loss 0.6667" in text and "lr 0.01" in text and "tokens/s" in text
     assert re.search(r"(^|[\r\n])validation at step 3: loss 2\.5000\n", text)
     assert text.endswith("\n")
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(75, ""), (100, "tokens/s"), (170, "grad norm 1]")])
+def test_narrow_terminal_keeps_the_bar_and_the_first_metrics(columns, shown, stub_trainer, monkeypatch):
+    screen = terminal(monkeypatch)
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (columns, 40))
+    stub_trainer([ProgressBar(refresh=0)], steps=3).run()
+    last = screen.getvalue().strip("\n").split("\r")[-1]
+    assert len(last) <= columns and "loss 0.6667" in last and "#" * 5 in last and last.rstrip().endswith("]") and shown in last
+
+
+def test_learning_rates_are_never_rounded_to_zero(stub_trainer, capsys):
+    trainer = stub_trainer([ProgressBar(interval=0)], steps=9)
+    trainer.call("on_fit_start")
+    for trainer.step, rate in enumerate((0.0, 2.5e-7, 3e-4, 0.0125), start=1):
+        trainer.call("on_log", {"loss": 1.0, "lr": rate})
+    assert re.findall(r" lr (\S+)", capsys.readouterr().out) == ["0", "2.5e-07", "0.0003", "0.0125"]
 
 
 def test_bar_of_a_resumed_run_starts_at_its_step(stub_trainer, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bumblebee.hardware import flops
+from bumblebee.hardware.gpu_utilization import UtilizationMeter
 from callbacks import MetricsHistory, Throughput, Validation
 
 METRICS = {"tokens_per_second", "tflops", "mfu", "memory_gb"}
@@ -34,6 +35,7 @@ def test_throughput_metrics_are_consistent(run, read_lines):
             assert line["tflops"] * 1e12 == pytest.approx(flops_per_token * line["tokens_per_second"])
             assert line["mfu"] == pytest.approx(line["tflops"] / 0.5)
             assert 0.05 < line["memory_gb"] < 20
+            assert "gpu_utilization" not in line  # on a CPU
 
 
 def test_run_ends_with_a_throughput_line(run):
@@ -115,6 +117,47 @@ def test_validation_after_the_step_is_not_timed(stub_trainer, clock):
 def test_run_of_one_step_reports_nothing(stub_trainer, capsys):
     trainer = stub_trainer([Throughput(every=1, peak_tflops=1.0)], steps=1).run()
     assert trainer.logged == {} and capsys.readouterr().out == ""
+
+
+def test_gpu_utilization_is_averaged_over_samples(stub_trainer, monkeypatch, capsys):
+    percent = iter([40, 60, 100])
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: next(percent))
+    trainer = stub_trainer([throughput := Throughput(every=4, peak_tflops=1.0)], steps=4)
+    trainer.call("on_fit_start")
+    throughput._utilization = UtilizationMeter(torch.device("cuda"), interval=0.0)
+    for trainer.step in range(1, 5):
+        trainer.call("on_step_start")
+        trainer.tokens += 100
+        trainer.call("on_step_end")
+    assert trainer.logged["gpu_utilization"] == pytest.approx(2 / 3)  # the first step is not measured
+    trainer.call("on_fit_end")
+    assert "GPU utilization 67%" in capsys.readouterr().out
+
+
+def test_without_nvml_nothing_is_sampled(monkeypatch):
+    calls = []
+
+    def missing(device: torch.device) -> int:
+        calls.append(device)
+        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
+
+    monkeypatch.setattr(torch.cuda, "utilization", missing)
+    for device, asked in (("cpu", 0), ("cuda", 1)):
+        meter = UtilizationMeter(torch.device(device), interval=0.0)
+        for _ in range(3):
+            meter.sample()
+        assert meter.pop() == (0.0, 0) and len(calls) == asked
+
+
+def test_samples_are_at_least_the_interval_apart(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("bumblebee.hardware.gpu_utilization.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 50)
+    meter = UtilizationMeter(torch.device("cuda"), interval=1.0)
+    for _ in range(10):
+        meter.sample()
+        now[0] += 0.25
+    assert meter.pop() == (1.5, 3) and meter.pop() == (0.0, 0)
 
 
 @pytest.mark.parametrize(

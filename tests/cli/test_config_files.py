@@ -181,3 +181,27 @@ def test_command_line_overrides_plain_options_of_files(tmp_path, monkeypatch) ->
     assert (cfg.temperature, cfg.system_prompt) == (0.2, "Be brief.")
     cfg = plain_parser().parse(["--config", "first.yaml", "--config", "second.yaml"])
     assert (cfg.temperature, cfg.system_prompt) == (0.5, "Be brief.")
+
+
+# The file that Hugging Face's Trainer and LLaMA-Factory use for ZeRO-3.
+DS_Z3_CONFIG = {
+    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto", "zero_allow_untested_optimizer": True, "steps_per_print": 2000, "wall_clock_breakdown": False,
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2},
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": 3, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9, "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto", "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9, "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_deepspeed_file_with_auto_values_sets_the_stage(workdir):
+    (workdir / "ds_z3_config.json").write_text(json.dumps(DS_Z3_CONFIG))
+    words = ["--trainer.deepspeed", "ds_z3_config.json", "--callbacks.summary", "callbacks.RunSummary"]
+    main(["fit", "--config", "recipe.yaml", *words])
+    summary = json.loads((workdir / "out" / "summary.json").read_text())
+    assert summary["device"]["zero_stage"] == 3
+    assert (workdir / "out" / "model.safetensors").is_file()

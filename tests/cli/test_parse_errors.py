@@ -52,7 +52,7 @@ ON_THE_COMMAND_LINE = {
     "--optimizer.lr high": "optimizer.lr: expected a number, got 'high'",
     "--optimizer.betas [0.9]": "optimizer.betas: expected a list of 2 elements, got [0.9]",
     "--trainer.precision fp8": "trainer.precision: expected fp32, bf16 or fp16, got 'fp8'",
-    "--trainer.zero_stage 4": "trainer.zero_stage: expected 0, 1, 2 or 3, got 4",
+    "--trainer.zero_stage 4": "trainer.zero_stage: expected 0, 1, 2, 3 or null, got 4",
     "--data.on_bad_record ignore": "data.on_bad_record: expected stop or skip, got 'ignore'",
     "--callbacks.checkpoint.every x": "callbacks.checkpoint.every: expected an integer or null, got 'x'",
     "--trainer.micro_batch_size null": "trainer.micro_batch_size: expected an integer, got null",
@@ -129,7 +129,13 @@ ON_THE_COMMAND_LINE = {
     "--task.model recip.yaml": "task.model: recip.yaml: file not found (did you mean 'recipe.yaml'?)",
     "--output_dir=": "output_dir must not be empty",
     "--seed -1": "seed must be in [0, 2**63), got -1",
-    "--trainer.deepspeed.zero_optimization.stage 3": "trainer.deepspeed.zero_optimization.stage is 3, but ...",
+    "--trainer.deepspeed.zero_optimization.stage 3 --trainer.zero_stage 2": "trainer.zero_stage is 2, but "
+    "trainer.deepspeed.zero_optimization.stage is 3: set trainer.zero_stage to 3, or to null to follow trainer.deepspeed",
+    "--trainer.deepspeed.zero_optimization.overlap_comm true": "trainer.deepspeed.zero_optimization.overlap_comm is true, ...",
+    "--trainer.deepspeed.zero_optimization.overlap_com true": (
+        "trainer.deepspeed.zero_optimization.overlap_com is not an option of DeepSpeed (did you mean 'overlap_comm'?)"
+    ),
+    "--trainer.deepspeed.zero_optimization.allgather_bucket_size 7": "trainer.deepspeed: DeepSpeed refuses this ...",
     "--trainer.groups [{patern:x}]": "unknown option 'trainer.groups.patern:x' (did you mean 'trainer.groups.pattern'?)",
     "--optimizer.class_path torch.optim.SGDD": "optimizer: torch.optim has no class 'SGDD' (did you mean 'SGD' or 'ASGD'?)",
 }
@@ -164,11 +170,11 @@ IN_THE_RECIPE = [
     ("hidden_size: 32", "hidden_size: wide", "task.model.config.hidden_size: expected an integer, got 'wide'"),
     ("hidden_size: 32", "hidden_size: 33", "task.model.config.hidden_size 33 is not a multiple of ..."),
     ("precision: fp32", "precision: fp8", "trainer.precision: expected fp32, bf16 or fp16, got 'fp8'"),
-    ("device: cpu", "zero_stage: 4", "trainer.zero_stage: expected 0, 1, 2 or 3, got 4"),
+    ("device: cpu", "zero_stage: 4", "trainer.zero_stage: expected 0, 1, 2, 3 or null, got 4"),
     ("micro_batch_size: 2", "micro_batch_size: 0", "trainer.micro_batch_size must be at least 1, got 0"),
     ("      every: 1", "      every: 0", "callbacks.checkpoint.every must be at least 1 or null, got 0"),
-    ("device: cpu", "deepspeed: {zero_optimization: {stage: 3}}",
-     "trainer.deepspeed.zero_optimization.stage is 3, but the trainer's own options make it 1: drop it"),
+    ("device: cpu", "deepspeed: {zero_optimization: {overlap_comm: true}}",
+     "trainer.deepspeed.zero_optimization.overlap_comm is true, which needs trainer.zero_stage 2 or 3, not 1: ..."),
     ("files: data.jsonl", "files: dato.jsonl", "data.files: 'dato.jsonl' does not exist; did you mean 'data.jsonl'..."),
     ("files: data.jsonl", "files: <your data>", "data.files: '<your data>' is a placeholder; ..."),
     ("files: data.jsonl", "files: bad.jsonl", "data.files: bad.jsonl:2: no key 'text'; the record's keys: 'txt'"),

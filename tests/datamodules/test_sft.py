@@ -330,10 +330,10 @@ def test_summary_counts_match_the_batches(make):
     targets = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batch_list)
     tokens = sum(len(row) for row in rows_in(batch_list, data.pad_token_id))
     assert summary["conversations"] == 16
-    assert summary["trained tokens"] == f"{targets} of {tokens} ({targets / tokens:.1%})"
+    assert summary["trained tokens"] == f"{targets:,} of {tokens:,} ({targets / tokens:.1%})"
     share = tokens / sum(batch["labels"].numel() for batch in batch_list)
     assert summary["windows"] == f"{len(data.train)} of 300 tokens, {share:.1%} full"
-    assert re.match(r"4 conversations, \d+ trained tokens", summary["held out"])
+    assert re.match(r"4 conversations, [\d,]+ trained tokens", summary["held out"])
 
 
 def test_origin_of_a_sample_is_its_records(make, tmp_path):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bumblebee.distributed.deepspeed.ds_config import EngineOptions, deepspeed_config, read_overrides, uses_nvme
+from bumblebee.distributed.deepspeed.ds_config import EngineOptions, deepspeed_config, read_overrides, resolve_stage, uses_nvme
 
 
 def options(**changes) -> EngineOptions:
@@ -23,17 +23,99 @@ def test_overrides_are_merged_at_any_depth():
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        ({"zero_optimization": {"stage": 2}}, "trainer.deepspeed.zero_optimization.stage is 2.*make it 1"),
-        ({"train_micro_batch_size_per_gpu": 1}, "trainer.deepspeed.train_micro_batch_size_per_gpu is 1.*make it 4"),
-        ({"gradient_accumulation_steps": 8}, "trainer.deepspeed.gradient_accumulation_steps is 8"),
-        ({"gradient_clipping": 0.5}, "trainer.deepspeed.gradient_clipping is 0.5"),
-        ({"bf16": {"enabled": False}}, "trainer.deepspeed.bf16.enabled is False"),
-        ({"bf16": False}, "trainer.deepspeed.bf16 is False"),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is 2, but trainer.zero_stage decides that .1.: drop it"),
+        (
+            {"train_micro_batch_size_per_gpu": 1},
+            "train_micro_batch_size_per_gpu is 1, but trainer.micro_batch_size decides .* .4.",
+        ),
+        ({"gradient_accumulation_steps": 8}, "gradient_accumulation_steps is 8, but trainer.accumulate decides that: drop it"),
+        ({"gradient_clipping": 0.5}, "trainer.deepspeed.gradient_clipping is 0.5, but trainer.gradient_clip decides"),
+        ({"bf16": {"enabled": False}}, "trainer.deepspeed.bf16.enabled is False, but trainer.precision is 'bf16': drop it"),
+        (
+            {"fp16": {"enabled": True}},
+            "fp16.enabled is True, but trainer.precision is 'bf16': drop it or set trainer.precision to fp16",
+        ),
+        ({"bf16": False}, "trainer.deepspeed.bf16 must be a mapping such as {enabled: true}, got False"),
     ],
 )
 def test_a_contradiction_of_the_trainers_options_is_refused(overrides, named):
     with pytest.raises(ValueError, match=named):
         deepspeed_config(options(overrides=overrides))
+
+
+ZERO = "trainer.deepspeed.zero_optimization"
+OFFLOAD_RATIO = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "named"),
+    [
+        (
+            1,
+            {"zero_optimization": {"overlap_comm": True}},
+            f"{ZERO}.overlap_comm is true, which needs .*zero_stage 2 or 3, not 1",
+        ),
+        (
+            0,
+            {"zero_optimization": {"overlap_comm": True}},
+            f"{ZERO}.overlap_comm is true, which needs .*zero_stage 2 or 3, not 0",
+        ),
+        (2, {"zero_optimization": {"compute_grad_norm": False}}, f"{ZERO}.compute_grad_norm is false, but the gradient norm"),
+        (1, {"zero_optimization": {"legacy_stage1": True}}, f"{ZERO}.legacy_stage1 is true, but"),
+        (2, {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, f"{ZERO}.zenflow is not supported"),
+        (
+            2,
+            {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+            f"{ZERO}.offload_param needs trainer.zero_stage 3, not 2",
+        ),
+        (
+            0,
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            f"{ZERO}.offload_optimizer needs .* 1, 2 or 3, not 0",
+        ),
+        (2, OFFLOAD_RATIO, f"{ZERO}.offload_optimizer.ratio below 1 needs trainer.zero_stage 3"),
+        (1, {"zero_optimization": {"offload_optimizer": "cpu"}}, f"{ZERO}.offload_optimizer must be a mapping .*, got 'cpu'"),
+        (1, {"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, "device must be none, cpu or nvme, got 'gpu'"),
+        (
+            2,
+            {"gradient_predivide_factor": 2},
+            f"gradient_predivide_factor needs {ZERO}.reduce_scatter false at trainer.zero_stage 2",
+        ),
+        (3, {"prescale_gradients": True}, f"prescale_gradients needs {ZERO}.reduce_scatter false at trainer.zero_stage 3"),
+        (1, {"communication_data_type": "int8"}, "communication_data_type must be fp32, bf16 or fp16, got 'int8'"),
+    ],
+)
+def test_what_deepspeed_refuses_or_ignores_is_one_line(stage, overrides, named):
+    with pytest.raises(ValueError, match=named):
+        deepspeed_config(options(zero_stage=stage, overrides=overrides))
+
+
+def test_overlap_of_communication_works_at_stages_2_and_3():
+    for stage in (2, 3):
+        config = deepspeed_config(options(zero_stage=stage, overrides={"zero_optimization": {"overlap_comm": True}}))
+        assert config["zero_optimization"]["overlap_comm"] is True
+
+
+def test_the_stage_is_the_trainers_or_that_of_the_file_or_1(tmp_path):
+    file = tmp_path / "ds_z3_config.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    assert [resolve_stage(None, None), resolve_stage(2, None), resolve_stage(None, str(file)), resolve_stage(3, str(file))] == [
+        1, 2, 3, 3,
+    ]  # fmt: skip
+    assert resolve_stage(None, {"zero_optimization": {"stage": "auto"}}) == 1
+    with pytest.raises(ValueError, match="trainer.zero_stage is 1, but zero_optimization.stage in .*ds_z3_config.json is 3"):
+        resolve_stage(1, str(file))
+    with pytest.raises(ValueError, match=f"{ZERO}.stage must be 0, 1, 2 or 3, got 5"):
+        resolve_stage(None, {"zero_optimization.stage": "5"})
+
+
+def test_steps_per_print_is_the_users():
+    assert deepspeed_config(options(overrides={"steps_per_print": 2000}))["steps_per_print"] == 2000
+
+
+def test_autocast_replaces_deepspeeds_half_precision_at_stage_0():
+    config = deepspeed_config(options(zero_stage=0, overrides={"bf16": {"enabled": True}}))
+    assert config == deepspeed_config(options(zero_stage=0)) and "bf16" not in config
 
 
 def test_repeating_the_trainers_options_is_accepted():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bumblebee.callback import Callback
 from bumblebee.config import BumblebeeConfig
 from bumblebee.datamodule import Batch, DataModule
+from bumblebee.distributed.deepspeed.ds_config import EngineOptions
 from bumblebee.model import Bumblebee
 from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.trainer import Trainer
@@ -28,7 +29,11 @@ TOKENS_PER_MICRO_BATCH = 50
 class StubEngine:
     """The interface of ``TrainingEngine`` without forward, backward and update."""
 
-    def __init__(self, model: nn.Module, optimizer: Callable[..., Any], groups: list[dict[str, Any]], *_: object) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Callable[..., Any], groups: list[dict[str, Any]], device: torch.device,
+        options: EngineOptions,
+    ) -> None:  # fmt: skip
+        self.options = options
         self.model, self.group_sizes = model, [sum(p.numel() for p in group["params"]) for group in groups]
         self._optimizer = optimizer(groups)
         self.dtype, self.optimizer_name = "float32", type(self._optimizer).__name__
@@ -130,10 +135,12 @@ class StubTrainer(Trainer):
         callbacks: in order.
         steps: of the run.
         step: number of steps done before, as in a resumed run.
+        options: further options of the trainer.
     """
 
-    def __init__(self, folder: Path, callbacks: list[Callback], steps: int = 6, step: int = 0) -> None:
-        super().__init__(max_steps=steps, micro_batch_size=4, accumulate=2, precision="fp32", device="cpu")
+    def __init__(self, folder: Path, callbacks: list[Callback], steps: int = 6, step: int = 0, **options: Any) -> None:
+        defaults = {"micro_batch_size": 4, "accumulate": 2, "precision": "fp32", "device": "cpu"}
+        super().__init__(max_steps=steps, **{**defaults, **options})
         self.events: list[tuple[str, int]] = []  # ("validate", "save" or "save last", step)
         self.logged: dict[str, float] = {}
         named = {f"callback {index}": callback for index, callback in enumerate(callbacks)}

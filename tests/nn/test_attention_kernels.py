@@ -181,8 +181,20 @@ def test_gpu_kernels_equal_naive(kernel, layout, groups, window):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_flash_without_a_gpu_is_refused(dtype):
-    with pytest.raises(ValueError, match=r"'flash' requires the flash-attn package \(pip install .*no visible GPU"):
+    named = "" if dtype == torch.bfloat16 else r"; it computes in bf16 or fp16, not in float32"
+    with pytest.raises(ValueError, match=rf"'flash' cannot run: the flash-attn package .*; no GPU is visible{named}$"):
         select_kernel("flash", dtype)
+
+
+def test_flash_is_refused_for_what_is_missing_only(monkeypatch):
+    monkeypatch.setattr("bumblebee.nn.attention_kernels.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [select_kernel(name, dtype) for name in ("flash", "auto") for dtype in (torch.float16, torch.bfloat16, None)] == [
+        "flash"
+    ] * 6
+    assert select_kernel("auto", torch.float32) == "sdpa"
+    with pytest.raises(ValueError, match=r"^attention 'flash' cannot run: it computes in bf16 or fp16, not in float32$"):
+        select_kernel("flash", torch.float32)
 
 
 def test_auto_is_sdpa_where_flash_cannot_run():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bumblebee.cli.main import main
+from bumblebee.plotting.curves import is_smoothed, plot_runs, smooth
 from bumblebee.plotting.run_comparison import LoggedRun, RunComparison
 
 
@@ -57,6 +58,22 @@ def test_plot_command_writes_a_picture_and_prints_a_table(runs, tmp_path, capsys
     assert head.split("  ")[0] == "run" and "best validation_loss" in head
     assert wide.split() == ["wide", "4", "400", "0:00:02", "0.0000", "2.0000"]
     assert deep.split() == ["deep", "4", "400", "0:00:02", "2.0000", "2.5000"]
+
+
+def test_learning_rates_are_not_smoothed(runs):
+    comparison = RunComparison(runs, ("loss", "tokens"), smoothing=0.9)
+    figure = plot_runs(comparison.panels(), "optimizer steps", True, 0.9)
+    losses, tokens = figure.axes
+    labels = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
+    assert labels == [["wide", "deep", "smoothed (0.9)", "logged", "validation"], ["wide", "deep"]]
+    assert list(tokens.lines[0].get_ydata()) == [100, 200, 300, 400]
+    assert list(losses.lines[1].get_ydata()) == smooth([3.0, 2.0, 1.0, 0.0], 0.9)
+    assert not is_smoothed("lr") and is_smoothed("rewards/accuracies")
+
+
+def test_table_labels_smoothed_values(runs):
+    head, wide, _ = RunComparison(runs, ("loss", "tokens"), smoothing=0.9).table().splitlines()
+    assert "  loss (smoothed 0.9)  best validation_loss  tokens" in head and wide.split()[-1] == "400"
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,13 @@ def test_perplexity_of_a_huge_loss_is_finite(model):
     assert metrics["validation_loss"] == 5000.0 and math.isfinite(metrics["validation_perplexity"])
 
 
+def test_perplexity_in_training_is_that_of_the_token_loss(model):
+    task = LanguageModeling(model)
+    assert task.derived_metrics({"loss": 2.0, "router": 5.0}) == {"perplexity": math.exp(2.0)}
+    assert task.derived_metrics({"router": 5.0}) == {}
+    assert torch.tensor(task.derived_metrics({"loss": 5000.0})["perplexity"], dtype=torch.float32).isfinite()
+
+
 def test_a_tokenizer_with_too_many_ids_is_refused(tiny, tokenizer_folder):
     task = LanguageModeling(Bumblebee(tiny(vocab_size=399)))
     with pytest.raises(ValueError, match="400.*399"):

@@ -102,7 +102,7 @@ def reason(text: str, key: str = "") -> str:
     lines = [line for line in (line.strip(" -") for line in text.splitlines()) if line and not _is_boilerplate(line)]
     if lines or not types:
         return " ".join(lines) or " ".join(text.split())
-    return f"expected {_or(_type_in_words(kind) for kind in types)}{_got(text)}"
+    return f"expected {_or(word for kind in types for word in _type_in_words(kind))}{_got(text)}"
 
 
 def _is_boilerplate(line: str) -> bool:
@@ -130,10 +130,10 @@ def _shipped(key: str, name: str = "") -> str:
     return did_you_mean(named_like(group, name)) or f"; shipped classes: {', '.join(shipped(group))}"
 
 
-def _type_in_words(kind: str) -> str:
+def _type_in_words(kind: str) -> list[str]:
     if kind.startswith("typing.Literal"):
-        return _or(kind[len("typing.Literal[") : -1].replace("'", "").split(", "))
-    return _PLAIN_TYPES.get(kind) or kind.replace("tuple with", "a list of")
+        return kind[len("typing.Literal[") : -1].replace("'", "").split(", ")
+    return [_PLAIN_TYPES.get(kind) or kind.replace("tuple with", "a list of")]
 
 
 def _or(parts: Iterable[str]) -> str:

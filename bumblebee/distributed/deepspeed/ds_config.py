@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from bumblebee.distributed.deepspeed.ds_checks import check_supported
+
 DsConfig = dict[str, Any]  # a JSON object
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # The keys of DeepSpeed's configuration that work with this training loop.
@@ -24,6 +26,12 @@ _SUPPORTED_KEYS = (
     "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
     "zero_optimization",
 )  # fmt: skip
+# The trainer's options that determine a value, by the key of DeepSpeed's configuration.
+_SET_BY = {
+    "train_micro_batch_size_per_gpu": "micro_batch_size", "gradient_accumulation_steps": "accumulate",
+    "gradient_clipping": "gradient_clip", "zero_optimization.stage": "zero_stage", "bf16.enabled": "precision",
+    "fp16.enabled": "precision",
+}  # fmt: skip
 # Keys that DeepSpeed reads too, and what sets the same thing here.
 _SET_ELSEWHERE = {
     "optimizer": "set by the recipe's optimizer",
@@ -65,6 +73,15 @@ class EngineOptions:
         return HALF_DTYPES.get(self.precision)
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products and of attention. An fp32 run may set autocast in ``overrides``."""
+        autocast = self.overrides.get("torch_autocast", {})
+        if self.half_dtype is None and autocast.get("enabled"):
+            name = autocast.get("dtype", "bf16").removeprefix("torch.")
+            return HALF_DTYPES.get(name) or getattr(torch, name)
+        return self.half_dtype or torch.float32
+
+    @property
     def weights_dtype(self) -> torch.dtype:
         """The dtype of the model's weights. At stage 0 they are fp32 and run under autocast."""
         return self.half_dtype if self.half_dtype is not None and self.zero_stage > 0 else torch.float32
@@ -76,6 +93,8 @@ def deepspeed_config(options: EngineOptions) -> DsConfig:
     Raises:
         ValueError: the user's configuration contradicts the trainer's options or has an unsupported key; it is named.
     """
+    overrides = _without_auto(options.overrides)
+    _check_keys(overrides)
     ours: DsConfig = {
         "train_micro_batch_size_per_gpu": options.micro_batch_size,
         "gradient_accumulation_steps": 1,
@@ -85,17 +104,18 @@ def deepspeed_config(options: EngineOptions) -> DsConfig:
         "zero_optimization": {"stage": options.zero_stage, "memory_efficient_linear": False},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offload with the recipe's optimizer, not DeepSpeed's, which is compiled first
-        "steps_per_print": 2**62,
+        "steps_per_print": overrides.get("steps_per_print", 2**62),
     }
     if options.half_dtype and options.zero_stage == 0:
         ours["torch_autocast"] = {"enabled": True, "dtype": str(options.half_dtype).removeprefix("torch.")}
     elif options.half_dtype:
         ours[options.precision] = {"enabled": True}
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    overrides = _without_auto(options.overrides)
-    _check_keys(overrides)
-    merged = _merge(ours, overrides, "trainer.deepspeed")
-    _check_offload(merged["zero_optimization"])
+    _check_precision(overrides, options.precision)
+    if options.zero_stage == 0:  # autocast instead: DeepSpeed's bf16 and fp16 keep no fp32 weights there
+        overrides = {key: value for key, value in overrides.items() if key not in HALF_DTYPES}
+    merged = _merge(ours, overrides, "")
+    check_supported(merged)
     if options.zero_stage == 3 and options.hidden_size:
         merged["zero_optimization"] = {**stage_3_buckets(options.hidden_size), **merged["zero_optimization"]}
     return merged
@@ -132,25 +152,63 @@ def _check_keys(overrides: DsConfig) -> None:
             raise ValueError(f"trainer.deepspeed: {key!r} is not supported ({hint})")
 
 
-def _check_offload(zero: DsConfig) -> None:
-    for name in ("offload_optimizer", "offload_param"):
-        device = zero.get(name, {}).get("device")
-        if device == "nvme" and zero["stage"] != 3:
-            raise ValueError(f"trainer.deepspeed.zero_optimization.{name}.device: nvme needs trainer.zero_stage 3")
-        if device == "nvme" and not zero[name].get("nvme_path"):
-            raise ValueError(f"trainer.deepspeed.zero_optimization.{name}.nvme_path is missing: set a folder on the NVMe disk")
+def _check_precision(overrides: DsConfig, precision: str) -> None:
+    for name in HALF_DTYPES:
+        section = overrides.get(name, {})
+        if not isinstance(section, dict):
+            raise ValueError(f"trainer.deepspeed.{name} must be a mapping such as {{enabled: true}}, got {section!r}")
+        enabled = section.get("enabled", precision == name)
+        if enabled != (precision == name):
+            change = f" or set trainer.precision to {name}" if enabled else ""
+            raise ValueError(
+                f"trainer.deepspeed.{name}.enabled is {enabled!r}, but trainer.precision is {precision!r}: drop it{change}"
+            )
 
 
 def _merge(ours: DsConfig, overrides: DsConfig, path: str) -> DsConfig:
     result = dict(ours)
     for key, value in overrides.items():
+        full = f"{path}{key}"
         if isinstance(value, dict) and isinstance(ours.get(key, {}), dict):
-            result[key] = _merge(ours.get(key, {}), value, f"{path}.{key}")
+            result[key] = _merge(ours.get(key, {}), value, f"{full}.")
         elif key in ours and ours[key] != value:
-            raise ValueError(f"{path}.{key} is {value!r}, but the trainer's own options make it {ours[key]!r}: drop it")
+            option = f"trainer.{_SET_BY[full]}" if full in _SET_BY else "the training loop"
+            expected = "" if full == "gradient_accumulation_steps" else f" ({ours[key]!r})"
+            raise ValueError(f"trainer.deepspeed.{full} is {value!r}, but {option} decides that{expected}: drop it")
         else:
             result[key] = value
     return result
+
+
+# -- the stage -------------------------------------------------------------------------------------------------------------
+
+
+def resolve_stage(stage: int | None, deepspeed: DsConfig | str | None) -> int:
+    """Return the ZeRO stage: the trainer's, else that of the user's DeepSpeed configuration, else 1.
+
+    Args:
+        stage: ``trainer.zero_stage``.
+        deepspeed: ``trainer.deepspeed``.
+
+    Raises:
+        ValueError: the two contradict each other, or the configuration cannot be read or has no valid stage.
+    """
+    zero = _without_auto(read_overrides(deepspeed)).get("zero_optimization", {})
+    name = "trainer.deepspeed.zero_optimization"
+    if not isinstance(zero, dict):
+        raise ValueError(f"{name} must be a mapping such as {{stage: 2}}, got {zero!r}")
+    configured = zero.get("stage")
+    if configured is None:
+        return 1 if stage is None else stage
+    if isinstance(configured, bool) or configured not in (0, 1, 2, 3):
+        raise ValueError(f"{name}.stage must be 0, 1, 2 or 3, got {configured!r}")
+    if stage is not None and stage != configured:
+        source = f"{name}.stage" if not isinstance(deepspeed, str) else f"zero_optimization.stage in {deepspeed}"
+        raise ValueError(
+            f"trainer.zero_stage is {stage}, but {source} is {configured}:"
+            f" set trainer.zero_stage to {configured}, or to null to follow trainer.deepspeed"
+        )
+    return int(configured)
 
 
 def read_overrides(value: DsConfig | str | None) -> DsConfig:

@@ -59,7 +59,7 @@ class TrainingEngine:
         # Weights from a folder have the file's dtype. For bf16 at stages 1 to 3 DeepSpeed casts, and keeps an fp32 copy.
         model.to(device=device, dtype=torch.float32 if options.weights_dtype == torch.float32 else None)
         config = usable_config(options)
-        with quiet_initialization(deepspeed):
+        with quiet_initialization(deepspeed, options.overrides):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer(groups), config=config, dist_init_required=False
             )

@@ -41,7 +41,7 @@ class FrozenEngine:
             deepspeed = import_deepspeed(device)
             config = usable_config(options)
             config["zero_optimization"].pop("offload_optimizer", None)
-            with quiet_initialization(deepspeed):
+            with quiet_initialization(deepspeed, options.overrides):
                 fill_sharded_copy(model, copy_of, deepspeed.zero.Init(config_dict_or_path=config))
                 self._engine = deepspeed.initialize(model=model, config=config, dist_init_required=False)[0]
         model.eval()

@@ -15,14 +15,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from subprocess import CalledProcessError
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed.ds_config import DsConfig, EngineOptions, deepspeed_config, uses_nvme
+from bumblebee.utils.formatting import hint
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 logger = logging.getLogger(__name__)
+_SECTIONS = {  # the class of DeepSpeed that reads a section of its configuration, and the section
+    "DeepSpeedZeroConfig": "zero_optimization", "DeepSpeedZeroOffloadOptimizerConfig": "zero_optimization.offload_optimizer",
+    "DeepSpeedZeroOffloadParamConfig": "zero_optimization.offload_param", "DeepSpeedFP16Config": "fp16",
+    "DeepSpeedBF16Config": "bf16", "CommsLoggerConfig": "comms_logger",
+}  # fmt: skip
 SLOW = 3.0  # seconds; a load that takes longer is a compilation
 
 
@@ -42,14 +51,53 @@ def import_deepspeed(device: torch.device) -> ModuleType:
 
 
 @contextmanager
-def quiet_initialization(deepspeed: ModuleType) -> Iterator[None]:
+def quiet_initialization(deepspeed: ModuleType, overrides: DsConfig) -> Iterator[None]:
     """Initialize DeepSpeed inside: nothing is printed, and only operators that are used are compiled.
 
+    Args:
+        deepspeed: the package.
+        overrides: the user's part of the configuration.
+
     Raises:
-        ValueError: an operator is needed and cannot be compiled.
+        ValueError: an operator is needed and cannot be compiled, or DeepSpeed refuses the user's configuration.
     """
-    with _without_shm_operator(deepspeed), _reported_compilation(), redirect_stdout(io.StringIO()):  # it prints its memory
+    quiet = redirect_stdout(io.StringIO())  # it prints its memory
+    with _explained_refusals(overrides), _without_shm_operator(deepspeed), _reported_compilation(), quiet:
         yield
+
+
+@contextmanager
+def _explained_refusals(overrides: DsConfig) -> Iterator[None]:
+    """Turn what DeepSpeed raises about the user's configuration into a ValueError that names trainer.deepspeed."""
+    from deepspeed.runtime.config import DeepSpeedConfigError
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        raise ValueError(_explain_validation(error)) from error
+    except (AssertionError, NotImplementedError, DeepSpeedConfigError) as error:
+        if not overrides:
+            raise
+        raise ValueError(f"trainer.deepspeed: DeepSpeed refuses this configuration: {error}") from error
+
+
+def _explain_validation(error: ValidationError) -> str:
+    """Return one line about the first of pydantic's errors: the option, and what is wrong with it."""
+    first = error.errors()[0]
+    path = [part for part in [_SECTIONS.get(error.title), *map(str, first["loc"])] if part]
+    option = ".".join(["trainer.deepspeed", *path])
+    if first["type"] == "extra_forbidden":
+        return f"{option} is not an option of DeepSpeed{_similar_option(error.title, path[-1])}"
+    return f"{option}: {first['msg']}, got {first['input']!r}"
+
+
+def _similar_option(title: str, name: str) -> str:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    if title != DeepSpeedZeroConfig.__name__:
+        return ""
+    return hint(name, [field.alias or key for key, field in DeepSpeedZeroConfig.model_fields.items()])
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def sharded_init(device: torch.device, options: EngineOptions) -> Iterator[None]
     """Build modules sharded: no rank ever holds a whole model. Collective."""
     import_module("torch._dynamo")  # it compares functions of torch that zero.Init replaces, so it cannot be imported later
     deepspeed = import_deepspeed(device)
-    with quiet_initialization(deepspeed):
+    with quiet_initialization(deepspeed, options.overrides):
         zero_init = deepspeed.zero.Init(config_dict_or_path=usable_config(options))
     with load_context(sharded=True), zero_init:
         yield

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from bumblebee.utils.formatting import number
+from bumblebee.utils.formatting import format_metric
 
 if TYPE_CHECKING:
     from bumblebee.training.run_state import RunState
-
-
-def print_line(text: str) -> None:
-    """Print to stdout during training without tearing the progress bar."""
-    from tqdm import tqdm
-
-    tqdm.write(text)
-    sys.stdout.flush()
 
 
 def format_progress(trainer: RunState) -> str:
@@ -27,7 +18,7 @@ def format_progress(trainer: RunState) -> str:
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
     """Names and values on one line."""
-    return " · ".join(f"{name} {number(value)}" for name, value in metrics.items())
+    return " · ".join(f"{name} {format_metric(name, value)}" for name, value in metrics.items())
 
 
 def format_validation(step: int, metrics: Mapping[str, float]) -> str:
