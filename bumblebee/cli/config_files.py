@@ -49,6 +49,16 @@ def callback_names(words: Sequence[str]) -> list[str]:
     return [name for file in config_files(words) for name, _ in callbacks_in(file)]
 
 
+def class_that_sets(group: str, option: str, words: Sequence[str]) -> str | None:
+    """Return the class path that the last config file with an option of a group names for it; None if it names none."""
+    for file in reversed(config_files(words)):
+        node = _as_dict(_as_dict(_parse(file)).get(group))
+        if option in node or option in _as_dict(node.get("init_args")):
+            class_path = node.get("class_path")
+            return class_path.value if isinstance(class_path, yaml.ScalarNode) else None
+    return None
+
+
 def callbacks_in(file: str) -> list[tuple[str, set[str]]]:
     """Return (name, its options and class path) of each callback in a recipe."""
     callbacks = []

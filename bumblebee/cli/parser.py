@@ -75,6 +75,7 @@ class Parser(ArgumentParser):
         checks.check_nulls(cfg, self._actions, self.words)
         checks.check_flags(cfg, self.flags)
         checks.check_callbacks(cfg, self.words)
+        checks.reset_schedule(cfg, self.words)
         return cfg
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
