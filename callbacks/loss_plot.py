@@ -55,10 +55,8 @@ class LossPlot(Callback):
         if all(name in metrics for name in _REWARDS):
             accuracy, margin = (metrics[name] for name in _REWARDS)
             self._rewards.add(trainer.step, accuracy, margin)
-            smooth = [
-                average.add(value, self.smoothing) for average, value in zip(self._averages, (accuracy, margin), strict=True)
-            ]
-            self._smoothed_rewards.add(trainer.step, *smooth)
+            pairs = zip(self._averages, (accuracy, margin), strict=True)
+            self._smoothed_rewards.add(trainer.step, *(average.add(value, self.smoothing) for average, value in pairs))
         if trainer.step - self._drawn_at >= self.every:
             self._draw(trainer)
 

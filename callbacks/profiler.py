@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from bumblebee.training.metrics.formatting import print_line
 
 if TYPE_CHECKING:
     from torch.profiler import profile, record_function
@@ -79,7 +78,7 @@ class Profiler(Callback):
         if self._profile is not None:
             self._write(trainer, self._profile)
         elif trainer.is_main and not self._recorded:
-            print_line(f"profiler: nothing recorded, the run ended before step {self._first_step + 1:,}")
+            trainer.print(f"profiler: nothing recorded, the run ended before step {self._first_step + 1:,}")
 
     def _write(self, trainer: Trainer, profile: profile) -> None:
         device = trainer.device.type
@@ -94,5 +93,5 @@ class Profiler(Callback):
         events = profile.key_averages()
         table = events.table(sort_by=f"self_{device}_time_total", row_limit=ROWS, max_name_column_width=40)
         (trainer.output_dir / "profile.txt").write_text(table + "\n", encoding="utf-8")
-        print_line(f"{table}\nprofiler: {self._recorded} steps written to {path} and profile.txt")
+        trainer.print(f"{table}\nprofiler: {self._recorded} steps written to {path} and profile.txt")
         self._profile = None

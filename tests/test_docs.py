@@ -32,8 +32,32 @@ def test_chinese_readme_has_the_same_commands_code_and_links() -> None:
     english, chinese = ROOT / "README.md", ROOT / "README.zh.md"
     assert commands(chinese) == commands(english)
     for pattern in (r"```python\n.*?```", r"\]\(((?!README)[^)]+)\)"):
-        both = [re.findall(pattern, path.read_text(encoding="utf-8"), re.DOTALL) for path in (english, chinese)]
-        assert sorted(both[0]) == sorted(both[1])
+        texts = [path.read_text(encoding="utf-8").replace(".zh.md)", ".md)") for path in (english, chinese)]
+        assert sorted(re.findall(pattern, texts[0], re.DOTALL)) == sorted(re.findall(pattern, texts[1], re.DOTALL))
+
+
+@pytest.mark.parametrize("page", ["tutorial", "configuration"])
+def test_chinese_page_has_the_same_commands(page: str) -> None:
+    english, chinese = ROOT / "docs" / f"{page}.md", ROOT / "docs" / f"{page}.zh.md"
+    assert commands(chinese) == commands(english)
+    assert f"]({chinese.name})" in english.read_text(encoding="utf-8")
+    assert f"]({english.name})" in chinese.read_text(encoding="utf-8")
+
+
+def test_chinese_configuration_guide_names_existing_options() -> None:
+    guide, reference = (
+        (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("configuration.zh.md", "configuration.md")
+    )
+    named = set(re.findall(r"`(?:trainer|data|callbacks\.checkpoint)\.(\w+)`", guide))
+    known = set(re.findall(r"^\| `(?:trainer\.)?(\w+)`", reference, re.MULTILINE))
+    assert len(named) > 15 and named <= known
+
+
+def test_chinese_tutorial_has_the_same_links_and_sections() -> None:
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("tutorial.md", "tutorial.zh.md")]
+    links = [sorted(set(re.findall(r"\]\(((?!tutorial)[^)]+)\)", page))) for page in pages]
+    headings = [[line.split()[0] for line in page.splitlines() if re.match("#+ ", line)] for page in pages]
+    assert links[0] == links[1] and headings[0] == headings[1]
 
 
 def test_make_targets_in_the_docs_exist() -> None:
@@ -48,13 +72,14 @@ TUTORIAL = "tokenizer preview fit generate fit fit evaluate fit fit fit merge ev
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("document", "expected"),
     [("README.md", "tokenizer fit generate validate fit"), ("docs/tutorial.md", TUTORIAL)],
 )
 def test_commands_run_as_written(document: str, expected: str, tmp_path: Path) -> None:
-    """Run in order, in a folder that contains only the recipes."""
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    """Run in order, in a folder that contains only the recipes and the documentation."""
+    _copy_recipes_and_docs(tmp_path)
     run = [c for c in commands(ROOT / document) if c.startswith("bumblebee ") and "quickstart" not in c]
     assert [shlex.split(c)[1] for c in run] == expected.split()
     for command in run:
@@ -63,6 +88,27 @@ def test_commands_run_as_written(document: str, expected: str, tmp_path: Path) -
                 pass
         else:
             run_in_shell(command, tmp_path, timeout=600)
+    if document == "README.md":
+        _check_curve(tmp_path / "runs" / "pretrain")
+
+
+def _check_curve(run: Path) -> None:
+    """The first training of a newcomer shows that the model learns."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    validation = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert len(losses) >= 100
+    assert len(validation) >= 4
+    assert sum(losses[-10:]) / 10 < losses[0] - 2
+    assert validation == sorted(validation, reverse=True)
+    assert (run / "loss.png").is_file()
+
+
+def _copy_recipes_and_docs(folder: Path) -> None:
+    for name in ("recipes", "docs"):
+        shutil.copytree(ROOT / name, folder / name)
+    for page in ("README.md", "README.zh.md"):
+        shutil.copy(ROOT / page, folder)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""docs/research.md does what it says: its files are written, its commands run, and each part has its effect."""
+"""The files of docs/research.md are written, its commands run, and each part has the effect that the page describes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty folder with the recipes, in which everything on the page has been done. ``printed.json``: what was printed."""
+    """A folder with the recipes in which all of the page has been run; ``printed.json`` maps commands to their output."""
     folder = tmp_path_factory.mktemp("research")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     write_files(RESEARCH.read_text(encoding="utf-8"), folder)
@@ -32,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_files(page: str, folder: Path) -> None:
-    """The page's blocks of Python and YAML, each at the end of the file that its first line names."""
+    """Append each Python and YAML block of the page to the file that its first line names."""
     for body in re.findall(r"```(?:python|yaml)\n(.*?)```", page, flags=re.DOTALL):
         (name,) = re.findall(r"\A# ([\w.]+)", body)
         with (folder / name).open("a", encoding="utf-8") as file:
@@ -40,7 +40,7 @@ def write_files(page: str, folder: Path) -> None:
 
 
 def done(command: str, folder: Path) -> str:
-    """Run a command; of a server, what it answers."""
+    """Run a command and return its output; for a server, the finish reason of a completion."""
     if not command.startswith("bumblebee serve"):
         return run_in_shell(command, folder, timeout=240)
     with served(command, folder) as port:
@@ -86,7 +86,7 @@ def test_a_callback_data_a_schedule_and_an_optimizer_are_used(place: Path) -> No
     line = logged(place, "around")
     assert (place / "runs" / "around" / "over.txt").read_text() == "4 steps\n" and line["step_seconds"] > 0
     assert line["tokens"] == 4 * 2 * 8, "steps, rows, targets of a row"
-    assert line["lr"] == pytest.approx(1e-3 * 0.1 ** (2 / 3)), "the last of three steps behind one of warm-up"
+    assert line["lr"] == pytest.approx(1e-3 * 0.1 ** (2 / 3)), "the last of three steps after one of warm-up"
     assert yaml.safe_load((place / "runs" / "around" / "recipe.yaml").read_text())["optimizer"]["class_path"] == "research.Sign"
 
 

@@ -181,7 +181,8 @@ def plot_run(
 def _legend_above(axes: Axes, right: Axes) -> None:
     """A legend of both axes' lines outside of the panel, where it covers no curve."""
     handles, labels = (left + more for left, more in zip(*(a.get_legend_handles_labels() for a in (axes, right)), strict=True))
-    axes.legend(handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3)
+    columns = 4 if len(labels) <= 4 else 2  # one row, or one column for each axis
+    axes.legend(handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns)
 
 
 def _plot_losses(axes: Axes, training: list[list[float]], validation: list[list[float]], smoothing: float) -> None:

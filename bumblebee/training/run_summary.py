@@ -183,7 +183,14 @@ def _features_line(features: Section) -> str:
     parts.append(f"seed {features['seed']}")
     if features["max_length"]:
         parts.append(f"max length {number(features['max_length'])}")
-    return ", ".join([*parts, *(_with_options(name, options) for name, options in features["callbacks"].items())])
+    return ", ".join([*parts, *(_with_options(name, _in_steps(options)) for name, options in features["callbacks"].items())])
+
+
+def _in_steps(options: Section) -> Section:
+    """The options of a callback, with the unit of its interval."""
+    return {
+        name: plural(value, "step") if name == "every" and isinstance(value, int) else value for name, value in options.items()
+    }
 
 
 def _with_options(name: str, options: Section) -> str:

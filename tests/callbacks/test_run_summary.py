@@ -64,7 +64,7 @@ def test_summary_is_printed_before_the_first_step(complete_run):
         "device     1 x cpu, fp32, ZeRO stage 1\n",
         "optimizer  AdamW: lr 0.01, weight decay 0.1 for ",
         "gradient clip 1\n",
-        "features   seed 42, checkpoint (every 2), validation (every epoch)\n",
+        "features   seed 42, checkpoint (every 2 steps), validation (every epoch)\n",
         f"output     {complete_run.folder}\n",
     ):
         assert part in begin
@@ -98,7 +98,7 @@ def test_features_line_names_what_changes_the_run(featured):
     assert line == (
         "  features   LoRA (rank 8, alpha 16, targets all-linear), Compile (mode default), ActivationCheckpointing (every 2),"
         " freeze_half, optimizer state offloaded to cpu, seed 42, max length 2,048,"
-        " callback 1 (every 100, minutes 30, keep 2), callback 2 (every 50)"
+        " callback 1 (every 100 steps, minutes 30, keep 2), callback 2 (every 50 steps)"
     )
 
 
