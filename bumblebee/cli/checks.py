@@ -9,9 +9,9 @@ from dataclasses import is_dataclass
 
 from jsonargparse import Namespace
 
-from bumblebee.cli.config_files import callback_names, class_that_sets, option_values, plain, where
+from bumblebee.cli.config_files import callback_names, plain, where
 from bumblebee.cli.errors.reporting import fail
-from bumblebee.cli.signatures import locate_callable, parameter_names, parameter_types
+from bumblebee.cli.signatures import locate_callable, parameter_types
 from bumblebee.utils.formatting import hint
 
 
@@ -60,24 +60,6 @@ def _invalid_nulls(options: Mapping[str, object], key: str, made: Callable[..., 
         elif isinstance(value, dict):
             kind = parameter_types(made).get(name) if name in parameters else None
             yield from _invalid_nulls(value, path, kind if isinstance(kind, type) and is_dataclass(kind) else None)
-
-
-def reset_schedule(cfg: Namespace, words: Sequence[str]) -> None:
-    """Reset the options that a config file set for another class of schedule: only the warm-up means the same in all.
-
-    jsonargparse keeps every option of the former class whose name the new one has: a Cosine's ``min_ratio`` is where the decay
-    ends, ReduceOnPlateau's is a lower bound.
-    """
-    schedule = cfg.get("schedule")
-    made = locate_callable(schedule.class_path) if isinstance(schedule, Namespace) and "class_path" in schedule else None
-    if made is None:
-        return
-    on_line = {plain(option[2:]) for option, _ in option_values(words)}
-    for name, parameter in inspect.signature(made).parameters.items():
-        former = class_that_sets("schedule", name, words)
-        is_other = former is not None and former.rpartition(".")[2] != schedule.class_path.rpartition(".")[2]
-        if is_other and name not in parameter_names("bumblebee.optim.Schedule") and f"schedule.{name}" not in on_line:
-            schedule.init_args[name] = parameter.default
 
 
 def check_callbacks(cfg: Namespace, words: Sequence[str]) -> None:

@@ -23,6 +23,8 @@ def where(key: str, words: Sequence[str]) -> str:
     """Return "FILE:LINE: " of a key or its closest parent in the last config file that sets it, "" for the command line."""
     path = plain(key).split(".")
     options = [plain(word[2:].split("=")[0]).removesuffix(".class_path").split(".") for word in words if word[:2] == "--"]
+    if path[-1] == "class_path" and path[:-1] in options:  # --optimizer CLASS
+        return ""
     depth_on_line = max((len(option) for option in options if path[: len(option)] == option), default=0)
     locations = [(*_locate(_parse(file), path), file) for file in reversed(config_files(words))]
     depth, line, file = max(locations, key=lambda location: location[0], default=(0, 0, ""))

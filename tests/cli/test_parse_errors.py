@@ -96,7 +96,7 @@ ON_THE_COMMAND_LINE = {
         "schedule.class_path: bumblebee.optim.ReduceOnPlateau needs validations, or it never changes the learning rate: "
         "set data.validation_ratio or data.validation_files, and add callbacks.Validation"
     ),
-    "--schedule ReduceOnPlateau --data.validation_ratio 0.1": "...needs validations, or it never changes the learning rate: ...",
+    "--schedule ReduceOnPlateau --data.validation_ratio 0.1": "...needs validations, or it never changes ...",
     "--callbacks.stop EarlyStopping": "callbacks: EarlyStopping needs validation samples: ...",
     "--callbacks.validation Validation": "callbacks: Validation needs validation samples: ...",
     # options of another class, or without their group
