@@ -262,7 +262,7 @@ def test_missing_group_is_named(group, name, workdir, error_line):
             "generate --model tok --prompt two words",
             "unexpected argument 'words'; options are written ...",
         ),
-        ("generate --model tok --zzz x", "unknown option 'zzz'; available options: model, ..., ignore_eos"),
+        ("generate --model tok --zzz x", "unknown option 'zzz'; available options: model, ..., include_stop_str_in_output"),
         ("tokenizer --files nope.txt --vocab_size 300 --output new", "files: 'nope.txt' does not exist"),
         ("tokenizer --files data.jsonl --vocab_size 30 --output new", "vocab_size must be at least 259..."),
         ("tokenizer --files data.jsonl --vocab_size 300 --output tok", "output: tok already contains a tokenizer; ..."),
