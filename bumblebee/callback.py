@@ -13,6 +13,8 @@ The loop calls nine hooks, each on every rank:
     on_fit_end(trainer)                             after the last step, or when the run is stopped
     on_exception(trainer, error)                    the run failed; no collectives here, other ranks may have exited
 
+Before, set-up calls ``check(trainer)``, so that a callback that cannot work ends the run before anything is written.
+
 Because of the phases observe, log and save, the order of callbacks in a recipe does not matter. Callbacks do not call each
 other; the only parts of the trainer they write are ``trainer.should_stop`` and ``trainer.log``. Only rank 0
 (``trainer.is_main``) may write files. ``trainer.print`` prints on rank 0, and into log.txt.
@@ -21,7 +23,7 @@ other; the only parts of the trainer they write are ``trainer.should_stop`` and 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
@@ -29,6 +31,15 @@ if TYPE_CHECKING:
 
 class Callback:
     """Base class: every hook does nothing. ``state_dict`` and ``load_state_dict`` keep state across a resume."""
+
+    validates: ClassVar[bool] = False  # whether the callback calls ``trainer.validate``
+
+    def check(self, trainer: Trainer) -> None:
+        """Called on every rank while the run is set up, when data and plan exist and nothing has been written.
+
+        Raises:
+            ValueError: the callback cannot work in this run.
+        """
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Called before the first step, after the checkpoint of a resumed run is loaded."""

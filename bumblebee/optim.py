@@ -11,7 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bumblebee.distributed.deepspeed.sharded_parameters import full_shape
 
@@ -116,6 +116,8 @@ class Schedule(ABC):
     Raises:
         ValueError: a ratio outside [0, 1) or a negative number of steps.
     """
+
+    needs_validation: ClassVar[bool] = False  # whether the curve depends on ``observe``
 
     def __init__(self, warmup_ratio: float = 0.1, warmup_steps: int | None = None) -> None:
         if not 0 <= warmup_ratio < 1:
@@ -301,6 +303,8 @@ class ReduceOnPlateau(Schedule):
         min_ratio: lower bound of the factor.
         metric: name of the validation metric; lower is better.
     """
+
+    needs_validation = True
 
     def __init__(
         self,

@@ -39,13 +39,16 @@ class EarlyStopping(Callback):
         self._best: float | None = None
         self._without_improvement = 0
 
-    def on_fit_start(self, trainer: Trainer) -> None:
-        """Forget earlier values unless the run is resumed.
+    def check(self, trainer: Trainer) -> None:
+        """Check the data.
 
         Raises:
             ValueError: the data has no validation samples.
         """
         self.monitor.require_validation_data(trainer)
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Forget earlier values unless the run is resumed."""
         if trainer.step == 0:
             self._best, self._without_improvement = None, 0
 

@@ -22,6 +22,8 @@ class Validation(Callback):
         ValueError: every is less than 1.
     """
 
+    validates = True
+
     def __init__(self, every: int | None = None, at_start: bool = False, at_end: bool = True) -> None:
         if every is not None and every < 1:
             raise ValueError(f"every must be at least 1 or null, got {every}")
@@ -31,7 +33,7 @@ class Validation(Callback):
         """When to validate."""
         return {"every": "epoch" if self.every is None else self.every}
 
-    def on_fit_start(self, trainer: Trainer) -> None:
+    def check(self, trainer: Trainer) -> None:
         """Check the data.
 
         Raises:

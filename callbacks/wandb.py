@@ -64,16 +64,23 @@ class WandB(Callback):
         self._id: str | None = None
         self._run: Any = None
 
+    def check(self, trainer: Trainer) -> None:
+        """Check the installation and the stage.
+
+        Raises:
+            ValueError: wandb is not installed, or watch is set at ZeRO stage 3.
+        """
+        if find_spec("wandb") is None:
+            raise ValueError("callbacks: WandB needs the wandb package: pip install wandb")
+        if self.watch and trainer.zero_stage == 3:
+            raise ValueError(f"callbacks: WandB.watch {self.watch!r} sees only shards at trainer.zero_stage 3; set it to null")
+
     def on_fit_start(self, trainer: Trainer) -> None:
         """Start or resume the W&B run.
 
         Raises:
-            ValueError: wandb is not installed or cannot start, or watch is set at ZeRO stage 3.
+            ValueError: wandb cannot start.
         """
-        if find_spec("wandb") is None:
-            raise ValueError("callbacks: WandB needs the wandb package: pip install 'bumblebee[wandb]'")
-        if self.watch and trainer.zero_stage == 3:
-            raise ValueError(f"callbacks: WandB.watch {self.watch!r} sees only shards at trainer.zero_stage 3; set it to null")
         if trainer.step == 0:
             self._id = None
         if not trainer.is_main:

@@ -42,8 +42,8 @@ class ChatFormat:
 
     key: str
     names: dict[str, str]
-    turns: Callable[[dict[str, Any]], list[Turn]]
-    answers: Callable[[dict[str, Any]], list[Turn]]
+    turns: Callable[[dict[str, object]], list[Turn]]
+    answers: Callable[[dict[str, object]], list[Turn]]
     answer: Callable[[object, str], Message]
 
     @property
@@ -54,7 +54,7 @@ class ChatFormat:
 # -- Alpaca --------------------------------------------------------------------------------------------------------------
 
 
-def _alpaca_turns(value: dict[str, Any]) -> list[Turn]:
+def _alpaca_turns(value: dict[str, object]) -> list[Turn]:
     turns = _system(value)
     for index, pair in enumerate(_list(value.get("history") or [], "'history'")):
         key = f"'history'[{index}]"
@@ -66,7 +66,7 @@ def _alpaca_turns(value: dict[str, Any]) -> list[Turn]:
     return [*turns, ("'instruction'", _message("user", question, "'instruction'"))]
 
 
-def _alpaca_answers(value: dict[str, Any]) -> list[Turn]:
+def _alpaca_answers(value: dict[str, object]) -> list[Turn]:
     if "output" not in value:
         raise ValueError("no key 'output', the answer to 'instruction'")
     return [("'output'", _message("assistant", value["output"], "'output'"))]
@@ -79,7 +79,7 @@ def _alpaca_answer(value: object, key: str) -> Message:
 # -- ShareGPT ------------------------------------------------------------------------------------------------------------
 
 
-def _sharegpt_turns(value: dict[str, Any]) -> list[Turn]:
+def _sharegpt_turns(value: dict[str, object]) -> list[Turn]:
     return _turns_in_list(value, "conversations", _sharegpt_message)
 
 
@@ -96,7 +96,7 @@ def _sharegpt_message(turn: object, key: str) -> Message:
 # -- OpenAI --------------------------------------------------------------------------------------------------------------
 
 
-def _openai_turns(value: dict[str, Any]) -> list[Turn]:
+def _openai_turns(value: dict[str, object]) -> list[Turn]:
     return _turns_in_list(value, "messages", _openai_message)
 
 
@@ -129,13 +129,13 @@ def _join_parts(content: object, key: str) -> object:
 # -- common to all formats -----------------------------------------------------------------------------------------------
 
 
-def _system(value: dict[str, Any]) -> list[Turn]:
+def _system(value: dict[str, object]) -> list[Turn]:
     """The system prompt next to the turns. An empty one, as exported from tables, means that there is none."""
     prompt = _string(value.get("system", ""), "'system'")
     return [("'system'", {"role": "system", "content": prompt})] if prompt.strip() else []
 
 
-def _turns_in_list(value: dict[str, Any], name: str, convert: Callable[[object, str], Message]) -> list[Turn]:
+def _turns_in_list(value: dict[str, object], name: str, convert: Callable[[object, str], Message]) -> list[Turn]:
     """The system prompt next to a list of turns, and the turns."""
     keyed = ((f"{name!r}[{index}]", turn) for index, turn in enumerate(_list(value[name], repr(name))))
     return [*_system(value), *((key, convert(turn, key)) for key, turn in keyed)]
@@ -160,7 +160,7 @@ def _list(value: object, key: str) -> list[Any]:
     return value
 
 
-def _turn_and_speaker(turn: object, speaker_key: str, speakers: Collection[str], key: str) -> tuple[dict[str, Any], str]:
+def _turn_and_speaker(turn: object, speaker_key: str, speakers: Collection[str], key: str) -> tuple[dict[str, object], str]:
     """A turn, checked to be an object, and who speaks in it."""
     if not isinstance(turn, dict):
         raise ValueError(f"{key} must be an object, not {json_type(turn)}")
@@ -202,20 +202,20 @@ def _parse_tool(tool: object, key: str) -> Tool:
     return wrapped
 
 
-def _parse_calls_text(text: object, key: str) -> list[dict[str, Any]]:
+def _parse_calls_text(text: object, key: str) -> list[dict[str, object]]:
     """The calls of a ShareGPT "function_call" turn: the JSON text of one call or of a list."""
     value = _parse_json(_string(text, key), key)
     return _parse_calls(value if isinstance(value, list) else [value], key)
 
 
-def _parse_calls(value: object, key: str) -> list[dict[str, Any]]:
+def _parse_calls(value: object, key: str) -> list[dict[str, object]]:
     """Calls with their arguments as objects: ``[{"type": "function", "function": {"name", "arguments"}, ...}]``."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"{key} must be a list of calls, not {json_type(value) if value else 'an empty one'}")
     return [_parse_call(call, f"{key}[{index}]") for index, call in enumerate(value)]
 
 
-def _parse_call(call: object, key: str) -> dict[str, Any]:
+def _parse_call(call: object, key: str) -> dict[str, object]:
     if not isinstance(call, dict):
         raise ValueError(f'{key} must be an object {{"name": ..., "arguments": ...}}, not {json_type(call)}')
     function = call.get("function") or call
@@ -234,7 +234,7 @@ def _require_name(function: object, key: str) -> None:
         raise ValueError(f"{key} has no function 'name'")
 
 
-def _parse_json(text: str, key: str) -> Any:
+def _parse_json(text: str, key: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -244,7 +244,7 @@ def _parse_json(text: str, key: str) -> Any:
 # -- the formats ---------------------------------------------------------------------------------------------------------
 
 
-def _no_answers(value: dict[str, Any]) -> list[Turn]:
+def _no_answers(value: dict[str, object]) -> list[Turn]:
     return []
 
 

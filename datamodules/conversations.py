@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from bumblebee.tokenizer import chat_template
 from bumblebee.tokenizer.assistant_mask import Message
@@ -88,14 +88,14 @@ def with_system(messages: Sequence[Message], prompt: str | None) -> list[Message
     return chat_template.with_system(messages, prompt or None)
 
 
-def _parse(parse: Callable[[dict[str, Any]], Parsed], record: Record) -> Parsed:
+def _parse(parse: Callable[[dict[str, object]], Parsed], record: Record) -> Parsed:
     try:
         return parse({key: value for key, value in record.value.items() if value is not None})
     except ValueError as error:
         raise RecordError(record.file, record.line, str(error)) from None
 
 
-def _conversation(value: dict[str, Any]) -> Conversation:
+def _conversation(value: dict[str, object]) -> Conversation:
     chat_format = _format_of(value)
     for key in ("chosen", "rejected"):
         if key in value:
@@ -108,7 +108,7 @@ def _conversation(value: dict[str, Any]) -> Conversation:
     return Conversation([message for _, message in turns], parse_tools(value.get("tools")))
 
 
-def _preference(value: dict[str, Any]) -> PreferencePair:
+def _preference(value: dict[str, object]) -> PreferencePair:
     chat_format = _format_of(value)
     prompt = _prompt(value, chat_format)
     chosen, rejected = _answer(value, "chosen", chat_format), _answer(value, "rejected", chat_format)
@@ -117,7 +117,7 @@ def _preference(value: dict[str, Any]) -> PreferencePair:
     return PreferencePair(prompt, chosen, rejected, parse_tools(value.get("tools")))
 
 
-def _prompt(value: dict[str, Any], chat_format: ChatFormat) -> list[Message]:
+def _prompt(value: dict[str, object], chat_format: ChatFormat) -> list[Message]:
     turns = _check_order(chat_format.turns(value), chat_format)
     key, last = turns[-1]
     if last["role"] not in ("user", "tool"):
@@ -126,7 +126,7 @@ def _prompt(value: dict[str, Any], chat_format: ChatFormat) -> list[Message]:
     return [message for _, message in turns]
 
 
-def _format_of(value: dict[str, Any]) -> ChatFormat:
+def _format_of(value: dict[str, object]) -> ChatFormat:
     present = [key for key in FORMATS if key in value]
     if len(present) != 1:
         known = " or ".join(map(repr, FORMATS))
@@ -134,7 +134,7 @@ def _format_of(value: dict[str, Any]) -> ChatFormat:
     return FORMATS[present[0]]
 
 
-def _answer(value: dict[str, Any], key: str, chat_format: ChatFormat) -> Message:
+def _answer(value: dict[str, object], key: str, chat_format: ChatFormat) -> Message:
     if key not in value:
         raise ValueError(f"no key {key!r}: a preference pair has 'chosen' and 'rejected'")
     message = chat_format.answer(value[key], repr(key))

@@ -16,7 +16,6 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from datamodules.records import RecordError
 
@@ -48,7 +47,7 @@ def describe_decode_error(error: UnicodeDecodeError) -> str:
     return f"not valid UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})"
 
 
-def decode_line(data: bytes) -> Any:
+def decode_line(data: bytes) -> object:
     """Decode one line of JSON Lines.
 
     Raises:
@@ -65,7 +64,7 @@ def decode_line(data: bytes) -> Any:
         raise ValueError("cannot decode JSON: nested too deeply") from None
 
 
-def replace_surrogates(value: Any, source: str, start: int = 0, end: int | None = None) -> Any:
+def replace_surrogates(value: object, source: str, start: int = 0, end: int | None = None) -> object:
     """Replace lone surrogates by U+FFFD in a value decoded from ``source[start:end]``.
 
     They can only come from escape sequences, so most values need no second pass.
@@ -74,7 +73,7 @@ def replace_surrogates(value: Any, source: str, start: int = 0, end: int | None 
     return _without_surrogates(value) if escaped else value
 
 
-def _without_surrogates(value: Any) -> Any:
+def _without_surrogates(value: object) -> object:
     if isinstance(value, str):
         return SURROGATE.sub("\ufffd", value)
     if isinstance(value, list):
@@ -87,7 +86,7 @@ def _without_surrogates(value: Any) -> Any:
 # -- values from a stream ------------------------------------------------------------------------------------------------
 
 
-def iter_values(path: str, file: BinaryFile) -> Iterator[tuple[int, Any]]:
+def iter_values(path: str, file: BinaryFile) -> Iterator[tuple[int, object]]:
     """(line, value) of each element if the file holds one array, otherwise of each of its consecutive values.
 
     Raises:
@@ -101,7 +100,7 @@ def iter_values(path: str, file: BinaryFile) -> Iterator[tuple[int, Any]]:
             yield stream.next_value()
 
 
-def _iter_array(stream: JSONStream) -> Iterator[tuple[int, Any]]:
+def _iter_array(stream: JSONStream) -> Iterator[tuple[int, object]]:
     stream.skip("[")
     if stream.peek() != "]":
         yield stream.next_value()
@@ -144,7 +143,7 @@ class JSONStream:
             raise self.error(f"not valid JSON: expected ',' or ']', got {character!r}")
         self._advance_to(self._position + 1)
 
-    def next_value(self) -> tuple[int, Any]:
+    def next_value(self) -> tuple[int, object]:
         """Skip blanks and decode a value.
 
         Returns:
@@ -166,7 +165,7 @@ class JSONStream:
         self._line += self._buffer.count("\n", self._position, position)
         self._position = position
 
-    def _decode(self) -> tuple[Any, int] | None:
+    def _decode(self) -> tuple[object, int] | None:
         """The value and where it ends, or None if the buffer may end inside the value."""
         try:
             value, end = self._json.raw_decode(self._buffer, self._position)

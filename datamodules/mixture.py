@@ -15,14 +15,13 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from bumblebee.utils.formatting import hint
 from datamodules import record_files
 
-Files = str | list[str | dict[str, Any]]
+Files = str | list[str | dict[str, object]]
 ENTRY_KEYS = ("path", "weight")
 # Odd, so multiplication permutes the digests: a fraction is selected in another order than held-out samples.
 PERMUTATION = np.uint64(0x9E3779B97F4A7C15)
@@ -104,7 +103,7 @@ def _repeat(samples: np.ndarray, weight: float, digests: np.ndarray) -> np.ndarr
     return np.concatenate([np.repeat(samples, whole), fraction])
 
 
-def _parse_entry(item: str | dict[str, Any]) -> MixtureEntry:
+def _parse_entry(item: str | dict[str, object]) -> MixtureEntry:
     if isinstance(item, str):
         return MixtureEntry(item, record_files.expand(item), 1.0)
     path = item.get("path")

@@ -33,7 +33,7 @@ def read_prompts(path: str) -> Iterator[PromptRecord]:
 
 
 def _lines_of(document: Record) -> Iterator[PromptRecord]:
-    for number, line in enumerate(document.value["text"].split("\n"), start=1):
+    for number, line in enumerate(str(document.value["text"]).split("\n"), start=1):
         if line.strip():
             yield PromptRecord(f"{document.file}:{number}", {"prompt": line}, line)
 

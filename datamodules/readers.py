@@ -8,7 +8,6 @@ from __future__ import annotations
 import codecs
 import gzip
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from datamodules.file_type import file_type, is_gzip
 from datamodules.json_stream import BinaryFile, decode_line, describe_decode_error, iter_values, read_bytes
@@ -66,7 +65,7 @@ def _read_json(path: str, file: BinaryFile, on_error: OnError) -> Iterator[Recor
             yield record
 
 
-def _require_object(value: object) -> dict[str, Any]:
+def _require_object(value: object) -> dict[str, object]:
     if not isinstance(value, dict):
         raise ValueError(f"a record must be a JSON object, {{...}}, not {json_type(value)}")
     return value

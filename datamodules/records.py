@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Record:
 
     file: str
     line: int
-    value: dict[str, Any]
+    value: dict[str, object]
 
 
 class RecordError(ValueError):
@@ -42,7 +42,7 @@ def raise_error(error: RecordError) -> NoReturn:
     raise error
 
 
-def keys_of(value: dict[str, Any]) -> str:
+def keys_of(value: dict[str, object]) -> str:
     """The keys of a record, for error messages."""
     return ", ".join(map(repr, value)) or "none"
 

@@ -61,7 +61,7 @@ class TokenCache:
         if self.about["masked"]:
             self._mask_bits = _map(folder / "trained.bin", "uint8", (-(-tokens // 8),))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return TokenCache, (self.folder,)  # another process maps the files again: pickled maps would be copies
 
     def __len__(self) -> int:

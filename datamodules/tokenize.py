@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, compress
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -72,14 +72,14 @@ class RecordTokenizer(ABC):
     def __init__(self, folder: str, tokenizer: Tokenizer) -> None:
         self.folder, self.tokenizer = folder, tokenizer
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Reading the folder again is faster than sending the vocabulary, but data.chat_template is not in the folder.
         template = self.tokenizer.settings.get("chat_template")
         return {name: value for name, value in self.__dict__.items() if name != "tokenizer"} | {"template": template}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         template = state.pop("template")
-        self.__dict__.update(state, tokenizer=Tokenizer.from_pretrained(state["folder"]))
+        self.__dict__.update(state, tokenizer=Tokenizer.from_pretrained(str(state["folder"])))
         self.tokenizer.settings["chat_template"] = template
 
     @property

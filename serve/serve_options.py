@@ -35,8 +35,8 @@ class ServeOptions:
         request_timeout: seconds after which a request fails (504), including its time in the queue.
         heartbeat_timeout: seconds without a heartbeat after which a worker process hangs: its requests fail (500) and it is
             replaced. A busy worker sends heartbeats too.
-        step_timeout: seconds that one engine step may take before its worker process hangs, such as in a GPU kernel; a step
-            computes at most step_tokens tokens.
+        step_timeout: seconds after which an engine step that has not ended, such as in a GPU kernel, counts as hanging. A step
+            computes up to step_tokens tokens: a slow device with many of them needs a larger value.
         drain_timeout: seconds to wait for running requests on shutdown.
         cache_tokens: size of each device's KV cache in tokens; null derives it from the free memory.
         step_tokens: maximum number of tokens per engine step.

@@ -18,6 +18,7 @@ This relies on internals of LitServe, whose version is therefore pinned: tests/s
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing.resource_tracker
 import signal
 import threading
@@ -95,6 +96,8 @@ class Server(LitServer):
             ValueError: the model cannot be loaded.
             SystemExit: the model cannot be loaded, and the reason has been printed.
         """
+        # LitServe's call of logging.debug() gives the root logger a handler, which would print our messages a second time.
+        logging.getLogger("bumblebee").propagate = False
         level = self.options.log_level
         config = uvicorn.Config(
             self.app,

@@ -20,6 +20,7 @@ PACKAGES = ("bumblebee", "callbacks", "datamodules", "serve")
 LATE_IMPORTS = {
     "bumblebee/cli/commands/*": "torch and whatever else the command needs after its options are parsed",
     "bumblebee/cli/errors/parse_errors.py": "the shipped classes, needed for errors only",
+    "bumblebee/cli/recipe_options.py": "the readers of model folders, which import torch",
     "bumblebee/cli/parser.py": "the shipped classes, needed for help only",
     "bumblebee/distributed/deepspeed/*": "deepspeed, which takes seconds and reads environment variables on import",
     "bumblebee/distributed/local_main_first.py": "torch",

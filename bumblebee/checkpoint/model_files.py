@@ -124,7 +124,7 @@ def files_of_folder(folder: str | Path) -> ModelFiles:
     Raises:
         ValueError: see ``load_config``.
     """
-    raw: dict[str, Any] = parse_config_json(folder, dict)
+    raw: dict[str, object] = parse_config_json(folder, dict)
     if is_supported(raw):
         return ModelFiles(load_config(folder))
     ids: dict[str, Any] = {name: raw.get(name) for name in SPECIAL_IDS}

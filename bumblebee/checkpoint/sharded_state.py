@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -128,7 +128,7 @@ class ShardReader:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.buffers: dict[str, Tensor] = _read_buffers(folder / BUFFERS)
-        self._shards: dict[str, list[tuple[Any, int, int]]] = {}  # parameter -> (open file, start, numel)
+        self._shards: dict[str, list[tuple[safe_open, int, int]]] = {}  # parameter -> (open file, start, numel)
         files = sorted(folder.glob("optimizer-*.safetensors"))
         if not files:
             raise ValueError(f"{folder} has no training state")

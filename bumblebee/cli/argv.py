@@ -71,7 +71,7 @@ def fold(argv: Sequence[str], lists: Mapping[str, ListOption] | None = None) -> 
         elif not word.startswith("--") or "=" in word:
             words += [word, *values]
         elif option and option.always and values:
-            words.append(f"{word}={values[0] if _is_array(values, option.item) else json.dumps(values)}")
+            words.append(f"{word}={values[0] if _is_list(word, values, option.item) else json.dumps(values)}")
         elif option and len(values) > 1:
             words.append(f"{word}={json.dumps([_list_item(value) for value in values])}")
         elif not values and word not in _WITHOUT_VALUE:
@@ -103,13 +103,16 @@ def _split_lists(options: Iterable[tuple[str, list[str]]], lists: Mapping[str, L
             yield word, values
 
 
-def _is_array(values: Sequence[str], item: type) -> bool:
-    """Whether the only value is the whole list as JSON: ``["a"]`` for strings; ``[1]`` is then a string itself."""
+def _is_list(word: str, values: Sequence[str], item: type) -> bool:
+    """Whether the only value is the whole list: ``[a, b]`` as in a recipe. A stop string may be ``[INST]``: JSON only there."""
+    if len(values) != 1 or not (values[0].startswith("[") and values[0].endswith("]")):
+        return False
+    if not word.endswith("stop"):
+        return True
     try:
-        array = json.loads(values[0]) if len(values) == 1 else None
+        return all(type(each) is item for each in json.loads(values[0]))
     except ValueError:
         return False
-    return isinstance(array, list) and all(type(each) is item for each in array)
 
 
 def _list_item(word: str) -> object:

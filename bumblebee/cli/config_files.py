@@ -23,6 +23,8 @@ def where(key: str, words: Sequence[str]) -> str:
     """Return "FILE:LINE: " of a key or its closest parent in the last config file that sets it, "" for the command line."""
     path = plain(key).split(".")
     options = [plain(word[2:].split("=")[0]).removesuffix(".class_path").split(".") for word in words if word[:2] == "--"]
+    if path[-1] == "class_path" and path[:-1] in options:  # --optimizer CLASS
+        return ""
     depth_on_line = max((len(option) for option in options if path[: len(option)] == option), default=0)
     locations = [(*_locate(_parse(file), path), file) for file in reversed(config_files(words))]
     depth, line, file = max(locations, key=lambda location: location[0], default=(0, 0, ""))
@@ -47,6 +49,16 @@ def option_values(words: Sequence[str]) -> list[tuple[str, str]]:
 def callback_names(words: Sequence[str]) -> list[str]:
     """Return the names of the callbacks in the config files."""
     return [name for file in config_files(words) for name, _ in callbacks_in(file)]
+
+
+def class_that_sets(group: str, option: str, words: Sequence[str]) -> str | None:
+    """Return the class path that the last config file with an option of a group names for it; None if it names none."""
+    for file in reversed(config_files(words)):
+        node = _as_dict(_as_dict(_parse(file)).get(group))
+        if option in node or option in _as_dict(node.get("init_args")):
+            class_path = node.get("class_path")
+            return class_path.value if isinstance(class_path, yaml.ScalarNode) else None
+    return None
 
 
 def callbacks_in(file: str) -> list[tuple[str, set[str]]]:

@@ -18,6 +18,7 @@ from bumblebee.cli.commands import COMMANDS
 from bumblebee.cli.config_files import class_in_file, option_values, plain, problem_of_file
 from bumblebee.cli.errors.parse_errors import explain
 from bumblebee.cli.errors.reporting import fail
+from bumblebee.cli.schedule_options import reset_former_options
 
 _TRANSFORMS = "task.init_args.transforms"
 
@@ -70,6 +71,8 @@ class Parser(ArgumentParser):
             fail("--config: expected a value")
         self._print_class_help()
         self._complete_class_paths()
+        if self.has_recipe:
+            self.words = reset_former_options(self.words)
         cfg = self.parse_args(self.words)
         checks.check_groups(cfg, self.words)
         checks.check_nulls(cfg, self._actions, self.words)

@@ -126,7 +126,7 @@ KERNELS: dict[str, Kernel] = {"naive": naive, "sdpa": sdpa, "flash": flash}
 def flash_problems(dtype: torch.dtype | None) -> Iterator[str]:
     """Yield the reasons why flash-attn cannot run here; none if it can. None is a dtype that is not known yet."""
     if find_spec("flash_attn") is None:
-        yield "the flash-attn package is not installed (pip install 'bumblebee[flash-attn]')"
+        yield "the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"
     if not torch.cuda.is_available():
         yield "no GPU is visible"
     if dtype not in (None, torch.bfloat16, torch.float16):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Scaling = dict[str, Any]
+Scaling = dict[str, Any]  # rope_scaling of config.json, checked by BumblebeeConfig
 
 
 class RotaryEmbedding(nn.Module):

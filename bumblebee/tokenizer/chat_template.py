@@ -293,12 +293,12 @@ def _parse_arguments(message: Message) -> Message:
 
 def _require_tools(text: str, tools: Sequence[Tool] | None) -> None:
     for tool in tools or ():
-        name = _function_of(tool, "a tool")["name"]
+        name = str(_function_of(tool, "a tool")["name"])
         if name not in text:
             raise ValueError(f"the chat template omits the tools ({name!r}): it does not support them")
 
 
-def _function_of(value: object, what: str) -> dict[str, Any]:
+def _function_of(value: object, what: str) -> dict[str, object]:
     """The "function" of a call or tool, or the value itself if it is written without that key."""
     function = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):

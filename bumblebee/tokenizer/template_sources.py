@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
@@ -12,7 +11,7 @@ from bumblebee.tokenizer.chatml import CHATML, CHATML_TOKENS, chatml_ending_with
 from bumblebee.utils.json_files import read_json
 
 
-def template_from_files(folder: Path) -> dict[str, Any]:
+def template_from_files(folder: Path) -> dict[str, object]:
     """The chat template that a model folder keeps in a file of its own, which overrides tokenizer_config.json.
 
     Returns:
@@ -38,7 +37,7 @@ def _read(file: Path) -> str:
         raise ValueError(f"{file}: {error}") from None
 
 
-def templates_by_name(setting: Any) -> dict[str, str]:
+def templates_by_name(setting: object) -> dict[str, str]:
     """Template sources by name, from the value of ``chat_template`` in tokenizer_config.json.
 
     Raises:
@@ -46,13 +45,15 @@ def templates_by_name(setting: Any) -> dict[str, str]:
     """
     if not setting:
         return {}
-    items = [{"name": "default", "template": setting}] if isinstance(setting, str) else setting
-    try:
-        named = {item["name"]: item["template"] for item in items}
-    except (TypeError, KeyError):
-        named = {}
-    if not named or not all(isinstance(text, str) for text in (*named, *named.values())):
-        raise ValueError("chat_template must be a string or a list of {name, template}")
+    if isinstance(setting, str):
+        return {"default": setting}
+    items: list[object] = setting if isinstance(setting, list) else [setting]
+    named: dict[str, str] = {}
+    for item in items:
+        name, template = (item.get("name"), item.get("template")) if isinstance(item, dict) else (None, None)
+        if not (isinstance(name, str) and isinstance(template, str)):
+            raise ValueError("chat_template must be a string or a list of {name, template}")
+        named[name] = template
     return named
 
 
@@ -61,7 +62,7 @@ def default_template(backend: tokenizers.Tokenizer) -> str | None:
     return CHATML if special_contents(backend).issuperset(CHATML_TOKENS) else None
 
 
-def named_template(name: str, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> str:
+def named_template(name: str, backend: tokenizers.Tokenizer, settings: Mapping[str, object]) -> str:
     """The template that an option names: ``chatml``, or the path of a Jinja file.
 
     A tokenizer without ChatML's special tokens gets a ChatML that ends turns with the end-of-text token.
@@ -87,7 +88,7 @@ def special_contents(backend: tokenizers.Tokenizer) -> set[str]:
     return {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
 
 
-def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+def special_tokens(settings: Mapping[str, object]) -> dict[str, str]:
     """The variables bos_token, eos_token and so on of a template, from tokenizer_config.json."""
     named = {key: token_content(value) for key, value in settings.items() if key.endswith("_token")}
     return {key: value for key, value in named.items() if value is not None}

@@ -80,7 +80,7 @@ class Tokenizer:
         # User text that spells "<|im_end|>" is text. Callers that need a special token insert its id.
         backend.encode_special_tokens = True
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         # Pickling loses the backend's encode_special_tokens, and compiled templates cannot be pickled.
         return type(self), (self.backend, self.settings, self.name_or_path)
 

@@ -17,7 +17,7 @@ from bumblebee.utils.formatting import number, plural, short
 if TYPE_CHECKING:
     from bumblebee.training.run_state import RunState
 
-Section = dict[str, Any]
+Section = dict[str, Any]  # a JSON object of summary.json
 
 # Name in the summary -> attribute of the model's config, which are Hugging Face's.
 _SHAPE = {

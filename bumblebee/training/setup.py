@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy
 import torch
@@ -33,6 +34,9 @@ from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan, Position
 from bumblebee.training.run_folder import check_free, clear, find_resume
 from bumblebee.training.run_state import RunState
+
+if TYPE_CHECKING:
+    from bumblebee.trainer import Trainer
 
 
 def set_up(
@@ -68,6 +72,7 @@ def set_up(
     data.setup(seed)
     task.setup(data)
     run.plan = make_plan(run, data, seed, process_group.world_size(), checkpoint)
+    _check_parts(run)
     options = engine_options(run, hidden_size_of(task.model))
     run.engine = TrainingEngine(task.model, optimizer, parameter_groups(task.model, run.groups), run.device, options)
     task.begin(_run_context(run))
@@ -80,6 +85,23 @@ def set_up(
     run.windows = loader.train_windows(
         data, run.plan, seed, process_group.rank(), run.step, run.workers, pin_memory=pin_memory
     )  # fmt: skip
+
+
+def _check_parts(run: RunState) -> None:
+    """Check that callbacks and schedule can work in this run.
+
+    Raises:
+        ValueError: one of them cannot.
+    """
+    for callback in run.callbacks.values():
+        callback.check(cast("Trainer", run))
+    validates = any(callback.validates for callback in run.callbacks.values()) and len(run.data.validation or ())
+    if run.schedule.needs_validation and not validates:
+        kind = type(run.schedule)
+        raise ValueError(
+            f"{kind.__module__}.{kind.__qualname__} needs validations, or it never changes the learning rate:"
+            " set data.validation_ratio or data.validation_files, and add callbacks.Validation"
+        )
 
 
 def _reset(run: RunState) -> None:

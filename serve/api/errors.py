@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected before the response; appears in metrics only
+ENDPOINTS = "; of OpenAI's API, this server has /v1/chat/completions, /v1/completions and /v1/models"
 MAX_QUOTED = 60  # characters of a value that a message quotes
 
 # pydantic's type errors -> the expected type.
@@ -152,7 +153,7 @@ def install_exception_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def routing_error(request: Request, error: HTTPException) -> Response:
         messages = {
-            404: f"Unknown path: {request.url.path}",
+            404: f"Unknown path: {request.url.path}{ENDPOINTS if request.url.path.startswith('/v1/') else ''}",
             405: f"Method {request.method} is not allowed for {request.url.path}",
         }
         message = messages.get(error.status_code, str(error.detail))

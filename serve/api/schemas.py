@@ -13,7 +13,7 @@ Choices made:
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import pydantic_core
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, ValidationError, model_validator
@@ -164,7 +164,7 @@ class Function(StrictModel):
 
     name: Annotated[str, Field(pattern=FUNCTION_NAME)]
     description: str | None = None
-    parameters: Annotated[dict[str, Any] | None, AfterValidator(finite)] = None
+    parameters: Annotated[dict[str, object] | None, AfterValidator(finite)] = None
     strict: bool | None = None
 
 

@@ -14,7 +14,7 @@ import threading
 import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import litserve
 from litserve.loops.base import LitLoop
@@ -97,7 +97,7 @@ class Worker(litserve.LitAPI):
 class WorkerLoop(LitLoop):
     """Runs the engine until the server process closes the pipe."""
 
-    def run(self, lit_api: Worker, device: str, worker_id: int, request_queue: Connection, *rest: Any) -> None:
+    def run(self, lit_api: Worker, device: str, worker_id: int, request_queue: Connection, *rest: object) -> None:
         """Called by LitServe after ``setup``. ``request_queue`` is the pipe to the server process."""
         request_queue.send(lit_api.result)
         if lit_api.engine is not None:

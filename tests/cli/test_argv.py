@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from bumblebee.cli.argv import fold
+from bumblebee.cli.argv import ListOption, fold
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,18 @@ from bumblebee.cli.argv import fold
 )
 def test_words_are_rewritten_for_jsonargparse(words, folded, flags):
     assert fold(words.split()) == (re.findall(r"\S+=\[.*\]|\S+", folded), flags)
+
+
+@pytest.mark.parametrize(
+    ("words", "folded"),
+    [
+        (["--stop", "[INST]"], '--stop=["[INST]"]'),
+        (["--stop", '["a", "b"]'], '--stop=["a", "b"]'),
+        (["--stop", "a", "b"], '--stop=["a", "b"]'),
+        (["--examples", "[How are you?, Who are you?]"], "--examples=[How are you?, Who are you?]"),
+        (["--examples", "How are you?"], '--examples=["How are you?"]'),
+    ],
+)
+def test_one_value_of_a_list_option_is_a_list(words, folded):
+    lists = {name: ListOption(str, always=True) for name in ("--stop", "--examples")}
+    assert fold(words, lists) == ([folded], [])

@@ -55,6 +55,23 @@ def test_new_class_drops_options_it_does_not_have(workdir, capsys):
     assert "betas" not in config["optimizer"]["init_args"]
 
 
+def test_new_schedule_keeps_only_the_warm_up(workdir, capsys):
+    (workdir / "cosine.yaml").write_text(
+        "schedule: {class_path: bumblebee.optim.Cosine, init_args: {warmup_steps: 3, min_ratio: 0.1}}\n"
+    )
+    (workdir / "more.yaml").write_text("schedule: {init_args: {min_ratio: 0.3}}\n")
+
+    def schedule(*words: str) -> dict:
+        return printed(capsys, "--config", "recipe.yaml", "cosine.yaml", *words)["schedule"]["init_args"]
+
+    assert schedule()["min_ratio"] == 0.1
+    changed = schedule("--schedule", "bumblebee.optim.ReduceOnPlateau")
+    assert (changed["warmup_steps"], changed["min_ratio"]) == (3, 0.0)
+    assert schedule("--schedule", "linear", "--schedule.min_ratio", "0.2")["min_ratio"] == 0.2
+    assert schedule("--schedule.class_path=bumblebee.optim.Cosine")["min_ratio"] == 0.1
+    assert schedule("more.yaml", "--schedule", "linear")["min_ratio"] == 0.3
+
+
 def test_recipes_compose_and_callbacks_add_up(workdir, capsys):
     (workdir / "second.yaml").write_text(
         "trainer: {max_steps: 7}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 
@@ -153,3 +154,10 @@ def test_class_help_of_an_unknown_class_is_refused(error_line):
 )
 def test_unknown_class_suggests_shipped_ones(words, expected, workdir, error_line):
     assert error_line("fit", "--config", "recipe.yaml", *words.split()).startswith(expected)
+
+
+def test_torchruns_report_names_the_error(workdir, error_line, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    line = error_line("fit", "--config", "recipe.yaml", "--trainer.max_step", "3")
+    report = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert report["message"] == report["extraInfo"]["py_callstack"] == f"bumblebee: {line}"

@@ -91,6 +91,14 @@ ON_THE_COMMAND_LINE = {
     "--callbacks.stop 5": "callbacks.stop: expected the class_path of a Callback, got 5; shipped classes: ...",
     "--config recipes/models/tiny.yaml": "--config: recipes/models/tiny.yaml describes a bumblebee.Bumblebee, not a recipe: "
     "use --task.model recipes/models/tiny.yaml together with a recipe",
+    # parts that cannot work in this run
+    "--schedule ReduceOnPlateau": (
+        "schedule.class_path: bumblebee.optim.ReduceOnPlateau needs validations, or it never changes the learning rate: "
+        "set data.validation_ratio or data.validation_files, and add callbacks.Validation"
+    ),
+    "--schedule ReduceOnPlateau --data.validation_ratio 0.1": "...needs validations, or it never changes ...",
+    "--callbacks.stop EarlyStopping": "callbacks: EarlyStopping needs validation samples: ...",
+    "--callbacks.validation Validation": "callbacks: Validation needs validation samples: ...",
     # options of another class, or without their group
     "--task.model.folder runs/sft": "unknown option 'task.model.folder': not an option of bumblebee.Bumblebee, but of "
     "bumblebee.Bumblebee.from_pretrained or bumblebee.HuggingFaceModel.from_pretrained (--task.model CLASS); "
@@ -254,7 +262,7 @@ def test_missing_group_is_named(group, name, workdir, error_line):
             "generate --model tok --prompt two words",
             "unexpected argument 'words'; options are written ...",
         ),
-        ("generate --model tok --zzz x", "unknown option 'zzz'; available options: model, ..., ignore_eos"),
+        ("generate --model tok --zzz x", "unknown option 'zzz'; available options: model, ..., include_stop_str_in_output"),
         ("tokenizer --files nope.txt --vocab_size 300 --output new", "files: 'nope.txt' does not exist"),
         ("tokenizer --files data.jsonl --vocab_size 30 --output new", "vocab_size must be at least 259..."),
         ("tokenizer --files data.jsonl --vocab_size 300 --output tok", "output: tok already contains a tokenizer; ..."),
@@ -306,3 +314,11 @@ def test_error_in_plain_options_names_the_line(text: str, tmp_path, monkeypatch,
         plain_parser().parse(["--config", "options.yaml"])
     assert ended.value.code == 2
     assert matches(capsys.readouterr().err, f"bumblebee: {PLAIN[text]}\n")
+
+
+def test_missing_wandb_is_noticed_before_anything_is_written(workdir, error_line, monkeypatch):
+    monkeypatch.setattr("callbacks.wandb.find_spec", lambda name: None)
+    before = files(workdir)
+    line = error_line("fit", "--config", "recipe.yaml", "--callbacks.w", "callbacks.WandB", "--callbacks.w.project", "bees")
+    assert line == "callbacks: WandB needs the wandb package: pip install wandb"
+    assert files(workdir) == before

@@ -103,6 +103,7 @@ task: {{class_path: bumblebee.LanguageModeling, init_args: {{model: {{class_path
 data: {{class_path: datamodules.SFT, init_args: {{files: {files}, tokenizer: {tokenizer_folder}, max_length: 64}}}}
 optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 1.0e-3}}}}
 """)
+    recipe.write_text(recipe.read_text().replace(str(tokenizer_folder), "gone"))  # the model's tokenizer is enough
     main(["evaluate", "--config", str(recipe), "--show", "2"])
     out = capsys.readouterr().out
     assert out.count("-> ") == 2
@@ -111,3 +112,6 @@ optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 1.0e-3}}}}
         main(["evaluate", "--config", str(recipe), "--split", "validation"])
     assert done.value.code == 2
     assert "no validation samples" in capsys.readouterr().err
+    recipe.write_text(recipe.read_text().replace(f"output_dir: {trained}", "output_dir: nowhere"))
+    main(["evaluate", "--config", str(recipe), "--model", str(trained), "--limit", "1"])
+    assert "exact match: 1 of 1" in capsys.readouterr().out

@@ -146,6 +146,11 @@ def test_openai_agents_function_tools(url):
     assert sorted(flights) == [3, 3, 4, 4]
 
 
+def test_other_apis_are_refused_with_what_there_is(url):
+    with pytest.raises(openai.NotFoundError, match="/v1/responses; .* this server has /v1/chat/completions"):
+        openai.OpenAI(base_url=url, api_key="none", max_retries=0).responses.create(model="bumblebee", input="Where to?")
+
+
 def test_guidellm_request_is_generated_to_its_length(running):
     body = {
         "model": "bumblebee", "messages": [{"role": "user", "content": [{"type": "text", "text": "Where to?"}]}],

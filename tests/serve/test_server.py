@@ -210,7 +210,7 @@ def test_disconnect_before_the_response_cancels_it(server: Running):
 def small_server(served_folder: Path) -> Iterator[Running]:
     """A server with one running and two queued requests at most, and an API key."""
     words = ["--max_running", "1", "--max_queue", "2", "--api_key", "key", "--name", "mine", "--max_payload", "1000"]
-    words += ["--examples", "[How are you?, Who are you?]"]
+    words += ["--examples", "How are you?", "Who are you?"]
     with serving(served_folder, *words) as running:
         yield running
 

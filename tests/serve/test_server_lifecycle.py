@@ -112,8 +112,7 @@ def test_missing_folder_model_or_tokenizer_is_one_line(served_folder: Path, tmp_
         (["--heartbeat_timeout", "0"], "heartbeat_timeout must be greater than 0"),
         (["--step_timeout", "-1"], "step_timeout must be greater than 0"),
         (["--max_queue", "-1"], "max_queue must be 0 or more"),
-        (["--examples", "[' ']"], "examples must be non-empty strings, got [' ']"),
-        (["--examples", "5"], "examples"),
+        (["--examples", " "], "examples must be non-empty strings, got [' ']"),
         (["--cache_tokens", "0"], "cache_tokens must be at least 1"),
         (["--max_running", "0"], "max_running must be at least 1"),
         (["--dtype", "int4"], "dtype: expected auto, float32, bfloat16 or float16, got 'int4'"),
@@ -271,7 +270,7 @@ def test_stopped_worker_fails_its_requests_and_is_replaced(served_folder: Path):
         running.line("ready: ", count=2)
         assert {running.http.get(path).status_code for path in ("/ready", "/health")} == {200}
         assert running.complete(max_tokens=1).status_code == 200
-        assert "has sent no heartbeat for 5 s; killing it" in running.output()
+        assert running.output().count("has sent no heartbeat for 5 s; killing it") == 1
 
 
 def test_requests_avoid_a_stopped_worker_among_two(served_folder: Path):

@@ -277,6 +277,14 @@ def test_two_ranks_exit_with_0_and_only_rank_0_prints(stage, launcher, recipe, t
 
 
 @pytest.mark.slow
+def test_error_of_two_ranks_is_one_line_and_ends_torchruns_report(recipe, tmp_path):
+    done = fit(recipe, tmp_path / "run", "--trainer.max_step", "3", ranks=2)
+    report = done.stderr[done.stderr.index("Root Cause") :]
+    assert one_line(done) == "bumblebee: unknown option 'trainer.max_step' (did you mean 'trainer.max_steps'?)"
+    assert f"traceback : {one_line(done)}" in report
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", range(50))
 def test_two_ranks_exit_with_0_fifty_times(turn, recipe, tmp_path):
     words = ["--trainer.zero_stage", str(turn % 4), "--callbacks.checkpoint=null"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from bumblebee.cli.errors.value_errors import user_errors
 from bumblebee.cli.parser import Parser
-from bumblebee.cli.recipe_options import recipe_command_parser, require_validation
+from bumblebee.cli.recipe_options import recipe_command_parser, require_validation, use_tokenizer_of
 
 if TYPE_CHECKING:
     from bumblebee.evaluation.exact_match import Answer
@@ -34,6 +34,7 @@ def run(words: Sequence[str]) -> None:
         from bumblebee.inference.generator import Generator
         from bumblebee.recipe import build_data
 
+        use_tokenizer_of(cfg, folder or cfg.output_dir)
         data = build_data(cfg)
         data.setup(cfg.seed)
         samples = data.train if split == "train" else require_validation(data.validation)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
 from bumblebee.distributed import process_group
@@ -22,9 +25,23 @@ class UserError(SystemExit):
 
 def fail(message: str) -> NoReturn:
     """Print one line and exit with code 2. With several ranks, one rank of each machine prints it."""
+    line = "bumblebee: " + " ".join(message.split())
     if process_group.local_rank() == 0:
-        print("bumblebee: " + " ".join(message.split()), file=sys.stderr)
+        print(line, file=sys.stderr)
+    _report_to_torchrun(line)
     raise UserError(2)
+
+
+def _report_to_torchrun(line: str) -> None:
+    """Write the error to the file that torchrun reads, so that its report ends with our line instead of "no traceback".
+
+    torchrun itself prints a traceback whenever a rank fails; nothing in a rank can change that.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}), encoding="utf-8")
 
 
 @contextmanager

@@ -79,12 +79,14 @@ def test_conversation_is_sent_and_answers_are_streamed(stub: Stub, talk) -> None
     stub.streams(*WHOLE)
     stub.streams(*WHOLE)
     words = ("--system_prompt", "Be brief.", "--temperature", "0.5", "--top_k", "5", "--max_new_tokens", "9", "--api_key", "k")
+    words += ("--min_new_tokens", "3", "--stop_ids", "[7]", "--include_stop_str_in_output", "true")
     assert talk("--url", stub.url, *words, inputs="Who?\nWhy?") == ("Bees.\nBees.\n", "", 0)
     path, headers, body = stub.requests[1]
     assert path == "/v1/chat/completions" and headers["authorization"] == "Bearer k"
     assert body == {
         "model": "bumblebee", "stream": True, "stream_options": {"include_usage": True},
         "temperature": 0.5, "top_k": 5, "max_tokens": 9,
+        "min_tokens": 3, "stop_token_ids": [7], "include_stop_str_in_output": True,
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"},
                      {"role": "assistant", "content": "Bees."}, {"role": "user", "content": "Why?"}],
     }  # fmt: skip
