@@ -20,7 +20,7 @@ from bumblebee.checkpoint.hf_folder import is_model_folder
 from bumblebee.checkpoint.integrity import check_intact, state_damage
 from bumblebee.checkpoint.model_files import ModelFiles, files_of_folder
 from bumblebee.checkpoint.sharded_state import ShardReader
-from bumblebee.checkpoint.trainer_state import TRAINING_STATE, read_trainer_state
+from bumblebee.checkpoint.trainer_state import TRAINING_STATE, checkpoints, read_trainer_state
 from bumblebee.checkpoint.weight_files import stored_keys
 from bumblebee.checkpoint.weight_mapping import slices_by_file_key
 from bumblebee.utils.json_files import read_json
@@ -51,6 +51,8 @@ def consolidate(
     """
     checkpoint, output = Path(checkpoint), Path(output)
     check_dtype(dtype)
+    if newest := checkpoints(checkpoint)[-1:]:
+        raise ValueError(f"checkpoint: {checkpoint} is a run, not a checkpoint: its newest checkpoint is {newest[0].path}")
     if verify:
         check_intact(checkpoint, state_damage)
     write = _write_adapter if is_adapter_folder(checkpoint) else _write_model

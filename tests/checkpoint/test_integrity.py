@@ -182,6 +182,11 @@ def test_consolidate_refuses_in_one_line(run: Path, tmp_path: Path, capsys: pyte
     assert not (tmp_path / "out").exists()
 
 
+def test_consolidating_a_run_names_its_newest_checkpoint(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"newest checkpoint is {checkpoints(run)[-1].path}"):
+        consolidate(run, tmp_path / "out")
+
+
 # -- merging -------------------------------------------------------------------------------------------------------------
 
 
