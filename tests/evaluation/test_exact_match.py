@@ -115,3 +115,8 @@ optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 1.0e-3}}}}
     recipe.write_text(recipe.read_text().replace(f"output_dir: {trained}", "output_dir: nowhere"))
     main(["evaluate", "--config", str(recipe), "--model", str(trained), "--limit", "1"])
     assert "exact match: 1 of 1" in capsys.readouterr().out
+    recipe.write_text(recipe.read_text().replace("datamodules.SFT", "datamodules.Pretrain"))
+    with pytest.raises(SystemExit) as done:
+        main(["evaluate", "--config", str(recipe), "--model", str(trained)])
+    assert done.value.code == 2
+    assert "Pretrain has no questions to evaluate" in capsys.readouterr().err
