@@ -135,7 +135,7 @@ class Preferences(TokenDataModule[Pair, PairDataset]):
         if self.chat_template is not None:
             lines["chat template"] = self.chat_template
         tokens = int(self.train.row_lengths.sum())
-        lines["answers' tokens"] = f"{number(self.train.targets)} of {number(tokens)} ({self.train.targets / tokens:.1%})"
+        lines["answer tokens"] = f"{number(self.train.targets)} of {number(tokens)} ({self.train.targets / tokens:.1%})"
         if self.validation is not None:
             lines["held out"] = plural(len(self.validation), "pair")
         return lines

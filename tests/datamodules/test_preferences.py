@@ -172,7 +172,7 @@ def test_summary_counts_tokens_of_the_answers(make):
     batch = data.collate([data.train[index] for index in range(8)])
     targets = int((batch["labels"] != IGNORE_INDEX).sum())
     tokens = sum(len(inputs) for index in range(8) for inputs, _ in data.train[index][1:])
-    assert data.summary()["answers' tokens"] == f"{targets:,} of {tokens:,} ({targets / tokens:.1%})"
+    assert data.summary()["answer tokens"] == f"{targets:,} of {tokens:,} ({targets / tokens:.1%})"
 
 
 TELLTALE = (

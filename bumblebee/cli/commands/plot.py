@@ -32,4 +32,4 @@ def run(words: Sequence[str]) -> None:
         comparison = RunComparison(cfg.runs, metrics, cfg.along, cfg.smoothing)
         comparison.plot(cfg.output)
     print(comparison.table())
-    print(f"picture: {cfg.output}")
+    print(f"figure: {cfg.output}")
