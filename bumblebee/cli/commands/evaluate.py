@@ -33,7 +33,7 @@ def run(words: Sequence[str]) -> None:
         from bumblebee.evaluation.exact_match import answer, questions
         from bumblebee.inference.generator import Generator
         from bumblebee.recipe import build_data
-        from datamodules import Pretrain
+        from datamodules.pretrain import Pretrain
 
         use_tokenizer_of(cfg, folder or cfg.output_dir)
         data = build_data(cfg)
