@@ -108,3 +108,9 @@ def test_bucket_sizes_do_not_change_the_loss(stage, tmp_path):
     bucketed = train(tmp_path / "b", zero_stage=stage, deepspeed=small)
     for a, b in zip(plain, bucketed, strict=True):
         assert math.isclose(a.get("loss", 0), b.get("loss", 0), rel_tol=1e-6)
+
+
+def test_training_works_after_deepspeed_refused_another_configuration(tmp_path):
+    with pytest.raises(ValueError, match="DeepSpeed refuses"):
+        train(tmp_path / "refused", zero_stage=1, deepspeed={"zero_optimization": {"allgather_bucket_size": 7}}, max_steps=1)
+    assert train(tmp_path / "run", zero_stage=1, max_steps=1)[0]["step"] == 1

@@ -13,7 +13,7 @@ What is particular about DeepSpeed is handled here:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -60,7 +60,7 @@ class TrainingEngine:
         # Weights from a folder have the file's dtype. For bf16 at stages 1 to 3 DeepSpeed casts, and keeps an fp32 copy.
         model.to(device=device, dtype=torch.float32 if options.weights_dtype == torch.float32 else None)
         config = usable_config(options)
-        with quiet_initialization(deepspeed, options.overrides):
+        with quiet_initialization(deepspeed, options.overrides), _groups_released_on_failure():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer(groups), config=config, dist_init_required=False
             )
@@ -184,11 +184,25 @@ class TrainingEngine:
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers, and the process groups that it would hand to the next engine."""
-        from deepspeed.utils import groups
-
         self._engine.destroy()
-        groups._release_process_group_references()
+        _release_groups()
         del self._engine, self._optimizer, self.model
+
+
+def _release_groups() -> None:
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+
+
+@contextmanager
+def _groups_released_on_failure() -> Iterator[None]:
+    """An engine that DeepSpeed refuses to build must not leave its process groups to the next one either."""
+    try:
+        yield
+    except BaseException:
+        _release_groups()
+        raise
 
 
 def _register_external_parameters(deepspeed: ModuleType, model: nn.Module) -> None:
