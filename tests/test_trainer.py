@@ -284,8 +284,8 @@ def test_unusable_options_are_refused_before_writing(tmp_path):
         train(tmp_path / "new", data={"samples": 0})
     with pytest.raises(ValueError, match="trainer.resume: nowhere is not a complete checkpoint"):
         train(tmp_path / "new", resume="nowhere")
-    with pytest.raises(ValueError, match="trainer.deepspeed.zero_optimization.stage"):
-        train(tmp_path / "new", deepspeed={"zero_optimization": {"stage": 3}})
+    with pytest.raises(ValueError, match="trainer.zero_stage is 1, but trainer.deepspeed.zero_optimization.stage is 3"):
+        train(tmp_path / "new", zero_stage=1, deepspeed={"zero_optimization": {"stage": 3}})
     with pytest.raises(ValueError, match="seed .*-1"):
         train(tmp_path / "new", seed=-1)
     assert not (tmp_path / "new").exists()

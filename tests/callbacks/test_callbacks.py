@@ -81,6 +81,8 @@ def test_other_ranks_write_and_print_nothing(name, stub_trainer, tmp_path, capsy
 
 @pytest.mark.parametrize("name", NAMES)
 def test_exception_before_start_is_handled(name, stub_trainer, tmp_path):
+    if name == "WandB":
+        pytest.importorskip("wandb")
     stub_trainer([build(name)]).call("on_exception", ValueError("raised by another callback's on_fit_start"))
 
 
