@@ -112,7 +112,7 @@ class AttentionMetadata:
         )
 
     def windowed(self, window: int | None) -> AttentionMetadata:
-        """The metadata for layers with a sliding window, computed once per step; None is no window."""
+        """The metadata for layers with a sliding window, computed once per step; ``None`` means no window."""
         if window is None:
             return self
         if window not in self._windowed:

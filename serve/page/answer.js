@@ -50,7 +50,7 @@ export class Answer extends EventTarget {
       while (!(await this.#attempt(mode, body))) await this.connection.ready(this.#abort.signal);
       message.finish ??= "stop";
     } catch (error) {
-      // Some browsers abort the requests of a page that is being left before `pagehide`, which is no lost connection.
+      // Some browsers abort a page's requests before `pagehide` when the user leaves it: the connection was not lost then.
       if (LOST.has(error.kind)) await new Promise((resolve) => setTimeout(resolve, SETTLE));
       this.#end(error);
     }

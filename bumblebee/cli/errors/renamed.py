@@ -1,4 +1,4 @@
-"""Names that are no longer, or never were, names here: the error tells the one to use."""
+"""Renamed commands and options, and names from other projects: the error says which name to use instead."""
 
 from __future__ import annotations
 
