@@ -68,6 +68,7 @@ def test_files_of_a_recipe_exist(recipe: Path) -> None:
         assert (ROOT / path).is_file()
 
 
+@pytest.mark.slow
 def test_quickstart_suggests_questions_it_was_trained_on() -> None:
     serve = yaml.safe_load((ROOT / "recipes" / "quickstart" / "serve.yaml").read_text())
     taught = {subject.name for subject in questions.select(questions.askable(stdlib_docs.entries()), SUBJECTS)}

@@ -69,6 +69,7 @@ def test_questions_are_those_of_the_conversations(data: Path) -> None:
     assert multiple_choice == set(asked)
 
 
+@pytest.mark.slow
 def test_files_follow_from_the_seed() -> None:
     entries = stdlib_docs.entries()[::5]
     first, again, other = (make_data.make_files(entries, seed) for seed in (1, 1, 2))

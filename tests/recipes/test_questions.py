@@ -25,6 +25,7 @@ def few(all_askable):
     return select(all_askable, 50)
 
 
+@pytest.mark.slow
 def test_thousands_of_subjects_with_different_phrasings(subjects):
     assert len(subjects) >= 3000
     asked = [question for subject in subjects for question in subject.phrasings(MAX_PHRASINGS)]

@@ -29,6 +29,7 @@ def run(code: str, **environment: str) -> str:
     return subprocess.run(command, cwd=QUICKSTART, env=variables, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_corpus_is_large_enough_to_train_on(entries):
     kinds = [entry.kind for entry in entries]
     assert set(kinds) == {"topic", "module", "class", "function"}
@@ -37,6 +38,7 @@ def test_corpus_is_large_enough_to_train_on(entries):
     assert 1_500_000 < sum(len(entry.document.encode()) for entry in entries) < 5_000_000
 
 
+@pytest.mark.slow
 def test_content_is_the_same_in_every_process():
     code = """
 import hashlib, json, stdlib_docs
@@ -140,6 +142,7 @@ print(*sys.modules)
     assert not loaded & {"antigravity", "asyncio", "ctypes", "distutils", "readline", "this", "tkinter", "turtle"}
 
 
+@pytest.mark.slow
 def test_replaced_hook_does_not_change_the_content(monkeypatch, named):
     monkeypatch.setattr(sys, "excepthook", lambda *_: None)
     assert {entry.name: entry for entry in stdlib_docs.entries()} == named

@@ -157,7 +157,8 @@ def with_callback(name: str, **options: Any) -> list[str]:
 SIX = ["--trainer.max_steps", "6", "--trainer.gradient_clip=null"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_resume_after_a_signal_is_byte_identical(number, recipe, trained, tmp_path):
     done = succeeded(fit(recipe, tmp_path / "run", *SIX, *with_callback("SignalIn", step=2, number=int(number))))
     assert "Traceback" not in done.stderr

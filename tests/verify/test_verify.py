@@ -79,7 +79,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(
     ("fault", "precision", "checks", "failing", "verdict"),
-    FAULTS,
+    [pytest.param(*row, marks=[pytest.mark.slow] if {CURVE, RESUME} & set(row[2]) else []) for row in FAULTS],
     ids=[f"{fault.__name__}-{precision}" for fault, precision, *_ in FAULTS],
 )
 def test_injected_fault_is_detected(fault, precision, checks, failing, verdict, verify, monkeypatch):
@@ -108,6 +108,7 @@ def test_failing_training_is_reported_for_each_check(verify, monkeypatch):
     assert printed.count("RuntimeError: out of memory") == 2
 
 
+@pytest.mark.slow
 def test_nondeterminism_is_distinguished_from_wrong_resume(verify, monkeypatch):
     faults.only(monkeypatch, RESUME)
     faults.not_deterministic(monkeypatch)
