@@ -97,7 +97,7 @@ def test_next_stage_keeps_the_class(place: Path) -> None:
     (answered,) = (text for command, text in printed.items() if command.startswith("bumblebee serve"))
     assert generated and answered in ("length", "stop")
     refused = typed("bumblebee generate --model runs/sparse_sft --prompt x", place)
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "holds a research.Sparse" in refused.stderr
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "was saved by research.Sparse" in refused.stderr
 
 
 def test_other_commands_take_its_recipe_and_its_adapters(place: Path) -> None:
@@ -108,7 +108,7 @@ def test_other_commands_take_its_recipe_and_its_adapters(place: Path) -> None:
     run_in_shell(" ".join(lora.split()), place, timeout=240)
     merge = "bumblebee merge --adapter runs/adapter --output runs/merged --overwrite"
     refused = typed(merge, place)
-    assert refused.returncode == 2 and "holds a research.Sparse" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 2 and "was saved by research.Sparse" in refused.stderr and "Traceback" not in refused.stderr
     assert "computed in float32" in run_in_shell(f"{merge} --trust_remote_code", place, timeout=120)
     assert config(place, "merged")["model_class"] == "research.Sparse"
 

@@ -34,7 +34,7 @@ def test_validate_reproduces_the_metrics_of_fit(recipe, stage, workspace):
     done = run_command("fit", *words, "--trainer.zero_stage", stage, "--task.precompute_reference", "true", cwd=workspace)
     assert done.returncode == 0, done.stderr[-3000:]
     reference = "the initial model" if recipe == "dpo_full" else "the model without its adapters"
-    assert f"reference {reference}" in done.stdout
+    assert f"reference: {reference}" in done.stdout
     lines = [json.loads(line) for line in (workspace / folder / "metrics.jsonl").read_text().splitlines()]
     logged = next(line for line in lines if "validation_loss" in line)
     checked = run_command("validate", "--config", f"{folder}/recipe.yaml", cwd=workspace)

@@ -149,7 +149,7 @@ def test_validation_uses_precomputed_log_probabilities(tmp_path):
 def test_summary_names_the_reference(kind, words, tmp_path, capsys):
     run(tmp_path, kind, {"precompute_reference": True}, callbacks={"summary": ("RunSummary", {})}, max_steps=1)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("task"))
-    assert f"loss sigmoid, beta 0.1, reference {words}, log-probabilities computed before training" in line
+    assert f"loss: sigmoid; beta 0.1; reference: {words}, log-probabilities computed before training" in line
 
 
 @pytest.mark.parametrize("reference", ["copy", "folder"])

@@ -18,6 +18,8 @@ _CANNOT_WRITE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
 )  # fmt: skip
 
+_HEAD_START = 5  # seconds for rank 0 to print the error: the launcher ends all ranks as soon as one has exited
+
 
 class UserError(SystemExit):
     """Ends the program with exit code 2, after the error has been printed."""
@@ -26,9 +28,11 @@ class UserError(SystemExit):
 def fail(message: str) -> NoReturn:
     """Print one line and exit with code 2. With several ranks, one rank of each machine prints it."""
     line = "bumblebee: " + " ".join(message.split())
-    if process_group.local_rank() == 0:
-        print(line, file=sys.stderr)
     _report_to_torchrun(line)
+    if process_group.local_rank() == 0:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        time.sleep(_HEAD_START)
     raise UserError(2)
 
 
