@@ -109,7 +109,7 @@ def test_other_commands_take_its_recipe_and_its_adapters(place: Path) -> None:
     merge = "bumblebee merge --adapter runs/adapter --output runs/merged --overwrite"
     refused = typed(merge, place)
     assert refused.returncode == 2 and "was saved by research.Sparse" in refused.stderr and "Traceback" not in refused.stderr
-    assert "computed in float32" in run_in_shell(f"{merge} --trust_remote_code", place, timeout=120)
+    assert "float32: maximum logit difference" in run_in_shell(f"{merge} --trust_remote_code", place, timeout=120)
     assert config(place, "merged")["model_class"] == "research.Sparse"
 
 
