@@ -14,7 +14,8 @@ from bumblebee.checkpoint.consolidate import consolidate
 SAVE = {"checkpoint": ("Checkpoint", {"every": 3, "keep": None})}
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_frozen_weights_are_unchanged_saved_and_resumed(tmp_path: Path, stage: int) -> None:
     job = {"task": "PartlyFrozen", "zero_stage": stage, "building": True}
     train(tmp_path / "none", max_steps=1, optimizer=("AdamW", {"lr": 0.0}), **job)

@@ -69,6 +69,7 @@ def test_bf16_without_fp32_weights_deviates_from_fp32(memorised):
     assert distance(wrong, memorised) > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", EACH_STAGE)
 def test_bf16_stays_close_to_fp32(stage, memorised, tmp_path):
     metrics = train(tmp_path / "run", zero_stage=stage, precision="bf16", **BF16)
@@ -77,6 +78,7 @@ def test_bf16_stays_close_to_fp32(stage, memorised, tmp_path):
     assert dtypes == {torch.float32 if stage == 0 else torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_many_bf16_micro_batches_accumulate_in_fp32(tmp_path):
     """256 equal micro-batches have the gradient norm of one; accumulated in bf16 it would be 2 % larger."""
     options = {"max_steps": 1, "precision": "bf16", "zero_stage": 2, "micro_batch_size": 1}

@@ -67,6 +67,7 @@ def trained(files, tokenizer_folder, tiny, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_only_a_trained_model_gives_the_answers(trained, files, tokenizer_folder, tiny):
     data = data_of(files, tokenizer_folder)
     asked = list(questions(data, data.train))

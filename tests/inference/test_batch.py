@@ -208,6 +208,7 @@ def test_overwrite_replaces_the_output(folder, jsonl, tmp_path):
     assert [line["prompt"] for line in lines(tmp_path / "out.jsonl")] == PROMPTS
 
 
+@pytest.mark.slow
 def test_killed_run_leaves_complete_lines_in_order(folder, tmp_path):
     """With SIGKILL, while it writes."""
     file, output = tmp_path / "many.jsonl", tmp_path / "out.jsonl"

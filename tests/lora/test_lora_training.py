@@ -162,6 +162,7 @@ def test_consolidation_gives_the_gathered_adapter(base: Path, tmp_path: Path, st
     assert is_model_folder(saved) and adapter(saved)[name].dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_next_run_chains_adapters(base: Path, tmp_path: Path, stage: int) -> None:
     """At stage 3, merging happens while the model is sharded."""

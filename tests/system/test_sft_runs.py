@@ -18,6 +18,7 @@ BY_LENGTH: dict[str, Any] = {
 EACH = {"checkpoint": ("Checkpoint", {"every": 3})}
 
 
+@pytest.mark.slow
 def test_resume_with_length_batches_is_byte_identical(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", **BY_LENGTH)
     train(tmp_path / "pieces", **BY_LENGTH, callbacks={**EACH, "stop": ("StopAfter", {"step": 7})})

@@ -96,6 +96,7 @@ def test_a_model_folder_as_reference(other_model, tmp_path):
 # -- training ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "stage"),
     [

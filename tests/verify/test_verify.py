@@ -30,6 +30,7 @@ def verify(tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_all_checks_pass_and_are_reported(verify, monkeypatch):
     monkeypatch.setattr(machine_throughput, "MATMUL_SIZES", {"cpu": (256, 512)})
     monkeypatch.setattr(machine_throughput, "TIME_BUDGET", 0.05)
