@@ -98,6 +98,7 @@ def test_peft_loads_expert_adapters(base, adapted):
     torch.testing.assert_close(found, adapted[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_expert_training_agrees_at_stages_1_and_3(tmp_path):
     small_model(**MOE).save_pretrained(tmp_path / "base")
     runs = [

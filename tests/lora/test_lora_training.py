@@ -202,6 +202,7 @@ def test_the_callbacks_work_with_adapters(base: Path, tmp_path: Path, stage: int
 # -- errors -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_base_or_adapter(base: Path, tmp_path: Path) -> None:
     small_model(seed=1).save_pretrained(tmp_path / "other")
     fit(tmp_path / "run", base)

@@ -78,6 +78,7 @@ def test_files_follow_from_the_seed() -> None:
     assert {name: len(records) for name, records in first.items()} == {name: len(records) for name, records in other.items()}
 
 
+@pytest.mark.slow
 def test_every_file_is_read_by_its_datamodule(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tokenizer"
     Tokenizer.train([record["text"] for record in read(data / "documents_validation.jsonl")], 500).save_pretrained(folder)

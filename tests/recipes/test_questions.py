@@ -32,6 +32,7 @@ def test_thousands_of_subjects_with_different_phrasings(subjects):
     assert len(set(asked)) == len(asked) == MAX_PHRASINGS * len(subjects)
 
 
+@pytest.mark.slow
 def test_questions_name_their_subject_in_varied_words(subjects):
     asked = [subject.phrasings()[0] for subject in subjects]
     assert all(f"`{subject.name}`" in question for subject, question in zip(subjects, asked, strict=True))

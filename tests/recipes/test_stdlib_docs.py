@@ -48,6 +48,7 @@ print(hashlib.sha256(whole.encode()).hexdigest())
     assert run(code, PYTHONHASHSEED="1") == run(code, PYTHONHASHSEED="2")
 
 
+@pytest.mark.slow
 def test_names_and_texts_are_unique(entries):
     texts = [" ".join(entry.text.split()) for entry in entries]
     assert len(set(texts)) == len(texts)

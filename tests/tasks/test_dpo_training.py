@@ -115,6 +115,7 @@ def test_live_and_precomputed_references_train_alike(kind, stage, tmp_path):
     assert max(abs(line["rewards/margins"]) for line in live) > 0.005  # it has learned something
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", some_slow(quick=("3 sharded",)))
 def test_a_precomputed_model_folder_equals_the_live_one(stage, other_model, tmp_path):
     options = {"reference": str(other_model)}
@@ -254,6 +255,7 @@ def computed(monkeypatch):
     return times
 
 
+@pytest.mark.slow
 def test_the_cache_is_shared_by_losses_and_batch_sizes(computed, tmp_path):
     options = {"precompute_reference": True, "cache_dir": str(tmp_path / "cache")}
     run(tmp_path / "a", options=options)
