@@ -26,6 +26,7 @@ from types import ModuleType
 
 SHARED = ("callbacks", "datamodules", "serve")
 HOME = Path(__file__).resolve().parents[2]  # of the installed packages, or of the checkout
+_MARK = Path("bumblebee", "trainer.py")  # beside a package of ours, in every version
 
 
 class NameCollision(ImportError):
@@ -103,7 +104,7 @@ def _load_init(package: str, folder: str, extensions: dict[str, ModuleType]) -> 
 def _is_copy_of_ours(folder: Path, ours: Path) -> bool:
     """Whether a folder is ours by another path, or belongs to another copy of Bumblebee."""
     same = folder.resolve() == ours.resolve()
-    return same or (folder.parent / "bumblebee" / "shared_packages.py").is_file()
+    return same or (folder.parent / _MARK).is_file()
 
 
 def _check_collisions(package: str, ours: Path, theirs: Path, names: set[str]) -> None:

@@ -5,6 +5,7 @@ Each test runs a fresh interpreter, since the packages are extended once, when t
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,9 +71,6 @@ def test_names_on_both_sides_are_refused(repository, file, text, name):
 
 def test_another_copy_of_bumblebee_is_not_an_extension(tmp_path):
     for package in ("bumblebee", "callbacks"):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").touch()
-    (tmp_path / "bumblebee" / "shared_packages.py").touch()
-    (tmp_path / "callbacks" / "checkpoint.py").touch()
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     done = run(tmp_path, "import callbacks; print(len(callbacks.__path__))")
     assert done.stdout == "1\n", done.stderr
