@@ -6,6 +6,7 @@ transformers (``HuggingFaceModelFiles``), and models with LoRA, whose folders ho
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ class HuggingFaceModelFiles(ModelFiles):
         """Write config.json with the current special ids, and generation_config.json."""
         ids = {name: getattr(self.config, name) for name in SPECIAL_IDS}
         config = {**self.raw, **ids, "torch_dtype": dtype, "dtype": dtype}
-        if str(self.raw.get("transformers_version") or "0") < TRANSFORMERS_VERSION:
+        if _major(self.raw.get("transformers_version")) < _major(TRANSFORMERS_VERSION):
             config["transformers_version"] = TRANSFORMERS_VERSION
         write_json(folder / "config.json", config)
         write_generation_config(folder, self.config)
@@ -116,6 +117,12 @@ class HuggingFaceModelFiles(ModelFiles):
 def files_of(model: nn.Module) -> ModelFiles:
     """Return how a model's folders are written."""
     return getattr(model, "files", None) or ModelFiles(model.config)  # type: ignore[arg-type]
+
+
+def _major(version: object) -> int:
+    """The first number of a version; 0 for none."""
+    number = re.match(r"\d+", str(version))
+    return int(number[0]) if number else 0
 
 
 def files_of_folder(folder: str | Path) -> ModelFiles:

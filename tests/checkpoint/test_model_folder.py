@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bumblebee import Bumblebee
+from bumblebee import Bumblebee, BumblebeeConfig
 from bumblebee.checkpoint.hf_folder import is_model_folder, load_config
-from bumblebee.checkpoint.model_files import ModelFiles, save_model
+from bumblebee.checkpoint.model_files import HuggingFaceModelFiles, ModelFiles, save_model
 from bumblebee.checkpoint.weight_files import INDEX, SINGLE
 from bumblebee.checkpoint.weight_reader import read_tensors
 
@@ -166,3 +166,12 @@ def test_load_keeps_requires_grad(make_model, tmp_path):
     make_model().save_pretrained(tmp_path / "m")
     model = FrozenTable.from_pretrained(tmp_path / "m")
     assert not model.model.embed_tokens.weight.requires_grad and model.model.norm.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("version", "written"), [(None, "5.0.0"), ("4.57.2", "5.0.0"), ("5.15.0", "5.15.0"), ("10.0.0", "10.0.0")]
+)
+def test_only_older_transformers_versions_are_replaced(version, written, tmp_path):
+    raw = {"model_type": "gpt2"} | ({"transformers_version": version} if version else {})
+    HuggingFaceModelFiles(BumblebeeConfig.preset("tiny"), raw).write_configs(tmp_path, "float32")
+    assert json.loads((tmp_path / "config.json").read_text())["transformers_version"] == written
