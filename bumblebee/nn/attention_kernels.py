@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 from einops import rearrange, repeat
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 
@@ -150,3 +150,9 @@ def select_kernel(name: str, dtype: torch.dtype | None) -> str:
     if name == "flash" and (problems := list(flash_problems(dtype))):
         raise ValueError(f"attention 'flash' cannot run: {'; '.join(problems)}")
     return name
+
+
+def kernel_of(model: nn.Module, dtype: torch.dtype) -> str | None:
+    """The kernel that a model uses for queries of a dtype; None for a model that does not choose one of ours."""
+    attention = getattr(model, "attention", None)
+    return select_kernel(attention, dtype) if isinstance(attention, str) else None

@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from bumblebee.datamodule import Batch
-from bumblebee.distributed.deepspeed.ds_config import HALF_DTYPES, read_overrides
+from bumblebee.distributed.deepspeed.ds_config import EngineOptions
 from bumblebee.hardware import flops
 from bumblebee.nn import IGNORE_INDEX
-from bumblebee.nn.attention_kernels import select_kernel
+from bumblebee.nn.attention_kernels import kernel_of
 from bumblebee.preview.memory_estimate import BUCKET_SIZE, BatchShape, MemoryEstimate, ModelSize, TrainingSetup, estimate_memory
 from bumblebee.tasks.task import Task
 from bumblebee.trainer import Trainer
 from bumblebee.training.plan import Plan
+from bumblebee.training.setup import engine_options
 
 
 @dataclass(frozen=True)
@@ -61,24 +62,24 @@ class Workload:
 
     @property
     def attention_kernel(self) -> str | None:
-        """The attention kernel; None for a model class other than Bumblebee."""
-        attention = getattr(self.model, "attention", None)
-        return select_kernel(attention, self.dtype) if isinstance(attention, str) else None
+        """The attention kernel; None for a model that does not choose one of ours."""
+        return kernel_of(self.model, self.engine_options.compute_dtype)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of matrix products."""
-        return HALF_DTYPES.get(self.trainer.precision, torch.float32)
+    @cached_property
+    def engine_options(self) -> EngineOptions:
+        """The options of the run's engine."""
+        return engine_options(self.trainer, None)
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def setup(self, ranks: int | None = None) -> TrainingSetup:
         """The options that memory depends on, by default with the run's own number of ranks."""
-        zero = read_overrides(self.trainer.deepspeed).get("zero_optimization", {})
+        options = self.engine_options
+        zero = options.overrides.get("zero_optimization", {})
         return TrainingSetup(
             self.trainer.precision, self.trainer.zero_stage, ranks or self.ranks, self.device_type, self.optimizer_bytes,
-            offload_optimizer="device" in zero.get("offload_optimizer", {}),
-            offload_weights="device" in zero.get("offload_param", {}),
+            offload_optimizer="optimizer" in options.offload,
+            offload_weights="param" in options.offload,
             bucket_size=float(zero.get("reduce_bucket_size", BUCKET_SIZE)),
         )  # fmt: skip
 
@@ -110,10 +111,11 @@ class Workload:
         """FLOP/s of large matrix products on this machine; 0 if unknown."""
         if self.device_type != self.device.type:
             return 0.0
+        dtype = self.engine_options.compute_dtype
         if self.device.type == "cpu":
-            return 1e12 * flops.measure_peak_tflops(self.dtype)
+            return 1e12 * flops.measure_peak_tflops(dtype)
         peak = flops.peak_tflops(torch.cuda.get_device_name(self.device))
-        return 1e12 * (peak or 0.0) / (1 if self.trainer.precision in HALF_DTYPES else 8)
+        return 1e12 * (peak or 0.0) / (8 if dtype == torch.float32 else 1)
 
     def estimated_step_seconds(self) -> tuple[float, float] | None:
         """Shortest and longest likely duration of a step, at an MFU of 20 to 60 %; None if the peak is unknown."""

@@ -65,21 +65,17 @@ def _model(trainer: RunState) -> Section:
 
 
 def _attention(trainer: RunState) -> str | None:
-    """The attention kernel that the training steps use; None for a model that does not choose one of ours."""
-    from bumblebee.nn.attention_kernels import select_kernel
+    from bumblebee.nn.attention_kernels import kernel_of
 
-    attention = getattr(trainer.task.model, "attention", None)
-    return select_kernel(attention, trainer.engine.options.compute_dtype) if isinstance(attention, str) else None
+    return kernel_of(trainer.task.model, trainer.engine.options.compute_dtype)
 
 
 def _features(trainer: RunState) -> Section:
     """What changes how a run trains and saves besides its other sections: transforms, offload, seed, length, callbacks."""
-    zero = trainer.engine.options.overrides.get("zero_optimization", {})
-    offload = {name: zero.get(f"offload_{name}", {}).get("device") for name in ("optimizer", "param")}
     callbacks = {name: callback.summary() for name, callback in trainer.callbacks.items()}
     return {
         "transforms": [{"class": _name(transform), **_options(transform)} for transform in trainer.task.transforms],
-        "offload": {name: device for name, device in offload.items() if device not in (None, "none")},
+        "offload": trainer.engine.options.offload,
         "seed": trainer.seed,
         "max_length": getattr(trainer.data, "max_length", None),
         "callbacks": {name: options for name, options in callbacks.items() if options},

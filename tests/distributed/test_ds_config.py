@@ -187,3 +187,11 @@ def test_nvme_needs_stage_3_and_a_folder():
         deepspeed_config(options(overrides=offloaded(), zero_stage=3))
     assert uses_nvme(deepspeed_config(options(overrides=offloaded(nvme_path="/nvme"), zero_stage=3)))
     assert not uses_nvme(deepspeed_config(options(zero_stage=3)))
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"device": "none"}, {"device": "auto"}, "auto"])
+def test_offload_names_the_device_of_what_is_offloaded(nothing):
+    offloaded = {"offload_optimizer": {"device": "cpu"}, "offload_param": nothing}
+    assert options(overrides={"zero_optimization": offloaded}).offload == {"optimizer": "cpu"}
+    assert options(overrides={"zero_optimization": {"offload_optimizer": nothing}}).offload == {}
+    assert options(overrides={"zero_optimization": "auto"}).offload == {}

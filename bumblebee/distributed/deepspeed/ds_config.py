@@ -82,6 +82,13 @@ class EngineOptions:
         return self.half_dtype or torch.float32
 
     @property
+    def offload(self) -> dict[str, str]:
+        """The device that the "optimizer" state or the parameters ("param") are offloaded to, for those that are."""
+        zero = _without_auto(self.overrides).get("zero_optimization") or {}
+        devices = {name: (zero.get(f"offload_{name}") or {}).get("device", "none") for name in ("optimizer", "param")}
+        return {name: device for name, device in devices.items() if device != "none"}
+
+    @property
     def weights_dtype(self) -> torch.dtype:
         """The dtype of the model's weights. At stage 0 they are fp32 and run under autocast."""
         return self.half_dtype if self.half_dtype is not None and self.zero_stage > 0 else torch.float32
