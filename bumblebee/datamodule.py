@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from bumblebee.nn import IGNORE_INDEX
 
@@ -34,6 +34,7 @@ class DataModule(ABC, Generic[SampleT]):
         lengths: int (len(train),), length of each training sample in tokens, to batch samples of similar length; or None.
     """
 
+    has_prompts: ClassVar[bool] = True  # whether samples hold answers to prompts; not so in pretraining
     train: Sequence[SampleT]
     validation: Sequence[SampleT] | None = None
     tokenizer: Tokenizer | None = None

@@ -132,8 +132,6 @@ class Preferences(TokenDataModule[Pair, PairDataset]):
     def summary(self) -> dict[str, object]:
         """Pairs, tokens of the answers, omitted pairs."""
         lines = super().summary()
-        if self.chat_template is not None:
-            lines["chat template"] = self.chat_template
         tokens = int(self.train.row_lengths.sum())
         lines["answer tokens"] = f"{number(self.train.targets)} of {number(tokens)} ({self.train.targets / tokens:.1%})"
         if self.validation is not None:

@@ -20,6 +20,7 @@ from datamodules.tokenize import TextTokenizer
 class Pretrain(TokenDataModule[list[Segment], PackedDataset]):
     """Text files, packed. Records are {"text": ...}."""
 
+    has_prompts = False
     train: PackedDataset
     validation: PackedDataset | None = None
 

@@ -99,8 +99,6 @@ class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
     def summary(self) -> dict[str, object]:
         """Conversations, targets, omitted samples, and how full the windows are."""
         lines = super().summary()
-        if self.chat_template is not None:
-            lines["chat template"] = self.chat_template
         chunks = chunks_of(self.train)
         targets, tokens = int(chunks.targets.sum()), int(chunks.lengths.sum())
         lines["trained tokens"] = f"{number(targets)} of {number(tokens)} ({targets / tokens:.1%})"

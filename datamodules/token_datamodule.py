@@ -246,7 +246,10 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
                 f"{entry.path} {len(before)} × {entry.weight:g} = {len(after)}"
                 for entry, before, after in zip(self.mixture.entries, kept, used, strict=True)
             )
-        return {**lines, **self.omitted(self.train)}
+        lines |= self.omitted(self.train)
+        if self.chat_template is not None:
+            lines["chat template"] = self.chat_template
+        return lines
 
 
 def estimated_text_size(files: list[str]) -> int:

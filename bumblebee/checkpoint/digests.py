@@ -96,7 +96,8 @@ def forget_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
         digests = {}
     if digests is None:
         return {}
-    kept = {name: digest for name, digest in digests.items() if name not in set(names)}
+    forgotten = set(names)
+    kept = {name: digest for name, digest in digests.items() if name not in forgotten}
     if kept != digests:
         _write(folder, kept)
     return kept

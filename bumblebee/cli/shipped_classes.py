@@ -55,10 +55,10 @@ def group_of(key: str) -> str | None:
 
 def named_like(group: str, name: str) -> list[str]:
     """Return the shipped classes of a group with this name, ignoring case and module; if there are none, a similar one."""
-    by_path = {path: path.rpartition(".")[2].lower() for path in shipped(group)}
-    bare = name.rpartition(".")[2].lower()
-    names = [bare] if bare in by_path.values() else difflib.get_close_matches(bare, by_path.values(), n=1)
-    return [path for path, other in by_path.items() if other in names]
+    if exact := _named(group, name):
+        return exact
+    names = [_bare(path) for path in shipped(group)]
+    return [path for close in difflib.get_close_matches(_bare(name), names, n=1) for path in _named(group, close)]
 
 
 def having_option(group: str, option: str) -> list[str]:
@@ -83,8 +83,17 @@ def complete_class_paths(words: Sequence[str]) -> list[str]:
 
 def _class_path_of(option: str, name: str) -> str | None:
     group = group_of(plain(option[2:]).removesuffix(".class_path")) if re.fullmatch(r"[A-Za-z]\w*", name) else None
-    paths = [path for path in shipped(group) if path.rpartition(".")[2].lower() == name.lower()] if group else []
+    paths = _named(group, name) if group else []
     return paths[0] if len(paths) == 1 else None
+
+
+def _named(group: str, name: str) -> list[str]:
+    """The shipped classes of a group with this name, ignoring case and module."""
+    return [path for path in shipped(group) if _bare(path) == _bare(name)]
+
+
+def _bare(name: str) -> str:
+    return name.rpartition(".")[2].lower()
 
 
 def print_help(group: str, path: str | None = None) -> None:

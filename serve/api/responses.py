@@ -80,10 +80,10 @@ class ResponseBuilder:
         return {"id": self.id, "object": object, "created": self.created, "model": self.model}
 
     def _chunk(self, choice: JSONObject) -> JSONObject:
-        usage = (
-            {"usage": self.usage() if self.continuous_usage else None} if self.include_usage or self.continuous_usage else {}
-        )
-        return {**self._head(self.chunk_object), "choices": [choice], **usage}
+        chunk = {**self._head(self.chunk_object), "choices": [choice]}
+        if self.continuous_usage:
+            return {**chunk, "usage": self.usage()}
+        return {**chunk, "usage": None} if self.include_usage else chunk
 
     def _body(self, choices: list[JSONObject]) -> JSONObject:
         return {**self._head(self.object), "choices": choices, "usage": self.usage()}

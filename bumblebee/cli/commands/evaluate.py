@@ -33,13 +33,13 @@ def run(words: Sequence[str]) -> None:
         from bumblebee.evaluation.exact_match import answer, questions
         from bumblebee.inference.generator import Generator
         from bumblebee.recipe import build_data
-        from datamodules.pretrain import Pretrain
 
         use_tokenizer_of(cfg, folder or cfg.output_dir)
         data = build_data(cfg)
-        if isinstance(data, Pretrain):
+        if not data.has_prompts:
             raise ValueError(
-                "data: Pretrain has no questions to evaluate: use bumblebee validate, or a recipe with datamodules.SFT"
+                f"data: {type(data).__name__} has no questions to evaluate: use bumblebee validate, or a recipe with"
+                " datamodules.SFT"
             )
         data.setup(cfg.seed)
         samples = data.train if split == "train" else require_validation(data.validation)

@@ -200,12 +200,13 @@ def _of_a_class(key: str, options: list[str]) -> str:
         return ""
     from bumblebee.cli.shipped_classes import GROUPS, having_option  # imports torch
 
+    named = {f"{group}.{key}": having_option(group, key) for group in GROUPS if group not in ("callbacks", "task.transforms")}
     full = [option for option in options if option.rpartition(".")[2] == key]
-    full += [
-        f"{group}.{key}" for group in GROUPS if group not in ("callbacks", "task.transforms") and having_option(group, key)
-    ]
-    classes = [path for group in GROUPS for path in having_option(group, key) if f"{group}.{key}" in full]
-    return did_you_mean(full) + (f", an option of {classes[0]}" if len(classes) == 1 else "") if len(full) == 1 else ""
+    full += [option for option, classes in named.items() if classes]
+    if len(full) != 1:
+        return ""
+    classes = named.get(full[0], [])
+    return did_you_mean(full) + (f", an option of {classes[0]}" if len(classes) == 1 else "")
 
 
 def _of_another_class(key: str, chosen: str) -> str:
