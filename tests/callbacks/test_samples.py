@@ -41,6 +41,7 @@ def test_samples_are_written_every_n_steps_and_at_the_end(sampled, read_lines):
         pytest.param("bf16", 2, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_sampling_does_not_change_training(precision, stage, fit, tokenizer, tmp_path, read_lines):
     runs = []
     for name, more in (("with", {"samples": Samples(PROMPTS, every=1, max_new_tokens=3)}), ("without", {})):

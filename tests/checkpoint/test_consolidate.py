@@ -27,6 +27,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
+@pytest.mark.slow
 def test_consolidated_weights_are_the_gathered_ones(run: Path, tmp_path: Path) -> None:
     assert not (run / "checkpoint-4" / "model.safetensors").exists()
     consolidate(run / "checkpoint-4", tmp_path / "out")

@@ -29,6 +29,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure memory")
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_peak_is_model_plus_one_tensor(tmp_path, name, dtype):

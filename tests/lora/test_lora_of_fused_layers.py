@@ -105,6 +105,7 @@ def test_half_of_a_fused_layer_is_refused(base: Path) -> None:
         LoRA(targets=["gate_proj"])(Bumblebee.from_pretrained(base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
 def test_run_and_consolidation_write_the_same(base: Path, stage: int, tmp_path: Path) -> None:
     save = {"checkpoint": ("Checkpoint", {"every": 2, "keep": None})}

@@ -178,6 +178,7 @@ def plain_loop(folder: Path, steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_every_stage_trains_and_resumes_byte_identically(gpt2: Path, tmp_path: Path, stage: int) -> None:
     job = {"base": str(gpt2), "zero_stage": stage, "callbacks": {"save": ("Checkpoint", {"every": 3})}}

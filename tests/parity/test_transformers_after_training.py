@@ -24,6 +24,7 @@ CONFIGS = {"glm4": Glm4Config(**SHAPE), "qwen3": Qwen3Config(**SHAPE), "mistral"
 IDS = torch.arange(LENGTH)[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_trained_folder_is_what_it_was_to_transformers(name: str, stage: int, tmp_path: Path) -> None:

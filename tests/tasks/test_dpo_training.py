@@ -60,6 +60,7 @@ def other_model(tmp_path):
 # -- first step ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", some_slow(quick=("0", "3 sharded")))
 @pytest.mark.parametrize("kind", ["DPO", "AdaptedDPO"])
 @pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
@@ -210,6 +211,7 @@ def stopped_and_resumed(folder: Path, kind: str, options: dict[str, Any], betwee
     run(folder, kind, options, callbacks=EACH, resume="auto", **job)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", some_slow(quick=("0",)))
 @pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
 def test_resume_is_byte_identical(stage, precompute, tmp_path):
@@ -234,6 +236,7 @@ def test_resume_without_the_cache_recomputes_the_reference(tmp_path):
     assert weight_bytes(tmp_path / "pieces") == weight_bytes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["0", "3 sharded"])
 def test_checkpoints_do_not_hold_the_reference(stage, tmp_path):
     run(tmp_path, callbacks=EACH, **STAGES[stage])
@@ -268,6 +271,7 @@ def test_the_cache_is_shared_by_losses_and_batch_sizes(computed, tmp_path):
     assert columns["validation/index"].tolist() == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [{"data": ("Pairs", {"content": 1})}, {"model": {"rope_theta": 5e5}}, {"zero_stage": 0, "precision": "bf16"}]
 )
