@@ -53,12 +53,13 @@ class PagedLayerCache:
         self.keys.flatten(0, 1).index_copy_(0, self.metadata.slot_mapping, k[0])
         self.values.flatten(0, 1).index_copy_(0, self.metadata.slot_mapping, v[0])
         metadata = self.metadata.windowed(window)
-        spans, outputs = metadata.spans, []
-        if metadata.decode is not None:
-            slots, valid = metadata.decode
-            spans = spans[len(slots) :]
-            outputs.append(self._attend_decode(q[0, : len(slots)], slots, valid))
-        outputs += [self._attend_span(q[0, span.offset : span.offset + span.num_queries], span) for span in spans]
+        outputs: list[Tensor] = []
+        shared = 0  # decode tokens that share calls
+        for slots, valid in metadata.decode:
+            outputs.append(self._attend_decode(q[0, shared : shared + len(slots)], slots, valid))
+            shared += len(slots)
+        for span in metadata.spans[shared:]:
+            outputs.append(self._attend_span(q[0, span.offset : span.offset + span.num_queries], span))
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
 
     def _attend_span(self, q: Tensor, span: QuerySpan) -> Tensor:

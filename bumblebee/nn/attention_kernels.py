@@ -109,12 +109,16 @@ def flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | No
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     sides = (-1, -1) if window is None else (window - 1, 0)  # positions attended to the left and right; -1 for all
+    deterministic = torch.are_deterministic_algorithms_enabled()  # else the backward pass adds in any order
     if mask.documents is None:
-        return flash_attn_func(q, k, v, causal=True, window_size=sides, dropout_p=dropout)
+        return flash_attn_func(
+            q, k, v, causal=True, window_size=sides, dropout_p=dropout, deterministic=deterministic
+        )  # fmt: skip
     ends, longest = mask.cu_seqlens
     flat = (rearrange(x, "b t h d -> (b t) h d") for x in (q, k, v))
     out = flash_attn_varlen_func(
-        *flat, ends, ends, longest, longest, causal=True, window_size=sides, dropout_p=dropout
+        *flat, ends, ends, longest, longest,
+        causal=True, window_size=sides, dropout_p=dropout, deterministic=deterministic,
     )  # fmt: skip
     return rearrange(out, "(b t) h d -> b t h d", b=q.shape[0])
 

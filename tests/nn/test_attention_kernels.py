@@ -123,10 +123,10 @@ def test_cu_seqlens_cover_the_documents_of_all_rows(rows):
     assert ends.diff().tolist() == lengths and ends[0] == 0 and longest == max(lengths)
 
 
-def fake_flash_attn(q, k, v, causal, window_size, dropout_p):
+def fake_flash_attn(q, k, v, causal, window_size, dropout_p, deterministic):
     """What flash_attn_func promises: position i sees those from i - left to i + right, all where it is -1."""
     left, right = window_size
-    assert causal and right in (-1, 0) and dropout_p == 0
+    assert causal and right in (-1, 0) and dropout_p == 0 and not deterministic
     return naive(q, k, v, AttentionMask(), None if left < 0 else left + 1)
 
 
