@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bumblebee.config import BumblebeeConfig
+from bumblebee.hardware.memory_stats import free_gpu_memory
 from bumblebee.inference.attention_metadata import AttentionMetadata, QuerySpan
 from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.inference.placement.device_map import layer_devices
@@ -140,7 +141,7 @@ def _default_positions(model: LanguageModel, config: EngineConfig) -> int:
 def _default_bytes(model: LanguageModel, device: torch.device) -> int:
     """Bytes of a device that the cache takes when ``cache_tokens`` is not set."""
     if device.type == "cuda":
-        return int(GPU_MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0])
+        return int(GPU_MEMORY_FRACTION * free_gpu_memory(device))
     return max(MIN_CPU_BYTES, sum(weight.nbytes for weight in model.parameters() if weight.device == device))
 
 
@@ -164,5 +165,5 @@ def _check_fits(model: LanguageModel, cache_tokens: int) -> None:
 def _total_bytes(device: torch.device) -> int:
     """Free bytes of a GPU, or physical memory of the machine."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return free_gpu_memory(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -125,12 +124,42 @@ KERNELS: dict[str, Kernel] = {"naive": naive, "sdpa": sdpa, "flash": flash}
 
 def flash_problems(dtype: torch.dtype | None) -> Iterator[str]:
     """Yield the reasons why flash-attn cannot run here; none if it can. None is a dtype that is not known yet."""
-    if find_spec("flash_attn") is None:
-        yield "the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"
-    if not torch.cuda.is_available():
-        yield "no GPU is visible"
+    yield from flash_machine_problems()
     if dtype not in (None, torch.bfloat16, torch.float16):
         yield f"it computes in bf16 or fp16, not in {str(dtype).removeprefix('torch.')}"
+
+
+_machine_problems: list[str] | None = None  # of flash-attn. Not functools.cache: torch.compile calls what it wraps
+
+
+def flash_machine_problems() -> list[str]:
+    """Return why flash-attn cannot run on this machine, in any dtype. Computed once, since every attention call reads it."""
+    global _machine_problems
+    if _machine_problems is None:
+        _machine_problems = _find_machine_problems()
+    return _machine_problems
+
+
+def _find_machine_problems() -> list[str]:
+    problems = [] if (problem := _flash_import_problem()) is None else [problem]
+    if not torch.cuda.is_available():
+        problems.append("no GPU is visible")
+    elif torch.cuda.get_device_capability() < (8, 0):
+        problems.append("it needs a GPU of compute capability 8.0 (A100) or above")
+    return problems
+
+
+def _flash_import_problem() -> str | None:
+    """Import flash-attn: it may be found and yet fail, as when it was built for another torch, or is only flash-attn-4."""
+    try:
+        from flash_attn import flash_attn_func, flash_attn_varlen_func  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name == "flash_attn":
+            return "the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"
+        return f"the flash-attn package cannot be imported: {error}"
+    except (ImportError, OSError) as error:  # undefined symbols, or a missing library
+        return f"the flash-attn package cannot be imported: {str(error).splitlines()[0]}"
+    return None
 
 
 def select_kernel(name: str, dtype: torch.dtype | None) -> str:
