@@ -326,12 +326,18 @@ class Trainer(RunState):
         write_model(self, folder)
 
     def close(self) -> None:
-        """Release DeepSpeed's memory and the process group. Call it however the run ended."""
+        """Release DeepSpeed's memory and the process group. Call it however the run ended.
+
+        On several GPUs an exception that ended the run ends the process too, see ``process_group.exit_after_failure``.
+        """
+        finished: bool = self.__dict__.get("finished", False)
+        if not finished and (error := sys.exc_info()[1]):
+            process_group.exit_after_failure(error)
         for frozen in self.__dict__.pop("frozen_engines", []):
             frozen.close()
         if engine := self.__dict__.pop("engine", None):
             engine.close()
-        process_group.stop(orderly=self.__dict__.get("finished", False))
+        process_group.stop(orderly=finished)
 
     def call(self, hook: str, *args: object) -> None:
         """Call a hook of every callback."""

@@ -63,7 +63,7 @@ class TrainingEngine:
         # Weights from a folder have the file's dtype. For bf16 at stages 1 to 3 DeepSpeed casts, and keeps an fp32 copy.
         model.to(device=device, dtype=torch.float32 if options.weights_dtype == torch.float32 else None)
         config = usable_config(options)
-        with quiet_initialization(deepspeed, options.overrides), _groups_released_on_failure():
+        with quiet_initialization(deepspeed, options.overrides), _globals_reset_on_failure():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer(groups), config=config, dist_init_required=False
             )
@@ -219,25 +219,28 @@ class TrainingEngine:
         engine_state.load(folder, self.model, self._optimizer, self.options.zero_stage)
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers, and the process groups that it would hand to the next engine."""
+        """Release DeepSpeed's hooks and buffers, and what it would apply to the next engine."""
         self._engine.destroy()
-        _release_groups()
+        _reset_globals()
         del self._engine, self._optimizer, self.model
 
 
-def _release_groups() -> None:
+def _reset_globals() -> None:
+    """Reset what DeepSpeed keeps in modules and would apply to the next engine: process groups, and stage 0's autocast."""
+    from deepspeed.runtime import torch_autocast
     from deepspeed.utils import groups
 
     groups._release_process_group_references()
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED, torch_autocast.TORCH_AUTOCAST_DTYPE = False, None
 
 
 @contextmanager
-def _groups_released_on_failure() -> Iterator[None]:
-    """An engine that DeepSpeed refuses to build must not leave its process groups to the next one either."""
+def _globals_reset_on_failure() -> Iterator[None]:
+    """An engine that DeepSpeed refuses to build must not affect the next one either."""
     try:
         yield
     except BaseException:
-        _release_groups()
+        _reset_globals()
         raise
 
 
