@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -110,12 +109,16 @@ def flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | No
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     sides = (-1, -1) if window is None else (window - 1, 0)  # positions attended to the left and right; -1 for all
+    deterministic = torch.are_deterministic_algorithms_enabled()  # else the backward pass adds in any order
     if mask.documents is None:
-        return flash_attn_func(q, k, v, causal=True, window_size=sides, dropout_p=dropout)
+        return flash_attn_func(
+            q, k, v, causal=True, window_size=sides, dropout_p=dropout, deterministic=deterministic
+        )  # fmt: skip
     ends, longest = mask.cu_seqlens
     flat = (rearrange(x, "b t h d -> (b t) h d") for x in (q, k, v))
     out = flash_attn_varlen_func(
-        *flat, ends, ends, longest, longest, causal=True, window_size=sides, dropout_p=dropout
+        *flat, ends, ends, longest, longest,
+        causal=True, window_size=sides, dropout_p=dropout, deterministic=deterministic,
     )  # fmt: skip
     return rearrange(out, "(b t) h d -> b t h d", b=q.shape[0])
 
@@ -125,12 +128,42 @@ KERNELS: dict[str, Kernel] = {"naive": naive, "sdpa": sdpa, "flash": flash}
 
 def flash_problems(dtype: torch.dtype | None) -> Iterator[str]:
     """Yield the reasons why flash-attn cannot run here; none if it can. None is a dtype that is not known yet."""
-    if find_spec("flash_attn") is None:
-        yield "the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"
-    if not torch.cuda.is_available():
-        yield "no GPU is visible"
+    yield from flash_machine_problems()
     if dtype not in (None, torch.bfloat16, torch.float16):
         yield f"it computes in bf16 or fp16, not in {str(dtype).removeprefix('torch.')}"
+
+
+_machine_problems: list[str] | None = None  # of flash-attn. Not functools.cache: torch.compile calls what it wraps
+
+
+def flash_machine_problems() -> list[str]:
+    """Return why flash-attn cannot run on this machine, in any dtype. Computed once, since every attention call reads it."""
+    global _machine_problems
+    if _machine_problems is None:
+        _machine_problems = _find_machine_problems()
+    return _machine_problems
+
+
+def _find_machine_problems() -> list[str]:
+    problems = [] if (problem := _flash_import_problem()) is None else [problem]
+    if not torch.cuda.is_available():
+        problems.append("no GPU is visible")
+    elif torch.cuda.get_device_capability() < (8, 0):
+        problems.append("it needs a GPU of compute capability 8.0 (A100) or above")
+    return problems
+
+
+def _flash_import_problem() -> str | None:
+    """Import flash-attn: it may be found and yet fail, as when it was built for another torch, or is only flash-attn-4."""
+    try:
+        from flash_attn import flash_attn_func, flash_attn_varlen_func  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name == "flash_attn":
+            return "the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"
+        return f"the flash-attn package cannot be imported: {error}"
+    except (ImportError, OSError) as error:  # undefined symbols, or a missing library
+        return f"the flash-attn package cannot be imported: {str(error).splitlines()[0]}"
+    return None
 
 
 def select_kernel(name: str, dtype: torch.dtype | None) -> str:

@@ -35,6 +35,7 @@ from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan, Position
 from bumblebee.training.run_folder import check_free, clear, find_resume
 from bumblebee.training.run_state import RunState
+from bumblebee.training.skipped_steps import SkippedSteps
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
@@ -112,6 +113,7 @@ def _reset(run: RunState) -> None:
     run.step = run.tokens = 0
     run.started = run.should_stop = run.interrupted = run.signalled = run.finished = False
     run.learning_rate = 0.0
+    run.skipped = SkippedSteps(run.max_skipped_steps)
     run.accumulator, run.extra_metrics = MetricAccumulator(), {}
     run.frozen_engines = []
     run.console = Console()

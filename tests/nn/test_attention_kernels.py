@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bumblebee.nn import attention_kernels
 from bumblebee.nn.attention import Attention
 from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, flash, naive, sdpa, select_kernel
 
@@ -122,10 +123,10 @@ def test_cu_seqlens_cover_the_documents_of_all_rows(rows):
     assert ends.diff().tolist() == lengths and ends[0] == 0 and longest == max(lengths)
 
 
-def fake_flash_attn(q, k, v, causal, window_size, dropout_p):
+def fake_flash_attn(q, k, v, causal, window_size, dropout_p, deterministic):
     """What flash_attn_func promises: position i sees those from i - left to i + right, all where it is -1."""
     left, right = window_size
-    assert causal and right in (-1, 0) and dropout_p == 0
+    assert causal and right in (-1, 0) and dropout_p == 0 and not deterministic
     return naive(q, k, v, AttentionMask(), None if left < 0 else left + 1)
 
 
@@ -186,15 +187,42 @@ def test_flash_without_a_gpu_is_refused(dtype):
         select_kernel("flash", dtype)
 
 
-def test_flash_is_refused_for_what_is_missing_only(monkeypatch):
-    monkeypatch.setattr("bumblebee.nn.attention_kernels.find_spec", lambda name: name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_flash_is_refused_for_what_is_missing_only(two_gpus, fake_flash):
     assert [select_kernel(name, dtype) for name in ("flash", "auto") for dtype in (torch.float16, torch.bfloat16, None)] == [
         "flash"
     ] * 6
     assert select_kernel("auto", torch.float32) == "sdpa"
     with pytest.raises(ValueError, match=r"^attention 'flash' cannot run: it computes in bf16 or fp16, not in float32$"):
         select_kernel("flash", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"flash_attn/cute/__init__.py": ""}, "cannot import name 'flash_attn_func' from 'flash_attn'"),  # flash-attn-4 alone
+        ({"flash_attn/__init__.py": "raise ImportError('undefined symbol: _ZN3c10')"}, "undefined symbol: _ZN3c10"),
+        ({"flash_attn/__init__.py": "import flash_attn_2_cuda"}, "No module named 'flash_attn_2_cuda'"),
+    ],
+    ids=["namespace", "other build", "no extension"],
+)
+def test_flash_that_cannot_be_imported_is_not_selected(files, reason, two_gpus, monkeypatch, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    assert select_kernel("auto", torch.bfloat16) == "sdpa"
+    with pytest.raises(ValueError, match=rf"'flash' cannot run: the flash-attn package cannot be imported: {reason}"):
+        select_kernel("flash", torch.bfloat16)
+
+
+def test_flash_is_imported_once_and_not_for_gpus_before_the_a100(two_gpus, fake_flash, monkeypatch):
+    tries: list[None] = []
+    monkeypatch.setattr(attention_kernels, "_flash_import_problem", lambda: tries.append(None))
+    assert [select_kernel("auto", torch.bfloat16) for _ in range(3)] == ["flash"] * 3 and len(tries) == 1
+    monkeypatch.setattr(attention_kernels, "_machine_problems", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert select_kernel("auto", torch.float16) == "sdpa"
 
 
 def test_auto_is_sdpa_where_flash_cannot_run():

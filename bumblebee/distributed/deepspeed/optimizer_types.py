@@ -20,12 +20,16 @@ class ParamGroup(TypedDict, total=False):
         lr: learning rate; missing in a group that has the optimizer's own, until the optimizer is created.
         weight_decay: weight decay; missing in the same way.
         initial_lr: learning rate before the schedule.
+        fused: one kernel updates all parameters.
+        capturable: the optimizer's step can be captured in a CUDA graph.
     """
 
     params: list[nn.Parameter]
     lr: float
     weight_decay: float
     initial_lr: float
+    fused: bool | None
+    capturable: bool
 
 
 class ParameterOffload(Protocol):

@@ -147,21 +147,32 @@ def unsharded_state(state: OptimizerState, parameter: Tensor) -> Iterator[str]:
 def restore_shards(shards: Iterable[Shard], optimizer: ZeroOptimizer, reader: ShardReader) -> None:
     """Copy a checkpoint's weights and optimizer state into this rank's shards, whatever ranks and stage wrote them."""
     for flat, group in _by_flat(shards):
+        step_device = _device_of_step(flat, base_optimizer(optimizer))
         with in_memory(flat, optimizer, changed=True):
             for shard in group:
-                _restore(shard, base_optimizer(optimizer).state.setdefault(flat, {}), reader)
+                _restore(shard, base_optimizer(optimizer).state.setdefault(flat, {}), reader, step_device)
     if hasattr(optimizer, "_hp_optimizer_states_linked"):  # stages 1 and 2 keep views of the state
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _restore(shard: Shard, state: OptimizerState, reader: ShardReader) -> None:
+def _device_of_step(flat: Tensor, optimizer: BaseOptimizer) -> torch.device:
+    """Where an optimizer of torch keeps the step count of a flat tensor, by the rule of its ``load_state_dict``.
+
+    A fused or capturable one needs it on the tensor's device (pytorch/pytorch#104767); the others would wait for the GPU.
+    """
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return flat.device if on_device else torch.device("cpu")
+
+
+def _restore(shard: Shard, state: OptimizerState, reader: ShardReader, step_device: torch.device) -> None:
     shard.view(shard.flat).copy_(reader.read(WEIGHTS, shard.name, shard.start, shard.numel))
     state.update(cast("OptimizerState", reader.other_state(shard.name)))
     for kind in reader.kinds(shard.name):
         value = reader.read(kind, shard.name, shard.start, shard.numel)
         if value.dim() == 0:
-            state[kind] = int(value) if value.dtype == torch.int64 else value
+            device = step_device if kind == "step" else shard.flat.device
+            state[kind] = int(value) if value.dtype == torch.int64 else value.to(device)
             continue
         if not isinstance(whole := state.get(kind), Tensor):
             whole = state[kind] = torch.zeros_like(shard.flat, dtype=value.dtype, requires_grad=False)
