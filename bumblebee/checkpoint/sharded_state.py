@@ -33,12 +33,13 @@ FILE_BYTES = 2**30
 
 
 class ShardRange(TypedDict, total=False):
-    """The range of a parameter that a shard covers, as recorded in a file's header; ``other`` only if there is any."""
+    """The range of a parameter that a shard covers, as recorded in a file's header; see ``SavedShard``."""
 
     shape: tuple[int, ...]
     start: int
     numel: int
     other: dict[str, JSON]
+    aliases: list[str]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class SavedShard:
         numel: number of elements.
         tensors: by kind; (numel,), or () for state with one number per parameter. Those of ``other`` have the kind whole/PATH.
         other: structure of the state that is neither, by kind; see ``state_tree``.
+        aliases: further names of the parameter in model folders, if modules share it.
     """
 
     name: str
@@ -60,6 +62,7 @@ class SavedShard:
     numel: int
     tensors: dict[str, Tensor]
     other: dict[str, JSON] = field(default_factory=dict)
+    aliases: list[str] = field(default_factory=list)
 
 
 def write_shards(folder: Path, stem: str, shards: Iterable[SavedShard], limit: int = FILE_BYTES) -> dict[str, str]:
@@ -84,6 +87,8 @@ def write_shards(folder: Path, stem: str, shards: Iterable[SavedShard], limit: i
         ranges[shard.name] = {"shape": shard.shape, "start": shard.start, "numel": shard.numel}
         if shard.other:
             ranges[shard.name]["other"] = shard.other
+        if shard.aliases:
+            ranges[shard.name]["aliases"] = shard.aliases
         for kind, tensor in shard.tensors.items():
             tensors[f"{kind}/{shard.name}"] = tensor.detach().cpu().clone()
         if sum(tensor.nbytes for tensor in tensors.values()) >= limit:
@@ -137,6 +142,7 @@ class ShardReader:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.buffers: dict[str, Tensor] = _read_buffers(folder / BUFFERS)
+        self.aliases: dict[str, list[str]] = {}  # further names of parameters that modules share
         self._other: dict[str, dict[str, JSON]] = {}
         self._shards: dict[str, list[tuple[safe_open, int, int]]] = {}  # parameter -> (open file, start, numel)
         files = sorted(folder.glob("optimizer-*.safetensors"))
@@ -155,6 +161,7 @@ class ShardReader:
         for name, extent in json.loads(tensors.metadata()["pieces"]).items():
             self.shapes[name] = tuple(extent["shape"])
             self._other[name] = extent.get("other", {})
+            self.aliases[name] = extent.get("aliases", [])
             self._shards.setdefault(name, []).append((tensors, extent["start"], extent["numel"]))
 
     def __enter__(self) -> ShardReader:
@@ -203,7 +210,8 @@ class ShardReader:
         return self.read(WEIGHTS, name, 0, math.prod(shape), dtype).reshape(shape)
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield every (parameter, weights) in ``dtype``, then every buffer as it was saved."""
+        """Yield every (parameter, weights) in ``dtype``, under each of its names, then every buffer as it was saved."""
         for name in self.shapes:
-            yield name, self.parameter(name, dtype)
+            weights = self.parameter(name, dtype)
+            yield from ((each, weights) for each in (name, *self.aliases[name]))
         yield from self.buffers.items()
