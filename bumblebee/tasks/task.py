@@ -142,6 +142,16 @@ class Task(ABC):
         """Further metrics since the last call, besides means of sums. Collective."""
         return self.auxiliary.metrics(process_group.all_reduce_sum) if self.auxiliary is not None else {}
 
+    def metric_sums(self) -> dict[str, Tensor]:
+        """What ``metrics`` has summed on this rank since its last call, by name; for a checkpoint between two lines."""
+        logged = self.auxiliary.logged if self.auxiliary is not None else None
+        return {} if logged is None else {"router": logged}
+
+    def restore_metric_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """Continue from ``metric_sums`` of a checkpoint, in float64."""
+        if self.auxiliary is not None:
+            self.auxiliary.logged = sums.get("router")
+
 
 def counted_tokens(batch: Batch) -> Tensor:
     """Which positions of a batch hold tokens of samples: (B, T) bool.

@@ -18,6 +18,7 @@ from bumblebee.tasks.task import Task
 from bumblebee.training.console import Console
 from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan
+from bumblebee.training.skipped_steps import SkippedSteps
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,7 @@ class RunState:
     zero_stage: int
     deepspeed: DsConfig | str | None
     gradient_clip: float | None
+    max_skipped_steps: int
     log_every: int
     resume: str | None
     device_name: str
@@ -68,6 +70,7 @@ class RunState:
     signalled: bool  # this rank has received a signal
     interrupted: bool  # a signal on any rank ends the run
     finished: bool  # the run ended without an error
+    skipped: SkippedSteps  # steps whose gradient was not finite
     accumulator: MetricAccumulator  # sums and losses since the last line of metrics
     extra_metrics: dict[str, float]  # added by callbacks to the next line of metrics
     console: Console  # what the run prints besides its progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -316,6 +317,40 @@ def test_read_key_parts_are_part_of_the_cache_key(make):
     make(["quiet words"], Shouting)
     data = make(["quiet words"], Louder)
     assert texts_of(data, data.train) == ["QUIET WORDS!"]
+
+
+@pytest.mark.parametrize("changed", ["data", "tokenizer"])
+def test_file_that_changes_while_it_is_read_is_not_cached(changed, make, tokenizer_folder, tmp_path):
+    folder = tmp_path / "own tokenizer"
+    Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    file = tmp_path / "data.txt"
+    file.write_text("the first text")
+    touched = {"data": file, "tokenizer": folder / "tokenizer_config.json"}[changed]
+
+    class Racing(Pretrain):
+        def read(self, mixture):
+            if touched is not None:
+                touched.write_text(touched.read_text().replace("the first", "another") + " ")
+            yield from super().read(mixture)
+
+    message = re.escape(f"{touched} changed while it was read; nothing is cached: start again when it is complete")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        make(str(file), Racing, tokenizer=str(folder))
+    assert not list((tmp_path / "cache" / "tokens").glob("[!.]*"))
+    expected, touched = file.read_text(), None
+    data = make(str(file), Racing, tokenizer=str(folder))
+    assert texts_of(data, data.train) == [expected]
+
+
+def test_adapter_folders_of_different_bases_share_no_cache(make, tokenizer_folder, tmp_path):
+    caches = set()
+    for name, size in (("small", 300), ("large", 400)):
+        Tokenizer.train(many(), size).save_pretrained(tmp_path / name)
+        (tmp_path / f"{name}-adapter").mkdir()
+        adapter = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / name)}
+        (tmp_path / f"{name}-adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+        caches.add(make(many(), tokenizer=str(tmp_path / f"{name}-adapter")).cache.folder)
+    assert len(caches) == 2
 
 
 # -- invalid options -----------------------------------------------------------------------------------------------------
