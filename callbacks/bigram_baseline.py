@@ -53,7 +53,8 @@ class BigramBaseline(Callback):
         if not trainer.is_main:
             return
         self.bits_per_byte = bigram_bits_per_byte(trainer.data, self.discount)
-        trainer.log("bigram_bits_per_byte", self.bits_per_byte)
+        if trainer.step == 0:  # a resumed run has logged it
+            trainer.log("bigram_bits_per_byte", self.bits_per_byte)
         trainer.print(f"bigram baseline: {self.bits_per_byte:.3f} bits per byte on the validation samples")
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:

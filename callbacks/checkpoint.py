@@ -105,7 +105,8 @@ class Checkpoint(Callback):
             if trainer.step != self._saved_step:
                 trainer.save_checkpoint(last=last, model=self.model)
             self._write_best(trainer)
-            self._rotate(trainer)
+            if not trainer.skipped.in_a_row:  # the last step that was taken may be that of an old checkpoint
+                self._rotate(trainer)
 
     def on_checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
         """Remember step and time, also of checkpoints that others saved."""

@@ -163,7 +163,7 @@ def _errors_explained() -> Iterator[None]:
         yield
     except wandb.errors.Error as error:
         raise ValueError(
-            f"callbacks: WandB cannot start: {str(error).strip()}; log in with 'wandb login', or set offline to true"
+            f"callbacks: WandB cannot start: {str(error).strip().rstrip('.')}; log in with 'wandb login', or set offline to true"
         ) from error
 
 

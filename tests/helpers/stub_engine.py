@@ -44,8 +44,11 @@ class StubEngine:
     def backward(self, loss: Tensor) -> None:
         pass
 
-    def step(self) -> None:
-        pass
+    def step(self) -> bool:
+        return True
+
+    def weight_norm(self) -> Tensor:
+        return torch.ones(())
 
     def train(self) -> None:
         self.model.train()
