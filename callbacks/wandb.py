@@ -162,9 +162,9 @@ def _errors_explained() -> Iterator[None]:
     try:
         yield
     except wandb.errors.Error as error:
-        raise ValueError(
-            f"callbacks: WandB cannot start: {str(error).strip().rstrip('.')}; log in with 'wandb login', or set offline to true"
-        ) from error
+        reason = str(error).strip().rstrip(".")
+        advice = "log in with 'wandb login', or set offline to true"
+        raise ValueError(f"callbacks: WandB cannot start: {reason}; {advice}") from error
 
 
 def _configuration(trainer: Trainer) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def test_other_ranks_write_and_print_nothing(name, stub_trainer, tmp_path, capsy
 def test_exception_before_start_is_handled(name, stub_trainer, tmp_path):
     if name == "WandB":
         pytest.importorskip("wandb")
-    stub_trainer([build(name)], data=StubData(tokenizer=object())).call("on_exception", ValueError("raised by another callback's on_fit_start"))
+    trainer = stub_trainer([build(name)], data=StubData(tokenizer=object()))
+    trainer.call("on_exception", ValueError("raised by another callback's on_fit_start"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -146,8 +146,9 @@ class StubTrainer(Trainer):
     """
 
     def __init__(
-        self, folder: Path, callbacks: list[Callback], steps: int = 6, step: int = 0, data: StubData | None = None, **options: Any
-    ) -> None:
+        self, folder: Path, callbacks: list[Callback], steps: int = 6, step: int = 0, data: StubData | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
         defaults = {"micro_batch_size": 4, "accumulate": 2, "precision": "fp32", "device": "cpu"}
         super().__init__(max_steps=steps, **{**defaults, **options})
         self.events: list[tuple[str, int]] = []  # ("validate", "save" or "save last", step)
