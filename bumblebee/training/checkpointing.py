@@ -39,7 +39,8 @@ def write_checkpoint(run: RunState, path: Path, last: bool, model: bool) -> None
         digests.update(_write_model(run, partial, weights=model))
         state = partial / TRAINING_STATE
         state.mkdir(exist_ok=True)
-        written = run.engine.save(state) | random_state.save_random_state(state, process_group.rank())
+        shards = run.engine.save(state, files_of(run.task.model).includes)
+        written = shards | random_state.save_random_state(state, process_group.rank())
         written |= save_window(run, state)
         digests.update((f"{TRAINING_STATE}/{name}", digest) for name, digest in written.items())
         if run.is_main:

@@ -125,6 +125,14 @@ class PartlyFrozen(LanguageModeling):
         super().__init__(model, [Freeze(list(patterns))])
 
 
+class BlockUsedTwice(LanguageModeling):
+    """The model's second block is its first one again."""
+
+    def __init__(self, model: Bumblebee) -> None:
+        model.model.layers[1] = model.model.layers[0]
+        super().__init__(model)
+
+
 class AdaptedDPO(DPO):
     """DPO of LoRA adapters with a dropout of one half."""
 

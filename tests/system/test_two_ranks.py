@@ -23,6 +23,7 @@ UNEQUAL = (16, 1, 7, 0, 12, 0, 0, 3)
 TARGETS = (16, 1, 7, 0, 12)
 UNTRAINED = "k_proj.bias"  # its true gradient is zero; Adam amplifies rounding errors to full steps
 EACH = {"checkpoint": ("Checkpoint", {"every": 1, "keep": None})}
+ADAFACTOR = ("Adafactor", {"lr": 1e-2})
 POISON = ("PoisonGradient", {"steps": [2], "rank": 1})
 LONG = {"max_steps": 14, "task": "Noisy", "micro_batch_size": 1, "schedule": ("Cosine", {"warmup_steps": 3}),
         "data": {"samples": 22}}  # fmt: skip
@@ -67,6 +68,9 @@ class Runs:
     def __init__(self, jobs: dict[str, dict[str, Any]], folder: Any, timeout: float) -> None:
         self.root = folder
         named = [{**job, "folder": str(folder / job.get("folder", name))} for name, job in jobs.items()]
+        for job in named:
+            if "/" in (job.get("resume") or ""):
+                job["resume"] = str(folder / job["resume"])
         self.results = dict(zip(jobs, run_jobs(named, 2, folder, timeout), strict=True))
 
     def metrics(self, name: str) -> list[dict[str, float]]:
@@ -218,6 +222,8 @@ def more_runs(tmp_path_factory):
         **resumed(2, (4, 6)),
         **of_stages("bf16-whole", (1, 2, 3), **{**LONG, "precision": "bf16"}),
         "workers": {**LONG, "zero_stage": 2, "workers": 2},
+        **of_stages("adafactor", (0, 1, 3), max_steps=4, optimizer=ADAFACTOR, callbacks=EACH),
+        "adafactor-resumed": {"max_steps": 4, "optimizer": ADAFACTOR, "zero_stage": 0, "resume": "adafactor-0/checkpoint-2"},
     }
     for stage in (1, 2, 3):
         options = {**LONG, "precision": "bf16", "zero_stage": stage, "folder": f"bf16-pieces-{stage}", "resume": "auto"}
@@ -246,3 +252,17 @@ def test_resume_in_bf16_is_byte_identical(stage, more_runs):
 
 def test_worker_processes_do_not_change_the_result(more_runs):
     assert weight_bytes(more_runs.folder("workers")) == weight_bytes(more_runs.folder("whole-2"))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_adafactor_is_refused_above_stage_0(stage, more_runs):
+    assert (
+        f"torch.optim.Adafactor does not work with trainer.zero_stage {stage}"
+        in more_runs.results[f"adafactor-{stage}"]["error"]
+    )
+    assert not more_runs.folder(f"adafactor-{stage}").exists()
+
+
+def test_adafactor_resumes_byte_identically_at_stage_0(more_runs):
+    assert more_runs.metrics("adafactor-resumed") == more_runs.metrics("adafactor-0")
+    assert weight_bytes(more_runs.folder("adafactor-resumed")) == weight_bytes(more_runs.folder("adafactor-0"))

@@ -203,8 +203,12 @@ class TrainingEngine:
             return nullcontext(self.model)
         return gathered_model(self.model, self._optimizer)
 
-    def save(self, folder: Path) -> dict[str, str]:
+    def save(self, folder: Path, select: Callable[[str], bool] = lambda key: True) -> dict[str, str]:
         """Write this rank's shards of weights and optimizer state into an existing folder.
+
+        Args:
+            folder: where.
+            select: whether a model folder has a parameter that modules share under a further name.
 
         Returns:
             The SHA-256 of each file that this rank wrote, by name.
@@ -212,7 +216,7 @@ class TrainingEngine:
         Raises:
             OSError: they cannot be written.
         """
-        return engine_state.save(folder, self.model, self._optimizer, self.options.zero_stage)
+        return engine_state.save(folder, self.model, self._optimizer, self.options.zero_stage, select)
 
     def load(self, folder: Path) -> None:
         """Restore what ``save`` wrote, at any number of ranks and any stage. Collective.
