@@ -117,6 +117,8 @@ def deepspeed_config(options: EngineOptions) -> DsConfig:
         ours["torch_autocast"] = {"enabled": True, "dtype": str(options.half_dtype).removeprefix("torch.")}
     elif options.half_dtype:
         ours[options.precision] = {"enabled": True}
+        if options.precision == "bf16":  # skip steps with a non-finite gradient
+            ours["bf16"]["check_grad_overflow"] = True
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     _check_precision(overrides, options.precision)
     if options.zero_stage == 0:  # autocast instead: DeepSpeed's bf16 and fp16 keep no fp32 weights there
