@@ -97,7 +97,8 @@ def unigram() -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.Unigram())
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=60, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False))
+    options = {"unk_token": "<unk>", "special_tokens": ["<unk>"], "show_progress": False}
+    backend.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=60, **options))
     return backend
 
 
@@ -105,7 +106,8 @@ def wordpiece() -> tokenizers.Tokenizer:
     """As BERT."""
     backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    backend.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=["[UNK]"], show_progress=False))
+    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=["[UNK]"], show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
     return backend
 
 
