@@ -156,10 +156,8 @@ class Task(ABC):
 def counted_tokens(batch: Batch) -> Tensor:
     """Which positions of a batch hold tokens of samples: (B, T) bool.
 
-    Excludes padding, where each position is a document of its own without a target, and rows without any target, which only
-    fill up a rank's share of micro-batches.
+    Excludes what follows the last target of a row, such as padding, and rows without any target, which only fill up a rank's
+    share of micro-batches.
     """
-    targets, starts = batch["labels"] != IGNORE_INDEX, batch["position_ids"] == 0
-    single = starts.clone()  # documents of a single token
-    single[:, :-1] &= starts[:, 1:]
-    return ~(single & ~targets) & targets.any(1, keepdim=True)
+    targets = batch["labels"] != IGNORE_INDEX
+    return targets.flip(1).cumsum(1).flip(1) > 0

@@ -86,8 +86,13 @@ class RunState:
             self.console.print(text)
 
     def to_device(self, batch: Batch) -> Batch:
-        """Move a batch to the run's device."""
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        """Move a batch to the run's device. Its documents are found here, on the host, see ``bumblebee/nn/documents.py``."""
+        from bumblebee.nn.documents import move_with_documents
+
+        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        if "position_ids" in batch and batch["position_ids"].is_cpu:
+            moved["position_ids"] = move_with_documents(batch["position_ids"], self.device)
+        return moved
 
     def reduce_sums(self, sums: Mapping[str, float | Tensor]) -> dict[str, float]:
         """Add named numbers over ranks; exact for integers. Collective; synchronizes with the GPU."""

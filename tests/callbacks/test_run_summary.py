@@ -166,7 +166,7 @@ def test_summary_asks_for_the_dtype_that_attention_computes_in(precision, stage,
 def test_flash_attention_with_fp16_is_summarized(stub_trainer, monkeypatch):
     trainer = stub_trainer([], precision="fp16")
     trainer.task.model.attention = "flash"
-    monkeypatch.setattr("bumblebee.nn.attention_kernels._machine_problems", [])
+    monkeypatch.setattr("bumblebee.nn.attention_kernels._machine_problems", {"flash": []})
     assert summarize(trainer)["model"]["attention"] == "flash"
 
 
