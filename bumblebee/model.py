@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from bumblebee.checkpoint.hf_folder import load_config
 from bumblebee.checkpoint.weight_loader import load_weights
 from bumblebee.config import BumblebeeConfig
+from bumblebee.hardware.cuda import configure_cuda
 from bumblebee.models.base import LanguageModel, class_path_of, resolve_model_class
 from bumblebee.models.load_context import meta_parameters
 from bumblebee.nn.attention import Attention, LayerCache
@@ -132,7 +133,7 @@ class Bumblebee(LanguageModel):
 
     Args:
         config: shape of the model; in a recipe, a dict of BumblebeeConfig's fields.
-        attention: ``auto``, ``flash``, ``sdpa`` or ``naive`` (see ``bumblebee/nn/attention_kernels.py``).
+        attention: ``auto``, ``flash``, ``varlen``, ``sdpa`` or ``naive`` (see ``bumblebee/nn/attention_kernels.py``).
 
     Raises:
         ValueError: the attention kernel cannot run on this machine.
@@ -311,6 +312,7 @@ class Bumblebee(LanguageModel):
         config = load_config(folder)
         with meta_parameters():
             model = resolve_model_class(cls, folder, config, trust_remote_code)(config, attention=attention)
+        configure_cuda(device)
         load_weights(folder, model, dtype=dtype, device=torch.device(device), allow_pickle=allow_pickle)
         model.source = Path(folder)
         return model

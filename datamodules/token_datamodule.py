@@ -18,7 +18,7 @@ import numpy as np
 from bumblebee.datamodule import DataModule, SampleT
 from bumblebee.distributed import process_group
 from bumblebee.distributed.local_main_first import local_main_first
-from bumblebee.tokenizer.tokenizer import Tokenizer
+from bumblebee.tokenizer.tokenizer import Tokenizer, tokenizer_folder_of
 from bumblebee.utils.cache_dir import resolve_cache_dir
 from bumblebee.utils.json_files import JSON
 from datamodules import record_files
@@ -42,6 +42,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )  # fmt: skip
 
+Digests = dict[str, str | None]  # SHA-256 by file; None if it does not exist
 
 DatasetT = TypeVar("DatasetT", bound=TokenDataset[Any])
 
@@ -114,6 +115,8 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
 
     def setup(self, seed: int) -> None:
         """Tokenize or open the cache, hold samples out, apply weights."""
+        folder = tokenizer_folder_of(self.tokenizer_folder)  # an adapter folder has its base model's
+        self._tokenizer_digests = self._digest([str(folder / name) for name in TOKENIZER_FILES])
         self.tokenizer = self.load_tokenizer()
         self.mixture = Mixture(self.files)
         self.cache = self.open_cache(self.mixture)
@@ -152,30 +155,55 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
     # -- tokens --------------------------------------------------------------------------------------------------------
 
     def open_cache(self, mixture: Mixture) -> TokenCache:
-        """The tokens of some files; if they are not cached, one rank of each machine tokenizes them."""
+        """The tokens of some files; if they are not cached, one rank of each machine tokenizes them.
+
+        Raises:
+            ValueError: a file changed meanwhile.
+        """
         tokenizer = self.record_tokenizer()
         with local_main_first() as is_first:
-            folder = self.cache_dir / "tokens" / self.cache_name(mixture, tokenizer)
+            digests = self._digest(mixture.files)
+            folder = self.cache_dir / "tokens" / self.cache_name(digests, tokenizer)
             if is_first and not is_complete(folder):
-                self.write_cache(folder, mixture, tokenizer)
+                self.write_cache(folder, mixture, digests, tokenizer)
+        if not is_complete(folder):  # the first rank tokenized other contents under another name
+            raise ValueError(f"one of {', '.join(mixture.files)} changed while the ranks started; start again")
         return TokenCache(folder)
 
-    def cache_name(self, mixture: Mixture, tokenizer: RecordTokenizer) -> str:
-        """The name of the cache's folder: a hash of everything that determines its content."""
-        digests: list[JSON] = [file_digest(file, self.cache_dir / "digests") for file in mixture.files]
-        paths = [Path(self.tokenizer_folder) / name for name in TOKENIZER_FILES]
-        tokenizer_digests: list[JSON] = [file_digest(str(path)) if path.is_file() else None for path in paths]
-        return cache_key(digests, [*mixture.files], tokenizer_digests, tokenizer.key_parts(), *self.read_key_parts())
+    def _digest(self, files: list[str]) -> Digests:
+        """The digest of each file, None for one that does not exist."""
+        memory = self.cache_dir / "digests"
+        return {file: file_digest(file, memory) if os.path.isfile(file) else None for file in files}
 
-    def write_cache(self, folder: Path, mixture: Mixture, tokenizer: RecordTokenizer) -> None:
-        """Tokenize some files, unless another run has done so in the meantime."""
+    def cache_name(self, digests: Digests, tokenizer: RecordTokenizer) -> str:
+        """The name of the cache's folder: a hash of everything that determines its content."""
+        files: tuple[list[JSON], list[JSON]] = [*digests.values()], [*digests]
+        tokenizer_digests: list[JSON] = [*self._tokenizer_digests.values()]
+        return cache_key(*files, tokenizer_digests, tokenizer.key_parts(), *self.read_key_parts())
+
+    def write_cache(self, folder: Path, mixture: Mixture, digests: Digests, tokenizer: RecordTokenizer) -> None:
+        """Tokenize some files, unless another run has done so in the meantime.
+
+        Raises:
+            ValueError: a file, or one of the tokenizer's, no longer has its digest when all have been read.
+        """
         with write_lock(folder):
             if is_complete(folder):
                 return
             remove_unfinished(folder.parent)
             skip, show = self.on_bad_record == "skip", process_group.is_main()
             workers = worker_count(tokenizer, estimated_text_size(mixture.files))
-            write_token_cache(folder, self.read(mixture), tokenizer, mixture.files, skip, show, workers)
+            records = self._read_unchanged(mixture, digests)
+            write_token_cache(folder, records, tokenizer, mixture.files, skip, show, workers)
+
+    def _read_unchanged(self, mixture: Mixture, digests: Digests) -> Iterator[Record | RecordError]:
+        """``read``, then digest the files again: the cache is named by what they held before."""
+        yield from self.read(mixture)
+        before = digests | self._tokenizer_digests
+        after = self._digest([*before])
+        for file, digest in before.items():
+            if after[file] != digest:
+                raise ValueError(f"{file} changed while it was read; nothing is cached: start again when it is complete")
 
     def read_key_parts(self) -> list[JSON]:
         """What determines, besides the content of the files, which records ``read`` yields; part of the cache's key.

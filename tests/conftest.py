@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,34 @@ settings.register_profile("random", deadline=None)
 settings.register_profile("reproducible", deadline=None, derandomize=True)
 settings.load_profile("reproducible")
 
+STARTED = pytest.StashKey[float]()
 SAMPLES = Path(__file__).parent.parent / "recipes" / "samples"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need a GPU where there is none."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options that bound the time of a run in continuous integration."""
+    group = parser.getgroup("time budget")
+    group.addoption("--time-budget", type=float, metavar="SECONDS", help="skip the tests that have not begun after this time")
+    group.addoption("--file-order", metavar="SEED", help="order of the test files; another seed runs other files first")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the clock of --time-budget; each process of pytest-xdist has its own."""
+    config.stash[STARTED] = time.monotonic()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test, before its fixtures are set up, when the time budget is spent."""
+    budget = item.config.getoption("--time-budget")
+    if budget is not None and time.monotonic() - item.config.stash[STARTED] > budget:
+        pytest.skip(f"not run: the time budget of {budget:.0f} s is spent")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order the files by --file-order. Skip tests that need a GPU where there is none."""
+    if seed := config.getoption("--file-order"):
+        items.sort(key=lambda item: hashlib.sha256(f"{seed} {item.path.name}".encode()).digest())
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
         import torch
@@ -41,6 +66,20 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["BUMBLEBEE_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch report two H100s of which 10 GB are free, with flash-attn not tried yet. Nothing can be computed on them."""
+    import torch
+
+    from bumblebee.nn import attention_kernels
+
+    monkeypatch.setattr(attention_kernels, "_machine_problems", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 10**9, 80 * 10**9))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,10 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _launcher_store: Store | None = None  # joined once per process
 _groups = 0  # number of groups joined so far
+_failure_handler: Callable[[BaseException], None] | None = None  # see failures_reported_to
 LOST_RANK_ERRORS = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "NCCL error",
 )  # fmt: skip
@@ -41,8 +45,8 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """This process's rank on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """This process's rank on its machine, from 0. A single process is 0 whatever its GPU, see ``start``."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
 
 
 def world_size() -> int:
@@ -59,9 +63,11 @@ def pick_device(name: str) -> torch.device:
     """Return this rank's device for "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
-        ValueError: an unknown name, or a GPU that does not exist.
+        ValueError: an unknown name, a GPU that does not exist, or one GPU for several ranks.
     """
     import torch
+
+    from bumblebee.hardware.cuda import configure_cuda
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,10 +76,14 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N")
     if device_type == "cpu":
         return torch.device("cpu")
+    if number and world_size() > 1:
+        raise ValueError(f"device {name!r} is one GPU, and each of {world_size()} ranks needs its own: write cuda")
     index = int(number) if number else local_rank()
     if index >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} does not exist: {torch.cuda.device_count()} GPUs are visible")
-    return torch.device("cuda", index)
+    device = torch.device("cuda", index)
+    configure_cuda(device)
+    return device
 
 
 def start(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -89,7 +99,7 @@ def start(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> N
     if world_size() == 1:
         os.environ.setdefault("RANK", "0")
         os.environ.setdefault("WORLD_SIZE", "1")
-        os.environ.setdefault("LOCAL_RANK", "0")
+        os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes it for the number of the GPU, also in later steps
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, timeout=timeout, store=_unused_store(timeout), rank=rank(), world_size=world_size())
@@ -120,8 +130,12 @@ def stop(orderly: bool) -> None:
 
     Args:
         orderly: all ranks get here and can wait for each other; False after an error, when other ranks may be anywhere.
+            On several GPUs an exception that is being handled then ends the process, see ``exit_after_failure``.
     """
     import torch.distributed as dist
+
+    if not orderly and (error := sys.exc_info()[1]):
+        exit_after_failure(error)
 
     if not dist.is_initialized():
         return
@@ -129,6 +143,45 @@ def stop(orderly: bool) -> None:
     if orderly:
         dist.barrier()
     dist.destroy_process_group()
+
+
+def exit_after_failure(error: BaseException) -> None:
+    """End this process if unwinding would hang: after a failure of one of several ranks on GPUs.
+
+    Destroying an NCCL group and freeing memory wait for collectives in which the other ranks sit, until the watchdog ends them
+    after half an hour (pytorch/torchtitan#1342). The error is printed first, as nothing else would; the launcher then ends the
+    other ranks. Inside ``failures_reported_to`` the error is reported instead, and the process goes on.
+    """
+    import multiprocessing
+
+    import torch.distributed as dist
+
+    if not is_distributed() or dist.get_backend() != "nccl":
+        return
+    if _failure_handler is not None:
+        _failure_handler(error)
+        return
+    code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    if isinstance(error, SystemExit):  # a user error, which has been printed
+        code = error.code if isinstance(error.code, int) else 1
+    else:
+        traceback.print_exception(error)
+    for process in multiprocessing.active_children():  # workers that prepare batches, which atexit would end
+        process.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+@contextmanager
+def failures_reported_to(handler: Callable[[BaseException], None]) -> Iterator[None]:
+    """Inside, ``exit_after_failure`` calls the handler and does not exit: for a caller that ends hanging ranks itself."""
+    global _failure_handler
+    before, _failure_handler = _failure_handler, handler
+    try:
+        yield
+    finally:
+        _failure_handler = before
 
 
 def is_distributed() -> bool:

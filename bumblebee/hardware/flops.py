@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Dense TFLOP/s of 16-bit matmuls with fp32 accumulation, from NVIDIA's data sheets. An entry matches device names that contain
 # all its words; the first match counts.
 PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
+    (("GB300",), 2500.0),
+    (("GB200",), 2500.0),
+    (("B300",), 2250.0),
     (("B200",), 2250.0),
     (("H200", "NVL"), 836.0),
     (("H200",), 989.0),
@@ -29,6 +32,7 @@ PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("H100", "PCIe"), 756.0),
     (("H100",), 989.0),
     (("H800",), 989.0),
+    (("H20",), 148.0),
     (("A100",), 312.0),
     (("A800",), 312.0),
     (("A40",), 149.7),
@@ -45,8 +49,10 @@ PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
 
 
 def peak_tflops(name: str) -> float | None:
-    """Peak TFLOP/s in bf16 or fp16 of the device with this name; None if it is not in the table."""
+    """Peak TFLOP/s in bf16 or fp16 of the device with this name; None if it is not in the table, or is a MIG slice of a GPU."""
     words = name.replace("-", " ").split()
+    if "MIG" in words:
+        return None
     return next((peak for entry, peak in PEAKS if all(part in words for word in entry for part in word.split())), None)
 
 

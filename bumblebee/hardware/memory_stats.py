@@ -33,6 +33,7 @@ def max_memory_allocated(device: torch.device) -> int:
 def reset_peak_memory_stats(device: torch.device) -> None:
     """Reset the peak. Does nothing on a CPU where the system does not support it."""
     if device.type == "cuda":
+        torch.cuda.init()  # it raises before the first allocation otherwise
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS.exists():
         try:
@@ -46,6 +47,11 @@ def memory_available(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return _proc_bytes(_MEMINFO, "MemAvailable")
+
+
+def free_gpu_memory(device: torch.device) -> int:
+    """Bytes that this process can allocate on a GPU: free ones, and those that torch holds for reuse without using them."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _proc_bytes(file: Path, field: str) -> int | None:

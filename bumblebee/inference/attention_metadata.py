@@ -3,7 +3,8 @@
 A step is one flat row of tokens: the next tokens, one or many, of several sequences. What all layers have in common is computed
 once per step, here, and read by ``kv_cache.py``.
 
-All decode tokens share one attention call, padded to the longest sequence, since a call costs more than its work. Where lengths
+Decode tokens share attention calls, padded to the longest sequence of the call, since a call costs more than its work. A call
+gathers a copy of the keys and values of its sequences, so it has no more than fit in ``MAX_GATHERED`` positions. Where lengths
 differ so much that a CPU would mostly read padding, each sequence has a call of its own.
 
 Shapes: N tokens of the step, B decode tokens, S positions of a sequence.
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+MAX_GATHERED = 2**18  # positions of a decode call: 0.5 GB of keys and values for 4 key-value heads of width 128 in 16 bits
 
 
 @dataclass
@@ -61,14 +64,14 @@ class AttentionMetadata:
     Args:
         slot_mapping: (N,) int64, the slot (block * block_size + offset) that each token's key and value are written to.
         spans: one per sequence, in the order of the row: decode tokens first.
-        decode: slots (B, S) of the decode tokens' sequences and a bool mask (B, S), false at padding, if they share one call;
-            None if each has its own.
+        decode: for each call that decode tokens share, the slots (B, S) of their sequences and a bool mask (B, S), false at
+            padding; empty if each has a call of its own.
         block_size: positions per block.
     """
 
     slot_mapping: Tensor
     spans: list[QuerySpan]
-    decode: tuple[Tensor, Tensor] | None
+    decode: list[tuple[Tensor, Tensor]]
     block_size: int
     _windowed: dict[int, AttentionMetadata] = field(default_factory=dict)
 
@@ -90,7 +93,7 @@ class AttentionMetadata:
             query_counts: new tokens of each sequence.
             block_size: positions per block.
             device: of the cache.
-            max_padding: decode tokens share one call if it reads at most this many times the positions that they have.
+            max_padding: decode tokens share calls if one would read at most this many times the positions that they have.
         """
         spans, slots, offset = [], [], 0
         for block_table, length, count in zip(block_tables, lengths, query_counts, strict=True):
@@ -100,13 +103,13 @@ class AttentionMetadata:
             offset += count
         lengths = [span.length for span in spans if span.num_queries == 1]
         share = len(lengths) > 1 and max(lengths) * len(lengths) <= max_padding * sum(lengths)
-        return cls(torch.tensor(slots, device=device), spans, _padded_decode(spans, block_size) if share else None, block_size)
+        return cls(torch.tensor(slots, device=device), spans, _shared_decode(spans, block_size) if share else [], block_size)
 
     def to(self, device: torch.device) -> AttentionMetadata:
         """The metadata for layers on another device."""
         if device == self.slot_mapping.device:
             return self
-        decode = None if self.decode is None else (self.decode[0].to(device), self.decode[1].to(device))
+        decode = [(slots.to(device), valid.to(device)) for slots, valid in self.decode]
         return AttentionMetadata(
             self.slot_mapping.to(device), [span.to(device) for span in self.spans], decode, self.block_size
         )
@@ -117,7 +120,7 @@ class AttentionMetadata:
             return self
         if window not in self._windowed:
             spans = [span.windowed(window, self.block_size) for span in self.spans]
-            decode = None if self.decode is None else _padded_decode(spans, self.block_size)
+            decode = _shared_decode(spans, self.block_size) if self.decode else []
             self._windowed[window] = AttentionMetadata(self.slot_mapping, spans, decode, self.block_size)
         return self._windowed[window]
 
@@ -129,12 +132,24 @@ def _causal(length: int, count: int, device: torch.device) -> Tensor | None:
     return torch.ones(count, length, dtype=torch.bool, device=device).tril(length - count)
 
 
-def _padded_decode(spans: list[QuerySpan], block_size: int) -> tuple[Tensor, Tensor]:
+def _shared_decode(spans: list[QuerySpan], block_size: int) -> list[tuple[Tensor, Tensor]]:
+    """Cut the decode tokens, in order, into calls of at most ``MAX_GATHERED`` positions, or of one sequence."""
+    groups: list[list[QuerySpan]] = []
+    longest = 0
+    for span in (span for span in spans if span.num_queries == 1):
+        longest = max(longest, span.length - span.start)
+        if not groups or longest * (len(groups[-1]) + 1) > MAX_GATHERED:
+            groups.append([])
+            longest = span.length - span.start
+        groups[-1].append(span)
+    return [_padded_decode(group, block_size) for group in groups]
+
+
+def _padded_decode(decode: list[QuerySpan], block_size: int) -> tuple[Tensor, Tensor]:
     """Slots (B, S) of the decode tokens' sequences, at least one, and their validity mask.
 
     Padding repeats a sequence's own first slot, so that no row reads another sequence's values.
     """
-    decode = [span for span in spans if span.num_queries == 1]
     tables = torch.nn.utils.rnn.pad_sequence([span.block_table for span in decode], batch_first=True)
     starts = torch.tensor([[span.start] for span in decode], device=tables.device)
     lengths = torch.tensor([[span.length] for span in decode], device=tables.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bumblebee.config import BumblebeeConfig
+from bumblebee.hardware.memory_stats import free_gpu_memory
 from bumblebee.inference.attention_metadata import AttentionMetadata, QuerySpan
 from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.inference.placement.device_map import layer_devices
@@ -52,12 +53,13 @@ class PagedLayerCache:
         self.keys.flatten(0, 1).index_copy_(0, self.metadata.slot_mapping, k[0])
         self.values.flatten(0, 1).index_copy_(0, self.metadata.slot_mapping, v[0])
         metadata = self.metadata.windowed(window)
-        spans, outputs = metadata.spans, []
-        if metadata.decode is not None:
-            slots, valid = metadata.decode
-            spans = spans[len(slots) :]
-            outputs.append(self._attend_decode(q[0, : len(slots)], slots, valid))
-        outputs += [self._attend_span(q[0, span.offset : span.offset + span.num_queries], span) for span in spans]
+        outputs: list[Tensor] = []
+        shared = 0  # decode tokens that share calls
+        for slots, valid in metadata.decode:
+            outputs.append(self._attend_decode(q[0, shared : shared + len(slots)], slots, valid))
+            shared += len(slots)
+        for span in metadata.spans[shared:]:
+            outputs.append(self._attend_span(q[0, span.offset : span.offset + span.num_queries], span))
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
 
     def _attend_span(self, q: Tensor, span: QuerySpan) -> Tensor:
@@ -140,7 +142,7 @@ def _default_positions(model: LanguageModel, config: EngineConfig) -> int:
 def _default_bytes(model: LanguageModel, device: torch.device) -> int:
     """Bytes of a device that the cache takes when ``cache_tokens`` is not set."""
     if device.type == "cuda":
-        return int(GPU_MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0])
+        return int(GPU_MEMORY_FRACTION * free_gpu_memory(device))
     return max(MIN_CPU_BYTES, sum(weight.nbytes for weight in model.parameters() if weight.device == device))
 
 
@@ -164,5 +166,5 @@ def _check_fits(model: LanguageModel, cache_tokens: int) -> None:
 def _total_bytes(device: torch.device) -> int:
     """Free bytes of a GPU, or physical memory of the machine."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return free_gpu_memory(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -33,6 +33,7 @@ from bumblebee.checkpoint.weight_files import stored_keys
 from bumblebee.checkpoint.weight_loader import load_mapped_weights
 from bumblebee.checkpoint.weight_mapping import Rule
 from bumblebee.config import BumblebeeConfig
+from bumblebee.hardware.cuda import configure_cuda
 from bumblebee.models.base import LanguageModel
 from bumblebee.models.load_context import current_load_context, meta_parameters
 from bumblebee.nn import IGNORE_INDEX
@@ -88,7 +89,7 @@ class HuggingFaceModel(LanguageModel):
 
     Args:
         model: a transformers model.
-        attention: ``auto``, ``flash``, ``sdpa`` or ``naive`` (see ``bumblebee/nn/attention_kernels.py``).
+        attention: ``auto``, ``flash``, ``varlen``, ``sdpa`` or ``naive`` (see ``bumblebee/nn/attention_kernels.py``).
 
     Raises:
         ValueError: the model is not supported; the message says why.
@@ -136,6 +137,7 @@ class HuggingFaceModel(LanguageModel):
         if renamed:  # newer files may use the model's own names
             keys = stored_keys(base_model_folder(folder))
             renamed = [rule for rule in renamed if rule.file_keys[0] in keys]
+        configure_cuda(device)
         load_mapped_weights(folder, model, dtype, torch.device(device), renamed, lambda key: unused.search(key) is not None)
         model.source = Path(folder)
         return model

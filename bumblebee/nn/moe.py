@@ -112,7 +112,8 @@ class Experts(nn.Module):
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
         order = experts.flatten().argsort(stable=True)
         position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        counts = experts.flatten().bincount(minlength=len(gate_up))
+        counts = torch.zeros(len(gate_up), dtype=torch.int64, device=x.device)
+        counts.scatter_add_(0, experts.flatten(), torch.ones_like(order))  # bincount would synchronize with the GPU
         rows = _SortByExpert.apply(x, order, position)
         gate, up = grouped_linear(rows, gate_up, counts).chunk(2, dim=-1)
         rows = grouped_linear(self.activation(gate) * up, down, counts)

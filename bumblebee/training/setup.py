@@ -24,6 +24,7 @@ from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed.ds_config import EngineOptions, read_overrides
 from bumblebee.distributed.deepspeed.engine import TrainingEngine
 from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
+from bumblebee.distributed.deepspeed.optimizer_probe import check_optimizer
 from bumblebee.distributed.deepspeed.zero_init import sharded_init
 from bumblebee.optim import Constant, Optimizer, Schedule, parameter_groups
 from bumblebee.tasks.run_context import RunContext
@@ -34,6 +35,7 @@ from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan, Position
 from bumblebee.training.run_folder import check_free, clear, find_resume
 from bumblebee.training.run_state import RunState
+from bumblebee.training.skipped_steps import SkippedSteps
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
@@ -69,12 +71,15 @@ def set_up(
     process_group.start(run.device)
     if checkpoint is not None:
         checkpointing.verify_checkpoint(checkpoint)
+    groups = parameter_groups(task.model, run.groups)
+    options = engine_options(run, hidden_size_of(task.model))
+    optimizer_device = torch.device("cpu") if "optimizer" in options.offload else run.device
+    check_optimizer(optimizer, groups, optimizer_device, run.zero_stage, process_group.world_size())
     data.setup(seed)
     task.setup(data)
     run.plan = make_plan(run, data, seed, process_group.world_size(), checkpoint)
     _check_parts(run)
-    options = engine_options(run, hidden_size_of(task.model))
-    run.engine = TrainingEngine(task.model, optimizer, parameter_groups(task.model, run.groups), run.device, options)
+    run.engine = TrainingEngine(task.model, optimizer, groups, run.device, options)
     task.begin(_run_context(run))
     run.engine.train()
     _seed_everything(seed + process_group.rank())
@@ -108,6 +113,7 @@ def _reset(run: RunState) -> None:
     run.step = run.tokens = 0
     run.started = run.should_stop = run.interrupted = run.signalled = run.finished = False
     run.learning_rate = 0.0
+    run.skipped = SkippedSteps(run.max_skipped_steps)
     run.accumulator, run.extra_metrics = MetricAccumulator(), {}
     run.frozen_engines = []
     run.console = Console()

@@ -74,12 +74,19 @@ class Verification:
                 continue
             logger.info(f"check {number} of {len(self.checks)}: {check.name}")
             self.messages.begin(self._topic)
-            own = _run_check(check, context)
+            with process_group.failures_reported_to(self._post_failure):
+                own = _run_check(check, context)
             self.messages.post(self._topic, own.to_json(), failed=own.error is not None)
             results = [CheckResult.from_json(message) for message in self.messages.collect(self._topic)]
             self._results.append((check, CheckResult.merge(results)))
             # After the same error everywhere the ranks are still in step: each got equally far.
             out_of_step |= check.collective and len({result.error for result in results}) > 1
+
+    def _post_failure(self, error: BaseException) -> None:
+        """Report an error at once: on GPUs this rank may hang while it unwinds, and the watchdog then ends all ranks."""
+        if isinstance(error, Exception):
+            result = CheckResult(error=_describe(error), seconds=self.messages.seconds, finished_at=time.time())
+            self.messages.post(self._topic, result.to_json(), failed=True)
 
     @property
     def _topic(self) -> str:

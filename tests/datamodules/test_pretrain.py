@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.nn.documents import Documents
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from datamodules import Pretrain, token_datamodule
+from datamodules.collate import collate_rows
 from datamodules.records import Record, RecordError
 
 WORDS = "the a list file return value tuple dict string raises if is None and not of to".split()
@@ -108,12 +111,23 @@ def test_long_document_is_split_without_loss(make):
     assert again[-1] == data.tokenizer.eos_token_id
 
 
-def test_padding_has_no_targets_and_position_0(make):
+def test_padding_has_no_targets_and_begins_no_document(make):
     [batch] = batches(make(["a short text"]))
     used = int((batch["labels"] != IGNORE_INDEX).sum())
-    assert 0 < used < 32
+    assert 1 < used < 32
     assert (batch["labels"][0, used:] == IGNORE_INDEX).all()
-    assert (batch["position_ids"][0, used:] == 0).all()
+    assert batch["position_ids"][0].tolist() == [*range(used), *([used - 1] * (32 - used))]
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(1, 5), max_size=4), min_size=1, max_size=4), st.integers(20, 24))
+def test_padded_batches_have_a_document_per_segment_or_empty_row(lengths, width):
+    rows = [[(np.ones(length), np.ones(length)) for length in row] for row in lengths]
+    batch = collate_rows(rows, width, 0)
+    documents = Documents.find(batch["position_ids"])
+    assert len(documents.cu_seqlens) - 1 == sum(max(1, len(row)) for row in lengths)
+    assert documents.one_per_row == all(len(row) < 2 for row in lengths)
+    assert batch["position_ids"].max() <= max(1, *(length - 1 for row in lengths for length in row), 1)
 
 
 def test_batches_are_int64_of_one_shape(make):
@@ -303,6 +317,40 @@ def test_read_key_parts_are_part_of_the_cache_key(make):
     make(["quiet words"], Shouting)
     data = make(["quiet words"], Louder)
     assert texts_of(data, data.train) == ["QUIET WORDS!"]
+
+
+@pytest.mark.parametrize("changed", ["data", "tokenizer"])
+def test_file_that_changes_while_it_is_read_is_not_cached(changed, make, tokenizer_folder, tmp_path):
+    folder = tmp_path / "own tokenizer"
+    Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    file = tmp_path / "data.txt"
+    file.write_text("the first text")
+    touched = {"data": file, "tokenizer": folder / "tokenizer_config.json"}[changed]
+
+    class Racing(Pretrain):
+        def read(self, mixture):
+            if touched is not None:
+                touched.write_text(touched.read_text().replace("the first", "another") + " ")
+            yield from super().read(mixture)
+
+    message = re.escape(f"{touched} changed while it was read; nothing is cached: start again when it is complete")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        make(str(file), Racing, tokenizer=str(folder))
+    assert not list((tmp_path / "cache" / "tokens").glob("[!.]*"))
+    expected, touched = file.read_text(), None
+    data = make(str(file), Racing, tokenizer=str(folder))
+    assert texts_of(data, data.train) == [expected]
+
+
+def test_adapter_folders_of_different_bases_share_no_cache(make, tokenizer_folder, tmp_path):
+    caches = set()
+    for name, size in (("small", 300), ("large", 400)):
+        Tokenizer.train(many(), size).save_pretrained(tmp_path / name)
+        (tmp_path / f"{name}-adapter").mkdir()
+        adapter = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / name)}
+        (tmp_path / f"{name}-adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+        caches.add(make(many(), tokenizer=str(tmp_path / f"{name}-adapter")).cache.folder)
+    assert len(caches) == 2
 
 
 # -- invalid options -----------------------------------------------------------------------------------------------------

@@ -47,17 +47,16 @@ def batches(data: SFT, size: int = 3) -> list[Batch]:
 
 
 def rows_in(batches: list[Batch], pad: int) -> list[Row]:
-    """The segments of batches, recovered from the positions: 0 begins a segment or is padding."""
+    """The segments of batches, recovered from the positions, where 0 begins a segment; padding continues the last one."""
     rows: list[Row] = []
     for batch in batches:
         for ids, labels, positions in zip(
             *(batch[name].tolist() for name in ("input_ids", "labels", "position_ids")), strict=True
         ):
-            for place, (token, label, position) in enumerate(zip(ids, labels, positions, strict=True)):
-                following = positions[place + 1] if place + 1 < len(ids) else 0
-                if position == 0 and following == 0:
-                    assert (token, label) == (pad, IGNORE_INDEX)  # of padding, each place stands alone
-                    continue
+            row = list(zip(ids, labels, positions, strict=True))
+            while row and row[-1][:2] == (pad, IGNORE_INDEX):
+                assert row.pop()[2] > 0  # no segment of its own
+            for token, label, position in row:
                 if position == 0:
                     rows.append([])
                 assert position == len(rows[-1])

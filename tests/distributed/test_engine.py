@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from deepspeed.runtime import torch_autocast
 from helpers import training_runs
 from helpers.training_runs import Rows, train, train_reference, weights
 from helpers.zero_stages import EACH_STAGE
 
+from bumblebee.nn.documents import Documents
 from bumblebee.optim import Cosine
 
 STEPS = 8
@@ -116,3 +118,25 @@ def test_training_works_after_deepspeed_refused_another_configuration(tmp_path):
     with pytest.raises(ValueError, match="DeepSpeed refuses"):
         train(tmp_path / "refused", zero_stage=1, deepspeed={"zero_optimization": {"allgather_bucket_size": 7}}, max_steps=1)
     assert train(tmp_path / "run", zero_stage=1, max_steps=1)[0]["step"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_autocast_of_stage_0_does_not_reach_later_engines(stage, tmp_path):
+    """DeepSpeed keeps it in a module; stages 1 to 3 would reduce in its dtype and, after fp16, scale the loss twice."""
+    run = {"zero_stage": stage, "precision": "bf16", "max_steps": 2}
+    before = train(tmp_path / "before", **run)
+    train(tmp_path / "stage0", zero_stage=0, precision="bf16", max_steps=1)
+    assert not torch_autocast.is_autocast_initialized() and torch_autocast.TORCH_AUTOCAST_DTYPE is None
+    assert train(tmp_path / "after", **run) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", EACH_STAGE)
+def test_documents_are_found_once_per_micro_batch_on_the_host(stage, tmp_path, monkeypatch):
+    """DeepSpeed hands the model the tensor that they travel with; on a GPU, finding them in the forward pass would wait."""
+    found: list[torch.device] = []
+    find = Documents.of_starts
+    monkeypatch.setattr(Documents, "of_starts", lambda starts: found.append(starts.device) or find(starts))
+    train(tmp_path / "run", zero_stage=stage, precision="bf16", max_steps=1, micro_batch_size=2, accumulate=3)
+    assert found == [torch.device("cpu")] * 3

@@ -1,6 +1,7 @@
 """Faults of the loop, the optimizer, checkpoints and methods: one function each, which plants it where a real one would be.
 
-``FAULTS`` has for each the check of ``bumblebee verify`` that must fail, its measurements that do, and where to plant it. As a script, ``loop_faults.py FOLDER`` plants all of them one after another on the ranks of a launcher, and writes
+``FAULTS`` has for each the check of ``bumblebee verify`` that must fail, its measurements that do, and where to plant it.
+As a script, ``loop_faults.py FOLDER`` plants all of them one after another on the ranks of a launcher, and writes
 FOLDER/results.json.
 """
 

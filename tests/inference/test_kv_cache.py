@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee import Bumblebee
+from bumblebee.inference import attention_metadata
 from bumblebee.inference.attention_metadata import AttentionMetadata
 from bumblebee.inference.kv_cache import KVCache, bytes_per_position
 
@@ -69,8 +70,9 @@ def over_the_cache(model: Bumblebee, texts: list[list[int]], block_tables, chunk
 
 
 @pytest.mark.parametrize("padding", [0, 1.5, math.inf], ids=["separate", "similar", "together"])
-def test_chunked_logits_equal_one_full_pass(model, padding):
+def test_chunked_logits_equal_one_full_pass(model, padding, monkeypatch):
     """Old content of the blocks, and other sequences of the same step, have no effect."""
+    monkeypatch.setattr(attention_metadata, "MAX_GATHERED", 24)  # one, two or three sequences in a call
 
     @settings(max_examples=40)
     @given(chunked_texts(), st.integers(0, 99))
@@ -83,6 +85,17 @@ def test_chunked_logits_equal_one_full_pass(model, padding):
             torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE[logits.dtype])
 
     check()
+
+
+@pytest.mark.parametrize("window", [None, 1000])
+def test_decode_calls_gather_a_bounded_number_of_positions(window):
+    """A long sequence would pad all others to its length: 64 x 32,768 positions."""
+    lengths = [32_768, *([100] * 63)]
+    tables = [[0] * -(-length // 16) for length in lengths]
+    metadata = AttentionMetadata.build(tables, lengths, [1] * 64, 16, CPU, math.inf).windowed(window)
+    shapes = [tuple(slots.shape) for slots, _ in metadata.decode]
+    assert shapes == ([(8, 32_768), (56, 100)] if window is None else [(64, 1000)])
+    assert [tuple(valid.shape) for _, valid in metadata.decode] == shapes
 
 
 def test_padded_rows_read_nothing_of_others_not_even_nan(model):

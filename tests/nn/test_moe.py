@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import silu
 
-from bumblebee.nn.moe import MixtureOfExperts, mixture_of_experts
+from bumblebee.nn.moe import Experts, MixtureOfExperts, mixture_of_experts
 
 D, INNER = 6, 5
 
@@ -123,3 +123,15 @@ def test_shared_experts_are_as_wide_as_all_of_them_together():
         D,
     )
     assert mixture_of_experts(D, INNER, num_experts=2, top_k=1).shared_experts is None
+
+
+def test_experts_with_a_grouped_kernel_never_wait_for_the_gpu(monkeypatch):
+    """A meta tensor has no values, so that whatever reads one, such as bincount, raises."""
+    monkeypatch.setattr("bumblebee.nn.grouped_linear.has_grouped_kernel", lambda x, weight: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it does not know meta
+    with torch.device("meta"):
+        experts = Experts(4, 32, 16).to(torch.bfloat16)
+        x = torch.empty(16, 32, dtype=torch.bfloat16, requires_grad=True)
+        chosen, weights = torch.empty(16, 2, dtype=torch.int64), torch.empty(16, 2)
+    experts(x, chosen, weights).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape

@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from subprocess import CalledProcessError
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
@@ -62,7 +61,7 @@ def quiet_initialization(deepspeed: ModuleType, overrides: DsConfig) -> Iterator
         ValueError: an operator is needed and cannot be compiled, or DeepSpeed refuses the user's configuration.
     """
     quiet = redirect_stdout(io.StringIO())  # it prints its memory
-    with _explained_refusals(overrides), _without_shm_operator(deepspeed), _reported_compilation(), quiet:
+    with _explained_refusals(overrides), _without_shm_operator(deepspeed), reported_compilation(), quiet:
         yield
 
 
@@ -113,7 +112,7 @@ def _without_shm_operator(deepspeed: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
-def _reported_compilation() -> Iterator[None]:
+def reported_compilation() -> Iterator[None]:
     """Log when an operator is being compiled, and turn a failure into a ValueError."""
     from deepspeed.ops.op_builder.builder import OpBuilder
 
@@ -133,8 +132,12 @@ def _compile(load: Callable[..., ModuleType], builder: _OpBuilder, *args: object
         timer.start()
     try:
         return load(builder, *args, **kwargs)
-    except (RuntimeError, OSError, CalledProcessError) as error:
-        last = str(error).strip().splitlines()[-1]
+    except Exception as error:  # of many types: without CUDA's compiler even a TypeError, since the path to it is None
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        from torch.utils import cpp_extension
+
+        if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
+            last = "the CUDA toolkit, whose version must be that of torch, was not found (nvcc; CUDA_HOME is not set)."
         raise ValueError(
             f"DeepSpeed's {builder.name} operator cannot be compiled here: {last}"
             " Optimizers of torch.optim and offload to the CPU need no compiler"

@@ -20,12 +20,16 @@ class ParamGroup(TypedDict, total=False):
         lr: learning rate; missing in a group that has the optimizer's own, until the optimizer is created.
         weight_decay: weight decay; missing in the same way.
         initial_lr: learning rate before the schedule.
+        fused: one kernel updates all parameters.
+        capturable: the optimizer's step can be captured in a CUDA graph.
     """
 
     params: list[nn.Parameter]
     lr: float
     weight_decay: float
     initial_lr: float
+    fused: bool | None
+    capturable: bool
 
 
 class ParameterOffload(Protocol):
@@ -48,6 +52,7 @@ class ZeroOptimizer(BaseOptimizer, Protocol):
 
     # Stages 1 and 2.
     single_partition_of_fp32_groups: list[Tensor]
+    averaged_gradients: dict[int, list[Tensor] | None]  # by parameter group; without offload, None between steps
     _hp_optimizer_states_linked: bool
 
     def _lazy_init_hp_params_optimizer_state(self) -> None: ...

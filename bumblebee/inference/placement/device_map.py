@@ -26,6 +26,8 @@ from bumblebee.checkpoint.adapters.folder import base_model_folder
 from bumblebee.checkpoint.hf_folder import is_supported_folder, load_config
 from bumblebee.checkpoint.weight_files import weight_files
 from bumblebee.checkpoint.weight_loader import load_weights
+from bumblebee.hardware.cuda import configure_cuda
+from bumblebee.hardware.memory_stats import free_gpu_memory
 from bumblebee.model import Bumblebee
 from bumblebee.models.base import LanguageModel, resolve_model_class
 from bumblebee.models.load_context import meta_parameters
@@ -79,7 +81,8 @@ def available_devices(device_map: str, device: str) -> tuple[list[torch.device],
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     if not gpus:
         return [torch.device("cpu")], [2**62]
-    return gpus, [torch.cuda.mem_get_info(gpu)[0] for gpu in gpus]
+    configure_cuda(gpus[0])
+    return gpus, [free_gpu_memory(gpu) for gpu in gpus]
 
 
 def load_on_devices(
