@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from bumblebee.utils.text_files import write_text
+
 NAME = "SHA256SUMS"
 
 
@@ -105,5 +107,5 @@ def forget_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 def _write(folder: Path, digests: Mapping[str, str]) -> None:
     temporary = folder / f".{NAME}.partial"
-    temporary.write_text("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)), encoding="utf-8")
+    write_text(temporary, "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
     os.replace(temporary, folder / NAME)
