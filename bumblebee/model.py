@@ -133,7 +133,7 @@ class Bumblebee(LanguageModel):
 
     Args:
         config: shape of the model; in a recipe, a dict of BumblebeeConfig's fields.
-        attention: ``auto``, ``flash``, ``sdpa`` or ``naive`` (see ``bumblebee/nn/attention_kernels.py``).
+        attention: ``auto``, ``flash``, ``varlen``, ``sdpa`` or ``naive`` (see ``bumblebee/nn/attention_kernels.py``).
 
     Raises:
         ValueError: the attention kernel cannot run on this machine.

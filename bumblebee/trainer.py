@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bumblebee.callback import Callback
 from bumblebee.datamodule import Batch, DataModule
@@ -20,6 +20,9 @@ from bumblebee.optim import GroupRule, Optimizer, Schedule, set_learning_rate
 from bumblebee.tasks.task import Task
 from bumblebee.training.run_state import RunState
 from bumblebee.utils.signals import stop_on_signals
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Trainer(RunState):
@@ -34,6 +37,7 @@ class Trainer(RunState):
         zero_stage: DeepSpeed's ZeRO stage, 0 to 3; null for that of ``deepspeed``, or 1.
         deepspeed: further DeepSpeed configuration: a dict, or the path of a JSON file.
         gradient_clip: maximum gradient norm; null turns clipping off.
+        max_skipped_steps: number of steps in a row with a NaN or infinite gradient, each skipped, that ends the run.
         log_every: steps between two lines of metrics.
         resume: "auto" for the newest checkpoint in output_dir if there is one, or a checkpoint's path.
         device: auto, cpu, cuda or cuda:N.
@@ -54,6 +58,7 @@ class Trainer(RunState):
         zero_stage: Literal[0, 1, 2, 3] | None = None,
         deepspeed: dict[str, Any] | str | None = None,
         gradient_clip: float | None = 1.0,
+        max_skipped_steps: int = 10,
         log_every: int = 1,
         resume: str | None = None,
         device: str = "auto",
@@ -63,7 +68,7 @@ class Trainer(RunState):
         from bumblebee.distributed.deepspeed.ds_config import resolve_stage
 
         at_least_1 = {"max_steps": max_steps, "micro_batch_size": micro_batch_size, "accumulate": accumulate}
-        for name, value in {**at_least_1, "log_every": log_every}.items():
+        for name, value in {**at_least_1, "max_skipped_steps": max_skipped_steps, "log_every": log_every}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if workers < 0:
@@ -75,7 +80,7 @@ class Trainer(RunState):
         self.max_steps, self.epochs = max_steps, epochs
         self.micro_batch_size, self.accumulate = micro_batch_size, accumulate
         self.precision, self.zero_stage = precision, resolve_stage(zero_stage, deepspeed)
-        self.deepspeed, self.gradient_clip = deepspeed, gradient_clip
+        self.deepspeed, self.gradient_clip, self.max_skipped_steps = deepspeed, gradient_clip, max_skipped_steps
         self.log_every, self.resume, self.workers = log_every, resume, workers
         self.device_name, self.groups = device, groups or []
 
@@ -138,7 +143,11 @@ class Trainer(RunState):
                 raise
 
     def train_step(self, window: list[Batch]) -> None:
-        """Take one optimizer step on this rank's micro-batches. A window without targets on any rank changes nothing."""
+        """Take one optimizer step on this rank's micro-batches. A window without targets on any rank changes nothing.
+
+        Raises:
+            FloatingPointError: a loss is NaN or infinite, or the gradients of ``max_skipped_steps`` steps in a row are.
+        """
         counts = self.count_targets(window)
         self.learning_rate = set_learning_rate(
             self.engine.parameter_groups, self.schedule.factor(self.step, self.plan.max_steps)
@@ -151,10 +160,15 @@ class Trainer(RunState):
             # DeepSpeed averages gradients over ranks; the counts are already those of all ranks.
             self.engine.backward(loss * self.plan.world_size)
             self.accumulator.add_micro_batch(self.step, index, loss, sums)
-        self.engine.step()
+        taken = self.engine.step()
         self.task.after_step()
         self.accumulator.add_counts(counts)
         self.tokens += self.task.tokens(counts)
+        if taken:
+            self.skipped.add_taken()
+        else:
+            self.check_finite()
+            self.skipped.add_skipped(self.step + 1, self.engine.lowers_loss_scale())
 
     def count_targets(self, window: list[Batch]) -> dict[str, float]:
         """Number of targets of each loss term over micro-batches and ranks. Collective."""
@@ -206,31 +220,51 @@ class Trainer(RunState):
             metrics.update((name, value) for name, value in terms.items() if name != "loss")
             metrics.update(self.task.derived_metrics(terms))
             metrics.update(grad_norm=self.engine.gradient_norm(), **self.engine.loss_scale())
+            if self.skipped.total or self.precision == "fp16":
+                metrics["skipped_steps"] = self.skipped.total
         metrics.update(lr=self.learning_rate, tokens=self.tokens, **self.task.metrics(), **self.extra_metrics)
         self.accumulator.clear()
         self.extra_metrics = {}
         return metrics
 
     def check_finite(self) -> None:
-        """Raise if any loss since the last check is NaN or infinite. Runs before metrics are logged or anything is saved.
+        """Raise if a weight, or a loss since the last check, is NaN or infinite. Collective.
+
+        Runs before metrics are logged and before anything is saved. Synchronizes with the GPU once.
 
         Raises:
-            FloatingPointError: on the rank with that loss, naming the step and the samples of the micro-batch.
+            FloatingPointError: on the rank with that loss or weight, naming the step and the samples of the micro-batch, or
+                the parameter.
             OtherRankFailed: on the other ranks.
         """
+        import torch
+
+        losses = self.accumulator.pop_losses()
+        values = [*(loss for *_, loss in losses), self.engine.weight_norm()]
+        error = None
+        if not torch.stack([value.to(self.device, torch.float64) for value in values]).isfinite().all():
+            error = self._non_finite(losses)
+        if process_group.any_rank(error is not None, self.device):
+            raise error or process_group.OtherRankFailed("another rank had a loss or a weight that is not finite")
+
+    def _non_finite(self, losses: list[tuple[int, int, Tensor]]) -> FloatingPointError | None:
+        """Describe the first loss or weight that is NaN or infinite; None if only the norm of all weights overflows."""
         from bumblebee.training.loader import sample_origins
 
-        non_finite = self.accumulator.pop_non_finite()
-        if not process_group.any_rank(non_finite is not None, self.device):
-            return
-        if non_finite is None:
-            raise process_group.OtherRankFailed("another rank had a loss that is not finite")
-        step, index = non_finite
-        samples = sample_origins(self.data, self.plan.window(step, process_group.rank())[index], self.seed)
-        raise FloatingPointError(
-            f"step {step + 1}: the loss is not finite. The micro-batch came from {', '.join(samples)}."
-            " Nothing has been saved since; continue from the last checkpoint with other data or a lower learning rate"
-        )
+        advice = "Nothing has been saved since; continue from the last checkpoint"
+        for step, index, loss in losses:
+            if not loss.isfinite():
+                window = self.plan.window(step, process_group.rank())
+                samples = ", ".join(sample_origins(self.data, window[index], self.seed))
+                return FloatingPointError(
+                    f"step {step + 1}: the loss is not finite. The micro-batch came from {samples}."
+                    f" {advice} with other data or a lower learning rate"
+                )
+        if name := self.engine.non_finite_weights():
+            return FloatingPointError(
+                f"step {self.step}: the weights of {name} are not finite. {advice} with a lower learning rate"
+            )
+        return None
 
     # -- set-up and checkpoints ----------------------------------------------------------------------------------------
 
@@ -270,6 +304,7 @@ class Trainer(RunState):
 
         Raises:
             OSError: it could not be written; nothing of it is left, and earlier checkpoints are unchanged.
+            FloatingPointError: a weight, or a loss since the last check, is NaN or infinite.
         """
         from bumblebee.training.checkpointing import write_checkpoint
 
@@ -280,16 +315,23 @@ class Trainer(RunState):
         return path
 
     def save_model(self, folder: Path) -> None:
-        """Write the model folder: weights in the training precision, config, tokenizer. Collective."""
+        """Write the model folder: weights in the training precision, config, tokenizer. Collective.
+
+        Raises:
+            FloatingPointError: a weight, or a loss since the last check, is NaN or infinite.
+        """
         from bumblebee.training.checkpointing import write_model
 
+        self.check_finite()
         write_model(self, folder)
 
     def close(self) -> None:
-        """Release DeepSpeed's memory and the process group. Call it however the run ended.
+        """Release DeepSpeed's memory, the output folder and the process group. Call it however the run ended.
 
         On several GPUs an exception that ended the run ends the process too, see ``process_group.exit_after_failure``.
         """
+        if lock := self.__dict__.pop("lock", None):
+            lock.release()
         finished: bool = self.__dict__.get("finished", False)
         if not finished and (error := sys.exc_info()[1]):
             process_group.exit_after_failure(error)

@@ -1,7 +1,9 @@
 """Datasets of packed or single segments, and batching them to padded tensors.
 
 A segment is (inputs, labels), see ``token_cache.Segment``. Positions start at 0 in each segment, which tells the model that
-segments do not attend to each other; each padding position is a segment of its own.
+segments do not attend to each other. Padding continues the last segment of its row, none of whose tokens attends to it: where
+rows are not packed, plain causal attention is right. Segments of a single padding token each would be many, and attention
+kernels take time and memory for each.
 """
 
 from __future__ import annotations
@@ -60,9 +62,8 @@ class PackedDataset(TokenDataset[list[Segment]]):
 
     def origin(self, index: int) -> str:
         """See the base class."""
-        starts = [start for start, _ in self.windows.chunks(index)]
-        sequences = np.searchsorted(self.cache.ends, starts, side="right")
-        return " ".join(dict.fromkeys(self.cache.origin(sequence) for sequence in sequences.tolist()))
+        samples = self.cache.samples_at(np.array([start for start, _ in self.windows.chunks(index)]))
+        return " ".join(dict.fromkeys(self.cache.origin(sample) for sample in samples.tolist()))
 
 
 class PaddedDataset(TokenDataset[list[Segment]]):
@@ -88,7 +89,7 @@ class PaddedDataset(TokenDataset[list[Segment]]):
 
     def origin(self, index: int) -> str:
         """See the base class."""
-        return self.cache.origin(int(np.searchsorted(self.cache.ends, self.chunks.starts[index], side="right")))
+        return self.cache.origin(int(self.cache.samples_at(self.chunks.starts[index])))
 
 
 def padded_width(rows: list[list[Segment]]) -> int:
@@ -98,16 +99,21 @@ def padded_width(rows: list[list[Segment]]) -> int:
 
 
 def collate_rows(rows: list[list[Segment]], width: int, pad_token_id: int) -> Batch:
-    """Rows of segments -> ``input_ids``, ``labels``, ``position_ids``, each (rows, width) int64, padded on the right."""
+    """Rows of segments -> ``input_ids``, ``labels``, ``position_ids``, each (rows, width) int64, padded on the right.
+
+    Positions of padding do not exceed those of tokens: a model has no others, and may scale its frequencies by the largest.
+    """
     input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE_INDEX)
     position_ids = np.zeros_like(input_ids)
+    last = max([1, *(len(segment_inputs) - 1 for segments in rows for segment_inputs, _ in segments)])
     for row, segments in enumerate(rows):
-        begin = 0
+        begin = start = 0
         for segment_inputs, segment_labels in segments:
-            end = begin + len(segment_inputs)
+            start, end = begin, begin + len(segment_inputs)
             input_ids[row, begin:end], labels[row, begin:end] = segment_inputs, segment_labels
             position_ids[row, begin:end] = np.arange(len(segment_inputs))
             begin = end
+        position_ids[row, begin:] = np.arange(begin - start, width - start).clip(max=last)
     arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -32,6 +32,7 @@ from bumblebee.model import Bumblebee
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.trainer import Trainer
 from bumblebee.training import loader
+from bumblebee.training.metrics.jsonl_log import json_line
 
 UNEQUAL = (16, 1, 7, 0, 12, 0, 0, 3)  # targets of 8 samples: some micro-batches have none
 SGD = ("SGD", {"lr": 1.0})
@@ -251,7 +252,7 @@ def test_validation_does_not_depend_on_batch_or_change_training(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value"),
     [("max_steps", 0), ("micro_batch_size", 0), ("accumulate", -1), ("log_every", 0), ("workers", -1), ("epochs", 0.0),
-     ("epochs", -1.0), ("epochs", math.nan), ("gradient_clip", 0.0), ("gradient_clip", -1.0)],
+     ("max_skipped_steps", 0), ("epochs", -1.0), ("epochs", math.nan), ("gradient_clip", 0.0), ("gradient_clip", -1.0)],
 )  # fmt: skip
 def test_a_number_out_of_range_is_refused(option, value):
     with pytest.raises(ValueError) as caught:
@@ -357,6 +358,19 @@ def test_resume_with_workers_is_byte_identical(uninterrupted, tmp_path):
     whole, _ = uninterrupted(zero_stage=1, precision="fp32")
     train(tmp_path, resume=str(whole / "checkpoint-5"), zero_stage=1, workers=2, **LONG)
     assert weight_bytes(tmp_path) == weight_bytes(whole)
+
+
+def test_resume_between_two_lines_continues_their_sums(tmp_path):
+    """Also those of the routers, and what a callback has logged."""
+    model = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "router_aux_loss_coef": 0.5}
+    run = {"max_steps": 8, "log_every": 4, "zero_stage": 0, "model": model, "task": "Noisy"}
+    metrics = train(tmp_path / "whole", callbacks={"log": ("LogOnce", {"step": 5})}, **run)
+    for step in (5, 6):
+        callbacks = {**EACH, "log": ("LogOnce", {"step": 5}), "stop": ("StopAfter", {"step": step})}
+        train(tmp_path / "pieces", callbacks=callbacks, resume="auto", **run)
+    again = train(tmp_path / "pieces", resume="auto", **run)
+    assert list(map(json_line, again)) == list(map(json_line, metrics))
+    assert [line.get("extra") for line in again] == [None, 1.5] and "router/load" in again[1]
 
 
 def test_checkpoints_of_a_resumed_run_are_byte_identical(uninterrupted, tmp_path):

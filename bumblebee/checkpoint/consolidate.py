@@ -75,6 +75,7 @@ def _check_complete(checkpoint: Path, files: ModelFiles, reader: ShardReader) ->
     if not is_model_folder(checkpoint):
         return
     shapes = {**reader.shapes, **{name: buffer.shape for name, buffer in reader.buffers.items()}}
+    shapes |= {alias: shapes[name] for name, aliases in reader.aliases.items() for alias in aliases}
     frozen = stored_keys(checkpoint) - slices_by_file_key(files.rules(), shapes).keys()
     if frozen:
         raise ValueError(

@@ -3,7 +3,8 @@
 Each rank writes safetensors files with its shards: contiguous ranges of the flattened parameters. The file's header records
 each shard's range, so shards can be reassembled by any number of ranks, at any ZeRO stage, or one parameter at a time without
 ranks at all. Keys are KIND/PARAMETER: ``fp32/model.norm.weight``, ``exp_avg/model.norm.weight`` and whatever else the optimizer
-keeps. Buffers, which no optimizer updates, are written complete to a file of their own.
+keeps. State of another size than the parameter, which exists at stage 0 only, has the keys whole/PATH/PARAMETER, and the header
+records its structure. Buffers, which no optimizer updates, are written complete to a file of their own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
@@ -22,18 +23,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bumblebee.checkpoint.safetensors_writer import save_file
+from bumblebee.checkpoint.state_tree import unflatten
+from bumblebee.utils.json_files import JSON
 
 WEIGHTS = "fp32"  # the kind of the weights themselves
+WHOLE = "whole"  # prefix of the kinds of tensors in ``SavedShard.other``
 BUFFERS = "buffers.safetensors"
 FILE_BYTES = 2**30
 
 
-class ShardRange(TypedDict):
-    """The range of a parameter that a shard covers, as recorded in a file's header."""
+class ShardRange(TypedDict, total=False):
+    """The range of a parameter that a shard covers, as recorded in a file's header; see ``SavedShard``."""
 
     shape: tuple[int, ...]
     start: int
     numel: int
+    other: dict[str, JSON]
+    aliases: list[str]
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,9 @@ class SavedShard:
         shape: of the complete parameter.
         start: index of the first element in the flattened parameter.
         numel: number of elements.
-        tensors: by kind; (numel,), or () for state with one number per parameter.
+        tensors: by kind; (numel,), or () for state with one number per parameter. Those of ``other`` have the kind whole/PATH.
+        other: structure of the state that is neither, by kind; see ``state_tree``.
+        aliases: further names of the parameter in model folders, if modules share it.
     """
 
     name: str
@@ -53,6 +61,8 @@ class SavedShard:
     start: int
     numel: int
     tensors: dict[str, Tensor]
+    other: dict[str, JSON] = field(default_factory=dict)
+    aliases: list[str] = field(default_factory=list)
 
 
 def write_shards(folder: Path, stem: str, shards: Iterable[SavedShard], limit: int = FILE_BYTES) -> dict[str, str]:
@@ -75,6 +85,10 @@ def write_shards(folder: Path, stem: str, shards: Iterable[SavedShard], limit: i
     digests: dict[str, str] = {}
     for shard in shards:
         ranges[shard.name] = {"shape": shard.shape, "start": shard.start, "numel": shard.numel}
+        if shard.other:
+            ranges[shard.name]["other"] = shard.other
+        if shard.aliases:
+            ranges[shard.name]["aliases"] = shard.aliases
         for kind, tensor in shard.tensors.items():
             tensors[f"{kind}/{shard.name}"] = tensor.detach().cpu().clone()
         if sum(tensor.nbytes for tensor in tensors.values()) >= limit:
@@ -128,6 +142,8 @@ class ShardReader:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.buffers: dict[str, Tensor] = _read_buffers(folder / BUFFERS)
+        self.aliases: dict[str, list[str]] = {}  # further names of parameters that modules share
+        self._other: dict[str, dict[str, JSON]] = {}
         self._shards: dict[str, list[tuple[safe_open, int, int]]] = {}  # parameter -> (open file, start, numel)
         files = sorted(folder.glob("optimizer-*.safetensors"))
         if not files:
@@ -144,6 +160,8 @@ class ShardReader:
             raise ValueError(f"{file} is damaged: {error}") from error
         for name, extent in json.loads(tensors.metadata()["pieces"]).items():
             self.shapes[name] = tuple(extent["shape"])
+            self._other[name] = extent.get("other", {})
+            self.aliases[name] = extent.get("aliases", [])
             self._shards.setdefault(name, []).append((tensors, extent["start"], extent["numel"]))
 
     def __enter__(self) -> ShardReader:
@@ -156,6 +174,12 @@ class ShardReader:
         """The kinds of optimizer state of a parameter."""
         keys = self._shards[name][0][0].keys()
         return sorted(key.partition("/")[0] for key in keys if key.partition("/")[2] == name and key != f"{WEIGHTS}/{name}")
+
+    def other_state(self, name: str) -> dict[str, object]:
+        """The optimizer state of a parameter that is not sharded, by kind: tensors of other sizes, and values of Python."""
+        file = self._shards[name][0][0]
+        trees = self._other[name].items()
+        return {kind: unflatten(tree, lambda path: file.get_tensor(f"{WHOLE}/{path}/{name}")) for kind, tree in trees}
 
     def read(self, kind: str, name: str, start: int, numel: int, dtype: torch.dtype | None = None) -> Tensor:
         """Read elements ``start`` to ``start + numel`` of a flattened parameter: (numel,), or () for a single number.
@@ -186,7 +210,8 @@ class ShardReader:
         return self.read(WEIGHTS, name, 0, math.prod(shape), dtype).reshape(shape)
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield every (parameter, weights) in ``dtype``, then every buffer as it was saved."""
+        """Yield every (parameter, weights) in ``dtype``, under each of its names, then every buffer as it was saved."""
         for name in self.shapes:
-            yield name, self.parameter(name, dtype)
+            weights = self.parameter(name, dtype)
+            yield from ((each, weights) for each in (name, *self.aliases[name]))
         yield from self.buffers.items()

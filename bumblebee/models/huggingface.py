@@ -89,7 +89,7 @@ class HuggingFaceModel(LanguageModel):
 
     Args:
         model: a transformers model.
-        attention: ``auto``, ``flash``, ``sdpa`` or ``naive`` (see ``bumblebee/nn/attention_kernels.py``).
+        attention: ``auto``, ``flash``, ``varlen``, ``sdpa`` or ``naive`` (see ``bumblebee/nn/attention_kernels.py``).
 
     Raises:
         ValueError: the model is not supported; the message says why.

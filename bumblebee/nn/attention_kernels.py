@@ -7,19 +7,21 @@ last W positions, its own included; None is full attention. ``dropout`` is the d
 
 - ``naive`` writes the formula out; the other kernels are tested against it.
 - ``sdpa`` is torch's ``scaled_dot_product_attention``.
-- ``flash`` is the flash-attn package, which never materializes a (T, S) mask.
+- ``varlen`` is torch's own ``varlen_attn``, the flash-attn algorithm for packed rows, which never materializes a (T, S) mask.
+- ``flash`` is the flash-attn package, which does not either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
-from typing import Protocol
+from importlib.util import find_spec
+from typing import Protocol, cast
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from bumblebee.nn.documents import Documents, documents_of
 
 
 class AttentionMask:
@@ -27,22 +29,27 @@ class AttentionMask:
 
     Args:
         documents: (B, T) document number of each position in packed rows; None if each row is one document.
+        boundaries: of these documents; None if they are not known yet.
     """
 
-    def __init__(self, documents: Tensor | None = None) -> None:
-        self.documents = documents
+    def __init__(self, documents: Tensor | None = None, boundaries: Documents | None = None) -> None:
+        self.documents, self.boundaries = documents, boundaries
         self._copies: dict[torch.device, AttentionMask] = {}  # by device
         self._dense: dict[tuple[int, int, int | None], Tensor] = {}
 
     @classmethod
     def packed(cls, position_ids: Tensor) -> AttentionMask:
-        """Mask of packed rows: a document begins wherever ``position_ids`` (B, T) is 0."""
-        return cls(documents=(position_ids == 0).cumsum(dim=1))
+        """Mask of rows that may be packed: a document begins wherever ``position_ids`` (B, T) is 0."""
+        boundaries = documents_of(position_ids)
+        if boundaries is not None and boundaries.one_per_row:
+            return cls()
+        return cls((position_ids == 0).cumsum(dim=1), boundaries)
 
     def to(self, device: torch.device) -> AttentionMask:
         """Return the mask for layers on another device."""
         if device not in self._copies:
-            self._copies[device] = AttentionMask(None if self.documents is None else self.documents.to(device))
+            documents = None if self.documents is None else self.documents.to(device)
+            self._copies[device] = AttentionMask(documents, None if self.boundaries is None else self.boundaries.to(device))
         return self._copies[device]
 
     @property
@@ -64,13 +71,12 @@ class AttentionMask:
             return causal
         return causal & (self.documents[:, None, :, None] == self.documents[:, None, None, :])
 
-    @cached_property
-    def cu_seqlens(self) -> tuple[Tensor, int]:
-        """Document boundaries in the flattened batch, (documents + 1,) int32, and the longest document in tokens."""
+    def found_boundaries(self) -> Documents:
+        """Boundaries of the documents; synchronizes with the GPU unless they are known."""
         assert self.documents is not None
-        rows = torch.arange(len(self.documents), device=self.documents.device)[:, None]
-        lengths = torch.unique_consecutive(rows * 2**32 + self.documents, return_counts=True)[1]  # synchronizes with the GPU
-        return pad(lengths.cumsum(0), (1, 0)).to(torch.int32), int(lengths.max())
+        if self.boundaries is None:
+            self.boundaries = Documents.of_starts(self.documents.diff(dim=1, prepend=self.documents[:, :1]) != 0)
+        return self.boundaries
 
 
 class Kernel(Protocol):
@@ -104,6 +110,28 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | Non
     return rearrange(out, "b h t d -> b t h d")
 
 
+def varlen(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | None = None, dropout: float = 0.0) -> Tensor:
+    """torch's ``varlen_attn``: bf16 or fp16 on a GPU. What it does not support, such as dropout, is computed by ``sdpa``.
+
+    So are rows that are not packed: torch's fused kernel needs no mask for them.
+    """
+    window = None if window is not None and window >= k.shape[1] else window
+    if (mask.is_causal and window is None) or dropout or q.shape[-1] % 8 or q.shape[-1] > 256:
+        return sdpa(q, k, v, mask, window, dropout)
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows, length = q.shape[:2]
+    if mask.is_causal:
+        ends, longest = torch.arange(rows + 1, dtype=torch.int32, device=q.device) * length, length
+    else:
+        documents = mask.found_boundaries()
+        ends, longest = documents.cu_seqlens, documents.longest
+    q, k, v = (rearrange(x, "b t h d -> (b t) h d") for x in (q, k, v))
+    sides = (-1 if window is None else window - 1, 0)  # positions attended to the left and right; -1 for all
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=sides, enable_gqa=q.shape[1] != k.shape[1])
+    return rearrange(cast(Tensor, out), "(b t) h d -> b t h d", b=rows)
+
+
 def flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | None = None, dropout: float = 0.0) -> Tensor:
     """flash-attn (arXiv 2307.08691): bf16 or fp16 on a GPU."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
@@ -114,7 +142,8 @@ def flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | No
         return flash_attn_func(
             q, k, v, causal=True, window_size=sides, dropout_p=dropout, deterministic=deterministic
         )  # fmt: skip
-    ends, longest = mask.cu_seqlens
+    documents = mask.found_boundaries()
+    ends, longest = documents.cu_seqlens, documents.longest
     flat = (rearrange(x, "b t h d -> (b t) h d") for x in (q, k, v))
     out = flash_attn_varlen_func(
         *flat, ends, ends, longest, longest,
@@ -123,65 +152,68 @@ def flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | No
     return rearrange(out, "(b t) h d -> b t h d", b=q.shape[0])
 
 
-KERNELS: dict[str, Kernel] = {"naive": naive, "sdpa": sdpa, "flash": flash}
+KERNELS: dict[str, Kernel] = {"naive": naive, "sdpa": sdpa, "varlen": varlen, "flash": flash}
 
 
-def flash_problems(dtype: torch.dtype | None) -> Iterator[str]:
-    """Yield the reasons why flash-attn cannot run here; none if it can. None is a dtype that is not known yet."""
-    yield from flash_machine_problems()
+def problems(kernel: str, dtype: torch.dtype | None) -> list[str]:
+    """Return the reasons why a kernel cannot run here; none if it can. None is a dtype that is not known yet."""
+    if kernel not in ("flash", "varlen"):
+        return []
+    reasons = list(machine_problems()[kernel])
     if dtype not in (None, torch.bfloat16, torch.float16):
-        yield f"it computes in bf16 or fp16, not in {str(dtype).removeprefix('torch.')}"
+        reasons.append(f"it computes in bf16 or fp16, not in {str(dtype).removeprefix('torch.')}")
+    return reasons
 
 
-_machine_problems: list[str] | None = None  # of flash-attn. Not functools.cache: torch.compile calls what it wraps
+_machine_problems: dict[str, list[str]] | None = None  # not functools.cache: torch.compile calls what it wraps
 
 
-def flash_machine_problems() -> list[str]:
-    """Return why flash-attn cannot run on this machine, in any dtype. Computed once, since every attention call reads it."""
+def machine_problems() -> dict[str, list[str]]:
+    """Return why kernels cannot run on this machine, in any dtype. Computed once, since every attention call reads it."""
     global _machine_problems
     if _machine_problems is None:
-        _machine_problems = _find_machine_problems()
+        of_gpu = _gpu_problems()
+        _machine_problems = {name: [*_import_problems(name), *of_gpu] for name in ("flash", "varlen")}
     return _machine_problems
 
 
-def _find_machine_problems() -> list[str]:
-    problems = [] if (problem := _flash_import_problem()) is None else [problem]
+def _gpu_problems() -> list[str]:
     if not torch.cuda.is_available():
-        problems.append("no GPU is visible")
-    elif torch.cuda.get_device_capability() < (8, 0):
-        problems.append("it needs a GPU of compute capability 8.0 (A100) or above")
-    return problems
+        return ["no GPU is visible"]
+    too_old = torch.cuda.get_device_capability() < (8, 0)
+    return ["it needs a GPU of compute capability 8.0 (A100) or above"] if too_old else []
 
 
-def _flash_import_problem() -> str | None:
-    """Import flash-attn: it may be found and yet fail, as when it was built for another torch, or is only flash-attn-4."""
-    try:
+def _import_problems(name: str) -> list[str]:
+    if name == "varlen":
+        return [] if find_spec("torch.nn.attention.varlen") else ["torch is too old"]
+    try:  # the package may be found and yet fail, as when it was built for another torch, or is only flash-attn-4
         from flash_attn import flash_attn_func, flash_attn_varlen_func  # noqa: F401
     except ModuleNotFoundError as error:
         if error.name == "flash_attn":
-            return "the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"
-        return f"the flash-attn package cannot be imported: {error}"
+            return ["the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"]
+        return [f"the flash-attn package cannot be imported: {error}"]
     except (ImportError, OSError) as error:  # undefined symbols, or a missing library
-        return f"the flash-attn package cannot be imported: {str(error).splitlines()[0]}"
-    return None
+        return [f"the flash-attn package cannot be imported: {str(error).splitlines()[0]}"]
+    return []
 
 
 def select_kernel(name: str, dtype: torch.dtype | None) -> str:
-    """Resolve a kernel name: ``auto`` is flash-attn if it can run, else torch's SDPA.
+    """Resolve a kernel name: ``auto`` is flash-attn if it can run, else torch's varlen, else its SDPA.
 
     Args:
         name: auto, or a key of KERNELS.
         dtype: of queries, keys and values; None if it is not known yet.
 
     Raises:
-        ValueError: ``name`` is unknown, or is flash where flash-attn cannot run.
+        ValueError: ``name`` is unknown, or cannot run here.
     """
     if name == "auto":
-        return "flash" if next(flash_problems(dtype), None) is None else "sdpa"
+        return next(kernel for kernel in ("flash", "varlen", "sdpa") if not problems(kernel, dtype))
     if name not in KERNELS:
         raise ValueError(f"unknown attention {name!r}; available: auto, {', '.join(KERNELS)}")
-    if name == "flash" and (problems := list(flash_problems(dtype))):
-        raise ValueError(f"attention 'flash' cannot run: {'; '.join(problems)}")
+    if reasons := problems(name, dtype):
+        raise ValueError(f"attention {name!r} cannot run: {'; '.join(reasons)}")
     return name
 
 

@@ -91,6 +91,7 @@ class RouterLosses:
 
     Attributes:
         weights: weight of each term in the total loss. The logged value of a term is its mean over layers.
+        logged: load of each expert, entropy and tokens since the last log line, on this rank: (layers, E + 2) in fp64, or None.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class RouterLosses:
         self.weights = {name: len(layers) * weight for name, weight in ((BALANCE, balance_weight), (Z, z_weight)) if weight}
         self.bias_update_rate = bias_update_rate or 0.0
         self._step_load: Tensor | None = None  # (layers, E), of the current optimizer step
-        self._logged: Tensor | None = None  # (layers, E + 2) since the last log line: load, entropy, tokens
+        self.logged: Tensor | None = None
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -148,7 +149,7 @@ class RouterLosses:
             load = expert_load(experts.flatten(0, 1)[None], counted.flatten()[None], logits.shape[-1])[0]
             rows.append(torch.cat([load, entropy(logits, counted).sum()[None], counted.sum()[None]]))
         sums = torch.stack(rows).double()  # exact for counts, however many steps are added
-        self._logged = sums if self._logged is None else self._logged + sums
+        self.logged = sums if self.logged is None else self.logged + sums
         if self.bias_update_rate:
             self._step_load = sums[:, :-2] if self._step_load is None else self._step_load + sums[:, :-2]
 
@@ -174,9 +175,9 @@ class RouterLosses:
         tokens select the same experts. ``router/load_worst``: the maximum over layers. ``router/entropy``: entropy of a token's
         probabilities in nats, averaged over tokens and layers; log E is uniform.
         """
-        if self._logged is None:
+        if self.logged is None:
             return {}
-        logged, self._logged = reduce(self._logged), None
+        logged, self.logged = reduce(self.logged), None
         load, entropies, tokens = logged[:, :-2], logged[:, -2], logged[:, -1].clamp(min=1)
         busiest = load.amax(1) / load.mean(1).clamp(min=1e-9)
         return {

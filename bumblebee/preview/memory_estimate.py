@@ -120,13 +120,15 @@ class BatchShape:
         rows: of the batch; two for a preference pair.
         length: tokens in a row.
         targets: tokens with a label.
-        kernel: attention kernel: "naive", "sdpa" or "flash".
+        kernel: attention kernel: "naive", "sdpa", "varlen" or "flash".
+        packed: a row may hold several documents, for which "sdpa" needs a mask.
     """
 
     rows: int
     length: int
     targets: int
     kernel: str = "sdpa"
+    packed: bool = True
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def layer_bytes(c: TransformerConfig, setup: TrainingSetup, batch: BatchShape) -
     dropout_mask = 1 if setup.device == "cuda" else s  # per number
     dropout = 2 * c.hidden_size * dropout_mask if getattr(c, "residual_dropout", 0.0) else 0
     attention = s * (2 * queries + 2 * keys) + 4 * c.num_attention_heads
-    if batch.kernel == "sdpa":
+    if batch.kernel == "sdpa" and (batch.packed or getattr(c, "sliding_window", None)):
         attention += s * batch.length  # the mask, as numbers
         attention += s * 2 * (queries - keys) if setup.device == "cuda" else 0  # repeated heads, see attention_kernels.sdpa
     elif batch.kernel == "naive":

@@ -13,6 +13,7 @@ from bumblebee.distributed.deepspeed.ds_config import EngineOptions
 from bumblebee.hardware import flops
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.attention_kernels import kernel_of
+from bumblebee.nn.documents import Documents
 from bumblebee.preview.memory_estimate import BUCKET_SIZE, BatchShape, MemoryEstimate, ModelSize, TrainingSetup, estimate_memory
 from bumblebee.tasks.task import Task
 from bumblebee.trainer import Trainer
@@ -87,7 +88,8 @@ class Workload:
         """Estimated memory of each device, by default with the run's own number of ranks."""
         rows, length = self.batch["input_ids"].shape
         targets = int((self.batch["labels"] != IGNORE_INDEX).sum())
-        shape = BatchShape(rows, length, targets, self.attention_kernel or "sdpa")
+        packed = not Documents.find(self.batch["position_ids"]).one_per_row
+        shape = BatchShape(rows, length, targets, self.attention_kernel or "sdpa", packed)
         return estimate_memory(self.model_size, self.setup(ranks), shape, self.frozen_models)
 
     # -- time ----------------------------------------------------------------------------------------------------------

@@ -147,14 +147,22 @@ class Task(ABC):
         """Further metrics since the last call, besides means of sums. Collective."""
         return self.auxiliary.metrics(process_group.all_reduce_sum) if self.auxiliary is not None else {}
 
+    def metric_sums(self) -> dict[str, Tensor]:
+        """What ``metrics`` has summed on this rank since its last call, by name; for a checkpoint between two lines."""
+        logged = self.auxiliary.logged if self.auxiliary is not None else None
+        return {} if logged is None else {"router": logged}
+
+    def restore_metric_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """Continue from ``metric_sums`` of a checkpoint, in float64."""
+        if self.auxiliary is not None:
+            self.auxiliary.logged = sums.get("router")
+
 
 def counted_tokens(batch: Batch) -> Tensor:
     """Which positions of a batch hold tokens of samples: (B, T) bool.
 
-    Excludes padding, where each position is a document of its own without a target, and rows without any target, which only
-    fill up a rank's share of micro-batches.
+    Excludes what follows the last target of a row, such as padding, and rows without any target, which only fill up a rank's
+    share of micro-batches.
     """
-    targets, starts = batch["labels"] != IGNORE_INDEX, batch["position_ids"] == 0
-    single = starts.clone()  # documents of a single token
-    single[:, :-1] &= starts[:, 1:]
-    return ~(single & ~targets) & targets.any(1, keepdim=True)
+    targets = batch["labels"] != IGNORE_INDEX
+    return targets.flip(1).cumsum(1).flip(1) > 0

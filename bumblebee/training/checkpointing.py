@@ -16,7 +16,11 @@ from bumblebee.datamodule import DataModule
 from bumblebee.distributed import process_group
 from bumblebee.training import random_state
 from bumblebee.training.collective_folder import collective_folder
+<<<<<<< HEAD
 from bumblebee.training.fingerprint import check_fingerprint, data_fingerprint
+=======
+from bumblebee.training.metrics.window import load_window, save_window
+>>>>>>> main
 from bumblebee.training.plan import Position
 from bumblebee.training.run_state import RunState
 from bumblebee.utils.json_files import write_json
@@ -39,7 +43,9 @@ def write_checkpoint(run: RunState, path: Path, last: bool, model: bool) -> None
         digests.update(_write_model(run, partial, weights=model))
         state = partial / TRAINING_STATE
         state.mkdir(exist_ok=True)
-        written = run.engine.save(state) | random_state.save_random_state(state, process_group.rank())
+        shards = run.engine.save(state, files_of(run.task.model).includes)
+        written = shards | random_state.save_random_state(state, process_group.rank())
+        written |= save_window(run, state)
         digests.update((f"{TRAINING_STATE}/{name}", digest) for name, digest in written.items())
         if run.is_main:
             write_json(partial / TRAINER_STATE, _trainer_state(run, last))
@@ -84,7 +90,9 @@ def load_checkpoint(run: RunState, path: Path) -> None:
     state = read_trainer_state(path)
     run.engine.load(path / TRAINING_STATE)
     random_state.load_random_state(path / TRAINING_STATE, process_group.rank())
+    load_window(run, path / TRAINING_STATE, state["ranks"])
     run.step, run.tokens = run.plan.origin.step, state["tokens"]
+    run.skipped.load_state_dict(state.get("skipped_steps", {}))
     run.engine.load_scaler_state(state["loss_scaler"])
     run.schedule.load_state_dict(state["schedule"])
     for name, callback in run.callbacks.items():
@@ -140,6 +148,7 @@ def _trainer_state(run: RunState, last: bool) -> dict[str, object]:
         "samples": run.plan.samples,
         "fingerprint": run.fingerprint,
         "tokens": run.tokens,
+        "skipped_steps": run.skipped.state_dict(),
         "last": last,
         "ranks": run.plan.world_size,
         "zero_stage": run.zero_stage,

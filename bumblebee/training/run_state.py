@@ -18,6 +18,7 @@ from bumblebee.tasks.task import Task
 from bumblebee.training.console import Console
 from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan
+from bumblebee.training.skipped_steps import SkippedSteps
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from bumblebee.distributed.deepspeed.ds_config import DsConfig
     from bumblebee.distributed.deepspeed.engine import TrainingEngine
     from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
+<<<<<<< HEAD
     from bumblebee.training.fingerprint import Fingerprint
+=======
+    from bumblebee.training.folder_lock import FolderLock
+>>>>>>> main
 
 
 class RunState:
@@ -41,6 +46,7 @@ class RunState:
     zero_stage: int
     deepspeed: DsConfig | str | None
     gradient_clip: float | None
+    max_skipped_steps: int
     log_every: int
     resume: str | None
     device_name: str
@@ -60,6 +66,7 @@ class RunState:
     fingerprint: Fingerprint  # what a resumed run must have in common with this one
     windows: Iterator[list[Batch]]  # micro-batches of this rank, step by step
     frozen_engines: list[FrozenEngine]
+    lock: FolderLock | None  # on output_dir, on rank 0
 
     # Changes while the run goes on.
     step: int  # optimizer steps done
@@ -70,6 +77,7 @@ class RunState:
     signalled: bool  # this rank has received a signal
     interrupted: bool  # a signal on any rank ends the run
     finished: bool  # the run ended without an error
+    skipped: SkippedSteps  # steps whose gradient was not finite
     accumulator: MetricAccumulator  # sums and losses since the last line of metrics
     extra_metrics: dict[str, float]  # added by callbacks to the next line of metrics
     console: Console  # what the run prints besides its progress
@@ -85,8 +93,13 @@ class RunState:
             self.console.print(text)
 
     def to_device(self, batch: Batch) -> Batch:
-        """Move a batch to the run's device."""
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        """Move a batch to the run's device. Its documents are found here, on the host, see ``bumblebee/nn/documents.py``."""
+        from bumblebee.nn.documents import move_with_documents
+
+        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        if "position_ids" in batch and batch["position_ids"].is_cpu:
+            moved["position_ids"] = move_with_documents(batch["position_ids"], self.device)
+        return moved
 
     def reduce_sums(self, sums: Mapping[str, float | Tensor]) -> dict[str, float]:
         """Add named numbers over ranks; exact for integers. Collective; synchronizes with the GPU."""

@@ -10,6 +10,7 @@ import torch
 from helpers.chat_records import preferences, write
 
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.nn.documents import Documents
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.training.loader import epoch_order, train_windows
 from bumblebee.training.plan import Plan
@@ -52,7 +53,8 @@ def test_batch_alternates_chosen_and_rejected_rows(make):
             assert batch["input_ids"][row, :length].tolist() == ids[:-1]
             assert batch["labels"][row, :length].tolist() == [IGNORE_INDEX] * (len(prompt) - 1) + said
             assert batch["position_ids"][row, :length].tolist() == list(range(length))
-            assert (batch["labels"][row, length:] == IGNORE_INDEX).all() and (batch["position_ids"][row, length:] == 0).all()
+            assert (batch["labels"][row, length:] == IGNORE_INDEX).all() and (batch["position_ids"][row, length:] > 0).all()
+    assert Documents.find(batch["position_ids"]).one_per_row
 
 
 def test_width_is_the_longest_row_in_multiples_of_8(make):

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.nn.documents import Documents
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from datamodules import Pretrain, token_datamodule
+from datamodules.collate import collate_rows
 from datamodules.records import Record, RecordError
 
 WORDS = "the a list file return value tuple dict string raises if is None and not of to".split()
@@ -109,12 +111,23 @@ def test_long_document_is_split_without_loss(make):
     assert again[-1] == data.tokenizer.eos_token_id
 
 
-def test_padding_has_no_targets_and_position_0(make):
+def test_padding_has_no_targets_and_begins_no_document(make):
     [batch] = batches(make(["a short text"]))
     used = int((batch["labels"] != IGNORE_INDEX).sum())
-    assert 0 < used < 32
+    assert 1 < used < 32
     assert (batch["labels"][0, used:] == IGNORE_INDEX).all()
-    assert (batch["position_ids"][0, used:] == 0).all()
+    assert batch["position_ids"][0].tolist() == [*range(used), *([used - 1] * (32 - used))]
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(1, 5), max_size=4), min_size=1, max_size=4), st.integers(20, 24))
+def test_padded_batches_have_a_document_per_segment_or_empty_row(lengths, width):
+    rows = [[(np.ones(length), np.ones(length)) for length in row] for row in lengths]
+    batch = collate_rows(rows, width, 0)
+    documents = Documents.find(batch["position_ids"])
+    assert len(documents.cu_seqlens) - 1 == sum(max(1, len(row)) for row in lengths)
+    assert documents.one_per_row == all(len(row) < 2 for row in lengths)
+    assert batch["position_ids"].max() <= max(1, *(length - 1 for row in lengths for length in row), 1)
 
 
 def test_batches_are_int64_of_one_shape(make):

@@ -11,6 +11,7 @@ from helpers import training_runs
 from helpers.training_runs import Rows, train, train_reference, weights
 from helpers.zero_stages import EACH_STAGE
 
+from bumblebee.nn.documents import Documents
 from bumblebee.optim import Cosine
 
 STEPS = 8
@@ -128,3 +129,14 @@ def test_autocast_of_stage_0_does_not_reach_later_engines(stage, tmp_path):
     train(tmp_path / "stage0", zero_stage=0, precision="bf16", max_steps=1)
     assert not torch_autocast.is_autocast_initialized() and torch_autocast.TORCH_AUTOCAST_DTYPE is None
     assert train(tmp_path / "after", **run) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", EACH_STAGE)
+def test_documents_are_found_once_per_micro_batch_on_the_host(stage, tmp_path, monkeypatch):
+    """DeepSpeed hands the model the tensor that they travel with; on a GPU, finding them in the forward pass would wait."""
+    found: list[torch.device] = []
+    find = Documents.of_starts
+    monkeypatch.setattr(Documents, "of_starts", lambda starts: found.append(starts.device) or find(starts))
+    train(tmp_path / "run", zero_stage=stage, precision="bf16", max_steps=1, micro_batch_size=2, accumulate=3)
+    assert found == [torch.device("cpu")] * 3

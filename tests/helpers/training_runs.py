@@ -125,6 +125,14 @@ class PartlyFrozen(LanguageModeling):
         super().__init__(model, [Freeze(list(patterns))])
 
 
+class BlockUsedTwice(LanguageModeling):
+    """The model's second block is its first one again."""
+
+    def __init__(self, model: Bumblebee) -> None:
+        model.model.layers[1] = model.model.layers[0]
+        super().__init__(model)
+
+
 class AdaptedDPO(DPO):
     """DPO of LoRA adapters with a dropout of one half."""
 
@@ -154,6 +162,17 @@ class Recorder(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.metrics = list(state["metrics"])
+
+
+class LogOnce(Callback):
+    """Logs the metric "extra" in one step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.step == self.step:
+            trainer.log("extra", 1.5)
 
 
 class StopAfter(Callback):
@@ -216,6 +235,36 @@ class FullDisk(Callback):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, hard))
+
+
+class _NonFiniteGradient(torch.autograd.Function):
+    """The identity, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * float("nan")
+
+
+class PoisonGradient(Callback):
+    """The gradient of some steps is NaN and their loss is finite, as an attention kernel may do: on one rank."""
+
+    def __init__(self, steps: list[int], rank: int = 0) -> None:
+        self.steps, self.rank = steps, rank
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        training_step = trainer.task.training_step
+
+        def poisoned(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
+            losses = training_step(model, batch)
+            if trainer.step + 1 not in self.steps or int(os.environ.get("RANK", "0")) != self.rank:
+                return losses
+            return {name: _NonFiniteGradient.apply(loss) for name, loss in losses.items()}
+
+        trainer.task.training_step = poisoned  # type: ignore[method-assign]
 
 
 class ReplaceFolder(Callback):

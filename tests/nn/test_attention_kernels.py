@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from bumblebee.nn import attention_kernels
 from bumblebee.nn.attention import Attention
 from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, flash, naive, sdpa, select_kernel
+from bumblebee.nn.documents import Documents
 
 B, T, H, D = 2, 7, 4, 8
 PACKED = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]])  # the last two of row 0 are padding
@@ -110,17 +111,22 @@ def test_packed_mask_is_causal_within_documents(rows):
     length = position_ids.shape[1]
     mask = AttentionMask.packed(position_ids)
     expected = [[[row[q] == row[k] and k <= q for k in range(length)] for q in range(length)] for row in numbers]
-    assert mask.dense(length, length, torch.device("cpu"))[:, 0].tolist() == expected
+    dense = mask.dense(length, length, torch.device("cpu"))
+    assert dense.expand(len(rows), -1, -1, -1)[:, 0].tolist() == expected
 
 
 @settings(deadline=None)
 @given(rows_of_documents())
 def test_cu_seqlens_cover_the_documents_of_all_rows(rows):
     position_ids = torch.tensor([[place for length in row for place in range(length)] for row in rows])
-    ends, longest = AttentionMask.packed(position_ids).cu_seqlens
+    mask, numbers = AttentionMask.packed(position_ids), (position_ids == 0).cumsum(1)
     lengths = [length for row in rows for length in row]
-    assert ends.dtype == torch.int32
-    assert ends.diff().tolist() == lengths and ends[0] == 0 and longest == max(lengths)
+    for documents in (Documents.find(position_ids), mask.boundaries, AttentionMask(numbers).found_boundaries()):
+        if mask.is_causal and documents is None:
+            continue
+        assert documents.cu_seqlens.dtype == torch.int32 and documents.cu_seqlens[0] == 0
+        assert documents.cu_seqlens.diff().tolist() == lengths and documents.longest == max(lengths)
+        assert documents.one_per_row == mask.is_causal == (len(lengths) == len(rows))
 
 
 def fake_flash_attn(q, k, v, causal, window_size, dropout_p, deterministic):
@@ -168,7 +174,7 @@ def test_attention_weights_are_dropped_and_the_others_scaled(kernel):
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("layout", MASKS)
-@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen", "flash"])
 def test_gpu_kernels_equal_naive(kernel, layout, groups, window):
     if kernel == "flash":
         pytest.importorskip("flash_attn")
@@ -211,26 +217,29 @@ def test_flash_that_cannot_be_imported_is_not_selected(files, reason, two_gpus, 
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
-    assert select_kernel("auto", torch.bfloat16) == "sdpa"
+    assert select_kernel("auto", torch.bfloat16) == "varlen"
     with pytest.raises(ValueError, match=rf"'flash' cannot run: the flash-attn package cannot be imported: {reason}"):
         select_kernel("flash", torch.bfloat16)
 
 
 def test_flash_is_imported_once_and_not_for_gpus_before_the_a100(two_gpus, fake_flash, monkeypatch):
     tries: list[None] = []
-    monkeypatch.setattr(attention_kernels, "_flash_import_problem", lambda: tries.append(None))
-    assert [select_kernel("auto", torch.bfloat16) for _ in range(3)] == ["flash"] * 3 and len(tries) == 1
+    monkeypatch.setattr(attention_kernels, "_import_problems", lambda name: tries.append(name) or [])
+    assert [select_kernel("auto", torch.bfloat16) for _ in range(3)] == ["flash"] * 3 and tries == ["flash", "varlen"]
     monkeypatch.setattr(attention_kernels, "_machine_problems", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert select_kernel("auto", torch.float16) == "sdpa"
 
 
-def test_auto_is_sdpa_where_flash_cannot_run():
+def test_auto_is_the_best_kernel_that_can_run(two_gpus):
+    assert [select_kernel("auto", dtype) for dtype in (torch.bfloat16, torch.float16)] == ["varlen"] * 2  # without flash-attn
     assert select_kernel("auto", torch.float32) == "sdpa"
+    with pytest.raises(ValueError, match=r"^attention 'varlen' cannot run: it computes in bf16 or fp16, not in float32$"):
+        select_kernel("varlen", torch.float32)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown attention 'flsh'; available: auto, naive, sdpa, flash"):
+    with pytest.raises(ValueError, match=r"unknown attention 'flsh'; available: auto, naive, sdpa, varlen, flash"):
         select_kernel("flsh", torch.float32)
 
 

@@ -23,6 +23,8 @@ UNEQUAL = (16, 1, 7, 0, 12, 0, 0, 3)
 TARGETS = (16, 1, 7, 0, 12)
 UNTRAINED = "k_proj.bias"  # its true gradient is zero; Adam amplifies rounding errors to full steps
 EACH = {"checkpoint": ("Checkpoint", {"every": 1, "keep": None})}
+ADAFACTOR = ("Adafactor", {"lr": 1e-2})
+POISON = ("PoisonGradient", {"steps": [2], "rank": 1})
 LONG = {"max_steps": 14, "task": "Noisy", "micro_batch_size": 1, "schedule": ("Cosine", {"warmup_steps": 3}),
         "data": {"samples": 22}}  # fmt: skip
 
@@ -50,9 +52,9 @@ def of_every_kind(stages: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     }
 
 
-def resumed(stage: int, stops: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+def resumed(stage: int, stops: tuple[int, ...], log_every: int = 1) -> dict[str, dict[str, Any]]:
     """An uninterrupted run, and one that is stopped and resumed."""
-    run = {"zero_stage": stage, **LONG}
+    run = {"zero_stage": stage, "log_every": log_every, **LONG}
     jobs: dict[str, dict[str, Any]] = {f"whole-{stage}": {**run, "callbacks": EACH}}
     for stop in stops:
         piece = {"folder": f"pieces-{stage}", "resume": "auto", **run}
@@ -66,6 +68,9 @@ class Runs:
     def __init__(self, jobs: dict[str, dict[str, Any]], folder: Any, timeout: float) -> None:
         self.root = folder
         named = [{**job, "folder": str(folder / job.get("folder", name))} for name, job in jobs.items()]
+        for job in named:
+            if "/" in (job.get("resume") or ""):
+                job["resume"] = str(folder / job["resume"])
         self.results = dict(zip(jobs, run_jobs(named, 2, folder, timeout), strict=True))
 
     def metrics(self, name: str) -> list[dict[str, float]]:
@@ -90,7 +95,8 @@ def runs(tmp_path_factory, alone):
         **of_stages("gradient-of-ones", (3,), **GRADIENT, micro_batch_size=1, accumulate=4),
         **of_stages("empty", (0, 3), max_steps=2, data={"samples": 8, "targets": (0,)}),
         **resumed(1, (4, 6)),
-        **resumed(3, (4,)),
+        **resumed(3, (4,), log_every=3),
+        **of_stages("poisoned", (0, 3), **{**LONG, "max_steps": 3}, callbacks={**EACH, "poison": POISON}),
         "signalled": {**LONG, "zero_stage": 1, "callbacks": {"checkpoint": ("Checkpoint", {"every": None}),
                                                              "signal": ("SignalIn", {"step": 4, "rank": 1})}},
         "continued": {**LONG, "zero_stage": 1, "folder": "signalled", "resume": "auto"},
@@ -155,10 +161,19 @@ def test_steps_without_targets_do_not_change_weights(stage, runs):
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_resume_is_byte_identical(stage, runs):
-    """At stage 1 it is resumed twice, once at the end of an epoch. Rank 1 requests each stop."""
-    assert [line["step"] for line in runs.metrics(f"until-4-{stage}")] == [1, 2, 3, 4]
+    """At stage 1 it is resumed twice, once at the end of an epoch; at stage 3 between two lines. Rank 1 requests each stop."""
+    assert [line["step"] for line in runs.metrics(f"until-4-{stage}")] == ([1, 2, 3, 4] if stage == 1 else [3])
     assert runs.metrics(f"pieces-{stage}") == runs.metrics(f"whole-{stage}")
     assert weight_bytes(runs.folder(f"pieces-{stage}")) == weight_bytes(runs.folder(f"whole-{stage}"))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_non_finite_gradient_of_one_rank_is_skipped_on_both(stage, runs):
+    assert [line.get("skipped_steps") for line in runs.metrics(f"poisoned-{stage}")] == [None, 1, 1]
+    for files in zip(
+        *(sorted(runs.folder(f"poisoned-{stage}").glob(f"checkpoint-{n}/*/optimizer*")) for n in (1, 2)), strict=True
+    ):
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_signal_to_one_rank_saves_on_both_and_resumes(runs):
@@ -207,6 +222,8 @@ def more_runs(tmp_path_factory):
         **resumed(2, (4, 6)),
         **of_stages("bf16-whole", (1, 2, 3), **{**LONG, "precision": "bf16"}),
         "workers": {**LONG, "zero_stage": 2, "workers": 2},
+        **of_stages("adafactor", (0, 1, 3), max_steps=4, optimizer=ADAFACTOR, callbacks=EACH),
+        "adafactor-resumed": {"max_steps": 4, "optimizer": ADAFACTOR, "zero_stage": 0, "resume": "adafactor-0/checkpoint-2"},
     }
     for stage in (1, 2, 3):
         options = {**LONG, "precision": "bf16", "zero_stage": stage, "folder": f"bf16-pieces-{stage}", "resume": "auto"}
@@ -235,3 +252,17 @@ def test_resume_in_bf16_is_byte_identical(stage, more_runs):
 
 def test_worker_processes_do_not_change_the_result(more_runs):
     assert weight_bytes(more_runs.folder("workers")) == weight_bytes(more_runs.folder("whole-2"))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_adafactor_is_refused_above_stage_0(stage, more_runs):
+    assert (
+        f"torch.optim.Adafactor does not work with trainer.zero_stage {stage}"
+        in more_runs.results[f"adafactor-{stage}"]["error"]
+    )
+    assert not more_runs.folder(f"adafactor-{stage}").exists()
+
+
+def test_adafactor_resumes_byte_identically_at_stage_0(more_runs):
+    assert more_runs.metrics("adafactor-resumed") == more_runs.metrics("adafactor-0")
+    assert weight_bytes(more_runs.folder("adafactor-resumed")) == weight_bytes(more_runs.folder("adafactor-0"))

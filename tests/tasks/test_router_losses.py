@@ -128,7 +128,7 @@ def test_padding_does_not_change_the_gradient():
     same(gradient(LanguageModeling(model), [narrow]), gradient(LanguageModeling(model), [wide]))
     task = LanguageModeling(model)
     gradient(task, [wide])
-    loads = task.auxiliary._logged[:, :4]
+    loads = task.auxiliary.logged[:, :4]
     assert loads.sum(1).tolist() == [2 * 10, 2 * 10], "no token is dropped, no padding is counted"
 
 

@@ -8,6 +8,8 @@ What is particular about DeepSpeed is handled here:
 - Gradients are accumulated in fp32: in bf16, many micro-batches lose bits.
 - Gradient clipping: at stages 1 to 3 DeepSpeed's optimizer clips in ``step`` (``gradient_clipping``, set by ds_config.py). At
   stage 0 its clipping function is replaced by ``_clip_at_stage_0``, which also measures the norm if clipping is off.
+- A step whose gradient norm is NaN or infinite is skipped: by DeepSpeed at stages 1 to 3, by ``_clip_at_stage_0`` at stage 0.
+  Each reads the norm on the host for that, once per step.
 """
 
 from __future__ import annotations
@@ -20,13 +22,19 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed import engine_state
 from bumblebee.distributed.deepspeed.ds_config import EngineOptions
 from bumblebee.distributed.deepspeed.gathering import gathered_model, iter_full_tensors
 from bumblebee.distributed.deepspeed.operators import import_deepspeed, quiet_initialization, usable_config
 from bumblebee.distributed.deepspeed.optimizer_types import ParamGroup
+<<<<<<< HEAD
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
 from bumblebee.distributed.deepspeed.zero_shards import algorithm_of, base_optimizer
+=======
+from bumblebee.distributed.deepspeed.sharded_parameters import full_numel, iter_local_weights
+from bumblebee.distributed.deepspeed.zero_shards import base_optimizer
+>>>>>>> main
 
 
 class TrainingEngine:
@@ -66,8 +74,11 @@ class TrainingEngine:
             )
         if options.zero_stage == 3:
             _register_external_parameters(deepspeed, model)
+        self._finite_at_stage_0 = True
         if options.zero_stage == 0:
             self._engine.clip_fp32_gradients = self._clip_at_stage_0
+        elif options.precision == "fp16":
+            self._optimizer.loss_scaler.raise_error_at_min_scale = False  # the trainer counts skipped steps
         self.model: nn.Module = self._engine.module
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -80,9 +91,19 @@ class TrainingEngine:
         """Accumulate the gradient of a scalar loss."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self) -> None:
-        """Average the accumulated gradient over ranks, clip it, update the weights, and zero it."""
+    def step(self) -> bool:
+        """Average the accumulated gradient over ranks, clip it, update the weights, and zero it.
+
+        Returns:
+            Whether the step was taken. If the gradient is NaN or infinite on any rank, every rank skips the step: weights
+            and optimizer state are unchanged.
+        """
         self._engine.step()
+        taken = self._finite_at_stage_0 and self._engine.was_step_applied()
+        if not taken and self.options.zero_stage in (1, 2) and self.options.offload:
+            # DeepSpeed 0.19.8 keeps the gradient that it skips, and adds those of all later steps to it.
+            self._optimizer.averaged_gradients = dict.fromkeys(self._optimizer.averaged_gradients)
+        return taken
 
     def train(self) -> None:
         """Set training mode."""
@@ -113,13 +134,28 @@ class TrainingEngine:
         return algorithm_of(base_optimizer(self._optimizer))
 
     def gradient_norm(self) -> float:
-        """The last step's gradient norm before clipping. Synchronizes with the GPU."""
+        """The last step's gradient norm before clipping; infinite if the step was skipped. Synchronizes with the GPU."""
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
     def _clip_at_stage_0(self) -> None:
         limit = self.options.gradient_clip or float("inf")
-        self._engine._global_grad_norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self._finite_at_stage_0 = bool(norm.isfinite())
+        self._engine._global_grad_norm = norm if self._finite_at_stage_0 else float("inf")
+        if not self._finite_at_stage_0:  # DeepSpeed calls the optimizer nevertheless, which ignores parameters without gradient
+            for parameter in self.model.parameters():
+                parameter.grad = None
+
+    def weight_norm(self) -> Tensor:
+        """L2 norm of the trainable weights that this rank holds in memory: (). Does not synchronize with the GPU."""
+        local = iter_local_weights(self.model, process_group.rank())
+        return nn.utils.get_total_norm([weights for _, weights in local]).to(self.device)
+
+    def non_finite_weights(self) -> str | None:
+        """Name of the first trainable parameter with a NaN or infinite weight on this rank. Synchronizes with the GPU."""
+        local = iter_local_weights(self.model, process_group.rank())
+        return next((name for name, weights in local if not weights.isfinite().all()), None)
 
     # -- loss scaling in fp16 --------------------------------------------------------------------------------------------
 
@@ -129,12 +165,21 @@ class TrainingEngine:
         return getattr(self._engine, "torch_autocast_z0_gradscaler", None)
 
     def loss_scale(self) -> dict[str, float]:
-        """In fp16, the current loss scale and the number of steps skipped because it was too large; else empty."""
+        """In fp16, the current loss scale; else empty."""
         if self.options.precision != "fp16":
             return {}
         scaler = self._autocast_scaler
         scale = scaler.get_scale() if scaler else self._optimizer.cur_scale
-        return {"loss_scale": float(scale), "skipped_steps": float(self._engine.skipped_steps)}
+        return {"loss_scale": float(scale)}
+
+    def lowers_loss_scale(self) -> bool:
+        """Whether a skipped step lowers fp16's loss scale, which is neither fixed nor at its minimum yet."""
+        if self.options.precision != "fp16":
+            return False
+        if scaler := self._autocast_scaler:
+            return scaler.is_enabled() and scaler.get_scale() > 1.0  # torch's has no minimum; DeepSpeed's is 1 by default
+        scaler = self._optimizer.loss_scaler
+        return scaler.dynamic and scaler.cur_scale > scaler.min_scale
 
     def scaler_state(self) -> dict[str, int | float | bool]:
         """In fp16, the loss scaler's state as JSON values; else empty."""
@@ -151,7 +196,7 @@ class TrainingEngine:
         if scaler := self._autocast_scaler:
             scaler.load_state_dict(state)
         else:
-            vars(self._optimizer.loss_scaler).update(state)
+            vars(self._optimizer.loss_scaler).update({**state, "raise_error_at_min_scale": False})
 
     # -- weights and state -----------------------------------------------------------------------------------------------
 
@@ -168,8 +213,12 @@ class TrainingEngine:
             return nullcontext(self.model)
         return gathered_model(self.model, self._optimizer)
 
-    def save(self, folder: Path) -> dict[str, str]:
+    def save(self, folder: Path, select: Callable[[str], bool] = lambda key: True) -> dict[str, str]:
         """Write this rank's shards of weights and optimizer state into an existing folder.
+
+        Args:
+            folder: where.
+            select: whether a model folder has a parameter that modules share under a further name.
 
         Returns:
             The SHA-256 of each file that this rank wrote, by name.
@@ -177,7 +226,7 @@ class TrainingEngine:
         Raises:
             OSError: they cannot be written.
         """
-        return engine_state.save(folder, self.model, self._optimizer, self.options.zero_stage)
+        return engine_state.save(folder, self.model, self._optimizer, self.options.zero_stage, select)
 
     def load(self, folder: Path) -> None:
         """Restore what ``save`` wrote, at any number of ranks and any stage. Collective.

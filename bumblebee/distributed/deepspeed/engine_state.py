@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from bumblebee.distributed.deepspeed.sharded_parameters import full_shape
 from bumblebee.distributed.deepspeed.zero_shards import iter_shards, restore_shards, saved_shards
 
 
-def save(folder: Path, model: nn.Module, optimizer: ZeroOptimizer, stage: int) -> dict[str, str]:
+def save(folder: Path, model: nn.Module, optimizer: ZeroOptimizer, stage: int, select: Callable[[str], bool]) -> dict[str, str]:
     """Write this rank's shards of weights and optimizer state into an existing folder, and the buffers on rank 0.
 
     Args:
@@ -23,6 +24,7 @@ def save(folder: Path, model: nn.Module, optimizer: ZeroOptimizer, stage: int) -
         model: the module that DeepSpeed trains.
         optimizer: what ``deepspeed.initialize`` returned for it.
         stage: of ZeRO.
+        select: whether a model folder has a parameter under a further name.
 
     Returns:
         The SHA-256 of each file that this rank wrote, by name.
@@ -34,8 +36,10 @@ def save(folder: Path, model: nn.Module, optimizer: ZeroOptimizer, stage: int) -
     digests: dict[str, str] = {}
     if rank == 0 or stage > 0:  # at stage 0 every rank has everything
         count = process_group.world_size() if stage > 0 else 1
-        shards = iter_shards(model, optimizer, stage, rank)
-        digests |= write_shards(folder, f"optimizer-{rank:05d}-of-{count:05d}", saved_shards(shards, optimizer))
+        shards = saved_shards(iter_shards(model, optimizer, stage, rank), optimizer)
+        aliases = _aliases(model, select)
+        named = (replace(shard, aliases=aliases.get(shard.name, [])) for shard in shards)
+        digests |= write_shards(folder, f"optimizer-{rank:05d}-of-{count:05d}", named)
     if rank == 0:
         digests |= write_buffers(folder, _buffers(model))
     return digests
@@ -84,6 +88,16 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     """Persistent buffers, which are the same on all ranks."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {key: tensor for key, tensor in model.state_dict().items() if key not in parameters}
+
+
+def _aliases(model: nn.Module, select: Callable[[str], bool]) -> dict[str, list[str]]:
+    """Further names of parameters that several modules share, such as those of a block that is used twice."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    aliases: dict[str, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name != first[id(p)] and select(name):
+            aliases.setdefault(first[id(p)], []).append(name)
+    return aliases
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

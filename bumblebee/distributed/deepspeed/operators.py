@@ -61,7 +61,7 @@ def quiet_initialization(deepspeed: ModuleType, overrides: DsConfig) -> Iterator
         ValueError: an operator is needed and cannot be compiled, or DeepSpeed refuses the user's configuration.
     """
     quiet = redirect_stdout(io.StringIO())  # it prints its memory
-    with _explained_refusals(overrides), _without_shm_operator(deepspeed), _reported_compilation(), quiet:
+    with _explained_refusals(overrides), _without_shm_operator(deepspeed), reported_compilation(), quiet:
         yield
 
 
@@ -112,7 +112,7 @@ def _without_shm_operator(deepspeed: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
-def _reported_compilation() -> Iterator[None]:
+def reported_compilation() -> Iterator[None]:
     """Log when an operator is being compiled, and turn a failure into a ValueError."""
     from deepspeed.ops.op_builder.builder import OpBuilder
 

@@ -11,14 +11,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from bumblebee.checkpoint.sharded_state import WEIGHTS, SavedShard, ShardReader
+from bumblebee.checkpoint import state_tree
+from bumblebee.checkpoint.sharded_state import WEIGHTS, WHOLE, SavedShard, ShardReader
 from bumblebee.distributed.deepspeed.optimizer_types import BaseOptimizer, OptimizerState, ZeroOptimizer
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel, full_shape
+from bumblebee.utils.json_files import JSON
 
 
 class _FragmentAddress(Protocol):
@@ -96,7 +98,7 @@ def saved_shards(shards: Iterable[Shard], optimizer: ZeroOptimizer) -> Iterator[
     """Yield the weights and optimizer state of each shard; valid until the next one is yielded.
 
     Raises:
-        ValueError: the optimizer keeps state that is neither a number nor a number per element.
+        ValueError: the optimizer keeps state other than tensors, numbers, strings, and lists or dicts of these.
     """
     for flat, group in _by_flat(shards):
         with in_memory(flat, optimizer):
@@ -105,19 +107,41 @@ def saved_shards(shards: Iterable[Shard], optimizer: ZeroOptimizer) -> Iterator[
 
 def _saved_shard(shard: Shard, optimizer: ZeroOptimizer) -> SavedShard:
     tensors = {WEIGHTS: shard.view(shard.flat)}
+    other: dict[str, JSON] = {}
+    whole: dict[str, Tensor] = {}  # by path
     for kind, value in state_of(optimizer, shard.flat).items():
-        if torch.is_tensor(value) and value.numel() == shard.flat.numel() and value.dim():
+        if torch.is_tensor(value) and value.dim() and value.shape == shard.flat.shape:
             tensors[kind] = shard.view(value)
-        elif torch.is_tensor(value) and value.numel() == 1:
+        elif torch.is_tensor(value) and value.numel() == 1 and value.dim() < 2:
             tensors[kind] = value.reshape(())
-        elif isinstance(value, int):  # the step count of DeepSpeed's own optimizers
+        elif type(value) is int:  # the step count of DeepSpeed's own optimizers
             tensors[kind] = torch.tensor(value)
         else:
-            raise ValueError(
-                f"cannot save {kind!r} of {type(base_optimizer(optimizer)).__name__}:"
-                " optimizer state must be a number, or a tensor with a number per element"
-            )
-    return SavedShard(shard.name, shard.shape, shard.start, shard.numel, tensors)
+            other[kind] = _flatten(kind, value, whole, optimizer)
+    if whole and shard.flat.shape != shard.shape:
+        raise ValueError(f"cannot save {next(iter(whole))!r} of {_name_of(optimizer)}: only trainer.zero_stage 0 can")
+    tensors |= {f"{WHOLE}/{path}": tensor for path, tensor in whole.items()}
+    return SavedShard(shard.name, shard.shape, shard.start, shard.numel, tensors, other)
+
+
+def _flatten(kind: str, value: object, whole: dict[str, Tensor], optimizer: ZeroOptimizer) -> JSON:
+    try:
+        return state_tree.flatten(value, kind, whole)
+    except TypeError as error:
+        expected = "expected tensors, numbers, strings, or lists and dicts of these"
+        raise ValueError(f"cannot save the state of {_name_of(optimizer)}: {error}; {expected}") from error
+
+
+def _name_of(optimizer: ZeroOptimizer) -> str:
+    return type(base_optimizer(optimizer)).__name__
+
+
+def unsharded_state(state: OptimizerState, parameter: Tensor) -> Iterator[str]:
+    """Yield the kinds of optimizer state that cannot be sharded with their parameter: neither per element nor one value."""
+    for kind, value in state.items():
+        if value is not None and not isinstance(value, bool | int | float | str):
+            if not (torch.is_tensor(value) and value.numel() in (1, parameter.numel())):
+                yield kind
 
 
 def restore_shards(shards: Iterable[Shard], optimizer: ZeroOptimizer, reader: ShardReader) -> None:
@@ -143,6 +167,7 @@ def _device_of_step(flat: Tensor, optimizer: BaseOptimizer) -> torch.device:
 
 def _restore(shard: Shard, state: OptimizerState, reader: ShardReader, step_device: torch.device) -> None:
     shard.view(shard.flat).copy_(reader.read(WEIGHTS, shard.name, shard.start, shard.numel))
+    state.update(cast("OptimizerState", reader.other_state(shard.name)))
     for kind in reader.kinds(shard.name):
         value = reader.read(kind, shard.name, shard.start, shard.numel)
         if value.dim() == 0:

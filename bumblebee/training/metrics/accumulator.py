@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ class MetricAccumulator:
     """Sums of losses and metrics of this rank, the counts to divide them by, and each micro-batch's loss."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor | float] = {}  # numbers from a checkpoint, until something is added to them
         self.counts: dict[str, float] = {}  # over all ranks
         self._losses: list[tuple[int, int, Tensor]] = []  # (step, micro-batch, loss) since the last check
 
@@ -29,10 +28,10 @@ class MetricAccumulator:
         for name, count in counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
 
-    def pop_non_finite(self) -> tuple[int, int] | None:
-        """Return (step, micro-batch) of the first NaN or infinite loss since the last call. Synchronizes with the GPU."""
+    def pop_losses(self) -> list[tuple[int, int, Tensor]]:
+        """Return (step, micro-batch, loss) of each micro-batch since the last call."""
         losses, self._losses = self._losses, []
-        return next(((step, index) for step, index, loss in losses if not math.isfinite(loss)), None)
+        return losses
 
     def averages(self, reduced_sums: Mapping[str, float], units: Mapping[str, str]) -> dict[str, float]:
         """Divide sums over all ranks by their counts; ``units`` names the count of a sum that has none of its own."""
