@@ -201,7 +201,7 @@ def _open_folder(run: RunState, overwrite: bool) -> None:
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         except OSError as failure:
             error = failure
-    if process_group.any_rank(error is not None, run.device):
+    if process_group.any_rank(error is not None):
         if error is None:
             raise process_group.OtherRankFailed("rank 0 cannot write to output_dir")
         raise ValueError(f"output_dir: cannot write to {run.output_dir}: {error.strerror}") from error
