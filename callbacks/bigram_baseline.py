@@ -35,14 +35,21 @@ class BigramBaseline(Callback):
         self.bits_per_byte: float | None = None
         self.latest: float | None = None
 
-    def on_fit_start(self, trainer: Trainer) -> None:
-        """Fit the bigram model, log its bits per byte and print them.
+    def check(self, trainer: Trainer) -> None:
+        """Check the data.
 
         Raises:
             ValueError: the data has no validation samples or no tokenizer.
         """
-        if not len(trainer.data.validation or ()) or trainer.data.tokenizer is None:
-            raise ValueError("callbacks: BigramBaseline needs validation samples and a tokenizer: set data.validation_ratio")
+        if not len(trainer.data.validation or ()):
+            raise ValueError(
+                "callbacks: BigramBaseline needs validation samples: set data.validation_ratio or data.validation_files"
+            )
+        if trainer.data.tokenizer is None:
+            raise ValueError("callbacks: BigramBaseline needs a tokenizer: set data.tokenizer")
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Fit the bigram model, log its bits per byte and print them."""
         if not trainer.is_main:
             return
         self.bits_per_byte = bigram_bits_per_byte(trainer.data, self.discount)

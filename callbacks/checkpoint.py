@@ -70,15 +70,18 @@ class Checkpoint(Callback):
         self._saved_step: int | None = None
         self._saved_time = time.monotonic()
 
-    def on_fit_start(self, trainer: Trainer) -> None:
-        """Reset the clock. A resumed run keeps the ranking of the checkpoints that still exist; best.json follows it.
+    def check(self, trainer: Trainer) -> None:
+        """Check the data.
 
         Raises:
             ValueError: best is set and the data has no validation samples.
         """
-        self._saved_step, self._saved_time, self._validated = None, time.monotonic(), None
         if self.best:
             self.monitor.require_validation_data(trainer)
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Reset the clock. A resumed run keeps the ranking of the checkpoints that still exist; best.json follows it."""
+        self._saved_step, self._saved_time, self._validated = None, time.monotonic(), None
         self._ranking = self._existing(trainer) if trainer.step and self._ranking else []
         self._write_best(trainer)  # without best this removes a file that no one updates any more
 

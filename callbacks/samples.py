@@ -39,14 +39,21 @@ class Samples(Callback):
         SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)  # raises before training starts
         self.prompts, self.every, self.max_new_tokens, self.temperature = list(prompts), every, max_new_tokens, temperature
 
+    def check(self, trainer: Trainer) -> None:
+        """Check the data.
+
+        Raises:
+            ValueError: the data has no tokenizer.
+        """
+        if trainer.data.tokenizer is None:
+            raise ValueError("callbacks: Samples needs a tokenizer: set data.tokenizer, or remove the callback")
+
     def on_fit_start(self, trainer: Trainer) -> None:
         """Check the prompts and drop samples after the step that the run resumes from.
 
         Raises:
-            ValueError: the data has no tokenizer, or a prompt is empty or too long.
+            ValueError: a prompt is empty or too long.
         """
-        if trainer.data.tokenizer is None:
-            raise ValueError("callbacks: Samples needs a tokenizer: set data.tokenizer, or remove the callback")
         generator = self._generator(trainer)
         for prompt in self.prompts:
             generator.prepare(prompt, self._params(trainer))

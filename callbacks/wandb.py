@@ -6,7 +6,8 @@ The only module that imports wandb. A resumed run continues the same W&B run, wh
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +28,7 @@ class WandB(Callback):
     Args:
         project: W&B project.
         name: name of the run; null lets W&B choose one.
-        offline: write to output_dir/wandb only; needs neither network nor account.
+        offline: write to output_dir/wandb only; needs neither network nor account. WANDB_MODE=offline does the same.
         log_every: optimizer steps between two points, at least trainer.log_every.
         log_model: upload the model folder when the run is complete.
         log_code: upload the Python and YAML files of the working directory.
@@ -65,15 +66,17 @@ class WandB(Callback):
         self._run: Any = None
 
     def check(self, trainer: Trainer) -> None:
-        """Check the installation and the stage.
+        """Check the installation, the stage and the account.
 
         Raises:
-            ValueError: wandb is not installed, or watch is set at ZeRO stage 3.
+            ValueError: wandb is not installed, watch is set at ZeRO stage 3, or rank 0 cannot log in.
         """
         if find_spec("wandb") is None:
             raise ValueError("callbacks: WandB needs the wandb package: pip install wandb")
         if self.watch and trainer.zero_stage == 3:
             raise ValueError(f"callbacks: WandB.watch {self.watch!r} sees only shards at trainer.zero_stage 3; set it to null")
+        if trainer.is_main and not self.offline:
+            _log_in()
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Start or resume the W&B run.
@@ -123,15 +126,12 @@ class WandB(Callback):
     def _open(self, trainer: Trainer) -> Any:
         import wandb
 
-        try:
+        with _errors_explained():
             return wandb.init(
                 project=self.project, name=self.name, id=self._id, resume="allow", tags=self.tags,
-                mode="offline" if self.offline else "online", dir=str(trainer.output_dir), config=_configuration(trainer),
+                mode="offline" if self.offline else None,  # None: WANDB_MODE, by default online
+                dir=str(trainer.output_dir), config=_configuration(trainer),
             )  # fmt: skip
-        except wandb.errors.Error as error:
-            raise ValueError(
-                f"callbacks: WandB cannot start: {str(error).strip()}; log in with 'wandb login', or set offline to true"
-            ) from error
 
     def _add(self, step: int, group: str, metrics: Mapping[str, float]) -> None:
         # W&B merges metrics of the same step, and ignores earlier steps, which a resumed run repeats.
@@ -144,6 +144,27 @@ class WandB(Callback):
                 self._run.unwatch()
             self._run.finish(exit_code=int(failed))
         self._run = None
+
+
+def _log_in() -> None:
+    """Log in, on a terminal also by asking for the API key, unless WANDB_MODE or W&B's settings choose another mode."""
+    import wandb
+
+    if wandb.setup().settings.mode not in ("offline", "disabled"):
+        with _errors_explained():
+            wandb.login()
+
+
+@contextmanager
+def _errors_explained() -> Iterator[None]:
+    import wandb
+
+    try:
+        yield
+    except wandb.errors.Error as error:
+        reason = str(error).strip().rstrip(".")
+        advice = "log in with 'wandb login', or set offline to true"
+        raise ValueError(f"callbacks: WandB cannot start: {reason}; {advice}") from error
 
 
 def _configuration(trainer: Trainer) -> dict[str, Any]:

@@ -6,6 +6,7 @@ They are sent to worker processes, so they are small to pickle, and torch is not
 from __future__ import annotations
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from datamodules import record_files
 from datamodules.conversations import parse_conversation, parse_preference, with_system
 from datamodules.records import Record, RecordError
 
+WHITESPACE = re.compile(r"\s")
+DIGESTED = 1 << 16  # characters of a text that are digested at once
+
 
 @dataclass(frozen=True)
 class TokenizedSample:
@@ -33,7 +37,7 @@ class TokenizedSample:
         digest: see :func:`text_digest`.
     """
 
-    sequences: list[list[int]]
+    sequences: Sequence[Sequence[int] | np.ndarray]
     target_masks: list[list[bool]] | None
     digest: int
 
@@ -107,12 +111,16 @@ class RecordTokenizer(ABC):
         sequences = [ids for sample in samples for ids in sample.sequences]
         masks = chain.from_iterable(mask for sample in samples for mask in sample.target_masks or ())
         return TokenizedBatch(
-            np.fromiter(chain.from_iterable(sequences), self.dtype),
+            _concatenate(sequences, self.dtype),
             np.fromiter(masks, bool) if self.masked else None,
             np.array([len(ids) for ids in sequences], np.int64),
             np.array([sample.digest for sample in samples], np.uint64),
             {index: result for index, result in enumerate(results) if isinstance(result, RecordError)},
         )
+
+
+def _concatenate(sequences: Sequence[Sequence[int] | np.ndarray], dtype: type[np.unsignedinteger]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *(np.asarray(ids, dtype) for ids in sequences)])
 
 
 class TextTokenizer(RecordTokenizer):
@@ -128,7 +136,8 @@ class TextTokenizer(RecordTokenizer):
         texts = [_text_or_error(record) for record in records]
         ids = iter(self.tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
         return [
-            TokenizedSample([[*next(ids), eos]], None, text_digest(text)) if isinstance(text, str) else text for text in texts
+            TokenizedSample([np.append(next(ids), np.uint32(eos))], None, text_digest(text)) if isinstance(text, str) else text
+            for text in texts
         ]
 
 
@@ -238,7 +247,21 @@ def _split_prompt(ids: list[int], mask: list[bool]) -> tuple[list[int], list[int
 
 def text_digest(text: str) -> int:
     """A 64-bit hash of a text, equal for texts that differ in whitespace only."""
-    return int.from_bytes(blake2b(" ".join(text.split()).encode(), digest_size=8).digest(), "little")
+    digest, separator = blake2b(digest_size=8), ""
+    for part in _parts(text):
+        if words := part.split():
+            digest.update((separator + " ".join(words)).encode())
+            separator = " "
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Parts of a text that end before whitespace; to split all of it into words takes many times its size."""
+    begin = 0
+    while found := WHITESPACE.search(text, begin + DIGESTED):
+        yield text[begin : found.start()]
+        begin = found.start()
+    yield text[begin:] if begin else text
 
 
 def chat_digest(chat: object) -> int:

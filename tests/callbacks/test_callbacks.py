@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.stub_engine import StubTrainer
+from helpers.stub_engine import StubData, StubTrainer
 from jsonargparse import ArgumentParser
 
 import callbacks
@@ -67,9 +67,8 @@ def test_command_line_option_overrides_callback_option():
 def test_other_ranks_write_and_print_nothing(name, stub_trainer, tmp_path, capsys, monkeypatch):
     if name == "WandB":
         pytest.importorskip("wandb")
-    trainer = stub_trainer([build(name)])
+    trainer = stub_trainer([build(name)], data=StubData(tokenizer=object()))
     monkeypatch.setattr(StubTrainer, "is_main", False)
-    trainer.data.tokenizer = object()
     trainer.save_checkpoint = lambda last=False, model=True: None  # collective; rank 0 writes
     trainer.save_model = lambda folder: None
     trainer.run()
@@ -83,7 +82,8 @@ def test_other_ranks_write_and_print_nothing(name, stub_trainer, tmp_path, capsy
 def test_exception_before_start_is_handled(name, stub_trainer, tmp_path):
     if name == "WandB":
         pytest.importorskip("wandb")
-    stub_trainer([build(name)]).call("on_exception", ValueError("raised by another callback's on_fit_start"))
+    trainer = stub_trainer([build(name)], data=StubData(tokenizer=object()))
+    trainer.call("on_exception", ValueError("raised by another callback's on_fit_start"))
 
 
 @pytest.mark.parametrize("name", NAMES)

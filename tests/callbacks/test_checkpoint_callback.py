@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from helpers.stub_engine import StubTrainer
+from helpers.stub_engine import StubData, StubTrainer
 
 from bumblebee.callback import Callback
 from bumblebee.checkpoint.trainer_state import checkpoints, read_trainer_state
@@ -231,11 +231,9 @@ def test_unknown_metric_error_lists_known_metrics(stub_trainer, scripted):
 
 
 def test_best_needs_validation_samples(stub_trainer):
-    trainer = stub_trainer([Checkpoint(best=1)])
-    trainer.data.validation = None
     with pytest.raises(ValueError, match="Checkpoint needs validation samples"):
-        trainer.run()
-    stub_trainer([Checkpoint()]).run()  # not needed without best
+        stub_trainer([Checkpoint(best=1)], data=StubData(num_validation=0))  # when it is set up
+    stub_trainer([Checkpoint()], data=StubData(num_validation=0)).run()  # not needed without best
 
 
 def test_new_run_forgets_the_best_of_an_earlier_one(stub_trainer, scripted, tmp_path):

@@ -179,15 +179,26 @@ def test_code_artifact_has_sources_without_environments(stub_trainer, tmp_path, 
     assert {entry.path for entry in artifact.manifest.contents} == {"mine/model.py", "recipe.yaml"}
 
 
-def test_error_without_an_account_explains_login(stub_trainer, monkeypatch):
+def test_missing_account_is_found_before_anything_is_written(stub_trainer, monkeypatch, tmp_path):
     import wandb as package
 
-    def refused(**options):
-        raise package.errors.UsageError("No API key configured.")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    package.teardown()  # settings are read once
+    with pytest.raises(ValueError, match="cannot start: No API key configured.*; log in with 'wandb login', or set offline"):
+        stub_trainer([WandB("bees")])  # when it is set up
+    assert not (tmp_path / "wandb").exists()
 
-    monkeypatch.setattr(package, "init", refused)
-    with pytest.raises(ValueError, match="cannot start: No API key configured.; log in with 'wandb login', or set offline"):
-        stub_trainer([WandB("bees")]).run()
+
+def test_wandb_mode_offline_needs_no_account(stub_trainer, monkeypatch, tmp_path):
+    import wandb as package
+
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    package.teardown()
+    stub_trainer([WandB("bees")], steps=1).run()
+    assert points(tmp_path, "train/loss") == [(1, 2.0)]
 
 
 def test_error_without_the_package_explains_installation(monkeypatch, stub_trainer):

@@ -98,6 +98,8 @@ ON_THE_COMMAND_LINE = {
     ),
     "--schedule ReduceOnPlateau --data.validation_ratio 0.1": "...needs validations, or it never changes ...",
     "--callbacks.stop EarlyStopping": "callbacks: EarlyStopping needs validation samples: ...",
+    "--callbacks.checkpoint.best 1": "callbacks: Checkpoint needs validation samples: ...",
+    "--callbacks.baseline BigramBaseline": "callbacks: BigramBaseline needs validation samples: ...",
     "--callbacks.validation Validation": "callbacks: Validation needs validation samples: ...",
     # options of another class, or without their group
     "--task.model.folder runs/sft": "unknown option 'task.model.folder': not an option of bumblebee.Bumblebee, but of "

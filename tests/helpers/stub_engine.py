@@ -123,8 +123,11 @@ class StubTask(Task):
 class StubData(DataModule):
     """22 training samples and two validation samples."""
 
+    def __init__(self, tokenizer: Any = None, num_validation: int = 2) -> None:
+        self.tokenizer, self.num_validation = tokenizer, num_validation
+
     def setup(self, seed: int) -> None:
-        self.train, self.validation, self.tokenizer = range(22), range(2), None
+        self.train, self.validation = range(22), range(self.num_validation)
 
     def collate(self, samples: list[Any]) -> Batch:
         return {"input_ids": torch.tensor([samples])}
@@ -138,10 +141,14 @@ class StubTrainer(Trainer):
         callbacks: in order.
         steps: of the run.
         step: number of steps done before, as in a resumed run.
+        data: by default a ``StubData`` without a tokenizer.
         options: further options of the trainer.
     """
 
-    def __init__(self, folder: Path, callbacks: list[Callback], steps: int = 6, step: int = 0, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, callbacks: list[Callback], steps: int = 6, step: int = 0, data: StubData | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
         defaults = {"micro_batch_size": 4, "accumulate": 2, "precision": "fp32", "device": "cpu"}
         super().__init__(max_steps=steps, **{**defaults, **options})
         self.events: list[tuple[str, int]] = []  # ("validate", "save" or "save last", step)
@@ -151,7 +158,7 @@ class StubTrainer(Trainer):
             patch.setattr("bumblebee.training.setup.TrainingEngine", StubEngine)
             patch.setattr("bumblebee.training.setup.check_free", lambda *_: None)
             task = StubTask()
-            self.setup(task, StubData(), lambda groups: torch.optim.SGD(groups, lr=0.01), None, named, folder)
+            self.setup(task, data or StubData(), lambda groups: torch.optim.SGD(groups, lr=0.01), None, named, folder)
         self.step = task.steps = step
 
     def run(self) -> StubTrainer:

@@ -94,7 +94,11 @@ class TrainingEngine:
             and optimizer state are unchanged.
         """
         self._engine.step()
-        return self._finite_at_stage_0 and self._engine.was_step_applied()
+        taken = self._finite_at_stage_0 and self._engine.was_step_applied()
+        if not taken and self.options.zero_stage in (1, 2) and self.options.offload:
+            # DeepSpeed 0.19.8 keeps the gradient that it skips, and adds those of all later steps to it.
+            self._optimizer.averaged_gradients = dict.fromkeys(self._optimizer.averaged_gradients)
+        return taken
 
     def train(self) -> None:
         """Set training mode."""
