@@ -27,7 +27,8 @@ OURS = {
 # The gradient norm, overflow, and the optimizer's step counts, which are on the CPU.
 ONCE_A_STEP = {
     "engine.py _take_model_step", "stage_1_and_2.py has_overflow", "utils.py is_invalid_grad_norm",
-    "utils.py clip_tensors_by_global_norm", "stage_1_and_2.py _optimizer_step", "stage3.py step_with_gradscaler", "bf16_optimizer.py step",
+    "utils.py clip_tensors_by_global_norm", "stage_1_and_2.py _optimizer_step", "stage3.py step_with_gradscaler",
+    "bf16_optimizer.py step",
 }  # fmt: skip
 
 
