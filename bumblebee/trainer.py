@@ -326,10 +326,12 @@ class Trainer(RunState):
         write_model(self, folder)
 
     def close(self) -> None:
-        """Release DeepSpeed's memory and the process group. Call it however the run ended.
+        """Release DeepSpeed's memory, the output folder and the process group. Call it however the run ended.
 
         On several GPUs an exception that ended the run ends the process too, see ``process_group.exit_after_failure``.
         """
+        if lock := self.__dict__.pop("lock", None):
+            lock.release()
         finished: bool = self.__dict__.get("finished", False)
         if not finished and (error := sys.exc_info()[1]):
             process_group.exit_after_failure(error)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bumblebee.distributed.deepspeed.ds_config import DsConfig
     from bumblebee.distributed.deepspeed.engine import TrainingEngine
     from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
+    from bumblebee.training.folder_lock import FolderLock
 
 
 class RunState:
@@ -60,6 +61,7 @@ class RunState:
     plan: Plan
     windows: Iterator[list[Batch]]  # micro-batches of this rank, step by step
     frozen_engines: list[FrozenEngine]
+    lock: FolderLock | None  # on output_dir, on rank 0
 
     # Changes while the run goes on.
     step: int  # optimizer steps done
