@@ -234,7 +234,7 @@ def _on_main(run: RunState, action: Callable[[], None]) -> None:
             action()
         except (OSError, ValueError) as failure:
             error = failure
-    if process_group.any_rank(error is not None, run.device):
+    if process_group.any_rank(error is not None):
         if error is None:
             raise process_group.OtherRankFailed("rank 0 cannot use output_dir")
         if isinstance(error, OSError):
