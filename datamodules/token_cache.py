@@ -37,12 +37,7 @@ from datamodules.records import Record, RecordError
 from datamodules.tokenize import RecordTokenizer, TokenizedBatch
 from datamodules.worker_pool import RecordBatch, batched, tokenize_batches
 
-<<<<<<< HEAD
-FORMAT = 2  # increase whenever the content of a cache changes for the same inputs
-=======
 FORMAT = 3  # increase whenever the content of a cache changes for the same inputs
-LARGE_FILE = 1 << 26  # bytes; the digests of larger files are remembered
->>>>>>> main
 
 Segment = tuple[np.ndarray, np.ndarray]  # inputs and labels, int64 (T,) each; a label is the next token or IGNORE_INDEX
 

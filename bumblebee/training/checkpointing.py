@@ -16,11 +16,8 @@ from bumblebee.datamodule import DataModule
 from bumblebee.distributed import process_group
 from bumblebee.training import random_state
 from bumblebee.training.collective_folder import collective_folder
-<<<<<<< HEAD
 from bumblebee.training.fingerprint import check_fingerprint, data_fingerprint
-=======
 from bumblebee.training.metrics.window import load_window, save_window
->>>>>>> main
 from bumblebee.training.plan import Position
 from bumblebee.training.run_state import RunState
 from bumblebee.utils.json_files import write_json

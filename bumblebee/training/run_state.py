@@ -27,11 +27,8 @@ if TYPE_CHECKING:
     from bumblebee.distributed.deepspeed.ds_config import DsConfig
     from bumblebee.distributed.deepspeed.engine import TrainingEngine
     from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
-<<<<<<< HEAD
     from bumblebee.training.fingerprint import Fingerprint
-=======
     from bumblebee.training.folder_lock import FolderLock
->>>>>>> main
 
 
 class RunState:

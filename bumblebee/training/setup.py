@@ -31,11 +31,8 @@ from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import Task
 from bumblebee.training import checkpointing, loader
 from bumblebee.training.console import Console
-<<<<<<< HEAD
 from bumblebee.training.fingerprint import data_fingerprint, model_fingerprint, optimizer_fingerprint
-=======
 from bumblebee.training.folder_lock import FolderLock
->>>>>>> main
 from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan, Position
 from bumblebee.training.run_folder import check_free, clear, find_resume
@@ -85,16 +82,11 @@ def set_up(
     task.setup(data)
     run.plan = make_plan(run, data, seed, process_group.world_size(), checkpoint)
     _check_parts(run)
-<<<<<<< HEAD
     run.fingerprint = data_fingerprint(data) | model_fingerprint(task)  # before the engine's hooks and casts
-    options = engine_options(run, hidden_size_of(task.model))
-    run.engine = TrainingEngine(task.model, optimizer, parameter_groups(task.model, run.groups), run.device, options)
+    run.engine = TrainingEngine(task.model, optimizer, groups, run.device, options)
     run.fingerprint |= optimizer_fingerprint(run.engine.algorithm)
     if checkpoint is not None:
         checkpointing.check_model_and_optimizer(run, checkpoint)
-=======
-    run.engine = TrainingEngine(task.model, optimizer, groups, run.device, options)
->>>>>>> main
     task.begin(_run_context(run))
     run.engine.train()
     _seed_everything(seed + process_group.rank())

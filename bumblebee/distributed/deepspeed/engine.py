@@ -28,13 +28,8 @@ from bumblebee.distributed.deepspeed.ds_config import EngineOptions
 from bumblebee.distributed.deepspeed.gathering import gathered_model, iter_full_tensors
 from bumblebee.distributed.deepspeed.operators import import_deepspeed, quiet_initialization, usable_config
 from bumblebee.distributed.deepspeed.optimizer_types import ParamGroup
-<<<<<<< HEAD
-from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
-from bumblebee.distributed.deepspeed.zero_shards import algorithm_of, base_optimizer
-=======
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel, iter_local_weights
-from bumblebee.distributed.deepspeed.zero_shards import base_optimizer
->>>>>>> main
+from bumblebee.distributed.deepspeed.zero_shards import algorithm_of, base_optimizer
 
 
 class TrainingEngine:
