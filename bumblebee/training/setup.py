@@ -29,7 +29,7 @@ from bumblebee.distributed.deepspeed.zero_init import sharded_init
 from bumblebee.optim import Constant, Optimizer, Schedule, parameter_groups
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import Task
-from bumblebee.training import checkpointing, loader
+from bumblebee.training import checkpointing, loader, verification_record
 from bumblebee.training.console import Console
 from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan, Position
@@ -199,6 +199,7 @@ def _open_folder(run: RunState, overwrite: bool) -> None:
             run.output_dir.mkdir(parents=True, exist_ok=True)
             for partial in run.output_dir.glob(".*.partial"):  # of a run that was killed while saving
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            verification_record.copy_current(run)
         except OSError as failure:
             error = failure
     if process_group.any_rank(error is not None, run.device):
