@@ -54,9 +54,8 @@ class PackedDataset(TokenDataset[list[Segment]]):
 
     def origin(self, index: int) -> str:
         """See the base class."""
-        starts = [start for start, _ in self.windows.chunks(index)]
-        sequences = np.searchsorted(self.cache.ends, starts, side="right")
-        return " ".join(dict.fromkeys(self.cache.origin(sequence) for sequence in sequences.tolist()))
+        samples = self.cache.samples_at(np.array([start for start, _ in self.windows.chunks(index)]))
+        return " ".join(dict.fromkeys(self.cache.origin(sample) for sample in samples.tolist()))
 
 
 class PaddedDataset(TokenDataset[list[Segment]]):
@@ -78,7 +77,7 @@ class PaddedDataset(TokenDataset[list[Segment]]):
 
     def origin(self, index: int) -> str:
         """See the base class."""
-        return self.cache.origin(int(np.searchsorted(self.cache.ends, self.chunks.starts[index], side="right")))
+        return self.cache.origin(int(self.cache.samples_at(self.chunks.starts[index])))
 
 
 def padded_width(rows: list[list[Segment]]) -> int:

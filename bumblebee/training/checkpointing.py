@@ -35,7 +35,7 @@ def write_checkpoint(run: RunState, path: Path, last: bool, model: bool) -> None
         OSError: it cannot be written.
         OtherRankFailed: another rank cannot write it.
     """
-    with collective_folder(path, run.device, replace=True) as (partial, digests):
+    with collective_folder(path, replace=True) as (partial, digests):
         digests.update(_write_model(run, partial, weights=model))
         state = partial / TRAINING_STATE
         state.mkdir(exist_ok=True)
@@ -102,7 +102,7 @@ def resumed_position(checkpoint: Path, data: DataModule, seed: int) -> Position:
 
 def write_model(run: RunState, folder: Path) -> None:
     """Write the model folder: weights in the training precision, config, tokenizer. Collective."""
-    with collective_folder(folder, run.device) as (partial, digests):
+    with collective_folder(folder) as (partial, digests):
         digests.update(_write_model(run, partial))
 
 

@@ -31,6 +31,7 @@ from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import Task
 from bumblebee.training import checkpointing, loader, verification_record
 from bumblebee.training.console import Console
+from bumblebee.training.folder_lock import FolderLock
 from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan, Position
 from bumblebee.training.run_folder import check_free, clear, find_resume
@@ -69,6 +70,7 @@ def set_up(
     checkpoint = find_resume(run.resume, run.output_dir)
     run.device = process_group.pick_device(run.device_name)
     process_group.start(run.device)
+    _on_main(run, lambda: _lock_folder(run))
     if checkpoint is not None:
         checkpointing.verify_checkpoint(checkpoint)
     groups = parameter_groups(task.model, run.groups)
@@ -117,6 +119,7 @@ def _reset(run: RunState) -> None:
     run.accumulator, run.extra_metrics = MetricAccumulator(), {}
     run.frozen_engines = []
     run.console = Console()
+    run.lock = None
 
 
 def make_plan(run: RunState, data: DataModule, seed: int, ranks: int, checkpoint: Path | None) -> Plan:
@@ -191,18 +194,30 @@ def _seed_everything(seed: int) -> None:
 def _open_folder(run: RunState, overwrite: bool) -> None:
     """Create the output folder, and delete an earlier run's files from it if that was requested. Collective."""
     process_group.barrier()  # every rank has checked the folder before one changes it
-    error: OSError | None = None
+
+    def open_folder() -> None:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        if run.lock is None:
+            _lock_folder(run)
+            check_free(run.output_dir, run.resume, overwrite)  # another run may have begun and ended since
+        if overwrite and run.resume is None:
+            clear(run.output_dir)
+        for partial in run.output_dir.glob(".*.partial"):  # of a run that was killed while saving
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        verification_record.copy_current(run)
+
+    _on_main(run, open_folder)
+
+
+def _lock_folder(run: RunState) -> None:
+    if run.output_dir.is_dir():
+        run.lock = FolderLock(run.output_dir)
+
+
+def _on_main(run: RunState, action: Callable[[], None]) -> None:
+    """Do something with the output folder on rank 0; an error reaches all ranks. Collective."""
+    error: Exception | None = None
     if run.is_main:
         try:
-            if overwrite and run.resume is None:
-                clear(run.output_dir)
-            run.output_dir.mkdir(parents=True, exist_ok=True)
-            for partial in run.output_dir.glob(".*.partial"):  # of a run that was killed while saving
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-            verification_record.copy_current(run)
-        except OSError as failure:
-            error = failure
-    if process_group.any_rank(error is not None, run.device):
-        if error is None:
-            raise process_group.OtherRankFailed("rank 0 cannot write to output_dir")
-        raise ValueError(f"output_dir: cannot write to {run.output_dir}: {error.strerror}") from error
+            action()
+        except (OSError, ValueError) as failure:

@@ -78,7 +78,7 @@ class StubEngine:
     def whole_model(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.model)
 
-    def save(self, folder: Path) -> dict[str, str]:
+    def save(self, folder: Path, select: Callable[[str], bool] = lambda key: True) -> dict[str, str]:
         return {}
 
     def load(self, folder: Path) -> None:
