@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bumblebee.distributed.deepspeed.ds_config import DsConfig
     from bumblebee.distributed.deepspeed.engine import TrainingEngine
     from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
+    from bumblebee.training.fingerprint import Fingerprint
     from bumblebee.training.folder_lock import FolderLock
 
 
@@ -59,6 +60,7 @@ class RunState:
     device: torch.device
     engine: TrainingEngine
     plan: Plan
+    fingerprint: Fingerprint  # what a resumed run must have in common with this one
     windows: Iterator[list[Batch]]  # micro-batches of this rank, step by step
     frozen_engines: list[FrozenEngine]
     lock: FolderLock | None  # on output_dir, on rank 0

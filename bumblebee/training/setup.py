@@ -31,6 +31,7 @@ from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import Task
 from bumblebee.training import checkpointing, loader, verification_record
 from bumblebee.training.console import Console
+from bumblebee.training.fingerprint import data_fingerprint, model_fingerprint, optimizer_fingerprint
 from bumblebee.training.folder_lock import FolderLock
 from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan, Position
@@ -81,7 +82,11 @@ def set_up(
     task.setup(data)
     run.plan = make_plan(run, data, seed, process_group.world_size(), checkpoint)
     _check_parts(run)
+    run.fingerprint = data_fingerprint(data) | model_fingerprint(task)  # before the engine's hooks and casts
     run.engine = TrainingEngine(task.model, optimizer, groups, run.device, options)
+    run.fingerprint |= optimizer_fingerprint(run.engine.algorithm)
+    if checkpoint is not None:
+        checkpointing.check_model_and_optimizer(run, checkpoint)
     task.begin(_run_context(run))
     run.engine.train()
     _seed_everything(seed + process_group.rank())
