@@ -226,3 +226,10 @@ def _on_main(run: RunState, action: Callable[[], None]) -> None:
         try:
             action()
         except (OSError, ValueError) as failure:
+            error = failure
+    if process_group.any_rank(error is not None):
+        if error is None:
+            raise process_group.OtherRankFailed("rank 0 cannot use output_dir")
+        if isinstance(error, OSError):
+            raise ValueError(f"output_dir: cannot write to {run.output_dir}: {error.strerror}") from error
+        raise error
