@@ -55,7 +55,7 @@ def text_of(record: Record) -> str:
     text = record.value["text"]
     if not isinstance(text, str):
         raise RecordError(record.file, record.line, f"'text' must be a string, not {json_type(text)}")
-    if not text.strip():
+    if not text or text.isspace():
         raise RecordError(record.file, record.line, "'text' is empty")
     return text
 

@@ -6,6 +6,7 @@ They are sent to worker processes, so they are small to pickle, and torch is not
 from __future__ import annotations
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from typing import Literal
 
 import numpy as np
 
-from bumblebee.tokenizer.chat_template import Message, Tool
+from bumblebee.tokenizer.chat_template import EncodedChat, Message, Tool
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.utils.json_files import JSON
 from datamodules import record_files
 from datamodules.conversations import parse_conversation, parse_preference, with_system
 from datamodules.records import Record, RecordError
+
+WHITESPACE = re.compile(r"\s")
+DIGESTED = 1 << 16  # characters of a text that are digested at once
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,12 @@ class TokenizedSample:
     """A tokenized record.
 
     Args:
-        sequences: ids of one sequence, or of two.
+        sequences: ids of each sequence; as many as ``sequences_per_sample`` says.
         target_masks: for each sequence whether each token is a target; None if all are.
         digest: see :func:`text_digest`.
     """
 
-    sequences: list[list[int]]
+    sequences: Sequence[Sequence[int] | np.ndarray]
     target_masks: list[list[bool]] | None
     digest: int
 
@@ -46,6 +50,7 @@ class TokenizedBatch:
         tokens: ids of all sequences, concatenated.
         target_mask: bool, of the shape of ``tokens``; None if all tokens are targets.
         lengths: tokens of each sequence.
+        counts: sequences of each sample.
         digests: uint64 of each sample.
         errors: the records that could not be tokenized, by index in the batch of records.
     """
@@ -53,6 +58,7 @@ class TokenizedBatch:
     tokens: np.ndarray
     target_mask: np.ndarray | None
     lengths: np.ndarray
+    counts: np.ndarray
     digests: np.ndarray
     errors: dict[int, RecordError]
 
@@ -65,7 +71,7 @@ class RecordTokenizer(ABC):
         tokenizer: the tokenizer in this process.
     """
 
-    sequences_per_sample = 1
+    sequences_per_sample: int | None = 1  # None if it varies
     masked = True  # whether some tokens are not targets
     multithreaded = False  # whether it uses all cores without worker processes
 
@@ -107,12 +113,17 @@ class RecordTokenizer(ABC):
         sequences = [ids for sample in samples for ids in sample.sequences]
         masks = chain.from_iterable(mask for sample in samples for mask in sample.target_masks or ())
         return TokenizedBatch(
-            np.fromiter(chain.from_iterable(sequences), self.dtype),
+            _concatenate(sequences, self.dtype),
             np.fromiter(masks, bool) if self.masked else None,
             np.array([len(ids) for ids in sequences], np.int64),
+            np.array([len(sample.sequences) for sample in samples], np.int64),
             np.array([sample.digest for sample in samples], np.uint64),
             {index: result for index, result in enumerate(results) if isinstance(result, RecordError)},
         )
+
+
+def _concatenate(sequences: Sequence[Sequence[int] | np.ndarray], dtype: type[np.unsignedinteger]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *(np.asarray(ids, dtype) for ids in sequences)])
 
 
 class TextTokenizer(RecordTokenizer):
@@ -128,7 +139,8 @@ class TextTokenizer(RecordTokenizer):
         texts = [_text_or_error(record) for record in records]
         ids = iter(self.tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
         return [
-            TokenizedSample([[*next(ids), eos]], None, text_digest(text)) if isinstance(text, str) else text for text in texts
+            TokenizedSample([np.append(next(ids), np.uint32(eos))], None, text_digest(text)) if isinstance(text, str) else text
+            for text in texts
         ]
 
 
@@ -177,13 +189,14 @@ class ChatTokenizer(RecordTokenizer):
             ValueError: the record cannot be used.
         """
 
-    def _encode(self, messages: Sequence[Message], tools: list[Tool] | None, train_on: str) -> tuple[list[int], list[bool]]:
-        chat = self.tokenizer.chat_template.encode(with_system(messages, self.system), tools, train_on)
-        return chat.ids, chat.target_mask
+    def _encode(self, messages: Sequence[Message], tools: list[Tool] | None, train_on: str) -> list[EncodedChat]:
+        return self.tokenizer.chat_template.encode_turns(with_system(messages, self.system), tools, train_on)
 
 
 class ConversationTokenizer(ChatTokenizer):
     """A conversation -> one sequence, with the assistant turns as targets.
+
+    It becomes several sequences if the chat template renders earlier turns differently when others follow.
 
     Args:
         folder: the tokenizer's folder.
@@ -191,6 +204,8 @@ class ConversationTokenizer(ChatTokenizer):
         system: system prompt for conversations that do not have one, or None.
         train_on: "all" assistant turns, or only the "last".
     """
+
+    sequences_per_sample = None
 
     def __init__(self, folder: str, tokenizer: Tokenizer, system: str | None, train_on: Literal["all", "last"]) -> None:
         super().__init__(folder, tokenizer, system)
@@ -203,8 +218,9 @@ class ConversationTokenizer(ChatTokenizer):
     def tokenize_record(self, record: Record) -> TokenizedSample:
         """See the base class."""
         chat = parse_conversation(record)
-        ids, mask = self._encode(chat.messages, chat.tools, self.train_on)
-        return TokenizedSample([ids], [mask], chat_digest([chat.messages, chat.tools]))
+        encoded = self._encode(chat.messages, chat.tools, self.train_on)
+        ids, masks = [chat.ids for chat in encoded], [chat.target_mask for chat in encoded]
+        return TokenizedSample(ids, masks, chat_digest([chat.messages, chat.tools]))
 
 
 class PreferenceTokenizer(ChatTokenizer):
@@ -215,8 +231,9 @@ class PreferenceTokenizer(ChatTokenizer):
     def tokenize_record(self, record: Record) -> TokenizedSample:
         """See the base class."""
         pair = parse_preference(record)
-        encoded = [self._encode([*pair.prompt, answer], pair.tools, "last") for answer in (pair.chosen, pair.rejected)]
-        prompts, answers = zip(*(_split_prompt(ids, mask) for ids, mask in encoded), strict=True)
+        both = [[*pair.prompt, answer] for answer in (pair.chosen, pair.rejected)]
+        encoded = [chat for messages in both for chat in self._encode(messages, pair.tools, "last")]
+        prompts, answers = zip(*(_split_prompt(chat.ids, chat.target_mask) for chat in encoded), strict=True)
         if prompts[0] != prompts[1]:
             raise ValueError("the chat template renders the prompt differently before the rejected and the chosen answer")
         return TokenizedSample(
@@ -238,7 +255,21 @@ def _split_prompt(ids: list[int], mask: list[bool]) -> tuple[list[int], list[int
 
 def text_digest(text: str) -> int:
     """A 64-bit hash of a text, equal for texts that differ in whitespace only."""
-    return int.from_bytes(blake2b(" ".join(text.split()).encode(), digest_size=8).digest(), "little")
+    digest, separator = blake2b(digest_size=8), ""
+    for part in _parts(text):
+        if words := part.split():
+            digest.update((separator + " ".join(words)).encode())
+            separator = " "
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Parts of a text that end before whitespace; to split all of it into words takes many times its size."""
+    begin = 0
+    while found := WHITESPACE.search(text, begin + DIGESTED):
+        yield text[begin : found.start()]
+        begin = found.start()
+    yield text[begin:] if begin else text
 
 
 def chat_digest(chat: object) -> int:

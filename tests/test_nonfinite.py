@@ -103,6 +103,15 @@ def test_step_with_non_finite_gradient_changes_nothing(stage, precision, clip, t
     assert first == skipped != after
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_skipped_gradient_is_not_kept_with_offload(stage, tmp_path) -> None:
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    run = {"zero_stage": stage, "precision": "bf16", "deepspeed": offload, "max_steps": 4, "data": {"targets": (16,)}}
+    metrics = train(tmp_path, callbacks=poisoned([2]), **run)
+    assert [line.get("skipped_steps") for line in metrics] == [None, 1, 1, 1]
+
+
 @pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_skipped_steps_in_a_row_end_the_run(stage, tmp_path) -> None:
     """The count survives a resume, and the checkpoints from before the skipped steps are kept."""

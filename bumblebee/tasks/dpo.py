@@ -148,6 +148,12 @@ class DPO(Task):
             return []
         return [self._copy or self._model_class().from_pretrained(self.reference)]
 
+    def fixed_folders(self) -> dict[str, Path]:
+        """The folder of the reference, which is the trained model's own for a copy."""
+        folders = {"adapters_off": None, "copy": getattr(self.model, "source", None)}
+        folder = folders.get(self.reference, self.reference)
+        return {} if folder is None else {"reference's": Path(folder)}
+
     def _open_reference(self, run: RunContext) -> Reference:
         if self.reference == "adapters_off":
             return PolicyReference(self.model, adapters_off)

@@ -39,8 +39,8 @@ class TemplateTokenizer:
         self._strips_before = {token.content for token in added.values() if token.special and token.lstrip}
         # SentencePiece tokenizers prepend a blank to a text. They must not where a text continues.
         self._encode_at_start = partial(encode_text, backend)
-        self._encode_after_special = partial(encode_text, _with_parts(backend, _no_prefix_unless_always))
-        self._encode_after_text = partial(encode_text, _with_parts(backend, _no_prefix))
+        self._encode_after_special = partial(encode_text, with_parts(backend, _no_prefix_unless_always))
+        self._encode_after_text = partial(encode_text, with_parts(backend, _no_prefix))
 
     def encode(self, segments: list[tuple[str, bool]], escape: str = "") -> tuple[list[int], list[bool]]:
         """Encode the consecutive segments of a text, each one separately.
@@ -100,9 +100,9 @@ def _no_prefix(part: Part) -> Part | None:
     return {**part, **{key: value for key, value in off.items() if key in part}}
 
 
-def _with_parts(backend: tokenizers.Tokenizer, change: Change) -> tokenizers.Tokenizer:
+def with_parts(backend: tokenizers.Tokenizer, change: Change) -> tokenizers.Tokenizer:
     """A copy of the backend with changed normalizer and pre-tokenizer; the backend itself if nothing changes."""
-    normalizer, pre_tokenizer = _get_state(backend.normalizer), _get_state(backend.pre_tokenizer)
+    normalizer, pre_tokenizer = get_state(backend.normalizer), get_state(backend.pre_tokenizer)
     changed = [_apply(change, normalizer), _apply(change, pre_tokenizer)]
     if changed == [normalizer, pre_tokenizer]:
         return backend
@@ -120,7 +120,8 @@ def _apply(change: Change, part: Part | None) -> Part | None:
     return {**part, **{key: [item for item in items if item] for key, items in inner.items()}}
 
 
-def _get_state(part: Any) -> Part | None:
+def get_state(part: Any) -> Part | None:
+    """The JSON form of a normalizer or pre-tokenizer."""
     return None if part is None else json.loads(part.__getstate__())
 
 

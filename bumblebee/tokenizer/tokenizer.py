@@ -7,11 +7,12 @@ chat_template.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
@@ -28,6 +29,7 @@ from bumblebee.tokenizer.template_sources import (
     token_content,
 )
 from bumblebee.tokenizer.template_tokenizer import TemplateTokenizer, encode_text
+from bumblebee.tokenizer.text_splitter import TextSplitter
 from bumblebee.tokenizer.token_bytes import token_bytes_table
 from bumblebee.tokenizer.vocab_merges import END_OF_TEXT, SPLIT_PATTERN, VOCAB, has_vocab_and_merges, read_vocab_and_merges
 from bumblebee.utils.json_files import read_json, write_json
@@ -64,6 +66,24 @@ def _missing_files(folder: Path) -> str:
     return f"it has no {FILE}"
 
 
+Piece = tuple[int, bool, str]  # index of the text, whether it begins with this piece, the piece
+GROUP = 1 << 20  # characters of the pieces that are encoded at once
+
+
+def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces with at least GROUP characters together, except for the last ones."""
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece[2])
+        if size >= GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
 class Tokenizer:
     """Text to ids and back.
 
@@ -79,6 +99,9 @@ class Tokenizer:
         self.name_or_path = name_or_path
         # User text that spells "<|im_end|>" is text. Callers that need a special token insert its id.
         backend.encode_special_tokens = True
+        # A tokenizer.json may hold the settings of an earlier training, which would cut or pad every text.
+        backend.no_truncation()
+        backend.no_padding()
 
     def __reduce__(self) -> tuple[object, ...]:
         # Pickling loses the backend's encode_special_tokens, and compiled templates cannot be pickled.
@@ -186,10 +209,29 @@ class Tokenizer:
         prefix = self.prefix_ids if add_special_tokens else []
         return ids if ids[: len(prefix)] == prefix else prefix + ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` each text, on all cores."""
-        encodings = self.backend.encode_batch_fast([replace_surrogates(text) for text in texts], add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """``encode`` each text, on all cores: uint32 arrays.
+
+        Long texts are encoded in pieces where the ids are provably the same (text_splitter.py), which bounds the memory.
+        """
+        ids: list[list[np.ndarray]] = [[] for _ in texts]
+        for group in _groups(self._pieces(texts)):
+            for is_first in (True, False):
+                own = [(index, piece) for index, first, piece in group if first is is_first]
+                backend = self.backend if is_first else self._text_splitter.continuation
+                encodings = backend.encode_batch_fast([piece for _, piece in own], add_special_tokens=False) if own else []
+                for (index, _), encoding in zip(own, encodings, strict=True):
+                    ids[index].append(np.array(encoding.ids, np.uint32))
+        return [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in ids]
+
+    def _pieces(self, texts: Sequence[str]) -> Iterator[Piece]:
+        for index, text in enumerate(texts):
+            for number, piece in enumerate(self._text_splitter.split(replace_surrogates(text))):
+                yield index, number == 0, piece
+
+    @cached_property
+    def _text_splitter(self) -> TextSplitter:
+        return TextSplitter(self.backend)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decode ids; bytes that are not valid UTF-8 become U+FFFD."""

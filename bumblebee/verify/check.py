@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from bumblebee.distributed import process_group
 from bumblebee.verify.check_result import CheckResult
 from bumblebee.verify.checks import (
+    accumulation_check,
     attention_check,
+    checkpointing_check,
+    dpo_check,
     gradient_check,
+    lora_check,
     loss_check,
     loss_curve_check,
     machine_throughput,
+    optimizer_check,
     resume_check,
 )
 from bumblebee.verify.context import Context
@@ -62,6 +67,20 @@ TRAINING = (
         uses_model=True, collective=True,
     ),
     Check(
+        "accumulation",
+        accumulation_check.run,
+        "gradients of micro-batches are not added up in fp32, or not averaged over ranks",
+        "runs at this zero_stage and precision lose small gradients; use another stage or fp32",
+        collective=True,
+    ),
+    Check(
+        "optimizer",
+        optimizer_check.run,
+        "a step of AdamW is not that of torch with the recipe's options",
+        "weight decay, betas, eps, learning rates and gradient_clip of a recipe are unreliable at this stage and precision",
+        collective=True,
+    ),
+    Check(
         "loss curve",
         loss_curve_check.run,
         "training at this zero_stage and precision diverges from plain PyTorch",
@@ -73,6 +92,29 @@ TRAINING = (
         resume_check.run,
         "resuming from a checkpoint is not exact",
         "interrupted runs are unreliable",
+        uses_model=True, collective=True,
+    ),
+)  # fmt: skip
+METHODS = (
+    Check(
+        "activation checkpointing",
+        checkpointing_check.run,
+        "recomputed blocks differ from those of the forward pass",
+        "runs with bumblebee.transforms.ActivationCheckpointing and dropout are unreliable",
+        uses_model=True,
+    ),
+    Check(
+        "LoRA",
+        lora_check.run,
+        "LoRA does not train A and B of W + (alpha / rank) B A alone",
+        "adapters are unreliable; train all weights",
+        uses_model=True, collective=True,
+    ),
+    Check(
+        "DPO",
+        dpo_check.run,
+        "the loss, its gradient or the reference is not that of DPO",
+        "preference training is unreliable",
         uses_model=True, collective=True,
     ),
 )  # fmt: skip
@@ -89,4 +131,4 @@ THROUGHPUT = (
     ALL_REDUCE,
     Check("disk write", machine_throughput.disk_write, "", "checkpoints cannot be saved in this folder"),
 )
-CHECKS = (*KERNELS, *TRAINING, *THROUGHPUT)
+CHECKS = (*KERNELS, *TRAINING, *METHODS, *THROUGHPUT)

@@ -9,6 +9,7 @@ import torch
 
 from bumblebee.distributed import process_group
 from bumblebee.nn.attention_kernels import select_kernel
+from bumblebee.optim import GroupRule
 from bumblebee.trainer import Trainer
 from bumblebee.verify.verify_options import VerifyOptions
 
@@ -46,6 +47,7 @@ class Context:
         gradient_clip: float | None,
         precision: str | None = None,
         resume: str | None = None,
+        groups: list[GroupRule] | None = None,
     ) -> Trainer:
         """Build the trainer of a training run: the user's stage and device, micro-batches of two rows.
 
@@ -56,7 +58,7 @@ class Context:
         return Trainer(
             max_steps=max_steps, micro_batch_size=2, accumulate=accumulate, precision=precision,  # type: ignore[arg-type]
             zero_stage=self.options.zero_stage, gradient_clip=gradient_clip, device=self.options.device, deepspeed=scale,
-            resume=resume,
+            resume=resume, groups=groups,
         )  # fmt: skip
 
 

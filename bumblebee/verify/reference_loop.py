@@ -35,7 +35,7 @@ def sample_indices(num_samples: int, samples_per_step: int, steps: int, seed: in
     return indices[:steps]
 
 
-def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
+def mean_loss(model: Callable[..., Tensor], batch: Batch) -> Tensor:
     """Cross-entropy averaged over all targets of a batch."""
     logits, labels = model(batch["input_ids"], batch["position_ids"]), batch["labels"]
     total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")

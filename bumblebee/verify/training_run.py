@@ -5,8 +5,9 @@ The rows are awkward on purpose: packed documents, from none to all tokens as ta
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 from bumblebee.callback import Callback
+from bumblebee.checkpoint.sharded_state import ShardReader
 from bumblebee.config import BumblebeeConfig
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.model import Bumblebee
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.optim import Optimizer, Schedule
 from bumblebee.tasks.language_modeling import LanguageModeling
-from bumblebee.tasks.task import ForwardFn
+from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.trainer import Trainer
 
 VOCAB_SIZE, LENGTH = 256, 32
@@ -29,11 +31,12 @@ NUM_TARGETS = (32, 1, 7, 0, 20)  # of the rows, in turn
 SEED = 42
 
 
-def build_model(attention: str) -> Bumblebee:
-    """Build the model of the run, randomly initialized."""
+def build_model(attention: str, **options: float) -> Bumblebee:
+    """Build the model of the run, randomly initialized; ``options`` of its config, such as dropout."""
     config = BumblebeeConfig(
         vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=LENGTH, rope_theta=10_000.0,
+        **options,  # type: ignore[arg-type]
     )  # fmt: skip
     return Bumblebee(config, attention=attention)
 
@@ -51,14 +54,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 class RandomTokens(DataModule[int]):
-    """Rows of random tokens, two documents each. The last ``NUM_TARGETS[i]`` tokens of row i are targets.
+    """Rows of random tokens, two documents each. The last ``num_targets[i]`` tokens of row i are targets.
 
     Args:
         samples: number of rows.
+        num_targets: of the rows, in turn.
     """
 
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
+    def __init__(self, samples: int, num_targets: Sequence[int] = NUM_TARGETS) -> None:
+        self.samples, self.num_targets = samples, num_targets
 
     def setup(self, seed: int) -> None:
         """Draw the rows, the same in every run."""
@@ -66,7 +70,7 @@ class RandomTokens(DataModule[int]):
         tokens = torch.randint(VOCAB_SIZE, (self.samples, LENGTH + 1), generator=generator)
         boundaries = torch.randint(1, LENGTH, (self.samples, 1), generator=generator)
         positions = torch.arange(LENGTH).expand(self.samples, LENGTH)
-        targets = torch.tensor([NUM_TARGETS[i % len(NUM_TARGETS)] for i in range(self.samples)])
+        targets = torch.tensor([self.num_targets[i % len(self.num_targets)] for i in range(self.samples)])
         self.columns = {
             "input_ids": tokens[:, :-1],
             "labels": tokens[:, 1:].masked_fill(positions < LENGTH - targets[:, None], IGNORE_INDEX),
@@ -141,7 +145,8 @@ def run_training(
     folder: Path,
     attention: str,
     schedule: Schedule | None = None,
-    task: type[LanguageModeling] = LanguageModeling,
+    task: Callable[[Bumblebee], Task] = LanguageModeling,
+    model_options: Mapping[str, float] | None = None,
 ) -> RunRecorder:
     """Run a training on all ranks and return the recorder.
 
@@ -153,13 +158,20 @@ def run_training(
         folder: output folder of the run.
         attention: the attention kernel.
         schedule: of the learning rate.
-        task: the loss.
+        task: builds the task from the model.
+        model_options: see ``build_model``.
     """
     try:
         torch.manual_seed(SEED)
         with trainer.building():
-            model = build_model(attention)
+            model = build_model(attention, **(model_options or {}))
         trainer.fit(task(model), data, optimizer, schedule, {"recorder": recorder}, folder, SEED)
     finally:
         trainer.close()
     return recorder
+
+
+def saved_state(checkpoint: Path, kind: str) -> dict[str, Tensor]:
+    """Read the fp32 weights (``WEIGHTS``) or a kind of optimizer state of each parameter from a checkpoint of any stage."""
+    with ShardReader(checkpoint / "training_state") as shards:
+        return {name: shards.read(kind, name, 0, math.prod(shape)).reshape(shape) for name, shape in shards.shapes.items()}

@@ -33,7 +33,8 @@ def verdict(results: Results) -> str:
             continue
         diagnosis = check.diagnosis if result.error is None else "did not finish"
         follows = " (possibly a consequence of the failure above)" if check.uses_model and kernel_failed else ""
-        lines.append(f"FAIL {check.name}: {diagnosis}; {check.consequence}{follows}")
+        above = ", ".join(measurement.name for measurement in result.measurements if not measurement.passed)
+        lines.append(f"FAIL {check.name}: {diagnosis}{f' ({above})' if above else ''}; {check.consequence}{follows}")
         kernel_failed |= not check.uses_model
     if not_run := [check.name for check, result in results if not result.was_run]:
         lines.append(f"not run: {', '.join(not_run)}")

@@ -14,10 +14,7 @@ from bumblebee.transforms import ActivationCheckpointing, Compile
 from callbacks import Checkpoint, RunSummary, Validation
 from callbacks.run_summary import format_outcome
 
-PRECISIONS = [
-    ("fp32", 0, None), ("fp32", 1, None), ("bf16", 0, None), ("bf16", 1, None), ("fp16", 0, None), ("fp16", 2, None),
-    ("fp32", 1, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
-]  # fmt: skip
+PRECISIONS = [("fp32", 0), ("fp32", 1), ("bf16", 0), ("bf16", 1), ("fp16", 0), ("fp16", 2)]
 
 
 @pytest.fixture(scope="session")
@@ -143,8 +140,8 @@ def test_outcome_names_what_was_saved(adapters, stub_trainer, monkeypatch, tmp_p
     assert outcome == f"finished at step 0/6, 0 tokens; {'adapter' if adapters else 'model'} saved in {tmp_path}"
 
 
-@pytest.mark.parametrize(("precision", "stage", "deepspeed"), PRECISIONS)
-def test_summary_asks_for_the_dtype_that_attention_computes_in(precision, stage, deepspeed, stub_trainer, tiny, monkeypatch):
+@pytest.mark.parametrize(("precision", "stage"), PRECISIONS)
+def test_summary_asks_for_the_dtype_that_attention_computes_in(precision, stage, stub_trainer, tiny, monkeypatch):
     """Also with QK-norm, which returns fp32 under autocast. fp16 needs a GPU only because of DeepSpeed."""
     requested = []
 
@@ -152,7 +149,7 @@ def test_summary_asks_for_the_dtype_that_attention_computes_in(precision, stage,
         requested.append(dtype)
         return "sdpa"
 
-    trainer = stub_trainer([], precision=precision, zero_stage=stage, deepspeed=deepspeed)
+    trainer = stub_trainer([], precision=precision, zero_stage=stage)
     options = trainer.engine.options
     trainer.task.model = Bumblebee(tiny(qk_norm=True)).to(options.weights_dtype)
     monkeypatch.setattr("bumblebee.nn.attention_kernels.select_kernel", record)
@@ -163,7 +160,7 @@ def test_summary_asks_for_the_dtype_that_attention_computes_in(precision, stage,
         trainer.task.model(torch.zeros(1, 8, dtype=torch.int64))
     assert set(requested) == {options.compute_dtype} and len(requested) == 3  # the summary, and two layers
     expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    assert options.compute_dtype == (torch.bfloat16 if deepspeed else expected)
+    assert options.compute_dtype == expected
 
 
 def test_flash_attention_with_fp16_is_summarized(stub_trainer, monkeypatch):

@@ -146,6 +146,19 @@ def test_cache_may_be_larger_than_memory(tokenizer_folder, tmp_path):
     assert len(line) * count > megabytes * 2**20
 
 
+@pytest.mark.slow
+def test_one_text_needs_a_small_multiple_of_its_size(tokenizer_folder, tmp_path):
+    """A document of 6 MB; encoded at once, it would need more than 700 MB."""
+    text = "The quick brown fox jumps over the lazy dog, again and again.\n" * 100_000
+    (tmp_path / "large.txt").write_text(text)
+    done = start(tmp_path / "c", tokenizer_folder, 150, tmp_path / "large.txt")
+    out, err = done.communicate(timeout=280)
+    assert done.returncode == 0, err[-2000:]
+    tokens = int(out.split()[-1])
+    line = Tokenizer.from_pretrained(tokenizer_folder).encode(text[: len(text) // 100])
+    assert tokens == 100 * len(line) + 1  # and the end of the text
+
+
 def children(parent: int) -> set[int]:
     pids = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True).stdout.split()
     return {int(pid) for pid in pids}

@@ -113,6 +113,27 @@ def test_steps_per_print_is_the_users():
     assert deepspeed_config(options(overrides={"steps_per_print": 2000}))["steps_per_print"] == 2000
 
 
+@pytest.mark.parametrize(
+    ("precision", "stage", "section", "named"),
+    [
+        ("fp32", 0, {"enabled": True}, "enabled is True, but trainer.precision is 'fp32': drop it or set trainer.precision"),
+        ("fp32", 2, {"enabled": True}, "enabled is True, but trainer.precision is 'fp32': drop it or set trainer.precision"),
+        (
+            "bf16",
+            1,
+            {"enabled": True},
+            "enabled is True, but .* 'bf16' has weights of that dtype at trainer.zero_stage 1: drop it, or set .* 0",
+        ),
+        ("bf16", 0, {"enabled": False}, "enabled is False, but trainer.precision decides that .True.: drop it"),
+        ("bf16", 0, {"dtype": "float16"}, "dtype is 'float16', but trainer.precision decides that .'bfloat16'.: drop it"),
+        ("bf16", 1, True, " must be a mapping such as {enabled: true}, got True"),
+    ],
+)
+def test_autocast_against_the_precision_is_refused(precision, stage, section, named):
+    with pytest.raises(ValueError, match=f"trainer.deepspeed.torch_autocast.?{named}"):
+        deepspeed_config(options(precision=precision, zero_stage=stage, overrides={"torch_autocast": section}))
+
+
 def test_autocast_replaces_deepspeeds_half_precision_at_stage_0():
     config = deepspeed_config(options(zero_stage=0, overrides={"bf16": {"enabled": True}}))
     assert config == deepspeed_config(options(zero_stage=0)) and "bf16" not in config

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 ATTENTION, LOSS, GRADIENT, CURVE, RESUME = "attention kernel", "loss kernel", "gradient", "loss curve", "resume"
+ACCUMULATION, OPTIMIZER = "accumulation", "optimizer"
+RECOMPUTATION, LORA, DPO = "activation checkpointing", "LoRA", "DPO"
 
 
 def statuses(printed: str) -> dict[str, str]:

@@ -30,7 +30,7 @@ _SUPPORTED_KEYS = (
 _SET_BY = {
     "train_micro_batch_size_per_gpu": "micro_batch_size", "gradient_accumulation_steps": "accumulate",
     "gradient_clipping": "gradient_clip", "zero_optimization.stage": "zero_stage", "bf16.enabled": "precision",
-    "fp16.enabled": "precision",
+    "fp16.enabled": "precision", "torch_autocast.enabled": "precision", "torch_autocast.dtype": "precision",
 }  # fmt: skip
 # Keys that DeepSpeed reads too, and what sets the same thing here.
 _SET_ELSEWHERE = {
@@ -74,11 +74,7 @@ class EngineOptions:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of matrix products and of attention. An fp32 run may set autocast in ``overrides``."""
-        autocast = self.overrides.get("torch_autocast", {})
-        if self.half_dtype is None and autocast.get("enabled"):
-            name = autocast.get("dtype", "bf16").removeprefix("torch.")
-            return HALF_DTYPES.get(name) or getattr(torch, name)
+        """The dtype of matrix products and of attention."""
         return self.half_dtype or torch.float32
 
     @property
@@ -112,6 +108,7 @@ def deepspeed_config(options: EngineOptions) -> DsConfig:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offload with the recipe's optimizer, not DeepSpeed's, which is compiled first
         "steps_per_print": overrides.get("steps_per_print", 2**62),
+        "timers": overrides.get("timers", {"throughput": {"enabled": False}}),  # it waits for the GPU in every micro-batch
     }
     if options.half_dtype and options.zero_stage == 0:
         ours["torch_autocast"] = {"enabled": True, "dtype": str(options.half_dtype).removeprefix("torch.")}
@@ -121,6 +118,7 @@ def deepspeed_config(options: EngineOptions) -> DsConfig:
             ours["bf16"]["check_grad_overflow"] = True
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
     _check_precision(overrides, options.precision)
+    _check_autocast(overrides, options)
     if options.zero_stage == 0:  # autocast instead: DeepSpeed's bf16 and fp16 keep no fp32 weights there
         overrides = {key: value for key, value in overrides.items() if key not in HALF_DTYPES}
     merged = _merge(ours, overrides, "")
@@ -172,6 +170,24 @@ def _check_precision(overrides: DsConfig, precision: str) -> None:
             raise ValueError(
                 f"trainer.deepspeed.{name}.enabled is {enabled!r}, but trainer.precision is {precision!r}: drop it{change}"
             )
+
+
+def _check_autocast(overrides: DsConfig, options: EngineOptions) -> None:
+    """Autocast is what 16-bit precisions mean at stage 0. Anywhere else it would change the precision behind our back."""
+    section = overrides.get("torch_autocast", {})
+    name = "trainer.deepspeed.torch_autocast"
+    if not isinstance(section, dict):
+        raise ValueError(f"{name} must be a mapping such as {{enabled: true}}, got {section!r}")
+    if not section.get("enabled"):
+        return
+    enabled = f"{name}.enabled is {section['enabled']!r}, but trainer.precision"
+    if options.half_dtype is None:
+        raise ValueError(f"{enabled} is 'fp32': drop it or set trainer.precision to bf16")
+    if options.zero_stage > 0:
+        raise ValueError(
+            f"{enabled} {options.precision!r} has weights of that dtype at trainer.zero_stage {options.zero_stage}: drop it,"
+            " or set trainer.zero_stage to 0 for fp32 weights under autocast"
+        )
 
 
 def _merge(ours: DsConfig, overrides: DsConfig, path: str) -> DsConfig:

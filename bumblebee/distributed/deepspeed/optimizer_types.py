@@ -52,6 +52,7 @@ class ZeroOptimizer(BaseOptimizer, Protocol):
 
     # Stages 1 and 2.
     single_partition_of_fp32_groups: list[Tensor]
+    averaged_gradients: dict[int, list[Tensor] | None]  # by parameter group; without offload, None between steps
     _hp_optimizer_states_linked: bool
 
     def _lazy_init_hp_params_optimizer_state(self) -> None: ...

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from bumblebee.checkpoint.sharded_state import ShardReader
 from bumblebee.datamodule import Batch
@@ -24,6 +23,7 @@ from bumblebee.distributed import process_group
 from bumblebee.optim import Cosine
 from bumblebee.verify import reference_loop
 from bumblebee.verify.check_result import CheckResult, Measurement
+from bumblebee.verify.checks.tolerances import movement_error
 from bumblebee.verify.context import Context
 from bumblebee.verify.training_run import SEED, RandomTokens, RunRecorder, reference_model, run_training, to_device
 
@@ -61,8 +61,8 @@ def run(context: Context) -> CheckResult:
             for step, (line, reference) in enumerate(steps)
             if step not in skipped
         ),
-        "weights": _movement_error(record.initial_weights, weights, expected, list(expected)),
-        "norm weights": _movement_error(record.initial_weights, weights, expected, [n for n in expected if "norm" in n]),
+        "weights": movement_error(record.initial_weights, weights, expected, list(expected)),
+        "norm weights": movement_error(record.initial_weights, weights, expected, [n for n in expected if "norm" in n]),
     }
     return CheckResult(tuple(Measurement(name, error, bounds[name]) for name, error in errors.items()))
 
@@ -82,14 +82,3 @@ def skipped_steps(metrics: list[dict[str, float]]) -> set[int]:
 def _worst(values: Iterable[float]) -> float:
     """The largest value; NaN counts as infinite."""
     return max((math.inf if math.isnan(value) else value for value in values), default=0.0)
-
-
-def _movement_error(
-    initial: Mapping[str, Tensor], weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: list[str]
-) -> float:
-    """Distance between weights and expected weights, relative to the expected movement from the initial weights."""
-    error, movement = (
-        math.sqrt(sum(float((a[name].double() - b[name]).square().sum()) for name in names))
-        for a, b in ((weights, expected), (expected, initial))
-    )
-    return error / movement

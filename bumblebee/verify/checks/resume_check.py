@@ -2,6 +2,10 @@
 
 Compares the checkpoints after the last step: weights, optimizer state and random state of each rank. The loss draws from every
 random generator, the checkpoint is in the middle of an epoch, and stage and precision are the user's.
+
+Two runs may agree on a mistake, so that two more things are counted: tensors of the checkpoint's model folder that are missing
+or are not the optimizer's fp32 weights in the folder's dtype, and ranks whose random state is that of another rank, which would
+drop the same activations.
 """
 
 from __future__ import annotations
@@ -11,12 +15,15 @@ from pathlib import Path
 
 import numpy
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from bumblebee.checkpoint.sharded_state import WEIGHTS
 from bumblebee.distributed import process_group
 from bumblebee.optim import Cosine
 from bumblebee.verify.check_result import CheckResult, Measurement
 from bumblebee.verify.context import Context
-from bumblebee.verify.training_run import NoisyLanguageModeling, RandomTokens, RunRecorder, run_training
+from bumblebee.verify.training_run import NoisyLanguageModeling, RandomTokens, RunRecorder, run_training, saved_state
 
 STEPS, INTERRUPT_AT, ACCUMULATE = 6, 3, 3
 PARTS = {"weights": "model*.safetensors", "optimizer state": "*/optimizer-*", "random state": "*/random-*"}
@@ -30,12 +37,18 @@ def run(context: Context) -> CheckResult:
     measurements = tuple(
         Measurement(f"differing bytes of {part}", differing_bytes(uninterrupted, resumed, part), 0.0) for part in PARTS
     )
+    saved = (
+        Measurement("wrong tensors of the model folder", wrong_tensors(uninterrupted), 0.0),
+        Measurement("ranks with another rank's random state", shared_random_states(uninterrupted), 0.0),
+    )
     if all(measurement.passed for measurement in measurements):
-        return CheckResult(measurements)
+        return CheckResult(measurements + saved)
     repeated = _train(context, "repeated", RunRecorder(save_at=STEPS))
     if not any(differing_bytes(uninterrupted, repeated, part) for part in PARTS):
-        return CheckResult(measurements)
-    return CheckResult(measurements, "two uninterrupted runs differ as well: training is not deterministic on this machine")
+        return CheckResult(measurements + saved)
+    return CheckResult(
+        measurements + saved, "two uninterrupted runs differ as well: training is not deterministic on this machine"
+    )
 
 
 def differing_bytes(checkpoint: Path, other: Path, part: str) -> float:
@@ -49,6 +62,25 @@ def _count_differences(file: Path, other: Path) -> int:
     a, b = (numpy.frombuffer(path.read_bytes() if path.is_file() else b"", dtype=numpy.uint8) for path in (file, other))
     shorter = min(len(a), len(b))
     return int((a[:shorter] != b[:shorter]).sum()) + abs(len(a) - len(b))
+
+
+def wrong_tensors(checkpoint: Path) -> float:
+    """Count tensors of the model folder that are missing or differ from the fp32 weights of the training state."""
+    weights = saved_state(checkpoint, WEIGHTS)
+    tensors = {name: tensor for file in checkpoint.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+    different = (name for name in weights.keys() & tensors.keys() if not _is_cast(tensors[name], weights[name]))
+    return float(len(weights.keys() ^ tensors.keys()) + sum(1 for _ in different))
+
+
+def _is_cast(tensor: Tensor, weights: Tensor) -> bool:
+    return torch.equal(tensor, weights.to(tensor.dtype))
+
+
+def shared_random_states(checkpoint: Path) -> float:
+    """Count ranks with the same state of torch's generator as an earlier rank."""
+    files = sorted((checkpoint / "training_state").glob("random-*.safetensors"))
+    states = {load_file(file)["torch"].numpy().tobytes() for file in files}
+    return float(len(files) - len(states))
 
 
 def _train(context: Context, name: str, recorder: RunRecorder, resume: str | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""How far arithmetic in a dtype may deviate from the formula in fp64, and two ways to measure it.
+"""How far arithmetic in a dtype may deviate from the formula in fp64, and ways to measure it.
 
 The unit is the machine epsilon of the dtype: 2^-7 in bf16, 2^-10 in fp16. Fused kernels read and write the dtype and accumulate
 in fp32, so that a result is rounded a few times, by half a unit each. In fp32 the accumulation itself is rounded hundreds of
@@ -8,6 +8,9 @@ bf16). On CPUs all kernels and dtypes stay below half of each bound.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -33,3 +36,14 @@ def worst_vector_error(values: Tensor, expected: Tensor) -> float:
 def scale_error(values: Tensor, expected: Tensor) -> float:
     """The relative error of the scale of all values: their least-squares factor minus 1."""
     return abs(((values.double() * expected).sum() / expected.square().sum()).item() - 1)
+
+
+def movement_error(
+    initial: Mapping[str, Tensor], weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: list[str]
+) -> float:
+    """Distance between weights and expected weights, relative to the expected movement from the initial weights."""
+    error, movement = (
+        math.sqrt(sum(float((a[name].double() - b[name]).square().sum()) for name in names))
+        for a, b in ((weights, expected), (expected, initial))
+    )
+    return error / movement
