@@ -29,7 +29,7 @@ from bumblebee.distributed.deepspeed.zero_init import sharded_init
 from bumblebee.optim import Constant, Optimizer, Schedule, parameter_groups
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import Task
-from bumblebee.training import checkpointing, loader
+from bumblebee.training import checkpointing, loader, verification_record
 from bumblebee.training.console import Console
 from bumblebee.training.fingerprint import data_fingerprint, model_fingerprint, optimizer_fingerprint
 from bumblebee.training.folder_lock import FolderLock
@@ -209,6 +209,7 @@ def _open_folder(run: RunState, overwrite: bool) -> None:
             clear(run.output_dir)
         for partial in run.output_dir.glob(".*.partial"):  # of a run that was killed while saving
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        verification_record.copy_current(run)
 
     _on_main(run, open_folder)
 
