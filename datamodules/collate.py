@@ -33,6 +33,10 @@ class TokenDataset(Sequence[SampleT]):
     def origin(self, index: int) -> str:
         """FILE:LINE of each record in a sample."""
 
+    def layout(self) -> tuple[np.ndarray, ...]:
+        """Which tokens of the cache each sample consists of, as arrays of integers."""
+        return ()
+
 
 class PackedDataset(TokenDataset[list[Segment]]):
     """Windows as samples: each is the list of its segments.
@@ -51,6 +55,10 @@ class PackedDataset(TokenDataset[list[Segment]]):
 
     def __getitem__(self, index: int) -> list[Segment]:  # type: ignore[override]
         return [self.cache.segment(start, length) for start, length in self.windows.chunks(index)]
+
+    def layout(self) -> tuple[np.ndarray, ...]:
+        """See the base class."""
+        return self.windows.starts, self.windows.lengths, self.windows.bounds
 
     def origin(self, index: int) -> str:
         """See the base class."""
@@ -74,6 +82,10 @@ class PaddedDataset(TokenDataset[list[Segment]]):
 
     def __getitem__(self, index: int) -> list[Segment]:  # type: ignore[override]
         return [self.cache.segment(int(self.chunks.starts[index]), int(self.chunks.lengths[index]))]
+
+    def layout(self) -> tuple[np.ndarray, ...]:
+        """See the base class."""
+        return self.chunks.starts, self.chunks.lengths
 
     def origin(self, index: int) -> str:
         """See the base class."""

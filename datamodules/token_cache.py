@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import cached_property
@@ -39,7 +38,6 @@ from datamodules.tokenize import RecordTokenizer, TokenizedBatch
 from datamodules.worker_pool import RecordBatch, batched, tokenize_batches
 
 FORMAT = 3  # increase whenever the content of a cache changes for the same inputs
-LARGE_FILE = 1 << 26  # bytes; the digests of larger files are remembered
 
 Segment = tuple[np.ndarray, np.ndarray]  # inputs and labels, int64 (T,) each; a label is the next token or IGNORE_INDEX
 
@@ -116,6 +114,12 @@ class TokenCache:
         if self._mask_bits is None:
             return tokens[:-1], tokens[1:]
         return tokens[:-1], np.where(self.target_mask(start + 1, start + length + 1), tokens[1:], IGNORE_INDEX)
+
+    def spaced_tokens(self, count: int = 256, length: int = 256) -> np.ndarray:
+        """``count`` runs of ``length`` ids at evenly spaced positions; all ids if there are not more."""
+        starts = np.linspace(0, max(0, len(self.tokens) - length), count).astype(np.int64)
+        runs = [self.tokens] if len(self.tokens) <= count * length else [self.tokens[at : at + length] for at in starts]
+        return np.concatenate(runs)
 
     def origin(self, sample: int) -> str:
         """FILE:LINE of a sample."""
@@ -255,32 +259,11 @@ def cache_key(*parts: JSON) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:20]
 
 
-def file_digest(path: str, digests: Path | None = None) -> str:
-    """SHA-256 of a file's content.
-
-    Args:
-        path: the file.
-        digests: folder that remembers the digests of large files as long as path, size and times do not change.
-    """
-    state = os.stat(path)
-    if digests is None or state.st_size < LARGE_FILE:
-        return _content_digest(path)
-    identity = [os.path.realpath(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
-    entry = digests / f"{cache_key(str(identity[0]))}.json"
-    try:
-        stored = read_json(entry)
-    except (OSError, ValueError):
-        stored = {}
-    if stored.get("file") != identity:
-        stored = {"file": identity, "digest": _content_digest(path)}
-        digests.mkdir(parents=True, exist_ok=True)
-        write_json(entry, stored)
-    return stored["digest"]
-
-
-def _content_digest(path: str) -> str:
+def arrays_digest(*arrays: np.ndarray) -> str:
+    """SHA-256 of the integers in some arrays, whatever their dtype, and of the arrays' shapes."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for array in arrays:
+        digest.update(f"{array.shape}".encode())
+        dtype = np.uint64 if array.dtype.kind == "u" else np.int64
+        digest.update(np.ascontiguousarray(array, dtype=np.dtype(dtype).newbyteorder("<")).data)
     return digest.hexdigest()
