@@ -244,7 +244,7 @@ class Trainer(RunState):
         error = None
         if not torch.stack([value.to(self.device, torch.float64) for value in values]).isfinite().all():
             error = self._non_finite(losses)
-        if process_group.any_rank(error is not None, self.device):
+        if process_group.any_rank(error is not None):
             raise error or process_group.OtherRankFailed("another rank had a loss or a weight that is not finite")
 
     def _non_finite(self, losses: list[tuple[int, int, Tensor]]) -> FloatingPointError | None:

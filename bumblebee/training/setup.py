@@ -29,8 +29,9 @@ from bumblebee.distributed.deepspeed.zero_init import sharded_init
 from bumblebee.optim import Constant, Optimizer, Schedule, parameter_groups
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import Task
-from bumblebee.training import checkpointing, loader
+from bumblebee.training import checkpointing, loader, verification_record
 from bumblebee.training.console import Console
+from bumblebee.training.fingerprint import data_fingerprint, model_fingerprint, optimizer_fingerprint
 from bumblebee.training.folder_lock import FolderLock
 from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan, Position
@@ -81,7 +82,11 @@ def set_up(
     task.setup(data)
     run.plan = make_plan(run, data, seed, process_group.world_size(), checkpoint)
     _check_parts(run)
+    run.fingerprint = data_fingerprint(data) | model_fingerprint(task)  # before the engine's hooks and casts
     run.engine = TrainingEngine(task.model, optimizer, groups, run.device, options)
+    run.fingerprint |= optimizer_fingerprint(run.engine.algorithm)
+    if checkpoint is not None:
+        checkpointing.check_model_and_optimizer(run, checkpoint)
     task.begin(_run_context(run))
     run.engine.train()
     _seed_everything(seed + process_group.rank())
@@ -204,6 +209,7 @@ def _open_folder(run: RunState, overwrite: bool) -> None:
             clear(run.output_dir)
         for partial in run.output_dir.glob(".*.partial"):  # of a run that was killed while saving
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        verification_record.copy_current(run)
 
     _on_main(run, open_folder)
 
@@ -221,7 +227,7 @@ def _on_main(run: RunState, action: Callable[[], None]) -> None:
             action()
         except (OSError, ValueError) as failure:
             error = failure
-    if process_group.any_rank(error is not None, run.device):
+    if process_group.any_rank(error is not None):
         if error is None:
             raise process_group.OtherRankFailed("rank 0 cannot use output_dir")
         if isinstance(error, OSError):
