@@ -8,7 +8,7 @@ run can be resumed at any micro-batch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from bumblebee.nn import IGNORE_INDEX
@@ -60,6 +60,14 @@ class DataModule(ABC, Generic[SampleT]):
     def origin(self, index: int) -> str:
         """Describe where a training sample comes from: file and line where they are known."""
         return f"sample {index}"
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """Return digests of the training samples in their order, by name; empty if there are none.
+
+        A checkpoint stores them, and a run that resumes it must have the same ones. They must not depend on ranks and batch
+        sizes, or on where files are.
+        """
+        return {}
 
     def summary(self) -> dict[str, object]:
         """Return counts that describe the data, in the order in which they are displayed."""

@@ -244,7 +244,7 @@ class Trainer(RunState):
         error = None
         if not torch.stack([value.to(self.device, torch.float64) for value in values]).isfinite().all():
             error = self._non_finite(losses)
-        if process_group.any_rank(error is not None, self.device):
+        if process_group.any_rank(error is not None):
             raise error or process_group.OtherRankFailed("another rank had a loss or a weight that is not finite")
 
     def _non_finite(self, losses: list[tuple[int, int, Tensor]]) -> FloatingPointError | None:
@@ -326,10 +326,12 @@ class Trainer(RunState):
         write_model(self, folder)
 
     def close(self) -> None:
-        """Release DeepSpeed's memory and the process group. Call it however the run ended.
+        """Release DeepSpeed's memory, the output folder and the process group. Call it however the run ended.
 
         On several GPUs an exception that ended the run ends the process too, see ``process_group.exit_after_failure``.
         """
+        if lock := self.__dict__.pop("lock", None):
+            lock.release()
         finished: bool = self.__dict__.get("finished", False)
         if not finished and (error := sys.exc_info()[1]):
             process_group.exit_after_failure(error)

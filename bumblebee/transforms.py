@@ -7,10 +7,18 @@ depend on transforms. LoRA, in ``bumblebee.lora``, is also a transform.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from bumblebee.models.base import LanguageModel
+
+
+def apply_transforms(model: nn.Module, transforms: Sequence[Callable[[nn.Module], object]] | None) -> Sequence[Callable]:
+    """Apply transforms to a model in order, and return them."""
+    for transform in transforms or ():
+        transform(model)
+    return transforms or ()
 
 
 class ActivationCheckpointing:

@@ -33,6 +33,10 @@ class TokenDataset(Sequence[SampleT]):
     def origin(self, index: int) -> str:
         """FILE:LINE of each record in a sample."""
 
+    def layout(self) -> tuple[np.ndarray, ...]:
+        """Which tokens of the cache each sample consists of, as arrays of integers."""
+        return ()
+
 
 class PackedDataset(TokenDataset[list[Segment]]):
     """Windows as samples: each is the list of its segments.
@@ -52,11 +56,14 @@ class PackedDataset(TokenDataset[list[Segment]]):
     def __getitem__(self, index: int) -> list[Segment]:  # type: ignore[override]
         return [self.cache.segment(start, length) for start, length in self.windows.chunks(index)]
 
+    def layout(self) -> tuple[np.ndarray, ...]:
+        """See the base class."""
+        return self.windows.starts, self.windows.lengths, self.windows.bounds
+
     def origin(self, index: int) -> str:
         """See the base class."""
-        starts = [start for start, _ in self.windows.chunks(index)]
-        sequences = np.searchsorted(self.cache.ends, starts, side="right")
-        return " ".join(dict.fromkeys(self.cache.origin(sequence) for sequence in sequences.tolist()))
+        samples = self.cache.samples_at(np.array([start for start, _ in self.windows.chunks(index)]))
+        return " ".join(dict.fromkeys(self.cache.origin(sample) for sample in samples.tolist()))
 
 
 class PaddedDataset(TokenDataset[list[Segment]]):
@@ -76,9 +83,13 @@ class PaddedDataset(TokenDataset[list[Segment]]):
     def __getitem__(self, index: int) -> list[Segment]:  # type: ignore[override]
         return [self.cache.segment(int(self.chunks.starts[index]), int(self.chunks.lengths[index]))]
 
+    def layout(self) -> tuple[np.ndarray, ...]:
+        """See the base class."""
+        return self.chunks.starts, self.chunks.lengths
+
     def origin(self, index: int) -> str:
         """See the base class."""
-        return self.cache.origin(int(np.searchsorted(self.cache.ends, self.chunks.starts[index], side="right")))
+        return self.cache.origin(int(self.cache.samples_at(self.chunks.starts[index])))
 
 
 def padded_width(rows: list[list[Segment]]) -> int:

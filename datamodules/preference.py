@@ -55,6 +55,10 @@ class PairDataset(TokenDataset[Pair]):
         chosen, rejected = (self.cache.segment(start, length) for start, length in rows)
         return int(index), chosen, rejected
 
+    def layout(self) -> tuple[np.ndarray, ...]:
+        """See the base class."""
+        return self.starts, self.row_lengths
+
     def origin(self, index: int) -> str:
         """See the base class."""
         return self.cache.origin(int(self.samples[index]))

@@ -1,7 +1,8 @@
 """SFT: conversations whose assistant turns are the targets. With ``bumblebee.LanguageModeling`` this is supervised fine-tuning.
 
 Records are in Alpaca, ShareGPT or OpenAI format, see conversations.py; the chat template of the tokenizer folder renders them.
-Conversations are packed whole into windows, or padded in batches of similar length.
+Conversations are packed whole into windows, or padded in batches of similar length. With a chat template that renders earlier
+turns differently when others follow, such as Qwen3's, a conversation becomes several sequences (chat_template.py).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
             weight is how often each conversation occurs in an epoch (a fraction selects that share of them).
         tokenizer: folder with tokenizer.json, and optionally a chat template; the default is ChatML.
         max_length: tokens in a window or row.
-        train_on: train on "all" assistant turns, or only on the "last" of each conversation.
+        train_on: train on "all" assistant turns, or only on the "last" of each conversation. A template that rewrites earlier
+            turns, such as Qwen3's, gets a sequence for each turn that it rewrites.
         system: system prompt for conversations that do not have one; null adds none.
         too_long: what to do with conversations that do not fit: drop them, keep_start, keep_end, or split them.
         packing: fill windows with several conversations that do not attend to each other; false pads each to the longest of
@@ -84,7 +86,7 @@ class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
 
     def make_dataset(self, cache: TokenCache, samples: np.ndarray) -> PackedDataset | PaddedDataset:
         """Packed windows, or rows of one conversation."""
-        chunks = fit_sequences(cache, samples, self.max_length, self.too_long)
+        chunks = fit_sequences(cache, cache.sequences_of(samples), self.max_length, self.too_long)
         if not self.packing:
             return PaddedDataset(cache, chunks)
         return PackedDataset(cache, pack(chunks.starts, chunks.ends, self.max_length), chunks)
@@ -100,6 +102,9 @@ class SFT(TokenDataModule[list[Segment], PackedDataset | PaddedDataset]):
         """Conversations, targets, omitted samples, and how full the windows are."""
         lines = super().summary()
         chunks = chunks_of(self.train)
+        sequences = len(self.cache.sequences_of(self.epoch_samples))
+        if sequences > len(self.epoch_samples):
+            lines["sequences"] = f"{number(sequences)}: the chat template renders earlier turns differently when others follow"
         targets, tokens = int(chunks.targets.sum()), int(chunks.lengths.sum())
         lines["trained tokens"] = f"{number(targets)} of {number(tokens)} ({targets / tokens:.1%})"
         if isinstance(self.train, PackedDataset):

@@ -1,13 +1,15 @@
 """The token cache: records are tokenized once, then memory-mapped by every rank and every later run.
 
-A sample is a tokenized record: one sequence of ids (a document or conversation) or two (the chosen and the rejected answer
-after the same prompt). A cache is a folder, named by a hash of everything that determines its content (files, tokenizer,
-template, options). It is written to a temporary folder and renamed, so it is complete or absent. Its files:
+A sample is a tokenized record: one sequence of ids (a document or conversation), two (the chosen and the rejected answer after
+the same prompt), or several (the turns of a conversation, each in its own context). A cache is a folder, named by a hash of
+everything that determines its content (files, tokenizer, template, options). It is written to a temporary folder and renamed,
+so it is complete or absent. Its files:
 
     tokens.bin      all sequences, concatenated; uint16 or uint32
     trained.bin     the target mask, one bit per token, first token in the highest bit; absent if all tokens are targets
     ends.bin        int64 (sequences,): where each sequence ends in tokens.bin
     targets.bin     int64 (sequences,): number of targets of each sequence; absent if all tokens are targets
+    samples.bin     int64 (samples,): where each sample ends in ends.bin; absent if all have as many sequences
     digests.bin     uint64 (samples,): hash of each sample's text, ignoring whitespace
     sources.bin     int64 (samples, 2): index of the file, line of the record
     about.json      file names and counts
@@ -17,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import cached_property
@@ -36,8 +37,7 @@ from datamodules.records import Record, RecordError
 from datamodules.tokenize import RecordTokenizer, TokenizedBatch
 from datamodules.worker_pool import RecordBatch, batched, tokenize_batches
 
-FORMAT = 2  # increase whenever the content of a cache changes for the same inputs
-LARGE_FILE = 1 << 26  # bytes; the digests of larger files are remembered
+FORMAT = 3  # increase whenever the content of a cache changes for the same inputs
 
 Segment = tuple[np.ndarray, np.ndarray]  # inputs and labels, int64 (T,) each; a label is the next token or IGNORE_INDEX
 
@@ -57,6 +57,9 @@ class TokenCache:
         self.ends = _map(folder / "ends.bin", "int64", (sequences,))
         self.digests = _map(folder / "digests.bin", "uint64", (samples,))
         self.sources = _map(folder / "sources.bin", "int64", (samples, 2))
+        self._sample_ends: np.ndarray | None = None
+        if self.about["group"] is None:
+            self._sample_ends = _map(folder / "samples.bin", "int64", (samples,))
         self._mask_bits: np.ndarray | None = None
         if self.about["masked"]:
             self._mask_bits = _map(folder / "trained.bin", "uint8", (-(-tokens // 8),))
@@ -79,6 +82,24 @@ class TokenCache:
             return _map(self.folder / "targets.bin", "int64", self.ends.shape)
         return np.maximum(self.ends - self.begins - 1, 0)
 
+    def sequences_of(self, samples: np.ndarray) -> np.ndarray:
+        """Indices of the sequences of some samples, in their order."""
+        if self._sample_ends is None:
+            counts = np.full(len(samples), self.about["group"])
+            firsts = samples * self.about["group"]
+        else:
+            firsts = np.where(samples > 0, self._sample_ends[samples - 1], 0)
+            counts = self._sample_ends[samples] - firsts
+        offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of each sequence in its sample
+        return np.repeat(firsts, counts) + offsets
+
+    def samples_at(self, tokens: np.ndarray) -> np.ndarray:
+        """Index of the sample that each position of ``tokens`` belongs to."""
+        sequences = np.searchsorted(self.ends, tokens, side="right")
+        if self._sample_ends is None:
+            return sequences // self.about["group"]
+        return np.searchsorted(self._sample_ends, sequences, side="right")
+
     def target_mask(self, begin: int, end: int) -> np.ndarray:
         """Whether each token in [begin, end) is a target: bool (end - begin,)."""
         if self._mask_bits is None:
@@ -93,6 +114,12 @@ class TokenCache:
         if self._mask_bits is None:
             return tokens[:-1], tokens[1:]
         return tokens[:-1], np.where(self.target_mask(start + 1, start + length + 1), tokens[1:], IGNORE_INDEX)
+
+    def spaced_tokens(self, count: int = 256, length: int = 256) -> np.ndarray:
+        """``count`` runs of ``length`` ids at evenly spaced positions; all ids if there are not more."""
+        starts = np.linspace(0, max(0, len(self.tokens) - length), count).astype(np.int64)
+        runs = [self.tokens] if len(self.tokens) <= count * length else [self.tokens[at : at + length] for at in starts]
+        return np.concatenate(runs)
 
     def origin(self, sample: int) -> str:
         """FILE:LINE of a sample."""
@@ -148,6 +175,7 @@ class _Writer(ExitStack):
         super().__init__()
         self._file_index = {file: index for index, file in enumerate(files)}
         names = ["tokens", "ends", "digests", "sources", *(["trained", "targets"] if tokenizer.masked else [])]
+        names += ["samples"] if tokenizer.sequences_per_sample is None else []
         self._files: dict[str, IO[bytes]] = {name: self.enter_context(open(folder / f"{name}.bin", "wb")) for name in names}
         self._pending_bits = np.zeros(0, bool)  # of the last byte of the mask, until it is full
         self.about: dict[str, Any] = {
@@ -167,6 +195,8 @@ class _Writer(ExitStack):
         good = [record for index, record in enumerate(batch) if index not in tokenized.errors]
         self._append("tokens", tokenized.tokens)
         self._append("ends", ends + self.about["tokens"])
+        if "samples" in self._files:
+            self._append("samples", np.cumsum(tokenized.counts) + self.about["sequences"])
         self._append("digests", tokenized.digests)
         self._append("sources", np.array([(self._file_index[record.file], record.line) for record in good], np.int64))
         if tokenized.target_mask is not None:
@@ -229,32 +259,11 @@ def cache_key(*parts: JSON) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:20]
 
 
-def file_digest(path: str, digests: Path | None = None) -> str:
-    """SHA-256 of a file's content.
-
-    Args:
-        path: the file.
-        digests: folder that remembers the digests of large files as long as path, size and times do not change.
-    """
-    state = os.stat(path)
-    if digests is None or state.st_size < LARGE_FILE:
-        return _content_digest(path)
-    identity = [os.path.realpath(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
-    entry = digests / f"{cache_key(str(identity[0]))}.json"
-    try:
-        stored = read_json(entry)
-    except (OSError, ValueError):
-        stored = {}
-    if stored.get("file") != identity:
-        stored = {"file": identity, "digest": _content_digest(path)}
-        digests.mkdir(parents=True, exist_ok=True)
-        write_json(entry, stored)
-    return stored["digest"]
-
-
-def _content_digest(path: str) -> str:
+def arrays_digest(*arrays: np.ndarray) -> str:
+    """SHA-256 of the integers in some arrays, whatever their dtype, and of the arrays' shapes."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for array in arrays:
+        digest.update(f"{array.shape}".encode())
+        dtype = np.uint64 if array.dtype.kind == "u" else np.int64
+        digest.update(np.ascontiguousarray(array, dtype=np.dtype(dtype).newbyteorder("<")).data)
     return digest.hexdigest()

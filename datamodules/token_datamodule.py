@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
+from bumblebee.checkpoint.digests import remembered_digest
 from bumblebee.datamodule import DataModule, SampleT
 from bumblebee.distributed import process_group
 from bumblebee.distributed.local_main_first import local_main_first
@@ -27,8 +28,8 @@ from datamodules.mixture import Files, Mixture
 from datamodules.records import Record, RecordError
 from datamodules.token_cache import (
     TokenCache,
+    arrays_digest,
     cache_key,
-    file_digest,
     is_complete,
     remove_unfinished,
     write_lock,
@@ -173,7 +174,7 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
     def _digest(self, files: list[str]) -> Digests:
         """The digest of each file, None for one that does not exist."""
         memory = self.cache_dir / "digests"
-        return {file: file_digest(file, memory) if os.path.isfile(file) else None for file in files}
+        return {file: remembered_digest(file, memory) if os.path.isfile(file) else None for file in files}
 
     def cache_name(self, digests: Digests, tokenizer: RecordTokenizer) -> str:
         """The name of the cache's folder: a hash of everything that determines its content."""
@@ -254,6 +255,19 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
     def origin(self, index: int) -> str:
         """FILE:LINE of each record in a training sample."""
         return self.train.origin(index)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of the training samples: of their texts, of their tokens, and of how these are cut and packed.
+
+        Texts and tokens are not read again: the texts' hashes are in the cache, and ids are read at evenly spaced positions.
+        """
+        sequences = self.cache.sequences_of(self.epoch_samples)
+        lengths = (self.cache.ends - self.cache.begins)[sequences]
+        return {
+            "records": arrays_digest(self.cache.digests[self.epoch_samples]),
+            "tokens": arrays_digest(lengths, np.asarray(self.cache.targets)[sequences], self.cache.spaced_tokens()),
+            "samples": arrays_digest(*self.train.layout()),
+        }
 
     def omitted(self, dataset: DatasetT) -> dict[str, int | str]:
         """Counts of what was truncated or omitted from a dataset."""

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from bumblebee.tokenizer.chat_template import Message, Tool
+from bumblebee.tokenizer.chat_template import EncodedChat, Message, Tool
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.utils.json_files import JSON
 from datamodules import record_files
@@ -32,7 +32,7 @@ class TokenizedSample:
     """A tokenized record.
 
     Args:
-        sequences: ids of one sequence, or of two.
+        sequences: ids of each sequence; as many as ``sequences_per_sample`` says.
         target_masks: for each sequence whether each token is a target; None if all are.
         digest: see :func:`text_digest`.
     """
@@ -50,6 +50,7 @@ class TokenizedBatch:
         tokens: ids of all sequences, concatenated.
         target_mask: bool, of the shape of ``tokens``; None if all tokens are targets.
         lengths: tokens of each sequence.
+        counts: sequences of each sample.
         digests: uint64 of each sample.
         errors: the records that could not be tokenized, by index in the batch of records.
     """
@@ -57,6 +58,7 @@ class TokenizedBatch:
     tokens: np.ndarray
     target_mask: np.ndarray | None
     lengths: np.ndarray
+    counts: np.ndarray
     digests: np.ndarray
     errors: dict[int, RecordError]
 
@@ -69,7 +71,7 @@ class RecordTokenizer(ABC):
         tokenizer: the tokenizer in this process.
     """
 
-    sequences_per_sample = 1
+    sequences_per_sample: int | None = 1  # None if it varies
     masked = True  # whether some tokens are not targets
     multithreaded = False  # whether it uses all cores without worker processes
 
@@ -114,6 +116,7 @@ class RecordTokenizer(ABC):
             _concatenate(sequences, self.dtype),
             np.fromiter(masks, bool) if self.masked else None,
             np.array([len(ids) for ids in sequences], np.int64),
+            np.array([len(sample.sequences) for sample in samples], np.int64),
             np.array([sample.digest for sample in samples], np.uint64),
             {index: result for index, result in enumerate(results) if isinstance(result, RecordError)},
         )
@@ -186,13 +189,14 @@ class ChatTokenizer(RecordTokenizer):
             ValueError: the record cannot be used.
         """
 
-    def _encode(self, messages: Sequence[Message], tools: list[Tool] | None, train_on: str) -> tuple[list[int], list[bool]]:
-        chat = self.tokenizer.chat_template.encode(with_system(messages, self.system), tools, train_on)
-        return chat.ids, chat.target_mask
+    def _encode(self, messages: Sequence[Message], tools: list[Tool] | None, train_on: str) -> list[EncodedChat]:
+        return self.tokenizer.chat_template.encode_turns(with_system(messages, self.system), tools, train_on)
 
 
 class ConversationTokenizer(ChatTokenizer):
     """A conversation -> one sequence, with the assistant turns as targets.
+
+    It becomes several sequences if the chat template renders earlier turns differently when others follow.
 
     Args:
         folder: the tokenizer's folder.
@@ -200,6 +204,8 @@ class ConversationTokenizer(ChatTokenizer):
         system: system prompt for conversations that do not have one, or None.
         train_on: "all" assistant turns, or only the "last".
     """
+
+    sequences_per_sample = None
 
     def __init__(self, folder: str, tokenizer: Tokenizer, system: str | None, train_on: Literal["all", "last"]) -> None:
         super().__init__(folder, tokenizer, system)
@@ -212,8 +218,9 @@ class ConversationTokenizer(ChatTokenizer):
     def tokenize_record(self, record: Record) -> TokenizedSample:
         """See the base class."""
         chat = parse_conversation(record)
-        ids, mask = self._encode(chat.messages, chat.tools, self.train_on)
-        return TokenizedSample([ids], [mask], chat_digest([chat.messages, chat.tools]))
+        encoded = self._encode(chat.messages, chat.tools, self.train_on)
+        ids, masks = [chat.ids for chat in encoded], [chat.target_mask for chat in encoded]
+        return TokenizedSample(ids, masks, chat_digest([chat.messages, chat.tools]))
 
 
 class PreferenceTokenizer(ChatTokenizer):
@@ -224,8 +231,9 @@ class PreferenceTokenizer(ChatTokenizer):
     def tokenize_record(self, record: Record) -> TokenizedSample:
         """See the base class."""
         pair = parse_preference(record)
-        encoded = [self._encode([*pair.prompt, answer], pair.tools, "last") for answer in (pair.chosen, pair.rejected)]
-        prompts, answers = zip(*(_split_prompt(ids, mask) for ids, mask in encoded), strict=True)
+        both = [[*pair.prompt, answer] for answer in (pair.chosen, pair.rejected)]
+        encoded = [chat for messages in both for chat in self._encode(messages, pair.tools, "last")]
+        prompts, answers = zip(*(_split_prompt(chat.ids, chat.target_mask) for chat in encoded), strict=True)
         if prompts[0] != prompts[1]:
             raise ValueError("the chat template renders the prompt differently before the rejected and the chosen answer")
         return TokenizedSample(

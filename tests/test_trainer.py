@@ -414,7 +414,7 @@ def test_resume_with_another_seed_or_data_is_refused(tmp_path):
 
 def test_resume_with_another_model_is_refused(tmp_path):
     train(tmp_path, max_steps=2, callbacks=EACH)
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="was trained with intermediate_size 64, this run has 96: set it back, or"):
         train(tmp_path, max_steps=4, resume="auto", model={"intermediate_size": 96})
 
 

@@ -10,9 +10,13 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from bumblebee.utils.json_files import read_json, write_json
+
 NAME = "SHA256SUMS"
+LARGE_FILE = 1 << 26  # bytes; the digests of larger files are remembered
 
 
 def file_digest(file: Path) -> str:
@@ -22,6 +26,33 @@ def file_digest(file: Path) -> str:
         while block := stream.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def remembered_digest(path: str | Path, memory: Path) -> str:
+    """``file_digest``, which reads a large file again only if its path, size or times have changed.
+
+    Args:
+        path: the file.
+        memory: folder with what is remembered; if it cannot be written, nothing is.
+    """
+    path = Path(path)
+    state = path.stat()
+    if state.st_size < LARGE_FILE:
+        return file_digest(path)
+    real = os.path.realpath(path)
+    identity = [real, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+    entry = memory / f"{hashlib.sha256(real.encode()).hexdigest()[:20]}.json"
+    try:
+        stored = read_json(entry)
+    except (OSError, ValueError):  # absent or damaged
+        stored = {}
+    if stored.get("file") == identity and re.fullmatch("[0-9a-f]{64}", str(stored.get("digest"))):
+        return str(stored["digest"])
+    digest = file_digest(path)
+    with suppress(OSError):
+        memory.mkdir(parents=True, exist_ok=True)
+        write_json(entry, {"file": identity, "digest": digest})
+    return digest
 
 
 def write_digests(folder: Path, known: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ from bumblebee.checkpoint.hf_folder import SPECIAL_IDS, TIED_KEY, load_config, p
 from bumblebee.checkpoint.weight_mapping import Rule, to_file_tensors
 from bumblebee.checkpoint.weight_writer import remove_stale_weights, write_weights
 from bumblebee.config import BumblebeeConfig
-from bumblebee.utils.json_files import write_json
+from bumblebee.utils.json_files import JSON, write_json
 
 Tensors = Iterable[tuple[str, Tensor]]  # (key, tensor) pairs
+# Fields of config.json that do not change the function of the weights: names, ids, dtypes, and options of training.
+_NOT_COMPUTED = re.compile(
+    r".*token_id|.*dtype|.*version|.*dropout|.*_pdrop|architectures?|model_class|use_cache|initializer_range|"
+    r"router_(balance_loss|aux_loss_coef|z_loss_coef|bias_update_rate|jitter_noise)|output_router_logits"
+)
 
 
 class ModelFiles:
@@ -59,6 +65,10 @@ class ModelFiles:
         write_json(folder / "config.json", write_config(self.config, dtype))
         write_generation_config(folder, self.config)
 
+    def fingerprint(self) -> dict[str, JSON]:
+        """The settings of the model's function, by name: a training state belongs to a model that has the same ones."""
+        return _computed(asdict(self.config))
+
     def check_output(self, output_dir: Path) -> None:
         """Check that a run may write to a folder and delete the files of an earlier run in it.
 
@@ -90,6 +100,10 @@ class HuggingFaceModelFiles(ModelFiles):
         super().__init__(config)
         self.raw, self.renamed, self.tied = raw, list(renamed), tied
 
+    def fingerprint(self) -> dict[str, JSON]:
+        """See the base class."""
+        return _computed(self.raw)
+
     def rules(self) -> list[Rule]:
         """The renamed tensors."""
         return self.renamed
@@ -112,6 +126,15 @@ class HuggingFaceModelFiles(ModelFiles):
             config["transformers_version"] = TRANSFORMERS_VERSION
         write_json(folder / "config.json", config)
         write_generation_config(folder, self.config)
+
+
+def _computed(settings: Mapping[str, Any]) -> dict[str, JSON]:
+    """The settings that a forward pass depends on."""
+    computed = {name: value for name, value in settings.items() if not _NOT_COMPUTED.fullmatch(name)}
+    scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    if scaling.get("rope_type") != "dynamic":  # otherwise the context length is only a limit
+        computed.pop("max_position_embeddings", None)
+    return computed
 
 
 def files_of(model: nn.Module) -> ModelFiles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -11,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bumblebee.checkpoint.adapters.folder import WEIGHTS as ADAPTER
+from bumblebee.checkpoint.adapters.folder import adapter_chain, is_adapter_folder
 from bumblebee.utils.json_files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -46,6 +49,20 @@ def _files_in_index(index: Path) -> list[Path]:
         if not (index.parent / name).is_file():
             raise ValueError(f"{index} names {name}, which does not exist: the folder is incomplete")
     return [index.parent / name for name in names]
+
+
+def chain_weight_files(folder: str | Path) -> list[tuple[str, Path]]:
+    """The (name, file) of all weights that loading a folder reads: the base model's, and of each adapter on top of it.
+
+    Empty for a folder that does not exist or has no weights.
+    """
+    named: list[tuple[str, Path]] = []
+    for number, part in enumerate(adapter_chain(folder)):
+        with suppress(ValueError):
+            files = [part / ADAPTER] if is_adapter_folder(part) else weight_files(part, allow_pickle=True)
+            prefix = f"adapter {number} " if number else ""
+            named += [(f"{prefix}{file.name}", file) for file in files if file.is_file()]
+    return named
 
 
 def stored_keys(folder: str | Path) -> set[str]:

@@ -88,7 +88,8 @@ class Parser(ArgumentParser):
         if refused and plain(refused[1]) in self.flags:
             fail(f"--{plain(refused[1])}: expected a value")
         options = [action.dest for action in self._actions if not action.dest.endswith(".help")]
-        fail(explain(message, self.words, options))
+        arguments = [action.dest for action in self._actions if not action.option_strings]
+        fail(explain(message, self.words, options, arguments))
 
     @property
     def has_recipe(self) -> bool:

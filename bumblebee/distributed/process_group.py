@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch.distributed import Store
+    from torch.distributed import ProcessGroup, Store
 
 T = TypeVar("T")
 _launcher_store: Store | None = None  # joined once per process
 _groups = 0  # number of groups joined so far
+_host_group: ProcessGroup | None = None  # see host_sum
 _failure_handler: Callable[[BaseException], None] | None = None  # see failures_reported_to
 LOST_RANK_ERRORS = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "NCCL error",
@@ -132,6 +133,7 @@ def stop(orderly: bool) -> None:
         orderly: all ranks get here and can wait for each other; False after an error, when other ranks may be anywhere.
             On several GPUs an exception that is being handled then ends the process, see ``exit_after_failure``.
     """
+    global _host_group
     import torch.distributed as dist
 
     if not orderly and (error := sys.exc_info()[1]):
@@ -142,6 +144,7 @@ def stop(orderly: bool) -> None:
     gc.collect()  # objects that still hold the group keep its threads alive
     if orderly:
         dist.barrier()
+    _host_group = None
     dist.destroy_process_group()
 
 
@@ -200,13 +203,31 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank. Collective; synchronizes with the GPU."""
+def host_sum(numbers: Sequence[float]) -> list[float]:
+    """Sum numbers that the host has over ranks; exact for integers. Collective; never waits for a GPU."""
     if not is_distributed():
-        return flag
+        return [float(number) for number in numbers]
     import torch
+    import torch.distributed as dist
 
-    return bool(all_reduce_sum(torch.tensor([int(flag)], device=device)).item())
+    vector = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(vector, group=_group_of_hosts())
+    return vector.tolist()
+
+
+def _group_of_hosts() -> ProcessGroup | None:
+    """A group for tensors in main memory, which NCCL cannot reduce; None for the default group if that is gloo's."""
+    global _host_group
+    import torch.distributed as dist
+
+    if _host_group is None and dist.get_backend() == "nccl":
+        _host_group = dist.new_group(backend="gloo")
+    return _host_group
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank. Collective; never waits for a GPU."""
+    return host_sum([flag])[0] > 0
 
 
 def all_gather_items(items: list[T]) -> list[T]:

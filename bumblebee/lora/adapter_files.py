@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from bumblebee.checkpoint.adapters.writer import is_adapter_key, write_adapter_c
 from bumblebee.checkpoint.model_files import ModelFiles, write_generation_config
 from bumblebee.checkpoint.weight_mapping import Rule
 from bumblebee.config import BumblebeeConfig
+from bumblebee.utils.json_files import JSON
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -27,15 +28,28 @@ class AdapterFiles(ModelFiles):
         adapter: PEFT's LoraConfig, which names the base model's folder.
         rules: how the modules of the family's transformers model map to the model's.
         adapted: names of the modules that have updates.
+        base: fingerprint of the base model; None for that of ``config``.
     """
 
     def __init__(
-        self, config: BumblebeeConfig, adapter: LoraConfig, rules: Sequence[Rule] = (), adapted: Sequence[str] = ()
+        self,
+        config: BumblebeeConfig,
+        adapter: LoraConfig,
+        rules: Sequence[Rule] = (),
+        adapted: Sequence[str] = (),
+        base: Mapping[str, JSON] | None = None,
     ) -> None:
         super().__init__(config)
         assert adapter.base_model_name_or_path is not None
         self.adapter, self.base_model = adapter, adapter.base_model_name_or_path
-        self.adapted, self._rules = adapted, list(rules)
+        self.adapted, self._rules, self._base_fingerprint = adapted, list(rules), base
+
+    def fingerprint(self) -> dict[str, JSON]:
+        """That of the base model, and the settings of the updates' scale."""
+        base = super().fingerprint() if self._base_fingerprint is None else self._base_fingerprint
+        adapter = self.adapter
+        scale: dict[str, JSON] = {"LoRA rank": adapter.r, "LoRA alpha": adapter.lora_alpha}
+        return {**base, **scale, "LoRA rslora": adapter.use_rslora, "LoRA dora": adapter.use_dora}
 
     def rules(self) -> list[Rule]:
         """How the base model's files map to the model."""

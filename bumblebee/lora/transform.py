@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bumblebee.checkpoint.adapters.settings import EXPERTS
+from bumblebee.checkpoint.model_files import files_of
 from bumblebee.lora import peft_layers
 from bumblebee.lora.adapter_files import AdapterFiles
 from bumblebee.lora.switch import has_adapters
@@ -93,4 +94,4 @@ class LoRA:
             peft_layers.inject(model, config)
             peft_layers.initialize(model)
         adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
-        model.files = AdapterFiles(model.config, config, adapter_rules(model), adapted)
+        model.files = AdapterFiles(model.config, config, adapter_rules(model), adapted, files_of(model).fingerprint())

@@ -54,7 +54,7 @@ def move_with_documents(position_ids: Tensor, device: torch.device) -> Tensor:
     """Move position ids (B, T) from the host to a device, without waiting, with the documents found on the host."""
     documents = Documents.find(position_ids)
     moved = position_ids.to(device, non_blocking=True)
-    moved.documents = documents.to(device)  # type: ignore[attr-defined]
+    moved.documents = (moved._version, documents.to(device))  # type: ignore[attr-defined]
     return moved
 
 
@@ -64,7 +64,9 @@ def documents_of(position_ids: Tensor) -> Documents | None:
     Returns:
         None for tensors without values: meta tensors, and those that torch.compile traces.
     """
-    known = getattr(position_ids, "documents", None)
-    if isinstance(known, Documents):
-        return known
-    return None if position_ids.is_meta or torch.compiler.is_compiling() else Documents.find(position_ids)
+    if position_ids.is_meta or torch.compiler.is_compiling():
+        return getattr(position_ids, "documents", (None, None))[1]
+    version, documents = getattr(position_ids, "documents", (None, None))
+    if documents is not None and version == position_ids._version:  # not if they were changed in place
+        return documents
+    return Documents.find(position_ids)

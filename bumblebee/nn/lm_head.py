@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.linear_cross_entropy import LossWeighting, linear_cross_entropy
+from bumblebee.nn.targets import select_rows, target_index
 
 
 class LMHead(nn.Linear):
@@ -43,12 +43,11 @@ class LMHead(nn.Linear):
         """
         if labels is None:
             return super().forward(hidden)
-        # Only targets enter the matmul: prompts and padding cost nothing. Boolean indexing synchronizes with the GPU once.
-        is_target = labels != IGNORE_INDEX
-        targets, weight = hidden[is_target], self.weight
+        # Only targets enter the matmul: prompts and padding cost nothing.
+        index = target_index(labels)
+        targets, weight = select_rows(hidden.flatten(0, -2), index), self.weight
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             targets, weight = targets.to(dtype), weight.to(dtype)
-        losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-        losses[is_target] = linear_cross_entropy(targets, weight, labels[is_target], self.weighting)
-        return losses
+        losses = linear_cross_entropy(targets, weight, labels.flatten().index_select(0, index), self.weighting)
+        return losses.new_zeros(labels.numel()).index_copy(0, index, losses).view(labels.shape)

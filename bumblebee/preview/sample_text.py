@@ -48,10 +48,12 @@ class Row:
 
     Args:
         runs: token ids, split where targets begin or end.
-        padding: number of padding tokens at the end.
+        positions: the row's length. A sequence of n tokens takes n - 1 of them, since its last token is only a label.
+        padding: number of positions at the end that hold padding.
     """
 
     runs: list[Run]
+    positions: int
     padding: int
 
     @property
@@ -90,7 +92,7 @@ def _row(ids: list[int], labels: list[int], positions: Sequence[int | None]) -> 
         label = labels[index]
     if label != IGNORE_INDEX:
         add(label, True)
-    return Row(runs, len(ids) - end)
+    return Row(runs, len(ids), len(ids) - end)
 
 
 def _padding(ids: list[int], labels: list[int], positions: Sequence[int | None]) -> int:
@@ -202,8 +204,9 @@ def format_samples(data: DataModule, count: int, highlight: Highlight, width: in
         rows = rows_of(data.collate([data.train[index]]))
         names = ["chosen", "rejected"] if len(rows) == 2 else [""] * len(rows)
         for name, row in zip(names, rows, strict=True):
-            padding = f", {row.padding} padding" if row.padding else ""
-            head = f"{index + 1}  {name + ': ' if name else ''}{row.tokens} tokens{padding}  {data.origin(index)}"
+            padding = f", {row.padding} of them padding" if row.padding else ""
+            size = f"{row.tokens} tokens in {row.positions} positions{padding}"
+            head = f"{index + 1}  {name + ': ' if name else ''}{size}  {data.origin(index)}"
             lines.append(head if len(head) <= width else head[: width - 1] + "…")
             text = shorten(cells_of(row, data.tokenizer), (width - 6) * (height if len(rows) == 1 else height - 1))
             lines += [f"   {line}" for line in wrap(text, highlight, width - 5)]

@@ -42,6 +42,7 @@ from bumblebee.tasks.reference_cache import folder_digest, load_or_compute, tens
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length
+from bumblebee.transforms import apply_transforms
 
 _REFERENCES = ("auto", "adapters_off", "copy")
 _METRICS = (
@@ -89,10 +90,7 @@ class DPO(Task):
         cache_dir: str | None = None,
     ) -> None:
         _check(pref_beta, loss_type, dpo_label_smoothing, sft_weight, ld_alpha, reference)
-        self.model = model
-        self.transforms = transforms or []
-        for transform in self.transforms:
-            transform(model)
+        self.model, self.transforms = model, apply_transforms(model, transforms)
         self.pref_beta, self.dpo_label_smoothing = pref_beta, dpo_label_smoothing
         self.loss_type, self.length_normalised = loss_type, length_normalised
         self.sft_weight, self.ld_alpha = sft_weight, ld_alpha
@@ -149,6 +147,12 @@ class DPO(Task):
         if self.precompute_reference or self.reference == "adapters_off":
             return []
         return [self._copy or self._model_class().from_pretrained(self.reference)]
+
+    def fixed_folders(self) -> dict[str, Path]:
+        """The folder of the reference, which is the trained model's own for a copy."""
+        folders = {"adapters_off": None, "copy": getattr(self.model, "source", None)}
+        folder = folders.get(self.reference, self.reference)
+        return {} if folder is None else {"reference's": Path(folder)}
 
     def _open_reference(self, run: RunContext) -> Reference:
         if self.reference == "adapters_off":

@@ -13,6 +13,7 @@ from bumblebee.datamodule import Batch, DataModule
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length
+from bumblebee.transforms import apply_transforms
 
 
 def perplexity(loss: float) -> float:
@@ -31,10 +32,7 @@ class LanguageModeling(Task):
     """
 
     def __init__(self, model: nn.Module, transforms: list[Callable[[nn.Module], Any]] | None = None) -> None:
-        self.model = model
-        self.transforms = transforms or []
-        for transform in self.transforms:
-            transform(model)
+        self.model, self.transforms = model, apply_transforms(model, transforms)
         self.weights = {"loss": 1.0}
         self._token_lengths: Tensor | None = None  # (V,) bytes of each token, for bits per byte
 

@@ -72,7 +72,7 @@ def load_or_compute(
     inputs = [FORMAT, weights_digest, arithmetic, *(_tokens_digest(run, samples) for samples in splits.values())]
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:20]
     file = resolve_cache_dir(cache_dir) / "reference" / f"{key}.safetensors"
-    if process_group.any_rank(not file.is_file(), run.device):
+    if process_group.any_rank(not file.is_file()):
         reference = open_reference()
         columns = _compute(reference, run, splits)
         reference.close()

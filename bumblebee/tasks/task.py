@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,10 @@ class Task(ABC):
     def frozen_models(self) -> list[nn.Module]:
         """After ``setup``, the frozen models that a run keeps in memory besides the trained one."""
         return []
+
+    def fixed_folders(self) -> dict[str, Path]:
+        """After ``setup``, the model folders besides that of the trained model whose weights the loss depends on, by role."""
+        return {}
 
     def summary(self) -> dict[str, object]:
         """What the run summary shows about the task, in order."""

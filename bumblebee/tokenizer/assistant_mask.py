@@ -1,9 +1,9 @@
 """Locates the assistant turns in a rendered conversation and checks that they can be trained on.
 
 A template with ``{% generation %}`` tags marks the turns itself. For any other template, turn i is the text that rendering
-i + 1 messages adds to the generation prompt of the first i. This requires each of these renderings to be a prefix of the
-complete text, so templates that rewrite earlier turns (for example those that strip the reasoning from all answers but the
-last) are detected here.
+i + 1 messages adds to the generation prompt of the first i. Both of these renderings have to be a prefix of the text that is
+trained on. Templates that rewrite earlier turns, for example those that strip the reasoning from all answers but the last, such
+as Qwen3's, need several texts for that: ``turns_by_context`` finds the fewest.
 """
 
 from __future__ import annotations
@@ -36,6 +36,39 @@ def target_turns(messages: Sequence[Message], train_on: str) -> list[int]:
     return turns if train_on == "all" else turns[-1:]
 
 
+def remembered(render: Render) -> Render:
+    """``render`` for the beginnings of one conversation, each rendered once."""
+    texts: dict[tuple[int, bool], str] = {}
+
+    def render_once(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        key = len(messages), add_generation_prompt
+        if key not in texts:
+            texts[key] = render(messages, add_generation_prompt)
+        return texts[key]
+
+    return render_once
+
+
+def turns_by_context(render: Render, messages: Sequence[Message], turns: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Group turns that one rendered text shows as they are generated.
+
+    Returns:
+        For each text the number of messages to render, and the turns in it. All turns are in the complete conversation unless
+        the template rewrites earlier ones; a turn that it rewrites is in the text that ends with it, or with a later turn
+        before it is rewritten.
+    """
+    *earlier, last = turns
+    groups = [(len(messages), [last])]
+    for turn in reversed(earlier):
+        count, group = groups[-1]
+        text = render(messages[:count], False)
+        if text.startswith(render(messages[:turn], True)) and text.startswith(render(messages[: turn + 1], False)):
+            group.insert(0, turn)
+        else:
+            groups.append((turn + 1, [turn]))
+    return groups[::-1]
+
+
 def spans_by_prefix(render: Render, messages: Sequence[Message], turns: Sequence[int]) -> tuple[str, list[CharSpan]]:
     """Render prefixes of the conversation to find the span of each turn.
 
@@ -49,22 +82,21 @@ def spans_by_prefix(render: Render, messages: Sequence[Message], turns: Sequence
     spans = []
     for turn in turns:
         prompt = render(messages[:turn], True)
-        _require_prefix(prompt, text, messages, turn, len(turns))
+        _require_prefix(prompt, text, turn)
         through_turn = text if turn + 1 == len(messages) else render(messages[: turn + 1], False)
-        _require_prefix(through_turn, text, messages, turn, len(turns))
+        _require_prefix(through_turn, text, turn)
         spans.append((len(prompt), len(through_turn)))
     return text, spans
 
 
-def _require_prefix(prefix: str, text: str, messages: Sequence[Message], turn: int, turns: int) -> None:
+def _require_prefix(prefix: str, text: str, turn: int) -> None:
     if text.startswith(prefix):
         return
     at = next((i for i, (a, b) in enumerate(zip(prefix, text, strict=False)) if a != b), min(len(prefix), len(text)))
-    last = turn == max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    advice = "" if last and turns == 1 else "; use train_on: last, which requires this of the last turn only"
     raise ValueError(
         f"the chat template renders turn {turn} differently during generation ({prefix[at : at + QUOTED]!r}) and in the"
-        f" complete conversation ({text[at : at + QUOTED]!r}), so it cannot be trained on{advice}"
+        f" conversation that ends with it ({text[at : at + QUOTED]!r}), so it cannot be trained on; use data.chat_template with"
+        " a template that writes turns as they are generated"
     )
 
 
@@ -173,8 +205,18 @@ def _extend(text: str, span: CharSpan, special: tuple[str, ...], blanks: str = "
     return (begin, follows.end()) if follows else span
 
 
+def spans_with_prompts(
+    render: Render, messages: Sequence[Message], turns: Sequence[int], text: str, spans: list[CharSpan]
+) -> list[CharSpan]:
+    """The spans, each with the generation prompt before it, which may write the beginning of an answer, such as ``<think>``."""
+    before = [render(messages[:turn], False) for turn in turns]
+    return [
+        (len(prefix) if text.startswith(prefix) else begin, end) for prefix, (begin, end) in zip(before, spans, strict=True)
+    ]
+
+
 def require_contents(targets: str, messages: Sequence[Message]) -> None:
-    """Check that the target text contains the content and tool calls of each message, in order.
+    """Check that a text, which the targets make up, contains the content and tool calls of each message, in order.
 
     Raises:
         ValueError: an answer or a call is missing.

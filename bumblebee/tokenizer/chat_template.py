@@ -8,6 +8,8 @@ Choices:
   the newline after it. The text is split where a target begins and ends, because at generation the prompt is tokenized alone.
 - Where a template writes no special token at the end of a turn, the one that begins the next turn ends the answer, as in
   GLM-4's generation_config.json; a template whose turns begin with text gets the end-of-text token after the last answer.
+- A turn is trained after exactly the prompt from which it is generated. Where a template renders it differently once other
+  turns follow, as Qwen3's does, the conversation becomes several sequences; each turn is a target in one of them.
 - A template for which this does not hold is rejected, and so is one that omits an answer, a tool call or the tools.
 """
 
@@ -27,10 +29,13 @@ from bumblebee.tokenizer.assistant_mask import (
     Message,
     closing_token,
     end_at_special_tokens,
+    remembered,
     require_contents,
     spans_by_prefix,
     spans_by_tags,
+    spans_with_prompts,
     target_turns,
+    turns_by_context,
     without_whitespace,
 )
 from bumblebee.tokenizer.chatml import CHATML_TOKENS
@@ -110,6 +115,24 @@ class ChatTemplate:
         return self._tokenizer.encode([(text, False)], escape)[0]
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, train_on: str = "all") -> EncodedChat:
+        """Tokenize a conversation for training as one sequence.
+
+        Args and errors are those of :meth:`encode_turns`.
+
+        Raises:
+            ValueError: moreover, the turns need several sequences.
+        """
+        chats = self.encode_turns(messages, tools, train_on)
+        if len(chats) > 1:
+            raise ValueError(
+                f"{self.name_or_path}: the chat template renders earlier turns differently when others follow, so training on"
+                f" all of them takes {len(chats)} sequences; use encode_turns, or train_on: last"
+            )
+        return chats[0]
+
+    def encode_turns(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, train_on: str = "all"
+    ) -> list[EncodedChat]:
         """Tokenize a conversation for training.
 
         Args:
@@ -117,22 +140,37 @@ class ChatTemplate:
             tools: function descriptions, as the template expects them.
             train_on: make "all" assistant turns targets, or only the "last".
 
+        Returns:
+            One sequence; several if the template renders earlier turns differently when others follow. Each of them ends with
+            an assistant turn in the context from which it is generated, and each turn is a target in one of them.
+
         Raises:
-            ValueError: the template cannot render the messages, omits tools, calls or answers, rewrites earlier turns, or
-                leaves no special token to end a turn with; or there is no assistant turn.
+            ValueError: the template cannot render the messages, omits tools, calls or answers, begins a turn differently than
+                its generation prompt, or leaves no special token to end it with; or there is no assistant turn.
         """
         turns = target_turns(messages, train_on)
         name = self._template_name(tools)
         tagged = GENERATION.search(self.sources[name]) is not None
         escaped, escaped_tools, escape, marks = self._escape(messages, tools, marks=2 * tagged)
         with self._name_in_errors(escape):
-            render = partial(self._render, name, escaped_tools, marks)
-            text, spans = (spans_by_tags(marks) if tagged else spans_by_prefix)(render, escaped, turns)
-            closing = partial(self._closing_token, name, "user")
-            text, spans = end_at_special_tokens(text, spans, len(turns), self._spellings, closing)
-            targets = [unescape(text[begin:end], escape) for begin, end in spans]
-            require_contents("".join(targets), [messages[turn] for turn in turns])
-            _require_tools(unescape(text, escape), tools)
+            render = remembered(partial(self._render, name, escaped_tools, marks))
+            groups = [(len(escaped), turns)] if tagged else turns_by_context(render, escaped, turns)
+            find_spans = spans_by_tags(marks) if tagged else spans_by_prefix
+            texts = []
+            for count, group in groups:
+                text, spans = find_spans(render, escaped[:count], group)
+                text, spans = end_at_special_tokens(
+                    text, spans, len(group), self._spellings, partial(self._closing_token, name, "user")
+                )
+                shown = spans if tagged else spans_with_prompts(render, escaped, group, text, spans)
+                answers = [unescape(text[begin:end], escape) for begin, end in shown]
+                require_contents("".join(answers), [messages[turn] for turn in group])
+                _require_tools(unescape(text, escape), tools)
+                texts.append((text, spans))
+        return [self._encode_spans(text, spans, escape) for text, spans in texts]
+
+    def _encode_spans(self, text: str, spans: list[CharSpan], escape: str) -> EncodedChat:
+        """Tokenize a rendered conversation with some spans as targets."""
         chat = EncodedChat(*self._tokenizer.encode(_split_at(text, spans), escape))
         assert self._decodes_to(chat, [text[begin:end] for begin, end in spans], escape)
         return chat

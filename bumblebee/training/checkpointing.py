@@ -16,6 +16,7 @@ from bumblebee.datamodule import DataModule
 from bumblebee.distributed import process_group
 from bumblebee.training import random_state
 from bumblebee.training.collective_folder import collective_folder
+from bumblebee.training.fingerprint import check_fingerprint, data_fingerprint
 from bumblebee.training.metrics.window import load_window, save_window
 from bumblebee.training.plan import Position
 from bumblebee.training.run_state import RunState
@@ -35,7 +36,7 @@ def write_checkpoint(run: RunState, path: Path, last: bool, model: bool) -> None
         OSError: it cannot be written.
         OtherRankFailed: another rank cannot write it.
     """
-    with collective_folder(path, run.device, replace=True) as (partial, digests):
+    with collective_folder(path, replace=True) as (partial, digests):
         digests.update(_write_model(run, partial, weights=model))
         state = partial / TRAINING_STATE
         state.mkdir(exist_ok=True)
@@ -67,6 +68,16 @@ def _damage(checkpoint: Path) -> str | None:
     return next(iter(process_group.all_gather_items([damage] if damage else [])), None)
 
 
+def check_model_and_optimizer(run: RunState, path: Path) -> None:
+    """Check that a run has the model and the optimizer whose state a checkpoint holds; its engine exists.
+
+    Raises:
+        ValueError: names what differs. A checkpoint of an earlier version, which does not say, is not checked.
+    """
+    files_of(run.task.model).check_resumed(path)
+    check_fingerprint(path, read_trainer_state(path).get("fingerprint", {}), run.fingerprint)
+
+
 def load_checkpoint(run: RunState, path: Path) -> None:
     """Restore model, optimizer, random state, schedule and callbacks. Collective.
 
@@ -74,7 +85,6 @@ def load_checkpoint(run: RunState, path: Path) -> None:
     resumed run is identical to the last bit to one that was never interrupted.
     """
     state = read_trainer_state(path)
-    files_of(run.task.model).check_resumed(path)
     run.engine.load(path / TRAINING_STATE)
     random_state.load_random_state(path / TRAINING_STATE, process_group.rank())
     load_window(run, path / TRAINING_STATE, state["ranks"])
@@ -97,12 +107,13 @@ def resumed_position(checkpoint: Path, data: DataModule, seed: int) -> Position:
     for name, value in {"seed": seed, "samples": len(data.train)}.items():
         if state[name] != value:
             raise ValueError(f"trainer.resume: {checkpoint} was trained with {name} {state[name]}, this run has {value}")
+    check_fingerprint(checkpoint, state.get("fingerprint", {}), data_fingerprint(data))
     return Position(**state["position"])
 
 
 def write_model(run: RunState, folder: Path) -> None:
     """Write the model folder: weights in the training precision, config, tokenizer. Collective."""
-    with collective_folder(folder, run.device) as (partial, digests):
+    with collective_folder(folder) as (partial, digests):
         digests.update(_write_model(run, partial))
 
 
@@ -132,6 +143,7 @@ def _trainer_state(run: RunState, last: bool) -> dict[str, object]:
         "position": asdict(run.plan.position(run.step)),
         "seed": run.seed,
         "samples": run.plan.samples,
+        "fingerprint": run.fingerprint,
         "tokens": run.tokens,
         "skipped_steps": run.skipped.state_dict(),
         "last": last,

@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from bumblebee.checkpoint.atomic import put_in_place, remove, start_aside
 from bumblebee.checkpoint.digests import write_digests
 from bumblebee.distributed import process_group
 
 
 @contextmanager
-def collective_folder(folder: Path, device: torch.device, replace: bool = False) -> Iterator[tuple[Path, dict[str, str]]]:
+def collective_folder(folder: Path, replace: bool = False) -> Iterator[tuple[Path, dict[str, str]]]:
     """Yield a temporary folder into which every rank writes, and rename it to ``folder``. An error on any rank reaches all.
 
     The yielded dict is for the SHA-256 of files that this rank has written, by path relative to the folder. Rank 0 writes
@@ -22,7 +20,6 @@ def collective_folder(folder: Path, device: torch.device, replace: bool = False)
 
     Args:
         folder: where the files belong.
-        device: the run's, for communication between ranks.
         replace: replace an existing folder as a whole; see ``put_in_place``.
 
     Raises:
@@ -34,21 +31,21 @@ def collective_folder(folder: Path, device: torch.device, replace: bool = False)
     partial = folder.parent / f".{folder.name}.partial"
     if process_group.is_main():
         error = _error_of(lambda: start_aside(folder))
-    _raise_on_all_ranks(error, device, folder)
+    _raise_on_all_ranks(error, folder)
     try:
         yield partial, digests
     except Exception as failure:
         error = failure
-    if process_group.any_rank(error is not None, device):
+    if process_group.any_rank(error is not None):
         if process_group.is_main():
             remove(partial)
-        _raise_on_all_ranks(error, device, folder)
+        _raise_on_all_ranks(error, folder)
     everywhere = dict(process_group.all_gather_items(list(digests.items())))
     if process_group.is_main():
         error = _error_of(lambda: write_digests(partial, everywhere)) or _error_of(
             lambda: put_in_place(partial, folder, replace)
         )
-    _raise_on_all_ranks(error, device, folder)
+    _raise_on_all_ranks(error, folder)
 
 
 def _error_of(action: Callable[[], object]) -> Exception | None:
@@ -59,7 +56,7 @@ def _error_of(action: Callable[[], object]) -> Exception | None:
     return None
 
 
-def _raise_on_all_ranks(error: BaseException | None, device: torch.device, folder: Path) -> None:
+def _raise_on_all_ranks(error: BaseException | None, folder: Path) -> None:
     """Raise this rank's error, or OtherRankFailed if only another rank has one. Collective."""
-    if process_group.any_rank(error is not None, device):
+    if process_group.any_rank(error is not None):
         raise error or process_group.OtherRankFailed(f"another rank could not write {folder}")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from bumblebee.distributed.deepspeed.ds_config import DsConfig
     from bumblebee.distributed.deepspeed.engine import TrainingEngine
     from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
+    from bumblebee.training.fingerprint import Fingerprint
+    from bumblebee.training.folder_lock import FolderLock
 
 
 class RunState:
@@ -58,8 +60,10 @@ class RunState:
     device: torch.device
     engine: TrainingEngine
     plan: Plan
+    fingerprint: Fingerprint  # what a resumed run must have in common with this one
     windows: Iterator[list[Batch]]  # micro-batches of this rank, step by step
     frozen_engines: list[FrozenEngine]
+    lock: FolderLock | None  # on output_dir, on rank 0
 
     # Changes while the run goes on.
     step: int  # optimizer steps done
@@ -86,17 +90,24 @@ class RunState:
             self.console.print(text)
 
     def to_device(self, batch: Batch) -> Batch:
-        """Move a batch to the run's device. Its documents are found here, on the host, see ``bumblebee/nn/documents.py``."""
+        """Move a batch to the run's device. Its documents and targets are found here, on the host; see ``bumblebee/nn``."""
         from bumblebee.nn.documents import move_with_documents
+        from bumblebee.nn.targets import move_with_targets
 
-        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        if "position_ids" in batch and batch["position_ids"].is_cpu:
-            moved["position_ids"] = move_with_documents(batch["position_ids"], self.device)
-        return moved
+        special = {"position_ids": move_with_documents, "labels": move_with_targets}
+        return {
+            name: special[name](tensor, self.device)
+            if name in special and tensor.is_cpu
+            else tensor.to(self.device, non_blocking=True)
+            for name, tensor in batch.items()
+        }
 
     def reduce_sums(self, sums: Mapping[str, float | Tensor]) -> dict[str, float]:
-        """Add named numbers over ranks; exact for integers. Collective; synchronizes with the GPU."""
+        """Add named numbers over ranks; exact for integers. Collective; waits for the GPU, once, if one of them is on it."""
         import torch
 
-        vector = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=self.device)
+        values = list(sums.values())
+        if all(not torch.is_tensor(value) or value.is_cpu for value in values):
+            return dict(zip(sums, process_group.host_sum([float(value) for value in values]), strict=True))
+        vector = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device).reshape(()) for value in values])
         return dict(zip(sums, process_group.all_reduce_sum(vector).tolist(), strict=True))

@@ -46,6 +46,7 @@ def summarize(trainer: RunState) -> dict[str, Section]:
         "optimizer": _optimizer(trainer),
         "schedule": {"class": type(trainer.schedule).__name__, **_options(trainer.schedule)},
         "features": _features(trainer),
+        "verify": _verify(trainer),
         "callbacks": {name: type(callback).__name__ for name, callback in trainer.callbacks.items()},
     }
 
@@ -68,6 +69,12 @@ def _attention(trainer: RunState) -> str | None:
     from bumblebee.nn.attention_kernels import kernel_of
 
     return kernel_of(trainer.task.model, trainer.engine.options.compute_dtype)
+
+
+def _verify(trainer: RunState) -> Section:
+    from bumblebee.training.verification_record import summarize_verification
+
+    return summarize_verification(trainer)
 
 
 def _features(trainer: RunState) -> Section:
@@ -147,6 +154,7 @@ def format_summary(summary: dict[str, Section], width: int | None = None) -> str
         "schedule": _class_line(summary["schedule"]),
         "features": _features_line(summary["features"]),
         "callbacks": ", ".join(summary["callbacks"].values()) or "none",
+        "verify": _verify_line(summary["verify"]),
         "output": run["output_dir"],
     }
     if run["resumed_from_step"]:
@@ -219,6 +227,17 @@ def _optimizer_line(optimizer: Section) -> str:
     return "; ".join(
         [f"{optimizer['class']}: {groups[0]}", *groups[1:], f"gradient clip {clip:g}" if clip else "no gradient clipping"]
     )
+
+
+def _verify_line(verify: Section) -> str:
+    date = verify.get("date", "")[:10]
+    if verify["status"] == "none":
+        return "not run"
+    if verify["status"] == "outdated":
+        return f"not for this setup: {'; '.join(verify['differences'])}"
+    if verify["status"] == "failed":
+        return f"FAILED on {date}: {', '.join(verify['failed'])}"
+    return f"passed {plural(verify['passed'], 'check')} on {date}"
 
 
 def _class_line(section: Section) -> str:

@@ -29,8 +29,10 @@ from bumblebee.distributed.deepspeed.zero_init import sharded_init
 from bumblebee.optim import Constant, Optimizer, Schedule, parameter_groups
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import Task
-from bumblebee.training import checkpointing, loader
+from bumblebee.training import checkpointing, loader, verification_record
 from bumblebee.training.console import Console
+from bumblebee.training.fingerprint import data_fingerprint, model_fingerprint, optimizer_fingerprint
+from bumblebee.training.folder_lock import FolderLock
 from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan, Position
 from bumblebee.training.run_folder import check_free, clear, find_resume
@@ -69,6 +71,7 @@ def set_up(
     checkpoint = find_resume(run.resume, run.output_dir)
     run.device = process_group.pick_device(run.device_name)
     process_group.start(run.device)
+    _on_main(run, lambda: _lock_folder(run))
     if checkpoint is not None:
         checkpointing.verify_checkpoint(checkpoint)
     groups = parameter_groups(task.model, run.groups)
@@ -79,7 +82,11 @@ def set_up(
     task.setup(data)
     run.plan = make_plan(run, data, seed, process_group.world_size(), checkpoint)
     _check_parts(run)
+    run.fingerprint = data_fingerprint(data) | model_fingerprint(task)  # before the engine's hooks and casts
     run.engine = TrainingEngine(task.model, optimizer, groups, run.device, options)
+    run.fingerprint |= optimizer_fingerprint(run.engine.algorithm)
+    if checkpoint is not None:
+        checkpointing.check_model_and_optimizer(run, checkpoint)
     task.begin(_run_context(run))
     run.engine.train()
     _seed_everything(seed + process_group.rank())
@@ -117,6 +124,7 @@ def _reset(run: RunState) -> None:
     run.accumulator, run.extra_metrics = MetricAccumulator(), {}
     run.frozen_engines = []
     run.console = Console()
+    run.lock = None
 
 
 def make_plan(run: RunState, data: DataModule, seed: int, ranks: int, checkpoint: Path | None) -> Plan:
@@ -191,17 +199,37 @@ def _seed_everything(seed: int) -> None:
 def _open_folder(run: RunState, overwrite: bool) -> None:
     """Create the output folder, and delete an earlier run's files from it if that was requested. Collective."""
     process_group.barrier()  # every rank has checked the folder before one changes it
-    error: OSError | None = None
+
+    def open_folder() -> None:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        if run.lock is None:
+            _lock_folder(run)
+            check_free(run.output_dir, run.resume, overwrite)  # another run may have begun and ended since
+        if overwrite and run.resume is None:
+            clear(run.output_dir)
+        for partial in run.output_dir.glob(".*.partial"):  # of a run that was killed while saving
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        verification_record.copy_current(run)
+
+    _on_main(run, open_folder)
+
+
+def _lock_folder(run: RunState) -> None:
+    if run.output_dir.is_dir():
+        run.lock = FolderLock(run.output_dir)
+
+
+def _on_main(run: RunState, action: Callable[[], None]) -> None:
+    """Do something with the output folder on rank 0; an error reaches all ranks. Collective."""
+    error: Exception | None = None
     if run.is_main:
         try:
-            if overwrite and run.resume is None:
-                clear(run.output_dir)
-            run.output_dir.mkdir(parents=True, exist_ok=True)
-            for partial in run.output_dir.glob(".*.partial"):  # of a run that was killed while saving
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        except OSError as failure:
+            action()
+        except (OSError, ValueError) as failure:
             error = failure
-    if process_group.any_rank(error is not None, run.device):
+    if process_group.any_rank(error is not None):
         if error is None:
-            raise process_group.OtherRankFailed("rank 0 cannot write to output_dir")
-        raise ValueError(f"output_dir: cannot write to {run.output_dir}: {error.strerror}") from error
+            raise process_group.OtherRankFailed("rank 0 cannot use output_dir")
+        if isinstance(error, OSError):
+            raise ValueError(f"output_dir: cannot write to {run.output_dir}: {error.strerror}") from error
+        raise error

@@ -11,19 +11,22 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from bumblebee.distributed import process_group
+from bumblebee.nn.attention_kernels import select_kernel
+from bumblebee.training import verification_record
 from bumblebee.utils.signals import handle_signals
 from bumblebee.verify.check import Check, all_checks
 from bumblebee.verify.check_result import CheckResult
-from bumblebee.verify.context import Context, resolve_options
+from bumblebee.verify.context import DTYPES, Context, resolve_options
 from bumblebee.verify.rank_messages import RankMessages
 from bumblebee.verify.subject import Subject
 from bumblebee.verify.verify_options import VerifyOptions
-from bumblebee.verify.verify_report import table, verdict
+from bumblebee.verify.verify_report import check_records, table, verdict
 from bumblebee.verify.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ class Verification:
                 with Watchdog(self.messages, self._give_up).running():
                     self._run_all(context)
                 self._print_report()
+                self._write_record()
             except KeyboardInterrupt:
                 self._report_interruption()
                 return False
@@ -102,9 +106,9 @@ class Verification:
         if process_group.is_main() and len(self._results) < len(self.checks):
             own = "was interrupted by the user, or by a launcher that lost a rank"
             others = ["has not reported"] * (self.messages.world_size - 1)
-            self._give_up(self.messages.received(self._topic, process_group.store()), [own, *others])
+            self._give_up(self.messages.received(self._topic, process_group.store()), [own, *others], interrupted=True)
 
-    def _give_up(self, messages: list[str | None], locations: list[str]) -> None:
+    def _give_up(self, messages: list[str | None], locations: list[str], interrupted: bool = False) -> None:
         """Report the check in progress as failed. Runs on rank 0, possibly in the watchdog's thread."""
         check = self.checks[len(self._results)]
         results = [(rank, CheckResult.from_json(message)) for rank, message in enumerate(messages) if message is not None]
@@ -114,6 +118,8 @@ class Verification:
         self._results.append((check, CheckResult(error=reason, seconds=self.messages.seconds)))
         self._results += [(check, CheckResult(was_run=False)) for check in self.checks[len(self._results) :]]
         self._print_report()
+        if not interrupted:
+            self._write_record()
         self._remove_folder()
 
     # -- output --------------------------------------------------------------------------------------------------------
@@ -129,6 +135,23 @@ class Verification:
     def _print_report(self) -> None:
         if process_group.is_main():
             print(f"\n{table(self._results)}\n\n{verdict(self._results)}", flush=True)
+
+    def _write_record(self) -> None:
+        """Write verify.json, which runs in this folder refer to."""
+        if not process_group.is_main():
+            return
+        o = self.options
+        kernel = select_kernel(o.attention, DTYPES[o.precision])
+        setup = verification_record.current_setup(self.device, o.precision, o.zero_stage, kernel)
+        passed = all(result.passed for _, result in self._results)
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        try:
+            verification_record.write(
+                self._parent, {**setup, "date": date, "passed": passed, "checks": check_records(self._results)}
+            )
+            logger.info(f"wrote {self._parent / verification_record.FILE}")
+        except OSError as error:
+            logger.warning(f"cannot write {self._parent / verification_record.FILE}: {error.strerror}")
 
     # -- temporary folder ----------------------------------------------------------------------------------------------
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 
+from bumblebee.training.verification_record import CheckRecord
 from bumblebee.verify.check import Check
-from bumblebee.verify.check_result import CheckResult
+from bumblebee.verify.check_result import CheckResult, Measurement
 
 WIDTH = 128
 Results = Sequence[tuple[Check, CheckResult]]
@@ -39,6 +42,26 @@ def verdict(results: Results) -> str:
     if not_run := [check.name for check, result in results if not result.was_run]:
         lines.append(f"not run: {', '.join(not_run)}")
     return "\n".join(lines) or "all checks passed"
+
+
+def check_records(results: Results) -> list[CheckRecord]:
+    """The rows of the table for verify.json. A value that is not a number is null."""
+    return [
+        {
+            "name": check.name,
+            "status": _status(result),
+            "seconds": round(result.seconds, 1),
+            "measurements": [_measurement_record(measurement) for measurement in result.measurements],
+            "error": result.error,
+            "note": result.note,
+        }
+        for check, result in results
+    ]
+
+
+def _measurement_record(measurement: Measurement) -> dict[str, object]:
+    value = measurement.value if math.isfinite(measurement.value) else None
+    return {**asdict(measurement), "value": value, "passed": measurement.passed}
 
 
 def _status(result: CheckResult) -> str:

@@ -28,15 +28,13 @@ from bumblebee.tokenizer.tokenizer import Tokenizer
 from serve.api.errors import invalid, quoted
 from serve.api.schemas import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest, Message, TokenizeRequest, Tool
 from serve.api.tool_call_format import ToolCallFormat
+from serve.sampling_fields import REQUEST_NAMES
 
 # max_tokens of requests that omit it, unless the server sets max_new_tokens.
 CHAT_MAX_TOKENS, COMPLETION_MAX_TOKENS = 2048, 16
 MIN_TOP_P = 1e-9  # keeps only the most likely token, like OpenAI's 0
-# Fields with the same name in request bodies and SamplingParams.
-SHARED_FIELDS = (
-    "temperature", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "stop",
-    "include_stop_str_in_output", "seed", "ignore_eos",
-)  # fmt: skip
+SET_ELSEWHERE = ("max_new_tokens", "logprobs", "spelled_ids")  # depend on more than the field of the request
+SAMPLING_FIELDS = {name: field for name, field in REQUEST_NAMES.items() if name not in SET_ELSEWHERE}
 
 TemplateMessage = dict[str, Any]  # a message as chat templates expect it
 TemplateTool = dict[str, object]  # a tool as chat templates expect it
@@ -213,15 +211,12 @@ class RequestBuilder:
     def _params(self, body: GenerationRequest, logprobs: int | None) -> SamplingParams:
         self._check_token_ids(list(body.logit_bias or ()), "logit_bias")
         self._check_token_ids(body.stop_token_ids or (), "stop_token_ids")
-        explicit = {name: getattr(body, name) for name in SHARED_FIELDS if getattr(body, name) is not None}
+        values = {name: getattr(body, field) for name, field in SAMPLING_FIELDS.items()}
+        explicit = {name: value for name, value in values.items() if value is not None}
         if body.top_p is not None:
             explicit["top_p"] = max(body.top_p, MIN_TOP_P)
         if body.top_k is not None:
             explicit["top_k"] = max(body.top_k, 0)  # -1 keeps all tokens, as in vLLM
-        if body.stop_token_ids is not None:
-            explicit["stop_ids"] = body.stop_token_ids
-        if body.min_tokens is not None:
-            explicit["min_new_tokens"] = body.min_tokens
         return replace(self.defaults, **explicit, logprobs=logprobs)
 
     def _choices(

@@ -87,15 +87,27 @@ export function fromJson(text) {
     throw new Error("This file is not JSON.");
   }
   const list = Array.isArray(data) ? data : (data?.conversations ?? [data]);
+  const isConversation = (value) => Array.isArray(value?.messages) || typeof value?.text === "string";
   if (!Array.isArray(list) || !list.every(isConversation)) {
     throw new Error("This file contains no conversations: expected a list of objects with “messages”.");
   }
+  for (const message of list.flatMap(({ messages }) => messages ?? [])) checkMessage(message);
   return list.map(restored);
 }
 
-function isConversation(value) {
-  const isMessage = (message) => ["user", "assistant", "system"].includes(message?.role) && typeof message.content === "string";
-  return Array.isArray(value?.messages) ? value.messages.every(isMessage) : typeof value?.text === "string";
+function checkMessage(message) {
+  if (message?.role === "tool" || message?.tool_calls?.length) throw new Error("This file contains tool calls, which the page cannot show.");
+  if (!["user", "assistant", "system"].includes(message?.role)) {
+    throw new Error("This file contains a message whose role is not “system”, “user” or “assistant”.");
+  }
+  if (textOf(message.content) === null) throw new Error("This file contains a message whose content is not text.");
+}
+
+/** The text of a string or of a list of OpenAI's text parts; null for anything else, such as images. */
+function textOf(content) {
+  if (typeof content === "string") return content;
+  const isText = (part) => part?.type === "text" && typeof part.text === "string";
+  return Array.isArray(content) && content.every(isText) ? content.map(({ text }) => text).join("") : null;
 }
 
 /** Copies known fields with valid types only: the file is untrusted. */
@@ -106,7 +118,7 @@ function restored({ mode, name, created, updated, messages = [], text }) {
     name: typeof name === "string" ? name : "",
     created: Number.isFinite(created) ? created : fresh.created,
     updated: Number.isFinite(updated) ? updated : fresh.updated,
-    messages: messages.map(({ role, content }) => ({ ...newMessage(role, content), finish: "stop" })),
+    messages: messages.map(({ role, content }) => ({ ...newMessage(role, textOf(content)), finish: "stop" })),
     text: typeof text === "string" ? text : "",
   };
 }

@@ -133,6 +133,6 @@ class LocalBackend:
         return EngineRequest(str(next(self._ids)), prompt, replace(params, max_new_tokens=max_new_tokens))
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
-        if self.raw:
-            return self.generator.encode(messages[-1]["content"])
+        if self.raw:  # special tokens that are spelled in the text are special tokens, as at a server's /v1/completions
+            return self.generator.tokenizer.prompt_ids(messages[-1]["content"], parse_special=True)
         return self.generator.encode_chat(messages)

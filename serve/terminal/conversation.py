@@ -49,7 +49,7 @@ class Conversation:
         return path
 
     def load(self, name: str) -> None:
-        """Continue the conversation of a ``.json`` file that ``save`` wrote.
+        """Continue the conversation of a ``.json`` file: one that ``save`` wrote, or another with OpenAI's messages.
 
         Raises:
             ValueError: the file cannot be parsed, or holds anything but a system prompt and complete turns.
@@ -72,14 +72,24 @@ def _turns(record: object) -> tuple[str | None, list[Turn]]:
     messages = record.get("messages") if isinstance(record, dict) else record
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError('expected {"messages": [...]}')
-    if not all(isinstance(message.get("content"), str) for message in messages):
-        raise ValueError("the content of each message must be a string")
+    messages = [{**message, "content": _text(message.get("content"))} for message in messages]
     system = messages[0]["content"] if messages and messages[0].get("role") == "system" else None
     texts = [message["content"] for message in messages[system is not None :]]
     turns = list(zip(texts[::2], texts[1::2], strict=False))
     if messages != _messages(system, turns):
         raise ValueError("expected an optional system prompt, then alternating user and assistant messages")
     return system, turns
+
+
+def _text(content: object) -> str:
+    """The text of a message: a string, or OpenAI's list of text parts."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if len(texts) < len(parts):
+        raise ValueError("the content of each message must be a string or a list of text parts")
+    return "".join(texts)
 
 
 def _markdown(messages: Iterable[Message]) -> str:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import openai
 from openai.types import CompletionChoice
 
+from serve.sampling_fields import REQUEST_NAMES
 from serve.terminal.backends import ChatError, Delta, DeltaStream, Message, Sampling
 from serve.terminal.console import raise_interrupt
 
@@ -22,8 +23,6 @@ ChunkStream: TypeAlias = "openai.Stream[Completion] | openai.Stream[ChatCompleti
 
 CONNECT_TIMEOUT = 10.0  # seconds
 READ_TIMEOUT = 600.0  # seconds between two chunks: a busy server queues requests
-# SamplingParams' names -> OpenAI's or vLLM's, where they differ
-OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_ids": "stop_token_ids"}
 EXTRA_FIELDS = (  # not parameters of OpenAI's client
     "top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens", "stop_token_ids", "include_stop_str_in_output",
 )  # fmt: skip
@@ -83,7 +82,7 @@ class RemoteBackend:
             raise ChatError(f"cannot connect to {self.url} ({error_message(error)}): is the server running?") from error
 
     def _create(self, messages: Sequence[Message], sampling: Sampling) -> ChunkStream:
-        fields = {OPENAI_NAMES.get(name, name): value for name, value in sampling.items()}
+        fields = {REQUEST_NAMES[name]: value for name, value in sampling.items()}
         options = {name: value for name, value in fields.items() if name not in EXTRA_FIELDS}
         extra = {name: value for name, value in fields.items() if name in EXTRA_FIELDS}
         common = {"model": self.name, "stream": True, "stream_options": {"include_usage": True}}

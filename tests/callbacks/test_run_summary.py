@@ -158,7 +158,7 @@ def test_summary_asks_for_the_dtype_that_attention_computes_in(precision, stage,
     autocast = options.weights_dtype != options.compute_dtype
     with torch.autocast("cpu", options.compute_dtype) if autocast else nullcontext():
         trainer.task.model(torch.zeros(1, 8, dtype=torch.int64))
-    assert set(requested) == {options.compute_dtype} and len(requested) == 3  # the summary, and two layers
+    assert set(requested) == {options.compute_dtype} and len(requested) == 4  # two lines of the summary, two layers
     expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert options.compute_dtype == expected
 

@@ -11,10 +11,10 @@ import pytest
 from helpers.damage import flip_bit
 from helpers.training_runs import small_model, train, weight_bytes
 
-from bumblebee.checkpoint import atomic
+from bumblebee.checkpoint import atomic, digests
 from bumblebee.checkpoint.atomic import written_aside
 from bumblebee.checkpoint.consolidate import consolidate
-from bumblebee.checkpoint.digests import NAME, describe_damage, file_digest, read_digests, write_digests
+from bumblebee.checkpoint.digests import NAME, describe_damage, file_digest, read_digests, remembered_digest, write_digests
 from bumblebee.checkpoint.merge import merge
 from bumblebee.checkpoint.trainer_state import checkpoints
 from bumblebee.cli.main import main
@@ -100,9 +100,9 @@ def test_crash_while_replacing_files_leaves_no_wrong_digest(call: int, tmp_path:
         write_digests(aside, {})
         monkeypatch.setattr(atomic.os, "replace", failing)
     monkeypatch.undo()
-    digests = read_digests(tmp_path / "m") or {}
-    assert "c" in digests
-    assert {name: file_digest(tmp_path / "m" / name) for name in digests} == digests
+    listed = read_digests(tmp_path / "m") or {}
+    assert "c" in listed
+    assert {name: file_digest(tmp_path / "m" / name) for name in listed} == listed
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------
@@ -185,6 +185,22 @@ def test_consolidate_refuses_in_one_line(run: Path, tmp_path: Path, capsys: pyte
 def test_consolidating_a_run_names_its_newest_checkpoint(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"newest checkpoint is {checkpoints(run)[-1].path}"):
         consolidate(run, tmp_path / "out")
+
+
+def test_digest_of_a_large_file_is_remembered_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "LARGE_FILE", 4)
+    read: list[Path] = []
+    monkeypatch.setattr(digests, "file_digest", lambda path: (read.append(path), file_digest(path))[1])
+    file, memory = tmp_path / "large", tmp_path / "memory"
+    file.write_text("first content")
+    first = [remembered_digest(file, memory) for _ in range(3)]
+    assert len(read) == 1 and set(first) == {file_digest(file)}
+    file.write_text("other content")
+    assert remembered_digest(file, memory) == file_digest(file) != first[0]
+    for damage in ("damaged", '{"file": 1}', "[]", next(memory.iterdir()).read_text().replace('"digest": "', '"digest": "?')):
+        next(memory.iterdir()).write_text(damage)
+        assert remembered_digest(file, memory) == file_digest(file)
+    assert remembered_digest(file, file / "unwritable") == file_digest(file)
 
 
 # -- merging -------------------------------------------------------------------------------------------------------------

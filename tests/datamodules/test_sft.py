@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.chat_folders import THINKING
 from helpers.chat_records import conversations, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,10 +66,9 @@ def rows_in(batches: list[Batch], pad: int) -> list[Row]:
 
 
 def expected_rows(records: list[dict], tokenizer: Tokenizer, train_on: str = "all") -> list[Row]:
-    """The expected row of each record, from the chat template alone."""
+    """The expected rows of all records, from the chat template alone."""
     rows = []
-    for record in records:
-        chat = tokenizer.chat_template.encode(record["messages"], None, train_on)
+    for chat in [chat for r in records for chat in tokenizer.chat_template.encode_turns(r["messages"], None, train_on)]:
         labels = [token if trained else IGNORE_INDEX for token, trained in zip(chat.ids, chat.target_mask, strict=True)]
         rows.append(list(zip(chat.ids[:-1], labels[1:], strict=True)))
     return rows
@@ -129,6 +129,27 @@ def test_system_is_added_to_conversations_without_one(make):
     none, default = text(), text(system="Be brief.")
     assert "Be brief." in default[0] and "Be brief." not in default[1] and "Own words." in default[1]
     assert "Be brief." not in none[0] and none[1] == default[1]
+
+
+def test_turns_that_the_template_rewrites_are_sequences_of_their_own(make, tokenizer_folder, tmp_path):
+    Tokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder := tmp_path / "thinking")
+    (folder / "chat_template.jinja").write_text(THINKING)
+    records = []
+    for number in range(12):
+        answer = {"role": "assistant", "content": f"<think>\nnumber {number}\n</think>\nfour"}
+        records.append({"messages": [{"role": "user", "content": "2 + 2?"}, answer] * (1 + number % 3)})
+    options = {"tokenizer": str(folder), "max_length": 300, "files": write(tmp_path / "t.jsonl", [*records, records[5]])}
+    data = make(packing=False, deduplicate=True, validation_ratio=0.25, **options)
+    lines = [[data.cache.sources[sample, 1] for sample in side] for side in (data.kept, data.held_out)]
+    assert sorted(lines[0] + lines[1]) == list(range(1, 13)) and len(lines[1]) == 3
+    for side, dataset in zip(lines, (data.train, data.validation), strict=True):
+        origins = Counter(int(dataset.origin(index).rpartition(":")[2]) for index in range(len(dataset)))
+        assert origins == {line: 1 + (line - 1) % 3 for line in side}
+    packed = make(**options)
+    expected = expected_rows([*records, records[5]], packed.tokenizer)
+    assert counted(rows_in(batches(packed), packed.pad_token_id)) == counted(expected)
+    said = f"{len(expected)}: the chat template renders earlier turns differently when others follow"
+    assert len(expected) == 27 and packed.summary()["sequences"] == said and packed.summary()["conversations"] == 13
 
 
 # -- too long ------------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from datamodules import token_cache, worker_pool
+from datamodules import worker_pool
 from datamodules.records import Record, RecordError
-from datamodules.token_cache import TokenCache, cache_key, file_digest, remove_unfinished, write_lock, write_token_cache
+from datamodules.token_cache import TokenCache, cache_key, remove_unfinished, write_lock, write_token_cache
 from datamodules.tokenize import RecordTokenizer, TextTokenizer, TokenizedSample, text_digest
 from datamodules.worker_pool import BATCH_RECORDS
 
@@ -203,25 +203,3 @@ def test_cache_key_changes_with_every_part():
     parts = [[["d1"], ["f1"], "t", 0, "stop"], [["d2"], ["f1"], "t", 0, "stop"], [["d1"], ["f1"], "t", 0, "skip"]]
     assert len({cache_key(*part) for part in parts}) == 3
     assert cache_key(*parts[0]) == cache_key(*parts[0])
-
-
-def test_file_digest_depends_on_content_only(tmp_path):
-    for name, content in (("a", "1"), ("b", "1"), ("c", "2")):
-        (tmp_path / name).write_text(content)
-    first, second, third = (file_digest(str(tmp_path / name)) for name in "abc")
-    assert first == second != third
-
-
-def test_digest_of_a_large_file_is_remembered_until_it_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "LARGE_FILE", 4)
-    read = []
-    real = token_cache._content_digest
-    monkeypatch.setattr(token_cache, "_content_digest", lambda path: (read.append(path), real(path))[1])
-    file, memory = tmp_path / "large", tmp_path / "memory"
-    file.write_text("first content")
-    first = [file_digest(str(file), memory) for _ in range(3)]
-    assert len(read) == 1 and set(first) == {real(str(file))}
-    file.write_text("other content")
-    assert file_digest(str(file), memory) == real(str(file)) != first[0]
-    (next(memory.iterdir())).write_text("damaged")
-    assert file_digest(str(file), memory) == real(str(file))

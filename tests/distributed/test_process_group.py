@@ -119,6 +119,16 @@ def test_reported_failures_do_not_exit(nccl):
     assert [str(error) for error in reported] == ["of a check"] and nccl == ["destroy"]
 
 
+def test_numbers_of_the_host_are_summed_without_nccl(nccl):
+    process_group.start(torch.device("cpu"))
+    assert process_group.host_sum([1.5, True, 2**53]) == [1.5, 1.0, 2.0**53]
+    assert process_group.any_rank(True) and not process_group.any_rank(False)
+    group = process_group._host_group
+    assert group is not None and group.name() == "gloo" and process_group._group_of_hosts() is group
+    process_group.stop(orderly=True)
+    assert process_group._host_group is None
+
+
 ENDS = """
 import multiprocessing, sys, threading, time, torch, torch.distributed as dist
 from bumblebee.distributed import process_group

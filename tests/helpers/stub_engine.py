@@ -37,6 +37,7 @@ class StubEngine:
         self.model, self.group_sizes = model, [sum(p.numel() for p in group["params"]) for group in groups]
         self._optimizer = optimizer(groups)
         self.dtype, self.optimizer_name = "float32", type(self._optimizer).__name__
+        self.algorithm = self.optimizer_name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -78,7 +79,7 @@ class StubEngine:
     def whole_model(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.model)
 
-    def save(self, folder: Path) -> dict[str, str]:
+    def save(self, folder: Path, select: Callable[[str], bool] = lambda key: True) -> dict[str, str]:
         return {}
 
     def load(self, folder: Path) -> None:

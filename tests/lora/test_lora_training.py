@@ -210,8 +210,12 @@ def test_resume_refuses_another_base_or_adapter(base: Path, tmp_path: Path) -> N
     said = f"trainer.resume: .*checkpoint-3 was trained on the base model {base}, but this run uses {tmp_path / 'other'}"
     with pytest.raises(ValueError, match=said):
         fit(tmp_path / "then", tmp_path / "other", resume=checkpoint)
-    with pytest.raises(ValueError, match="holds another model"):
-        train(tmp_path / "then", base=str(base), lora={"rank": 2}, resume=checkpoint)
+    for lora, said in (
+        ({"rank": 2}, "LoRA rank 4, this run has 2"),
+        ({"rank": 4, "alpha": 5}, r"LoRA alpha \d+, this run has 5"),
+    ):
+        with pytest.raises(ValueError, match=f"trainer.resume: {checkpoint} was trained with {said}: "):
+            train(tmp_path / "then", base=str(base), lora=lora, resume=checkpoint)
     with pytest.raises(ValueError, match="holds another model"):
         train(tmp_path / "then", base=str(base), resume=checkpoint)
     assert not (tmp_path / "then").exists()

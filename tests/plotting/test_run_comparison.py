@@ -84,7 +84,7 @@ def test_table_labels_smoothed_values(runs):
         (["{wide}", "--output", "{wide}/a.doc"], "is not a picture file; use .png"),
         (["{wide}", "--smoothing", "1"], "smoothing must be in [0, 1), got 1.0"),
         (["{wide}", "--along", "minutes"], "along"),
-        ([], "missing required option 'runs'"),
+        ([], "missing required argument 'runs'"),
     ],
 )
 def test_invalid_arguments_are_one_line_errors_and_write_nothing(runs, tmp_path, capsys, monkeypatch, words, message):

@@ -105,6 +105,14 @@ def test_pairs_are_shown_as_chosen_and_rejected():
     ]  # fmt: skip
 
 
+def test_window_reports_tokens_positions_and_padding():
+    batch = make_batch([1, 2, 5, 6, 0, 0], [2, 9, 6, 9, -100, -100], [0, 1, 0, 1, 0, 0])
+    row = rows_of(batch)[0]
+    assert (row.tokens, row.positions, row.padding) == (6, 6, 2)  # each of the two documents ends in a token without a position
+    (head, *_) = format_samples(set_up(Rows(1)), 1, BRACKETS, 80)
+    assert re.match(r"1  \d+ tokens in \d+ positions", head)
+
+
 def test_any_datamodule_with_ids_and_labels_works():
     class Bare(Rows):
         def collate(self, samples: list[Any]) -> Batch:

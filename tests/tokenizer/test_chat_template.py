@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import pickle
+from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -208,13 +211,72 @@ def error_of(template: Any, messages: Any, **options: Any) -> str:
 REASONING = chat("one", "<think>\nhm\n</think>\ntwo", "three", "<think>\nso\n</think>\nfour")
 
 
-def test_template_that_rewrites_history_trains_the_last_turn_only():
+def test_template_that_rewrites_history_needs_several_sequences():
     message = error_of(THINKING, REASONING)
-    assert message.startswith("FOLDER: the chat template renders turn 1 differently during generation ('<think>")
-    assert "and in the complete conversation ('two<|im_end|>" in message
-    assert "use train_on: last, which requires this of the last turn only" in message
+    assert message.startswith("FOLDER: the chat template renders earlier turns differently when others follow")
+    assert message.endswith("takes 2 sequences; use encode_turns, or train_on: last")
+    tok = tokenizer(THINKING)
+    first, second = tok.chat_template.encode_turns(REASONING)
+    assert first == tok.chat_template.encode(REASONING[:2])
+    assert second == tok.chat_template.encode(REASONING, train_on="last")
     assert targets(tokenizer(THINKING), REASONING, train_on="last") == "|<think>\nso\n</think>\nfour<|im_end|>"
     assert targets(tokenizer(THINKING), REASONING[:2]) == "|<think>\nhm\n</think>\ntwo<|im_end|>"
+
+
+def qwen3() -> str:
+    """The stock template of Qwen3, which TRL ships."""
+    spec = importlib.util.find_spec("trl")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("trl is not installed")
+    return (Path(spec.submodule_search_locations[0]) / "chat_templates" / "qwen3.jinja").read_text()
+
+
+@pytest.mark.parametrize("thinks", [True, False, None])
+def test_qwen3_trains_each_turn_on_the_prompt_of_its_generation(thinks):
+    tok = tokenizer(qwen3())
+    random = Random(str(thinks))
+
+    def answer(**keys: Any) -> dict[str, Any]:
+        thought = random.random() < 0.5 if thinks is None else thinks
+        return {"role": "assistant", "content": "4", **keys, **({"reasoning_content": "hm"} if thought else {})}
+
+    for _ in range(8):
+        messages = [{"role": "system", "content": "s"}] if random.random() < 0.5 else []
+        for _ in range(random.randint(1, 3)):
+            messages += chat("2 + 2?")
+            for _ in range(random.randint(0, 2)):
+                messages += [answer(content="", tool_calls=[CALL]), {"role": "tool", "content": "4"}]
+            messages.append(answer())
+        expected = []
+        for turn in [index for index, message in enumerate(messages) if message["role"] == "assistant"]:
+            prompt = tok.apply_chat_template(messages[:turn], [TOOL], add_generation_prompt=True)
+            whole = tok.apply_chat_template(messages[: turn + 1], [TOOL])
+            assert whole[: len(prompt)] == prompt and tok.decode(whole[-1:]) == "\n"
+            expected.append((prompt, whole[len(prompt) : -1]))
+        actual = []
+        for sequence in tok.chat_template.encode_turns(messages, [TOOL]):
+            runs = itertools.groupby(range(len(sequence.ids)), key=lambda index: sequence.target_mask[index])
+            for run in [list(run) for is_target, run in runs if is_target]:
+                actual.append((sequence.ids[: run[0]], sequence.ids[run[0] : run[-1] + 1]))
+        assert actual == expected
+
+
+def test_turns_of_one_question_share_a_sequence_in_qwen3():
+    called = {"role": "assistant", "content": "", "reasoning_content": "add", "tool_calls": [CALL]}
+    turns = [*chat("2 + 2?"), called, {"role": "tool", "content": "4"}, *chat("", "<think>\nso\n</think>\n\nfour")[1:]]
+    chats = tokenizer(qwen3()).chat_template.encode_turns([*turns, *turns], [TOOL])
+    assert len(chats) == 2
+    assert chats[0] == tokenizer(qwen3()).chat_template.encode(turns, [TOOL])
+
+
+def test_reasoning_that_the_generation_prompt_begins_is_trained_without_its_tag():
+    prompting = THINKING.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+    assert prompting != THINKING
+    first, second = tokenizer(prompting).chat_template.encode_turns(REASONING)
+    assert targets(tokenizer(prompting), REASONING[:2]) == "|hm\n</think>\ntwo<|im_end|>"
+    assert targets(tokenizer(prompting), REASONING, train_on="last") == "|so\n</think>\nfour<|im_end|>"
+    assert first.ids[: first.target_mask.index(True)] == tokenizer(prompting).apply_chat_template(REASONING[:1], None, True)
+    assert sum(second.target_mask) > 3
 
 
 def test_generation_prompt_missing_from_the_answer_is_rejected():

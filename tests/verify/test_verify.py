@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -23,7 +24,8 @@ def verify(tmp_path, capsys):
     def run(*words: str) -> tuple[int, dict[str, str], str]:
         with pytest.raises(SystemExit) as exit_:
             main(["verify", "--device", "cpu", "--folder", str(tmp_path), *words])
-        assert list(tmp_path.iterdir()) == [], "the temporary folder still exists"
+        left = [file.name for file in tmp_path.iterdir()]
+        assert left in ([], ["verify.json"]), "the temporary folder still exists"
         printed = capsys.readouterr().out
         return int(exit_.value.code or 0), statuses(printed), printed
 
@@ -31,7 +33,7 @@ def verify(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_all_checks_pass_and_are_reported(verify, monkeypatch):
+def test_all_checks_pass_and_are_reported(verify, monkeypatch, tmp_path):
     monkeypatch.setattr(machine_throughput, "MATMUL_SIZES", {"cpu": (256, 512)})
     monkeypatch.setattr(machine_throughput, "TIME_BUDGET", 0.05)
     code, rows, printed = verify()
@@ -40,6 +42,14 @@ def test_all_checks_pass_and_are_reported(verify, monkeypatch):
     measured = ("matmul throughput", "memory bandwidth", "disk write")
     assert rows == {**dict.fromkeys(passed, "pass"), **dict.fromkeys(measured, "measured")}
     assert all(re.search(rf"^{name} .* \d+\.\d$", printed, flags=re.MULTILINE) for name in rows)
+    record = json.loads((tmp_path / "verify.json").read_text())
+    assert {row["name"]: row["status"] for row in record["checks"]} == rows and record["passed"]
+    assert record["settings"] == {"precision": "bf16", "zero_stage": 1, "attention": "sdpa"}
+    assert all(
+        measurement["passed"] and measurement["unit"] or measurement["bound"] is not None
+        for row in record["checks"]
+        for measurement in row["measurements"]
+    )
     for unit in ("TFLOP/s", "GB/s", "MB/s"):
         assert float(re.search(rf"([\d.e+-]+) {unit}", printed)[1]) > 0
     assert max(map(len, printed.splitlines())) <= 128
@@ -115,11 +125,12 @@ def test_nondeterminism_is_distinguished_from_wrong_resume(verify, monkeypatch):
     assert "training is not deterministic on this machine" in " ".join(printed.split())
 
 
-def test_interruption_removes_the_folder_and_prints_the_report(verify, monkeypatch):
+def test_interruption_removes_the_folder_and_prints_the_report(verify, monkeypatch, tmp_path):
     faults.only(monkeypatch, LOSS, GRADIENT, CURVE)
     faults.signal_in_training(monkeypatch)
     code, rows, printed = verify("--precision", "fp32")
     assert code == 1 and rows == {LOSS: "pass", GRADIENT: "FAIL", CURVE: "not run"}, printed
+    assert not (tmp_path / "verify.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +158,7 @@ def test_passes_on_a_gpu(precision, stage, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["verify", "--device", "cuda", "--folder", str(tmp_path), "--precision", precision, "--zero_stage", stage])
     assert not exit_.value.code, capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
+    assert [file.name for file in tmp_path.iterdir()] == ["verify.json"]
 
 
 def test_skipped_fp16_steps_are_read_from_the_metrics():

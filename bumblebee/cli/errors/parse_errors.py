@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -41,13 +41,14 @@ _PLAIN_TYPES = {
 _IN_YAML = {"None": "null", "True": "true", "False": "false"}
 
 
-def explain(message: str, words: Sequence[str], options: Iterable[str] = ()) -> str:
+def explain(message: str, words: Sequence[str], options: Iterable[str] = (), arguments: Collection[str] = ()) -> str:
     """Reduce a message of jsonargparse to one line.
 
     Args:
         message: any number of lines.
         words: the command line.
-        options: the parser's options.
+        options: the parser's options and arguments.
+        arguments: those that are written without a name.
     """
     keys, text = _last_key(message)
     if unknown := _UNKNOWN.search(text):
@@ -56,7 +57,8 @@ def explain(message: str, words: Sequence[str], options: Iterable[str] = ()) -> 
         return _explain_unknown(unknown, keys, message, words, list(options))
     key = _complete(keys, text, words)
     if missing := re.search(r"the following arguments are required: (.*)", text):
-        return _explain_missing([plain(f"{key}.{name}" if key else name) for name in missing[1].split(", ")], key, words)
+        names = [plain(f"{key}.{name}" if key else name) for name in missing[1].split(", ")]
+        return _explain_missing(names, key, words, "argument" if set(names) <= set(arguments) else "option")
     return f"{where(key, words)}{plain(key) + ': ' if key else ''}{reason(text, key)}"
 
 
@@ -169,8 +171,8 @@ def _quoted(value: str) -> str:
 # -- unknown and missing options -----------------------------------------------------------------------------------------
 
 
-def _explain_missing(absent: list[str], key: str, words: Sequence[str]) -> str:
-    options = f"option{'s' * (len(absent) > 1)} {', '.join(map(repr, absent))}"
+def _explain_missing(absent: list[str], key: str, words: Sequence[str], kind: str) -> str:
+    options = f"{kind}{'s' * (len(absent) > 1)} {', '.join(map(repr, absent))}"
     recipe = "" if config_files(words) or "task" not in absent else ": pass a recipe, such as --config recipes/pretrain.yaml"
     return f"{where(key, words)}missing required {options}{recipe}"
 

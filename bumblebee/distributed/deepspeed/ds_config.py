@@ -108,6 +108,7 @@ def deepspeed_config(options: EngineOptions) -> DsConfig:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offload with the recipe's optimizer, not DeepSpeed's, which is compiled first
         "steps_per_print": overrides.get("steps_per_print", 2**62),
+        "timers": overrides.get("timers", {"throughput": {"enabled": False}}),  # it waits for the GPU in every micro-batch
     }
     if options.half_dtype and options.zero_stage == 0:
         ours["torch_autocast"] = {"enabled": True, "dtype": str(options.half_dtype).removeprefix("torch.")}

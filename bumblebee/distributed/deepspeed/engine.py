@@ -29,7 +29,7 @@ from bumblebee.distributed.deepspeed.gathering import gathered_model, iter_full_
 from bumblebee.distributed.deepspeed.operators import import_deepspeed, quiet_initialization, usable_config
 from bumblebee.distributed.deepspeed.optimizer_types import ParamGroup
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel, iter_local_weights
-from bumblebee.distributed.deepspeed.zero_shards import base_optimizer
+from bumblebee.distributed.deepspeed.zero_shards import algorithm_of, base_optimizer
 
 
 class TrainingEngine:
@@ -122,6 +122,11 @@ class TrainingEngine:
     def optimizer_name(self) -> str:
         """Class name of the optimizer that DeepSpeed wraps."""
         return type(base_optimizer(self._optimizer)).__name__
+
+    @property
+    def algorithm(self) -> str:
+        """Name of what the optimizer computes: classes of torch and DeepSpeed that give the same results have the same."""
+        return algorithm_of(base_optimizer(self._optimizer))
 
     def gradient_norm(self) -> float:
         """The last step's gradient norm before clipping; infinite if the step was skipped. Synchronizes with the GPU."""

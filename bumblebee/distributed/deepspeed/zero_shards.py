@@ -221,6 +221,17 @@ def base_optimizer(optimizer: ZeroOptimizer) -> BaseOptimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
+def algorithm_of(optimizer: BaseOptimizer) -> str:
+    """Name what an optimizer computes: its class, or that of torch which gives the same results, and what changes its state."""
+    name = type(optimizer).__name__
+    options = optimizer.param_groups[0]
+    if name in ("FusedAdam", "DeepSpeedCPUAdam"):
+        name = "AdamW" if getattr(optimizer, "adam_w_mode", True) else "Adam"
+    elif name == "Adam" and options.get("decoupled_weight_decay"):
+        name = "AdamW"
+    return " with ".join([name, *(option for option in ("amsgrad", "centered") if options.get(option))])
+
+
 def state_of(optimizer: ZeroOptimizer, flat: Tensor) -> OptimizerState:
     """The optimizer's state of a flat tensor; empty before the first step."""
     return base_optimizer(optimizer).state.get(flat, {})

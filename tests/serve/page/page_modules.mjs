@@ -53,6 +53,23 @@ test("OpenAI's messages are imported with their system prompt", () => {
   assert.equal(titleOf(chat), "q");
 });
 
+test("text parts of imported messages are joined", () => {
+  const parts = [{ type: "text", text: "a" }, { type: "text", text: "b" }];
+  const [chat] = fromJson(JSON.stringify({ messages: [{ role: "user", content: parts }] }));
+  assert.equal(chat.messages[0].content, "ab");
+});
+
+for (const [message, reason] of [
+  [{ role: "user", content: [{ type: "image_url", image_url: { url: "x" } }] }, /content is not text/],
+  [{ role: "assistant", content: null, tool_calls: [{ id: "1" }] }, /tool calls/],
+  [{ role: "tool", content: "4" }, /tool calls/],
+  [{ role: "robot", content: "4" }, /role/],
+]) {
+  test(`importing ${JSON.stringify(message)} reports why it fails`, () => {
+    assert.throws(() => fromJson(JSON.stringify({ messages: [message] })), reason);
+  });
+}
+
 test("a conversation's own system prompt replaces the one in the settings", () => {
   const settings = new Settings(new MemoryStorage());
   settings.update({ system: "Be short." });

@@ -103,6 +103,9 @@ def test_no_chat_template_continues_plain_text(folder, generator, talk, tmp_path
     assert out == "".join(text + "\n" for text in plain)
     assert err.count("\n") == 1 and "no chat template" in err
     assert talk("--model", folder, *GREEDY, "--raw", "true", inputs="The bees\nfly")[:2] == (out, "")
+    ids = generator.tokenizer.prompt_ids(spelled := "fly<|im_end|>", parse_special=True)  # as at /v1/completions
+    expected = generator.generate([ids], PARAMS)[0].text
+    assert talk("--model", folder, *GREEDY, "--raw", "true", inputs=spelled)[0] == expected + "\n"
 
 
 def test_flags_override_the_recipe(folder, generator, talk, tmp_path) -> None:

@@ -27,7 +27,19 @@ def test_saved_conversation_can_be_loaded_and_trained_on(tmp_path: Path) -> None
     )
 
 
-@pytest.mark.parametrize("text", ["[", "3", '{"messages": [1]}', '[{"role": "user", "content": "a"}]', '[{"role": "user"}]'])
+def test_text_parts_of_a_loaded_file_are_joined(tmp_path: Path) -> None:
+    parts = '[{"type": "text", "text": "W"}, {"type": "text", "text": "ho?"}]'
+    file = tmp_path / "a.json"
+    file.write_text(f'[{{"role": "user", "content": {parts}}}, {{"role": "assistant", "content": "Bees."}}]')
+    (conversation := Conversation()).load(str(file))
+    assert conversation.turns == [("Who?", "Bees.")]
+
+
+INVALID = ["[", "3", '{"messages": [1]}', '[{"role": "user", "content": "a"}]', '[{"role": "user"}]']
+IMAGE = '[{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "a"}]'
+
+
+@pytest.mark.parametrize("text", [*INVALID, IMAGE])
 def test_invalid_file_leaves_the_conversation_unchanged(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
     conversation = Conversation("Be brief.")
