@@ -292,7 +292,11 @@ class Trainer(RunState):
         """
         from bumblebee.training.setup import set_up
 
-        set_up(self, task, data, optimizer, schedule, callbacks, output_dir, seed, overwrite)
+        try:
+            set_up(self, task, data, optimizer, schedule, callbacks, output_dir, seed, overwrite)
+        except BaseException:
+            self._unlock_folder()
+            raise
 
     def save_checkpoint(self, last: bool = False, model: bool = True) -> Path:
         """Write ``output_dir/checkpoint-<step>``: a model folder with the training state. Complete or absent. Collective.
@@ -330,8 +334,7 @@ class Trainer(RunState):
 
         On several GPUs an exception that ended the run ends the process too, see ``process_group.exit_after_failure``.
         """
-        if lock := self.__dict__.pop("lock", None):
-            lock.release()
+        self._unlock_folder()
         finished: bool = self.__dict__.get("finished", False)
         if not finished and (error := sys.exc_info()[1]):
             process_group.exit_after_failure(error)
@@ -340,6 +343,10 @@ class Trainer(RunState):
         if engine := self.__dict__.pop("engine", None):
             engine.close()
         process_group.stop(orderly=finished)
+
+    def _unlock_folder(self) -> None:
+        if lock := self.__dict__.pop("lock", None):
+            lock.release()
 
     def call(self, hook: str, *args: object) -> None:
         """Call a hook of every callback."""

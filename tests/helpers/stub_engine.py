@@ -160,6 +160,7 @@ class StubTrainer(Trainer):
             patch.setattr("bumblebee.training.setup.check_free", lambda *_: None)
             task = StubTask()
             self.setup(task, data or StubData(), lambda groups: torch.optim.SGD(groups, lr=0.01), None, named, folder)
+        self._unlock_folder()  # tests do not close their trainers
         self.step = task.steps = step
 
     def run(self) -> StubTrainer:
