@@ -38,7 +38,7 @@ def test_all_checks_pass_and_are_reported(verify, monkeypatch, tmp_path):
     monkeypatch.setattr(machine_throughput, "TIME_BUDGET", 0.05)
     code, rows, printed = verify()
     assert code == 0 and printed.rstrip().endswith("all checks passed")
-    passed = [one.name for one in check.KERNELS + check.TRAINING + check.METHODS]
+    passed = [one.name for one in (*check.KERNELS, check.MODEL, *check.TRAINING, *check.METHODS)]
     measured = ("matmul throughput", "memory bandwidth", "disk write")
     assert rows == {**dict.fromkeys(passed, "pass"), **dict.fromkeys(measured, "measured")}
     assert all(re.search(rf"^{name} .* \d+\.\d$", printed, flags=re.MULTILINE) for name in rows)
