@@ -7,7 +7,7 @@ has 8 bits: a sum of 32 micro-batches in bf16 is 3 % off, while a loss curve sho
 What DeepSpeed does, as the figures show: at every stage it adds micro-batches in fp32, as its configuration here requests. In
 bf16 and fp16 it reduces over ranks in 16 bits, at stage 1 the sum of a step, at stages 2 and 3 each micro-batch. With a power
 of two of ranks this loses nothing of these numbers, and the bound is that of fp32. Other averages over ranks are rounded in 16
-bits, and the bound is the rounding unit. Above 32 ranks the numbers are too small for a sum in bf16 to show.
+bits, and the bound is the rounding unit. Above 27 ranks the numbers are too small for a sum in bf16 to show.
 """
 
 from __future__ import annotations
