@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from bumblebee.checkpoint.digests import describe_damage
+from bumblebee.checkpoint.digests import NAME, describe_damage
 from bumblebee.checkpoint.integrity import check_intact, shard_damage, state_files
 from bumblebee.checkpoint.model_files import files_of
 from bumblebee.checkpoint.trainer_state import TRAINER_STATE, TRAINING_STATE, read_trainer_state
@@ -78,6 +78,8 @@ def _structural_damage(checkpoint: Path) -> str | None:
     """What cannot be read, or is missing, whatever the digests say."""
     try:
         state = read_trainer_state(checkpoint)
+        if "fingerprint" in state and (checkpoint / NAME).is_file() and not state_files(checkpoint):
+            return f"{checkpoint / NAME} is damaged: it does not list the training state"  # earlier versions had no list
         for rank in range(state["ranks"]):
             random_state.read_random_state(checkpoint / TRAINING_STATE, rank)
     except ValueError as error:

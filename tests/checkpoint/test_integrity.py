@@ -162,6 +162,10 @@ def test_missing_unlisted_and_malformed_are_named(run: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("consolidated", [False, True])
 def test_checkpoint_without_digests_resumes(consolidated: bool, run: Path, tmp_path: Path) -> None:
     (run / "checkpoint-4" / NAME).unlink()
+    state = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())
+    (run / "checkpoint-4" / "trainer_state.json").write_text(
+        json.dumps({name: value for name, value in state.items() if name != "fingerprint"})
+    )
     if consolidated:  # adds those of the model's files
         consolidate(run / "checkpoint-4", run / "checkpoint-4")
         assert "model.safetensors" in (read_digests(run / "checkpoint-4") or {})
@@ -255,6 +259,14 @@ def test_any_damage_to_a_state_file_is_named(digests: bool, run: Path) -> None:
             assert str(error.value).endswith(f"; use the previous good checkpoint: --trainer.resume {run}/checkpoint-2"), kind
         file.write_bytes(content)
     verify_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_truncated_list_of_digests_is_damage(kept: int, run: Path) -> None:
+    lines = (run / "checkpoint-4" / NAME).read_text().splitlines(keepends=True)
+    (run / "checkpoint-4" / NAME).write_text("".join(lines[:kept]))
+    with pytest.raises(ValueError, match=f"{NAME} is damaged: it does not list the training state; use the previous good"):
+        verify_checkpoint(run / "checkpoint-4")
 
 
 def test_damaged_header_is_named_without_digests(run: Path) -> None:
