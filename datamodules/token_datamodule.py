@@ -261,7 +261,7 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
 
         Texts and tokens are not read again: the texts' hashes are in the cache, and ids are read at evenly spaced positions.
         """
-        sequences = np.arange(self.cache.about["group"]) + self.epoch_samples[:, None] * self.cache.about["group"]
+        sequences = self.cache.sequences_of(self.epoch_samples)
         lengths = (self.cache.ends - self.cache.begins)[sequences]
         return {
             "records": arrays_digest(self.cache.digests[self.epoch_samples]),
