@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias
@@ -213,6 +214,23 @@ class HuggingFaceModel(LanguageModel):
         return max(lists, key=len)
 
 
+def load_unmodified(folder: str | Path) -> TransformersModel | None:
+    """Load a model folder in fp32 with transformers alone: its loader and its attention. None if it is not installed.
+
+    Raises:
+        ValueError: transformers does not know the architecture.
+    """
+    if find_spec("transformers") is None:
+        return None
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    with _quiet(logging):
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
+        ).eval()
+
+
 def _default_positions(input_ids: Tensor) -> Tensor:
     """Position ids 0 ... T-1 of each row."""
     return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -257,12 +275,15 @@ def _no_initialization_when_sharded() -> Iterator[None]:
 
 @contextmanager
 def _quiet(logging: ModuleType) -> Iterator[None]:
-    level = logging.get_verbosity()
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 @contextmanager

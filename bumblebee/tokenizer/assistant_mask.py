@@ -205,8 +205,18 @@ def _extend(text: str, span: CharSpan, special: tuple[str, ...], blanks: str = "
     return (begin, follows.end()) if follows else span
 
 
+def spans_with_prompts(
+    render: Render, messages: Sequence[Message], turns: Sequence[int], text: str, spans: list[CharSpan]
+) -> list[CharSpan]:
+    """The spans, each with the generation prompt before it, which may write the beginning of an answer, such as ``<think>``."""
+    before = [render(messages[:turn], False) for turn in turns]
+    return [
+        (len(prefix) if text.startswith(prefix) else begin, end) for prefix, (begin, end) in zip(before, spans, strict=True)
+    ]
+
+
 def require_contents(targets: str, messages: Sequence[Message]) -> None:
-    """Check that the target text contains the content and tool calls of each message, in order.
+    """Check that a text, which the targets make up, contains the content and tool calls of each message, in order.
 
     Raises:
         ValueError: an answer or a call is missing.

@@ -33,6 +33,7 @@ from bumblebee.tokenizer.assistant_mask import (
     require_contents,
     spans_by_prefix,
     spans_by_tags,
+    spans_with_prompts,
     target_turns,
     turns_by_context,
     without_whitespace,
@@ -161,8 +162,9 @@ class ChatTemplate:
                 text, spans = end_at_special_tokens(
                     text, spans, len(group), self._spellings, partial(self._closing_token, name, "user")
                 )
-                targets = [unescape(text[begin:end], escape) for begin, end in spans]
-                require_contents("".join(targets), [messages[turn] for turn in group])
+                shown = spans if tagged else spans_with_prompts(render, escaped, group, text, spans)
+                answers = [unescape(text[begin:end], escape) for begin, end in shown]
+                require_contents("".join(answers), [messages[turn] for turn in group])
                 _require_tools(unescape(text, escape), tools)
                 texts.append((text, spans))
         return [self._encode_spans(text, spans, escape) for text, spans in texts]

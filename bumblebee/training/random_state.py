@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bumblebee.checkpoint.digests import file_digest
 from bumblebee.checkpoint.safetensors_writer import save_file
+from bumblebee.utils.text_files import write_text
 
 
 def save_random_state(folder: Path, rank: int) -> dict[str, str]:
@@ -28,7 +29,7 @@ def save_random_state(folder: Path, rank: int) -> dict[str, str]:
         tensors["cuda"] = torch.cuda.get_rng_state()
     name, keys, *rest = numpy.random.get_state(legacy=True)
     states = {"python": random.getstate(), "numpy": [name, numpy.asarray(keys).tolist(), *rest]}
-    json_file.write_text(json.dumps(states), encoding="utf-8")
+    write_text(json_file, json.dumps(states))
     return {tensor_file.name: save_file(tensors, tensor_file), json_file.name: file_digest(json_file)}
 
 

@@ -17,10 +17,12 @@ from bumblebee.verify.checks import (
     loss_check,
     loss_curve_check,
     machine_throughput,
+    model_check,
     optimizer_check,
     resume_check,
 )
 from bumblebee.verify.context import Context
+from bumblebee.verify.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ class Check:
     collective: bool = False
 
 
-def all_checks() -> tuple[Check, ...]:
-    """The checks that are possible with this number of ranks."""
-    return CHECKS if process_group.world_size() > 1 else tuple(check for check in CHECKS if check is not ALL_REDUCE)
+def all_checks(subject: Subject) -> tuple[Check, ...]:
+    """The checks that are possible with this number of ranks and for this model."""
+    impossible = {ALL_REDUCE: process_group.world_size() == 1, MODEL: subject.model_class is None}
+    return tuple(check for check in CHECKS if not impossible.get(check, False))
 
 
 KERNELS = (
@@ -57,6 +60,13 @@ KERNELS = (
         "training and generation with it are unreliable; use --attention naive",
     ),
     Check("loss kernel", loss_check.run, "the loss or its gradient is wrong", "no training on this machine is reliable"),
+)
+MODEL = Check(
+    "model",
+    model_check.run,
+    "the model does not compute what its config says",
+    "models trained with these options cannot be trusted, and other programs compute something else from their weights",
+    uses_model=True,
 )
 TRAINING = (
     Check(
@@ -131,4 +141,4 @@ THROUGHPUT = (
     ALL_REDUCE,
     Check("disk write", machine_throughput.disk_write, "", "checkpoints cannot be saved in this folder"),
 )
-CHECKS = (*KERNELS, *TRAINING, *METHODS, *THROUGHPUT)
+CHECKS = (*KERNELS, MODEL, *TRAINING, *METHODS, *THROUGHPUT)

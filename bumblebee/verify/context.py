@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from bumblebee.distributed import process_group
 from bumblebee.nn.attention_kernels import select_kernel
 from bumblebee.optim import GroupRule
 from bumblebee.trainer import Trainer
+from bumblebee.verify.subject import Subject
 from bumblebee.verify.verify_options import VerifyOptions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,11 +25,13 @@ class Context:
         options: the user's options.
         device: of this rank.
         folder: temporary folder of the training runs, shared by all ranks.
+        subject: the model and data that the user is about to train.
     """
 
     options: VerifyOptions
     device: torch.device
     folder: Path
+    subject: Subject = field(default_factory=Subject)
 
     @property
     def dtype(self) -> torch.dtype:

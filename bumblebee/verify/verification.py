@@ -24,6 +24,7 @@ from bumblebee.verify.check import Check, all_checks
 from bumblebee.verify.check_result import CheckResult
 from bumblebee.verify.context import DTYPES, Context, resolve_options
 from bumblebee.verify.rank_messages import RankMessages
+from bumblebee.verify.subject import Subject
 from bumblebee.verify.verify_options import VerifyOptions
 from bumblebee.verify.verify_report import check_records, table, verdict
 from bumblebee.verify.watchdog import Watchdog
@@ -36,13 +37,15 @@ class Verification:
 
     Args:
         options: the user's options.
+        subject: the model and data that the user is about to train; the default checks the options of all model families.
 
     Raises:
         ValueError: the options cannot be used on this machine.
     """
 
-    def __init__(self, options: VerifyOptions) -> None:
-        self.options, self.checks, self.messages = options, all_checks(), RankMessages()
+    def __init__(self, options: VerifyOptions, subject: Subject | None = None) -> None:
+        self.options, self.subject, self.messages = options, subject or Subject(), RankMessages()
+        self.checks = all_checks(self.subject)
         self.device, self._parent = resolve_options(options)
         self._results: list[tuple[Check, CheckResult]] = []
         self._folder: Path | None = None
@@ -55,7 +58,7 @@ class Verification:
         """
         with _sigterm_as_keyboard_interrupt():
             try:
-                context = Context(self.options, self.device, self._make_folder())
+                context = Context(self.options, self.device, self._make_folder(), self.subject)
                 logger.info(self._heading(context))
                 with Watchdog(self.messages, self._give_up).running():
                     self._run_all(context)

@@ -6,6 +6,7 @@ import re
 
 ATTENTION, LOSS, GRADIENT, CURVE, RESUME = "attention kernel", "loss kernel", "gradient", "loss curve", "resume"
 ACCUMULATION, OPTIMIZER = "accumulation", "optimizer"
+MODEL, DATA = "model", "data"
 RECOMPUTATION, LORA, DPO = "activation checkpointing", "LoRA", "DPO"
 
 

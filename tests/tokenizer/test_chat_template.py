@@ -269,6 +269,16 @@ def test_turns_of_one_question_share_a_sequence_in_qwen3():
     assert chats[0] == tokenizer(qwen3()).chat_template.encode(turns, [TOOL])
 
 
+def test_reasoning_that_the_generation_prompt_begins_is_trained_without_its_tag():
+    prompting = THINKING.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+    assert prompting != THINKING
+    first, second = tokenizer(prompting).chat_template.encode_turns(REASONING)
+    assert targets(tokenizer(prompting), REASONING[:2]) == "|hm\n</think>\ntwo<|im_end|>"
+    assert targets(tokenizer(prompting), REASONING, train_on="last") == "|so\n</think>\nfour<|im_end|>"
+    assert first.ids[: first.target_mask.index(True)] == tokenizer(prompting).apply_chat_template(REASONING[:1], None, True)
+    assert sum(second.target_mask) > 3
+
+
 def test_generation_prompt_missing_from_the_answer_is_rejected():
     prompting = CHATML.replace("'<|im_start|>assistant\\n' if add", "'<|im_start|>assistant\\n<think>' if add")
     assert prompting != CHATML

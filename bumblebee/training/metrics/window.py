@@ -15,6 +15,7 @@ import torch
 from bumblebee.checkpoint.digests import file_digest
 from bumblebee.distributed import process_group
 from bumblebee.utils.json_files import read_json
+from bumblebee.utils.text_files import write_text
 
 if TYPE_CHECKING:
     from bumblebee.training.run_state import RunState
@@ -47,7 +48,7 @@ def save_window(run: RunState, folder: Path) -> dict[str, str]:
     if not any(window.values()):
         return {}
     file = _file(folder, process_group.rank())
-    file.write_text(json.dumps(window), encoding="utf-8")
+    write_text(file, json.dumps(window))
     return {file.name: file_digest(file)}
 
 
