@@ -212,11 +212,16 @@ class ShardReader:
         keys = self._shards[name][0][0].keys()
         return sorted(key.partition("/")[0] for key in keys if key.partition("/")[2] == name and key != f"{WEIGHTS}/{name}")
 
-    def other_state(self, name: str) -> dict[str, object]:
-        """The optimizer state of a parameter that is not sharded, by kind: tensors of other sizes, and values of Python."""
+    def other_state(self, name: str, device: torch.device) -> dict[str, object]:
+        """The optimizer state of a parameter that is not sharded, by kind: tensors of other sizes, and values of Python.
+
+        The tensors are on ``device``: that of the parameter.
+        """
         file = self._shards[name][0][0]
         trees = self._other[name].items()
-        return {kind: unflatten(tree, lambda path: file.get_tensor(f"{WHOLE}/{path}/{name}")) for kind, tree in trees}
+        return {
+            kind: unflatten(tree, lambda path: file.get_tensor(f"{WHOLE}/{path}/{name}").to(device)) for kind, tree in trees
+        }
 
     def read(self, kind: str, name: str, start: int, numel: int, dtype: torch.dtype | None = None) -> Tensor:
         """Read elements ``start`` to ``start + numel`` of a flattened parameter: (numel,), or () for a single number.
