@@ -6,12 +6,14 @@ import logging
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
 from bumblebee.training.metrics.formatting import format_metrics, format_progress, format_validation
+from bumblebee.utils.text_files import append_text
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
@@ -73,7 +75,8 @@ class FileLog(Callback):
         """Log the traceback."""
         self._remove_handler()
         text = "".join(traceback.format_exception(error)).rstrip()
-        self._write(trainer, f"failed after step {trainer.step:,}\n{text}")
+        with suppress(OSError):  # of a full disk, which may be the error itself
+            self._write(trainer, f"failed after step {trainer.step:,}\n{text}")
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Log how the run ended."""
@@ -86,8 +89,7 @@ class FileLog(Callback):
             path = trainer.output_dir / self.file
             path.parent.mkdir(parents=True, exist_ok=True)
             now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-            with path.open("a", encoding="utf-8") as stream:
-                stream.write(f"{now}  {text}\n")
+            append_text(path, f"{now}  {text}\n")
 
     def _write_lines(self, trainer: Trainer, text: str) -> None:
         for line in text.splitlines():

@@ -7,10 +7,13 @@ has a line of its own. The file is opened and closed for each line, so that noth
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bumblebee.callback import Callback
+from bumblebee.checkpoint.atomic import flush
 from bumblebee.training.metrics.jsonl_log import json_line, truncate_after
+from bumblebee.utils.text_files import append_text
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
@@ -32,16 +35,19 @@ class MetricsHistory(Callback):
         self.file = file
         self._seconds_before = 0.0  # of earlier starts
         self._began = time.monotonic()
+        self._last: list[str] = []  # lines of the last step that has any
+        self._last_step = 0
+        self._path: Path | None = None  # on rank 0
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Drop lines after the step that the run resumes from: they will be logged again."""
+        """Drop lines after the step that the run resumes from: they will be logged again. Complete those before it."""
         if trainer.step == 0:
-            self._seconds_before = 0.0
-        self._began = time.monotonic()
+            self._seconds_before, self._last = 0.0, []
+        self._began, self._last_step = time.monotonic(), 0
         if trainer.is_main:
-            path = trainer.output_dir / self.file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            truncate_after(path, trainer.step)
+            self._path = trainer.output_dir / self.file
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            truncate_after(self._path, trainer.step, self._last)
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Write a line."""
@@ -53,17 +59,21 @@ class MetricsHistory(Callback):
         self._write(trainer, {**position, **metrics})
 
     def state_dict(self) -> dict[str, Any]:
-        """The seconds of training so far."""
-        return {"seconds": self._seconds()}
+        """The seconds of training so far, and the last lines. Those are on disk before a checkpoint that follows them is."""
+        if self._path is not None and self._path.exists():
+            flush(self._path)
+        return {"seconds": self._seconds(), "last": self._last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue counting seconds."""
-        self._seconds_before = state["seconds"]
+        """Continue counting seconds, and remember the last lines."""
+        self._seconds_before, self._last = state["seconds"], list(state.get("last", []))
 
     def _seconds(self) -> float:
         return round(self._seconds_before + time.monotonic() - self._began, 3)
 
     def _write(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         if trainer.is_main:
-            with (trainer.output_dir / self.file).open("a", encoding="utf-8") as stream:
-                stream.write(json_line({**metrics, "seconds": self._seconds()}))
+            line = json_line({**metrics, "seconds": self._seconds()})
+            self._last = [*(self._last if self._last_step == trainer.step else []), line]
+            self._last_step = trainer.step
+            append_text(trainer.output_dir / self.file, line)

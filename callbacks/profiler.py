@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
+from bumblebee.utils.text_files import write_text
 
 if TYPE_CHECKING:
     from torch.profiler import profile, record_function
@@ -92,6 +93,6 @@ class Profiler(Callback):
         profile.export_chrome_trace(str(path))
         events = profile.key_averages()
         table = events.table(sort_by=f"self_{device}_time_total", row_limit=ROWS, max_name_column_width=40)
-        (trainer.output_dir / "profile.txt").write_text(table + "\n", encoding="utf-8")
+        write_text(trainer.output_dir / "profile.txt", table + "\n")
         trainer.print(f"{table}\nprofiler: {self._recorded} steps written to {path} and profile.txt")
         self._profile = None

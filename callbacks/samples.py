@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from bumblebee.callback import Callback
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.training.metrics.jsonl_log import truncate_after
+from bumblebee.utils.text_files import append_text
 
 if TYPE_CHECKING:
     from bumblebee.inference.generator import Generator
@@ -85,8 +86,7 @@ class Samples(Callback):
         return SamplingParams(max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=seed)
 
     def _write(self, trainer: Trainer, texts: list[str]) -> None:
-        with (trainer.output_dir / FILE).open("a", encoding="utf-8") as stream:
-            for prompt, text in zip(self.prompts, texts, strict=True):
-                line = {"step": trainer.step, "prompt": prompt, "text": text}
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-                trainer.print(f"sample at step {trainer.step:,}: {prompt}{text}")
+        lines = [{"step": trainer.step, "prompt": p, "text": text} for p, text in zip(self.prompts, texts, strict=True)]
+        append_text(trainer.output_dir / FILE, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        for line in lines:
+            trainer.print(f"sample at step {trainer.step:,}: {line['prompt']}{line['text']}")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bumblebee.checkpoint import digests
+from bumblebee.utils.text_files import named_errors
 
 
 @contextmanager
@@ -71,7 +72,8 @@ def flush(path: Path) -> None:
     """fsync a file, or a folder's directory entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named_errors(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bumblebee.utils.json_files import read_json, write_json
+from bumblebee.utils.text_files import write_text
 
 NAME = "SHA256SUMS"
 LARGE_FILE = 1 << 26  # bytes; the digests of larger files are remembered
@@ -136,5 +137,5 @@ def forget_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 def _write(folder: Path, digests: Mapping[str, str]) -> None:
     temporary = folder / f".{NAME}.partial"
-    temporary.write_text("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)), encoding="utf-8")
+    write_text(temporary, "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
     os.replace(temporary, folder / NAME)

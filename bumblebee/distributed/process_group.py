@@ -26,6 +26,8 @@ _launcher_store: Store | None = None  # joined once per process
 _groups = 0  # number of groups joined so far
 _host_group: ProcessGroup | None = None  # see host_sum
 _failure_handler: Callable[[BaseException], None] | None = None  # see failures_reported_to
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_environment: dict[str, str | None] = {}  # these variables before ``start``
 LOST_RANK_ERRORS = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "NCCL error",
 )  # fmt: skip
@@ -97,6 +99,7 @@ def start(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> N
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    _environment.update({name: os.environ.get(name) for name in _RANK_VARIABLES})
     if world_size() == 1:
         os.environ.setdefault("RANK", "0")
         os.environ.setdefault("WORLD_SIZE", "1")
@@ -140,12 +143,24 @@ def stop(orderly: bool) -> None:
         exit_after_failure(error)
 
     if not dist.is_initialized():
+        _restore_environment()
         return
     gc.collect()  # objects that still hold the group keep its threads alive
     if orderly:
         dist.barrier()
     _host_group = None
     dist.destroy_process_group()
+    _restore_environment()
+
+
+def _restore_environment() -> None:
+    """Undo what ``start`` and DeepSpeed have set: the next run in this process may be on another device, or have a launcher."""
+    while _environment:
+        name, value = _environment.popitem()
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def exit_after_failure(error: BaseException) -> None:

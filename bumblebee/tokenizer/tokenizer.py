@@ -33,6 +33,7 @@ from bumblebee.tokenizer.text_splitter import TextSplitter
 from bumblebee.tokenizer.token_bytes import token_bytes_table
 from bumblebee.tokenizer.vocab_merges import END_OF_TEXT, SPLIT_PATTERN, VOCAB, has_vocab_and_merges, read_vocab_and_merges
 from bumblebee.utils.json_files import read_json, write_json
+from bumblebee.utils.text_files import write_text
 
 FILE = "tokenizer.json"
 # Special tokens of a new tokenizer: the end of a document, and ChatML's, so that chat training needs no new embedding rows.
@@ -57,13 +58,13 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
 
 def _missing_files(folder: Path) -> str:
     if not folder.is_dir():
-        return "it does not exist"
+        return f"folder not found: {folder}"
     if (folder / "tokenizer.model").is_file():
         return (
-            f"it has only tokenizer.model, of SentencePiece; write a {FILE} with transformers:"
-            f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            f"{folder} is not a tokenizer folder: it has only tokenizer.model, of SentencePiece; write a {FILE} with"
+            f" transformers: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
-    return f"it has no {FILE}"
+    return f"{folder} is not a tokenizer folder: it has no {FILE}"
 
 
 Piece = tuple[int, bool, str]  # index of the text, whether it begins with this piece, the piece
@@ -124,7 +125,7 @@ class Tokenizer:
         elif has_vocab_and_merges(folder):
             backend, settings = read_vocab_and_merges(folder, settings)
         else:
-            raise ValueError(f"{folder} is not a tokenizer folder: {_missing_files(folder)}")
+            raise ValueError(_missing_files(folder))
         return cls(backend, settings | template_from_files(folder), str(folder))
 
     @classmethod
@@ -186,10 +187,13 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, including the chat template (also if it is the default one).
 
         transformers' AutoTokenizer can load the folder.
+
+        Raises:
+            OSError: a file cannot be written; names the file.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
+        write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))  # its own save() does not raise an OSError
         template = self.settings.get("chat_template") or default_template(self.backend)
         write_json(folder / "tokenizer_config.json", self.settings | ({"chat_template": template} if template else {}))
 

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from helpers.training_runs import train
 
 from bumblebee.training.metrics.jsonl_log import json_line, truncate_after
 from callbacks import MetricsHistory
@@ -48,6 +49,27 @@ def test_truncation_removes_later_and_incomplete_lines(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_truncated_last_line_is_written_again_exactly(tmp_path):
+    """The line of the step that the run resumes from."""
+    job = {"log_every": 2, "callbacks": {"history": ("MetricsHistory", {}), "checkpoint": ("Checkpoint", {"every": 3})}}
+    train(tmp_path, max_steps=3, **job)
+    file = tmp_path / "metrics.jsonl"
+    before = file.read_bytes()
+    file.write_bytes(before[:-30])
+    train(tmp_path, max_steps=5, resume="auto", **job)
+    assert file.read_bytes().startswith(before)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [2, 3, 4, 5]
+
+
+def test_last_lines_that_the_file_lacks_are_added_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    last = ['{"step": 2}\n', '{"step": 2, "validation_loss": 1.0}\n']
+    for text in ("", '{"step": 2}', "".join(last)):
+        path.write_text('{"step": 1}\n' + text)
+        truncate_after(path, 2, last)
+        assert path.read_text() == '{"step": 1}\n' + "".join(last)
+
+
 def test_incomplete_line_with_invalid_utf8_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2, "\xc3')
@@ -86,6 +108,17 @@ def test_line_is_written_when_the_hook_returns(stub_trainer, tmp_path):
     trainer.call("on_fit_start")
     trainer.call("on_log", {"step": 1, "loss": 2.0})
     assert json.loads((tmp_path / "logs/numbers.jsonl").read_text())["loss"] == 2.0
+
+
+def test_metrics_are_on_disk_before_a_checkpoint_is(stub_trainer, tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("callbacks.metrics_history.flush", flushed.append)
+    history = MetricsHistory()
+    trainer = stub_trainer([history])
+    trainer.call("on_fit_start")
+    trainer.call("on_log", {"step": 1, "loss": 2.0})
+    assert history.state_dict()["last"] == (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert flushed == [tmp_path / "metrics.jsonl"]
 
 
 def test_nan_and_infinity_become_null():

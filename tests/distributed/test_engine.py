@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -114,10 +115,19 @@ def test_bucket_sizes_do_not_change_the_loss(stage, tmp_path):
         assert math.isclose(a.get("loss", 0), b.get("loss", 0), rel_tol=1e-6)
 
 
-def test_training_works_after_deepspeed_refused_another_configuration(tmp_path):
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def test_training_works_after_deepspeed_refused_another_configuration(tmp_path, monkeypatch):
+    """And neither run leaves the environment of a launcher."""
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "7")
     with pytest.raises(ValueError, match="DeepSpeed refuses"):
         train(tmp_path / "refused", zero_stage=1, deepspeed={"zero_optimization": {"allgather_bucket_size": 7}}, max_steps=1)
+    assert {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ} == {"LOCAL_RANK": "7"}
     assert train(tmp_path / "run", zero_stage=1, max_steps=1)[0]["step"] == 1
+    assert {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ} == {"LOCAL_RANK": "7"}
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ _RANK_VARIABLES = (
     "LOCAL_RANK",
     "MASTER_ADDR",
     "MASTER_PORT",
-)  # the Trainer sets them
+)  # of a launcher around the tests
 
 
 def start(module: list[str], ranks: int = 1, launcher: str = "torchrun", **options: Any) -> subprocess.Popen[str]:

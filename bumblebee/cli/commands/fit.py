@@ -10,6 +10,7 @@ from bumblebee.cli.parser import Parser
 from bumblebee.cli.recipe_options import recipe_command_parser
 from bumblebee.distributed import process_group
 from bumblebee.recipe import build, dump
+from bumblebee.utils.text_files import write_text
 
 
 def parser() -> Parser:
@@ -31,7 +32,7 @@ def run(words: Sequence[str]) -> None:
         with user_errors(cfg, options.words):
             trainer.setup(run.task, run.data, run.optimizer, run.schedule, run.callbacks, run.output_dir, run.seed, overwrite)
             if process_group.is_main():
-                Path(run.output_dir, "recipe.yaml").write_text(dump(cfg), encoding="utf-8")
+                write_text(Path(run.output_dir, "recipe.yaml"), dump(cfg))
         with user_errors(cfg, options.words, until=lambda: trainer.started):
             trainer.run()
     finally:
