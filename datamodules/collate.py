@@ -33,6 +33,10 @@ class TokenDataset(Sequence[SampleT]):
     def origin(self, index: int) -> str:
         """FILE:LINE of each record in a sample."""
 
+    @abstractmethod
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        """First token in the cache and number of positions of each segment in a sample."""
+
     def layout(self) -> tuple[np.ndarray, ...]:
         """Which tokens of the cache each sample consists of, as arrays of integers."""
         return ()
@@ -55,6 +59,10 @@ class PackedDataset(TokenDataset[list[Segment]]):
 
     def __getitem__(self, index: int) -> list[Segment]:  # type: ignore[override]
         return [self.cache.segment(start, length) for start, length in self.windows.chunks(index)]
+
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        """See the base class."""
+        return self.windows.chunks(index)
 
     def layout(self) -> tuple[np.ndarray, ...]:
         """See the base class."""
@@ -81,7 +89,11 @@ class PaddedDataset(TokenDataset[list[Segment]]):
         return len(self.chunks)
 
     def __getitem__(self, index: int) -> list[Segment]:  # type: ignore[override]
-        return [self.cache.segment(int(self.chunks.starts[index]), int(self.chunks.lengths[index]))]
+        return [self.cache.segment(*span) for span in self.spans(index)]
+
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        """See the base class."""
+        return [(int(self.chunks.starts[index]), int(self.chunks.lengths[index]))]
 
     def layout(self) -> tuple[np.ndarray, ...]:
         """See the base class."""

@@ -51,9 +51,12 @@ class PairDataset(TokenDataset[Pair]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
-        rows = zip(self.starts[:, index].tolist(), self.row_lengths[:, index].tolist(), strict=True)
-        chosen, rejected = (self.cache.segment(start, length) for start, length in rows)
+        chosen, rejected = (self.cache.segment(start, length) for start, length in self.spans(index))
         return int(index), chosen, rejected
+
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        """See the base class."""
+        return list(zip(self.starts[:, index].tolist(), self.row_lengths[:, index].tolist(), strict=True))
 
     def layout(self) -> tuple[np.ndarray, ...]:
         """See the base class."""

@@ -118,7 +118,7 @@ def _example_glob(folder: str) -> str:
 def _missing(path: str) -> str:
     folder, name = os.path.split(path)
     if not os.path.isdir(folder or "."):
-        return f"{path!r} does not exist, and neither does the folder {folder!r}"
+        return f"file not found: {path}; folder not found: {folder}"
     similar = difflib.get_close_matches(name, os.listdir(folder or "."), n=3)
     hint = f"; did you mean {' or '.join(repr(os.path.join(folder, name)) for name in similar)}?" if similar else ""
-    return f"{path!r} does not exist{hint}"
+    return f"file not found: {path}{hint}"

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import cached_property
@@ -37,6 +39,9 @@ from datamodules.records import Record, RecordError
 from datamodules.tokenize import RecordTokenizer, TokenizedBatch
 from datamodules.worker_pool import RecordBatch, batched, tokenize_batches
 
+logger = logging.getLogger("bumblebee.datamodules")  # the command line shows the messages of bumblebee
+
+DTYPES = ("uint16", "uint32")  # of ids
 FORMAT = 3  # increase whenever the content of a cache changes for the same inputs
 
 Segment = tuple[np.ndarray, np.ndarray]  # inputs and labels, int64 (T,) each; a label is the next token or IGNORE_INDEX
@@ -47,11 +52,14 @@ class TokenCache:
 
     Args:
         folder: the folder of the cache.
+
+    Raises:
+        ValueError: a file is damaged, missing or of another size than it was written with; the message names it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.about = read_json(folder / "about.json")
+        self.about = _read_about(folder / "about.json")
         samples, sequences, tokens = (self.about[name] for name in ("samples", "sequences", "tokens"))
         self.tokens = _map(folder / "tokens.bin", self.about["dtype"], (tokens,))
         self.ends = _map(folder / "ends.bin", "int64", (sequences,))
@@ -63,6 +71,7 @@ class TokenCache:
         self._mask_bits: np.ndarray | None = None
         if self.about["masked"]:
             self._mask_bits = _map(folder / "trained.bin", "uint8", (-(-tokens // 8),))
+            _map(folder / "targets.bin", "int64", (sequences,))  # opened later
 
     def __reduce__(self) -> tuple[object, ...]:
         return TokenCache, (self.folder,)  # another process maps the files again: pickled maps would be copies
@@ -128,7 +137,67 @@ class TokenCache:
 
 
 def _map(file: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    size, expected = file.stat().st_size if file.is_file() else None, math.prod(shape) * np.dtype(dtype).itemsize
+    if size != expected:
+        raise ValueError(f"{file} is damaged: it {'is missing' if size is None else f'has {size} bytes, expected {expected}'}")
     return np.memmap(file, dtype=dtype, mode="r", shape=shape) if shape[0] else np.zeros(shape, dtype)  # cannot map 0 bytes
+
+
+def _read_about(file: Path) -> dict[str, Any]:
+    try:
+        about = read_json(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {str(error).removeprefix(f'{file}: ')}") from error
+    counts = ("samples", "sequences", "tokens", "bad_records")
+    valid = all(type(about.get(name)) is int and about[name] >= 0 for name in counts) and about.get("dtype") in DTYPES
+    group = about.get("group", 0)
+    if not (valid and type(about.get("masked")) is bool and (group is None or type(group) is int and group > 0)):
+        raise ValueError(f"{file} is damaged: its counts are not those of a cache")
+    if not isinstance(about.get("files"), list):
+        raise ValueError(f"{file} is damaged: it names no files")
+    return about
+
+
+def find_damage(folder: Path, vocab_size: int) -> str | None:
+    """What is wrong with a cache; None if there is nothing. The ids are not read, except for a small part.
+
+    Args:
+        folder: of a complete cache.
+        vocab_size: of the tokenizer; all ids are below it.
+    """
+    try:
+        cache = TokenCache(folder)
+    except ValueError as error:
+        return str(error)
+    edges = {"ends.bin": (cache.ends, len(cache.tokens)), "sources.bin": (cache.sources[:, 0], len(cache.about["files"]))}
+    if cache._sample_ends is not None:
+        edges["samples.bin"] = cache._sample_ends, len(cache.ends)
+    for name, (values, limit) in edges.items():
+        # In the order of the records, from the first one on.
+        if len(values) and (values[0] < 0 or values[-1] > limit or np.any(values[1:] < values[:-1])):
+            return f"{folder / name} is damaged: its values are not in order or exceed {limit}"
+    if len(cache.ends) and cache.ends[-1] != len(cache.tokens):
+        return f"{folder / 'ends.bin'} is damaged: the last sequence ends at {cache.ends[-1]} of {len(cache.tokens)} tokens"
+    if len(ids := cache.spaced_tokens()) and ids.max() >= vocab_size:
+        return f"{folder / 'tokens.bin'} is damaged: it has id {ids.max()}, the tokenizer has {vocab_size}"
+    return None
+
+
+def discard_damaged(folder: Path, vocab_size: int) -> None:
+    """Delete a cache that is damaged, with a warning, so that it is written again.
+
+    Raises:
+        ValueError: it cannot be deleted.
+    """
+    if not is_complete(folder) or find_damage(folder, vocab_size) is None:
+        return
+    try:
+        with write_lock(folder):  # another run may have replaced it meanwhile
+            if damage := find_damage(folder, vocab_size):
+                logger.warning("%s; the files are tokenized again", damage)
+                remove(folder)
+    except OSError as error:
+        raise ValueError(f"{find_damage(folder, vocab_size)}, and cannot be deleted: {error.strerror}") from error
 
 
 # -- writing -------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from datamodules.token_cache import (
     TokenCache,
     arrays_digest,
     cache_key,
+    discard_damaged,
     is_complete,
     remove_unfinished,
     write_lock,
@@ -156,7 +157,7 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
     # -- tokens --------------------------------------------------------------------------------------------------------
 
     def open_cache(self, mixture: Mixture) -> TokenCache:
-        """The tokens of some files; if they are not cached, one rank of each machine tokenizes them.
+        """The tokens of some files; if they are not cached, or the cache is damaged, one rank of each machine tokenizes them.
 
         Raises:
             ValueError: a file changed meanwhile.
@@ -165,6 +166,8 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
         with local_main_first() as is_first:
             digests = self._digest(mixture.files)
             folder = self.cache_dir / "tokens" / self.cache_name(digests, tokenizer)
+            if is_first:
+                discard_damaged(folder, tokenizer.tokenizer.vocab_size)
             if is_first and not is_complete(folder):
                 self.write_cache(folder, mixture, digests, tokenizer)
         if not is_complete(folder):  # the first rank tokenized other contents under another name

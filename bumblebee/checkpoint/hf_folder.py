@@ -67,9 +67,9 @@ def parse_config_json(folder: str | Path, parse: Callable[[dict[str, Any]], T]) 
     """
     file = Path(folder) / "config.json"
     if not file.is_file():
-        missing = f"folder not found{_hub_hint(str(folder))}"
-        problem = f"config.json not found{_checkpoint_hint(Path(folder))}" if Path(folder).is_dir() else missing
-        raise ValueError(f"{folder} is not a model folder: {problem}")
+        if not Path(folder).is_dir():
+            raise ValueError(f"folder not found: {folder}{_hub_hint(str(folder))}")
+        raise ValueError(f"{folder} is not a model folder: config.json not found{_checkpoint_hint(Path(folder))}")
     raw = read_json(file)
     try:
         return parse(raw)

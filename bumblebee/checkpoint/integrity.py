@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bumblebee.checkpoint.digests import describe_damage, read_digests
+from bumblebee.checkpoint.sharded_state import ShardReader
 from bumblebee.checkpoint.trainer_state import TRAINER_STATE, TRAINING_STATE, checkpoint_step, checkpoints
 
 
@@ -35,8 +36,25 @@ def _listed(folder: Path) -> list[str]:
 
 
 def state_damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files that training resumes from; None if they are intact, or have no digests."""
-    return describe_damage(checkpoint, state_files(checkpoint))
+    """What is wrong with the files that training resumes from; None if they are intact.
+
+    Without digests, only damage that makes weights and optimizer state unreadable or incomplete is noticed.
+    """
+    return describe_damage(checkpoint, state_files(checkpoint)) or shard_damage(checkpoint)
+
+
+def shard_damage(checkpoint: Path) -> str | None:
+    """What is wrong with the headers of the training state, or None; its data is not read."""
+    try:
+        with ShardReader(checkpoint / TRAINING_STATE):
+            return None
+    except ValueError as error:
+        return str(error)
+
+
+def lost_trainer_state(checkpoint: Path) -> bool:
+    """Whether a checkpoint has lost its trainer_state.json: unlike a folder that was never a checkpoint, it has its digest."""
+    return not (checkpoint / TRAINER_STATE).is_file() and TRAINER_STATE in _listed(checkpoint)
 
 
 def weight_damage(folder: Path) -> str | None:

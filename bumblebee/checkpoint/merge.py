@@ -50,7 +50,7 @@ def merge(
     adapter, output = Path(adapter), Path(output)
     check_dtype(dtype)
     if not is_adapter_folder(adapter):
-        raise ValueError(f"adapter: {adapter} is not an adapter folder: {_missing_part(adapter)}")
+        raise ValueError(f"adapter: {_missing_part(adapter)}")
     folders = adapter_chain(adapter, base)
     _check_output(output, folders, overwrite)
     for folder in folders:
@@ -69,8 +69,9 @@ def merge(
 
 def _missing_part(folder: Path) -> str:
     if not folder.is_dir():
-        return "folder not found"
-    return "it contains a complete model" if (folder / CONFIG).is_file() else f"{CONFIG} not found"
+        return f"folder not found: {folder}"
+    problem = "it contains a complete model" if (folder / CONFIG).is_file() else f"{CONFIG} not found"
+    return f"{folder} is not an adapter folder: {problem}"
 
 
 def _check_output(output: Path, folders: list[Path], overwrite: bool) -> None:

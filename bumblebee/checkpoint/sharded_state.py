@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -124,8 +124,19 @@ def write_buffers(folder: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
 def _read_buffers(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file) if file.is_file() else {}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"{file} is damaged: {_first_line(error)}") from error
+
+
+def _check_keys(keys: Iterable[str], ranges: dict[str, ShardRange]) -> None:
+    for key in keys:
+        kind, _, name = key.partition("/")
+        if kind != WHOLE and not (kind.isidentifier() and name in ranges):
+            raise ValueError(f"unexpected tensor {key!r}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class ShardReader:
@@ -147,22 +158,48 @@ class ShardReader:
         self._shards: dict[str, list[tuple[safe_open, int, int]]] = {}  # parameter -> (open file, start, numel)
         files = sorted(folder.glob("optimizer-*.safetensors"))
         if not files:
-            raise ValueError(f"{folder} has no training state")
+            raise ValueError(f"{folder} has no training state: optimizer-*.safetensors is missing")
         with ExitStack() as stack:
             for file in files:
                 self._open(file, stack)
+            self._check_complete()
             self._files = stack.pop_all()  # if a file is damaged, those opened before it are closed
 
     def _open(self, file: Path, stack: ExitStack) -> None:
         try:
             tensors = stack.enter_context(safe_open(file, framework="pt"))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
-        for name, extent in json.loads(tensors.metadata()["pieces"]).items():
-            self.shapes[name] = tuple(extent["shape"])
-            self._other[name] = extent.get("other", {})
-            self.aliases[name] = extent.get("aliases", [])
-            self._shards.setdefault(name, []).append((tensors, extent["start"], extent["numel"]))
+            ranges = json.loads(tensors.metadata()["pieces"])
+            _check_keys(tensors.keys(), ranges)
+            for name, extent in ranges.items():
+                self._add(tensors, name, extent)
+        except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            reason = f"no {error} in its header" if isinstance(error, KeyError) else _first_line(error)
+            raise ValueError(f"{file} is damaged: {reason}") from error
+
+    def _add(self, tensors: safe_open, name: str, extent: ShardRange) -> None:
+        """Add a shard; its header must agree with itself."""
+        shape, start, numel = tuple(extent["shape"]), extent["start"], extent["numel"]
+        if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, numel)):
+            raise ValueError(f"the range of {name} is not one of whole numbers")
+        if start + numel > math.prod(shape) or self.shapes.setdefault(name, shape) != shape:
+            raise ValueError(f"the shape of {name} is {list(shape)}, which does not fit its range or another file")
+        if (weights := tensors.get_slice(f"{WEIGHTS}/{name}").get_shape()) != [numel]:
+            raise ValueError(f"{WEIGHTS}/{name} has shape {weights}, expected [{numel}]")
+        self._other[name] = extent.get("other", {})
+        self.aliases[name] = extent.get("aliases", [])
+        self._shards.setdefault(name, []).append((tensors, start, numel))
+
+    def _check_complete(self) -> None:
+        """Raise if the shards of a parameter, or of its optimizer state, do not cover it."""
+        for name, shape in self.shapes.items():
+            covered = 0
+            for _, start, numel in sorted(self._shards[name], key=lambda shard: shard[1]):
+                covered = max(covered, start + numel) if start <= covered else covered
+            if covered != math.prod(shape):
+                raise ValueError(
+                    f"{self.folder} is damaged: it lacks elements {covered} to {math.prod(shape)} of {name}:"
+                    " a rank's file is missing or its header is damaged"
+                )
 
     def __enter__(self) -> ShardReader:
         return self
@@ -175,11 +212,16 @@ class ShardReader:
         keys = self._shards[name][0][0].keys()
         return sorted(key.partition("/")[0] for key in keys if key.partition("/")[2] == name and key != f"{WEIGHTS}/{name}")
 
-    def other_state(self, name: str) -> dict[str, object]:
-        """The optimizer state of a parameter that is not sharded, by kind: tensors of other sizes, and values of Python."""
+    def other_state(self, name: str, device: torch.device) -> dict[str, object]:
+        """The optimizer state of a parameter that is not sharded, by kind: tensors of other sizes, and values of Python.
+
+        The tensors are on ``device``: that of the parameter.
+        """
         file = self._shards[name][0][0]
         trees = self._other[name].items()
-        return {kind: unflatten(tree, lambda path: file.get_tensor(f"{WHOLE}/{path}/{name}")) for kind, tree in trees}
+        return {
+            kind: unflatten(tree, lambda path: file.get_tensor(f"{WHOLE}/{path}/{name}").to(device)) for kind, tree in trees
+        }
 
     def read(self, kind: str, name: str, start: int, numel: int, dtype: torch.dtype | None = None) -> Tensor:
         """Read elements ``start`` to ``start + numel`` of a flattened parameter: (numel,), or () for a single number.
@@ -191,7 +233,7 @@ class ShardReader:
         """
         parts, position = [], start
         for file, first, count in sorted(self._shards[name], key=lambda shard: shard[1]):
-            data = file.get_slice(f"{kind}/{name}")
+            data = self._slice(file, f"{kind}/{name}")
             if not data.get_shape():
                 return file.get_tensor(f"{kind}/{name}")
             low, high = max(position, first), min(start + numel, first + count)
@@ -203,6 +245,12 @@ class ShardReader:
                 f"{self.folder} lacks elements {position} to {start + numel} of {kind}/{name}: a rank's file is missing"
             )
         return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def _slice(self, file: safe_open, key: str) -> Any:
+        try:
+            return file.get_slice(key)
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder} is damaged: a file lacks {key}") from error
 
     def parameter(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Read the weights of a complete parameter."""

@@ -47,7 +47,7 @@ def _files_in_index(index: Path) -> list[Path]:
     names = list(dict.fromkeys(weight_map.values()))
     for name in names:
         if not (index.parent / name).is_file():
-            raise ValueError(f"{index} names {name}, which does not exist: the folder is incomplete")
+            raise ValueError(f"{index.parent} is incomplete: file not found: {index.parent / name}")
     return [index.parent / name for name in names]
 
 

@@ -79,7 +79,7 @@ def problem_of_file(file: str) -> str | None:
     if path.is_dir():
         return f"--config: {file} is a folder, not a file"
     if not path.is_file():
-        return f"--config: {file}: file not found{hint(file, yaml_files_beside(file))}"
+        return f"--config: file not found: {file}{hint(file, yaml_files_beside(file))}"
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:

@@ -290,4 +290,4 @@ def _check(beta: float, loss_type: str, smoothing: float, sft_weight: float, ld_
     if not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
     if reference not in _REFERENCES and not Path(reference).is_dir():
-        raise ValueError(f"reference must be auto, adapters_off, copy or a model folder; folder not found: {reference!r}")
+        raise ValueError(f"reference must be auto, adapters_off, copy or a model folder; folder not found: {reference}")

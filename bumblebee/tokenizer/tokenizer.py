@@ -58,13 +58,13 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
 
 def _missing_files(folder: Path) -> str:
     if not folder.is_dir():
-        return "it does not exist"
+        return f"folder not found: {folder}"
     if (folder / "tokenizer.model").is_file():
         return (
-            f"it has only tokenizer.model, of SentencePiece; write a {FILE} with transformers:"
-            f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            f"{folder} is not a tokenizer folder: it has only tokenizer.model, of SentencePiece; write a {FILE} with"
+            f" transformers: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
-    return f"it has no {FILE}"
+    return f"{folder} is not a tokenizer folder: it has no {FILE}"
 
 
 Piece = tuple[int, bool, str]  # index of the text, whether it begins with this piece, the piece
@@ -125,7 +125,7 @@ class Tokenizer:
         elif has_vocab_and_merges(folder):
             backend, settings = read_vocab_and_merges(folder, settings)
         else:
-            raise ValueError(f"{folder} is not a tokenizer folder: {_missing_files(folder)}")
+            raise ValueError(_missing_files(folder))
         return cls(backend, settings | template_from_files(folder), str(folder))
 
     @classmethod

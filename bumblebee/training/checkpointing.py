@@ -5,11 +5,13 @@ The trainer owns how a checkpoint is written, ``callbacks.Checkpoint`` when, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from bumblebee.checkpoint.digests import describe_damage
-from bumblebee.checkpoint.integrity import check_intact, state_files
+from bumblebee.checkpoint.digests import NAME, describe_damage
+from bumblebee.checkpoint.integrity import check_intact, shard_damage, state_files
 from bumblebee.checkpoint.model_files import files_of
 from bumblebee.checkpoint.trainer_state import TRAINER_STATE, TRAINING_STATE, read_trainer_state
 from bumblebee.datamodule import DataModule
@@ -51,8 +53,8 @@ def write_checkpoint(run: RunState, path: Path, last: bool, model: bool) -> None
 def verify_checkpoint(checkpoint: Path) -> None:
     """Compare the files that training resumes from with their digests. Collective.
 
-    Every machine reads every file once, as its ranks are about to: they divide the files between them. A checkpoint without
-    digests, of an earlier version, is not checked.
+    Every machine reads every file once, as its ranks are about to: they divide the files between them. Without digests, as in
+    earlier versions, only damage that makes a file unreadable or incomplete is noticed.
 
     Raises:
         ValueError: on all ranks; names a damaged file and the previous good checkpoint.
@@ -65,7 +67,24 @@ def verify_checkpoint(checkpoint: Path) -> None:
 
 def _damage(checkpoint: Path) -> str | None:
     damage = describe_damage(checkpoint, process_group.share_of_machine(state_files(checkpoint)))
+    first = next(iter(process_group.all_gather_items([damage] if damage else [])), None)
+    if first is not None:
+        return first
+    damage = _structural_damage(checkpoint) if process_group.is_main() else None
     return next(iter(process_group.all_gather_items([damage] if damage else [])), None)
+
+
+def _structural_damage(checkpoint: Path) -> str | None:
+    """What cannot be read, or is missing, whatever the digests say."""
+    try:
+        state = read_trainer_state(checkpoint)
+        if "fingerprint" in state and (checkpoint / NAME).is_file() and not state_files(checkpoint):
+            return f"{checkpoint / NAME} is damaged: it does not list the training state"  # earlier versions had no list
+        for rank in range(state["ranks"]):
+            random_state.read_random_state(checkpoint / TRAINING_STATE, rank)
+    except ValueError as error:
+        return str(error)
+    return shard_damage(checkpoint)
 
 
 def check_model_and_optimizer(run: RunState, path: Path) -> None:
@@ -86,15 +105,27 @@ def load_checkpoint(run: RunState, path: Path) -> None:
     """
     state = read_trainer_state(path)
     run.engine.load(path / TRAINING_STATE)
-    random_state.load_random_state(path / TRAINING_STATE, process_group.rank())
+    random_state.load_random_state(path / TRAINING_STATE, process_group.rank(), state["ranks"])
     load_window(run, path / TRAINING_STATE, state["ranks"])
     run.step, run.tokens = run.plan.origin.step, state["tokens"]
     run.skipped.load_state_dict(state.get("skipped_steps", {}))
     run.engine.load_scaler_state(state["loss_scaler"])
-    run.schedule.load_state_dict(state["schedule"])
+    with _reported(path, "schedule"):
+        run.schedule.load_state_dict(state["schedule"])
     for name, callback in run.callbacks.items():
         if name in state["callbacks"]:
-            callback.load_state_dict(state["callbacks"][name])
+            with _reported(path, f"callbacks.{name}"):
+                callback.load_state_dict(state["callbacks"][name])
+
+
+@contextmanager
+def _reported(checkpoint: Path, name: str) -> Iterator[None]:
+    """Name the file and the part of it that cannot be restored."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"trainer.resume: the state of {name} in {checkpoint / TRAINER_STATE} is damaged: {reason}") from error
 
 
 def resumed_position(checkpoint: Path, data: DataModule, seed: int) -> Position:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from bumblebee.checkpoint.trainer_state import TRAINER_STATE, checkpoints
+from bumblebee.checkpoint.integrity import lost_trainer_state
+from bumblebee.checkpoint.trainer_state import TRAINER_STATE, checkpoint_step, checkpoints
 
 _RUN_FILES = ("recipe.yaml", "metrics.jsonl", "log.txt", "loss.png", "summary.json", "tensorboard", "config.json",
              "generation_config.json", "tokenizer.json", "tokenizer_config.json", "best.json", "samples.jsonl", "trace.json",
@@ -47,11 +48,19 @@ def find_resume(resume: str | None, output_dir: Path) -> Path | None:
         return None
     complete = checkpoints(output_dir)
     if resume == "auto":
-        return complete[-1].path if complete else None
+        return _newest(output_dir, [checkpoint.path for checkpoint in complete])
     if not (Path(resume) / TRAINER_STATE).is_file():
         names = ", ".join(str(checkpoint.path) for checkpoint in complete) or "none"
         raise ValueError(f"trainer.resume: {resume} is not a complete checkpoint; checkpoints in {output_dir}: {names}")
     return Path(resume)
+
+
+def _newest(output_dir: Path, complete: list[Path]) -> Path | None:
+    """The newest checkpoint, even if it has lost its trainer_state.json, which is damage like any other."""
+    damaged = [
+        path for path in output_dir.glob("checkpoint-*") if checkpoint_step(path) is not None and lost_trainer_state(path)
+    ]
+    return max([*complete, *damaged], key=lambda path: checkpoint_step(path) or 0, default=None)
 
 
 def check_free(output_dir: Path, resume: str | None, overwrite: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def number(value: float) -> str:
@@ -44,6 +45,16 @@ def span(seconds: float) -> str:
         if seconds < limit * size:
             return f"{seconds / size:.{2 if unit == 's' else 3}g} {unit}"
     return f"{seconds / 86400:,.0f} days"
+
+
+def system_error(error: OSError) -> str:
+    """Describe an operating system error: "file not found: FILE", "folder not found: FOLDER" or "FILE: reason"."""
+    if error.filename is None or not error.strerror:
+        return str(error)
+    path = Path(str(error.filename))
+    if isinstance(error, FileNotFoundError):
+        return f"file not found: {path}" if path.parent.is_dir() else f"folder not found: {path.parent}"
+    return f"{path}: {error.strerror}"
 
 
 def hint(name: str, known: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from bumblebee.verify.checks import (
     accumulation_check,
     attention_check,
     checkpointing_check,
+    data_check,
     dpo_check,
     gradient_check,
     lora_check,
@@ -48,7 +49,7 @@ class Check:
 
 def all_checks(subject: Subject) -> tuple[Check, ...]:
     """The checks that are possible with this number of ranks and for this model."""
-    impossible = {ALL_REDUCE: process_group.world_size() == 1, MODEL: subject.model_class is None}
+    impossible = {ALL_REDUCE: process_group.world_size() == 1, MODEL: subject.model_class is None, DATA: subject.run is None}
     return tuple(check for check in CHECKS if not impossible.get(check, False))
 
 
@@ -67,6 +68,12 @@ MODEL = Check(
     "the model does not compute what its config says",
     "models trained with these options cannot be trusted, and other programs compute something else from their weights",
     uses_model=True,
+)
+DATA = Check(
+    "data",
+    data_check.run,
+    "the recipe's batches are not what its files hold",
+    "no model trained on this data can be trusted",
 )
 TRAINING = (
     Check(
@@ -141,4 +148,4 @@ THROUGHPUT = (
     ALL_REDUCE,
     Check("disk write", machine_throughput.disk_write, "", "checkpoints cannot be saved in this folder"),
 )
-CHECKS = (*KERNELS, MODEL, *TRAINING, *METHODS, *THROUGHPUT)
+CHECKS = (*KERNELS, MODEL, DATA, *TRAINING, *METHODS, *THROUGHPUT)

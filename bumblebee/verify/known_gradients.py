@@ -8,6 +8,7 @@ deviates by far more than the rounding of fp32.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -45,7 +46,7 @@ class CoefficientRows(RandomTokens):
         (smallest, largest), generator = self.coefficients, torch.Generator().manual_seed(1)
         self.columns["coefficient"] = torch.randint(smallest, largest + 1, (self.samples,), generator=generator)
 
-    def gradient(self, name: str, shape: Sequence[int], rows: Sequence[int]) -> Tensor:
+    def gradient(self, name: str, shape: torch.Size, rows: Sequence[int]) -> Tensor:
         """The gradient of a step with these rows: the mean over their targets."""
         labels = self.columns["labels"][list(rows)]
         coefficient = self.columns["coefficient"][list(rows)].sum() / (labels != IGNORE_INDEX).sum()
@@ -78,11 +79,12 @@ class KnownGradients(LanguageModeling):
         return replace
 
 
-def direction(name: str, shape: Sequence[int]) -> Tensor:
+@functools.cache
+def direction(name: str, shape: torch.Size) -> Tensor:
     """Random signs times powers of two, the same for the same name."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    exponents = torch.randint(SMALLEST_EXPONENT, 1, tuple(shape), generator=generator)
-    signs = torch.randint(0, 2, tuple(shape), generator=generator) * 2 - 1
+    exponents = torch.randint(SMALLEST_EXPONENT, 1, shape, generator=generator)
+    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
     return signs * torch.exp2(exponents.float())
 
 

@@ -18,11 +18,13 @@ class Subject:
         config: of the model; None checks the options of the model families.
         model_class: of the model; None if it is not a Bumblebee.
         run: of the recipe, its model without weights and its data set up; None without a recipe.
+        attention: the attention kernel that the recipe's model selects.
     """
 
     config: BumblebeeConfig | None = None
     model_class: type[Bumblebee] | None = Bumblebee
     run: Run | None = None
+    attention: str = "auto"
 
     @classmethod
     def of_folder(cls, folder: str) -> Subject:
@@ -44,5 +46,5 @@ class Subject:
         run.task.setup(run.data)
         model = run.task.model
         if isinstance(model, Bumblebee):
-            return cls(model.config, type(model), run)
+            return cls(model.config, type(model), run, model.attention)
         return cls(None, None, run)

@@ -15,8 +15,8 @@ class VerifyOptions:
         zero_stage: DeepSpeed's ZeRO stage, 0 to 3.
         attention: auto, flash, varlen, sdpa or naive.
         device: auto, cpu, cuda or cuda:N.
-        folder: on the disk of the runs; temporary checkpoints go into a hidden folder there, which is removed at the end.
-            null: runs if that folder exists, otherwise the current folder.
+        folder: on the disk of the runs, for verify.json; temporary checkpoints go into a hidden folder there, which is removed
+            at the end. null: runs if that folder exists, otherwise the current folder.
     """
 
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from bumblebee.inference.sampling.sampling_params import SamplingParams
-from bumblebee.utils.formatting import hint
+from bumblebee.utils.formatting import hint, system_error
 
 if TYPE_CHECKING:
     from serve.terminal.backends import Sampling
@@ -46,7 +46,7 @@ def run_command(chat: Chat, text: str) -> bool:
             raise ValueError(f"unknown command {name}{advice} (to send it as a question, start with a space)")
         return command.run(chat, argument.strip()) is not False
     except (ValueError, OSError) as error:
-        chat.screen.error(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error))
+        chat.screen.error(system_error(error) if isinstance(error, OSError) else str(error))
         return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ from bumblebee.checkpoint.digests import NAME, describe_damage, file_digest, rea
 from bumblebee.checkpoint.merge import merge
 from bumblebee.checkpoint.trainer_state import checkpoints
 from bumblebee.cli.main import main
+from bumblebee.training.checkpointing import verify_checkpoint
+from bumblebee.training.run_folder import find_resume
 
 STATE = "training_state/optimizer-00000-of-00001.safetensors"
 RANDOM = "training_state/random-00000"
@@ -159,6 +162,10 @@ def test_missing_unlisted_and_malformed_are_named(run: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("consolidated", [False, True])
 def test_checkpoint_without_digests_resumes(consolidated: bool, run: Path, tmp_path: Path) -> None:
     (run / "checkpoint-4" / NAME).unlink()
+    state = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())
+    (run / "checkpoint-4" / "trainer_state.json").write_text(
+        json.dumps({name: value for name, value in state.items() if name != "fingerprint"})
+    )
     if consolidated:  # adds those of the model's files
         consolidate(run / "checkpoint-4", run / "checkpoint-4")
         assert "model.safetensors" in (read_digests(run / "checkpoint-4") or {})
@@ -225,6 +232,74 @@ def test_merge_refuses_damaged_adapters_and_bases(adapter_run: Path, tmp_path: P
     flip_bit(adapter_run / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="use the previous good checkpoint: .*/lora/checkpoint-4"):
         merge(adapter_run, tmp_path / "out", overwrite=True)
+
+
+def damages(content: bytes, json_file: bool) -> dict[str, bytes | None]:
+    """Damaged contents by kind; None for a file that is removed."""
+    cut = {"truncated": content[: len(content) // 2], "empty": b"", "garbage": bytes(7 * n % 256 for n in range(len(content)))}
+    other = {"list": b"[]", "null": b"null", "object": b"{}"} if json_file else {}
+    return {**cut, **other, "removed": None}
+
+
+@pytest.mark.parametrize("digests", [True, False], ids=["digests", "no digests"])
+def test_any_damage_to_a_state_file_is_named(digests: bool, run: Path) -> None:
+    checkpoint = run / "checkpoint-4"
+    if not digests:
+        (checkpoint / NAME).unlink()
+    files = [checkpoint / "trainer_state.json", *sorted((checkpoint / "training_state").iterdir())]
+    assert len(files) == 4
+    for file in files:
+        content = file.read_bytes()
+        for kind, damaged in damages(content, file.suffix == ".json").items():
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            with pytest.raises(ValueError) as error:
+                verify_checkpoint(checkpoint)
+            named = file.name if digests or kind != "removed" else file.name.partition("-")[0]
+            assert named in str(error.value) and "\n" not in str(error.value), kind
+            assert str(error.value).endswith(f"; use the previous good checkpoint: --trainer.resume {run}/checkpoint-2"), kind
+        file.write_bytes(content)
+    verify_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_truncated_list_of_digests_is_damage(kept: int, run: Path) -> None:
+    lines = (run / "checkpoint-4" / NAME).read_text().splitlines(keepends=True)
+    (run / "checkpoint-4" / NAME).write_text("".join(lines[:kept]))
+    with pytest.raises(ValueError, match=f"{NAME} is damaged: it does not list the training state; use the previous good"):
+        verify_checkpoint(run / "checkpoint-4")
+
+
+def test_damaged_header_is_named_without_digests(run: Path) -> None:
+    (run / "checkpoint-4" / NAME).unlink()
+    file = run / "checkpoint-4" / STATE
+    header = file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")]
+    for text in (b"pieces", b"numel", b"start", b"shape", b"embed_tokens"):
+        position = 8 + header.index(text)
+        flip_bit(file, position)
+        with pytest.raises(ValueError, match=f"{file} is damaged: .*; use the previous good checkpoint: .*/checkpoint-2"):
+            verify_checkpoint(run / "checkpoint-4")
+        flip_bit(file, position)
+
+
+def test_missing_random_state_of_a_rank_is_an_error(run: Path) -> None:
+    checkpoint = run / "checkpoint-4"
+    (checkpoint / NAME).unlink()
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    (checkpoint / "trainer_state.json").write_text(json.dumps({**state, "ranks": 2}))
+    with pytest.raises(ValueError, match="random-00001.safetensors is missing; use the previous good checkpoint"):
+        verify_checkpoint(checkpoint)
+
+
+def test_one_damaged_checkpoint_does_not_block_auto(run: Path) -> None:
+    for content in ("[]", "5", "null", "{", '{"last": 1}'):
+        (run / "checkpoint-2" / "trainer_state.json").write_text(content)
+        assert find_resume("auto", run) == run / "checkpoint-6"
+    (run / "checkpoint-2" / "trainer_state.json").unlink()
+    assert find_resume("auto", run) == run / "checkpoint-6"
+    train(run, max_steps=7, resume="auto", zero_stage=1, callbacks=SAVE)
+    (run / "checkpoint-7" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="checkpoint-7/trainer_state.json is missing; use the previous .*/checkpoint-6$"):
+        train(run, max_steps=8, resume="auto", zero_stage=1)
 
 
 def test_edited_config_is_not_damage(run: Path) -> None:

@@ -103,7 +103,7 @@ def test_moved_base_is_named_and_can_be_replaced(folders: Path, capsys: pytest.C
 def test_invalid_merges_are_refused(folders: Path, tiny: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     adapter, out = ("--adapter", folders / "adapter"), ("--output", folders / "out")
     assert "is not an adapter folder: adapter_config.json not found" in fails(capsys, "--adapter", folders / "base", *out)
-    assert "is not an adapter folder: folder not found" in fails(capsys, "--adapter", folders / "nothing", *out)
+    assert "adapter: folder not found: " in fails(capsys, "--adapter", folders / "nothing", *out)
     assert "unknown dtype 'fp8'" in fails(capsys, *adapter, *out, "--dtype", "fp8")
     for taken in ("base", "adapter", "chained"):
         assert "contains an adapter or the base model" in fails(capsys, *adapter, "--output", folders / taken, "--overwrite")

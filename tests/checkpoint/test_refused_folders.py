@@ -130,7 +130,7 @@ def test_a_folder_without_weights_is_refused(single):
 def test_a_missing_shard_is_named(shards):
     lost = sorted(shards.glob("*.safetensors"))[1]
     lost.unlink()
-    assert refusal(shards) == f"{shards / INDEX} names {lost.name}, which does not exist: the folder is incomplete"
+    assert refusal(shards) == f"{shards} is incomplete: file not found: {lost}"
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 20_000])
@@ -174,7 +174,7 @@ def test_unsupported_setting_is_named_with_its_file(single, changes, message):
 
 
 def test_missing_folder_or_config_is_refused(tmp_path):
-    assert refusal(tmp_path / "none") == f"{tmp_path / 'none'} is not a model folder: folder not found"
+    assert refusal(tmp_path / "none") == f"folder not found: {tmp_path / 'none'}"
     assert refusal(tmp_path) == f"{tmp_path} is not a model folder: config.json not found"
 
 

@@ -150,7 +150,7 @@ def test_file_named_twice_is_read_once(make):
         ([{"path": ["a.jsonl"]}], "expected a path in each entry"),
         (["a.jsonl", {"path": "*.jsonl", "weight": 2}], "'*.jsonl' and 'a.jsonl' give the same file different weights"),
         ([], "no files given"),
-        ([{"path": "d.jsonl"}], "'d.jsonl' does not exist"),
+        ([{"path": "d.jsonl"}], "file not found: d.jsonl"),
     ],
 )
 def test_errors_in_files_are_named(files, message, folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import numpy as np
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from datamodules import worker_pool
+from datamodules import SFT, worker_pool
 from datamodules.records import Record, RecordError
-from datamodules.token_cache import TokenCache, cache_key, remove_unfinished, write_lock, write_token_cache
+from datamodules.token_cache import TokenCache, cache_key, find_damage, remove_unfinished, write_lock, write_token_cache
 from datamodules.tokenize import RecordTokenizer, TextTokenizer, TokenizedSample, text_digest
 from datamodules.worker_pool import BATCH_RECORDS
 
@@ -203,3 +204,42 @@ def test_cache_key_changes_with_every_part():
     parts = [[["d1"], ["f1"], "t", 0, "stop"], [["d2"], ["f1"], "t", 0, "stop"], [["d1"], ["f1"], "t", 0, "skip"]]
     assert len({cache_key(*part) for part in parts}) == 3
     assert cache_key(*parts[0]) == cache_key(*parts[0])
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_cache_is_written_again(tokenizer_folder, tmp_path, caplog):
+    lines = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes."}]} for n in range(9)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def opened() -> list[list[int]]:
+        data = SFT(str(tmp_path / "chats.jsonl"), str(tokenizer_folder), cache_dir=str(tmp_path / "cache"))
+        data.setup(0)
+        return [[int(token) for token in segment[0]] for sample in data.train for segment in sample]
+
+    expected = opened()
+    (folder,) = (tmp_path / "cache" / "tokens").glob("[!.]*")
+    damages = {
+        "truncated": lambda content: content[:-3],
+        "empty": lambda content: b"",
+        "longer": lambda content: content + b"\0" * 8,
+        "garbage": lambda content: b"\xff" * len(content),
+        "removed": None,
+    }
+    for file in sorted(folder.iterdir()):
+        for kind, damage in damages.items():
+            if (kind == "removed" and file.name == "about.json") or not file.exists():
+                continue  # without about.json there is no cache
+            if kind == "garbage" and file.name in ("digests.bin", "trained.bin", "targets.bin"):
+                continue  # any bytes may be correct ones
+            content = file.read_bytes()
+            file.unlink() if damage is None else file.write_bytes(damage(content))
+            assert str(find_damage(folder, 400)).startswith(f"{file} is damaged: "), kind
+            file.write_bytes(content)
+    assert find_damage(folder, 400) is None
+    (folder / "ends.bin").write_bytes(b"")
+    assert opened() == expected and find_damage(folder, 400) is None
+    (record,) = caplog.records
+    assert record.message.startswith(f"{folder / 'ends.bin'} is damaged: ")
+    assert record.message.endswith("; the files are tokenized again")

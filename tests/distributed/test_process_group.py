@@ -54,6 +54,8 @@ def test_deepspeed_takes_the_gpu_that_the_trainer_names(two_gpus, monkeypatch):
     assert deepspeed.device == torch.device("cuda", 1) and taken == ["cuda:1", "cuda:1"]
     assert os.environ["LOCAL_RANK"] == "1" and process_group.local_rank() == 0  # the only rank, which reports errors
     assert process_group.pick_device("cuda") == torch.device("cuda", 0)
+    process_group.stop(orderly=True)
+    assert os.environ["LOCAL_RANK"] == "0"
 
 
 class Exited(BaseException):

@@ -10,7 +10,11 @@ import torch
 from bumblebee.distributed.deepspeed.zero_shards import Shard, restore_shards
 
 STATE = {"fp32": torch.ones(4), "exp_avg": torch.ones(4), "mu": torch.tensor(0.5), "step": torch.tensor(3.0)}
-READER = SimpleNamespace(read=lambda kind, name, start, numel: STATE[kind], kinds=lambda name: [*STATE][1:])
+READER = SimpleNamespace(
+    read=lambda kind, name, start, numel: STATE[kind],
+    kinds=lambda name: [*STATE][1:],
+    other_state=lambda name, device: {"row": torch.ones(2, device=device)},
+)
 
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"capturable": True}, {"fused": None}, {}], ids=str)
@@ -20,5 +24,5 @@ def test_restored_state_is_on_the_device_of_its_optimizer(options):
     restore_shards([Shard("w", (4,), 0, 4, flat, 0)], optimizer, READER)
     step = "meta" if any(options.values()) else "cpu"
     assert {kind: value.device.type for kind, value in optimizer.state[flat].items()} == {
-        "exp_avg": "meta", "mu": "meta", "step": step,
+        "row": "meta", "exp_avg": "meta", "mu": "meta", "step": step,
     }  # fmt: skip

@@ -613,6 +613,16 @@ FAULTS = (
 )
 
 
+def assert_named(fault: Fault, result: CheckResult, line: str) -> None:
+    """The check fails, and the report names what is above its bound and what not to rely on."""
+    failed = tuple(measurement.name for measurement in result.measurements if not measurement.passed)
+    assert not result.passed, [str(measurement) for measurement in result.measurements]
+    assert fault.measurements in ((), failed)
+    consequence = next(one.consequence for one in check.CHECKS if one.name == fault.check)
+    assert line.startswith(f"FAIL {fault.check}: ") and line.endswith(consequence)
+    assert all(name in line for name in failed)
+
+
 # -- running a check ---------------------------------------------------------------------------------------------------------
 
 

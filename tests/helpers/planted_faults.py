@@ -1,7 +1,7 @@
 """Faults that ``bumblebee verify`` must detect, each injected where a real one would be.
 
 Imported by in-process tests. As a script, for several ranks, ``planted_faults.py FAULT OPTIONS`` injects one fault and runs the
-command without the throughput measurements.
+command with five checks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bumblebee.trainer import Trainer
 from bumblebee.training import loader, random_state
 from bumblebee.verify import check, watchdog
 from bumblebee.verify.checks import gradient_check
-from helpers.verify_rows import LOSS
+from helpers.verify_rows import ATTENTION, CURVE, GRADIENT, LOSS, RESUME
 
 Patch = pytest.MonkeyPatch
 
@@ -234,7 +234,7 @@ def main() -> None:
 
     fault: Callable[[Patch], None] = globals()[sys.argv[1]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(check, "CHECKS", check.KERNELS + check.TRAINING)
+        only(patch, ATTENTION, LOSS, GRADIENT, CURVE, RESUME)
         fault(patch)
         cli(["verify", *sys.argv[2:]])
 

@@ -179,7 +179,7 @@ def test_bad_record_is_reported_with_file_and_line(folder, record, message, tmp_
     [
         ([], "prompt: give either --prompt TEXT or --prompts FILE"),
         (["--prompt", "a", "--prompts", "{tmp}/p.jsonl"], "prompt: give either --prompt TEXT or --prompts FILE"),
-        (["--prompts", "{tmp}/none.jsonl"], "{tmp}/none.jsonl: No such file or directory"),
+        (["--prompts", "{tmp}/none.jsonl"], "file not found: {tmp}/none.jsonl"),
         (["--prompts", "{tmp}/p.docx"], "unsupported file type '.docx'"),
         (["--prompts", "{tmp}/empty.jsonl"], "prompts: the file has none"),
         (["--prompts", "{tmp}"], "prompts: {tmp} is a folder; name a file in it"),

@@ -254,7 +254,10 @@ def change(folder: Path, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"base_model_name_or_path": "/no/where"}, "names the base model /no/where, which does not exist: .* --base FOLDER"),
+        (
+            {"base_model_name_or_path": "/no/where"},
+            "names a base model that has moved: folder not found: /no/where; .* --base FOLDER",
+        ),
         ({"base_model_name_or_path": None}, "adapter_config.json names no base model"),
         ({"peft_type": "IA3"}, "has peft_type 'IA3'; only 'LORA' is supported"),
         ({"lora_alpha": None}, "has lora_alpha None; expected a number"),

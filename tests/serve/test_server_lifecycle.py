@@ -91,7 +91,7 @@ def test_port_in_use_is_one_line(served_folder: Path):
 
 
 def test_missing_folder_model_or_tokenizer_is_one_line(served_folder: Path, tmp_path: Path):
-    assert "nowhere is not a model folder: folder not found" in rejected("--model", str(tmp_path / "nowhere"))
+    assert "model: folder not found: " in rejected("--model", str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     assert "empty is not a model folder: config.json not found" in rejected("--model", str(tmp_path / "empty"))
     bare = tmp_path / "bare"

@@ -141,7 +141,7 @@ def test_printed_config_reproduces_the_weights(recipe, trained, tmp_path):
 def test_user_error_is_exit_code_2_and_one_line(recipe, tmp_path):
     done = fit(recipe, tmp_path / "out", "--data.files", "nowhere.jsonl")
     assert done.returncode == 2
-    assert done.stderr == "bumblebee: data.files: 'nowhere.jsonl' does not exist\n" and done.stdout == ""
+    assert done.stderr == "bumblebee: data.files: file not found: nowhere.jsonl\n" and done.stdout == ""
     assert not (tmp_path / "out").exists()
 
 

@@ -47,7 +47,7 @@ def test_validate_reproduces_the_metrics_of_fit(recipe, stage, workspace):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task.reference", "nowhere"], "folder not found: 'nowhere'"),
+        (["--task.reference", "nowhere"], "folder not found: nowhere"),
         (["--task.reference", "adapters_off"], "reference: adapters_off needs adapters"),
         (["--task.pref_beta", "0"], "pref_beta must be more than 0, got 0.0"),
         (["--task.reference", "recipes"], "recipes is not a model folder"),

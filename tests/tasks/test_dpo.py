@@ -228,7 +228,7 @@ def test_a_pair_missing_from_the_cache_is_nan(models, pairs):
         ),
         ({"sft_weight": -1.0}, "sft_weight must be at least 0, got -1.0"),
         ({"ld_alpha": 1.5}, "ld_alpha must be in [0, 1], got 1.5"),
-        ({"reference": "runs/nowhere"}, "folder not found: 'runs/nowhere'"),
+        ({"reference": "runs/nowhere"}, "folder not found: runs/nowhere"),
     ],
 )
 def test_an_option_out_of_range_is_refused(options, message, models):

@@ -158,7 +158,7 @@ def test_missing_tokenizer_config_means_no_eos_token(tokenizer_folder, tmp_path)
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (None, "{folder} is not a tokenizer folder: it does not exist"),
+        (None, "folder not found: {folder}"),
         ({}, "{folder} is not a tokenizer folder: it has no tokenizer.json"),
         ({"tokenizer.json": "{"}, "{folder}/tokenizer.json: "),
         ({"tokenizer.json": None, "tokenizer_config.json": "{"}, "{folder}/tokenizer_config.json: "),

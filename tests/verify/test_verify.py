@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from helpers import planted_faults as faults
-from helpers.verify_rows import ATTENTION, CURVE, GRADIENT, LOSS, RESUME, statuses
+from helpers.verify_rows import ATTENTION, CURVE, DATA, GRADIENT, LOSS, MODEL, RESUME, statuses
 
 from bumblebee.cli.main import main
 from bumblebee.verify import check
@@ -56,11 +56,24 @@ def test_all_checks_pass_and_are_reported(verify, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("attention", ["auto", "naive"])
+def test_recipe_names_model_data_and_settings(verify, monkeypatch, tokenizer_folder, tmp_path_factory):
+    faults.only(monkeypatch, MODEL, DATA)
+    words = ["--task.model", "recipes/models/tiny.yaml", "--data.tokenizer", str(tokenizer_folder)]
+    words += ["--data.cache_dir", str(tmp_path_factory.mktemp("cache")), "--trainer.precision", "fp32"]
+    code, rows, printed = verify("--config", "recipes/pretrain.yaml", *words)
+    assert code == 0 and rows == {MODEL: "pass", DATA: "pass"}, printed
+    assert "0 labels across documents" in printed and "gradient of transformers" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "stage", "attention"),
+    [(precision, stage, "auto") for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
+    + [("fp32", 0, "naive"), ("bf16", 3, "naive")],
+)
 def test_passes_at_every_stage_and_precision(precision, stage, attention, verify, monkeypatch):
-    monkeypatch.setattr(check, "CHECKS", check.KERNELS + check.TRAINING + check.METHODS)
+    methods = check.METHODS if precision == "fp32" else ()  # which train in fp32
+    monkeypatch.setattr(check, "CHECKS", check.KERNELS + check.TRAINING + methods)
     code, rows, printed = verify("--precision", precision, "--zero_stage", str(stage), "--attention", attention)
     assert code == 0 and set(rows.values()) == {"pass"}, printed
 
@@ -140,8 +153,14 @@ def test_interruption_removes_the_folder_and_prints_the_report(verify, monkeypat
         (["--attention", "flsh"], "unknown attention 'flsh'"),
         (["--zero_stage", "4"], "expected 0, 1, 2 or 3, got 4"),
         (["--folder", "/proc/nowhere"], "cannot write /proc/nowhere"),
+        (["--model", "/nowhere"], "model: /nowhere is not a model folder"),
+        (
+            ["--config", "recipes/pretrain.yaml", "--data.tokenizer", "/nowhere"],
+            "data.tokenizer: /nowhere is not a tok",
+        ),
+        (["--config", "recipes/pretrain.yaml", "--trainer.presicion", "fp32"], "did you mean 'trainer.precision'?"),
     ],
-    ids=["precision", "attention", "zero_stage", "folder"],
+    ids=["precision", "attention", "zero_stage", "folder", "model", "tokenizer", "option of the recipe"],
 )
 def test_unusable_options_exit_with_code_2(words, message, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -60,7 +60,7 @@ def _existing_base(folder: Path) -> Path:
         raise ValueError(f"{folder / CONFIG} names no base model: set base_model_name_or_path to a model folder")
     if not Path(name).is_dir():
         raise ValueError(
-            f"{folder / CONFIG} names the base model {name}, which does not exist: restore it, or merge with its new"
+            f"{folder / CONFIG} names a base model that has moved: folder not found: {name}; restore it, or merge with its new"
             f" path: bumblebee merge --adapter {folder} --base FOLDER --output FOLDER"
         )
     return Path(name)

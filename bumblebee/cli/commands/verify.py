@@ -1,7 +1,7 @@
 """``bumblebee verify``: check that training is numerically correct on this machine, and benchmark it.
 
-With ``--config RECIPE``, model and data are the recipe's, and so are precision, ZeRO stage and device unless an option names
-them. Without it, ``--model FOLDER`` names the model.
+With ``--config RECIPE``, model and data are the recipe's, and so are precision, ZeRO stage, device and attention kernel unless
+an option names them. Without it, ``--model FOLDER`` names the model.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def run(words: Sequence[str]) -> None:
     with user_errors(cfg, options.words):
         from bumblebee.verify.verification import Verification
 
-        verification = Verification(VerifyOptions(**choices), _subject(cfg if has_recipe else None, folder))
+        subject = _subject(cfg if has_recipe else None, folder)
+        if "--attention" not in set_options:
+            choices["attention"] = subject.attention
+        verification = Verification(VerifyOptions(**choices), subject)
     with run_errors():
         passed = verification.run()
     raise SystemExit(not passed)

@@ -87,7 +87,7 @@ def reason(text: str, key: str = "") -> str:
     """Return what is wrong with a value, without jsonargparse's boilerplate."""
     file = re.search(r"[\w./~-]+\.ya?ml\b", text)
     if file and not Path(file[0]).exists():
-        return f"{file[0]}: file not found{hint(file[0], yaml_files_beside(file[0]))}"
+        return f"file not found: {file[0]}{hint(file[0], yaml_files_beside(file[0]))}"
     if wrong := _NOT_A_SUBCLASS.search(text):
         return f"{wrong[1] or wrong[3] or _value(text)} is not {_with_article(wrong[2] or wrong[4])}"
     types = _EXPECTED_TYPE.findall(text)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from bumblebee.distributed import process_group
+from bumblebee.utils.formatting import system_error
 
 _CANNOT_WRITE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
@@ -72,7 +73,5 @@ def run_errors() -> Iterator[None]:
 
 
 def message_of(error: Exception) -> str:
-    """Return an error's message; for errors of the operating system "FILE: reason" instead of "[Errno N] reason"."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+    """Return an error's message, for errors of the operating system without "[Errno N]"."""
+    return system_error(error) if isinstance(error, OSError) else str(error)

@@ -45,7 +45,7 @@ def name_option(message: str, config: Mapping[str, object], words: Sequence[str]
     candidates = []
     for key, value in _leaves(config):
         name = plain(key).rpartition(".")[2]
-        if re.match(rf"({re.escape(plain(key))}|{re.escape(name)})\b(?!/)", message):
+        if _begins_with(plain(key), message) or _begins_with(name, message):
             candidates.append((0 if str(value) in message else 1, key))
         elif isinstance(value, str) and value and (position := _position(value, message)) is not None:
             candidates.append((2 + position, key))
@@ -55,14 +55,20 @@ def name_option(message: str, config: Mapping[str, object], words: Sequence[str]
     parent, _, name = plain(key).rpartition(".")
     if message.startswith(plain(key)):
         return where(key, words) + message
-    if re.match(rf"{re.escape(name)}\b", message):
+    if _begins_with(name, message):
         return f"{where(key, words)}{parent}.{message}"
     return f"{where(key, words)}{plain(key)}: {message}"
 
 
+def _begins_with(option: str, message: str) -> bool:
+    """Whether a message begins with an option's name; "folder not found: x" is not about an option named folder."""
+    return re.match(rf"{re.escape(option)}\b(?!/)(?! not found: )", message) is not None
+
+
 def _position(value: str, message: str) -> int | None:
-    """Index at which a message mentions a value, at its beginning or in quotes."""
-    match = re.match(rf"{re.escape(value)}(?![\w/.-])", message) or re.search(rf"(['\"]){re.escape(value)}\1", message)
+    """Index at which a message mentions a value: at its beginning, in quotes, or as a file or folder that was not found."""
+    match = re.match(rf"((file|folder) not found: )?{re.escape(value)}(?![\w/.-])", message)
+    match = match or re.search(rf"(['\"]){re.escape(value)}\1", message)
     return match.start() if match else None
 
 

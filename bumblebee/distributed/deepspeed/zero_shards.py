@@ -167,7 +167,7 @@ def _device_of_step(flat: Tensor, optimizer: BaseOptimizer) -> torch.device:
 
 def _restore(shard: Shard, state: OptimizerState, reader: ShardReader, step_device: torch.device) -> None:
     shard.view(shard.flat).copy_(reader.read(WEIGHTS, shard.name, shard.start, shard.numel))
-    state.update(cast("OptimizerState", reader.other_state(shard.name)))
+    state.update(cast("OptimizerState", reader.other_state(shard.name, shard.flat.device)))
     for kind in reader.kinds(shard.name):
         value = reader.read(kind, shard.name, shard.start, shard.numel)
         if value.dim() == 0:

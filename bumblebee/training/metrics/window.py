@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 
 from bumblebee.checkpoint.digests import file_digest
 from bumblebee.distributed import process_group
+from bumblebee.utils.json_files import read_json
 from bumblebee.utils.text_files import write_text
 
 if TYPE_CHECKING:
@@ -74,5 +75,8 @@ def _file(folder: Path, rank: int) -> Path:
 
 
 def _read(file: Path) -> _Window:
-    window: _Window = json.loads(file.read_text(encoding="utf-8"))
-    return window
+    window = read_json(file)
+    for name in _Window.__annotations__:
+        if not isinstance(window.get(name), dict):
+            raise ValueError(f"trainer.resume: {file} is damaged: {name} is missing")
+    return cast("_Window", window)

@@ -7,7 +7,7 @@ has 8 bits: a sum of 32 micro-batches in bf16 is 3 % off, while a loss curve sho
 What DeepSpeed does, as the figures show: at every stage it adds micro-batches in fp32, as its configuration here requests. In
 bf16 and fp16 it reduces over ranks in 16 bits, at stage 1 the sum of a step, at stages 2 and 3 each micro-batch. With a power
 of two of ranks this loses nothing of these numbers, and the bound is that of fp32. Other averages over ranks are rounded in 16
-bits, and the bound is the rounding unit. Above 32 ranks the numbers are too small for a sum in bf16 to show.
+bits, and the bound is the rounding unit. Above 27 ranks the numbers are too small for a sum in bf16 to show.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import functools
 import torch
 
 from bumblebee.distributed import process_group
+from bumblebee.model import Bumblebee
 from bumblebee.verify.check_result import CheckResult, Measurement
 from bumblebee.verify.checks.tolerances import relative_error
 from bumblebee.verify.context import Context
@@ -37,7 +38,7 @@ def run(context: Context) -> CheckResult:
     trainer = context.build_trainer(max_steps=1, accumulate=ACCUMULATE, gradient_clip=None)
     optimizer = functools.partial(torch.optim.SGD, lr=1.0, momentum=0.9)
     folder = context.folder / "accumulation"
-    run_training(RunRecorder(save_at=1), trainer, data, optimizer, folder, context.options.attention, task=KnownGradients)
+    run_training(RunRecorder(save_at=1), trainer, data, optimizer, folder, context.options.attention, task=_task)
     sums = saved_state(folder / "checkpoint-1", "momentum_buffer")
     worst = max(
         relative_error(tensor, data.gradient(name, tensor.shape, range(data.samples)).double()) for name, tensor in sums.items()
@@ -45,3 +46,9 @@ def run(context: Context) -> CheckResult:
     rounded = torch.finfo(context.dtype).eps * max(1.0, ranks / 16)
     bound = EXACT_BOUND if averages_exactly(context) else rounded
     return CheckResult((Measurement(f"sum of {ACCUMULATE} micro-batches", worst, bound),))
+
+
+def _task(model: Bumblebee) -> KnownGradients:
+    """The model uses its first block twice, whose gradients some versions of DeepSpeed reduced twice or not at all."""
+    model.model.layers.append(model.model.layers[0])
+    return KnownGradients(model)

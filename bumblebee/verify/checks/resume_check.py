@@ -87,7 +87,9 @@ def _train(context: Context, name: str, recorder: RunRecorder, resume: str | Non
     """Run up to ``STEPS`` steps and return the path of the last checkpoint."""
     data = RandomTokens(2 * ACCUMULATE * process_group.world_size() * 7 // 2)
     trainer = context.build_trainer(STEPS, ACCUMULATE, gradient_clip=0.5, resume=resume)
-    optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
+    # The fused one keeps its step counts on the device. In fp16 torch's loss scaler drives it in another way.
+    fused = context.options.precision != "fp16"
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1, fused=fused)
     folder, schedule = context.folder / name, Cosine(warmup_steps=1)
     run_training(recorder, trainer, data, optimizer, folder, context.options.attention, schedule, NoisyLanguageModeling)
     return folder / f"checkpoint-{STEPS}"

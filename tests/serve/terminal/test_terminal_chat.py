@@ -70,8 +70,8 @@ ERRORS = {
     "/save": "/save: expected a file name that ends in .json or .md",
     "/save chat.txt": "chat.txt: expected a file name that ends in .json or .md",
     "/save there.json": "there.json already exists; choose another name",
-    "/save nowhere/a.json": "nowhere/a.json: No such file or directory",
-    "/load nowhere.json": "nowhere.json: No such file or directory",
+    "/save nowhere/a.json": "folder not found: nowhere",
+    "/load nowhere.json": "file not found: nowhere.json",
     "/load there.json": 'there.json is not a saved conversation: expected {"messages": [...]}',
     "/retry": "/retry: there is no question to send again",
 }
