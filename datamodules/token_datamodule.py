@@ -21,6 +21,7 @@ from bumblebee.distributed import process_group
 from bumblebee.distributed.local_main_first import local_main_first
 from bumblebee.tokenizer.tokenizer import Tokenizer, tokenizer_folder_of
 from bumblebee.utils.cache_dir import resolve_cache_dir
+from bumblebee.utils.formatting import plural
 from bumblebee.utils.json_files import JSON
 from datamodules import record_files
 from datamodules.collate import TokenDataset
@@ -124,7 +125,8 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
         self.cache = self.open_cache(self.mixture)
         self.kept, self.held_out = self.split(self.cache)
         if not len(self.kept):
-            reason = f": all {len(self.held_out)} {self.record_noun} are held out" if len(self.held_out) else ""
+            held_out = plural(len(self.held_out), self.record_noun.removesuffix("s"))
+            reason = f": validation_ratio holds out all of it ({held_out})" if len(self.held_out) else ""
             raise ValueError(f"files: there is no text to train on in {self.files}{reason}")
         self.epoch_samples = self.mixture.apply_weights(self.kept, self.cache.sources, self.cache.digests)
         self.train = self._nonempty_dataset("files", self.cache, self.epoch_samples)

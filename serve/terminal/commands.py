@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from bumblebee.inference.sampling.sampling_params import SamplingParams
-from bumblebee.utils.formatting import hint, system_error
+from bumblebee.utils.formatting import hint, plural, system_error
 
 if TYPE_CHECKING:
     from serve.terminal.backends import Sampling
@@ -115,7 +115,7 @@ def _load(chat: Chat, file: str) -> None:
     if not file:
         raise ValueError("/load: expected the name of a .json file written by /save")
     chat.conversation.load(file)
-    chat.screen.note(f"loaded {len(chat.conversation.turns)} turns")
+    chat.screen.note(f"loaded {plural(len(chat.conversation.turns), 'turn')}")
 
 
 def _help(chat: Chat, argument: str) -> None:

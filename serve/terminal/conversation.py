@@ -52,8 +52,10 @@ class Conversation:
         """Continue the conversation of a ``.json`` file: one that ``save`` wrote, or another with OpenAI's messages.
 
         Raises:
-            ValueError: the file cannot be parsed, or holds anything but a system prompt and complete turns.
+            ValueError: a Markdown file, or one that is not JSON or holds anything but a system prompt and complete turns.
         """
+        if Path(name).suffix == ".md":
+            raise ValueError(f"{name}: Markdown cannot be loaded; save the conversation to a .json file too")
         try:
             self.system, self.turns = _turns(json.loads(Path(name).expanduser().read_text(encoding="utf-8")))
         except ValueError as error:  # not UTF-8, not JSON, not a conversation

@@ -390,5 +390,5 @@ def test_numbers_out_of_range_are_rejected_with_their_value(options, message):
 
 
 def test_holding_out_everything_is_rejected(make):
-    with pytest.raises(ValueError, match="no text to train on in .*: all 4 conversations are held out"):
+    with pytest.raises(ValueError, match="no text to train on in .*: validation_ratio holds out all of it .4 conversations."):
         make(conversations(1, longest=5) * 4, validation_ratio=0.1, max_length=900)

@@ -39,6 +39,11 @@ INVALID = ["[", "3", '{"messages": [1]}', '[{"role": "user", "content": "a"}]', 
 IMAGE = '[{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "a"}]'
 
 
+def test_markdown_file_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a.md: Markdown cannot be loaded; save .* to a .json file"):
+        Conversation().load(str(tmp_path / "a.md"))
+
+
 @pytest.mark.parametrize("text", [*INVALID, IMAGE])
 def test_invalid_file_leaves_the_conversation_unchanged(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
