@@ -245,6 +245,7 @@ def test_missing_group_is_named(group, name, workdir, error_line):
         ("fit --config recipe.yaml junk", "--config: file not found: junk"),
         ("validate --config recipe.yaml", "recipe.yaml:2: output_dir: folder not found: out"),
         ("validate --config recipe.yaml --model tok", "...tok is not a model folder: config.json not found"),
+        ("consolidate", "missing required arguments 'checkpoint', 'output'"),
         ("generate --model tok", "prompt: give either --prompt TEXT or --prompts FILE"),
         ("generate --model nowhere --prompt x", "model: folder not found: nowhere"),
         ("generate --model nowhere --promt x", "unknown option 'promt' (did you mean 'prompt' or 'prompts'?)"),

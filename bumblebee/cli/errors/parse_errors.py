@@ -58,7 +58,7 @@ def explain(message: str, words: Sequence[str], options: Iterable[str] = (), arg
     key = _complete(keys, text, words)
     if missing := re.search(r"the following arguments are required: (.*)", text):
         names = [plain(f"{key}.{name}" if key else name) for name in missing[1].split(", ")]
-        return _explain_missing(names, key, words, "argument" if set(names) <= set(arguments) else "option")
+        return _explain_missing(names, key, words, "argument" if set(names) & set(arguments) else "option")
     return f"{where(key, words)}{plain(key) + ': ' if key else ''}{reason(text, key)}"
 
 
