@@ -110,6 +110,8 @@ def load_checkpoint(run: RunState, path: Path) -> None:
     run.step, run.tokens = run.plan.origin.step, state["tokens"]
     run.skipped.load_state_dict(state.get("skipped_steps", {}))
     run.engine.load_scaler_state(state["loss_scaler"])
+    with _reported(path, "optimizer_groups"):
+        run.engine.load_group_state(state.get("optimizer_groups", []))  # checkpoints of earlier versions have none
     with _reported(path, "schedule"):
         run.schedule.load_state_dict(state["schedule"])
     for name, callback in run.callbacks.items():
@@ -183,6 +185,7 @@ def _trainer_state(run: RunState, last: bool) -> dict[str, object]:
         "precision": run.precision,
         "dtype": run.engine.dtype,
         "loss_scaler": run.engine.scaler_state(),
+        "optimizer_groups": run.engine.group_state(),
         "schedule": run.schedule.state_dict(),
         "callbacks": {name: callback.state_dict() for name, callback in run.callbacks.items()},
     }

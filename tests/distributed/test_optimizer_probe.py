@@ -86,6 +86,7 @@ def test_the_probe_touches_neither_model_nor_random_state():
         "helpers.shaped_optimizers.Whitened",
         "helpers.shaped_optimizers.Trust",
         "helpers.shaped_optimizers.Flipping",
+        "helpers.shaped_optimizers.Growing",
     ],
 )
 def test_any_state_is_saved_and_resumed_exactly_at_stage_0(optimizer, tmp_path):

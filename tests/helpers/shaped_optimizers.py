@@ -53,3 +53,16 @@ class Whitened(_Optimizer):
             scale = matrix.diagonal().clamp(min=1e-12).rsqrt()
             gradient = gradient * scale.reshape([-1 if other == dim else 1 for other in range(p.dim())])
         return gradient / state["seen"]["steps"]
+
+
+class Growing(_Optimizer):
+    """A step size that it keeps in the parameter group and raises in each step, as Prodigy does."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            group["growth"] = 1.5 * group.get("growth", 1.0)
+
+    def update(self, p: Tensor, gradient: Tensor, state: dict[str, Any]) -> Tensor:
+        return gradient.sign() * self.param_groups[0].get("growth", 1.0)

@@ -73,6 +73,12 @@ class StubEngine:
     def load_scaler_state(self, state: dict[str, int | float | bool]) -> None:
         pass
 
+    def group_state(self) -> list[dict[str, float]]:
+        return []
+
+    def load_group_state(self, state: list[dict[str, float]]) -> None:
+        pass
+
     def full_tensors(self, select: Callable[[str], bool] = lambda key: True) -> Iterator[tuple[str, Tensor]]:
         return ((name, tensor) for name, tensor in self.model.state_dict().items() if select(name))
 

@@ -14,7 +14,7 @@ What is particular about DeepSpeed is handled here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -75,6 +75,7 @@ class TrainingEngine:
         elif options.precision == "fp16":
             self._optimizer.loss_scaler.raise_error_at_min_scale = False  # the trainer counts skipped steps
         self.model: nn.Module = self._engine.module
+        self._initial_groups = [_numbers(group) for group in self.parameter_groups]
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -193,6 +194,26 @@ class TrainingEngine:
         else:
             vars(self._optimizer.loss_scaler).update({**state, "raise_error_at_min_scale": False})
 
+    # -- state in parameter groups -------------------------------------------------------------------------------------
+
+    def group_state(self) -> list[dict[str, float]]:
+        """What the optimizer has changed in its parameter groups, such as Prodigy's step size, by group and name."""
+        return [
+            {name: value for name, value in _numbers(group).items() if value != initial.get(name)}
+            for group, initial in zip(self.parameter_groups, self._initial_groups, strict=True)
+        ]
+
+    def load_group_state(self, state: Sequence[Mapping[str, float]]) -> None:
+        """Restore ``group_state``. Options that the optimizer has not changed keep the values of this run.
+
+        Raises:
+            ValueError: the groups are others.
+        """
+        if any(state) and len(state) != len(self.parameter_groups):
+            raise ValueError(f"it is of {len(state)} parameter groups, and this run has {len(self.parameter_groups)}")
+        for group, values in zip(self.parameter_groups, state, strict=False):
+            group.update(values)  # type: ignore[typeddict-item]
+
     # -- weights and state -----------------------------------------------------------------------------------------------
 
     def full_tensors(self, select: Callable[[str], bool] = lambda key: True) -> Iterator[tuple[str, Tensor]]:
@@ -236,6 +257,12 @@ class TrainingEngine:
         self._engine.destroy()
         _reset_globals()
         del self._engine, self._optimizer, self.model
+
+
+def _numbers(group: ParamGroup) -> dict[str, float]:
+    """The numbers of a parameter group, which JSON holds exactly, without the learning rates, which the schedule sets."""
+    rates = ("lr", "initial_lr")
+    return {name: value for name, value in group.items() if isinstance(value, int | float) and name not in rates}
 
 
 def _reset_globals() -> None:
