@@ -8,7 +8,9 @@ copied into the output folder. The run summary reports it on one line.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +19,13 @@ from typing import TYPE_CHECKING, TypedDict, cast
 import torch
 
 import bumblebee
+from bumblebee.checkpoint.model_files import ModelFiles
+from bumblebee.config import BumblebeeConfig
+from bumblebee.datamodule import DataModule
 from bumblebee.distributed import process_group
+from bumblebee.models.base import LanguageModel
 from bumblebee.nn.attention_kernels import kernel_of
-from bumblebee.utils.json_files import read_json, write_json
+from bumblebee.utils.json_files import JSON, read_json, write_json
 
 if TYPE_CHECKING:
     from bumblebee.training.run_state import RunState
@@ -36,11 +42,13 @@ class Setup(TypedDict):
         versions: of packages, by name.
         hardware: name of the device, and number of ranks.
         settings: precision, ZeRO stage and attention kernel.
+        recipe: digests of ``model`` and ``data`` that were checked; None for a part that no recipe named.
     """
 
     versions: dict[str, str]
     hardware: dict[str, str | int]
     settings: dict[str, str | int | None]
+    recipe: dict[str, str | None]
 
 
 class CheckRecord(TypedDict):
@@ -68,15 +76,39 @@ class VerificationRecord(Setup):
     checks: list[CheckRecord]
 
 
-def current_setup(device: torch.device, precision: str, zero_stage: int, attention: str | None) -> Setup:
-    """The setup of a run or a verification in this process. ``attention`` is the kernel, None for another library's model."""
+def current_setup(
+    device: torch.device,
+    precision: str,
+    zero_stage: int,
+    attention: str | None,
+    config: BumblebeeConfig | None = None,
+    data: DataModule | None = None,
+) -> Setup:
+    """The setup of a run or a verification in this process.
+
+    Args:
+        device: of this rank.
+        precision: of the run.
+        zero_stage: of the run.
+        attention: the kernel; None for another library's model.
+        config: of the model; None if no model was named.
+        data: set up; None if no data was named.
+    """
     packages = {"torch": torch.__version__, "deepspeed": importlib.metadata.version("deepspeed")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "versions": {"bumblebee": bumblebee.__version__, **packages, "python": platform.python_version()},
         "hardware": {"device": name, "ranks": process_group.world_size()},
         "settings": {"precision": precision, "zero_stage": zero_stage, "attention": attention},
+        "recipe": {
+            "model": _digest([ModelFiles(config).fingerprint(), config.model_class]) if config else None,
+            "data": _digest(dict(data.fingerprint())) if data and data.fingerprint() else None,
+        },
     }
+
+
+def _digest(value: JSON) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _cpu_name() -> str:
@@ -100,7 +132,7 @@ def write(folder: Path, record: VerificationRecord) -> None:
 
 
 def _same_subject(a: VerificationRecord, b: VerificationRecord) -> bool:
-    return a["hardware"] == b["hardware"] and a["settings"] == b["settings"]
+    return all(a.get(section) == b.get(section) for section in ("hardware", "settings", "recipe"))
 
 
 def _read(file: Path) -> list[VerificationRecord]:
@@ -140,8 +172,9 @@ def copy_current(run: RunState) -> None:
 def _find(run: RunState) -> tuple[VerificationRecord | None, list[str]]:
     """The newest result for the run's setup; else the newest that differs in least, and in what it differs."""
     setup = current_setup(
-        run.device, run.precision, run.zero_stage, kernel_of(run.task.model, run.engine.options.compute_dtype)
-    )
+        run.device, run.precision, run.zero_stage, kernel_of(run.task.model, run.engine.options.compute_dtype),
+        run.task.model.config if isinstance(run.task.model, LanguageModel) else None, run.data,
+    )  # fmt: skip
     found = [(differences(record, setup), record) for folder in _folders(run.output_dir) for record in _read(folder / FILE)]
     if not found:
         return None, []
@@ -157,11 +190,16 @@ def _folders(output_dir: Path) -> Iterator[Path]:
 
 
 def differences(record: Setup, setup: Setup) -> list[str]:
-    """What has changed since a verification, such as "torch 2.12.0 then, 2.13.0 now"."""
+    """What has changed since a verification, such as "torch 2.12.0 then, 2.13.0 now".
+
+    Model and data count only if the verification was of a recipe; otherwise it has checked all model families.
+    """
     then, now = (_flat(one) for one in (record, setup))
     if now["attention"] is None:  # the model of another library, with its own attention
         now["attention"] = then.get("attention")
-    return [f"{name} {then.get(name)} then, {value} now" for name, value in now.items() if then.get(name) != value]
+    changed = [f"{name} {then.get(name)} then, {value} now" for name, value in now.items() if then.get(name) != value]
+    checked = [(name, digest) for name, digest in record.get("recipe", {}).items() if digest is not None]
+    return changed + [f"another {name} then" for name, digest in checked if setup["recipe"].get(name) != digest]
 
 
 def _flat(setup: Setup) -> dict[str, str | int | None]:

@@ -27,6 +27,10 @@ def record(run, status="pass", **settings):
     return {**setup, "date": "2026-11-28T10:00:00+00:00", "passed": status == "pass", "checks": [check]}
 
 
+def run_setup(run):
+    return current_setup(run.device, run.precision, run.zero_stage, "sdpa", run.task.model.config, run.data)
+
+
 def line(run) -> str:
     return _line("verify", _verify_line(json.loads(json.dumps(summarize(run)["verify"]))), None)
 
@@ -52,6 +56,16 @@ def test_result_for_another_setup_names_the_difference(section, name, run):
     verification_record.copy_current(run)
     assert not (run.output_dir / FILE).exists()
     assert line(run) == f"  verify     not for this setup: {name} other then, {now} now"
+
+
+def test_result_of_a_recipe_speaks_for_runs_of_its_model_and_data_only(run):
+    own = record(run) | {"recipe": run_setup(run)["recipe"]}
+    verification_record.write(run.output_dir.parent, own)
+    assert line(run) == "  verify     passed 1 check on 2026-11-28"
+    run.task.model.config.rope_theta *= 2
+    assert line(run) == "  verify     not for this setup: another model then"
+    verification_record.write(run.output_dir.parent, record(run))  # of all model families
+    assert line(run) == "  verify     passed 1 check on 2026-11-28"
 
 
 def test_failed_checks_are_named(run):
