@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from bumblebee.callback import Callback
 from bumblebee.datamodule import Batch, DataModule
@@ -20,9 +20,6 @@ from bumblebee.optim import GroupRule, Optimizer, Schedule, set_learning_rate
 from bumblebee.tasks.task import Task
 from bumblebee.training.run_state import RunState
 from bumblebee.utils.signals import stop_on_signals
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Trainer(RunState):
@@ -237,34 +234,11 @@ class Trainer(RunState):
                 the parameter.
             OtherRankFailed: on the other ranks.
         """
-        import torch
+        from bumblebee.training.non_finite import find_non_finite
 
-        losses = self.accumulator.pop_losses()
-        values = [*(loss for *_, loss in losses), self.engine.weight_norm()]
-        error = None
-        if not torch.stack([value.to(self.device, torch.float64) for value in values]).isfinite().all():
-            error = self._non_finite(losses)
+        error = find_non_finite(self, self.accumulator.pop_losses())
         if process_group.any_rank(error is not None):
             raise error or process_group.OtherRankFailed("another rank had a loss or a weight that is not finite")
-
-    def _non_finite(self, losses: list[tuple[int, int, Tensor]]) -> FloatingPointError | None:
-        """Describe the first loss or weight that is NaN or infinite; None if only the norm of all weights overflows."""
-        from bumblebee.training.loader import sample_origins
-
-        advice = "Nothing has been saved since; continue from the last checkpoint"
-        for step, index, loss in losses:
-            if not loss.isfinite():
-                window = self.plan.window(step, process_group.rank())
-                samples = ", ".join(sample_origins(self.data, window[index], self.seed))
-                return FloatingPointError(
-                    f"step {step + 1}: the loss is not finite. The micro-batch came from {samples}."
-                    f" {advice} with other data or a lower learning rate"
-                )
-        if name := self.engine.non_finite_weights():
-            return FloatingPointError(
-                f"step {self.step}: the weights of {name} are not finite. {advice} with a lower learning rate"
-            )
-        return None
 
     # -- set-up and checkpoints ----------------------------------------------------------------------------------------
 

@@ -153,10 +153,10 @@ def test_interruption_removes_the_folder_and_prints_the_report(verify, monkeypat
         (["--attention", "flsh"], "unknown attention 'flsh'"),
         (["--zero_stage", "4"], "expected 0, 1, 2 or 3, got 4"),
         (["--folder", "/proc/nowhere"], "cannot write /proc/nowhere"),
-        (["--model", "/nowhere"], "model: /nowhere is not a model folder"),
+        (["--model", "/nowhere"], "model: folder not found: /nowhere"),
         (
             ["--config", "recipes/pretrain.yaml", "--data.tokenizer", "/nowhere"],
-            "data.tokenizer: /nowhere is not a tok",
+            "data.tokenizer: folder not found: /nowhere",
         ),
         (["--config", "recipes/pretrain.yaml", "--trainer.presicion", "fp32"], "did you mean 'trainer.precision'?"),
     ],
