@@ -1,8 +1,8 @@
 """Faults of the loop, the optimizer, checkpoints and methods: one function each, which plants it where a real one would be.
 
 ``FAULTS`` has for each the check of ``bumblebee verify`` that must fail, its measurements that do, and where to plant it.
-As a script, ``loop_faults.py FOLDER`` plants all of them one after another on the ranks of a launcher, and writes
-FOLDER/results.json.
+As a script, ``loop_faults.py FOLDER [CHECK ...]`` plants those of some or all checks one after another on the ranks of a
+launcher, and writes FOLDER/results.json.
 """
 
 from __future__ import annotations
@@ -31,24 +31,31 @@ from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed import engine, engine_state, operators
 from bumblebee.distributed.deepspeed.zero_shards import base_optimizer
 from bumblebee.lora import peft_layers
-from bumblebee.nn import lm_head
-from bumblebee.optim import Cosine
+from bumblebee.nn import attention, lm_head
+from bumblebee.optim import Constant, Cosine
+from bumblebee.recipe import Run
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.reference import FrozenReference, PolicyReference
 from bumblebee.tasks.task import Task
+from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.trainer import Trainer
 from bumblebee.training import checkpointing, loader, setup
 from bumblebee.training.plan import Position
 from bumblebee.verify import check
 from bumblebee.verify.check_result import CheckResult
 from bumblebee.verify.checks import resume_check
+from bumblebee.verify.checks.data_check import BORDERS
 from bumblebee.verify.context import Context
 from bumblebee.verify.rank_messages import RankMessages
+from bumblebee.verify.small_model import FAMILY_CONFIGS
+from bumblebee.verify.subject import Subject
+from bumblebee.verify.training_run import build_model
 from bumblebee.verify.verify_options import VerifyOptions
 from bumblebee.verify.verify_report import verdict
+from datamodules import Pretrain, pretrain
 from helpers import planted_faults as planted
-from helpers.verify_rows import ACCUMULATION, CURVE, GRADIENT, LORA, LOSS, OPTIMIZER, RECOMPUTATION, RESUME
+from helpers.verify_rows import ACCUMULATION, CURVE, DATA, GRADIENT, LORA, LOSS, MODEL, OPTIMIZER, RECOMPUTATION, RESUME
 from helpers.verify_rows import DPO as DPO_ROW
 
 Patch = pytest.MonkeyPatch
@@ -502,6 +509,29 @@ def dpo_has_no_reference(patch: Patch) -> None:
     patch.setattr(DPO, "_margins", lambda self, tokens, reference, batch: original(self, tokens, 0 * reference, batch))
 
 
+# -- model and data of one rank --------------------------------------------------------------------------------------------
+
+
+def last_rank_rotates_backwards(patch: Patch) -> None:
+    original = attention.apply_rotary
+    if process_group.rank() == process_group.world_size() - 1:
+        patch.setattr(attention, "apply_rotary", lambda x, cos, sin: original(x, cos, -sin))
+
+
+def last_rank_trains_on_the_next_document(patch: Patch) -> None:
+    """The last label of a document is the first token of the next."""
+    original = pretrain.collate_rows
+
+    def wrong(rows, width, pad_token_id):
+        batch = original(rows, width, pad_token_id)
+        last = batch["position_ids"].roll(-1, 1) == 0
+        last[:, -1] = False
+        return {**batch, "labels": batch["labels"].where(~last, batch["input_ids"].roll(-1, 1))}
+
+    if process_group.rank() == process_group.world_size() - 1:
+        patch.setattr(pretrain, "collate_rows", wrong)
+
+
 # -- the list ------------------------------------------------------------------------------------------------------------------
 
 
@@ -529,7 +559,7 @@ class Fault:
 
     @property
     def name(self) -> str:
-        return f"{self.plant.__name__}-{self.precision}-{self.stage}"
+        return f"{self.plant.__name__}-{self.check.replace(' ', '_')}-{self.precision}-{self.stage}"
 
 
 def _half(plant: Callable[[Patch], None], *measurements: str, stage: int = 2) -> Fault:
@@ -610,6 +640,10 @@ FAULTS = (
     Fault(dpo_reference_drops_activations, DPO_ROW),
     Fault(dpo_reference_follows_the_policy, DPO_ROW),
     Fault(dpo_has_no_reference, DPO_ROW),
+    Fault(last_rank_rotates_backwards, MODEL, ranks=(2,)),
+    Fault(last_rank_trains_on_the_next_document, DATA, (BORDERS,), ranks=(2,)),
+    Fault(ranks_read_the_same_data, DATA, ranks=(2,)),
+    Fault(ranks_shuffle_differently, DATA, ranks=(2,)),
 )
 
 
@@ -640,7 +674,7 @@ class Runner:
         topic = f"fault-{self.count}"
         with pytest.MonkeyPatch.context() as patch, self._folder(topic) as folder:
             options = VerifyOptions(precision=fault.precision, zero_stage=fault.stage, device="cpu")  # type: ignore[arg-type]
-            context = Context(options, torch.device("cpu"), folder)
+            context = Context(options, torch.device("cpu"), folder, self._subject(fault.check))
             fault.plant(patch)
             if fault.loads:
                 self._reuse_correct_runs(patch, fault)
@@ -655,6 +689,26 @@ class Runner:
             else:
                 result = CheckResult.merge([own])
         return result, verdict([(row, result)])
+
+    def _subject(self, name: str) -> Subject:
+        """What the checks of model and data are about."""
+        if name == MODEL:
+            return Subject(FAMILY_CONFIGS["Qwen2"])
+        return Subject(run=self._recipe()) if name == DATA else Subject()
+
+    def _recipe(self) -> Run:
+        """A recipe of a few short texts."""
+        files, tokenizer = self.folder / "texts.jsonl", self.folder / "tokenizer"
+        if process_group.is_main() and not tokenizer.exists():
+            texts = ["alpha beta gamma delta " * n for n in (1, 7, 2, 9, 3, 12, 1, 5)]
+            files.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+            Tokenizer.train(texts, 300).save_pretrained(tokenizer)
+        self.meet("texts written")
+        data = Pretrain(str(files), str(tokenizer), max_length=24, cache_dir=str(self.folder / "cache"))
+        data.setup(0)
+        trainer = Trainer(micro_batch_size=1, accumulate=2, device="cpu")
+        schedule = Constant(warmup_ratio=0.0)
+        return Run(LanguageModeling(build_model("auto")), data, torch.optim.SGD, schedule, trainer, {}, "", seed=0)
 
     def meet(self, topic: str) -> None:
         """Wait for the other rank."""
@@ -702,7 +756,7 @@ def main() -> None:
     runner = Runner(folder)
     results = {}
     for fault in FAULTS:
-        if runner.messages.world_size in fault.ranks:
+        if runner.messages.world_size in fault.ranks and fault.check in (sys.argv[2:] or [fault.check]):
             result, line = runner.run(fault)
             results[fault.name] = {"result": result.to_json(), "line": line}
     if process_group.is_main():
