@@ -1,0 +1,317 @@
+"""Shared by the kernel benchmarks: compare every variant with a formula, time those that are right, and report.
+
+A script describes its kernel as cases, inputs of one size with the variants that can compute them, and calls ``main``. A
+variant whose output or gradients differ from the formula in fp64 is not timed, and the exit code is 1. Variants run in turn, so
+that other load disturbs all of them alike; the figures are medians, with half the distance of the quartiles beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import header, table
+from bumblebee.hardware.cuda import configure_cuda
+from bumblebee.verify.checks.tolerances import relative_error, rounding_unit
+
+RESULTS = Path(__file__).parents[1] / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BOUND = 4.0  # rounding units of a whole output or gradient
+Variant = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of a kernel.
+
+    Args:
+        name: shown in the table.
+        inputs: arguments of the variants; those that require a gradient are differentiated.
+        formula: computes the output from the inputs in fp64.
+        variants: by name.
+        unavailable: why other variants cannot run here, by name.
+        flops: of a forward pass; 0 for a kernel that is bound by memory.
+        bytes: that a forward pass must read and write at least; 0 for one that is bound by arithmetic.
+        backward_work: work of forward and backward together, in forward passes.
+        dtype: of the arithmetic, which the bound of the error follows; None for the run's.
+    """
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    formula: Variant
+    variants: dict[str, Variant]
+    unavailable: dict[str, str] = field(default_factory=dict)
+    flops: float = 0.0
+    bytes: float = 0.0
+    backward_work: float = 3.0
+    dtype: torch.dtype | None = None
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether any input is differentiated."""
+        return any(tensor.requires_grad for tensor in self.inputs)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What the machine reaches in the same run: FLOPs per second of a matmul in the dtype, and bytes per second of a copy."""
+
+    flops: float
+    bytes: float
+
+
+Cases = Callable[[torch.device, torch.dtype, str], Iterator[Case]]
+
+
+def main(title: str, cases: Cases, sizes: dict[str, Sequence[str]], argv: Sequence[str] | None = None) -> int:
+    """Run a kernel's benchmark and return the exit code.
+
+    Args:
+        title: of the report; its first word is the name of the plot.
+        cases: yields the cases of a device, dtype and size.
+        sizes: the default sizes by device type.
+        argv: the command line.
+    """
+    options = _options(title, sizes, argv)
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    configure_cuda(device)
+    torch.manual_seed(0)
+    print(header(f"{title}, {options.dtype} on {device.type}"), flush=True)
+    peaks = measure_peaks(device, dtype)
+    print(f"Peaks of this run: {peaks.flops / 1e12:.3g} TFLOP/s (matmul), {peaks.bytes / 1e9:.3g} GB/s (copy)\n", flush=True)
+    rows, wrong = [], False
+    for size in options.sizes or sizes[device.type]:
+        for case in cases(device, dtype, size):
+            results = run_case(case, dtype, options.rounds, peaks)
+            wrong |= any(result.get("error", 0) > result.get("bound", 1) for result in results)
+            rows += [{**result, "kernel": title.split()[0].lower(), "dtype": options.dtype} for result in results]
+    print(report(rows))
+    if options.output:
+        write(Path(options.output), rows, device)
+    return int(wrong)
+
+
+def run_case(case: Case, dtype: torch.dtype, rounds: int, peaks: Peaks) -> list[dict[str, object]]:
+    """One result for each variant: its error, and its times if it is right; or why it cannot run."""
+    bound = BOUND * rounding_unit(case.dtype or dtype)
+    errors, missing = {}, dict(case.unavailable)
+    for name, variant in case.variants.items():
+        try:
+            errors[name] = error_of(case, variant)
+        except (RuntimeError, NotImplementedError, ImportError) as error:
+            missing[name] = str(error).splitlines()[0]
+    right = {name: case.variants[name] for name, error in errors.items() if error <= bound}
+    timed = times(case, right, rounds)
+    results: list[dict[str, object]] = []
+    for name, error in errors.items():
+        figures = {
+            key: value for kind, values in timed.get(name, {}).items() for key, value in _figures(case, kind, values, peaks)
+        }
+        results.append({"case": case.name, "variant": name, "error": error, "bound": bound, **figures})
+    return results + [{"case": case.name, "variant": name, "unavailable": reason} for name, reason in missing.items()]
+
+
+def error_of(case: Case, variant: Variant) -> float:
+    """The largest relative error of output and gradients against the formula in fp64."""
+    computed = _results(variant, case.inputs)
+    exact = _results(case.formula, tuple(_double(tensor) for tensor in case.inputs))
+    return max(relative_error(a.double(), b) for a, b in zip(computed, exact, strict=True))
+
+
+def _double(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().double() if tensor.is_floating_point() else tensor
+    return copy.requires_grad_(tensor.requires_grad)
+
+
+def _results(variant: Variant, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Output, and gradients of its product with fixed random numbers."""
+    out = variant(*inputs)
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    if not wanted:
+        return [out]
+    return [out.detach(), *torch.autograd.grad(out, wanted, _gradient_of(out))]
+
+
+def _gradient_of(out: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(out.shape, generator=generator).to(out.device, torch.bfloat16).to(out.dtype)
+
+
+# -- timing ------------------------------------------------------------------------------------------------------------
+
+
+def times(case: Case, variants: dict[str, Variant], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of forward passes, and of forward and backward passes, by variant; the variants in turn."""
+    seconds: dict[str, dict[str, list[float]]] = {name: {"forward": []} for name in variants}
+    for number in range(rounds + 1):
+        for name, variant in variants.items():
+            with torch.no_grad():
+                forward = _seconds(lambda: variant(*case.inputs), case.inputs[0].device)  # noqa: B023
+            both = _seconds(lambda: _step(variant, case.inputs), case.inputs[0].device) if case.has_backward else None  # noqa: B023
+            if number:  # the first round is a warm-up
+                seconds[name]["forward"].append(forward)
+                if both is not None:
+                    seconds[name].setdefault("forward_backward", []).append(both)
+    return seconds
+
+
+def _step(variant: Variant, inputs: tuple[Tensor, ...]) -> None:
+    out = variant(*inputs)
+    torch.autograd.grad(out, [tensor for tensor in inputs if tensor.requires_grad], torch.ones_like(out))
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def _figures(case: Case, kind: str, seconds: list[float], peaks: Peaks) -> Iterator[tuple[str, float]]:
+    """Median, quartiles, rate and share of the peak of one kind of pass."""
+    quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+    work = 1.0 if kind == "forward" else case.backward_work
+    yield f"{kind}_ms", 1e3 * quartiles[1]
+    yield f"{kind}_spread_ms", 1e3 * (quartiles[2] - quartiles[0])
+    if case.flops:
+        yield f"{kind}_tflops", work * case.flops / quartiles[1] / 1e12
+        yield f"{kind}_share", work * case.flops / quartiles[1] / peaks.flops
+    elif case.bytes:
+        yield f"{kind}_gb_per_s", work * case.bytes / quartiles[1] / 1e9
+        yield f"{kind}_share", work * case.bytes / quartiles[1] / peaks.bytes
+
+
+def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
+    """The best of several matmuls and copies."""
+    n, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    product = min(_seconds(lambda: a @ b, device) for _ in range(6))
+    copy = min(_seconds(lambda: target.copy_(source), device) for _ in range(6))
+    return Peaks(2 * n**3 / product, 2 * size / copy)
+
+
+# -- torch.compile ---------------------------------------------------------------------------------------------------------
+
+
+def compiled(variant: Variant, device: torch.device) -> tuple[dict[str, Variant], dict[str, str]]:
+    """The variant ``compiled``, or why there is none."""
+    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        return {}, {"compiled": "torch.compile needs a C++ compiler on a CPU"}
+    return {"compiled": torch.compile(variant, dynamic=False)}, {}
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+def report(rows: Sequence[dict[str, object]]) -> str:
+    """A table of all cases, and the variants that cannot run."""
+    lines = []
+    for row in rows:
+        if "error" not in row:
+            continue
+        wrong = float(row["error"]) > float(row["bound"])  # type: ignore[arg-type]
+        cells = (
+            ["WRONG"] * 4
+            if wrong
+            else [_time(row, "forward"), _rate(row, "forward"), _time(row, "forward_backward"), _rate(row, "forward_backward")]
+        )
+        lines.append([row["case"], row["variant"], f"{row['error']:.1e}", *cells])
+    columns = ["case", "variant", "error", "forward, ms", "share of peak", "forward + backward, ms", "share of peak"]
+    missing = {f"{row['variant']}: {row['unavailable']}" for row in rows if "unavailable" in row}
+    return "\n".join([table(columns, lines), "", *(f"- not run: {line}" for line in sorted(missing))])
+
+
+def _time(row: dict[str, object], kind: str) -> str:
+    return f"{row[f'{kind}_ms']:.3g} ± {float(row[f'{kind}_spread_ms']) / 2:.1g}" if f"{kind}_ms" in row else ""  # type: ignore[arg-type]
+
+
+def _rate(row: dict[str, object], kind: str) -> str:
+    if f"{kind}_share" not in row:
+        return ""
+    rate = f"{row[f'{kind}_tflops']:.3g} TFLOP/s" if f"{kind}_tflops" in row else f"{row[f'{kind}_gb_per_s']:.3g} GB/s"
+    return f"{row[f'{kind}_share']:.0%} ({rate})"
+
+
+def write(folder: Path, rows: Sequence[dict[str, object]], device: torch.device) -> None:
+    """Append the results to kernels.jsonl, and draw a plot of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores of {platform.processor()}"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    origin = {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+    with (folder / "kernels.jsonl").open("a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({**row, **origin, "date": str(date.today())}) + "\n" for row in rows)
+    plot(folder / f"{rows[0]['kernel']}_{rows[0]['dtype']}_{device.type}.png", rows)
+
+
+def plot(file: Path, rows: Sequence[dict[str, object]]) -> None:
+    """Draw the median time of each variant, a panel for each case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    kind = "forward_backward" if any("forward_backward_ms" in row for row in rows) else "forward"
+    timed = [row for row in rows if f"{kind}_ms" in row]
+    names = list(dict.fromkeys(str(row["case"]) for row in timed))
+    if not names:
+        return
+    figure, axes = plt.subplots(len(names), 1, figsize=(8, 0.9 + 1.5 * len(names)), squeeze=False)
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        of_case = [row for row in timed if row["case"] == name][::-1]
+        bars = axis.barh([str(row["variant"]) for row in of_case], [row[f"{kind}_ms"] for row in of_case], color="#4269d0")
+        axis.bar_label(bars, [_rate(row, kind).partition(" ")[0] for row in of_case], padding=3)
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.margins(x=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel(f"{kind.replace('_', ' + ')}, ms (labels: share of the peak)")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _options(title: str, sizes: dict[str, Sequence[str]], argv: Sequence[str] | None) -> argparse.Namespace:
+    defaults = "; ".join(f"{device}: {' '.join(names)}" for device, names in sizes.items())
+    options = argparse.ArgumentParser(description=title)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.add_argument("--device", choices=["cpu", "cuda"], default=device)
+    options.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    options.add_argument("--sizes", nargs="+", metavar="SIZE", help=f"default: {defaults}")
+    options.add_argument("--rounds", type=int, default=10, help="timed passes of each variant")
+    options.add_argument(
+        "--output", default=str(RESULTS / "kernels"), help="folder of kernels.jsonl and plots; '' writes nothing"
+    )
+    return options.parse_args(sys.argv[1:] if argv is None else argv)
+
+
+def dimensions(size: str, names: str) -> list[int]:
+    """The numbers of a size such as 4x512x64.
+
+    Raises:
+        SystemExit: another number of dimensions.
+    """
+    try:
+        numbers = [int(part) for part in size.split("x")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(names.split("x")):
+        raise SystemExit(f"--sizes: expected {names}, got {size!r}")
+    return numbers
