@@ -35,13 +35,18 @@ def median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
+def processor() -> str:
+    """The number of cores and the model of the processor."""
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line] or [platform.processor()]
+    return f"{os.cpu_count()} cores of {names[0]}"
+
+
 def header(title: str) -> str:
     """Title, command, processor, versions, commit and date."""
     import torch
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line] or [platform.processor()]
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()} cores of {names[0]}"
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else processor()
     command = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     return f"# {title}\n\n`{command}`: {device}, torch {torch.__version__}, commit {commit}, {date.today()}\n"
 

@@ -58,6 +58,22 @@ def test_wrong_variant_is_not_timed_and_fails(monkeypatch, tmp_path, capsys):
     assert row["variant"] == "naive" and "forward_ms" not in row
 
 
+def test_nan_is_wrong_and_written_as_null(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(swiglu, "naive", lambda gate, up: gate * up * float("nan"))
+    assert run("swiglu", "--output", str(tmp_path)) == 1
+    assert "| naive | nan | WRONG |" in capsys.readouterr().out
+    first = (tmp_path / "kernels.jsonl").read_text().splitlines()[0]
+    row = json.loads(first, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert row["error"] is None and "forward_ms" not in row and not row["device"].endswith("of ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
+def test_cuda_without_a_gpu_is_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit) as refusal:
+        run("swiglu", "--device", "cuda")
+    assert refusal.value.code == 2 and "--device: cuda, but no GPU is visible" in capsys.readouterr().err
+
+
 def test_wrong_gradient_is_found():
     class Wrong(torch.autograd.Function):
         @staticmethod

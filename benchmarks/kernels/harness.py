@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
 import platform
 import shutil
 import statistics
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import header, table
+from benchmarks.common import header, processor, table
 from bumblebee.hardware.cuda import configure_cuda
 from bumblebee.verify.checks.tolerances import relative_error, rounding_unit
 
@@ -97,7 +97,7 @@ def main(title: str, cases: Cases, sizes: dict[str, Sequence[str]], argv: Sequen
     for size in options.sizes or sizes[device.type]:
         for case in cases(device, dtype, size):
             results = run_case(case, dtype, options.rounds, peaks)
-            wrong |= any(result.get("error", 0) > result.get("bound", 1) for result in results)
+            wrong |= any("error" in result and not _is_right(result) for result in results)
             rows += [{**result, "kernel": title.split()[0].lower(), "dtype": options.dtype} for result in results]
     print(report(rows))
     if options.output:
@@ -123,6 +123,11 @@ def run_case(case: Case, dtype: torch.dtype, rounds: int, peaks: Peaks) -> list[
         }
         results.append({"case": case.name, "variant": name, "error": error, "bound": bound, **figures})
     return results + [{"case": case.name, "variant": name, "unavailable": reason} for name, reason in missing.items()]
+
+
+def _is_right(result: dict[str, object]) -> bool:
+    """Whether the error is within the bound; NaN is not."""
+    return float(result["error"]) <= float(result["bound"])  # type: ignore[arg-type]
 
 
 def error_of(case: Case, variant: Variant) -> float:
@@ -228,10 +233,9 @@ def report(rows: Sequence[dict[str, object]]) -> str:
     for row in rows:
         if "error" not in row:
             continue
-        wrong = float(row["error"]) > float(row["bound"])  # type: ignore[arg-type]
         cells = (
             ["WRONG"] * 4
-            if wrong
+            if not _is_right(row)
             else [_time(row, "forward"), _rate(row, "forward"), _time(row, "forward_backward"), _rate(row, "forward_backward")]
         )
         lines.append([row["case"], row["variant"], f"{row['error']:.1e}", *cells])
@@ -254,12 +258,17 @@ def _rate(row: dict[str, object], kind: str) -> str:
 def write(folder: Path, rows: Sequence[dict[str, object]], device: torch.device) -> None:
     """Append the results to kernels.jsonl, and draw a plot of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores of {platform.processor()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     origin = {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
     with (folder / "kernels.jsonl").open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps({**row, **origin, "date": str(date.today())}) + "\n" for row in rows)
+        stream.writelines(json.dumps({**_finite(row), **origin, "date": str(date.today())}) + "\n" for row in rows)
     plot(folder / f"{rows[0]['kernel']}_{rows[0]['dtype']}_{device.type}.png", rows)
+
+
+def _finite(row: dict[str, object]) -> dict[str, object]:
+    """NaN and infinity as null: JSON has neither."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 def plot(file: Path, rows: Sequence[dict[str, object]]) -> None:
@@ -299,7 +308,10 @@ def _options(title: str, sizes: dict[str, Sequence[str]], argv: Sequence[str] | 
     options.add_argument(
         "--output", default=str(RESULTS / "kernels"), help="folder of kernels.jsonl and plots; '' writes nothing"
     )
-    return options.parse_args(sys.argv[1:] if argv is None else argv)
+    parsed = options.parse_args(sys.argv[1:] if argv is None else argv)
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        options.error("--device: cuda, but no GPU is visible")
+    return parsed
 
 
 def dimensions(size: str, names: str) -> list[int]:
