@@ -35,7 +35,7 @@ def run(name: str, *words: str) -> int:
     return harness.main(f"{name} (sizes)", module.cases, module.SIZES, words)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", all_kernels.KERNELS)
 def test_all_variants_agree_with_the_formula_and_are_timed(name, dtype, tmp_path, capsys):
     assert run(name, "--dtype", dtype, "--output", str(tmp_path)) == 0
