@@ -286,8 +286,8 @@ def test_error_of_two_ranks_is_one_line_and_ends_torchruns_report(recipe, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("turn", range(50))
-def test_two_ranks_exit_with_0_fifty_times(turn, recipe, tmp_path):
+@pytest.mark.parametrize("turn", range(8))
+def test_two_ranks_exit_with_0_time_after_time(turn, recipe, tmp_path):
     words = ["--trainer.zero_stage", str(turn % 4), "--callbacks.checkpoint=null"]
     succeeded(fit(recipe, tmp_path / "run", *words, ranks=2))
 
