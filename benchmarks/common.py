@@ -47,7 +47,9 @@ def header(title: str) -> str:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else processor()
-    command = "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of a module that was started with -m
+    script = f"-m {spec.name}" if spec else os.path.relpath(sys.argv[0])
+    command = " ".join(["python", script, *sys.argv[1:]])
     return f"# {title}\n\n`{command}`: {device}, torch {torch.__version__}, commit {commit}, {date.today()}\n"
 
 

@@ -245,7 +245,7 @@ def report(rows: Sequence[dict[str, object]]) -> str:
 
 
 def _time(row: dict[str, object], kind: str) -> str:
-    return f"{row[f'{kind}_ms']:.3g} ± {float(row[f'{kind}_spread_ms']) / 2:.1g}" if f"{kind}_ms" in row else ""  # type: ignore[arg-type]
+    return f"{row[f'{kind}_ms']:.3g} ± {float(row[f'{kind}_spread_ms']) / 2:.2g}" if f"{kind}_ms" in row else ""  # type: ignore[arg-type]
 
 
 def _rate(row: dict[str, object], kind: str) -> str:
