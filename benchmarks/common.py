@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -37,8 +36,9 @@ def median(values: Sequence[float]) -> float:
 
 def processor() -> str:
     """The number of cores and the model of the processor."""
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line] or [platform.processor()]
-    return f"{os.cpu_count()} cores of {names[0]}"
+    from bumblebee.hardware.cpu import cpu_name
+
+    return f"{os.cpu_count()} cores of {cpu_name()}"
 
 
 def header(title: str) -> str:

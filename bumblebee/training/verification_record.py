@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
@@ -21,8 +21,8 @@ import torch
 import bumblebee
 from bumblebee.checkpoint.model_files import ModelFiles
 from bumblebee.config import BumblebeeConfig
-from bumblebee.datamodule import DataModule
 from bumblebee.distributed import process_group
+from bumblebee.hardware.cpu import cpu_name
 from bumblebee.models.base import LanguageModel
 from bumblebee.nn.attention_kernels import kernel_of
 from bumblebee.utils.json_files import JSON, read_json, write_json
@@ -82,7 +82,7 @@ def current_setup(
     zero_stage: int,
     attention: str | None,
     config: BumblebeeConfig | None = None,
-    data: DataModule | None = None,
+    data: Mapping[str, JSON] | None = None,
 ) -> Setup:
     """The setup of a run or a verification in this process.
 
@@ -92,33 +92,23 @@ def current_setup(
         zero_stage: of the run.
         attention: the kernel; None for another library's model.
         config: of the model; None if no model was named.
-        data: set up; None if no data was named.
+        data: fingerprint of the data; None or empty if no data was named, or it has none.
     """
     packages = {"torch": torch.__version__, "deepspeed": importlib.metadata.version("deepspeed")}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "versions": {"bumblebee": bumblebee.__version__, **packages, "python": platform.python_version()},
         "hardware": {"device": name, "ranks": process_group.world_size()},
         "settings": {"precision": precision, "zero_stage": zero_stage, "attention": attention},
         "recipe": {
             "model": _digest([ModelFiles(config).fingerprint(), config.model_class]) if config else None,
-            "data": _digest(dict(data.fingerprint())) if data and data.fingerprint() else None,
+            "data": _digest(dict(data)) if data else None,
         },
     }
 
 
 def _digest(value: JSON) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _cpu_name() -> str:
-    """Name of the CPU model."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def write(folder: Path, record: VerificationRecord) -> None:
@@ -170,10 +160,10 @@ def copy_current(run: RunState) -> None:
 
 
 def _find(run: RunState) -> tuple[VerificationRecord | None, list[str]]:
-    """The newest result for the run's setup; else the newest that differs in least, and in what it differs."""
+    """The newest result for the run's setup, or else the newest of the most similar setup; and the differences."""
     setup = current_setup(
         run.device, run.precision, run.zero_stage, kernel_of(run.task.model, run.engine.options.compute_dtype),
-        run.task.model.config if isinstance(run.task.model, LanguageModel) else None, run.data,
+        run.task.model.config if isinstance(run.task.model, LanguageModel) else None, run.fingerprint["data"],
     )  # fmt: skip
     found = [(differences(record, setup), record) for folder in _folders(run.output_dir) for record in _read(folder / FILE)]
     if not found:

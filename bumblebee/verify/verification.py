@@ -142,7 +142,7 @@ class Verification:
             return
         o = self.options
         kernel = select_kernel(o.attention, DTYPES[o.precision])
-        data = self.subject.run.data if self.subject.run else None
+        data = self.subject.run.data.fingerprint() if self.subject.run else None
         setup = verification_record.current_setup(self.device, o.precision, o.zero_stage, kernel, self.subject.config, data)
         passed = all(result.passed for _, result in self._results)
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -28,7 +28,7 @@ def record(run, status="pass", **settings):
 
 
 def run_setup(run):
-    return current_setup(run.device, run.precision, run.zero_stage, "sdpa", run.task.model.config, run.data)
+    return current_setup(run.device, run.precision, run.zero_stage, "sdpa", run.task.model.config, run.fingerprint["data"])
 
 
 def line(run) -> str:
