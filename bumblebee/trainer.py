@@ -237,8 +237,7 @@ class Trainer(RunState):
         from bumblebee.training.non_finite import find_non_finite
 
         error = find_non_finite(self, self.accumulator.pop_losses())
-        if process_group.any_rank(error is not None):
-            raise error or process_group.OtherRankFailed("another rank had a loss or a weight that is not finite")
+        process_group.raise_on_all_ranks(error, "another rank had a loss or a weight that is not finite")
 
     # -- set-up and checkpoints ----------------------------------------------------------------------------------------
 

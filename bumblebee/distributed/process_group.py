@@ -245,6 +245,12 @@ def any_rank(flag: bool) -> bool:
     return host_sum([flag])[0] > 0
 
 
+def raise_on_all_ranks(error: Exception | None, message: str) -> None:
+    """Raise this rank's error, or ``OtherRankFailed`` with the message if only another rank has one. Collective."""
+    if any_rank(error is not None):
+        raise error or OtherRankFailed(message)
+
+
 def all_gather_items(items: list[T]) -> list[T]:
     """Concatenate the lists of all ranks, in the order of ranks. Collective."""
     if not is_distributed():

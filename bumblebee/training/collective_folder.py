@@ -26,12 +26,13 @@ def collective_folder(folder: Path, replace: bool = False) -> Iterator[tuple[Pat
         OSError: this rank could not write; nothing of the folder is left then.
         OtherRankFailed: another rank could not.
     """
-    error: BaseException | None = None
+    error: Exception | None = None
     digests: dict[str, str] = {}
     partial = folder.parent / f".{folder.name}.partial"
+    failed = f"another rank could not write {folder}"
     if process_group.is_main():
         error = _error_of(lambda: start_aside(folder))
-    _raise_on_all_ranks(error, folder)
+    process_group.raise_on_all_ranks(error, failed)
     try:
         yield partial, digests
     except Exception as failure:
@@ -39,13 +40,13 @@ def collective_folder(folder: Path, replace: bool = False) -> Iterator[tuple[Pat
     if process_group.any_rank(error is not None):
         if process_group.is_main():
             remove(partial)
-        _raise_on_all_ranks(error, folder)
+        process_group.raise_on_all_ranks(error, failed)
     everywhere = dict(process_group.all_gather_items(list(digests.items())))
     if process_group.is_main():
         error = _error_of(lambda: write_digests(partial, everywhere)) or _error_of(
             lambda: put_in_place(partial, folder, replace)
         )
-    _raise_on_all_ranks(error, folder)
+    process_group.raise_on_all_ranks(error, failed)
 
 
 def _error_of(action: Callable[[], object]) -> Exception | None:
@@ -54,9 +55,3 @@ def _error_of(action: Callable[[], object]) -> Exception | None:
     except Exception as error:
         return error
     return None
-
-
-def _raise_on_all_ranks(error: BaseException | None, folder: Path) -> None:
-    """Raise this rank's error, or OtherRankFailed if only another rank has one. Collective."""
-    if process_group.any_rank(error is not None):
-        raise error or process_group.OtherRankFailed(f"another rank could not write {folder}")

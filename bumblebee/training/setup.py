@@ -225,11 +225,9 @@ def _on_main(run: RunState, action: Callable[[], None]) -> None:
     if run.is_main:
         try:
             action()
-        except (OSError, ValueError) as failure:
+        except OSError as failure:
+            error = ValueError(f"output_dir: cannot write to {run.output_dir}: {failure.strerror}")
+            error.__cause__ = failure
+        except ValueError as failure:
             error = failure
-    if process_group.any_rank(error is not None):
-        if error is None:
-            raise process_group.OtherRankFailed("rank 0 cannot use output_dir")
-        if isinstance(error, OSError):
-            raise ValueError(f"output_dir: cannot write to {run.output_dir}: {error.strerror}") from error
-        raise error
+    process_group.raise_on_all_ranks(error, "rank 0 cannot use output_dir")
