@@ -15,7 +15,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -26,10 +25,13 @@ from torch import Tensor
 
 from benchmarks.common import header, processor, table
 from bumblebee.hardware.cuda import configure_cuda
+from bumblebee.verify.checks import machine_throughput
+from bumblebee.verify.checks.machine_throughput import duration
 from bumblebee.verify.checks.tolerances import relative_error, rounding_unit
+from bumblebee.verify.context import DTYPES, Context
+from bumblebee.verify.verify_options import VerifyOptions
 
 RESULTS = Path(__file__).parents[1] / "results"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BOUND = 4.0  # rounding units of a whole output or gradient
 Variant = Callable[..., Tensor]
 
@@ -165,8 +167,8 @@ def times(case: Case, variants: dict[str, Variant], rounds: int) -> dict[str, di
     for number in range(rounds + 1):
         for name, variant in variants.items():
             with torch.no_grad():
-                forward = _seconds(lambda: variant(*case.inputs), case.inputs[0].device)  # noqa: B023
-            both = _seconds(lambda: _step(variant, case.inputs), case.inputs[0].device) if case.has_backward else None  # noqa: B023
+                forward = duration(lambda: variant(*case.inputs), case.inputs[0].device)  # noqa: B023
+            both = duration(lambda: _step(variant, case.inputs), case.inputs[0].device) if case.has_backward else None  # noqa: B023
             if number:  # the first round is a warm-up
                 seconds[name]["forward"].append(forward)
                 if both is not None:
@@ -177,16 +179,6 @@ def times(case: Case, variants: dict[str, Variant], rounds: int) -> dict[str, di
 def _step(variant: Variant, inputs: tuple[Tensor, ...]) -> None:
     out = variant(*inputs)
     torch.autograd.grad(out, [tensor for tensor in inputs if tensor.requires_grad], torch.ones_like(out))
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
 
 
 def _figures(case: Case, kind: str, seconds: list[float], peaks: Peaks) -> Iterator[tuple[str, float]]:
@@ -204,14 +196,13 @@ def _figures(case: Case, kind: str, seconds: list[float], peaks: Peaks) -> Itera
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """The best of several matmuls and copies."""
-    n, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)
-    product = min(_seconds(lambda: a @ b, device) for _ in range(6))
-    copy = min(_seconds(lambda: target.copy_(source), device) for _ in range(6))
-    return Peaks(2 * n**3 / product, 2 * size / copy)
+    """The throughputs that ``bumblebee verify`` reports."""
+    precision = next(name for name, value in DTYPES.items() if value == dtype)
+    context = Context(VerifyOptions(precision=precision), device, Path())  # type: ignore[arg-type]
+    (product,), (copy,) = (
+        measure(context).measurements for measure in (machine_throughput.matmul_throughput, machine_throughput.memory_bandwidth)
+    )
+    return Peaks(1e12 * product.value, 1e9 * copy.value)
 
 
 # -- torch.compile ---------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def all_reduce_bandwidth(context: Context) -> CheckResult:
         seconds = torch.empty(attempts, dtype=torch.float64, device=context.device)
         for attempt in range(attempts):  # the first ones are warm-up
             process_group.barrier()
-            seconds[attempt] = _seconds(lambda: dist.all_reduce(tensor), context.device)
+            seconds[attempt] = duration(lambda: dist.all_reduce(tensor), context.device)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         orderly = True
     finally:
@@ -88,16 +88,17 @@ def _throughput(name: str, value: float, unit: str) -> CheckResult:
 
 def _best_seconds(function: Callable[[], object], device: torch.device) -> float:
     """The shortest time of one call after a warm-up call, over about ``TIME_BUDGET`` seconds."""
-    _seconds(function, device)
-    once = _seconds(function, device)
+    duration(function, device)
+    once = duration(function, device)
     calls = max(1, int(0.02 / once))  # long enough together for the clock and the launch overhead of GPU kernels
     best, deadline = once, time.perf_counter() + TIME_BUDGET
     while time.perf_counter() < deadline:
-        best = min(best, _seconds(lambda: [function() for _ in range(calls)], device) / calls)
+        best = min(best, duration(lambda: [function() for _ in range(calls)], device) / calls)
     return best
 
 
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
+def duration(function: Callable[[], object], device: torch.device) -> float:
+    """Duration of one call, until the device has finished it."""
     begin = time.perf_counter()
     function()
     if device.type == "cuda":
