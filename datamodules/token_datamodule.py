@@ -203,7 +203,7 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
             write_token_cache(folder, records, tokenizer, mixture.files, skip, show, workers)
 
     def _read_unchanged(self, mixture: Mixture, digests: Digests) -> Iterator[Record | RecordError]:
-        """``read``, then digest the files again: the cache is named by what they held before."""
+        """``read``, then digest the files again: the cache is named after their content before reading."""
         yield from self.read(mixture)
         before = digests | self._tokenizer_digests
         after = self._digest([*before])

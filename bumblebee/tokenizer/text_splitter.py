@@ -66,7 +66,7 @@ class TextSplitter:
 
     @cached_property
     def continuation(self) -> tokenizers.Tokenizer:
-        """The tokenizer of all pieces but the first: without what it puts before a text."""
+        """The tokenizer of all pieces but the first: it prepends nothing."""
         return with_parts(self._backend, lambda part: None if part["type"] == "Prepend" else part)
 
     def _next_boundary(self, text: str, at: int) -> int | None:

@@ -43,6 +43,11 @@ class Context:
         """The attention kernel that a run with these options selects."""
         return select_kernel(self.options.attention, self.dtype)
 
+    @property
+    def fp32_attention(self) -> str:
+        """The attention of checks that run in fp32, which flash attention does not support."""
+        return "naive" if self.kernel == "naive" else "auto"
+
     def build_trainer(
         self,
         max_steps: int,

@@ -26,7 +26,7 @@ class TokenStream(Protocol):
 
 @runtime_checkable
 class SpanDataset(Protocol):
-    """Training samples that tell which spans of the stream they hold."""
+    """Training samples that know which spans of the stream they hold."""
 
     cache: TokenStream
 

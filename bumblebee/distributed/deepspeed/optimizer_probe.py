@@ -148,7 +148,7 @@ def _small(parameters: Sequence[nn.Parameter], device: torch.device) -> list[nn.
         if len(similar) < _OF_A_KIND:
             similar.append((*(min(size, _DEPTH) for size in shape[:-2]), *(min(size, _SIDE) for size in shape[-2:])))
     flat = [shape for similar in shapes.values() for shape in similar]
-    # Of different norms, so that a norm over several of them is no one's.
+    # Their norms differ, so that a norm over several of them equals none of theirs.
     values = [torch.randn(shape, generator=generator) * 0.02 * 3**number for number, shape in enumerate(flat)]
     return [nn.Parameter(value.to(device)) for value in values]
 

@@ -1,4 +1,4 @@
-"""The sums behind the next line of metrics, in a checkpoint that is saved between two lines: a resumed run continues them.
+"""Partial sums of the next line of metrics, saved in a checkpoint between two lines so that a resumed run continues them.
 
 Each rank writes its own sums to training_state/metrics-<rank>.json, if there are any. With the same ranks the line is the same
 to the last bit; with another number of ranks, the new ones divide the files of the old ones between them.

@@ -20,7 +20,7 @@ BOUND = 1e-5  # typical: 0; other activations dropped: more than 0.5
 def run(context: Context) -> CheckResult:
     """Measure the relative error of the worst tensor's gradient, in fp32 and from the same random state."""
     torch.manual_seed(SEED)
-    model = build_model("naive" if context.kernel == "naive" else "auto", **DROPOUT).to(context.device)
+    model = build_model(context.fp32_attention, **DROPOUT).to(context.device)
     data = RandomTokens(5)
     data.setup(SEED)
     batch = to_device(data.collate(list(data.train)), context.device)

@@ -35,7 +35,7 @@ ALL = (INPUTS, POSITIONS, LABELS, BORDERS, UNTRAINED, PADDING, COUNT, BATCHES, L
 
 
 def run(context: Context) -> CheckResult:
-    """Count what is wrong; the note tells how much was compared."""
+    """Count what is wrong. The note gives the number of positions that were compared."""
     recipe = context.subject.run
     assert recipe is not None
     train = recipe.data.train

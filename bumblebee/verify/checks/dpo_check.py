@@ -77,7 +77,7 @@ def run(context: Context) -> CheckResult:
     recorder = PairRecorder()
     run_training(
         recorder, trainer, data, functools.partial(torch.optim.SGD, lr=LEARNING_RATE), context.folder / "dpo",
-        "naive" if context.kernel == "naive" else "auto", task=lambda model: DPO(model, pref_beta=BETA), model_options=DROPOUT,
+        context.fp32_attention, task=lambda model: DPO(model, pref_beta=BETA), model_options=DROPOUT,
     )  # fmt: skip
     policy, reference = (reference_model(recorder.initial_weights, context.device) for _ in range(2))
     with torch.no_grad():

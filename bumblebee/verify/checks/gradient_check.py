@@ -26,8 +26,7 @@ def run(context: Context) -> CheckResult:
     data = RandomTokens(2 * ACCUMULATE * process_group.world_size() - 3)
     trainer = context.build_trainer(max_steps=1, accumulate=ACCUMULATE, gradient_clip=None, precision="fp32")
     optimizer = functools.partial(torch.optim.SGD, lr=LEARNING_RATE)
-    attention = "naive" if context.kernel == "naive" else "auto"  # flash attention does not support fp32
-    record = run_training(RunRecorder(), trainer, data, optimizer, context.folder / "gradient", attention)
+    record = run_training(RunRecorder(), trainer, data, optimizer, context.folder / "gradient", context.fp32_attention)
     model, batch = reference_model(record.initial_weights, context.device), data.collate(list(data.train))
     expected = reference_loop.gradient(model, to_device(batch, context.device))
     smallest = 0.01 * float(torch.stack([gradient.norm() for gradient in expected.values()]).norm())

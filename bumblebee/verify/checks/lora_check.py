@@ -36,7 +36,7 @@ def run(context: Context) -> CheckResult:
 
     record = run_training(
         RunRecorder(), trainer, data, functools.partial(torch.optim.SGD, lr=LEARNING_RATE), context.folder / "lora",
-        "naive" if context.kernel == "naive" else "auto", task=task,
+        context.fp32_attention, task=task,
     )  # fmt: skip
     initial, final = record.initial_weights, record.final_weights
     expected = _reference(initial, data, rows_per_step, context.device)

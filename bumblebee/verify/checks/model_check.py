@@ -76,8 +76,8 @@ def _bound(what: str) -> float:
 
 
 def _errors(context: Context, name: str, config: BumblebeeConfig) -> tuple[dict[str, float], str]:
-    """Errors of one model by what was measured, and a note."""
-    model = Bumblebee(config, attention="naive" if context.kernel == "naive" else "auto").to(context.device)
+    """Errors of one model by measurement name, and a note."""
+    model = Bumblebee(config, attention=context.fp32_attention).to(context.device)
     expected_shapes = reference_model.expected_shapes(config)
     shapes = {parameter: tuple(tensor.shape) for parameter, tensor in model.named_parameters()}
     if wrong := sorted(key for key, _ in shapes.items() ^ expected_shapes.items()):
@@ -226,7 +226,7 @@ def _check_properties(context: Context, model_class: type[Bumblebee], config: Bu
     """Packed documents equal the documents alone, and a changed token changes no logits before it."""
     torch.manual_seed(0)
     small = shrink(config)
-    model = model_class(small, attention="naive" if context.kernel == "naive" else "auto").to(context.device).eval()
+    model = model_class(small, attention=context.fp32_attention).to(context.device).eval()
     batch = {key: tensor.to(context.device) for key, tensor in packed_batch(small.vocab_size, 0).items()}
     input_ids = batch["input_ids"]
     packed = model(input_ids, batch["position_ids"])
