@@ -117,8 +117,8 @@ class Parameter:
         return [int(point) for point in points] if self.kind == "int" else [_multiple(point, step) for point in points]
 
     def examples(self) -> list[Value]:
-        """Values to check against the recipe: all choices, or both ends of a range."""
-        return list(self.choices) or [self.value(int(end) if self.kind == "int" else end) for end in (self.low, self.high)]
+        """Values to check against the recipe: all choices, or one value of a range."""
+        return list(self.choices) or [self.value(int(self.low) if self.kind == "int" else self.low)]
 
 
 def word(key: str, value: Value) -> str:

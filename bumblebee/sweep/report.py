@@ -13,6 +13,7 @@ import yaml
 
 from bumblebee.plotting.sweep_plots import SweepData, TrialCurve, plot_sweep
 from bumblebee.sweep.display import format_value
+from bumblebee.sweep.file_lock import FileLock
 from bumblebee.sweep.recipe import SweepRecipe
 from bumblebee.sweep.study import IMPORTANCE, Study
 from bumblebee.sweep.trial import Trial, best_of
@@ -35,10 +36,11 @@ class SweepReport:
 
     def write_tables(self) -> None:
         """Write trials.csv and trials.md, and best.yaml if a trial is complete."""
-        trials = self.study.trials()
-        write_text(self.folder / "trials.csv", self._csv(trials))
-        write_text(self.folder / "trials.md", self._markdown(trials))
-        self._write_best(trials)
+        with self._alone():
+            trials = self.study.trials()
+            write_text(self.folder / "trials.csv", self._csv(trials))
+            write_text(self.folder / "trials.md", self._markdown(trials))
+            self._write_best(trials)
 
     def write_plots(self) -> list[Path]:
         """Draw the plots for which there are enough trials; returns their files."""
@@ -53,7 +55,14 @@ class SweepReport:
             complete=[trial.state == "complete" for trial in trials],
             curves=[self._curve(trial) for trial in trials],
         )
-        return plot_sweep(data, self.study.importance(), IMPORTANCE, self.folder)
+        with self._alone():
+            return plot_sweep(data, self.study.importance(), IMPORTANCE, self.folder)
+
+    def _alone(self) -> FileLock:
+        """Workers that share a sweep write one after the other."""
+        lock = FileLock.acquire(self.folder / ".report", wait=True)
+        assert lock is not None
+        return lock
 
     def _curve(self, trial: Trial) -> TrialCurve:
         log = TrialLog(self.folder / trial.name / self.recipe.metrics_file(), self.study.file.metric)

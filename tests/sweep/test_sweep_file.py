@@ -48,34 +48,37 @@ def test_nested_parameters_are_joined(space):
     assert file.method == "tpe" and file.parameters[1].distribution == "uniform"
 
 
+SPACE = HEAD + "parameters:\n  lr: "  # an entry follows, on line 4
+ONE = HEAD + "parameters: {lr: {value: 1}}\n"
+GRID = "method: grid\nmetric: {name: loss}\nparameters:\n  lr: {min: 0.0, max: 1.0}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (HEAD, "space.yaml: parameters: the search space is empty"),
         (HEAD + "parameters: {}\n", "space.yaml:3: parameters: the search space is empty"),
-        (HEAD + "parameters:\n  lr: {values: []}\n", "space.yaml:4: parameters.lr: values: expected a list with at least one value, got []"),
-        (HEAD + "parameters:\n  lr: {distribution: log_unifrm, min: 1, max: 2}\n",
+        (SPACE + "{values: []}", "space.yaml:4: parameters.lr: values: expected a list with at least one value, got []"),
+        (SPACE + "{distribution: log_unifrm, min: 1, max: 2}",
          "parameters.lr: distribution: unknown distribution 'log_unifrm' (did you mean 'log_uniform'"),
-        (HEAD + "parameters:\n  lr: {distribution: beta}\n", "unknown distribution 'beta'"),
-        (HEAD + "parameters:\n  lr: {min: 2, max: 1}\n", "space.yaml:4: parameters.lr: min: 2 is greater than max, 1"),
-        (HEAD + "parameters:\n  lr: {min: 1}\n", "parameters.lr: expected value, values, or min and max"),
-        (HEAD + "parameters:\n  lr: {distribution: uniform, min: low, max: 2}\n", "min: expected a number, got 'low'"),
-        (HEAD + "parameters:\n  lr: {distribution: log_uniform_values, min: 0, max: 2}\n", "needs values greater than 0, got 0"),
-        (HEAD + "parameters:\n  lr: {values: [1, 1]}\n", "values: 1 occurs more than once"),
-        (HEAD + "parameters:\n  lr: {value: 1, step: 2}\n", "unknown key 'step'"),
+        (SPACE + "{distribution: beta}", "unknown distribution 'beta'"),
+        (SPACE + "{min: 2, max: 1}", "space.yaml:4: parameters.lr: min: 2 is greater than max, 1"),
+        (SPACE + "{min: 1}", "parameters.lr: expected value, values, or min and max"),
+        (SPACE + "{distribution: uniform, min: low, max: 2}", "min: expected a number, got 'low'"),
+        (SPACE + "{distribution: log_uniform_values, min: 0, max: 2}", "needs values greater than 0, got 0"),
+        (SPACE + "{values: [1, 1]}", "values: 1 occurs more than once"),
+        (SPACE + "{value: 1, step: 2}", "unknown key 'step'"),
         (HEAD + "parameters:\n  output_dir: {value: x}\n", "parameters.output_dir: is set by the sweep"),
-        (HEAD + "program: train.py\nparameters: {}\n", "space.yaml:3: unknown key 'program': the recipe is an option of the command"),
+        (HEAD + "program: train.py\n", "space.yaml:3: unknown key 'program': the recipe is an option of the command"),
         (HEAD + "parameter: {}\n", "unknown key 'parameter' (did you mean 'parameters'?)"),
-        (HEAD + "parameters: {lr: {value: 1}}\nearly_terminate: {type: hyperbnd}\n",
+        (ONE + "early_terminate: {type: hyperbnd}\n",
          "space.yaml:4: early_terminate.type: unknown type 'hyperbnd' (did you mean 'hyperband'?)"),
-        (HEAD + "parameters: {lr: {value: 1}}\nearly_terminate: {type: asha, min_iter: 0}\n", "expected an integer of at least 1, got 0"),
-        (HEAD + "parameters: {lr: {value: 1}}\nrun_cap: many\n", "space.yaml:4: run_cap: expected an integer of at least 1, got 'many'"),
-        (HEAD.replace("bayes", "bays"), "space.yaml: parameters: the search space"),
+        (ONE + "early_terminate: {type: asha, min_iter: 0}\n", "expected an integer of at least 1, got 0"),
+        (ONE + "run_cap: many\n", "space.yaml:4: run_cap: expected an integer of at least 1, got 'many'"),
         ("parameters: {lr: {value: 1}}\n", "space.yaml: metric: expected the metric's name"),
-        ("method: grid\nmetric: {name: loss}\nparameters:\n  lr: {min: 0.0, max: 1.0}\n",
-         "space.yaml:4: parameters.lr: a grid needs values, or min and max with q; uniform is continuous"),
-        ("method: bays\nmetric: {name: loss}\nparameters: {lr: {value: 1}}\n", "space.yaml:1: method: unknown method 'bays'"),
-        ("metric: {name: loss, goal: min}\nparameters: {lr: {value: 1}}\n", "metric.goal: unknown goal 'min'"),
+        (GRID, "space.yaml:4: parameters.lr: a grid needs values, or min and max with q; uniform is continuous"),
+        (ONE.replace("bayes", "bays"), "space.yaml:1: method: unknown method 'bays'"),
+        (ONE.replace("minimize", "min"), "space.yaml:2: metric.goal: unknown goal 'min'"),
         ("a: [\n", "space.yaml:2: invalid YAML"),
         ("a: 1\na: 2\n", "space.yaml:2: duplicate key 'a'"),
         ("text", "expected 'method:', 'metric:' and 'parameters:'"),

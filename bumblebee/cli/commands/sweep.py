@@ -9,13 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from jsonargparse import Namespace
-
 from bumblebee.cli.errors.reporting import fail, run_errors
 from bumblebee.cli.parser import Parser
 from bumblebee.cli.recipe_options import recipe_command_parser
 from bumblebee.recipe import dump
 from bumblebee.sweep.errors import SweepError
+from bumblebee.sweep.parameter import Value
 from bumblebee.sweep.recipe import SweepRecipe, class_paths
 from bumblebee.sweep.sweep_file import SweepFile
 from bumblebee.sweep.sweep_options import SweepOptions
@@ -85,7 +84,7 @@ def check_metric(file: SweepFile, recipe: SweepRecipe) -> None:
 
 
 def check_parameters(file: SweepFile, recipe: SweepRecipe) -> None:
-    """Parse the recipe with each value of a choice, and both ends of a range.
+    """Parse the recipe with each value of a choice, and one of a range.
 
     Raises:
         SweepError: an option does not exist or does not accept a value.
@@ -93,14 +92,16 @@ def check_parameters(file: SweepFile, recipe: SweepRecipe) -> None:
     with TemporaryDirectory() as folder:
         base = Path(folder, "base.yaml")
         write_text(base, recipe.text)
-        values = {}
-        for parameter in file.parameters:
-            for value in reversed(parameter.examples()):  # the first one stays, for the parameters that follow
-                values[parameter.key] = value
-                if problem := _parse_error(recipe.words(base, values)):
-                    raise SweepError(
-                        f"{file.at(f'parameters.{parameter.key}')}: {problem.replace(f'{base}:', 'the recipe, line ')}"
-                    )
+        firsts = {parameter.key: parameter.examples()[0] for parameter in file.parameters}
+        are_fine = not _parse_error(recipe.words(base, firsts))
+        values: dict[str, Value] = {}
+        for parameter in file.parameters:  # an error of one that follows is not this one's
+            for value in reversed(parameter.examples()[are_fine:]):
+                problem = _parse_error(recipe.words(base, {**values, parameter.key: value}))
+                if problem:
+                    reason = problem.replace(f"{base}:", "the recipe, line ")
+                    raise SweepError(f"{file.at(f'parameters.{parameter.key}')}: {reason}")
+            values[parameter.key] = parameter.examples()[0]
 
 
 def _parse_error(words: list[str]) -> str:
@@ -108,11 +109,7 @@ def _parse_error(words: list[str]) -> str:
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):
-            _parse(words)
+            recipe_command_parser("fit").parse(words)
     except SystemExit:
         return printed.getvalue().strip().removeprefix("bumblebee: ")
     return ""
-
-
-def _parse(words: list[str]) -> Namespace:
-    return recipe_command_parser("fit").parse(words)
