@@ -188,7 +188,9 @@ def plot_parallel_coordinates(data: SweepData) -> Figure:
     scaled = [_scaled(data, key) for key in keys]
     palette = "viridis" if data.goal == "minimize" else "viridis_r"  # the best trials are the darkest
     mapped = axes.scatter([0.0] * len(data.results), scaled[0], c=list(data.results), cmap=palette, s=0)
-    for index, colour in enumerate(mapped.cmap(mapped.norm(data.results))):
+    drawn = mapped.get_array()
+    assert drawn is not None
+    for index, colour in enumerate(mapped.to_rgba(drawn)):
         style = "-" if data.complete[index] else "--"
         axes.plot(range(len(keys)), [column[index] for column in scaled], style, color=colour, linewidth=1.2, alpha=0.8)
     for position, key in enumerate(keys):

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal, Protocol
 
+from bumblebee.checkpoint.digests import NAME as DIGESTS
 from bumblebee.sweep.devices import Devices, environment
 from bumblebee.sweep.errors import SweepError
 from bumblebee.sweep.file_lock import FileLock
@@ -32,7 +33,6 @@ from bumblebee.utils.signals import handle_signals
 
 Outcome = Literal["finished", "timeout", "interrupted"]
 Launch = Callable[[Trial, Path, Devices], list[str]]  # the command of a trial in a folder on some devices
-_MODEL = ("config.json", "adapter_config.json")  # one of them is in the folder of a run that was not interrupted
 
 
 @dataclass
@@ -243,8 +243,9 @@ class Runner:
         number, process, values = running.trial.number, running.process, running.log.values
         if _was_cut(process):
             return True
-        if process.exit_code():
-            reason = error_message(process.output) or f"exit code {process.exit_code()}"
+        code = process.exit_code() or 0
+        if code > 0:
+            reason = error_message(process.output) or f"exit code {code}"
             self.study.finish(number, "failed", message=reason)
         elif not values:
             self._record_without_metric(running)
@@ -268,6 +269,7 @@ class Runner:
 def _was_cut(process: TrialProcess) -> bool:
     """Whether a process that is not alive ended before its run did: killed, stopped after saving, or never started."""
     code = process.exit_code()
-    if code == 0:
-        return not any((process.folder / name).exists() for name in _MODEL)
-    return code is None or code < 0
+    is_trained = (
+        process.folder / DIGESTS
+    ).exists()  # the last file of the model that a run ends with, unless it is interrupted
+    return not is_trained and (code is None or code <= 0)

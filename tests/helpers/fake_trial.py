@@ -23,7 +23,7 @@ try:
     fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
     (folder / "collision").write_text("two processes at the same time")
-if (folder / "config.json").exists():
+if (folder / "SHA256SUMS").exists():
     (folder / "collision").write_text("started although it is complete")
 with (folder / "starts").open("a") as starts:
     starts.write("start\n")
@@ -44,4 +44,4 @@ for step in range(len(lines) + 1, steps + 1):
         )
     if stopping:
         sys.exit(0)
-(folder / "config.json").write_text("{}")
+(folder / "SHA256SUMS").write_text("")
