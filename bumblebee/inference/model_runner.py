@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from bumblebee.inference.attention_metadata import AttentionMetadata
+from bumblebee.inference.block_tables import BlockTables
 from bumblebee.inference.kv_cache import KVCache
 from bumblebee.inference.placement.device_map import layer_devices
 from bumblebee.inference.sequence import ScheduledChunk
+from bumblebee.inference.transfers import upload_lists
 from bumblebee.models.base import LanguageModel
 
 MAX_CPU_PADDING = 2.0  # see AttentionMetadata.build
@@ -24,12 +26,15 @@ class ModelRunner:
         model: in evaluation mode.
         num_blocks: blocks of the cache.
         block_size: positions per block.
+        max_running: sequences of a step at most.
     """
 
-    def __init__(self, model: LanguageModel, num_blocks: int, block_size: int) -> None:
+    def __init__(self, model: LanguageModel, num_blocks: int, block_size: int, max_running: int) -> None:
         self.model = model
         weight = next(model.parameters())
         self.kv_cache = KVCache(model.config, num_blocks, block_size, weight.dtype, layer_devices(model))
+        width = min(num_blocks, -(-model.config.max_position_embeddings // block_size))
+        self.block_tables = BlockTables(max_running, width, self.kv_cache.device)
         self.max_padding = MAX_CPU_PADDING if weight.device.type == "cpu" else math.inf
 
     @torch.inference_mode()
@@ -51,12 +56,13 @@ class ModelRunner:
             if chunk.samples:
                 sampled.append(len(token_ids) - 1)
         device = self.kv_cache.device
-        input_ids, position_ids, logits_at = (torch.tensor(x, device=device) for x in (token_ids, positions, sampled + scored))
+        input_ids, position_ids, logits_at = upload_lists([token_ids, positions, sampled + scored], device)
         layers = self.kv_cache.prepare(self._metadata(chunks))
-        logits: Tensor = self.model(input_ids[None], position_ids[None], cache=layers, logits_at=logits_at.long())
+        logits: Tensor = self.model(input_ids[None], position_ids[None], cache=layers, logits_at=logits_at)
         return logits[: len(sampled)], logits[len(sampled) :]
 
     def _metadata(self, chunks: Sequence[ScheduledChunk]) -> AttentionMetadata:
+        rows = self.block_tables.update([chunk.sequence for chunk in chunks])
         return AttentionMetadata.build(
             [chunk.sequence.block_table for chunk in chunks],
             [chunk.sequence.num_computed + chunk.num_tokens for chunk in chunks],
@@ -64,4 +70,5 @@ class ModelRunner:
             self.kv_cache.block_size,
             self.kv_cache.device,
             self.max_padding,
+            [self.block_tables.of(row, len(chunk.sequence.block_table)) for row, chunk in zip(rows, chunks, strict=True)],
         )
