@@ -40,7 +40,7 @@ class _RequestState:
         self.detokenizer = Detokenizer(
             tokenizer, params.stop, params.spelled_ids, params.min_new_tokens, params.include_stop_str_in_output
         )
-        self.prompt_logprobs = [PromptToken(request.prompt[0])] if sequence.scores_prompt else []
+        self.prompt_logprobs = [PromptToken(request.prompt[0])] if request.prompt_logprobs is not None else []
 
     def output(self, text: str, tokens: list[SampledToken], reason: FinishReason | None) -> RequestOutput:
         """The request's output of a step, the first time after the prompt with the scored prompt tokens."""
@@ -59,6 +59,7 @@ class GenerationEngine:
         tokenizer: of the model.
         stop_ids: token ids that end a sequence, unless a request ignores them.
         config: limits.
+        block_size: positions per block. Prefixes are shared in whole blocks: small ones share more.
 
     Raises:
         ValueError: the KV cache does not fit in memory.
@@ -70,13 +71,15 @@ class GenerationEngine:
         tokenizer: Tokenizer,
         stop_ids: Collection[int] = (),
         config: EngineConfig | None = None,
+        block_size: int = BLOCK_SIZE,
     ) -> None:
         config = config or EngineConfig()
         self.tokenizer, self.stop_ids = tokenizer, frozenset(stop_ids)
         self.model_config = model.config
-        self.block_pool = BlockPool(num_blocks(model, config), BLOCK_SIZE, config.prefix_reuse)
+        blocks = -(-num_blocks(model, config) * BLOCK_SIZE // block_size)
+        self.block_pool = BlockPool(blocks, block_size, config.prefix_reuse)
         self.scheduler = Scheduler(self.block_pool, config.max_running, config.step_tokens)
-        self.model_runner = ModelRunner(model.eval(), self.block_pool.num_blocks, BLOCK_SIZE, self.scheduler.max_running)
+        self.model_runner = ModelRunner(model.eval(), blocks, block_size, self.scheduler.max_running)
         self._states: dict[str, _RequestState] = {}
         self._cancelled: set[str] = set()
         self._outputs: list[RequestOutput] = []  # of the step being computed

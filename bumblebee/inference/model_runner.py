@@ -42,7 +42,7 @@ class ModelRunner:
         """Compute the chunks, decode first.
 
         Returns:
-            Logits (n, V) after the n chunks that sample, and logits (m, V) for the m prompt tokens that are scored.
+            Logits (n, V) after the n chunks that sample, and logits (m, V) for the m tokens that are scored.
         """
         token_ids: list[int] = []
         positions: list[int] = []
@@ -50,7 +50,8 @@ class ModelRunner:
         scored: list[int] = []
         for chunk in chunks:
             begin, end = chunk.sequence.num_computed, chunk.sequence.num_computed + chunk.num_tokens
-            scored += range(len(token_ids), len(token_ids) + len(chunk.scored))
+            first_scored = len(token_ids) + chunk.first_scored
+            scored += range(first_scored, first_scored + len(chunk.scored))
             token_ids += chunk.sequence.token_ids[begin:end]
             positions += range(begin, end)
             if chunk.samples:
