@@ -59,11 +59,7 @@ def trl_batch(pairs):
     for side, name in enumerate(("chosen", "rejected")):
         rows = [(prompt, both[side]) for _, prompt, both in pairs.train]
         shape = len(rows), max(len(row) for _, row in rows)
-        ids, mask, labels = (
-            torch.zeros(shape, dtype=torch.int64),
-            torch.zeros(shape, dtype=torch.int64),
-            torch.full(shape, -100),
-        )
+        ids, mask, labels = (torch.full(shape, value) for value in (0, 0, -100))
         for index, (prompt, row) in enumerate(rows):
             ids[index, : len(row)], mask[index, : len(row)], labels[index, prompt : len(row)] = row, 1, row[prompt:]
         batch |= {f"{name}_input_ids": ids, f"{name}_attention_mask": mask, f"{name}_labels": labels}

@@ -60,12 +60,8 @@ def written_out(model, pairs):
         if index != EMPTY:
             with torch.no_grad():
                 logits = [model(row[None, :-1])[0].double().log_softmax(-1) for row in rows]
-            found.append(
-                [
-                    [float(each[at - 1, row[at]]) for at in range(prompt, len(row))]
-                    for each, row in zip(logits, rows, strict=True)
-                ]
-            )
+            both = zip(logits, rows, strict=True)
+            found.append([[float(each[at - 1, row[at]]) for at in range(prompt, len(row))] for each, row in both])
     return found
 
 
