@@ -9,8 +9,8 @@ into ``splits`` parts, each of which computes a softmax of its own; a second ker
 (Flash-Decoding, https://pytorch.org/blog/flash-decoding/; the online softmax is that of arXiv 1805.02867). The number of parts
 depends on shapes only, never on lengths, so a CUDA graph may hold the kernel.
 
-This file is imported only where the kernel is used: Triton comes with the CUDA builds of torch. Its tests interpret it on a CPU,
-and compile it for GPUs. Shapes: B sequences, H query heads, K key-value heads, D head width.
+This file is imported only where the kernel is used: Triton comes with the CUDA builds of torch. Its tests interpret it on a
+CPU, and compile it for GPUs. Shapes: B sequences, H query heads, K key-value heads, D head width.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
