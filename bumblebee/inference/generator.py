@@ -151,9 +151,9 @@ class Generator:
         params.check_ids(self.model.config.vocab_size)
         return ids
 
-    def engine(self, config: EngineConfig | None = None) -> GenerationEngine:
+    def engine(self, config: EngineConfig | None = None, block_size: int = BLOCK_SIZE) -> GenerationEngine:
         """An engine for many requests, which keeps its KV cache between them."""
-        return GenerationEngine(self.model, self.tokenizer, self.stop_ids, config)
+        return GenerationEngine(self.model, self.tokenizer, self.stop_ids, config, block_size)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
