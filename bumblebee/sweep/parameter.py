@@ -27,6 +27,7 @@ _NORMAL = {"normal", "q_normal", "log_normal", "q_log_normal"}
 DISTRIBUTIONS = sorted({"constant", "categorical", "categorical_w_probabilities"} | _RANGES | _NORMAL)
 _TAIL = 1e-6  # of a normal distribution, cut off on either side
 _MAX_GRID = 10_000
+OPTIONS = "options"  # the parameter whose values are mappings from options to values, which change together
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def test_nested_parameters_are_joined(space):
 
 
 SPACE = HEAD + "parameters:\n  lr: "  # an entry follows, on line 4
+LADDER = "metric: {name: loss}\nladder: "
 ONE = HEAD + "parameters: {lr: {value: 1}}\n"
 GRID = "method: grid\nmetric: {name: loss}\nparameters:\n  lr: {min: 0.0, max: 1.0}\n"
 
@@ -79,6 +80,10 @@ GRID = "method: grid\nmetric: {name: loss}\nparameters:\n  lr: {min: 0.0, max: 1
         (GRID, "space.yaml:4: parameters.lr: a grid needs values, or min and max with q; uniform is continuous"),
         (ONE.replace("bayes", "bays"), "space.yaml:1: method: unknown method 'bays'"),
         (ONE.replace("minimize", "min"), "space.yaml:2: metric.goal: unknown goal 'min'"),
+        (ONE + "ladder: {}\n", "space.yaml:3: parameters: has no meaning beside ladder"),
+        (LADDER + "{sizes: [{a: 1}, {a: 2}]}", "space.yaml:2: ladder.sizes: expected at least three sizes, got 2"),
+        (LADDER + "{size: []}", "unknown key 'size' (did you mean 'sizes'?)"),
+        (LADDER + "{tokens_per_parameter: many}", "expected a number greater than 0, or several, got 'many'"),
         ("a: [\n", "space.yaml:2: invalid YAML"),
         ("a: 1\na: 2\n", "space.yaml:2: duplicate key 'a'"),
         ("text", "expected 'method:', 'metric:' and 'parameters:'"),
