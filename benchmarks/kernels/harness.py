@@ -1,9 +1,9 @@
 """Shared by the kernel benchmarks: compare every variant with a formula, time those that are right, and report.
 
 A script describes its kernel as cases, inputs of one size with the variants that can compute them, and calls ``main``. A
-variant whose output or gradients differ from the formula in fp64 is not timed, and the exit code is 1. The same holds for one that
-raises another error than those of ``refusal``. Variants run in turn, so that other load disturbs all of them alike; the figures
-are medians, with half the distance of the quartiles beside them.
+variant whose output or gradients differ from the formula in fp64 is not timed, and the exit code is 1. The same holds for one
+that raises another error than those of ``refusal``. Variants run in turn, so that other load disturbs all of them alike; the
+figures are medians, with half the distance of the quartiles beside them.
 """
 
 from __future__ import annotations

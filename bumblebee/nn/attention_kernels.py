@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from typing import Protocol, cast
 
 import torch
@@ -220,7 +221,12 @@ def _gpu_problems(name: str) -> list[str]:
 def _import_problems(name: str) -> list[str]:
     """A package may be found and yet fail, as when it was built for another torch, or is only flash-attn-4."""
     if name == "varlen":
-        return [] if find_spec("torch.nn.attention.varlen") else ["torch is too old"]
+        if not find_spec("torch.nn.attention.varlen"):
+            return ["torch is too old"]
+        from torch.nn.attention.varlen import varlen_attn
+
+        missing = {"window_size", "enable_gqa"} - signature(varlen_attn).parameters.keys()
+        return [f"torch is too old: its varlen_attn has no {', '.join(sorted(missing))}"] if missing else []
     package, module, install = PACKAGES[name]
     try:
         imported = import_module(module)

@@ -275,6 +275,16 @@ def test_flash_is_imported_once_and_not_for_gpus_before_the_a100(two_gpus, fake_
     assert select_kernel("auto", torch.float16) == "sdpa"
 
 
+def test_varlen_of_an_older_torch_is_not_selected(two_gpus, monkeypatch):
+    """torch 2.11's has neither windows nor grouped heads."""
+    older = SimpleNamespace(varlen_attn=lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: None)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", older)
+    monkeypatch.setattr(attention_kernels, "find_spec", lambda name: True)
+    assert select_kernel("auto", torch.bfloat16) == "sdpa"
+    with pytest.raises(ValueError, match="torch is too old: its varlen_attn has no enable_gqa, window_size$"):
+        select_kernel("varlen", torch.bfloat16)
+
+
 def test_auto_is_the_best_kernel_that_can_run(two_gpus):
     assert [select_kernel("auto", dtype) for dtype in (torch.bfloat16, torch.float16)] == ["varlen"] * 2  # without flash-attn
     assert select_kernel("auto", torch.float32) == "sdpa"
