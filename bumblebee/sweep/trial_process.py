@@ -62,7 +62,8 @@ class TrialProcess:
         """Whether the process, started by whomever, is running."""
         if self._child is not None:
             self._child.poll()  # reap it
-        if not self._file(_ALIVE).exists():
+        # A process of its own that outlives the command does not count.
+        if self._file(_EXIT_CODE).exists() or not self._file(_ALIVE).exists():
             return False
         lock = FileLock.acquire(self._file(_ALIVE))
         if lock is not None:
