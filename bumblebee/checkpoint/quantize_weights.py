@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
 from bumblebee.nn.lm_head import LMHead
 from bumblebee.nn.quantized import (
@@ -41,7 +42,7 @@ class LoadQuantizer:
 
     def __init__(self, model: nn.Module, scheme: Scheme) -> None:
         self.model, self.scheme = model, scheme
-        self.heads = {id(module.weight): name for name, module in model.named_modules() if _is_linear(name, module)}
+        self.heads = {id(module.weight): name for name, module in model.named_modules() if _is_linear(module, name)}
         self.tied = {
             name: self.heads[id(module.weight)]
             for name, module in model.named_modules()
@@ -58,22 +59,23 @@ class LoadQuantizer:
             return False
         if name in self.tied:
             self._replace_table(name, module)
-        elif _is_linear(name, module):
+        elif _is_linear(module, name):
             self._set(name, QuantizedLinear(self._weight(module), module.bias, module.weight.dtype))
         else:
             return False
         return True
 
-    def sizes(self) -> dict[nn.Parameter, float]:
+    def sizes(self) -> dict[Tensor, float]:
         """Bytes per element of the parameters that will be quantized."""
         modules = dict(self.model.named_modules())
-        sizes: dict[nn.Parameter, float] = {}
+        sizes: dict[Tensor, float] = {}
         for name, module in modules.items():
-            if _is_linear(name, module):
-                assert isinstance(module, nn.Linear)
+            if _is_linear(module, name):
                 sizes[module.weight] = 1.0 if self._is_int8(module) else BYTES_INT4
-        for name in self.tied:  # the head's kernel has a copy
-            sizes[modules[name].weight] = 2.0
+        for head in self.tied.values():  # its kernel has a copy of the table
+            linear = modules[head]
+            assert isinstance(linear, nn.Linear)
+            sizes[linear.weight] = 2.0
         return sizes
 
     def finish(self, folder: str | Path) -> None:
@@ -98,6 +100,7 @@ class LoadQuantizer:
         if type(module) is nn.Embedding:
             self._set(name, QuantizedEmbedding(weight, dtype))
         head = self.model.get_submodule(self.tied[name])
+        assert isinstance(head, nn.Linear)
         self._set(self.tied[name], QuantizedLinear(weight, head.bias, dtype))
 
     def _weight(self, layer: nn.Linear) -> QuantizedWeight:
@@ -112,6 +115,6 @@ class LoadQuantizer:
         self.quantized += module.hidden_parameters
 
 
-def _is_linear(name: str, module: nn.Module) -> bool:
+def _is_linear(module: nn.Module, name: str) -> TypeGuard[nn.Linear]:
     """Whether a module is a plain linear layer; a subclass has a forward of its own."""
     return type(module) in (nn.Linear, LMHead) and name.rpartition(".")[2] not in _ROUTERS

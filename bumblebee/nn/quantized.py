@@ -15,7 +15,7 @@ ordinary one, with the dequantized weight. Shapes: N outputs, K inputs, G = K / 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,18 @@ GROUP_SIZE = 32  # inputs that share a scale in int4
 BYTES_INT4 = 0.5 + 4 / GROUP_SIZE  # per weight, with its share of a scale and a zero
 _LOSS_ROWS = 1024  # rows of fp32 logits at a time
 
+Weight = TypeVar("Weight", bound="QuantizedWeight")
+
 
 class QuantizedWeight(nn.Module):
     """A quantized weight (N, K). Its tensors are buffers: they follow the module to a device, and no optimizer sees them."""
 
     shape: tuple[int, int]
+
+    @classmethod
+    def cat(cls: type[Weight], weights: Sequence[Weight]) -> Weight:
+        """The rows of several weights of this class, one below the other."""
+        return cls(*(torch.cat(parts) for parts in zip(*(list(weight.buffers()) for weight in weights), strict=True)))
 
     def matmul(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in the dtype of ``x``."""
@@ -68,11 +75,6 @@ class Int8Weight(QuantizedWeight):
         weight = weight.detach().float()
         scale = weight.abs().amax(dim=1).div(127).clamp_min(torch.finfo(torch.float32).tiny)
         return cls((weight / scale[:, None]).round_().to(torch.int8), scale)
-
-    @classmethod
-    def cat(cls, weights: Sequence[Int8Weight]) -> Int8Weight:
-        """The rows of several weights, one below the other."""
-        return cls(torch.cat([weight.codes for weight in weights]), torch.cat([weight.scale for weight in weights]))
 
     def matmul(self, x: Tensor) -> Tensor:
         """See the base class. Scales the outputs, which are fewer than the weights."""
@@ -116,11 +118,6 @@ class Int4Weight(QuantizedWeight):
         codes = _codes(groups, scale, zero).add_(8).to(torch.uint8).flatten(1)
         return cls(codes[:, ::2] << 4 | codes[:, 1::2], scale.squeeze(-1).bfloat16(), zero.squeeze(-1).bfloat16())
 
-    @classmethod
-    def cat(cls, weights: Sequence[Int4Weight]) -> Int4Weight:
-        """The rows of several weights, one below the other."""
-        return cls(*(torch.cat([getattr(weight, name) for weight in weights]) for name in ("codes", "scale", "zero")))
-
     def unpacked(self) -> Tensor:
         """The codes plus 8: (N, K) uint8."""
         return torch.stack([self.codes >> 4, self.codes & 15], dim=-1).flatten(1)
@@ -161,6 +158,8 @@ class QuantizedLinear(nn.Module):
         bias: (N,) or None.
         dtype: dtype of the weight in state dicts.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()

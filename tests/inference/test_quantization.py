@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bumblebee.inference.placement.quantized_kernels import FbgemmInt8Weight, PackedInt4Weight, fast_weight, has_fbgemm
 from bumblebee.nn.quantized import GROUP_SIZE, Int4Weight, Int8Weight
@@ -77,3 +78,14 @@ def test_fallback_equals_the_dequantized_matmul(scheme):
     plain = BITS[scheme].of(random_weight())
     x = torch.randn(2, plain.shape[1])
     torch.testing.assert_close(plain.matmul(x), nn.functional.linear(x, plain.dequantize()), rtol=1e-4, atol=1e-4)
+
+
+def test_int4_shapes_fit_the_operator_for_gpus():
+    """Fake tensors run its checks of shapes and dtypes; rows are padded, and the layout has tiles of 2, 4 or 8."""
+    with FakeTensorMode():
+        for groups in (1, 2, 4):
+            codes = torch.empty(35, groups * GROUP_SIZE // 2, dtype=torch.uint8, device="cuda")
+            scale, zero = torch.empty(2, 35, groups, dtype=torch.bfloat16, device="cuda")
+            packed = PackedInt4Weight(Int4Weight(codes, scale, zero))
+            out = packed.matmul(torch.empty(2, 3, groups * GROUP_SIZE, device="cuda", dtype=torch.float16))
+            assert (out.shape, out.dtype, out.device.type) == ((2, 3, 35), torch.float16, "cuda")

@@ -129,9 +129,7 @@ def load_on_devices(
 # -- planning ------------------------------------------------------------------------------------------------------------
 
 
-def part_sizes(
-    model: Bumblebee, bytes_per_parameter: float, quantized: Mapping[nn.Parameter, float] | None = None
-) -> list[int]:
+def part_sizes(model: Bumblebee, bytes_per_parameter: float, quantized: Mapping[Tensor, float] | None = None) -> list[int]:
     """Bytes of the embedding, of each layer, and of the norm with the head; a tied head takes none.
 
     Args:
