@@ -27,6 +27,7 @@ LATE_IMPORTS = {
     "bumblebee/distributed/process_group.py": "torch",
     "bumblebee/hardware/flops.py": "torch",
     "bumblebee/hardware/gpu_utilization.py": "torch",
+    "bumblebee/inference/decode_attention.py": "triton, which is optional",
     "bumblebee/lora/*": "peft, which imports transformers",
     "bumblebee/models/huggingface.py": "transformers",
     "bumblebee/nn/attention_kernels.py": "flash-attn, which is optional",

@@ -99,7 +99,7 @@ def picture_formats() -> list[str]:
     return sorted(Figure().canvas.get_supported_filetypes())
 
 
-def _new_figure(panels: int) -> Figure:
+def new_figure(panels: int) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(9, 2 + 3 * panels), dpi=130, layout="constrained")
@@ -117,7 +117,7 @@ def plot_runs(panels: dict[str, list[MetricCurve]], xlabel: str, integer_x: bool
         integer_x: whether the horizontal axis has whole numbers.
         smoothing: of the thick lines; with 0, and for metrics without noise, the values themselves are drawn thick.
     """
-    figure = _new_figure(len(panels))
+    figure = new_figure(len(panels))
     first = None
     for row, (metric, curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(len(panels), 1, row, sharex=first)
@@ -126,7 +126,7 @@ def plot_runs(panels: dict[str, list[MetricCurve]], xlabel: str, integer_x: bool
         for index, curve in enumerate(curves):
             _plot_curve(axes, curve, index, panel_smoothing)
         axes.set_ylabel(metric)
-        _style_axes(axes, xlabel, integer_x)
+        style_axes(axes, xlabel, integer_x)
         _explain_styles(axes, panel_smoothing, any(curve.validation[0] for curve in curves))
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the curves
     return figure
@@ -167,7 +167,7 @@ def plot_run(
         rewards: for a second panel.
     """
     panels = 1 if rewards is None else 2
-    figure = _new_figure(panels)
+    figure = new_figure(panels)
     axes = figure.add_subplot(panels, 1, 1)
     _plot_losses(axes, training, validation, smoothing)
     axes.set_ylabel("loss (nats per token)" if rewards is None else "loss")
@@ -193,10 +193,10 @@ def _plot_losses(axes: Axes, training: list[list[float]], validation: list[list[
         axes.plot(steps, smoothed, color="#1f4e79", linewidth=2.2, label=f"training, smoothed ({smoothing:g})")
     if validation[0]:
         axes.plot(*validation, color="#e45756", marker="o", markersize=4.5, linewidth=1.2, label="validation")
-    _style_axes(axes)
+    style_axes(axes)
 
 
-def _style_axes(axes: Axes, xlabel: str = "optimizer steps", integer_x: bool = True) -> None:
+def style_axes(axes: Axes, xlabel: str = "optimizer steps", integer_x: bool = True) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(xlabel)
@@ -215,7 +215,7 @@ def _plot_rewards(axes: Axes, rewards: RewardCurves, smoothing: float) -> None:
     _plot_reward(right, "margin", ("#b279a2", "#77426a"), rewards, 2, smoothing)
     axes.set_ylim(-0.02, 1.02)
     axes.set_ylabel("reward accuracy", color="#2f6b29")
-    _style_axes(axes)
+    style_axes(axes)
     right.set_ylabel("reward margin", color="#77426a")
     right.spines["top"].set_visible(False)
     right.margins(x=0.01)

@@ -15,6 +15,7 @@ COMMANDS = {
     "chat": "Chat with a model in the terminal",
     "serve": "Serve a model: OpenAI-compatible API and chat page",
     "evaluate": "Evaluate a model on a recipe's data by exact match",
+    "sweep": "Search the options of a recipe for the best value of a metric",
     "plot": "Compare the metrics of runs in one figure",
     "tokenizer": "Train a tokenizer on text files",
     "consolidate": "Convert a sharded checkpoint to a model folder",

@@ -36,7 +36,6 @@ from bumblebee.nn.quantized import (
 
 logger = logging.getLogger(__name__)
 
-INNER_TILES = 8  # of the int4 layout on CUDA; of 2, 4 and 8 the largest that divides K / 16 is used
 _ROW_BLOCK = 16  # rows of a weight must be a multiple of it for the int4 operators
 
 
