@@ -10,6 +10,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from helpers.training_runs import train
+from safetensors.torch import load_file
 from torch import nn
 
 from bumblebee import Bumblebee, LanguageModeling
@@ -108,6 +110,16 @@ def test_state_loads_into_the_plain_model_and_back(tiny, torchao, tmp_path):
     plain = Bumblebee.from_pretrained(tmp_path)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in plain.state_dict().items())
     model.load_state_dict(plain.state_dict())
+
+
+@pytest.mark.slow
+def test_training_resumes_to_the_same_weights(torchao, tmp_path):
+    options = {"task": ("LanguageModeling", {"transforms": [Float8(emulate=True)]}), "zero_stage": 1, "precision": "bf16"}
+    checkpoint = {"checkpoint": ("Checkpoint", {"every": 2})}
+    train(tmp_path / "whole", callbacks=checkpoint, max_steps=4, **options)
+    train(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-2"), max_steps=4, **options)
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
 
 
 @pytest.mark.parametrize("transform", [Float8(), Float8("rowwise")])
