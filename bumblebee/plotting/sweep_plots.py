@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_LABEL = 24  # characters of a value that is text
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#bbbbbb"
 
 
@@ -56,7 +57,7 @@ class SweepData:
         if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
             return [float(value) for value in values if isinstance(value, int | float)], []
         labels = sorted({str(value) for value in values})
-        return [float(labels.index(str(value))) for value in values], labels
+        return [float(labels.index(str(value))) for value in values], [_shortened(label) for label in labels]
 
     def varied(self) -> list[str]:
         """Parameters with more than one value."""
@@ -202,6 +203,10 @@ def plot_parallel_coordinates(data: SweepData) -> Figure:
     axes.spines[:].set_visible(False)
     figure.colorbar(mapped, ax=axes, label=data.metric)
     return figure
+
+
+def _shortened(label: str) -> str:
+    return label if len(label) <= _LABEL else f"{label[: _LABEL - 1]}…"
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import yaml
 
@@ -19,7 +20,9 @@ _REDRAW = 1.0  # seconds
 
 
 def format_value(value: Value) -> str:
-    """A parameter's value in four significant digits; text and integers as they are."""
+    """A parameter's value in four significant digits; text and integers as they are, and of options their names' last parts."""
+    if isinstance(value, dict):
+        return " ".join(f"{key.rpartition('.')[2]}={format_value(cast(Value, each))}" for key, each in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

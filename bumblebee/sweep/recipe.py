@@ -6,11 +6,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import yaml
 
 from bumblebee.sweep.devices import Devices
-from bumblebee.sweep.parameter import Value, word
+from bumblebee.sweep.parameter import OPTIONS, Value, word
 from bumblebee.sweep.sweep_file import SweepFile
 from bumblebee.sweep.trial import Trial
 
@@ -59,6 +60,8 @@ class SweepRecipe:
             if key == CONFIG:
                 files = value if isinstance(value, list) else [] if value is None else [value]
                 words += [each for file in files for each in ("--config", str(file))]
+            elif key == OPTIONS and isinstance(value, dict):
+                words += [word(option, cast(Value, each)) for option, each in value.items()]
             else:
                 words.append(word(key, value))
         if not any(str(callback.get("class_path", "")).endswith(_HISTORY) for callback in self._callbacks().values()):

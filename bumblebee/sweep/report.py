@@ -14,6 +14,7 @@ import yaml
 from bumblebee.plotting.sweep_plots import SweepData, TrialCurve, plot_sweep
 from bumblebee.sweep.display import format_value
 from bumblebee.sweep.file_lock import FileLock
+from bumblebee.sweep.parameter import Value
 from bumblebee.sweep.recipe import SweepRecipe
 from bumblebee.sweep.study import IMPORTANCE, Study
 from bumblebee.sweep.trial import Trial, best_of
@@ -50,7 +51,7 @@ class SweepReport:
             goal=self.study.file.goal,
             parameters={parameter.key: parameter.log for parameter in self.study.file.parameters},
             numbers=[trial.number for trial in trials],
-            values=[dict(trial.values) for trial in trials],
+            values=[{key: _drawn(value) for key, value in trial.values.items()} for trial in trials],
             results=[trial.metric or 0.0 for trial in trials],
             complete=[trial.state == "complete" for trial in trials],
             curves=[self._curve(trial) for trial in trials],
@@ -106,3 +107,8 @@ class SweepReport:
         file = self.folder / "best.yaml"
         head = f"# {best.name} of a sweep: {self.study.file.metric} {best.metric}\n#\n#   bumblebee fit --config {file}\n\n"
         write_text(file, head + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+
+
+def _drawn(value: Value) -> Value:
+    """A value on an axis: numbers as they are, everything else as text."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else format_value(value)

@@ -19,6 +19,8 @@ from bumblebee.sweep.devices import Devices, slots
 from bumblebee.sweep.display import Display
 from bumblebee.sweep.errors import SweepError
 from bumblebee.sweep.file_lock import FileLock
+from bumblebee.sweep.ladder import Ladder
+from bumblebee.sweep.ladder_report import LadderReport
 from bumblebee.sweep.recipe import SweepRecipe, identity
 from bumblebee.sweep.report import SweepReport
 from bumblebee.sweep.runner import Launch, Outcome, Runner, Running
@@ -37,6 +39,7 @@ class Sweep:
         file: the search space.
         recipe: that trials change.
         options: of the command.
+        ladder: its rungs, if the search space is a size ladder.
         launch: returns the command of a trial; by default ``bumblebee fit``.
         poll: seconds between two looks at the running trials.
 
@@ -45,7 +48,13 @@ class Sweep:
     """
 
     def __init__(
-        self, file: SweepFile, recipe: SweepRecipe, options: SweepOptions, launch: Launch | None = None, poll: float = 0.5
+        self,
+        file: SweepFile,
+        recipe: SweepRecipe,
+        options: SweepOptions,
+        ladder: Ladder | None = None,
+        launch: Launch | None = None,
+        poll: float = 0.5,
     ) -> None:
         self.file, self.recipe, self.options, self.poll = file, recipe, options, poll
         self.folder = Path(str(recipe.content["output_dir"])) / "sweep"
@@ -57,6 +66,7 @@ class Sweep:
             raise SweepError(f"--timeout: must be more than 0, got {options.timeout:g}")
         self.study = self._open()
         self.report = SweepReport(self.study, self.folder, recipe)
+        self.ladder_report = LadderReport(self.study, ladder, self.folder, recipe) if ladder else None
 
     def _launch(self, trial: Trial, folder: Path, devices: Devices) -> list[str]:
         return self.recipe.command(self.base, trial, folder, devices)
@@ -76,7 +86,10 @@ class Sweep:
             if known:
                 Study(*arguments, {}).delete()
             shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SweepError(f"--output_dir: cannot create {self.folder}: {error.strerror}") from error
         study = Study(*arguments, identity(self.file, self.recipe))
         write_text(self.base, self.recipe.text)
         return study

@@ -19,7 +19,7 @@ from typing import Literal, NoReturn, cast
 import yaml
 
 from bumblebee.sweep.errors import SweepError
-from bumblebee.sweep.parameter import Parameter
+from bumblebee.sweep.parameter import MAX_GRID, Parameter, Value
 from bumblebee.utils.formatting import hint
 
 # Names of W&B, and the sampler's own.
@@ -30,13 +30,29 @@ PRUNERS: dict[str, tuple[str, ...]] = {
     "median": ("min_iter", "min_trials"),
     "none": (),
 }
-_KEYS = ("name", "description", "method", "metric", "parameters", "early_terminate", "run_cap")
+_LADDER_KEYS = ("tokens_per_parameter", "sizes", "predict")
+_KEYS = ("ladder", "name", "description", "method", "metric", "parameters", "early_terminate", "run_cap")
 _ELSEWHERE = {
     "program": "the recipe is an option of the command: --config RECIPE",
     "command": "trials are started by the sweep; options of the recipe may follow those of the command",
     "project": "use the option --wandb PROJECT",
 }
 _SET_BY_SWEEP = ("output_dir", "trainer.resume")
+
+
+@dataclass(frozen=True)
+class LadderEntry:
+    """A size ladder as it is written; ``ladder.resolve`` turns it into trials.
+
+    Args:
+        sizes: options that make the model of each size.
+        tokens_per_parameter: one or several ratios of training tokens to parameters.
+        predict: options of the sizes that are not trained.
+    """
+
+    sizes: list[dict[str, Value]]
+    tokens_per_parameter: list[float]
+    predict: list[dict[str, Value]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,7 @@ class SweepFile:
         name: of the study in a storage that several sweeps share.
         run_cap: number of trials.
         lines: line of each key.
+        ladder: sizes instead of parameters.
     """
 
     path: str
@@ -66,6 +83,7 @@ class SweepFile:
     name: str | None = None
     run_cap: int | None = None
     lines: Mapping[str, int] = field(default_factory=dict)
+    ladder: LadderEntry | None = None
 
     @classmethod
     def read(cls, path: str) -> SweepFile:
@@ -99,8 +117,9 @@ class _Reader:
                 known = f"{hint(name, _KEYS)}; available keys: {', '.join(_KEYS)}"
                 reason = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else known
                 self._fail(name, f"unknown key {name!r}{reason}", show_key=False)
+        ladder = self._ladder(content) if "ladder" in content else None
         parameters = list(self._parameters(content.get("parameters"), "parameters", ""))
-        if not parameters:
+        if not parameters and ladder is None:
             self._fail("parameters", "the search space is empty: name at least one option and its values")
         self._check_keys(parameters)
         metric, goal = self._metric(content.get("metric"))
@@ -111,7 +130,7 @@ class _Reader:
         own_name = content.get("name")
         return SweepFile(
             self.path, method, metric, goal, parameters, pruner, pruning, None if own_name is None else str(own_name),
-            self._at_least_1("run_cap", content["run_cap"]) if "run_cap" in content else None, self.lines,
+            self._at_least_1("run_cap", content["run_cap"]) if "run_cap" in content else None, self.lines, ladder,
         )  # fmt: skip
 
     def _load(self) -> dict[str, object]:
@@ -134,6 +153,31 @@ class _Reader:
                 raise SweepError(f"{self.path}:{number}: duplicate key {path!r}")
             self.lines[path] = number
         return {str(name): value for name, value in content.items()}
+
+    def _ladder(self, content: Mapping[str, object]) -> LadderEntry:
+        for name in ("parameters", "method", "early_terminate", "run_cap"):
+            if name in content:
+                self._fail(name, "has no meaning beside ladder, which trains each of its sizes once")
+        entry = content["ladder"]
+        if not isinstance(entry, dict):
+            self._fail("ladder", f"expected {', '.join(_LADDER_KEYS)}, got {entry!r}")
+        for name in entry:
+            if name not in _LADDER_KEYS:
+                available = f"{hint(name, _LADDER_KEYS)}; available keys: {', '.join(_LADDER_KEYS)}"
+                self._fail(f"ladder.{name}", f"unknown key {name!r}{available}")
+        ratio = entry.get("tokens_per_parameter", 20)
+        ratios = ratio if isinstance(ratio, list) else [ratio]
+        if not ratios or not all(isinstance(each, int | float) and each > 0 for each in ratios):
+            self._fail("ladder.tokens_per_parameter", f"expected a number greater than 0, or several, got {ratio!r}")
+        sizes, predict = (self._sizes(f"ladder.{name}", entry.get(name, [])) for name in ("sizes", "predict"))
+        if len(sizes) < 3 or (len(ratios) > 1 and len(sizes) * len(ratios) < 6):
+            self._fail("ladder.sizes", f"expected at least three sizes, got {len(sizes)}")
+        return LadderEntry(sizes, [float(each) for each in ratios], predict)
+
+    def _sizes(self, key: str, entries: object) -> list[dict[str, Value]]:
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) and entry for entry in entries):
+            self._fail(key, f"expected a list of options, such as [{{task.model.config.hidden_size: 64}}], got {entries!r}")
+        return entries
 
     def _parameters(self, entries: object, place: str, prefix: str) -> Iterator[Parameter]:
         if entries is None:
@@ -164,6 +208,9 @@ class _Reader:
                 parameter.grid()
             except ValueError as error:
                 self._fail(f"parameters.{parameter.key}", str(error))
+        size = math.prod(len(parameter.grid()) for parameter in parameters)
+        if size > MAX_GRID:
+            self._fail("parameters", f"a grid of {size:,} points; at most {MAX_GRID:,} are possible")
 
     def _metric(self, entry: object) -> tuple[str, Literal["minimize", "maximize"]]:
         if not isinstance(entry, dict) or not entry.get("name"):

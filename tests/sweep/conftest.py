@@ -43,7 +43,11 @@ def make_sweep(tmp_path: Path, space: Callable[[str], SweepFile]) -> Callable[..
         base = f"output_dir: {tmp_path}\nseed: 3\ntrainer: {{resume: null}}\ncallbacks: {recipe}\n"
         options = {"sweep": "space.yaml", "count": 4, **options}
         return Sweep(
-            space(text), SweepRecipe(base, options.get("wandb")), SweepOptions(**options), launch or fake_launch(), poll=0.02
+            space(text),
+            SweepRecipe(base, options.get("wandb")),
+            SweepOptions(**options),
+            launch=launch or fake_launch(),
+            poll=0.02,
         )
 
     return make

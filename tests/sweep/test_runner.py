@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -15,10 +16,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.fake_sweeps import fake_launch
+from helpers.fake_sweeps import FAKE_TRIAL, fake_launch
 
 from bumblebee.sweep.devices import environment, slots
 from bumblebee.sweep.errors import SweepError
+from bumblebee.sweep.ladder import resolve
+from bumblebee.sweep.recipe import SweepRecipe
+from bumblebee.sweep.scaling_law import ScalingLaw
+from bumblebee.sweep.sweep import Sweep
+from bumblebee.sweep.sweep_options import SweepOptions
 
 pytestmark = pytest.mark.slow
 
@@ -35,12 +41,19 @@ def kill_trials(folder: Path) -> None:
 
 
 def test_ten_kills_lose_no_trial_and_run_none_twice(make_sweep, tmp_path):
-    options = {"launch": fake_launch(steps=5, seconds=0.15), "count": 6, "parallel": 2, "resume": True}
+    options = {"launch": fake_launch(steps=8, seconds=0.1), "count": 6, "parallel": 2, "resume": True}
     random.seed(0)
+
+    def lines() -> int:
+        return sum(len(file.read_text().splitlines()) for name in ("starts", "metrics.jsonl") for file in tmp_path.rglob(name))
+
     for kill in range(10):
+        before = lines()
         worker = multiprocessing.get_context("fork").Process(target=lambda: make_sweep(**options).run())
         worker.start()
-        time.sleep(0.2 + random.random() * 0.4)
+        while worker.is_alive() and lines() < before + 1:
+            time.sleep(0.01)
+        time.sleep(random.random() * 0.3)
         assert worker.is_alive(), "it finished before it was killed"
         os.kill(worker.pid, signal.SIGKILL)
         worker.join()
@@ -53,7 +66,7 @@ def test_ten_kills_lose_no_trial_and_run_none_twice(make_sweep, tmp_path):
     assert not list(tmp_path.rglob("collision"))
     for trial in trials:
         folder = sweep.folder / trial.name
-        assert [line["step"] for line in lines_of(folder)] == [1, 2, 3, 4, 5]
+        assert [line["step"] for line in lines_of(folder)] == list(range(1, 9))
         assert trial.metric == lines_of(folder)[-1]["validation_loss"]
     assert max(len((sweep.folder / trial.name / "starts").read_text().splitlines()) for trial in trials) > 1
     other = make_sweep(**{**options, "overwrite": True})
@@ -172,3 +185,37 @@ def test_best_recipe_is_that_of_the_best_trial(make_sweep):
     assert {file.stem for file in sweep.folder.glob("*.png")} <= pictures and len(list(sweep.folder.glob("*.png"))) >= 5
     words = sweep.recipe.command(Path("base.yaml"), lowest, Path("t"), ())
     assert "--callbacks.wandb.project=project" in words and f"--callbacks.wandb.name={lowest.name}" in words
+
+
+LADDER = """\
+metric: {name: validation_loss}
+ladder:
+  tokens_per_parameter: 10
+  sizes: [{width: 1}, {width: 2}, {width: 4}, {width: 8}]
+  predict: [{width: 16}]
+"""
+
+
+def test_size_ladder_predicts_the_next_size(make_sweep, space):
+    law = ScalingLaw(2.0, 30.0, 0.25)
+
+    def launch(trial, folder, devices):
+        options = trial.values["options"]
+        assert options["trainer.max_steps"] == options["width"] * 10
+        value = law.loss(options["width"] * 1000, 1) - 1  # the stand-in adds 1
+        return [sys.executable, "-S", "-E", str(FAKE_TRIAL), str(folder), repr(value), "1", "0"]
+
+    entry = space(LADDER)
+    file, ladder = resolve(entry, entry.ladder, lambda options: (options["width"] * 1000, 1000))
+    recipe = SweepRecipe(f"output_dir: {Path(file.path).parent}\nseed: 1\ntrainer: {{}}\n")
+    sweep = Sweep(file, recipe, SweepOptions(sweep=file.path), ladder, launch, poll=0.02)
+    assert sweep.run() == "finished"
+    fitted, (prediction,) = sweep.ladder_report.write()
+    assert (fitted.e, fitted.a, fitted.alpha) == pytest.approx((law.e, law.a, law.alpha), rel=1e-3)
+    truth = law.loss(16_000, 1)
+    assert prediction.loss == pytest.approx(truth, rel=1e-5) and prediction.low <= prediction.loss <= prediction.high
+    assert prediction.high - prediction.low < 0.02
+    report = json.loads((sweep.folder / "ladder.json").read_text())
+    assert [run["tokens"] for run in report["runs"]] == [10_000, 20_000, 40_000, 80_000]
+    assert "| 16 k | 160 k | predicted |" in (sweep.folder / "ladder.md").read_text()
+    assert (sweep.folder / "ladder.png").stat().st_size > 10_000

@@ -49,6 +49,7 @@ def test_nested_parameters_are_joined(space):
 
 
 SPACE = HEAD + "parameters:\n  lr: "  # an entry follows, on line 4
+LADDER = "metric: {name: loss}\nladder: "
 ONE = HEAD + "parameters: {lr: {value: 1}}\n"
 GRID = "method: grid\nmetric: {name: loss}\nparameters:\n  lr: {min: 0.0, max: 1.0}\n"
 
@@ -77,8 +78,13 @@ GRID = "method: grid\nmetric: {name: loss}\nparameters:\n  lr: {min: 0.0, max: 1
         (ONE + "run_cap: many\n", "space.yaml:4: run_cap: expected an integer of at least 1, got 'many'"),
         ("parameters: {lr: {value: 1}}\n", "space.yaml: metric: expected the metric's name"),
         (GRID, "space.yaml:4: parameters.lr: a grid needs values, or min and max with q; uniform is continuous"),
+        (GRID.replace("max: 1.0", "max: 1000000, q: 1"), "a grid of 1,000,001 values; at most 10,000 are possible"),
         (ONE.replace("bayes", "bays"), "space.yaml:1: method: unknown method 'bays'"),
         (ONE.replace("minimize", "min"), "space.yaml:2: metric.goal: unknown goal 'min'"),
+        (ONE + "ladder: {}\n", "space.yaml:3: parameters: has no meaning beside ladder"),
+        (LADDER + "{sizes: [{a: 1}, {a: 2}]}", "space.yaml:2: ladder.sizes: expected at least three sizes, got 2"),
+        (LADDER + "{size: []}", "unknown key 'size' (did you mean 'sizes'?)"),
+        (LADDER + "{tokens_per_parameter: many}", "expected a number greater than 0, or several, got 'many'"),
         ("a: [\n", "space.yaml:2: invalid YAML"),
         ("a: 1\na: 2\n", "space.yaml:2: duplicate key 'a'"),
         ("text", "expected 'method:', 'metric:' and 'parameters:'"),

@@ -17,12 +17,14 @@ import yaml
 from helpers.documents import ROOT, SWEEPS, commands, shell_environment
 from helpers.fake_sweeps import FAKE_TRIAL
 
-from bumblebee.cli.commands.sweep import check_metric, check_parameters, parser
+from bumblebee.cli.commands.sweep import check_metric, check_parameters, measure, parser
 from bumblebee.cli.main import main
 from bumblebee.recipe import dump
 from bumblebee.sweep.devices import Devices
+from bumblebee.sweep.ladder import resolve
 from bumblebee.sweep.recipe import SweepRecipe
 from bumblebee.sweep.sweep_file import SweepFile
+from bumblebee.sweep.sweep_options import SweepOptions
 from bumblebee.sweep.trial import Trial
 
 SMALL = """\
@@ -120,6 +122,11 @@ def test_shipped_search_space_fits_its_recipe(space: Path, monkeypatch: pytest.M
     head = [line for line in space.read_text().splitlines() if line.startswith("#")]
     command = next(line[1:].split() for line in head if "bumblebee sweep" in line)
     assert command[command.index("--sweep") + 1] == str(space.relative_to(ROOT))
-    file, cfg = SweepFile.read(str(space)), parser().parse(command[2:])
-    check_metric(file, SweepRecipe(dump(cfg)))
-    check_parameters(file, SweepRecipe(dump(cfg)))
+    file, recipe = SweepFile.read(str(space)), SweepRecipe(dump(parser().parse(command[2:])))
+    check_metric(file, recipe)
+    if file.ladder:
+        options = SweepOptions(sweep=str(space), devices=[[0, 1]])
+        file, ladder = resolve(file, file.ladder, lambda size: measure(file, recipe, size, options))
+        assert ladder.trained[-1].parameters == 4_740_352 and ladder.predicted[0].parameters > 1.5 * 4_740_352
+        assert ladder.trained[0].tokens == ladder.trained[0].steps * 1024 * 4 * 8 * 2
+    check_parameters(file, recipe)

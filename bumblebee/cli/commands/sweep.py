@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from bumblebee.cli.errors.reporting import fail, run_errors
 from bumblebee.cli.parser import Parser
 from bumblebee.cli.recipe_options import recipe_command_parser
 from bumblebee.recipe import dump
 from bumblebee.sweep.errors import SweepError
-from bumblebee.sweep.parameter import Value
+from bumblebee.sweep.ladder import Ladder, resolve
+from bumblebee.sweep.parameter import OPTIONS, Value
 from bumblebee.sweep.recipe import SweepRecipe, class_paths
 from bumblebee.sweep.sweep_file import SweepFile
 from bumblebee.sweep.sweep_options import SweepOptions
-from bumblebee.utils.formatting import format_metric, plural
+from bumblebee.utils.formatting import format_metric, plural, short
 from bumblebee.utils.text_files import write_text
+
+if TYPE_CHECKING:
+    from bumblebee.sweep.ladder_report import LadderReport
 
 _NEEDED = ("optuna", "scipy")
 
@@ -38,26 +43,33 @@ def run(words: Sequence[str]) -> None:
     choices = SweepOptions(**{name: cfg[name] for name in SweepOptions.__dataclass_fields__})
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         fail(f"sweeps need {' and '.join(missing)}: pip install 'bumblebee[sweep]'")
+    if choices.wandb is not None and find_spec("wandb") is None:
+        fail("--wandb needs the wandb package: pip install wandb")
     try:
         with run_errors():
             file, recipe = SweepFile.read(choices.sweep), SweepRecipe(dump(cfg), choices.wandb)
             check_metric(file, recipe)
+            ladder = None
+            if file.ladder:
+                file, ladder = resolve(file, file.ladder, lambda options: measure(file, recipe, options, choices))
             check_parameters(file, recipe)
-            _run(file, recipe, choices)
+            _run(file, recipe, choices, ladder)
     except SweepError as error:
         fail(str(error))
 
 
-def _run(file: SweepFile, recipe: SweepRecipe, choices: SweepOptions) -> None:
+def _run(file: SweepFile, recipe: SweepRecipe, choices: SweepOptions, ladder: Ladder | None) -> None:
     from bumblebee.sweep.sweep import Sweep
 
-    sweep = Sweep(file, recipe, choices)
+    sweep = Sweep(file, recipe, choices, ladder)
     outcome = sweep.run()
     best = sweep.best()
     ended = plural(sum(trial.state != "running" for trial in sweep.study.trials()), "trial")
     if outcome != "finished":
         print(f"stopped after {ended}{' (--timeout)' if outcome == 'timeout' else ''}: continue with --resume")
-    if best is not None and best.metric is not None:
+    if sweep.ladder_report:
+        _print_law(file, sweep.ladder_report)
+    elif best is not None and best.metric is not None:
         result = f"{file.metric} {format_metric(file.metric, best.metric)}"
         print(f"best of {ended}: {best.name} with {result}; {sweep.folder / 'best.yaml'}")
     print(f"results: {sweep.folder}")
@@ -66,6 +78,47 @@ def _run(file: SweepFile, recipe: SweepRecipe, choices: SweepOptions) -> None:
     if best is None and outcome == "finished":
         print(f"bumblebee: no trial has completed: see message in {sweep.folder / 'trials.md'}")
         raise SystemExit(1)
+
+
+def _print_law(file: SweepFile, report: LadderReport) -> None:
+    written = report.write()
+    if written is None:
+        print(f"no law: it needs more than {plural(len(report.runs), 'trained size')}")
+        return
+    law, predictions = written
+    print(f"{file.metric} = {law.formula()}")
+    for each in predictions:
+        size = f"{short(each.rung.parameters)} parameters, {short(each.rung.tokens)} tokens"
+        print(f"predicted for {size}: {each.loss:.4f} ({each.low:.4f} to {each.high:.4f}, two standard errors)")
+
+
+def measure(file: SweepFile, recipe: SweepRecipe, options: Mapping[str, Value], choices: SweepOptions) -> tuple[float, float]:
+    """Number of parameters in matrix products, and of tokens per step, of the recipe with some options.
+
+    Raises:
+        SweepError: the options cannot be used.
+    """
+    from contextlib import nullcontext
+
+    from bumblebee.hardware.flops import weight_flops_per_token
+    from bumblebee.models.load_context import shapes_only
+    from bumblebee.recipe import build
+
+    with TemporaryDirectory() as folder:
+        base = Path(folder, "base.yaml")
+        write_text(base, recipe.text)
+        words = recipe.words(base, {OPTIONS: dict(options)})
+        if problem := _parse_error(words):
+            raise SweepError(f"{file.at('ladder.sizes')}: {problem.replace(f'{base}:', 'the recipe, line ')}")
+        cfg = recipe_command_parser("fit").parse(words)
+    length = cfg.data.get("init_args", {}).get("max_length")
+    if not length:
+        raise SweepError(f"{file.at('ladder')}: the recipe's data has no max_length, from which tokens per step are computed")
+    with shapes_only():
+        model = build(cfg, nullcontext).task.model
+    group = choices.devices[0] if choices.devices else 1
+    ranks = len(group) if isinstance(group, list) else 1
+    return weight_flops_per_token(model) / 6, length * cfg.trainer.micro_batch_size * cfg.trainer.accumulate * ranks
 
 
 def check_metric(file: SweepFile, recipe: SweepRecipe) -> None:
