@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -135,6 +136,12 @@ class Runner:
         if self.outcome == "interrupted":
             for running in self.running:
                 running.process.kill()
+        elif self.running:
+            print(
+                "\nstopping the trials after their step and saving; interrupt again to stop at once",
+                file=sys.stderr,
+                flush=True,
+            )
         self._stop("interrupted")
 
     def _stop(self, outcome: Outcome) -> None:

@@ -41,12 +41,19 @@ def kill_trials(folder: Path) -> None:
 
 
 def test_ten_kills_lose_no_trial_and_run_none_twice(make_sweep, tmp_path):
-    options = {"launch": fake_launch(steps=5, seconds=0.15), "count": 6, "parallel": 2, "resume": True}
+    options = {"launch": fake_launch(steps=8, seconds=0.1), "count": 6, "parallel": 2, "resume": True}
     random.seed(0)
+
+    def lines() -> int:
+        return sum(len(file.read_text().splitlines()) for name in ("starts", "metrics.jsonl") for file in tmp_path.rglob(name))
+
     for kill in range(10):
+        before = lines()
         worker = multiprocessing.get_context("fork").Process(target=lambda: make_sweep(**options).run())
         worker.start()
-        time.sleep(0.2 + random.random() * 0.4)
+        while worker.is_alive() and lines() < before + 1:
+            time.sleep(0.01)
+        time.sleep(random.random() * 0.3)
         assert worker.is_alive(), "it finished before it was killed"
         os.kill(worker.pid, signal.SIGKILL)
         worker.join()
@@ -59,7 +66,7 @@ def test_ten_kills_lose_no_trial_and_run_none_twice(make_sweep, tmp_path):
     assert not list(tmp_path.rglob("collision"))
     for trial in trials:
         folder = sweep.folder / trial.name
-        assert [line["step"] for line in lines_of(folder)] == [1, 2, 3, 4, 5]
+        assert [line["step"] for line in lines_of(folder)] == list(range(1, 9))
         assert trial.metric == lines_of(folder)[-1]["validation_loss"]
     assert max(len((sweep.folder / trial.name / "starts").read_text().splitlines()) for trial in trials) > 1
     other = make_sweep(**{**options, "overwrite": True})
