@@ -19,6 +19,7 @@ PACKAGES = ("bumblebee", "callbacks", "datamodules", "serve")
 # Files that import inside functions, so that `bumblebee --help` and the parsers of all commands start without what is named.
 LATE_IMPORTS = {
     "bumblebee/cli/commands/*": "torch and whatever else the command needs after its options are parsed",
+    "bumblebee/cli/evaluation_tasks.py": "the tasks, which import torch, and the readers of their files",
     "bumblebee/cli/errors/parse_errors.py": "the shipped classes, needed for errors only",
     "bumblebee/cli/recipe_options.py": "the readers of model folders, which import torch",
     "bumblebee/cli/parser.py": "the shipped classes, needed for help only",
