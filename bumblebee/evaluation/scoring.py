@@ -48,7 +48,9 @@ class Score(NamedTuple):
     token_log_probs: list[float]
 
 
-def score(generator: Generator, requests: Sequence[Continuation], progress: Callable[[int], None] | None = None) -> list[Score]:
+def score(
+    generator: Generator, requests: Sequence[Continuation], progress: Callable[[int], object] | None = None
+) -> list[Score]:
     """Score continuations; the scores are in the order of the requests.
 
     A request that is longer than the model's positions loses the beginning of its context, as in lm-evaluation-harness; the
@@ -83,7 +85,7 @@ class Scorer:
         self.stats: EngineStats | None = None
         self.head_rows = 0
 
-    def score(self, requests: Sequence[Continuation], progress: Callable[[int], None] | None = None) -> list[Score]:
+    def score(self, requests: Sequence[Continuation], progress: Callable[[int], object] | None = None) -> list[Score]:
         """See the function ``score``."""
         scores = [Score(0.0, True, [])] * len(requests)
         duplicates = self._by_tokens(requests)

@@ -10,6 +10,7 @@ from bumblebee.plotting.curves import new_figure, style_axes
 from bumblebee.plotting.curves import save_figure as save
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["LadderData", "plot_ladder", "save"]
@@ -55,12 +56,11 @@ def plot_ladder(data: LadderData) -> Figure:
     top.set_ylabel(data.metric)
     style_axes(top, f"parameters N; {data.metric} = {data.formula}", integer_x=False)
     top.legend(frameon=False)
-    _plot_cost(figure, data)
+    _plot_cost(figure.add_subplot(2, 1, 2, sharex=top), data)
     return figure
 
 
-def _plot_cost(figure: Figure, data: LadderData) -> None:
-    bottom = figure.add_subplot(2, 1, 2)
+def _plot_cost(bottom: Axes, data: LadderData) -> None:
     bottom.plot([run[0] for run in data.runs], [6 * run[0] * run[1] for run in data.runs], "o", color=_COLOURS[0])
     bottom.plot(
         [each[0] for each in data.predictions], [6 * each[0] * each[1] for each in data.predictions], "D", color="white",

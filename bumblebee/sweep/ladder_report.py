@@ -9,7 +9,7 @@ from pathlib import Path
 from bumblebee.plotting.ladder_plot import LadderData, plot_ladder, save
 from bumblebee.sweep.ladder import Ladder, Rung
 from bumblebee.sweep.recipe import SweepRecipe
-from bumblebee.sweep.scaling_law import ScalingLaw, TrainedSize, fit, is_one_ratio, standard_error
+from bumblebee.sweep.scaling_law import SAME_RATIO, ScalingLaw, TrainedSize, fit, is_one_ratio, standard_error
 from bumblebee.sweep.study import Study
 from bumblebee.utils.formatting import duration, short
 from bumblebee.utils.json_files import write_json
@@ -108,7 +108,7 @@ class LadderReport:
         """Curves along each ratio of tokens to parameters, from the smallest run to the largest prediction."""
         ratios = [self.runs[0].tokens / self.runs[0].parameters]
         for run in self.runs:
-            if all(abs(run.tokens / run.parameters / ratio - 1) > 0.02 for ratio in ratios):
+            if all(abs(run.tokens / run.parameters / ratio - 1) > SAME_RATIO for ratio in ratios):
                 ratios.append(run.tokens / run.parameters)
         largest = max(each.rung.parameters for each in predictions)
         smallest = self.runs[0].parameters

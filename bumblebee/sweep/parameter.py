@@ -26,7 +26,7 @@ _RANGES = {"int_uniform", "uniform", "q_uniform", "q_log_uniform", "q_log_unifor
 _NORMAL = {"normal", "q_normal", "log_normal", "q_log_normal"}
 DISTRIBUTIONS = sorted({"constant", "categorical", "categorical_w_probabilities"} | _RANGES | _NORMAL)
 _TAIL = 1e-6  # of a normal distribution, cut off on either side
-_MAX_GRID = 10_000
+MAX_GRID = 10_000
 OPTIONS = "options"  # the parameter whose values are mappings from options to values, which change together
 
 
@@ -112,8 +112,8 @@ class Parameter:
         if step is None or self.log or self.distribution not in _RANGES:
             raise ValueError(f"a grid needs values, or min and max with q; {self.distribution} is continuous")
         count = math.floor((self.high - self.low) / step + 1e-9) + 1
-        if count > _MAX_GRID:
-            raise ValueError(f"a grid of {count:,} values; at most {_MAX_GRID:,} are possible")
+        if count > MAX_GRID:
+            raise ValueError(f"a grid of {count:,} values; at most {MAX_GRID:,} are possible")
         points = [self.low + index * step for index in range(count)]
         return [int(point) for point in points] if self.kind == "int" else [_multiple(point, step) for point in points]
 

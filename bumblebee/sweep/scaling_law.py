@@ -18,7 +18,7 @@ from itertools import combinations, product
 import numpy as np
 
 _EXPONENTS = (0.01, 2.0)  # searched range
-_SAME_RATIO = 0.02  # largest relative difference of D / N that counts as none
+SAME_RATIO = 0.1  # largest relative difference of D / N that counts as none: runs have whole steps
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ScalingLaw:
 def is_one_ratio(runs: Sequence[TrainedSize]) -> bool:
     """Whether all runs have the same number of tokens per parameter."""
     ratios = [run.tokens / run.parameters for run in runs]
-    return max(ratios) <= min(ratios) * (1 + _SAME_RATIO)
+    return max(ratios) <= min(ratios) * (1 + SAME_RATIO)
 
 
 def fit(runs: Sequence[TrainedSize], constant: bool = True) -> ScalingLaw:

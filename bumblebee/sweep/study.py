@@ -56,9 +56,10 @@ class Study:
         self.file = file
         self._distributions = {parameter.key: _distribution(parameter) for parameter in file.parameters}
         with _storage_errors(storage):
+            self._sampler = _SamplerPerTrial(lambda number: make_sampler(file, seed, number))
             self._study = optuna.create_study(
-                storage=_open(storage), study_name=name, direction=file.goal, load_if_exists=True,
-                sampler=_SamplerPerTrial(lambda number: make_sampler(file, seed, number)), pruner=make_pruner(file),
+                storage=_open(storage), study_name=name, direction=file.goal, load_if_exists=True, sampler=self._sampler,
+                pruner=make_pruner(file),
             )  # fmt: skip
             if identity:
                 self._check(storage, dict(identity))
@@ -88,15 +89,17 @@ class Study:
 
     def ask(self) -> Trial:
         """A new trial with its values."""
-        trial = self._study.ask(self._distributions)
+        with self._sampler.drawing():
+            trial = self._study.ask(self._distributions)
         trial.set_user_attr("host", socket.gethostname())
         return self._trial(self._frozen(trial.number))
 
     def complete_start(self, number: int) -> Trial:
         """Draw the values that a trial lacks because its start was cut off."""
-        trial = self._handle(number)
-        for key, distribution in self._distributions.items():
-            trial._suggest(key, distribution)
+        with self._sampler.drawing():
+            trial = self._handle(number)
+            for key, distribution in self._distributions.items():
+                trial._suggest(key, distribution)
         if "host" not in trial.user_attrs:
             trial.set_user_attr("host", socket.gethostname())
         return self._trial(self._frozen(number))
@@ -229,15 +232,26 @@ def make_pruner(file: SweepFile) -> BasePruner:
 
 
 class _SamplerPerTrial(BaseSampler):
-    """Delegates to the sampler of the trial that is being started."""
+    """Delegates to the sampler of the trial that is being started. Optuna also calls it for handles of other trials."""
 
     def __init__(self, make: Callable[[int], BaseSampler]) -> None:
         self._make = make
         self._sampler: BaseSampler = RandomSampler()
+        self._is_drawing = False
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """A context in which a trial is started."""
+        self._is_drawing = True
+        try:
+            yield
+        finally:
+            self._is_drawing = False
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._sampler = self._make(trial.number)
-        self._sampler.before_trial(study, trial)
+        if self._is_drawing:
+            self._sampler = self._make(trial.number)
+            self._sampler.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._sampler.infer_relative_search_space(study, trial)

@@ -19,7 +19,7 @@ from typing import Literal, NoReturn, cast
 import yaml
 
 from bumblebee.sweep.errors import SweepError
-from bumblebee.sweep.parameter import Parameter, Value
+from bumblebee.sweep.parameter import MAX_GRID, Parameter, Value
 from bumblebee.utils.formatting import hint
 
 # Names of W&B, and the sampler's own.
@@ -208,6 +208,9 @@ class _Reader:
                 parameter.grid()
             except ValueError as error:
                 self._fail(f"parameters.{parameter.key}", str(error))
+        size = math.prod(len(parameter.grid()) for parameter in parameters)
+        if size > MAX_GRID:
+            self._fail("parameters", f"a grid of {size:,} points; at most {MAX_GRID:,} are possible")
 
     def _metric(self, entry: object) -> tuple[str, Literal["minimize", "maximize"]]:
         if not isinstance(entry, dict) or not entry.get("name"):

@@ -8,6 +8,7 @@ lock is held. No process id has to be trusted for that.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from bumblebee.training.folder_lock import NAME as RUN_LOCK
 
 OUTPUT = "output.txt"
 _PROCESS, _EXIT_CODE, _ALIVE = ".sweep_process", ".sweep_exit_code", ".sweep_alive"
+_ERROR = re.compile(r"(?:\[rank\d+\]: ?)?([\w.]+(?:Error|Exception)(?:: .*)?)$")  # the last line of a traceback
 # A trapped signal ends the command, not the shell, which waits for the command to end.
 _SCRIPT = 'trap : TERM INT; echo $$ > "$1"; out="$2"; shift 2; "$@"; echo $? > "$out.partial"; mv "$out.partial" "$out"'
 
@@ -60,7 +62,8 @@ class TrialProcess:
         """Whether the process, started by whomever, is running."""
         if self._child is not None:
             self._child.poll()  # reap it
-        if not self._file(_ALIVE).exists():
+        # A process of its own that outlives the command does not count.
+        if self._file(_EXIT_CODE).exists() or not self._file(_ALIVE).exists():
             return False
         lock = FileLock.acquire(self._file(_ALIVE))
         if lock is not None:
@@ -112,7 +115,7 @@ class TrialProcess:
 
 
 def error_message(output: Path) -> str:
-    """The error that a run ended with: its own line if it wrote one, else the last line, such as that of a traceback."""
+    """The error that a run ended with: its own line if it wrote one, else that of its traceback, else its last line."""
     try:
         with output.open("rb") as stream:
             stream.seek(max(0, output.stat().st_size - 20_000))
@@ -120,5 +123,6 @@ def error_message(output: Path) -> str:
     except FileNotFoundError:
         return ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("bumblebee: ")]
-    return errors[-1].removeprefix("bumblebee: ") if errors else lines[-1] if lines else ""
+    own = [line.removeprefix("bumblebee: ") for line in lines if line.startswith("bumblebee: ")]
+    errors = [match[1] for line in lines if (match := _ERROR.match(line)) and "ChildFailedError" not in line]
+    return (own or errors or lines or [""])[-1]

@@ -41,12 +41,19 @@ def kill_trials(folder: Path) -> None:
 
 
 def test_ten_kills_lose_no_trial_and_run_none_twice(make_sweep, tmp_path):
-    options = {"launch": fake_launch(steps=5, seconds=0.15), "count": 6, "parallel": 2, "resume": True}
+    options = {"launch": fake_launch(steps=8, seconds=0.1), "count": 6, "parallel": 2, "resume": True}
     random.seed(0)
+
+    def lines() -> int:
+        return sum(len(file.read_text().splitlines()) for name in ("starts", "metrics.jsonl") for file in tmp_path.rglob(name))
+
     for kill in range(10):
+        before = lines()
         worker = multiprocessing.get_context("fork").Process(target=lambda: make_sweep(**options).run())
         worker.start()
-        time.sleep(0.2 + random.random() * 0.4)
+        while worker.is_alive() and lines() < before + 1:
+            time.sleep(0.01)
+        time.sleep(random.random() * 0.3)
         assert worker.is_alive(), "it finished before it was killed"
         os.kill(worker.pid, signal.SIGKILL)
         worker.join()
@@ -59,7 +66,7 @@ def test_ten_kills_lose_no_trial_and_run_none_twice(make_sweep, tmp_path):
     assert not list(tmp_path.rglob("collision"))
     for trial in trials:
         folder = sweep.folder / trial.name
-        assert [line["step"] for line in lines_of(folder)] == [1, 2, 3, 4, 5]
+        assert [line["step"] for line in lines_of(folder)] == list(range(1, 9))
         assert trial.metric == lines_of(folder)[-1]["validation_loss"]
     assert max(len((sweep.folder / trial.name / "starts").read_text().splitlines()) for trial in trials) > 1
     other = make_sweep(**{**options, "overwrite": True})
@@ -149,6 +156,22 @@ def test_each_trial_has_its_device_and_groups_run_under_torchrun(make_sweep, mon
     command = " ".join(seen[0][1])
     assert "-m torch.distributed.run --standalone --nproc_per_node 2 -m bumblebee fit --config base.yaml --x=" in command
     assert command.endswith(f"--output_dir {sweep.folder / 'trial-0000'} --trainer.resume auto")
+
+
+def test_killed_trial_is_left_for_resume_and_the_sweep_goes_on(make_sweep, capsys):
+    def launch(trial, folder, devices):
+        command = fake_launch(3)(trial, folder, devices)
+        is_first = trial.number == 0 and not (folder / "starts").exists()
+        return ["/bin/sh", "-c", f"{' '.join(command[:-3])} 2 0; rm {folder}/SHA256SUMS; kill -9 $$"] if is_first else command
+
+    sweep = make_sweep(launch=launch, count=2)
+    assert sweep.run() == "finished"
+    assert [trial.state for trial in sweep.study.trials()] == ["running", "complete"]
+    assert "trial-0000 was cut off (killed by signal 9), validation_loss" in capsys.readouterr().out
+    resumed = make_sweep(launch=launch, count=2, resume=True)
+    assert resumed.run() == "finished"
+    assert [trial.state for trial in resumed.study.trials()] == ["complete", "complete"]
+    assert [line["step"] for line in lines_of(resumed.folder / "trial-0000")] == [1, 2, 3]
 
 
 def test_existing_sweep_is_neither_mixed_nor_lost(make_sweep):

@@ -78,6 +78,7 @@ GRID = "method: grid\nmetric: {name: loss}\nparameters:\n  lr: {min: 0.0, max: 1
         (ONE + "run_cap: many\n", "space.yaml:4: run_cap: expected an integer of at least 1, got 'many'"),
         ("parameters: {lr: {value: 1}}\n", "space.yaml: metric: expected the metric's name"),
         (GRID, "space.yaml:4: parameters.lr: a grid needs values, or min and max with q; uniform is continuous"),
+        (GRID.replace("max: 1.0", "max: 1000000, q: 1"), "a grid of 1,000,001 values; at most 10,000 are possible"),
         (ONE.replace("bayes", "bays"), "space.yaml:1: method: unknown method 'bays'"),
         (ONE.replace("minimize", "min"), "space.yaml:2: metric.goal: unknown goal 'min'"),
         (ONE + "ladder: {}\n", "space.yaml:3: parameters: has no meaning beside ladder"),

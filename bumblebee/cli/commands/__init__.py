@@ -14,7 +14,7 @@ COMMANDS = {
     "generate": "Generate text from prompts",
     "chat": "Chat with a model in the terminal",
     "serve": "Serve a model: OpenAI-compatible API and chat page",
-    "evaluate": "Evaluate a model on a recipe's data by exact match",
+    "evaluate": "Evaluate a model: perplexity, multiple choice, generation, preferences",
     "sweep": "Search the options of a recipe for the best value of a metric",
     "plot": "Compare the metrics of runs in one figure",
     "tokenizer": "Train a tokenizer on text files",

@@ -8,6 +8,7 @@ from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from bumblebee.cli.errors.reporting import fail, run_errors
 from bumblebee.cli.parser import Parser
@@ -21,6 +22,9 @@ from bumblebee.sweep.sweep_file import SweepFile
 from bumblebee.sweep.sweep_options import SweepOptions
 from bumblebee.utils.formatting import format_metric, plural, short
 from bumblebee.utils.text_files import write_text
+
+if TYPE_CHECKING:
+    from bumblebee.sweep.ladder_report import LadderReport
 
 _NEEDED = ("optuna", "scipy")
 
@@ -60,15 +64,15 @@ def _run(file: SweepFile, recipe: SweepRecipe, choices: SweepOptions, ladder: La
     sweep = Sweep(file, recipe, choices, ladder)
     outcome = sweep.run()
     best = sweep.best()
-    ended = plural(sum(trial.state != "running" for trial in sweep.study.trials()), "trial")
+    trials = sweep.study.trials()
+    left = sum(trial.state == "running" for trial in trials)
+    ended = plural(len(trials) - left, "trial")
     if outcome != "finished":
         print(f"stopped after {ended}{' (--timeout)' if outcome == 'timeout' else ''}: continue with --resume")
-    if sweep.ladder_report and (written := sweep.ladder_report.write()):
-        law, predictions = written
-        print(f"{file.metric} = {law.formula()}")
-        for each in predictions:
-            size = f"{short(each.rung.parameters)} parameters, {short(each.rung.tokens)} tokens"
-            print(f"predicted for {size}: {each.loss:.4f} ({each.low:.4f} to {each.high:.4f}, two standard errors)")
+    elif left:
+        print(f"{plural(left, 'trial')} did not end: --resume finishes what was cut off")
+    if sweep.ladder_report:
+        _print_law(file, sweep.ladder_report)
     elif best is not None and best.metric is not None:
         result = f"{file.metric} {format_metric(file.metric, best.metric)}"
         print(f"best of {ended}: {best.name} with {result}; {sweep.folder / 'best.yaml'}")
@@ -78,6 +82,18 @@ def _run(file: SweepFile, recipe: SweepRecipe, choices: SweepOptions, ladder: La
     if best is None and outcome == "finished":
         print(f"bumblebee: no trial has completed: see message in {sweep.folder / 'trials.md'}")
         raise SystemExit(1)
+
+
+def _print_law(file: SweepFile, report: LadderReport) -> None:
+    written = report.write()
+    if written is None:
+        print(f"no law: it needs more than {plural(len(report.runs), 'trained size')}")
+        return
+    law, predictions = written
+    print(f"{file.metric} = {law.formula()}")
+    for each in predictions:
+        size = f"{short(each.rung.parameters)} parameters, {short(each.rung.tokens)} tokens"
+        print(f"predicted for {size}: {each.loss:.4f} ({each.low:.4f} to {each.high:.4f}, two standard errors)")
 
 
 def measure(file: SweepFile, recipe: SweepRecipe, options: Mapping[str, Value], choices: SweepOptions) -> tuple[float, float]:
