@@ -59,6 +59,8 @@ def _add_options(options: Parser) -> Parser:
     options.add_argument("--dtype", type=str, default="auto", help="auto (as stored), float32, bfloat16 or float16")
     map_help = "auto: spread the layers of a model over all GPUs if it does not fit on one; null: use one device"
     options.add_argument("--device_map", type=Literal["auto"] | None, default=None, help=map_help)
+    quantize_help = "int8 or int4 weights, quantized while loading; null keeps them as stored"
+    options.add_argument("--quantize", type=Literal["int8", "int4"] | None, default=None, help=quantize_help)
     options.add_argument("--trust_remote_code", type=bool, default=False, help="run code that the model folder names or holds")
     return options
 
@@ -126,7 +128,9 @@ def _context(cfg: Namespace, folder: str, has_recipe: bool) -> EvaluationContext
             )
         data.setup(cfg.seed)
     device = cfg.device or (cfg.trainer.device if has_recipe else "auto")
-    generator: Generator = Generator.from_pretrained(folder, device, cfg.dtype, cfg.device_map, cfg.trust_remote_code)
+    generator: Generator = Generator.from_pretrained(
+        folder, device, cfg.dtype, cfg.device_map, cfg.trust_remote_code, cfg.quantize
+    )
     split: Split = cfg.split or ("train" if cfg.tasks is None else "validation")
     return EvaluationContext(generator, data, split, cfg.chat, cfg.fewshot)
 
