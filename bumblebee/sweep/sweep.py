@@ -136,9 +136,9 @@ class _Watchers:
     def started(self, running: Running, resumed: bool) -> None:
         self.display.started(running, resumed)
 
-    def ended(self, trial: Trial, interrupted: bool) -> None:
+    def ended(self, trial: Trial, cut: str) -> None:
         self.report.write_tables()
-        self.display.ended(trial, interrupted)
+        self.display.ended(trial, cut)
 
 
 def _count(file: SweepFile, options: SweepOptions) -> int | None:

@@ -64,9 +64,13 @@ def _run(file: SweepFile, recipe: SweepRecipe, choices: SweepOptions, ladder: La
     sweep = Sweep(file, recipe, choices, ladder)
     outcome = sweep.run()
     best = sweep.best()
-    ended = plural(sum(trial.state != "running" for trial in sweep.study.trials()), "trial")
+    trials = sweep.study.trials()
+    left = sum(trial.state == "running" for trial in trials)
+    ended = plural(len(trials) - left, "trial")
     if outcome != "finished":
         print(f"stopped after {ended}{' (--timeout)' if outcome == 'timeout' else ''}: continue with --resume")
+    elif left:
+        print(f"{plural(left, 'trial')} did not end: --resume finishes what was cut off")
     if sweep.ladder_report:
         _print_law(file, sweep.ladder_report)
     elif best is not None and best.metric is not None:
