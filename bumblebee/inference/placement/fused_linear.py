@@ -1,8 +1,9 @@
 """One matmul for linear layers with the same input, on any device: query, key and value, and gate and up.
 
 With few rows a matmul costs about as much to launch as to compute. Layers keep their names, and the state dict keeps its
-keys and values. The weights are joined one group after the other and each original is freed, so there is never a second model in memory. Layers
-that are anything else than plain ``nn.Linear`` - prepacked, quantized, with a LoRA adapter - and tied weights stay as they are.
+keys and values. The weights are joined one group after the other and each original is freed, so there is never a second model
+in memory. Layers that are anything else than plain ``nn.Linear`` - prepacked, quantized, with a LoRA adapter - and tied weights
+stay as they are.
 """
 
 from __future__ import annotations
