@@ -12,17 +12,22 @@ put first where the tokenizer does so, and long contexts are cut on the left.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from tqdm import tqdm
 
+from bumblebee.evaluation.context import EvaluationContext
 from bumblebee.evaluation.scoring import Continuation, score
+from bumblebee.evaluation.statistics import Estimate
+from bumblebee.evaluation.tasks.task import EvaluationTask, Progress, SampleResult
 from bumblebee.inference.generator import Completion, Generator
 from bumblebee.inference.request import EngineRequest
 from bumblebee.inference.sampling.sampling_params import MAX_STOP_LENGTH, MAX_STOPS, SamplingParams
@@ -341,6 +346,90 @@ def find_tasks(names: Sequence[str], include_path: str | None = None) -> tuple[T
         if not manager.match_tasks([name]):
             raise ValueError(f"tasks: unknown task {name!r} of lm-evaluation-harness{hint(name, manager.all_tasks)}")
     return manager, manager.match_tasks(list(names))
+
+
+class HarnessTask(EvaluationTask[tuple[str, int]]):
+    """A task, group or tag of lm-evaluation-harness. Its items are documents: the names of their tasks and their indices.
+
+    ``fewshot`` and ``chat`` are the evaluation's; 0 examples mean the task's own number. With ``chat`` each example is a turn.
+
+    Args:
+        name: of the task.
+        include_path: folder of further tasks (YAML), which precede the harness's own.
+
+    Raises:
+        ValueError: the task is unknown.
+    """
+
+    metric: ClassVar[str] = "acc"
+
+    def __init__(self, name: str, include_path: str | None = None) -> None:
+        self.name, self.include_path = name, include_path
+        self._manager, self._names = find_tasks([name], include_path)
+        self._whole: tuple[int, dict[str, Estimate]] = (0, {})  # number of samples, and the harness's own metrics of them
+
+    def items(self, context: EvaluationContext) -> Sequence[tuple[str, int]]:
+        """The documents, of several tasks in turn."""
+        with _data_errors(self._names):
+            tasks = self._manager.load(self._names)["tasks"]
+            counts = {name: len(task.eval_docs) for name, task in tasks.items()}
+        return sorted(((name, index) for name in counts for index in range(counts[name])), key=lambda item: item[1])
+
+    def results(self, context: EvaluationContext, items: Sequence[tuple[str, int]], progress: Progress) -> list[SampleResult]:
+        """The samples, with the metrics that the harness has of each; one name for each filter of the answers."""
+        indices: dict[str, list[int]] = {}
+        for name, index in items:
+            indices.setdefault(name, []).append(index)
+        with _data_errors(list(indices)):
+            results = simple_evaluate(
+                BumblebeeLM(context.generator),
+                tasks=list(indices),
+                task_manager=self._manager,
+                num_fewshot=context.fewshot or None,
+                samples=indices,
+                apply_chat_template=context.chat,
+                fewshot_as_multiturn=context.chat,
+            )
+        assert results is not None
+        self._whole = len(items), _estimates(results["results"])
+        samples: dict[tuple[str, int], list[dict[str, Any]]] = {item: [] for item in items}
+        for name, records in results["samples"].items():
+            for record in records:
+                samples[name, record["doc_id"]].append(record)
+        progress(len(items))
+        return [_sample_result(*item, samples[item]) for item in items]
+
+    def metrics(self, results: Sequence[SampleResult]) -> dict[str, Estimate]:
+        """The harness's metrics; of samples that several processes have shared out the mean of each sample's."""
+        count, metrics = self._whole
+        return metrics if len(results) == count else super().metrics(results)
+
+
+def _sample_result(task: str, index: int, records: Sequence[Mapping[str, Any]]) -> SampleResult:
+    """One document, whose records differ by the filter of the answer."""
+    first = records[0]
+    scores: dict[str, float] = {}
+    for record in records:
+        suffix = "" if record["filter"] == "none" else f",{record['filter']}"
+        values = {f"{name}{suffix}": record[name] for name in record["metrics"]}
+        scores |= {name: float(value) for name, value in values.items() if isinstance(value, Real)}
+    prompts = [str(arguments[0]) for arguments in first["arguments"]]
+    answer = json.dumps(first["filtered_resps"], ensure_ascii=False, default=str)
+    return SampleResult(prompts[0], answer, str(first["target"]), scores, {"harness_task": task, "doc": index})
+
+
+def _estimates(results: Mapping[str, Mapping[str, object]]) -> dict[str, Estimate]:
+    """The metrics of all tasks; of several tasks each begins with its task's name."""
+    estimates = {}
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            name, comma, filter_name = key.partition(",")
+            if comma and isinstance(value, Real) and not name.endswith("_stderr"):
+                stderr = metrics.get(f"{name}_stderr,{filter_name}")
+                label = name if filter_name == "none" else key
+                label = label if len(results) == 1 else f"{task} {label}"
+                estimates[label] = Estimate(float(value), float(stderr) if isinstance(stderr, Real) else None)
+    return estimates
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from bumblebee import Bumblebee, Generator, Tokenizer
+from bumblebee.cli.commands import evaluate
 from bumblebee.evaluation import harness
 from bumblebee.evaluation.harness import BumblebeeLM, find_tasks, run_harness_tasks
 from bumblebee.lora import LoRA
@@ -116,6 +117,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
             assert metrics.get(name) == expected.get(name)
 
 
+@pytest.mark.slow
 def test_samples_and_metrics_equal_the_hf_models(folder, tasks):
     hf = HFLM(pretrained=folder, device="cpu", batch_size=4, dtype="float32")
     assert_same(run(BumblebeeLM(folder, device="cpu"), tasks), run(hf, tasks))
@@ -128,6 +130,7 @@ def test_samples_and_metrics_equal_the_hf_models(folder, tasks):
     assert_same(ours, theirs)
 
 
+@pytest.mark.slow
 def test_unmerged_adapters_equal_the_hf_models(folder, adapter, tasks):
     hf = HFLM(pretrained=folder, peft=adapter, device="cpu", batch_size=4, dtype="float32")
     results = run_harness_tasks(Generator.from_pretrained(adapter, "cpu"), list(TASKS), include_path=tasks)
@@ -160,6 +163,20 @@ def test_bad_arguments_name_what_is_right(folder, tasks):
         run_harness_tasks(generator, ["bee_answer"], include_path=tasks, gen_kwargs={"max_gen_toks": 256}, limit=1)
     with pytest.raises(ValueError, match="folder not found: nowhere"):
         find_tasks(["bee_text"], "nowhere")
+
+
+@pytest.mark.slow
+def test_evaluate_runs_tasks_of_the_harness_by_name(folder, tasks, tmp_path, capsys):
+    words = ["--model", folder, "--tasks", ",".join(TASKS), "--include_path", tasks, "--limit", "5", "--device", "cpu"]
+    evaluate.run([*words, "--output", str(tmp_path / "out")])
+    table = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    expected = run_harness_tasks(Generator.from_pretrained(folder, "cpu"), list(TASKS), include_path=tasks, limit=5)["results"]
+    for task, metric in (("bee_choice", "acc"), ("bee_choice", "acc_norm"), ("bee_text", "bits_per_byte")):
+        assert results[task]["metrics"][metric]["value"] == expected[task][f"{metric},none"] and f"{metric} " in table
+    assert results["bee_choice"]["metrics"]["acc"]["stderr"] == expected["bee_choice"]["acc_stderr,none"]
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples" / "bee_answer.jsonl").read_text().splitlines()]
+    assert [sample["doc"] for sample in samples] == list(range(5)) and samples[0]["prompt"].startswith("Q: ")
 
 
 @pytest.mark.slow

@@ -140,6 +140,21 @@ def accumulates_in_16_bits(patch: Patch) -> None:
     patch.setattr(operators, "deepspeed_config", wrong)
 
 
+def gradients_are_read_in_memory_order(patch: Patch) -> None:
+    """A gradient that is not contiguous is flattened as if it was."""
+    original = engine.TrainingEngine.backward
+
+    def misread(gradient):
+        return gradient.as_strided(gradient.shape, torch.empty(gradient.shape, device="meta").stride())
+
+    def wrong(self, loss):
+        if not hasattr(self, "misread"):  # after the hooks of the check, so that they see its gradients
+            self.misread = [parameter.register_hook(misread) for parameter in self.model.parameters()]
+        original(self, loss)
+
+    patch.setattr(engine.TrainingEngine, "backward", wrong)
+
+
 def every_second_backward_is_lost(patch: Patch) -> None:
     original = engine.TrainingEngine.backward
 
@@ -587,6 +602,8 @@ FAULTS = (
     Fault(loss_is_in_bits, LOSS, precision="bf16"),
     Fault(accumulates_in_16_bits, ACCUMULATION, precision="bf16", stage=1),
     Fault(accumulates_in_16_bits, ACCUMULATION, precision="bf16", stage=2),
+    Fault(gradients_are_read_in_memory_order, ACCUMULATION),
+    Fault(gradients_are_read_in_memory_order, ACCUMULATION, precision="bf16", stage=3),
     Fault(last_micro_batch_is_dropped, ACCUMULATION, precision="bf16", stage=2),
     Fault(every_second_backward_is_lost, ACCUMULATION, precision="bf16"),
     _half(embeddings_decay, "embeddings", stage=1),

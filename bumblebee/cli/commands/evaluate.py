@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]"
 SHOWN = 10  # samples that are printed without --tasks
-_SETTINGS = ("tasks", "split", "limit", "fewshot", "chat", "max_length")
+_SETTINGS = ("tasks", "include_path", "split", "limit", "fewshot", "chat", "max_length")
 
 
 def parser() -> Parser:
@@ -42,6 +42,8 @@ def _add_options(options: Parser) -> Parser:
     options.add_argument("--model", type=str | None, default=None, help="model folder; null: the recipe's output_dir")
     tasks_help = "tasks, as NAME, NAME:FILE or a YAML file of tasks; null: exact_match on the recipe's data"
     options.add_argument("--tasks", type=list[str] | None, default=None, help=tasks_help)
+    include_help = "folder of further tasks of lm-evaluation-harness (YAML), which precede its own"
+    options.add_argument("--include_path", type=str | None, default=None, help=include_help)
     split_help = "samples of the recipe's data; null: train for exact_match without tasks, else validation"
     options.add_argument("--split", type=Literal["train", "validation"] | None, default=None, help=split_help)
     options.add_argument("--limit", type=int | None, default=None, help="maximum number of samples of each task; null: all")
@@ -136,7 +138,7 @@ def _context(cfg: Namespace, folder: str, has_recipe: bool) -> EvaluationContext
 def _tasks(cfg: Namespace, folder: str, max_length: int) -> list[NamedTask]:
     from bumblebee.cli.evaluation_tasks import resolve_tasks
 
-    return resolve_tasks(["exact_match"] if cfg.tasks is None else cfg.tasks, folder, max_length)
+    return resolve_tasks(["exact_match"] if cfg.tasks is None else cfg.tasks, folder, max_length, cfg.include_path)
 
 
 def _run(task: NamedTask, context: EvaluationContext, items: Sequence[object]) -> TaskResult:
