@@ -56,14 +56,20 @@ class LoadQuantizer:
         name, _, parameter = key.rpartition(".")
         module = self.model.get_submodule(name)
         if parameter != "weight":
-            return False
+            return self._keep(module, parameter)
         if name in self.tied:
             self._replace_table(name, module)
         elif _is_linear(module, name):
             self._set(name, QuantizedLinear(self._weight(module), module.bias, module.weight.dtype))
         else:
-            return False
+            return self._keep(module, parameter)
         return True
+
+    def _keep(self, module: nn.Module, name: str) -> bool:
+        """Copy what is not quantized: as a view of the memory-mapped file it would keep all of the file resident."""
+        tensor = getattr(module, name)
+        tensor.data = tensor.data.clone()
+        return False
 
     def sizes(self) -> dict[Tensor, float]:
         """Bytes per element of the parameters that will be quantized."""
