@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from bumblebee.models.base import LanguageModel
+from bumblebee.nn.block_forward import BlockForward
 
 
 def apply_transforms(model: nn.Module, transforms: Sequence[Callable[[nn.Module], object]] | None) -> Sequence[Callable]:
@@ -26,18 +27,20 @@ class ActivationCheckpointing:
 
     Args:
         every: 1 checkpoints all blocks, 2 every second block, and so on: saves less memory and costs less time.
+        keep_attention: keep the results of attention, whose recomputation takes longest in long windows, and recompute the
+            rest. Has no effect with attention ``naive``, which is not one operator.
 
     Raises:
         ValueError: every is less than 1.
     """
 
-    def __init__(self, every: int = 1) -> None:
+    def __init__(self, every: int = 1, keep_attention: bool = False) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        self.every = every
+        self.every, self.keep_attention = every, keep_attention
 
     def __call__(self, model: nn.Module) -> None:
-        _language_model(model, type(self).__name__).checkpoint_activations(self.every)
+        _language_model(model, type(self).__name__).checkpoint_activations(self.every, self.keep_attention)
 
 
 class Freeze:
@@ -94,7 +97,7 @@ class Compile:
 
     def __call__(self, model: nn.Module) -> None:
         for block in _language_model(model, type(self).__name__).blocks:
-            block.compile(mode=self.mode)  # in place: torch.compile(block) would rename parameters
+            BlockForward.of(block).compile(self.mode)
 
 
 def _language_model(model: nn.Module, name: str) -> LanguageModel:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed import engine_state
+from bumblebee.distributed.deepspeed.compiled_blocks import gather_compiled_blocks_whole
 from bumblebee.distributed.deepspeed.ds_config import EngineOptions
 from bumblebee.distributed.deepspeed.gathering import gathered_model, iter_full_tensors
 from bumblebee.distributed.deepspeed.operators import import_deepspeed, quiet_initialization, usable_config
@@ -63,6 +64,8 @@ class TrainingEngine:
         # Weights from a folder have the file's dtype. For bf16 at stages 1 to 3 DeepSpeed casts, and keeps an fp32 copy.
         model.to(device=device, dtype=torch.float32 if options.weights_dtype == torch.float32 else None)
         config = usable_config(options)
+        if options.zero_stage == 3:
+            gather_compiled_blocks_whole(deepspeed, model)
         with quiet_initialization(deepspeed, options.overrides), _globals_reset_on_failure():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer(groups), config=config, dist_init_required=False
