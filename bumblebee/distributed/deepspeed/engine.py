@@ -72,6 +72,9 @@ class TrainingEngine:
             )
         if options.zero_stage == 3:
             _register_external_parameters(deepspeed, model)
+        if process_group.world_size() == 1:
+            # DeepSpeed would flatten all gradients of stages 0 and 1, reduce them over one rank and copy them back.
+            self._engine.allreduce_no_retain = _reduce_nothing
         self._finite_at_stage_0 = True
         if options.zero_stage == 0:
             self._engine.clip_fp32_gradients = self._clip_at_stage_0
@@ -260,6 +263,10 @@ class TrainingEngine:
         self._engine.destroy()
         _reset_globals()
         del self._engine, self._optimizer, self.model
+
+
+def _reduce_nothing(*args: object, **kwargs: object) -> None:
+    """Stands for the reduction of gradients over a single rank."""
 
 
 def _numbers(group: ParamGroup) -> dict[str, float]:
