@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from bumblebee.inference.sampling.sampling_params import SamplingParams
     from bumblebee.model import Bumblebee
     from bumblebee.models.huggingface import HuggingFaceModel
+    from bumblebee.tasks.cpo import CPO
     from bumblebee.tasks.dpo import DPO
+    from bumblebee.tasks.grpo import GRPO
     from bumblebee.tasks.language_modeling import LanguageModeling
+    from bumblebee.tasks.orpo import ORPO
+    from bumblebee.tasks.simpo import SimPO
     from bumblebee.tasks.task import Task
     from bumblebee.tokenizer.tokenizer import Tokenizer
     from bumblebee.trainer import Trainer
@@ -27,13 +31,17 @@ __version__ = "0.2.0"
 _HOME = {
     "Bumblebee": "bumblebee.model",
     "BumblebeeConfig": "bumblebee.config",
+    "CPO": "bumblebee.tasks.cpo",
     "Callback": "bumblebee.callback",
     "DPO": "bumblebee.tasks.dpo",
     "DataModule": "bumblebee.datamodule",
+    "GRPO": "bumblebee.tasks.grpo",
     "Generator": "bumblebee.inference.generator",
     "HuggingFaceModel": "bumblebee.models.huggingface",
     "LanguageModeling": "bumblebee.tasks.language_modeling",
+    "ORPO": "bumblebee.tasks.orpo",
     "SamplingParams": "bumblebee.inference.sampling.sampling_params",
+    "SimPO": "bumblebee.tasks.simpo",
     "Task": "bumblebee.tasks.task",
     "Tokenizer": "bumblebee.tokenizer.tokenizer",
     "Trainer": "bumblebee.trainer",
@@ -42,13 +50,17 @@ _HOME = {
 __all__ = [
     "Bumblebee",
     "BumblebeeConfig",
+    "CPO",
     "Callback",
     "DPO",
     "DataModule",
+    "GRPO",
     "Generator",
     "HuggingFaceModel",
     "LanguageModeling",
+    "ORPO",
     "SamplingParams",
+    "SimPO",
     "Task",
     "Tokenizer",
     "Trainer",

@@ -289,7 +289,7 @@ class Bumblebee(LanguageModel):
             dtype = torch.get_autocast_dtype(device.type)
         kernel = select_kernel(self.attention, dtype)
         assert c.head_dim is not None
-        if kernel == "varlen" and not varlen_supports(c.head_dim, c.attention_dropout if self.training else 0.0):
+        if kernel in ("varlen", "flash3") and not varlen_supports(c.head_dim, c.attention_dropout if self.training else 0.0):
             kernel = "sdpa"
         mask.prepare(kernel, input_ids.shape[1], device, {c.window_of(layer) for layer in range(c.num_hidden_layers)})
 

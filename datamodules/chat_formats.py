@@ -1,4 +1,4 @@
-"""The three chat formats: how each spells turns, speakers, tools and calls, converted to OpenAI messages.
+"""The four chat formats: how each spells turns, speakers, tools and calls, converted to OpenAI messages.
 
 To support another format, add a ChatFormat to FORMATS. The ValueErrors raised here name the key; callers add file and line.
 """
@@ -124,6 +124,41 @@ def _join_parts(content: object, key: str) -> object:
             shown = part.get("type") if isinstance(part, dict) else part
             raise ValueError(f"{key}[{index}] must be a part of type 'text' with its 'text', not {shown!r}")
     return "".join(part["text"] for part in content)
+
+
+# -- prompt and completion, as TRL's datasets have them ------------------------------------------------------------------------
+
+
+def _prompt_turns(value: dict[str, object]) -> list[Turn]:
+    if isinstance(value["prompt"], str):
+        return [*_system(value), ("'prompt'", _message("user", value["prompt"], "'prompt'"))]
+    _check_text_or_messages(value, "prompt")
+    return _turns_in_list(value, "prompt", _openai_message)
+
+
+def _completion(value: dict[str, object]) -> list[Turn]:
+    if "completion" not in value:
+        raise ValueError("no key 'completion', the answer to 'prompt'")
+    if isinstance(value["completion"], str):
+        return [("'completion'", _message("assistant", value["completion"], "'completion'"))]
+    _check_text_or_messages(value, "completion")
+    return _turns_in_list({"completion": value["completion"]}, "completion", _openai_message)
+
+
+def _check_text_or_messages(value: dict[str, object], name: str) -> None:
+    if not isinstance(value[name], list):
+        raise ValueError(f"{name!r} must be a string or a list of messages, not {json_type(value[name])}")
+
+
+def _prompt_answer(value: object, key: str) -> Message:
+    """A text, a message, or a list of one message."""
+    if isinstance(value, str):
+        return _message("assistant", value, key)
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise ValueError(f"{key} must be one message, not a list of {len(value)}")
+        return _openai_message(value[0], f"{key}[0]")
+    return _openai_message(value, key)
 
 
 # -- common to all formats -----------------------------------------------------------------------------------------------
@@ -257,5 +292,6 @@ FORMATS = {
         ChatFormat("instruction", _OPENAI, _alpaca_turns, _alpaca_answers, _alpaca_answer),
         ChatFormat("conversations", _SHAREGPT, _sharegpt_turns, _no_answers, _sharegpt_message),
         ChatFormat("messages", _OPENAI, _openai_turns, _no_answers, _openai_message),
+        ChatFormat("prompt", _OPENAI, _prompt_turns, _completion, _prompt_answer),
     )
 }

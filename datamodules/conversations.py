@@ -1,14 +1,17 @@
-"""From a record to a conversation, or to a prompt with two answers, in any of three formats.
+"""From a record to a conversation, or to a prompt with two answers, in any of four formats.
 
     Alpaca      {"instruction", "input"?, "output", "system"?, "history"?: [[question, answer], ...], "tools"?}
     ShareGPT    {"conversations": [{"from": system|human|gpt|function_call|observation, "value"}, ...], "system"?, "tools"?}
     OpenAI      {"messages": [{"role": system|user|assistant|tool, "content", "tool_calls"?}, ...], "tools"?}
+    TRL         {"prompt": a question or messages, "completion": an answer or messages, "tools"?}
 
 A preference pair has a prompt without the last answer in one of these formats, and two answers, "chosen" and "rejected":
-strings in Alpaca, one turn or message each in the others.
+strings in Alpaca, one turn or message each in ShareGPT and OpenAI, any of these in TRL. Without a format's key, or beside a
+"prompt", they may be two lists of messages that differ in the last one: the messages before it are the prompt.
 
 Choices:
-- Each record, not each file, has a format, which the key of its turns identifies. Other keys (an id, a source) are ignored.
+- Each record, not each file, has a format, which the key of its turns identifies. Other keys (an id, a source) are ignored, and
+  so is "prompt" beside the key of another format.
 - A null is the same as a missing key, because Parquet and table exports write nulls.
 - The result is OpenAI messages, with the arguments of calls as objects. The order is strict: an optional system prompt, then
   user and assistant in turn, with results after calls. Violations raise a RecordError that names the key.
@@ -109,12 +112,25 @@ def _conversation(value: dict[str, object]) -> Conversation:
 
 
 def _preference(value: dict[str, object]) -> PreferencePair:
+    value = _without_shared_messages(value)
     chat_format = _format_of(value)
     prompt = _prompt(value, chat_format)
     chosen, rejected = _answer(value, "chosen", chat_format), _answer(value, "rejected", chat_format)
     if chosen == rejected:
         raise ValueError("'chosen' and 'rejected' are equal")
     return PreferencePair(prompt, chosen, rejected, parse_tools(value.get("tools")))
+
+
+def _without_shared_messages(value: dict[str, object]) -> dict[str, object]:
+    """Make a prompt of the turns that two whole conversations share."""
+    chosen, rejected = value.get("chosen"), value.get("rejected")
+    if not isinstance(chosen, list) or not isinstance(rejected, list) or min(len(chosen), len(rejected)) < 2:
+        return value
+    if len(chosen) != len(rejected) or chosen[:-1] != rejected[:-1]:
+        raise ValueError("'chosen' and 'rejected' are conversations that must differ in the last message only")
+    rest = {key: item for key, item in value.items() if key not in FORMATS}
+    turns = "conversations" if isinstance(chosen[0], dict) and "from" in chosen[0] else "messages"
+    return {**rest, turns: chosen[:-1], "chosen": chosen[-1], "rejected": rejected[-1]}
 
 
 def _prompt(value: dict[str, object], chat_format: ChatFormat) -> list[Message]:
@@ -128,6 +144,8 @@ def _prompt(value: dict[str, object], chat_format: ChatFormat) -> list[Message]:
 
 def _format_of(value: dict[str, object]) -> ChatFormat:
     present = [key for key in FORMATS if key in value]
+    if len(present) == 2 and "prompt" in present:
+        present.remove("prompt")  # a copy of the question, as in several published datasets
     if len(present) != 1:
         known = " or ".join(map(repr, FORMATS))
         raise ValueError(f"expected exactly one of the keys {known}; the record's keys: {keys_of(value)}")

@@ -39,11 +39,11 @@ def _lines_of(document: Record) -> Iterator[PromptRecord]:
 
 
 def _prompt_of(record: Record) -> PromptRecord:
-    present, source = [key for key in ("prompt", *FORMATS) if key in record.value], f"{record.file}:{record.line}"
+    present, source = [key for key in FORMATS if key in record.value], f"{record.file}:{record.line}"
     if len(present) != 1:
         reason = f"expected one of 'prompt' and 'messages'; the record's keys: {keys_of(record.value)}"
         raise RecordError(record.file, record.line, reason)
-    if present != ["prompt"]:
+    if present != ["prompt"] or isinstance(record.value["prompt"], list):
         return PromptRecord(source, record.value, *parse_prompt(record))
     text = record.value["prompt"]
     if not isinstance(text, str) or not text:

@@ -23,6 +23,7 @@ class ServeOptions:
         device: auto, cpu, cuda or cuda:N; a list runs a copy of the model on each; the least busy one gets the next request.
         device_map: auto spreads the layers of a model that is too large for one GPU over all GPUs; null uses one device.
         dtype: auto (as stored), float32, bfloat16 or float16.
+        quantize: int8 or int4 weights, quantized while loading; null keeps them as stored.
         trust_remote_code: run code that the model folder names or contains.
         system_prompt: system prompt of conversations without one.
         examples: example questions on the chat page; null for generic ones, [] for none.
@@ -56,6 +57,7 @@ class ServeOptions:
     device: str | list[str] = "auto"
     device_map: Literal["auto"] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Literal["int8", "int4"] | None = None
     trust_remote_code: bool = False
     system_prompt: str | None = None
     examples: list[str] | None = None

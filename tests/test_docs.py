@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.documents import DOCUMENTS, RESEARCH, ROOT, bumblebee_words, commands, run_in_shell, served
+from helpers.documents import DOCUMENTS, RESEARCH, ROOT, SWEEPS, bumblebee_words, commands, run_in_shell, served
 
 from bumblebee.cli.main import main
 
-FITS = sorted({c for d in DOCUMENTS if d != RESEARCH for c in commands(d) if (bumblebee_words(c) or [""])[0] == "fit"})
+FITS = sorted(
+    {c for d in DOCUMENTS if d not in (RESEARCH, SWEEPS) for c in commands(d) if (bumblebee_words(c) or [""])[0] == "fit"}
+)
 
 
 @pytest.mark.parametrize("command", FITS)

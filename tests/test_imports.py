@@ -19,6 +19,7 @@ PACKAGES = ("bumblebee", "callbacks", "datamodules", "serve")
 # Files that import inside functions, so that `bumblebee --help` and the parsers of all commands start without what is named.
 LATE_IMPORTS = {
     "bumblebee/cli/commands/*": "torch and whatever else the command needs after its options are parsed",
+    "bumblebee/cli/evaluation_tasks.py": "the tasks, which import torch, and the readers of their files",
     "bumblebee/cli/errors/parse_errors.py": "the shipped classes, needed for errors only",
     "bumblebee/cli/recipe_options.py": "the readers of model folders, which import torch",
     "bumblebee/cli/parser.py": "the shipped classes, needed for help only",
@@ -27,7 +28,9 @@ LATE_IMPORTS = {
     "bumblebee/distributed/process_group.py": "torch",
     "bumblebee/hardware/flops.py": "torch",
     "bumblebee/hardware/gpu_utilization.py": "torch",
+    "bumblebee/inference/decode_attention.py": "triton, which is optional",
     "bumblebee/lora/*": "peft, which imports transformers",
+    "bumblebee/models/float8_layers.py": "torchao, which is optional",
     "bumblebee/models/huggingface.py": "transformers",
     "bumblebee/nn/attention_kernels.py": "flash-attn, which is optional",
     "bumblebee/optim.py": "torch",

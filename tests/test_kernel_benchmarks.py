@@ -7,13 +7,14 @@ import json
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.documents import ROOT, commands
 
 from benchmarks.kernels import __main__ as all_kernels
-from benchmarks.kernels import harness, swiglu
+from benchmarks.kernels import harness, linear_cross_entropy, rms_norm, rope, swiglu
 
 SIZES = {
     "attention": "1x32x4x2x8", "decode_attention": "2x32x4x2x8", "rms_norm": "8x16", "rope": "1x8x2x8", "qk_norm": "1x8x2x8",
@@ -94,6 +95,73 @@ def test_variant_that_cannot_run_is_listed_with_the_reason(tmp_path, capsys):
     run("attention", "--output", "")
     printed = capsys.readouterr().out
     assert "- not run: varlen: no GPU is visible" in printed and "| varlen" not in printed
+
+
+def test_unexpected_error_of_a_variant_fails_and_a_refusal_does_not(monkeypatch, tmp_path, capsys):
+    def broken(gate, up):
+        raise RuntimeError("CUDA error: misaligned address\nCUDA kernel errors might be asynchronous")
+
+    def refused(gate, up):
+        raise NotImplementedError("no kernel for this dtype")
+
+    monkeypatch.setattr(swiglu, "naive", refused)
+    assert run("swiglu", "--output", str(tmp_path)) == 0
+    assert "- not run: naive: no kernel for this dtype" in capsys.readouterr().out
+    monkeypatch.setattr(swiglu, "naive", broken)
+    assert run("swiglu", "--output", str(tmp_path)) == 1
+    assert "- FAILED: naive: RuntimeError: CUDA error: misaligned address\n" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    assert [row["failed"] for row in rows if "failed" in row] == ["RuntimeError: CUDA error: misaligned address"]
+    assert harness.refusal(RuntimeError("No available kernel. Aborting execution.")) and not harness.refusal(TypeError("x"))
+
+
+def test_cuda_is_timed_between_events_after_the_caches_are_emptied(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    monkeypatch.setattr(harness, "_filler", lambda device: SimpleNamespace(zero_=lambda: log.append("filler")))
+    assert harness.seconds_of(lambda: log.append("call"), torch.device("cuda")) == 0.0025
+    assert log == ["filler", "event", "call", "event", "wait"]
+
+
+def test_liger_variants_equal_the_formulas(monkeypatch):
+    """With stand-ins that have the signatures of liger-kernel's functions, and rotate in place as its RoPE does."""
+
+    def norm(x, weight, eps, offset, casting_mode, in_place):
+        assert (offset, casting_mode, in_place) == (0.0, "llama", False)
+        return rms_norm.naive(x, weight)
+
+    def rotate(queries, keys, cos, sin, position_ids=None, unsqueeze_dim=1):
+        rotated = rope.rotate_half(queries, cos[:, None, :, : cos.shape[-1] // 2], sin[:, None, :, : sin.shape[-1] // 2])
+        queries.data.zero_()  # what the caller keeps must be a copy
+        return rotated, keys
+
+    def loss(hidden, weight, labels, bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction):
+        assert (bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction) == (
+            None,
+            None,
+            -100,
+            0.0,
+            0.0,
+            "sum",
+        )
+        return linear_cross_entropy.naive(hidden, weight, labels), None
+
+    for module, apply in ((rms_norm, norm), (rope, rotate), (linear_cross_entropy, loss)):
+        monkeypatch.setattr(module, "liger", lambda *names, apply=apply: (apply, {}))
+        (case,) = module.cases(torch.device("cpu"), torch.float32, SIZES[module.__name__.rpartition(".")[2]])
+        assert harness.error_of(case, case.variants["liger"]) < 1e-5
 
 
 def test_size_of_another_kernel_is_refused():

@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels.decode_attention [--device cuda] [--dtype bf16] [--sizes BxSxHxKxD ...]
 
-Bound by reading the keys and values once. Each variant gathers pages, then attends.
+Bound by reading the keys and values once. ``paged kernel`` reads pages in place, the other variants gather them first.
 ``contiguous`` reads the same keys and values without pages, the limit of a kernel that reads pages in place.
 """
 
@@ -49,6 +49,15 @@ def grouped_matmul(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor) -> Te
     return (weights @ v).flatten(1, 2)
 
 
+def paged(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor) -> Tensor:
+    """What the engine runs on a GPU. It also writes the last token's key and value, here those that are there."""
+    from bumblebee.nn.paged_attention import paged_decode_attention
+
+    k, v = (pool[pages[:, -1], -1] for pool in (keys, values))
+    rows, lengths = (torch.arange(len(q), device=q.device), torch.full((len(q),), pages.shape[1] * PAGE, device=q.device))
+    return paged_decode_attention(q, k, v, keys, values, pages, rows, lengths)
+
+
 def cases(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Case]:
     rows, length, heads, kv_heads, width = dimensions(size, "BxSxHxKxD")
     if length % PAGE:
@@ -58,6 +67,10 @@ def cases(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Case]
     q = torch.randn(rows, heads, width, device=device, dtype=dtype)
     pages = torch.randperm(count, device=device).view(rows, -1)
     variants, missing = compiled(grouped_matmul, device)
+    if device.type == "cuda":
+        variants["paged kernel"] = paged
+    else:
+        missing["paged kernel"] = "needs a GPU"
     variants = {"gather + sdpa": gathered_sdpa, "gather + grouped matmul": grouped_matmul, **variants}
     yield Case(size, (q, keys, values, pages), formula, variants, missing, bytes=2 * keys.nbytes)
     k, v = (gather(pool, pages).transpose(1, 2).contiguous() for pool in (keys, values))

@@ -1,13 +1,15 @@
 """Shared by the kernel benchmarks: compare every variant with a formula, time those that are right, and report.
 
 A script describes its kernel as cases, inputs of one size with the variants that can compute them, and calls ``main``. A
-variant whose output or gradients differ from the formula in fp64 is not timed, and the exit code is 1. Variants run in turn, so
-that other load disturbs all of them alike; the figures are medians, with half the distance of the quartiles beside them.
+variant whose output or gradients differ from the formula in fp64 is not timed, and the exit code is 1. The same holds for one
+that raises another error than those of ``refusal``. Variants run in turn, so that other load disturbs all of them alike; the
+figures are medians, with half the distance of the quartiles beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import platform
@@ -16,9 +18,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +105,7 @@ def main(title: str, cases: Cases, sizes: dict[str, Sequence[str]], argv: Sequen
     for size in options.sizes or sizes[device.type]:
         for case in cases(device, dtype, size):
             results = run_case(case, dtype, options.rounds, peaks)
-            wrong |= any("error" in result and not _is_right(result) for result in results)
+            wrong |= any("failed" in result or ("error" in result and not _is_right(result)) for result in results)
             rows += [{**result, "kernel": title.split()[0].lower(), "dtype": options.dtype} for result in results]
     print(report(rows))
     if options.output:
@@ -108,14 +114,14 @@ def main(title: str, cases: Cases, sizes: dict[str, Sequence[str]], argv: Sequen
 
 
 def run_case(case: Case, dtype: torch.dtype, rounds: int, peaks: Peaks) -> list[dict[str, object]]:
-    """One result for each variant: its error, and its times if it is right; or why it cannot run."""
+    """One result for each variant: its error, and its times if it is right; why it cannot run; or what it raised."""
     bound = BOUND * rounding_unit(case.dtype or dtype)
-    errors, missing = {}, dict(case.unavailable)
+    errors, missing, failed = {}, dict(case.unavailable), {}
     for name, variant in case.variants.items():
         try:
             errors[name] = error_of(case, variant)
-        except (RuntimeError, NotImplementedError, ImportError) as error:
-            missing[name] = str(error).splitlines()[0]
+        except Exception as error:  # a fault of one variant must not hide the others
+            (missing if refusal(error) else failed)[name] = refusal(error) or _one_line(error)
     right = {name: case.variants[name] for name, error in errors.items() if error <= bound}
     timed = times(case, right, rounds)
     results: list[dict[str, object]] = []
@@ -124,7 +130,23 @@ def run_case(case: Case, dtype: torch.dtype, rounds: int, peaks: Peaks) -> list[
             key: value for kind, values in timed.get(name, {}).items() for key, value in _figures(case, kind, values, peaks)
         }
         results.append({"case": case.name, "variant": name, "error": error, "bound": bound, **figures})
+    results += [{"case": case.name, "variant": name, "failed": message} for name, message in failed.items()]
     return results + [{"case": case.name, "variant": name, "unavailable": reason} for name, reason in missing.items()]
+
+
+def refusal(error: Exception) -> str | None:
+    """Why a variant cannot run here, if the error says so; None for any other error, which is a fault.
+
+    A package or an implementation is missing, the memory does not suffice, or SDPA has no kernel of the requested backend.
+    """
+    if isinstance(error, ImportError | NotImplementedError | torch.OutOfMemoryError):
+        return _one_line(error) if isinstance(error, torch.OutOfMemoryError) else str(error).splitlines()[0]
+    message = str(error)
+    return message.splitlines()[0] if isinstance(error, RuntimeError) and "No available kernel" in message else None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _is_right(result: dict[str, object]) -> bool:
@@ -167,13 +189,35 @@ def times(case: Case, variants: dict[str, Variant], rounds: int) -> dict[str, di
     for number in range(rounds + 1):
         for name, variant in variants.items():
             with torch.no_grad():
-                forward = duration(lambda: variant(*case.inputs), case.inputs[0].device)  # noqa: B023
-            both = duration(lambda: _step(variant, case.inputs), case.inputs[0].device) if case.has_backward else None  # noqa: B023
+                forward = seconds_of(lambda: variant(*case.inputs), case.inputs[0].device)  # noqa: B023
+            both = seconds_of(lambda: _step(variant, case.inputs), case.inputs[0].device) if case.has_backward else None  # noqa: B023
             if number:  # the first round is a warm-up
                 seconds[name]["forward"].append(forward)
                 if both is not None:
                     seconds[name].setdefault("forward_backward", []).append(both)
     return seconds
+
+
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call on the device: between two events on CUDA, by the clock of the host on a CPU.
+
+    On CUDA a gigabyte is written before the first event. That empties the caches, and while it lasts the host launches the
+    call's kernels, whose launches are not measured then.
+    """
+    if device.type != "cuda":
+        return duration(function, device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _filler(device).zero_()
+    begin.record()
+    function()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def _filler(device: torch.device) -> Tensor:
+    return torch.empty(2**30, dtype=torch.int8, device=device)
 
 
 def _step(variant: Variant, inputs: tuple[Tensor, ...]) -> None:
@@ -215,11 +259,25 @@ def compiled(variant: Variant, device: torch.device) -> tuple[dict[str, Variant]
     return {"compiled": torch.compile(variant, dynamic=False)}, {}
 
 
+# -- Liger -----------------------------------------------------------------------------------------------------------------
+
+
+def liger(module: str, name: str, device: torch.device) -> tuple[Callable[..., Any] | None, dict[str, str]]:
+    """``apply`` of the autograd function ``name`` of ``liger_kernel.ops.module``, or why there is no variant ``liger``."""
+    if device.type != "cuda":
+        return None, {"liger": "its Triton kernels need a GPU"}
+    try:
+        return getattr(import_module(f"liger_kernel.ops.{module}"), name).apply, {}
+    except ImportError as error:
+        missing = error.name and error.name.startswith("liger_kernel")
+        return None, {"liger": "pip install liger-kernel" if missing else f"liger-kernel cannot be imported: {error}"}
+
+
 # -- output ------------------------------------------------------------------------------------------------------------
 
 
 def report(rows: Sequence[dict[str, object]]) -> str:
-    """A table of all cases, and the variants that cannot run."""
+    """A table of all cases, the variants that failed, and those that cannot run."""
     lines = []
     for row in rows:
         if "error" not in row:
@@ -232,7 +290,9 @@ def report(rows: Sequence[dict[str, object]]) -> str:
         lines.append([row["case"], row["variant"], f"{row['error']:.1e}", *cells])
     columns = ["case", "variant", "error", "forward, ms", "share of peak", "forward + backward, ms", "share of peak"]
     missing = {f"{row['variant']}: {row['unavailable']}" for row in rows if "unavailable" in row}
-    return "\n".join([table(columns, lines), "", *(f"- not run: {line}" for line in sorted(missing))])
+    failed = {f"{row['variant']}: {row['failed']}" for row in rows if "failed" in row}
+    notes = [*(f"- FAILED: {line}" for line in sorted(failed)), *(f"- not run: {line}" for line in sorted(missing))]
+    return "\n".join([table(columns, lines), "", *notes])
 
 
 def _time(row: dict[str, object], kind: str) -> str:
@@ -251,10 +311,19 @@ def write(folder: Path, rows: Sequence[dict[str, object]], device: torch.device)
     folder.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    origin = {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+    origin = {"device": name, "torch": torch.__version__, "python": platform.python_version(), **_packages(), "commit": commit}
     with (folder / "kernels.jsonl").open("a", encoding="utf-8") as stream:
         stream.writelines(json.dumps({**_finite(row), **origin, "date": str(date.today())}) + "\n" for row in rows)
     plot(folder / f"{rows[0]['kernel']}_{rows[0]['dtype']}_{device.type}.png", rows)
+
+
+def _packages() -> dict[str, str]:
+    """Versions of the packages that variants come from, as far as they are installed."""
+    installed = {}
+    for name in ("triton", "flash-attn", "flash-attn-3", "liger-kernel"):
+        with suppress(PackageNotFoundError):
+            installed[name] = version(name)
+    return installed
 
 
 def _finite(row: dict[str, object]) -> dict[str, object]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.kernels.harness import Case, compiled, dimensions, main
+from benchmarks.kernels.harness import Case, compiled, dimensions, liger, main
 from bumblebee.nn import linear_cross_entropy as chunked_module
 
 SIZES = {"cpu": ["1024x512x32768"], "cuda": ["16384x2048x151936"]}
@@ -48,7 +48,12 @@ def cases(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Case]
     variants, missing = compiled(naive, device)
     others = {f"chunked {rows}": partial(chunked, rows=rows) for rows in ROWS[device.type]}
     variants = {"naive": naive, "chunked": chunked, **others, **variants}
-    yield Case(size, (hidden, weight, labels), formula, variants, missing, flops=2.0 * targets * width * vocabulary)
+    apply, reason = liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction", device)
+    if apply:  # no bias, class weights, z-loss or smoothing; the loss is the first of its outputs
+        variants["liger"] = lambda hidden, weight, labels: apply(hidden, weight, labels, None, None, -100, 0.0, 0.0, "sum")[0]
+    yield Case(
+        size, (hidden, weight, labels), formula, variants, {**missing, **reason}, flops=2.0 * targets * width * vocabulary
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.harness import Case, Variant, compiled, dimensions, main
+from benchmarks.kernels.harness import Case, Variant, compiled, dimensions, liger, main
 from bumblebee.nn.norm import RMSNorm
 
 SIZES = {"cpu": ["2048x896"], "cuda": ["16384x2048", "16384x8192"]}
@@ -42,7 +42,10 @@ def cases(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Case]
     weight = (1 + 0.1 * torch.randn(width, device=device)).to(dtype).requires_grad_()
     variants, missing = compiled(naive, device)
     variants = {"naive": naive, "bumblebee": module(width, device), "torch": torch_kernel, **variants}
-    yield Case(size, (x, weight), formula, variants, missing, bytes=2 * x.nbytes, backward_work=2.5)
+    apply, reason = liger("rms_norm", "LigerRMSNormFunction", device)
+    if apply:  # no offset, the cast of Llama, and gradients in memory of their own: the harness reads the output's again
+        variants["liger"] = lambda x, weight: apply(x, weight, 1e-6, 0.0, "llama", False)
+    yield Case(size, (x, weight), formula, variants, {**missing, **reason}, bytes=2 * x.nbytes, backward_work=2.5)
 
 
 if __name__ == "__main__":

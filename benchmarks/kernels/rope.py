@@ -6,12 +6,12 @@ python -m benchmarks.kernels.rope [--device cuda] [--dtype bf16] [--sizes BxTxHx
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.harness import Case, compiled, dimensions, main
+from benchmarks.kernels.harness import Case, Variant, compiled, dimensions, liger, main
 from bumblebee.nn.rope import RotaryEmbedding, apply_rotary
 
 SIZES = {"cpu": ["2x1024x14x64"], "cuda": ["8x2048x32x128"]}
@@ -30,6 +30,17 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
+def liger_rope(apply: Callable[..., tuple[Tensor, Tensor]]) -> Variant:
+    """Liger's rotation of queries and keys in place; the copy that keeps the input is measured too, and so is one key head."""
+
+    def variant(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        queries, keys = x.clone().transpose(1, 2), x[:, :, :1].detach().clone().transpose(1, 2)
+        whole = (torch.cat((part, part), -1).reshape(x.shape[0], x.shape[1], -1) for part in (cos, sin))
+        return apply(queries, keys, *whole)[0].transpose(1, 2)
+
+    return variant
+
+
 def cases(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Case]:
     rows, length, heads, width = dimensions(size, "BxTxHxD")
     x = torch.randn(rows, length, heads, width, device=device, dtype=dtype, requires_grad=True)
@@ -37,7 +48,10 @@ def cases(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Case]
     cos, sin = RotaryEmbedding(width, 10_000.0).to(device)(positions)
     variants, missing = compiled(apply_rotary, device)
     variants = {"rotate_half": rotate_half, "bumblebee": apply_rotary, **variants}
-    yield Case(size, (x, cos, sin), formula, variants, missing, bytes=2 * x.nbytes, backward_work=2.0)
+    apply, reason = liger("rope", "LigerRopeFunction", device)
+    if apply:
+        variants["liger"] = liger_rope(apply)
+    yield Case(size, (x, cos, sin), formula, variants, {**missing, **reason}, bytes=2 * x.nbytes, backward_work=2.0)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.harness import Case, compiled, dimensions, main
+from benchmarks.kernels.harness import Case, compiled, dimensions, liger, main
 
 SIZES = {"cpu": ["2048x4864"], "cuda": ["16384x8192"]}
 
@@ -33,19 +33,9 @@ def cases(device: torch.device, dtype: torch.dtype, size: str) -> Iterator[Case]
     shape = dimensions(size, "ROWSxWIDTH")
     gate, up = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
     variants, missing = compiled(bumblebee, device)
-    liger, reason = _liger(device)
-    variants = {"naive": naive, "bumblebee": bumblebee, **variants, **liger}
+    apply, reason = liger("swiglu", "LigerSiLUMulFunction", device)
+    variants = {"naive": naive, "bumblebee": bumblebee, **variants, **({"liger": apply} if apply else {})}
     yield Case(size, (gate, up), formula, variants, {**missing, **reason}, bytes=3 * gate.nbytes, backward_work=8 / 3)
-
-
-def _liger(device: torch.device) -> tuple[dict, dict[str, str]]:
-    if device.type != "cuda":
-        return {}, {"liger": "its Triton kernels need a GPU"}
-    try:
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-    except ImportError:
-        return {}, {"liger": "pip install liger-kernel"}
-    return {"liger": LigerSiLUMulFunction.apply}, {}
 
 
 if __name__ == "__main__":

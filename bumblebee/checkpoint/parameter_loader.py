@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -27,16 +28,24 @@ class ParameterLoader:
         model: may be on the meta device; its parameters are replaced.
         dtype: dtype of the parameters; None keeps that of the loaded tensors.
         device: device of the parameters, or a function from a key to its device.
+        take: called with the key of each parameter that is complete; returns whether it replaced the module that has it.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, device: Device) -> None:
-        self.model, self.dtype = model, dtype
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None,
+        device: Device,
+        take: Callable[[str], bool] = lambda key: False,
+    ) -> None:
+        self.model, self.dtype, self.take = model, dtype, take
         self.device_of = device if callable(device) else lambda key: device
         self.tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self.tied = tied(self.tensors)
         for key in self.tied:
             del self.tensors[key]
         self._allocated: set[str] = set()  # keys of which a slice has been loaded
+        self._missing = {key: math.prod(shape) for key, shape in self.shapes.items()}  # elements that are not loaded yet
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -45,6 +54,12 @@ class ParameterLoader:
 
     def load(self, target: TensorSlice, tensor: Tensor) -> None:
         """Load a tensor into a slice: a complete parameter or buffer, or some rows of it."""
+        self._copy(target, tensor)
+        self._missing[target.key] -= tensor.numel()
+        if not self._missing[target.key] and self.take(target.key):
+            self.tensors[target.key] = self.tensors[target.key].to("meta")  # frees it
+
+    def _copy(self, target: TensorSlice, tensor: Tensor) -> None:
         old = self.tensors[target.key]
         dtype = (self.dtype or tensor.dtype) if isinstance(old, nn.Parameter) else old.dtype
         if (shard := local_shard(old)) is not None:
@@ -68,7 +83,9 @@ class ParameterLoader:
         """Tie tied parameters again, and move the buffers that are not in the files; call it after the last tensor."""
         for key, first in self.tied.items():
             module_name, _, name = key.rpartition(".")
-            setattr(self.model.get_submodule(module_name), name, self.tensors[first])
+            module = self.model.get_submodule(module_name)
+            if hasattr(module, name):  # a module that was replaced has no such parameter
+                setattr(module, name, self.tensors[first])
         for module_name, module in self.model.named_modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device_of(f"{module_name}.{name}"))

@@ -12,6 +12,7 @@ from bumblebee.checkpoint.adapters.folder import base_model_folder
 from bumblebee.checkpoint.families import family_of
 from bumblebee.checkpoint.hf_folder import load_config
 from bumblebee.checkpoint.parameter_loader import Device, ParameterLoader
+from bumblebee.checkpoint.quantize_weights import LoadQuantizer
 from bumblebee.checkpoint.weight_files import weight_files
 from bumblebee.checkpoint.weight_mapping import Rule, file_shape, slices_by_file_key, split_for
 from bumblebee.checkpoint.weight_reader import read_tensors
@@ -68,7 +69,9 @@ def load_mapped_weights(
     if current_load_context().shapes_only:
         weight_files(base_model_folder(folder), allow_pickle)  # raises if they are missing
         return
-    parameters = ParameterLoader(model, dtype, device)
+    scheme = current_load_context().quantize
+    quantizer = None if scheme is None else LoadQuantizer(model, scheme)
+    parameters = ParameterLoader(model, dtype, device, quantizer or (lambda key: False))
     missing, unexpected = slices_by_file_key(rules, parameters.shapes), []
     for key, tensor in read_tensors(folder, dtype, allow_pickle=allow_pickle):
         if slices := missing.pop(key, None):
@@ -79,6 +82,8 @@ def load_mapped_weights(
             unexpected.append(key)
     _check_keys(folder, sorted(missing), unexpected)
     parameters.finish()
+    if quantizer is not None:
+        quantizer.finish(folder)
 
 
 def _check_shape(folder: str | Path, key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-
-from tqdm import tqdm
 
 from bumblebee.datamodule import DataModule, SampleT
 from bumblebee.inference.generator import Generator
@@ -77,21 +75,27 @@ def _in_row(input_ids: list[int], labels: list[int], position_ids: list[int]) ->
             previous_end = last + 1
 
 
-def answer(generator: Generator, asked: Iterable[Question], limit: int | None = None) -> list[Answer]:
+def answer(
+    generator: Generator,
+    asked: Iterable[Question],
+    limit: int | None = None,
+    progress: Callable[[int], object] = lambda count: None,
+) -> list[Answer]:
     """Return the model's greedy answers, in the order of the questions.
 
     Args:
         generator: the model.
         asked: questions.
         limit: maximum number of questions; None for all.
+        progress: called with the number of answers that have just been finished.
     """
     chosen, decode = list(islice(asked, limit)), generator.tokenizer.decode
     texts = [""] * len(chosen)
-    with tqdm(total=len(chosen), desc="evaluating", unit=" questions", disable=None, leave=False) as bar:
-        stop_ids = generator.tokenizer.end_of_turn_ids
-        for output in generator.outputs([_request(id, question, stop_ids) for id, question in enumerate(chosen)]):
-            texts[int(output.id)] += output.text
-            bar.update(output.finish_reason is not None)
+    stop_ids = generator.tokenizer.end_of_turn_ids
+    for output in generator.outputs([_request(id, question, stop_ids) for id, question in enumerate(chosen)]):
+        texts[int(output.id)] += output.text
+        if output.finish_reason is not None:
+            progress(1)
     return [
         Answer(_without_roles(decode(question.prompt[-question.length :])), question.turn, decode(question.answer), text)
         for question, text in zip(chosen, texts, strict=True)

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from bumblebee.inference.decode_attention import PagedDecode
+from bumblebee.inference.transfers import upload
+
 MAX_GATHERED = 2**18  # positions of a decode call: 0.5 GB of keys and values for 4 key-value heads of width 128 in 16 bits
 
 
@@ -62,17 +65,20 @@ class AttentionMetadata:
     """One step's tokens, for every layer.
 
     Args:
-        slot_mapping: (N,) int64, the slot (block * block_size + offset) that each token's key and value are written to.
-        spans: one per sequence, in the order of the row: decode tokens first.
+        slot_mapping: (N,) int64, the slot (block * block_size + offset) that each token's key and value are written to; without
+            the tokens of ``paged``.
+        spans: one per sequence, in the order of the row: decode tokens first; without those of ``paged``.
         decode: for each call that decode tokens share, the slots (B, S) of their sequences and a bool mask (B, S), false at
             padding; empty if each has a call of its own.
         block_size: positions per block.
+        paged: decode tokens, first in the row, that the paged kernel writes and reads; None where it cannot run.
     """
 
     slot_mapping: Tensor
     spans: list[QuerySpan]
     decode: list[tuple[Tensor, Tensor]]
     block_size: int
+    paged: PagedDecode | None = None
     _windowed: dict[int, AttentionMetadata] = field(default_factory=dict)
 
     @classmethod
@@ -84,6 +90,8 @@ class AttentionMetadata:
         block_size: int,
         device: torch.device,
         max_padding: float,
+        device_tables: Sequence[Tensor] | None = None,
+        paged: PagedDecode | None = None,
     ) -> AttentionMetadata:
         """Metadata of some sequences, decode tokens first.
 
@@ -94,16 +102,21 @@ class AttentionMetadata:
             block_size: positions per block.
             device: of the cache.
             max_padding: decode tokens share calls if one would read at most this many times the positions that they have.
+            device_tables: the same tables on the device, as int64; None to copy them.
+            paged: decode tokens before those of these sequences.
         """
-        spans, slots, offset = [], [], 0
-        for block_table, length, count in zip(block_tables, lengths, query_counts, strict=True):
-            blocks = list(block_table[: -(-length // block_size)])
+        spans, slots, offset = [], [], 0 if paged is None else len(paged.rows)
+        tables = device_tables or [upload(table, device, torch.int64) for table in block_tables]
+        for blocks, table, length, count in zip(block_tables, tables, lengths, query_counts, strict=True):
             slots += [blocks[at // block_size] * block_size + at % block_size for at in range(length - count, length)]
-            spans.append(QuerySpan(offset, count, length, torch.tensor(blocks, device=device), _causal(length, count, device)))
+            table = table[: -(-length // block_size)]
+            spans.append(QuerySpan(offset, count, length, table, _causal(length, count, device)))
             offset += count
         lengths = [span.length for span in spans if span.num_queries == 1]
         share = len(lengths) > 1 and max(lengths) * len(lengths) <= max_padding * sum(lengths)
-        return cls(torch.tensor(slots, device=device), spans, _shared_decode(spans, block_size) if share else [], block_size)
+        return cls(
+            upload(slots, device, torch.int64), spans, _shared_decode(spans, block_size) if share else [], block_size, paged
+        )
 
     def to(self, device: torch.device) -> AttentionMetadata:
         """The metadata for layers on another device."""
@@ -111,7 +124,11 @@ class AttentionMetadata:
             return self
         decode = [(slots.to(device), valid.to(device)) for slots, valid in self.decode]
         return AttentionMetadata(
-            self.slot_mapping.to(device), [span.to(device) for span in self.spans], decode, self.block_size
+            self.slot_mapping.to(device),
+            [span.to(device) for span in self.spans],
+            decode,
+            self.block_size,
+            None if self.paged is None else self.paged.to(device),
         )
 
     def windowed(self, window: int | None) -> AttentionMetadata:
@@ -121,7 +138,7 @@ class AttentionMetadata:
         if window not in self._windowed:
             spans = [span.windowed(window, self.block_size) for span in self.spans]
             decode = _shared_decode(spans, self.block_size) if self.decode else []
-            self._windowed[window] = AttentionMetadata(self.slot_mapping, spans, decode, self.block_size)
+            self._windowed[window] = AttentionMetadata(self.slot_mapping, spans, decode, self.block_size, self.paged)
         return self._windowed[window]
 
 
@@ -151,8 +168,7 @@ def _padded_decode(decode: list[QuerySpan], block_size: int) -> tuple[Tensor, Te
     Padding repeats a sequence's own first slot, so that no row reads another sequence's values.
     """
     tables = torch.nn.utils.rnn.pad_sequence([span.block_table for span in decode], batch_first=True)
-    starts = torch.tensor([[span.start] for span in decode], device=tables.device)
-    lengths = torch.tensor([[span.length] for span in decode], device=tables.device)
+    starts, lengths = upload([(span.start, span.length) for span in decode], tables.device)[:, :, None].unbind(1)
     positions = starts + torch.arange(max(span.length - span.start for span in decode), device=tables.device)
     valid = positions < lengths
     positions = torch.where(valid, positions, starts)

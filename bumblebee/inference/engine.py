@@ -14,18 +14,17 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable
 
-from torch import Tensor
-
 from bumblebee.inference.block_pool import BlockPool
 from bumblebee.inference.detokenizer import Detokenizer
 from bumblebee.inference.engine_config import EngineConfig, EngineStats
 from bumblebee.inference.kv_cache import BLOCK_SIZE, num_blocks
 from bumblebee.inference.model_runner import ModelRunner
 from bumblebee.inference.request import EngineRequest, FinishReason, PromptToken, RequestOutput, SampledToken
-from bumblebee.inference.sampling.logprobs import prompt_logprobs
-from bumblebee.inference.sampling.sampler import SamplerState, sample
+from bumblebee.inference.sampling.logprobs import PromptScores
+from bumblebee.inference.sampling.sampler import SamplerState, Sampling
 from bumblebee.inference.scheduler import Scheduler
 from bumblebee.inference.sequence import ScheduledChunk, Sequence, validate_prompt
+from bumblebee.inference.transfers import read_back
 from bumblebee.models.base import LanguageModel
 from bumblebee.tokenizer.tokenizer import Tokenizer
 
@@ -41,7 +40,7 @@ class _RequestState:
         self.detokenizer = Detokenizer(
             tokenizer, params.stop, params.spelled_ids, params.min_new_tokens, params.include_stop_str_in_output
         )
-        self.prompt_logprobs = [PromptToken(request.prompt[0])] if sequence.scores_prompt else []
+        self.prompt_logprobs = [PromptToken(request.prompt[0])] if request.prompt_logprobs is not None else []
 
     def output(self, text: str, tokens: list[SampledToken], reason: FinishReason | None) -> RequestOutput:
         """The request's output of a step, the first time after the prompt with the scored prompt tokens."""
@@ -60,6 +59,7 @@ class GenerationEngine:
         tokenizer: of the model.
         stop_ids: token ids that end a sequence, unless a request ignores them.
         config: limits.
+        block_size: positions per block. Prefixes are shared in whole blocks: small ones share more.
 
     Raises:
         ValueError: the KV cache does not fit in memory.
@@ -71,13 +71,15 @@ class GenerationEngine:
         tokenizer: Tokenizer,
         stop_ids: Collection[int] = (),
         config: EngineConfig | None = None,
+        block_size: int = BLOCK_SIZE,
     ) -> None:
         config = config or EngineConfig()
         self.tokenizer, self.stop_ids = tokenizer, frozenset(stop_ids)
         self.model_config = model.config
-        self.block_pool = BlockPool(num_blocks(model, config), BLOCK_SIZE, config.prefix_reuse)
+        blocks = -(-num_blocks(model, config) * BLOCK_SIZE // block_size)
+        self.block_pool = BlockPool(blocks, block_size, config.prefix_reuse)
         self.scheduler = Scheduler(self.block_pool, config.max_running, config.step_tokens)
-        self.model_runner = ModelRunner(model.eval(), self.block_pool.num_blocks, BLOCK_SIZE)
+        self.model_runner = ModelRunner(model.eval(), blocks, block_size, self.scheduler.max_running)
         self._states: dict[str, _RequestState] = {}
         self._cancelled: set[str] = set()
         self._outputs: list[RequestOutput] = []  # of the step being computed
@@ -142,12 +144,9 @@ class GenerationEngine:
         self._finish_all(self._cancelled, "cancelled")
         self._finish_all(self._expired(), "timeout")
         if chunks := sorted(self.scheduler.schedule(), key=lambda chunk: chunk.num_tokens > 1):
-            logits, prompt_logits = self.model_runner.run(chunks)
-            scored = self._score(chunks, prompt_logits)
-            states = [self._state(chunk) for chunk in chunks if chunk.samples]
-            tokens = sample(logits, [state.sampler for state in states]) if states else []
+            scored, sampled = self._compute(chunks)
             self._advance(chunks, scored)
-            for state, token in zip(states, tokens, strict=True):
+            for state, token in sampled:
                 self._append(state, token)
         outputs, self._outputs = self._outputs, []
         return outputs
@@ -161,12 +160,22 @@ class GenerationEngine:
     def _state(self, chunk: ScheduledChunk) -> _RequestState:
         return self._states[chunk.sequence.request.id]
 
-    def _score(self, chunks: Iterable[ScheduledChunk], logits: Tensor) -> list[tuple[_RequestState, PromptToken]]:
-        """The scored prompt tokens of the chunks, in their order, given their logits (m, V)."""
+    def _compute(
+        self, chunks: list[ScheduledChunk]
+    ) -> tuple[list[tuple[_RequestState, PromptToken]], list[tuple[_RequestState, SampledToken]]]:
+        """The scored prompt tokens of the chunks, in their order, and the next tokens, after a single wait for the GPU."""
+        logits, prompt_logits = self.model_runner.run(chunks)
         owners = [(self._state(chunk), id) for chunk in chunks for id in chunk.scored]
         counts = [state.sequence.request.prompt_logprobs or 0 for state, _ in owners]
-        tokens = prompt_logprobs(logits, [id for _, id in owners], counts)
-        return [(state, token) for (state, _), token in zip(owners, tokens, strict=True)]
+        scores = PromptScores(prompt_logits, [id for _, id in owners], counts)
+        states = [self._state(chunk) for chunk in chunks if chunk.samples]
+        sampling = Sampling(logits, [state.sampler for state in states]) if states else None
+        scored, sampled = read_back(scores.tensors, sampling.tensors if sampling else ())
+        prompt_tokens, tokens = scores.tokens(scored), sampling.tokens(sampled) if sampling else []
+        return (
+            [(state, token) for (state, _), token in zip(owners, prompt_tokens, strict=True)],
+            list(zip(states, tokens, strict=True)),
+        )
 
     def _advance(self, chunks: Iterable[ScheduledChunk], scored: Iterable[tuple[_RequestState, PromptToken]]) -> None:
         """Account for a computed step, and end the prompts that it has completed."""

@@ -19,12 +19,14 @@ from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.inference.kv_cache import BLOCK_SIZE, num_blocks
 from bumblebee.inference.placement.cpu_prepack import prepack
 from bumblebee.inference.placement.device_map import available_devices, load_on_devices
+from bumblebee.inference.placement.quantized_kernels import describe, use_fast_kernels
 from bumblebee.inference.request import EngineRequest, FinishReason, RequestOutput, SampledToken
 from bumblebee.inference.sampling.generation_config import default_sampling, read_generation_config, stop_ids_of
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.inference.sequence import blocks_needed, validate_prompt
 from bumblebee.models.base import LanguageModel
 from bumblebee.models.loading import load_model
+from bumblebee.nn.quantized import Scheme
 from bumblebee.tokenizer.assistant_mask import Message
 from bumblebee.tokenizer.chat_template import Tool, with_system
 from bumblebee.tokenizer.tokenizer import Tokenizer
@@ -92,6 +94,7 @@ class Generator:
         dtype: str | torch.dtype = "auto",
         device_map: Literal["auto"] | None = None,
         trust_remote_code: bool = False,
+        quantize: Scheme | None = None,
     ) -> Generator:
         """Load a model folder with its tokenizer. On a CPU the weights are prepacked, so the model cannot be trained.
 
@@ -101,6 +104,7 @@ class Generator:
             dtype: auto for the checkpoint's dtype, or float32, bfloat16, float16.
             device_map: auto spreads the layers over all GPUs if one of them is too small.
             trust_remote_code: run code that the folder names or contains.
+            quantize: int8 or int4: quantize the linear layers while loading (docs/serving.md); None keeps the weights.
 
         Raises:
             ValueError: the folder has no model or tokenizer, the device or dtype is unknown, or the model does not fit.
@@ -108,14 +112,23 @@ class Generator:
         if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"unknown dtype {dtype!r}; write auto, float32, bfloat16 or float16")
         torch_dtype = dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else getattr(torch, dtype)
+        if quantize not in (None, "int8", "int4"):
+            raise ValueError(f"quantize must be int8, int4 or null, got {quantize!r}")
         if device_map is None:
-            model = load_model(folder, torch_dtype, process_group.pick_device(device), trust_remote_code)
+            model = load_model(folder, torch_dtype, process_group.pick_device(device), trust_remote_code, quantize)
             prepack(model)
         else:
-            model = load_on_devices(folder, *available_devices(device_map, device), torch_dtype, trust_remote_code)
+            model = load_on_devices(folder, *available_devices(device_map, device), torch_dtype, trust_remote_code, quantize)
+        use_fast_kernels(model)
         tokenizer = Tokenizer.from_pretrained(folder)
         generation_config = read_generation_config(folder)
         return cls(model, tokenizer, stop_ids_of(generation_config), default_sampling(generation_config))
+
+    @property
+    def precision(self) -> str:
+        """The dtype, and how the weights are quantized: "bfloat16", or "bfloat16, int8 weights"."""
+        scheme = describe(self.model)
+        return str(self.dtype).removeprefix("torch.") + (f", {scheme} weights" if scheme else "")
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Encode a text, with the begin-of-text token if the tokenizer adds one; token ids are returned unchanged."""
@@ -151,9 +164,9 @@ class Generator:
         params.check_ids(self.model.config.vocab_size)
         return ids
 
-    def engine(self, config: EngineConfig | None = None) -> GenerationEngine:
+    def engine(self, config: EngineConfig | None = None, block_size: int = BLOCK_SIZE) -> GenerationEngine:
         """An engine for many requests, which keeps its KV cache between them."""
-        return GenerationEngine(self.model, self.tokenizer, self.stop_ids, config)
+        return GenerationEngine(self.model, self.tokenizer, self.stop_ids, config, block_size)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

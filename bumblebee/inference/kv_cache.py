@@ -1,7 +1,8 @@
 """The paged KV cache: keys and values of every layer in blocks, and the attention over them.
 
-A decode token attends with the query heads that share a key-value head folded into the query axis: keys and values are read
-once, and no mask is needed.
+On a GPU decode tokens are computed by a kernel that reads the blocks in place (``bumblebee/nn/paged_attention.py``). Otherwise
+keys and values are gathered first. A decode token then attends with the query heads that share a key-value head folded into the
+query axis: keys and values are read once, and no mask is needed.
 
 Shapes: N tokens of the step, S positions of a sequence, H query heads, K key-value heads, D head dimension.
 """
@@ -50,8 +51,19 @@ class PagedLayerCache:
         Returns:
             (1, N, H, D).
         """
-        self.keys.flatten(0, 1).index_copy_(0, self.metadata.slot_mapping, k[0])
-        self.values.flatten(0, 1).index_copy_(0, self.metadata.slot_mapping, v[0])
+        paged, outputs, first = self.metadata.paged, list[Tensor](), 0
+        if paged is not None:
+            first = len(paged.rows)
+            new = q[0, :first], k[0, :first], v[0, :first]
+            outputs.append(paged.kernel(*new, self.keys, self.values, paged.tables, paged.rows, paged.lengths, window))
+        if first < q.shape[1]:
+            outputs += self._attend_gathered(q, k[0, first:], v[0, first:], window)
+        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
+
+    def _attend_gathered(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> list[Tensor]:
+        """Tokens that the paged kernel does not compute: ``q`` (1, N, H, D), and their keys and values (n, K, D)."""
+        self.keys.flatten(0, 1).index_copy_(0, self.metadata.slot_mapping, k)
+        self.values.flatten(0, 1).index_copy_(0, self.metadata.slot_mapping, v)
         metadata = self.metadata.windowed(window)
         outputs: list[Tensor] = []
         shared = 0  # decode tokens that share calls
@@ -60,7 +72,7 @@ class PagedLayerCache:
             shared += len(slots)
         for span in metadata.spans[shared:]:
             outputs.append(self._attend_span(q[0, span.offset : span.offset + span.num_queries], span))
-        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
+        return outputs
 
     def _attend_span(self, q: Tensor, span: QuerySpan) -> Tensor:
         """One sequence: ``q`` (num_queries, H, D) -> (num_queries, H, D)."""

@@ -22,6 +22,9 @@ class EngineRequest:
         prompt_logprobs: return the log-probability of each prompt token, and of this number of the most likely ones in its
             place; None returns none. Such a prompt is computed without the prefix cache, which holds no logits.
         prompt_only: end after the prompt, without a new token; the finish reason is "length".
+        targets: score these tokens instead of the prompt's own: the last of them comes after the whole prompt, each other one
+            a prompt token earlier. Only the logits of these places are computed, and what lies before them is read from the
+            prefix cache.
     """
 
     id: str
@@ -30,6 +33,7 @@ class EngineRequest:
     deadline: float | None = None
     prompt_logprobs: int | None = None
     prompt_only: bool = False
+    targets: list[int] | None = None
 
 
 @dataclass
@@ -77,7 +81,8 @@ class RequestOutput:
             max_new_tokens or the model's last position; "cancelled"; "timeout" at the deadline.
         prompt_tokens: length of the prompt in tokens.
         cached_tokens: prompt tokens taken from the prefix cache.
-        prompt_logprobs: all prompt tokens, if requested, in the first output after the prompt has been computed; else None.
+        prompt_logprobs: all prompt tokens, or the targets, if requested, in the first output after the prompt has been
+            computed; else None.
     """
 
     id: str

@@ -8,8 +8,8 @@ Prompts with a common prefix are computed once: while an older sequence computes
 younger one waits and then reuses it. The older sequence is part of the same step, so there is no deadlock; if it is cancelled,
 the younger one computes the block itself.
 
-A request for the log-probabilities of its prompt needs the logits of all of it, which the cache does not hold. It reads no
-cached blocks and waits for none, but others may reuse what it computes.
+The cache holds no logits: a request that scores tokens reads no cached block and waits for none where it needs them, which for
+the log-probabilities of a prompt is everywhere, but others may reuse what it computes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import deque
 from bumblebee.inference.block_pool import BlockKey, BlockPool
 from bumblebee.inference.sequence import ScheduledChunk, Sequence
 
-MAX_SCORED = 512  # prompt tokens of a sequence whose logits a step computes: they take memory, V numbers each
+MAX_SCORED = 512  # tokens of a sequence that a step scores: their logits take memory, V numbers each
 
 
 class Scheduler:
@@ -64,13 +64,12 @@ class Scheduler:
             if sequence.num_remaining > 1 and budget:
                 self._reuse_cached(sequence)
                 key = sequence.next_block_key()
-                waits = key in being_computed and sequence.num_computed == sequence.num_registered
-                if waits and not sequence.scores_prompt:
+                if key in being_computed and sequence.may_reuse_next_block():
                     continue
                 if key is not None and self.block_pool.prefix_caching:
                     being_computed.add(key)
-                limit = min(budget, MAX_SCORED) if sequence.scores_prompt else budget
-                chunks.append(ScheduledChunk(sequence, min(limit, sequence.num_remaining)))
+                limit = max(sequence.first_scored - sequence.num_computed, 0) + MAX_SCORED
+                chunks.append(ScheduledChunk(sequence, min(budget, limit, sequence.num_remaining)))
                 budget -= chunks[-1].num_tokens
         return chunks
 
@@ -88,12 +87,7 @@ class Scheduler:
     def _reuse_cached(self, sequence: Sequence) -> None:
         """Skip prompt blocks that are already computed, replacing the sequence's own blocks by the cached ones."""
         size = self.block_pool.block_size
-        while (
-            not sequence.scores_prompt
-            and sequence.num_computed == sequence.num_registered
-            and (key := sequence.next_block_key())
-            and (hit := self.block_pool.lookup(key))
-        ):
+        while sequence.may_reuse_next_block() and (key := sequence.next_block_key()) and (hit := self.block_pool.lookup(key)):
             block, sequence.content_id = hit
             self.block_pool.acquire(block)
             index = sequence.num_registered // size

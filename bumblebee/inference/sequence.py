@@ -41,6 +41,16 @@ def blocks_needed(request: EngineRequest, max_positions: int, block_size: int) -
     return -(-max(max_length(request, max_positions) - 1, len(request.prompt)) // block_size)
 
 
+def targets_of(request: EngineRequest) -> tuple[list[int], int]:
+    """The tokens that a request scores, and the index of the prompt token that the first of them follows."""
+    if request.targets is not None:
+        assert 0 < len(request.targets) <= len(request.prompt)
+        return request.targets, len(request.prompt) - len(request.targets)
+    if request.prompt_logprobs is not None:
+        return request.prompt[1:], 0
+    return [], len(request.prompt)
+
+
 class Sequence:
     """Tokens and blocks of one request.
 
@@ -53,6 +63,7 @@ class Sequence:
     def __init__(self, request: EngineRequest, max_positions: int, block_size: int) -> None:
         self.request, self.block_size = request, block_size
         self.token_ids = list(request.prompt)
+        self.targets, self.first_scored = targets_of(request)
         self.max_length = max_length(request, max_positions)
         self.blocks_needed = blocks_needed(request, max_positions, block_size)
         self.block_table: list[int] = []
@@ -71,9 +82,9 @@ class Sequence:
         return len(self.request.prompt)
 
     @property
-    def scores_prompt(self) -> bool:
-        """Whether the log-probabilities of the prompt are requested: every prompt token has to be computed."""
-        return self.request.prompt_logprobs is not None
+    def num_reusable(self) -> int:
+        """Tokens at the start of the prompt whose logits nobody needs, so that cached keys and values are enough."""
+        return min(self.first_scored, self.num_prompt_tokens - 1)
 
     @property
     def num_remaining(self) -> int:
@@ -87,6 +98,11 @@ class Sequence:
         """
         end = self.num_registered + self.block_size
         return (self.content_id, tuple(self.token_ids[self.num_registered : end])) if end < self.num_prompt_tokens else None
+
+    def may_reuse_next_block(self) -> bool:
+        """Whether the next block may be taken from the cache, or waited for: the logits of none of its tokens are needed."""
+        end = self.num_registered + self.block_size
+        return self.num_computed == self.num_registered and end <= self.num_reusable
 
 
 @dataclass
@@ -108,7 +124,12 @@ class ScheduledChunk:
 
     @property
     def scored(self) -> list[int]:
-        """The prompt tokens whose log-probabilities the logits of this chunk give: those after its prompt tokens."""
+        """The tokens whose log-probabilities the logits of this chunk give."""
         sequence = self.sequence
-        begin, end = sequence.num_computed + 1, sequence.num_computed + self.num_tokens + 1
-        return sequence.request.prompt[begin:end] if sequence.scores_prompt else []
+        begin = sequence.num_computed - sequence.first_scored
+        return sequence.targets[max(begin, 0) : max(begin + self.num_tokens, 0)]
+
+    @property
+    def first_scored(self) -> int:
+        """Index in the chunk of the token that the first of ``scored`` follows."""
+        return max(self.sequence.first_scored - self.sequence.num_computed, 0)

@@ -15,6 +15,7 @@ from bumblebee.lora.switch import has_adapters
 from bumblebee.lora.targets import adapter_rules, resolve_targets
 from bumblebee.models.base import LanguageModel
 from bumblebee.nn.moe import Experts
+from bumblebee.nn.quantized import QuantizedWeight
 
 
 class LoRA:
@@ -69,6 +70,8 @@ class LoRA:
         """
         if has_adapters(model):
             raise ValueError("task.transforms: the model already has LoRA adapters; list LoRA once")
+        if any(isinstance(module, QuantizedWeight) for module in model.modules()):
+            raise ValueError("task.transforms: LoRA cannot adapt a quantized model: load it without quantize")
         base = getattr(model, "source", None)
         if base is None:
             raise ValueError(

@@ -59,8 +59,9 @@ class LanguageModel(nn.Module):
         save_model(folder, files_of(self), self.state_dict(), max_shard_size)
 
     def num_parameters(self) -> int:
-        """Number of parameters; tied parameters count once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Number of parameters; tied parameters count once, quantized ones like others."""
+        quantized = sum(getattr(module, "hidden_parameters", 0) for module in self.modules())
+        return quantized + sum(parameter.numel() for parameter in self.parameters())
 
 
 Model = TypeVar("Model", bound=LanguageModel)

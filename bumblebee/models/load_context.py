@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from bumblebee.nn.quantized import Scheme
+
 
 @dataclass(frozen=True)
 class LoadContext:
@@ -21,10 +23,12 @@ class LoadContext:
     Args:
         sharded: ZeRO-3 shards each parameter over the ranks as it is created.
         shapes_only: parameters stay on the meta device; of a model folder only the config is read.
+        quantize: linear layers are quantized as their weights are read, for inference.
     """
 
     sharded: bool = False
     shapes_only: bool = False
+    quantize: Scheme | None = None
 
 
 _current: ContextVar[LoadContext] = ContextVar("load_context", default=LoadContext())  # noqa: B039  (frozen)
@@ -36,9 +40,9 @@ def current_load_context() -> LoadContext:
 
 
 @contextmanager
-def load_context(**changes: bool) -> Iterator[None]:
+def load_context(**changes: bool | Scheme | None) -> Iterator[None]:
     """Build models under a changed context: ``with load_context(sharded=True)``. Other fields keep their values."""
-    token = _current.set(replace(_current.get(), **changes))
+    token = _current.set(replace(_current.get(), **changes))  # type: ignore[arg-type]
     try:
         yield
     finally:

@@ -11,6 +11,8 @@ from bumblebee.checkpoint.hf_folder import is_supported_folder
 from bumblebee.model import Bumblebee
 from bumblebee.models.base import LanguageModel
 from bumblebee.models.huggingface import HuggingFaceModel
+from bumblebee.models.load_context import load_context
+from bumblebee.nn.quantized import Scheme
 
 
 def load_model(
@@ -18,6 +20,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    quantize: Scheme | None = None,
 ) -> LanguageModel:
     """Load a model folder of any architecture, or an adapter folder merged with its base model.
 
@@ -26,9 +29,11 @@ def load_model(
         dtype: dtype of the weights; None keeps the dtype of the files.
         device: device of the weights.
         trust_remote_code: run code that the folder names or holds.
+        quantize: int8 or int4: quantize the linear layers while loading, for inference; None keeps them.
 
     Raises:
         ValueError: see ``Bumblebee.from_pretrained`` and ``HuggingFaceModel.from_pretrained``.
     """
     model_class = Bumblebee if is_supported_folder(base_model_folder(folder)) else HuggingFaceModel
-    return model_class.from_pretrained(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    with load_context(quantize=quantize):
+        return model_class.from_pretrained(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -35,8 +35,8 @@ class Attention(nn.Module):
         head_dim: D.
         bias: biases on the query, key and value projections.
         output_bias: bias on the output projection.
-        kernel: ``auto``, ``flash``, ``varlen``, ``sdpa`` or ``naive``. ``auto`` is resolved in forward, where the dtype is
-            known.
+        kernel: ``auto``, ``flash3``, ``flash``, ``varlen``, ``sdpa`` or ``naive``. ``auto`` is resolved in forward, where the
+            dtype is known.
         q_norm: norm of each query head before rotation (QK-norm, arXiv 2302.05442); None for no norm.
         k_norm: norm of each key head.
         interleaved: rotate adjacent pairs, as in GLM; see ``bumblebee/nn/rope.py``.

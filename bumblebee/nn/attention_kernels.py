@@ -8,13 +8,16 @@ last W positions, its own included; None is full attention. ``dropout`` is the d
 - ``naive`` writes the formula out; the other kernels are tested against it.
 - ``sdpa`` is torch's ``scaled_dot_product_attention``.
 - ``varlen`` is torch's own ``varlen_attn``, the flash-attn algorithm for packed rows, which never materializes a (T, S) mask.
-- ``flash`` is the flash-attn package, which does not either.
+- ``flash`` is the flash-attn package (FlashAttention-2), which does not either.
+- ``flash3`` is FlashAttention-3 (arXiv 2407.08608), for GPUs of compute capability 9.0 (H100, H200).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from typing import Protocol, cast
 
 import torch
@@ -71,7 +74,7 @@ class AttentionMask:
         for window in {effective_window(window, length) for window in windows}:
             if kernel == "naive" or kernel == "sdpa" and not (self.is_causal and window is None):
                 self.dense(length, length, device, window)
-        if kernel in ("varlen", "flash") and not self.is_causal:
+        if kernel not in ("naive", "sdpa") and not self.is_causal:
             self.found_boundaries()
 
     def _build(self, queries: int, keys: int, device: torch.device, window: int | None) -> Tensor:
@@ -173,12 +176,38 @@ def flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | No
     return rearrange(out, "(b t) h d -> b t h d", b=q.shape[0])
 
 
-KERNELS: dict[str, Kernel] = {"naive": naive, "sdpa": sdpa, "varlen": varlen, "flash": flash}
+def flash3(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | None = None, dropout: float = 0.0) -> Tensor:
+    """FlashAttention-3: bf16 or fp16 on an H100 or H200. It has no dropout, with which ``sdpa`` computes the attention."""
+    if dropout or q.shape[-1] % 8 or q.shape[-1] > 256:
+        return sdpa(q, k, v, mask, window, dropout)
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+
+    sides = (-1, -1) if window is None else (window - 1, 0)  # positions attended to the left and right; -1 for all
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if mask.documents is None:
+        return _output(flash_attn_func(q, k, v, causal=True, window_size=sides, deterministic=deterministic))
+    documents = mask.found_boundaries()
+    ends, longest = documents.cu_seqlens, documents.longest
+    flat = (rearrange(x, "b t h d -> (b t) h d") for x in (q, k, v))
+    out = flash_attn_varlen_func(
+        *flat, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest,
+        causal=True, window_size=sides, deterministic=deterministic,
+    )  # fmt: skip
+    return rearrange(_output(out), "(b t) h d -> b t h d", b=q.shape[0])
+
+
+def _output(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """The attention of FlashAttention-3, whose first releases return the logsumexp as well."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+KERNELS: dict[str, Kernel] = {"naive": naive, "sdpa": sdpa, "varlen": varlen, "flash": flash, "flash3": flash3}
+OF_GPUS = ("flash3", "flash", "varlen")  # they compute in bf16 or fp16 on a GPU; auto takes the first that can run
 
 
 def problems(kernel: str, dtype: torch.dtype | None) -> list[str]:
     """Return the reasons why a kernel cannot run here; none if it can. None is a dtype that is not known yet."""
-    if kernel not in ("flash", "varlen"):
+    if kernel not in OF_GPUS:
         return []
     reasons = list(machine_problems()[kernel])
     if dtype not in (None, torch.bfloat16, torch.float16):
@@ -186,6 +215,10 @@ def problems(kernel: str, dtype: torch.dtype | None) -> list[str]:
     return reasons
 
 
+PACKAGES = {  # name, module and how to install it
+    "flash": ("flash-attn", "flash_attn", "pip install flash-attn --no-build-isolation"),
+    "flash3": ("flash-attn-3", "flash_attn_interface", "build it from hopper/ of Dao-AILab/flash-attention"),
+}
 _machine_problems: dict[str, list[str]] | None = None  # not functools.cache: torch.compile calls what it wraps
 
 
@@ -193,34 +226,44 @@ def machine_problems() -> dict[str, list[str]]:
     """Return why kernels cannot run on this machine, in any dtype. Computed once, since every attention call reads it."""
     global _machine_problems
     if _machine_problems is None:
-        of_gpu = _gpu_problems()
-        _machine_problems = {name: [*_import_problems(name), *of_gpu] for name in ("flash", "varlen")}
+        _machine_problems = {name: [*_import_problems(name), *_gpu_problems(name)] for name in OF_GPUS}
     return _machine_problems
 
 
-def _gpu_problems() -> list[str]:
+def _gpu_problems(name: str) -> list[str]:
     if not torch.cuda.is_available():
         return ["no GPU is visible"]
-    too_old = torch.cuda.get_device_capability() < (8, 0)
-    return ["it needs a GPU of compute capability 8.0 (A100) or above"] if too_old else []
+    capability = torch.cuda.get_device_capability()
+    if name == "flash3":
+        return [] if capability[0] == 9 else ["it needs a GPU of compute capability 9.0 (H100, H200)"]
+    return ["it needs a GPU of compute capability 8.0 (A100) or above"] if capability < (8, 0) else []
 
 
 def _import_problems(name: str) -> list[str]:
+    """A package may be found and yet fail, as when it was built for another torch, or is only flash-attn-4."""
     if name == "varlen":
-        return [] if find_spec("torch.nn.attention.varlen") else ["torch is too old"]
-    try:  # the package may be found and yet fail, as when it was built for another torch, or is only flash-attn-4
-        from flash_attn import flash_attn_func, flash_attn_varlen_func  # noqa: F401
+        if not find_spec("torch.nn.attention.varlen"):
+            return ["torch is too old"]
+        from torch.nn.attention.varlen import varlen_attn
+
+        missing = {"window_size", "enable_gqa"} - signature(varlen_attn).parameters.keys()
+        return [f"torch is too old: its varlen_attn has no {', '.join(sorted(missing))}"] if missing else []
+    package, module, install = PACKAGES[name]
+    try:
+        imported = import_module(module)
+        for function in ("flash_attn_func", "flash_attn_varlen_func"):
+            getattr(imported, function)
     except ModuleNotFoundError as error:
-        if error.name == "flash_attn":
-            return ["the flash-attn package is not installed (pip install flash-attn --no-build-isolation)"]
-        return [f"the flash-attn package cannot be imported: {error}"]
-    except (ImportError, OSError) as error:  # undefined symbols, or a missing library
-        return [f"the flash-attn package cannot be imported: {str(error).splitlines()[0]}"]
+        if error.name == module:
+            return [f"the {package} package is not installed ({install})"]
+        return [f"the {package} package cannot be imported: {error}"]
+    except (ImportError, AttributeError, OSError) as error:  # undefined symbols, or a missing library
+        return [f"the {package} package cannot be imported: {str(error).splitlines()[0]}"]
     return []
 
 
 def select_kernel(name: str, dtype: torch.dtype | None) -> str:
-    """Resolve a kernel name: ``auto`` is flash-attn if it can run, else torch's varlen, else its SDPA.
+    """Resolve a kernel name: ``auto`` is FlashAttention-3 or -2 if it can run, else torch's varlen, else its SDPA.
 
     Args:
         name: auto, or a key of KERNELS.
@@ -230,7 +273,7 @@ def select_kernel(name: str, dtype: torch.dtype | None) -> str:
         ValueError: ``name`` is unknown, or cannot run here.
     """
     if name == "auto":
-        return next(kernel for kernel in ("flash", "varlen", "sdpa") if not problems(kernel, dtype))
+        return next(kernel for kernel in (*OF_GPUS, "sdpa") if not problems(kernel, dtype))
     if name not in KERNELS:
         raise ValueError(f"unknown attention {name!r}; available: auto, {', '.join(KERNELS)}")
     if reasons := problems(name, dtype):

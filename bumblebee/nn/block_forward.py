@@ -20,7 +20,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 ATTENTION_OPERATORS = (
     "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward", "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward", "flash_attn_3::fwd",
+    "torch_attn::_varlen_attn",
 )  # fmt: skip
 _CACHES = ("cache", "past_key_values")  # names of the argument, here and in transformers
 

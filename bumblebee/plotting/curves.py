@@ -72,17 +72,19 @@ class MetricCurve:
 
 @dataclass
 class RewardCurves:
-    """Rewards of preference training. Each field has the columns step, accuracy and margin.
+    """Two metrics of preference training or reinforcement learning; in the first three fields after a column of steps.
 
     Args:
         training: the logged values.
         smoothed: their moving average.
         validation: values on the validation samples.
+        names: of the metrics, for the axes and the legend.
     """
 
     training: list[list[float]]
     smoothed: list[list[float]] = field(default_factory=lambda: [[], [], []])
     validation: list[list[float]] = field(default_factory=lambda: [[], [], []])
+    names: tuple[str, str] = ("accuracy", "margin")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -99,7 +101,7 @@ def picture_formats() -> list[str]:
     return sorted(Figure().canvas.get_supported_filetypes())
 
 
-def _new_figure(panels: int) -> Figure:
+def new_figure(panels: int) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(9, 2 + 3 * panels), dpi=130, layout="constrained")
@@ -117,7 +119,7 @@ def plot_runs(panels: dict[str, list[MetricCurve]], xlabel: str, integer_x: bool
         integer_x: whether the horizontal axis has whole numbers.
         smoothing: of the thick lines; with 0, and for metrics without noise, the values themselves are drawn thick.
     """
-    figure = _new_figure(len(panels))
+    figure = new_figure(len(panels))
     first = None
     for row, (metric, curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(len(panels), 1, row, sharex=first)
@@ -126,7 +128,7 @@ def plot_runs(panels: dict[str, list[MetricCurve]], xlabel: str, integer_x: bool
         for index, curve in enumerate(curves):
             _plot_curve(axes, curve, index, panel_smoothing)
         axes.set_ylabel(metric)
-        _style_axes(axes, xlabel, integer_x)
+        style_axes(axes, xlabel, integer_x)
         _explain_styles(axes, panel_smoothing, any(curve.validation[0] for curve in curves))
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the curves
     return figure
@@ -167,7 +169,7 @@ def plot_run(
         rewards: for a second panel.
     """
     panels = 1 if rewards is None else 2
-    figure = _new_figure(panels)
+    figure = new_figure(panels)
     axes = figure.add_subplot(panels, 1, 1)
     _plot_losses(axes, training, validation, smoothing)
     axes.set_ylabel("loss (nats per token)" if rewards is None else "loss")
@@ -193,10 +195,10 @@ def _plot_losses(axes: Axes, training: list[list[float]], validation: list[list[
         axes.plot(steps, smoothed, color="#1f4e79", linewidth=2.2, label=f"training, smoothed ({smoothing:g})")
     if validation[0]:
         axes.plot(*validation, color="#e45756", marker="o", markersize=4.5, linewidth=1.2, label="validation")
-    _style_axes(axes)
+    style_axes(axes)
 
 
-def _style_axes(axes: Axes, xlabel: str = "optimizer steps", integer_x: bool = True) -> None:
+def style_axes(axes: Axes, xlabel: str = "optimizer steps", integer_x: bool = True) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(xlabel)
@@ -209,17 +211,23 @@ def _style_axes(axes: Axes, xlabel: str = "optimizer steps", integer_x: bool = T
 
 
 def _plot_rewards(axes: Axes, rewards: RewardCurves, smoothing: float) -> None:
-    """Share of pairs whose chosen response has the higher reward, and the mean difference of rewards."""
+    """Two metrics, each with an axis of its own."""
     right = axes.twinx()
-    _plot_reward(axes, "accuracy", ("#54a24b", "#2f6b29"), rewards, 1, smoothing)
-    _plot_reward(right, "margin", ("#b279a2", "#77426a"), rewards, 2, smoothing)
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_ylabel("reward accuracy", color="#2f6b29")
-    _style_axes(axes)
-    right.set_ylabel("reward margin", color="#77426a")
+    left_name, right_name = rewards.names
+    _plot_reward(axes, left_name, ("#54a24b", "#2f6b29"), rewards, 1, smoothing)
+    _plot_reward(right, right_name, ("#b279a2", "#77426a"), rewards, 2, smoothing)
+    if left_name == "accuracy":
+        axes.set_ylim(-0.02, 1.02)
+    axes.set_ylabel(_axis_label(left_name), color="#2f6b29")
+    style_axes(axes)
+    right.set_ylabel(_axis_label(right_name), color="#77426a")
     right.spines["top"].set_visible(False)
     right.margins(x=0.01)
     _legend_above(axes, right)
+
+
+def _axis_label(name: str) -> str:
+    return f"reward {name}" if name in ("accuracy", "margin") else name
 
 
 def _plot_reward(

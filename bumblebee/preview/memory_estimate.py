@@ -126,7 +126,7 @@ class BatchShape:
         rows: of the batch; two for a preference pair.
         length: tokens in a row.
         targets: tokens with a label.
-        kernel: attention kernel: "naive", "sdpa", "varlen" or "flash".
+        kernel: attention kernel: "naive", "sdpa", "varlen", "flash" or "flash3".
         packed: a row may hold several documents, for which "sdpa" needs a mask.
     """
 

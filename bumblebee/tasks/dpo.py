@@ -9,9 +9,9 @@ the loss of a pair is one of
     sigmoid     -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)     eps: dpo_label_smoothing (arXiv 2305.18290)
     ipo         (h - 1 / (2 beta))^2                                          arXiv 2310.12036, equation 17
     hinge       max(0, 1 - beta h)                                            arXiv 2305.10425
+    robust      [-(1 - eps) log sigmoid(beta h) + eps log sigmoid(-beta h)] / (1 - 2 eps)             arXiv 2403.00409
 
-log p is the sum over the response's tokens, or their mean with ``length_normalised``. The loss is averaged over pairs, over all
-micro-batches and ranks of a step. Chosen and rejected rows share one forward pass.
+log p is the sum over the response's tokens, or their mean with ``length_normalised``.
 Shapes: P pairs, T positions; (P, 2) is chosen and rejected.
 """
 
@@ -36,22 +36,18 @@ from bumblebee.tasks.pair_log_probs import (
     response_log_probs,
     token_log_probs,
     valid_pairs,
-)  # fmt: skip
+)
+from bumblebee.tasks.preference_task import PreferenceTask, smoothed_loss
 from bumblebee.tasks.reference import FrozenReference, PolicyReference, Reference
 from bumblebee.tasks.reference_cache import folder_digest, load_or_compute, tensors_digest
 from bumblebee.tasks.run_context import RunContext
-from bumblebee.tasks.task import ForwardFn, Task
-from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length
+from bumblebee.tasks.task import ForwardFn
 from bumblebee.transforms import apply_transforms
 
 _REFERENCES = ("auto", "adapters_off", "copy")
-_METRICS = (
-    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-    "logps/chosen", "logps/rejected", "logps/accuracies",
-)  # fmt: skip
 
 
-class DPO(Task):
+class DPO(PreferenceTask):
     """Direct preference optimization.
 
     Batches hold ``input_ids``, ``labels`` (already shifted; -100 is ignored) and ``position_ids``, each (2P, T) int64, and
@@ -61,8 +57,8 @@ class DPO(Task):
         model: called as ``model(input_ids, position_ids=..., labels=...)``, returns token losses (2P, T).
         transforms: applied to the model in order, such as bumblebee.lora.LoRA.
         pref_beta: beta of the loss; larger values keep the model closer to the reference.
-        loss_type: sigmoid, ipo or hinge.
-        dpo_label_smoothing: assumed fraction of pairs with the wrong preference; sigmoid only.
+        loss_type: sigmoid, ipo, hinge or robust.
+        dpo_label_smoothing: assumed fraction of pairs with the wrong preference; sigmoid and robust only.
         length_normalised: use the mean instead of the sum over a response's tokens, as the authors of IPO do in practice.
         sft_weight: weight of an additional language-modelling loss on the chosen responses; 0 turns it off.
         ld_alpha: weight of the policy's log-probabilities beyond the shorter response's length (LD-DPO); 1 turns it off.
@@ -75,12 +71,14 @@ class DPO(Task):
         ValueError: a number out of range, or a reference folder that does not exist.
     """
 
+    term = "dpo"
+
     def __init__(
         self,
         model: nn.Module,
         transforms: list[Callable[[nn.Module], Any]] | None = None,
         pref_beta: float = 0.1,
-        loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid",
+        loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid",
         dpo_label_smoothing: float = 0.0,
         length_normalised: bool = False,
         sft_weight: float = 0.0,
@@ -89,15 +87,15 @@ class DPO(Task):
         precompute_reference: bool = False,
         cache_dir: str | None = None,
     ) -> None:
-        _check(pref_beta, loss_type, dpo_label_smoothing, sft_weight, ld_alpha, reference)
+        _check(pref_beta, loss_type, dpo_label_smoothing, ld_alpha, reference)
         self.model, self.transforms = model, apply_transforms(model, transforms)
         self.pref_beta, self.dpo_label_smoothing = pref_beta, dpo_label_smoothing
         self.loss_type, self.length_normalised = loss_type, length_normalised
-        self.sft_weight, self.ld_alpha = sft_weight, ld_alpha
+        self.ld_alpha = ld_alpha
+        self._set_weights(sft_weight)
         self.reference, self.precompute_reference, self.cache_dir = reference, precompute_reference, cache_dir
-        self.pair_loss = {"sigmoid": self._sigmoid, "ipo": self._ipo, "hinge": self._hinge}[loss_type]
-        self.weights = {"dpo": 1.0, **({"sft": sft_weight} if sft_weight else {})}
-        self.units = dict.fromkeys(_METRICS, "dpo")
+        losses = {"sigmoid": self._sigmoid, "ipo": self._ipo, "hinge": self._hinge, "robust": self._robust}
+        self.pair_loss = losses[loss_type]
         self._copy: nn.Module | None = None
         self.reference_model: Reference | None = None
 
@@ -105,11 +103,7 @@ class DPO(Task):
 
     def setup(self, data: DataModule) -> None:
         """Check that the data holds pairs that fit the model, and copy the model if the copy is the reference."""
-        check_length(self.model, data)
-        if data.tokenizer is not None:
-            adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
-        for samples in filter(None, (data.train, data.validation)):
-            self._check_pairs(data, data.collate([samples[0]]))
+        super().setup(data)
         adapters = has_adapters(self.model)
         if self.reference == "auto":
             self.reference = "adapters_off" if adapters else "copy"
@@ -119,11 +113,11 @@ class DPO(Task):
             self._copy = copy.deepcopy(self.model)  # before an engine adds hooks that would be copied
 
     def _check_pairs(self, data: DataModule, batch: Batch) -> None:
-        name = type(data).__name__
-        if len(batch["labels"]) != 2:
-            raise ValueError(f"data: DPO needs pairs of responses, as from datamodules.Preferences; {name} has none")
+        super()._check_pairs(data, batch)
         if self.precompute_reference and "index" not in batch:
-            raise ValueError(f"precompute_reference needs batches with the pairs' index; those of {name} lack it")
+            raise ValueError(
+                f"precompute_reference needs batches with the pairs' index; those of {type(data).__name__} lack it"
+            )
 
     def begin(self, run: RunContext, /) -> None:
         """Prepare the reference model, or load or compute its log-probabilities."""
@@ -201,31 +195,6 @@ class DPO(Task):
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
-    def counts(self, batch: Batch) -> dict[str, int | Tensor]:
-        """Number of valid pairs, of chosen tokens if there is an SFT term, and of tokens of both responses."""
-        tokens = response_lengths(batch)[valid_pairs(batch)]
-        sft = {"sft": tokens[:, 0].sum()} if self.sft_weight else {}
-        return {"dpo": len(tokens), **sft, "tokens": tokens.sum()}
-
-    def tokens(self, counts: dict[str, float]) -> int:
-        """Number of tokens of both responses."""
-        return int(counts["tokens"])
-
-    def training_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
-        """Sums of losses and metrics over pairs, and of the chosen tokens' losses."""
-        return self._step(model, batch, "train")
-
-    def validation_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
-        """The sums of ``training_step``, and the counts to divide them by."""
-        counts = {f"{name} count": torch.as_tensor(count) for name, count in self.counts(batch).items()}
-        return {**{name: value.double() for name, value in self._step(model, batch, "validation").items()}, **counts}
-
-    def validation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """The same loss and metrics as in training."""
-        means = {name: sums[name] / max(sums[f"{self.units.get(name, name)} count"], 1) for name in (*self.weights, *_METRICS)}
-        loss = sum(weight * means[name] for name, weight in self.weights.items())
-        return {"validation_loss": loss, **{f"validation_{name}": means[name] for name in _METRICS}}
-
     def _step(self, model: ForwardFn, batch: Batch, split: str) -> dict[str, Tensor]:
         assert self.reference_model is not None, "begin has not been called"
         reference = self.reference_model(model, batch, split)
@@ -234,10 +203,7 @@ class DPO(Task):
         margins = self._margins(tokens, reference, batch)
         # where() inside and outside: an invalid pair must not contribute to the gradient, not even NaN.
         losses = torch.where(valid, self.pair_loss(torch.where(valid, margins, 0.0)), 0.0)
-        terms = {"dpo": losses.sum()}
-        if self.sft_weight:
-            terms["sft"] = -torch.where(valid, response_log_probs(tokens)[:, 0], 0.0).sum()
-        return {**terms, **self._metrics(response_log_probs(tokens.detach()), reference, valid)}
+        return self._sums(tokens, losses, self.pref_beta * (response_log_probs(tokens) - reference), valid)
 
     def _margins(self, tokens: Tensor, reference: Tensor, batch: Batch) -> Tensor:
         """The margin h of each pair: (2P, T) and (P, 2) -> (P,)."""
@@ -249,25 +215,14 @@ class DPO(Task):
             ratios = ratios / response_lengths(batch).clamp(min=1)
         return ratios[:, 0] - ratios[:, 1]
 
-    def _metrics(self, policy: Tensor, reference: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """Sums of metrics over pairs.
-
-        Rewards are the implicit rewards beta (log p - log p_reference) of whole responses, for any loss. rewards/accuracies
-        counts the pairs whose chosen response has the larger reward, logps/accuracies those whose chosen response is more
-        probable.
-        """
-        policy, reference = (torch.where(valid[:, None], logps.double(), 0.0) for logps in (policy, reference))
-        rewards = self.pref_beta * (policy - reference)
-        margins = rewards[:, 0] - rewards[:, 1]
-        more_probable = (policy[:, 0] > policy[:, 1]).double()
-        columns = [*rewards.T, margins, (margins > 0).double(), *policy.T, more_probable]
-        return {name: column.sum() for name, column in zip(_METRICS, columns, strict=True)}
-
     # -- loss of a pair with margin h ------------------------------------------------------------------------------------
 
     def _sigmoid(self, h: Tensor) -> Tensor:
+        return smoothed_loss(self.pref_beta * h, self.dpo_label_smoothing)
+
+    def _robust(self, h: Tensor) -> Tensor:
         eps, scaled = self.dpo_label_smoothing, self.pref_beta * h
-        return -(1 - eps) * logsigmoid(scaled) - eps * logsigmoid(-scaled)
+        return ((1 - eps) * -logsigmoid(scaled) + eps * logsigmoid(-scaled)) / (1 - 2 * eps)
 
     def _ipo(self, h: Tensor) -> Tensor:
         return (h - 1 / (2 * self.pref_beta)) ** 2
@@ -276,17 +231,15 @@ class DPO(Task):
         return torch.relu(1 - self.pref_beta * h)
 
 
-def _check(beta: float, loss_type: str, smoothing: float, sft_weight: float, ld_alpha: float, reference: str) -> None:
+def _check(beta: float, loss_type: str, smoothing: float, ld_alpha: float, reference: str) -> None:
     if not beta > 0:
         raise ValueError(f"pref_beta must be more than 0, got {beta}")
-    if loss_type not in ("sigmoid", "ipo", "hinge"):
-        raise ValueError(f"loss_type must be sigmoid, ipo or hinge, got {loss_type!r}")
+    if loss_type not in ("sigmoid", "ipo", "hinge", "robust"):
+        raise ValueError(f"loss_type must be sigmoid, ipo, hinge or robust, got {loss_type!r}")
     if not 0 <= smoothing < 0.5:
         raise ValueError(f"dpo_label_smoothing must be in [0, 0.5), got {smoothing}")
-    if smoothing and loss_type != "sigmoid":
-        raise ValueError(f"dpo_label_smoothing works with loss_type sigmoid only, not with {loss_type}")
-    if not sft_weight >= 0:
-        raise ValueError(f"sft_weight must be at least 0, got {sft_weight}")
+    if smoothing and loss_type not in ("sigmoid", "robust"):
+        raise ValueError(f"dpo_label_smoothing works with loss_type sigmoid and robust only, not with {loss_type}")
     if not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
     if reference not in _REFERENCES and not Path(reference).is_dir():

@@ -13,7 +13,7 @@ class VerifyOptions:
     Args:
         precision: bf16, fp16 (GPU only) or fp32.
         zero_stage: DeepSpeed's ZeRO stage, 0 to 3.
-        attention: auto, flash, varlen, sdpa or naive.
+        attention: auto, flash3, flash, varlen, sdpa or naive.
         device: auto, cpu, cuda or cuda:N.
         folder: on the disk of the runs, for verify.json; temporary checkpoints go into a hidden folder there, which is removed
             at the end. null: runs if that folder exists, otherwise the current folder.

@@ -90,7 +90,7 @@ class LocalBackend:
     def describe(self) -> str:
         """The folder, the model's size, dtype, device and context length."""
         size = self.generator.model.num_parameters() / 1e6
-        device = f"{str(self.generator.dtype).removeprefix('torch.')} on {self.generator.device}"
+        device = f"{self.generator.precision} on {self.generator.device}"
         raw = "; raw: inputs are continued as plain text" if self.raw else ""
         return f"{self.source}: {size:.3g} M parameters, {device}, context of {self.context_length} tokens{raw}"
 

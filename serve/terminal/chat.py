@@ -37,13 +37,14 @@ class ChatOptions:
         device: auto, cpu, cuda or cuda:N; for a model folder.
         device_map: auto spreads the layers of a model that is too large for one GPU over all GPUs; null uses one device.
         dtype: auto (as stored), float32, bfloat16 or float16; for a model folder.
+        quantize: int8 or int4 weights, quantized while loading; null keeps them as stored.
         trust_remote_code: run code that the model folder names or contains.
         system_prompt: system prompt of the conversation.
         enable_history: send the earlier turns with each question; false sends each question alone.
         raw: continue each input as plain text, without a chat template; null does so if the model folder has no template.
 
     Raises:
-        ValueError: neither or both of a model folder and a server.
+        ValueError: neither or both of a model folder and a server, or quantize with a server.
     """
 
     model: str | None = None
@@ -53,6 +54,7 @@ class ChatOptions:
     device: str = "auto"
     device_map: Literal["auto"] | None = None
     dtype: str = "auto"
+    quantize: Literal["int8", "int4"] | None = None
     trust_remote_code: bool = False
     system_prompt: str | None = None
     enable_history: bool = True
@@ -62,6 +64,8 @@ class ChatOptions:
         if (self.model is None) == (self.url is None):
             both = "" if self.model is None else ", not both"
             raise ValueError(f"expected --model FOLDER or --url http://127.0.0.1:8000{both}")
+        if self.url is not None and self.quantize is not None:
+            raise ValueError(f"quantize: {self.quantize} is for a model folder: start the server with it")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url: expected http://HOST:PORT, got {self.url}")
 
@@ -217,6 +221,6 @@ def open_backend(options: ChatOptions) -> ChatBackend:
 
     assert options.model is not None
     generator = Generator.from_pretrained(
-        options.model, options.device, options.dtype, options.device_map, options.trust_remote_code
+        options.model, options.device, options.dtype, options.device_map, options.trust_remote_code, options.quantize
     )
     return LocalBackend(generator, options.model, options.raw)

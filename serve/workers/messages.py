@@ -26,7 +26,7 @@ class WorkerReady:
 
     Args:
         device: device of the model, or a list of devices if its layers are spread.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights, and how they are quantized.
         parameters: number of parameters.
         vocab_size: number of token ids the model accepts.
         cache_tokens: capacity of the KV cache in tokens.

@@ -78,13 +78,13 @@ class Worker(litserve.LitAPI):
 
         options = self.options
         generator = Generator.from_pretrained(
-            options.model, device, options.dtype, options.device_map, options.trust_remote_code
+            options.model, device, options.dtype, options.device_map, options.trust_remote_code, options.quantize
         )
         engine = generator.engine(options.engine_config)
         cache_tokens = engine.cache_tokens
         return engine, WorkerReady(
             device=", ".join(dict.fromkeys(str(weight.device) for weight in generator.model.parameters())),
-            dtype=str(generator.dtype).removeprefix("torch."),
+            dtype=generator.precision,
             parameters=generator.model.num_parameters(),
             vocab_size=generator.model.config.vocab_size,
             cache_tokens=cache_tokens,

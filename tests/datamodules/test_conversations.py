@@ -1,4 +1,4 @@
-"""Conversations: three formats give the same messages, and every error names file, line and key."""
+"""Conversations: four formats give the same messages, and every error names file, line and key."""
 
 from __future__ import annotations
 
@@ -52,6 +52,9 @@ def read_pair(value):
         {"messages": [USER, {**ANSWER, "tool_calls": None}], "conversations": None},
         {"messages": [USER, {**ANSWER, "tool_calls": []}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "Ra"}, {"type": "text", "text": "in?"}]}, ANSWER]},
+        {"prompt": "Rain?", "completion": "Yes."},
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"prompt": "a copy", "messages": [USER, ANSWER]},
     ],
 )
 def test_all_formats_give_the_same_messages(value):
@@ -68,6 +71,10 @@ def test_all_formats_give_the_same_messages(value):
             "system": "Be brief.",
         },
         {"messages": [SYSTEM, USER, ANSWER, {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "No."}]},
+        {
+            "prompt": [SYSTEM, USER],
+            "completion": [ANSWER, {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "No."}],
+        },
     ],
 )
 def test_all_formats_have_turns_and_system_prompts(value):
@@ -129,6 +136,11 @@ def test_other_message_keys_are_kept():
         {"instruction": "Rain?", "input": "", "output": None, "chosen": "Yes.", "rejected": "No."},
         {"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "No."}},
         {"messages": [USER], "chosen": ANSWER, "rejected": {"role": "assistant", "content": "No."}},
+        {"prompt": "Rain?", "chosen": "Yes.", "rejected": "No."},
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "No."}]},
+        {"chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "No."}]},
+        {"prompt": "a copy", "chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "No."}]},
+        {"chosen": [HUMAN, GPT], "rejected": [HUMAN, {"from": "gpt", "value": "No."}]},
     ],
 )
 def test_all_formats_give_the_same_preference_pair(value):
@@ -160,7 +172,7 @@ def test_system_prompt_of_the_record_takes_precedence():
         # which format
         (
             {},
-            "expected exactly one of the keys 'instruction' or 'conversations' or 'messages'",
+            "expected exactly one of the keys 'instruction' or 'conversations' or 'messages' or 'prompt'",
         ),
         ({"text": "a", "id": 1}, "the record's keys: 'text', 'id'"),
         ({"messages": [USER, ANSWER], "instruction": "a"}, "exactly one of the keys"),
@@ -168,6 +180,11 @@ def test_system_prompt_of_the_record_takes_precedence():
             {"instruction": "a", "chosen": "b", "rejected": "c"},
             "the key 'chosen' makes this a preference pair, not a conversation",
         ),
+        # TRL
+        ({"prompt": "a"}, "no key 'completion', the answer to 'prompt'"),
+        ({"prompt": "a", "completion": ""}, "'completion' is empty"),
+        ({"prompt": "a", "completion": 1}, "'completion' must be a string or a list of messages, not a number"),
+        ({"prompt": 1, "completion": "b"}, "'prompt' must be a string or a list of messages, not a number"),
         # Alpaca
         ({"instruction": "a"}, "no key 'output', the answer to 'instruction'"),
         ({"instruction": "a", "output": " \n"}, "'output' is empty"),
@@ -310,6 +327,9 @@ def test_bad_conversation_is_rejected_with_line_and_key(value, reason):
             "'rejected': 'content' must be a string, not null",
         ),
         ({"messages": [], "chosen": ANSWER, "rejected": USER}, "'messages' is empty"),
+        ({"prompt": "a", "chosen": [], "rejected": "b"}, "'chosen' must be one message, not a list of 0"),
+        ({"chosen": [USER, ANSWER], "rejected": [SYSTEM, ANSWER]}, "conversations that must differ in the last message only"),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "'chosen' and 'rejected' are equal"),
     ],
 )
 def test_bad_preference_is_rejected_with_line_and_key(value, reason):

@@ -82,14 +82,14 @@ def test_character_split_across_tokens_is_streamed_whole(generator, monkeypatch)
     """Scripted tokens: 🐝, one byte per token."""
     pieces = generator.tokenizer.token_bytes
     script = iter([pieces.index(bytes([byte])) for byte in "a🐝b".encode()])
-    monkeypatch.setattr(module, "sample", lambda *args: [SampledToken(next(script))])
+    monkeypatch.setattr(module.Sampling, "tokens", lambda *args: [SampledToken(next(script))])
     assert list(generator.stream("x", SamplingParams(max_new_tokens=6))) == ["a", "🐝", "b"]
 
 
 def test_stream_starts_before_all_is_computed(generator, monkeypatch):
     steps = []
-    original = module.sample
-    monkeypatch.setattr(module, "sample", lambda *args: steps.append(1) or original(*args))
+    original = module.Sampling.tokens
+    monkeypatch.setattr(module.Sampling, "tokens", lambda *args: steps.append(1) or original(*args))
     stream = generator.stream("The bee", SamplingParams(max_new_tokens=30, temperature=0.0, ignore_eos=True))
     next(stream)
     assert len(steps) < 30

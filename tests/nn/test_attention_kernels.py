@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from bumblebee.nn import attention_kernels
 from bumblebee.nn.attention import Attention
-from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, flash, naive, sdpa, select_kernel
+from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, flash, flash3, naive, sdpa, select_kernel
 from bumblebee.nn.documents import Documents
 
 B, T, H, D = 2, 7, 4, 8
@@ -158,6 +158,48 @@ def test_flash_hands_its_package_the_same_attention(layout, window, fake_flash):
     torch.testing.assert_close(flash(q, k, v, make(), window), naive(q, k, v, make(), window), rtol=0, atol=1e-5)
 
 
+def fake_flash3(q, k, v, *, causal, window_size, deterministic):
+    """What flash_attn_func of FlashAttention-3 promises; it knows no dropout. Its first releases return a tuple."""
+    return fake_flash_attn(q, k, v, causal, window_size, 0.0, deterministic), torch.empty(0)
+
+
+def fake_flash3_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal, window_size, deterministic):
+    """What flash_attn_varlen_func of FlashAttention-3 promises."""
+    options = {"causal": causal, "window_size": window_size, "dropout_p": 0.0, "deterministic": deterministic}
+    return fake_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+
+
+@pytest.fixture
+def fake_flash_3(monkeypatch):
+    package = SimpleNamespace(flash_attn_func=fake_flash3, flash_attn_varlen_func=fake_flash3_varlen)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("layout", MASKS)
+def test_flash3_hands_its_package_the_same_attention(layout, window, fake_flash_3):
+    make = MASKS[layout]
+    q, k, v = inputs(2)
+    torch.testing.assert_close(flash3(q, k, v, make(), window), naive(q, k, v, make(), window), rtol=0, atol=1e-5)
+
+
+def test_auto_is_flash3_on_hopper_and_flash_on_others(two_gpus, fake_flash, fake_flash_3, monkeypatch):
+    assert [select_kernel("auto", dtype) for dtype in (torch.bfloat16, torch.float32)] == ["flash3", "sdpa"]
+    for capability in ((8, 0), (10, 0)):
+        monkeypatch.setattr(attention_kernels, "_machine_problems", None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of=capability: of)
+        assert select_kernel("auto", torch.bfloat16) == "flash"
+    with pytest.raises(ValueError, match=r"'flash3' cannot run: it needs a GPU of compute capability 9.0 \(H100, H200\)$"):
+        select_kernel("flash3", torch.bfloat16)
+
+
+def test_flash3_computes_dropout_by_sdpa(monkeypatch):
+    """Without the package: it would raise if it was asked."""
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    torch.manual_seed(0)
+    assert flash3(*inputs(2), AttentionMask(), dropout=0.5).isfinite().all()
+
+
 @pytest.mark.parametrize("kernel", ["naive", "sdpa"])
 def test_attention_weights_are_dropped_and_the_others_scaled(kernel):
     """Averaged over many draws, dropout does not change the output."""
@@ -174,10 +216,10 @@ def test_attention_weights_are_dropped_and_the_others_scaled(kernel):
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("layout", MASKS)
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen", "flash"])
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen", "flash", "flash3"])
 def test_gpu_kernels_equal_naive(kernel, layout, groups, window):
-    if kernel == "flash":
-        pytest.importorskip("flash_attn")
+    if reasons := attention_kernels.problems(kernel, torch.bfloat16):
+        pytest.skip("; ".join(reasons))
     make = MASKS[layout]
     q, k, v = (x.cuda() for x in inputs(groups, torch.bfloat16))
     mask = make()
@@ -205,7 +247,7 @@ def test_flash_is_refused_for_what_is_missing_only(two_gpus, fake_flash):
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({"flash_attn/cute/__init__.py": ""}, "cannot import name 'flash_attn_func' from 'flash_attn'"),  # flash-attn-4 alone
+        ({"flash_attn/cute/__init__.py": ""}, "module 'flash_attn' has no attribute 'flash_attn_func'"),  # flash-attn-4 alone
         ({"flash_attn/__init__.py": "raise ImportError('undefined symbol: _ZN3c10')"}, "undefined symbol: _ZN3c10"),
         ({"flash_attn/__init__.py": "import flash_attn_2_cuda"}, "No module named 'flash_attn_2_cuda'"),
     ],
@@ -225,10 +267,22 @@ def test_flash_that_cannot_be_imported_is_not_selected(files, reason, two_gpus, 
 def test_flash_is_imported_once_and_not_for_gpus_before_the_a100(two_gpus, fake_flash, monkeypatch):
     tries: list[None] = []
     monkeypatch.setattr(attention_kernels, "_import_problems", lambda name: tries.append(name) or [])
-    assert [select_kernel("auto", torch.bfloat16) for _ in range(3)] == ["flash"] * 3 and tries == ["flash", "varlen"]
+    assert [select_kernel("auto", torch.bfloat16) for _ in range(3)] == ["flash3"] * 3 and tries == [
+        "flash3", "flash", "varlen",
+    ]  # fmt: skip
     monkeypatch.setattr(attention_kernels, "_machine_problems", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert select_kernel("auto", torch.float16) == "sdpa"
+
+
+def test_varlen_of_an_older_torch_is_not_selected(two_gpus, monkeypatch):
+    """torch 2.11's has neither windows nor grouped heads."""
+    older = SimpleNamespace(varlen_attn=lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: None)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", older)
+    monkeypatch.setattr(attention_kernels, "find_spec", lambda name: True)
+    assert select_kernel("auto", torch.bfloat16) == "sdpa"
+    with pytest.raises(ValueError, match="torch is too old: its varlen_attn has no enable_gqa, window_size$"):
+        select_kernel("varlen", torch.bfloat16)
 
 
 def test_auto_is_the_best_kernel_that_can_run(two_gpus):
@@ -239,7 +293,7 @@ def test_auto_is_the_best_kernel_that_can_run(two_gpus):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown attention 'flsh'; available: auto, naive, sdpa, varlen, flash"):
+    with pytest.raises(ValueError, match=r"unknown attention 'flsh'; available: auto, naive, sdpa, varlen, flash, flash3"):
         select_kernel("flsh", torch.float32)
 
 

@@ -21,6 +21,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # our options, TR
     "sigmoid": ({}, {"loss_types": ["sigmoid"]}),
     "another beta": ({"pref_beta": 0.5}, {"loss_types": ["sigmoid"], "beta": 0.5}),
     "hinge": ({"loss_type": "hinge"}, {"loss_types": ["hinge"]}),
+    "robust": ({"loss_type": "robust", "dpo_label_smoothing": 0.2}, {"loss_types": ["robust"], "label_smoothing": 0.2}),
     "ipo by the mean": ({"loss_type": "ipo", "length_normalised": True}, {"loss_types": ["ipo"]}),
     "sigmoid by the mean": ({"length_normalised": True}, {"loss_types": ["sigmoid_norm"]}),
     "with sft": ({"sft_weight": 0.3}, {"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}),

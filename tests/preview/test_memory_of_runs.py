@@ -124,5 +124,5 @@ def test_reported_memory_is_that_of_the_run(name: str, base: Path, tmp_path: Pat
     peak = json.loads(fit.stdout.splitlines()[-1])
     ratios = [total_of(done.stdout) / peak for done in (measured, estimated)]
     print(f"{name}: {peak / 1e6:.0f} MB peak; measured {ratios[0]:.3f}, estimated {ratios[1]:.3f} of that")
-    assert 0.85 < ratios[0] < 1.15
+    assert 0.8 < ratios[0] < 1.25  # the resident memory of the same run varies by 10 % on a machine short of memory
     assert 0.7 < ratios[1] < 1.35

@@ -54,20 +54,23 @@ def responds(running: Running) -> bool:
 
 
 def test_banner_describes_model_and_address(served_folder: Path):
-    with serving(served_folder, "--name", "mine", "--cache_tokens", "4096") as running:
+    """Of a quantized model, which answers."""
+    with serving(served_folder, "--name", "mine", "--cache_tokens", "4096", "--quantize", "int8") as running:
         line = running.line("ready: ")
         for part in (
             running.url,
             str(served_folder),
             "'mine'",
             "on cpu",
-            "float32",
+            "float32, int8 weights",
             "cache of 4,096 tokens",
             "context length 2,048",
         ):
             assert part in line
         running.http.get("/v1/models")
         assert len(running.lines) == 2, "requests are not logged"
+        answer = running.post("/v1/completions", completion(model="mine", max_tokens=5)).json()
+        assert answer["usage"]["completion_tokens"] == 5
 
 
 def test_log_level_info_logs_each_request(served_folder: Path):
@@ -116,6 +119,7 @@ def test_missing_folder_model_or_tokenizer_is_one_line(served_folder: Path, tmp_
         (["--cache_tokens", "0"], "cache_tokens must be at least 1"),
         (["--max_running", "0"], "max_running must be at least 1"),
         (["--dtype", "int4"], "dtype: expected auto, float32, bfloat16 or float16, got 'int4'"),
+        (["--quantize", "int2"], "quantize: expected int8, int4 or null, got 'int2'"),
         (["--device_map", "auto", "--device", "cpu"], "device_map auto uses all GPUs and cannot be combined with device cpu"),
     ],
 )

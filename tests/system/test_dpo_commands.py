@@ -1,4 +1,4 @@
-"""The DPO recipes as whole commands: fit and validate; user errors are one line."""
+"""The recipes of DPO and ORPO as whole commands: fit and validate; user errors are one line."""
 
 from __future__ import annotations
 
@@ -42,6 +42,19 @@ def test_validate_reproduces_the_metrics_of_fit(recipe, stage, workspace):
     metrics = dict(re.findall(r"^(validation_\S+) (\S+)$", checked.stdout, flags=re.MULTILINE))
     for name in ("validation_loss", "validation_rewards/margins", "validation_logps/chosen"):
         assert float(metrics[name]) == pytest.approx(logged[name], rel=1e-4, abs=1e-5), name
+
+
+def test_orpo_needs_no_reference_and_validate_reproduces_its_metrics(workspace):
+    words = ["--config", "recipes/orpo.yaml", "--task.model.folder", "runs/sft", "--data.tokenizer", "runs/sft", *SMALL]
+    done = run_command("fit", *words, cwd=workspace)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (workspace / "runs" / "orpo" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert "loss" not in line or line["loss"] == pytest.approx(0.1 * line["orpo"] + line["sft"], rel=1e-5)
+    checked = run_command("validate", "--config", "runs/orpo/recipe.yaml", cwd=workspace)
+    assert checked.returncode == 0, checked.stderr[-3000:]
+    (loss,) = re.findall(r"^validation_loss (\S+)$", checked.stdout, flags=re.MULTILINE)
+    assert float(loss) == pytest.approx(next(line for line in lines if "validation_loss" in line)["validation_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

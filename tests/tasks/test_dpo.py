@@ -75,6 +75,10 @@ FORMULAS = {  # options; the loss of a pair
         {"pref_beta": 0.7, "dpo_label_smoothing": 0.2},
         lambda p, r: -0.8 * log_sigmoid(0.7 * h_of(p, r)) - 0.2 * log_sigmoid(-0.7 * h_of(p, r)),
     ),
+    "robust": (
+        {"loss_type": "robust", "pref_beta": 0.7, "dpo_label_smoothing": 0.2},
+        lambda p, r: (-0.8 * log_sigmoid(0.7 * h_of(p, r)) + 0.2 * log_sigmoid(-0.7 * h_of(p, r))) / 0.6,
+    ),
     "hinge": ({"loss_type": "hinge", "pref_beta": 2.0}, lambda p, r: max(0.0, 1 - 2.0 * h_of(p, r))),
     "ipo": ({"loss_type": "ipo"}, lambda p, r: (h_of(p, r) - 1 / 0.2) ** 2),
     "ipo by the mean": ({"loss_type": "ipo", "length_normalised": True}, lambda p, r: (h_of(p, r, mean) - 1 / 0.2) ** 2),
@@ -220,11 +224,11 @@ def test_a_pair_missing_from_the_cache_is_nan(models, pairs):
     ("options", "message"),
     [
         ({"pref_beta": 0.0}, "pref_beta must be more than 0, got 0.0"),
-        ({"loss_type": "kto"}, "loss_type must be sigmoid, ipo or hinge, got 'kto'"),
+        ({"loss_type": "kto"}, "loss_type must be sigmoid, ipo, hinge or robust, got 'kto'"),
         ({"dpo_label_smoothing": 0.5}, "dpo_label_smoothing must be in [0, 0.5), got 0.5"),
         (
             {"dpo_label_smoothing": 0.1, "loss_type": "ipo"},
-            "dpo_label_smoothing works with loss_type sigmoid only",
+            "dpo_label_smoothing works with loss_type sigmoid and robust only",
         ),
         ({"sft_weight": -1.0}, "sft_weight must be at least 0, got -1.0"),
         ({"ld_alpha": 1.5}, "ld_alpha must be in [0, 1], got 1.5"),

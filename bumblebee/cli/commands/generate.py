@@ -30,6 +30,8 @@ def parser() -> Parser:
     options.add_argument("--dtype", type=str, default="auto", help="auto (as stored), float32, bfloat16 or float16")
     map_help = "auto: spread the layers of a model over all GPUs if it does not fit on one; null: use one device"
     options.add_argument("--device_map", type=Literal["auto"] | None, default=None, help=map_help)
+    quantize_help = "int8 or int4 weights, quantized while loading; null keeps them as stored"
+    options.add_argument("--quantize", type=Literal["int8", "int4"] | None, default=None, help=quantize_help)
     options.add_argument("--trust_remote_code", type=bool, default=False, help="run code that the model folder names or holds")
     add_sampling_options(options)
     return options
@@ -48,7 +50,9 @@ def run(words: Sequence[str]) -> None:
         check_files(cfg.prompt, cfg.prompts, cfg.output, cfg.overwrite)
         as_json = cfg.prompt is None or cfg.output is not None or cfg.num_samples > 1 or "logprobs" in sampling
         prompts = list(read_prompts(cfg.prompts)) if cfg.prompt is None else [PromptRecord.of(cfg.prompt)]
-        generator = Generator.from_pretrained(cfg.model, cfg.device, cfg.dtype, cfg.device_map, cfg.trust_remote_code)
+        generator = Generator.from_pretrained(
+            cfg.model, cfg.device, cfg.dtype, cfg.device_map, cfg.trust_remote_code, cfg.quantize
+        )
         params = replace(generator.defaults, **sampling)
         batch = BatchGeneration(generator, prompts, params, cfg.num_samples, cfg.chat, cfg.system)
         file = sys.stdout.buffer if cfg.output is None else open_output(cfg.output, cfg.overwrite)

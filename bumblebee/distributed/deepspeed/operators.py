@@ -13,10 +13,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from filelock import FileLock
 
 from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed.ds_config import DsConfig, EngineOptions, deepspeed_config, uses_nvme
@@ -131,7 +133,8 @@ def _compile(load: Callable[..., ModuleType], builder: _OpBuilder, *args: object
     if process_group.is_main():
         timer.start()
     try:
-        return load(builder, *args, **kwargs)
+        with _only_compilation(builder.name):
+            return load(builder, *args, **kwargs)
     except Exception as error:  # of many types: without CUDA's compiler even a TypeError, since the path to it is None
         last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         from torch.utils import cpp_extension
@@ -144,6 +147,23 @@ def _compile(load: Callable[..., ModuleType], builder: _OpBuilder, *args: object
         ) from error
     finally:
         timer.cancel()
+
+
+@contextmanager
+def _only_compilation(name: str) -> Iterator[None]:
+    """Let one process at a time compile an operator, and delete what a killed one left locked.
+
+    torch waits without end for a file named lock in the operator's folder, which a killed compilation leaves behind. The system
+    releases our lock when its process ends in whatever way.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(name, verbose=False))
+    with FileLock(folder.with_name(f".{name}.bumblebee.lock")):
+        if (left := folder / "lock").exists():
+            logger.warning("a compilation of DeepSpeed's %s operator was cut off: compiling it again", name)
+            left.unlink(missing_ok=True)
+        yield
 
 
 def can_offload_to_nvme() -> bool:

@@ -39,8 +39,40 @@ class _Pending:
     outputs: dict[int, Tensor] = field(default_factory=dict)
 
 
-class PrepackedMatmul(nn.Module):
+class SharedMatmul(nn.Module):
     """One matmul for one or several linear layers. The first layer called with an input computes the outputs of all.
+
+    Args:
+        widths: number of outputs of each layer.
+    """
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        self.widths = widths
+        self._pending = _Pending()
+
+    def output(self, x: Tensor, index: int) -> Tensor:
+        """Output of one of the layers: (..., in_features) -> (..., its out_features)."""
+        if len(self.widths) == 1:
+            return self.matmul(x)
+        pending = self._pending
+        if x is not pending.input or index not in pending.outputs:
+            pending.input, pending.outputs = x, dict(enumerate(self.matmul(x).split(self.widths, dim=-1)))
+        out = pending.outputs.pop(index)
+        if not pending.outputs:
+            pending.input = None
+        return out
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """Outputs of all layers, biases included: (..., in_features) -> (..., sum of widths)."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Save nothing: the layers save their own parts."""
+
+
+class PrepackedMatmul(SharedMatmul):
+    """A matmul with a weight in oneDNN's layout.
 
     Args:
         layers: linear layers of the same input width, all with a bias or all without.
@@ -48,31 +80,15 @@ class PrepackedMatmul(nn.Module):
     """
 
     def __init__(self, layers: list[nn.Linear], shared: bool = False) -> None:
-        super().__init__()
-        self.widths = [layer.out_features for layer in layers]
+        super().__init__([layer.out_features for layer in layers])
         packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat([layer.weight.detach() for layer in layers]))
         self.weight = packed if shared else nn.Parameter(packed, requires_grad=False)
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-        self._pending = _Pending()
 
-    def output(self, x: Tensor, index: int) -> Tensor:
-        """Output of one of the layers: (..., in_features) -> (..., its out_features)."""
-        if len(self.widths) == 1:
-            return self._matmul(x)
-        pending = self._pending
-        if x is not pending.input or index not in pending.outputs:
-            pending.input, pending.outputs = x, dict(enumerate(self._matmul(x).split(self.widths, dim=-1)))
-        out = pending.outputs.pop(index)
-        if not pending.outputs:
-            pending.input = None
-        return out
-
-    def _matmul(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor) -> Tensor:
+        """See the base class."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Save nothing: the layers save their own parts."""
 
 
 class PrepackedLinear(nn.Module):

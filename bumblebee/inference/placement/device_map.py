@@ -14,7 +14,7 @@ devices.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,16 @@ from torch import Tensor, nn
 
 from bumblebee.checkpoint.adapters.folder import base_model_folder
 from bumblebee.checkpoint.hf_folder import is_supported_folder, load_config
+from bumblebee.checkpoint.quantize_weights import LoadQuantizer
 from bumblebee.checkpoint.weight_files import weight_files
 from bumblebee.checkpoint.weight_loader import load_weights
 from bumblebee.hardware.cuda import configure_cuda
 from bumblebee.hardware.memory_stats import free_gpu_memory
 from bumblebee.model import Bumblebee
 from bumblebee.models.base import LanguageModel, resolve_model_class
-from bumblebee.models.load_context import meta_parameters
+from bumblebee.models.load_context import load_context, meta_parameters
 from bumblebee.nn.attention_kernels import AttentionMask
+from bumblebee.nn.quantized import Scheme
 
 MEMORY_FRACTION = 0.8  # of a device's free memory, for weights; the rest is for the KV cache and activations
 GIGABYTE = 1e9
@@ -91,6 +93,7 @@ def load_on_devices(
     memory: Sequence[int],
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    quantize: Scheme | None = None,
 ) -> Bumblebee:
     """Load a model folder onto several devices.
 
@@ -100,6 +103,7 @@ def load_on_devices(
         memory: free bytes of each device.
         dtype: of the weights; None keeps the checkpoint's.
         trust_remote_code: import the class that the folder names.
+        quantize: int8 or int4: quantize the linear layers while loading.
 
     Raises:
         ValueError: the folder has no model, its architecture is not one of Bumblebee's own, or it does not fit.
@@ -109,11 +113,13 @@ def load_on_devices(
     config = load_config(folder)
     with meta_parameters():
         model = resolve_model_class(Bumblebee, folder, config, trust_remote_code)(config)
-    sizes = part_sizes(model, _bytes_per_parameter(folder, model) if dtype is None else dtype.itemsize)
+    quantized = {} if quantize is None else LoadQuantizer(model, quantize).sizes()
+    sizes = part_sizes(model, _bytes_per_parameter(folder, model) if dtype is None else dtype.itemsize, quantized)
     assigned = [devices[index] for index in assign_parts(sizes, [int(MEMORY_FRACTION * free) for free in memory])]
     head = assigned[0] if config.tie_word_embeddings else assigned[-1]
     device_map = DeviceMap(assigned[0], tuple(assigned[1:-1]), head)
-    load_weights(folder, model, dtype, device_map.device_of)
+    with load_context(quantize=quantize):
+        load_weights(folder, model, dtype, device_map.device_of)
     model.source = Path(folder)
     if len(set(assigned)) > 1:
         add_transfer_hooks(model, device_map)
@@ -123,8 +129,15 @@ def load_on_devices(
 # -- planning ------------------------------------------------------------------------------------------------------------
 
 
-def part_sizes(model: Bumblebee, bytes_per_parameter: float) -> list[int]:
-    """Bytes of the embedding, of each layer, and of the norm with the head; a tied head takes none."""
+def part_sizes(model: Bumblebee, bytes_per_parameter: float, quantized: Mapping[Tensor, float] | None = None) -> list[int]:
+    """Bytes of the embedding, of each layer, and of the norm with the head; a tied head takes none.
+
+    Args:
+        model: may be on the meta device.
+        bytes_per_parameter: of the parameters that are not in ``quantized``.
+        quantized: bytes per element of the parameters that are quantized.
+    """
+    size_of = quantized or {}
     decoder, counted = model.model, set[nn.Parameter]()
     inputs = [module for module in (decoder.embed_tokens, decoder.positions, decoder.rotary) if module is not None]
     parts: list[list[nn.Module]] = [inputs, *([layer] for layer in _layers(model)), [decoder.norm, model.lm_head]]
@@ -132,7 +145,7 @@ def part_sizes(model: Bumblebee, bytes_per_parameter: float) -> list[int]:
     for part in parts:
         weights = {weight for module in part for weight in module.parameters()} - counted
         counted |= weights
-        sizes.append(round(bytes_per_parameter * sum(weight.numel() for weight in weights)))
+        sizes.append(round(sum(size_of.get(weight, bytes_per_parameter) * weight.numel() for weight in weights)))
     return sizes
 
 

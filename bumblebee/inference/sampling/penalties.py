@@ -69,7 +69,7 @@ def apply_penalties(logits: Tensor, requests: Sequence[Penalties]) -> Tensor:
         _penalise_(logits, penalised, [requests[row] for row in penalised])
     if biased:
         rows, ids = _indices(biased, [requests[row].bias_ids for row in biased], logits.device)
-        logits[rows, ids] += torch.cat([requests[row].biases for row in biased]).to(logits.device)
+        logits[rows, ids] += _move(torch.cat([requests[row].biases for row in biased]), logits.device)
     return logits
 
 
@@ -77,8 +77,8 @@ def _penalise_(logits: Tensor, rows: list[int], requests: list[Penalties]) -> No
     """Apply the three penalties in place."""
     sizes = torch.tensor([len(request.ids) for request in requests])
     penalties = torch.tensor([[request.repetition, request.frequency, request.presence] for request in requests])
-    repetition, frequency, presence = penalties.repeat_interleave(sizes, dim=0).to(logits.device).unbind(1)
-    counts = torch.cat([request.counts for request in requests]).to(logits.device)
+    repetition, frequency, presence = _move(penalties.repeat_interleave(sizes, dim=0), logits.device).unbind(1)
+    counts = _move(torch.cat([request.counts for request in requests]), logits.device)
     indices = _indices(rows, [request.ids for request in requests], logits.device)
     values = logits[indices]
     values = torch.where(values > 0, values / repetition, values * repetition).clamp(-MAX_LOGIT, MAX_LOGIT)
@@ -88,4 +88,9 @@ def _penalise_(logits: Tensor, rows: list[int], requests: list[Penalties]) -> No
 def _indices(rows: list[int], ids: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Row and column indices of all ids of these rows."""
     sizes = torch.tensor([len(row_ids) for row_ids in ids])
-    return torch.tensor(rows).repeat_interleave(sizes).to(device), torch.cat(ids).to(device)
+    return _move(torch.tensor(rows).repeat_interleave(sizes), device), _move(torch.cat(ids), device)
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device without waiting for it."""
+    return tensor.to(device, non_blocking=True)

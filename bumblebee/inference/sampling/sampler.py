@@ -5,7 +5,8 @@ the cumulative probabilities exceed one uniform random number, drawn from the re
 the rest of the batch. Tokens are ordered by id, or, where some are cut off, by descending logit (ties by ascending id).
 
 What is kept of a vocabulary is mostly short: a few hundred of the largest logits are examined first, and only rows whose cut is
-not among them are examined again with more.
+not among them are examined again with more. Which ones these are is read together with the tokens, so that the host waits for a
+GPU once, and again only for such rows.
 
 Log-probabilities are the model's own; see logprobs.py.
 """
@@ -18,14 +19,18 @@ import torch
 from torch import Tensor
 
 from bumblebee.inference.request import SampledToken
-from bumblebee.inference.sampling.logprobs import check_finite, token_logprobs
+from bumblebee.inference.sampling.logprobs import are_finite, check_finite, parse_logprobs, token_logprobs
 from bumblebee.inference.sampling.penalties import Penalties, apply_penalties
 from bumblebee.inference.sampling.sampling_params import SamplingParams
+from bumblebee.inference.transfers import read_back, upload
 
 GREEDY_TEMPERATURE = 1e-6  # logits divided by less overflow fp32; the most likely token would be drawn anyway
 CANDIDATES = (256, 4096)  # number of largest logits to examine first, and then, if the vocabulary is much larger
 TILE = 64  # tokens whose probabilities are summed before the cumulative sum
 BELOW_ONE = 1 - 2**-53
+
+# (logits (m, V), params and random numbers of the rows, attempt) -> ids (m,), and whether they are certain (m,)
+Method = Callable[[Tensor, list[SamplingParams], list[float], int], tuple[Tensor, Tensor]]
 
 
 class SamplerState:
@@ -73,14 +78,82 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[SampledToken]
     Raises:
         FloatingPointError: the maximum of a row is NaN or infinite.
     """
-    logits = logits.float()
-    check_finite(logits)
-    chosen = _choose(_exclude_stops(apply_penalties(logits, [state.penalties for state in states]), states), states)
-    tokens = [SampledToken(token_id) for token_id in chosen.tolist()]
-    _add_logprobs(tokens, logits, chosen, states)
-    for token, state in zip(tokens, states, strict=True):
-        state.add(token.id)
-    return tokens
+    sampling = Sampling(logits, states)
+    (values,) = read_back(sampling.tensors)
+    return sampling.tokens(values)
+
+
+class Sampling:
+    """The next tokens of n requests. The host waits for nothing before it reads ``tensors``.
+
+    Args:
+        logits: (n, V), any floating dtype and device; not modified.
+        states: of the n requests; updated by ``tokens``.
+    """
+
+    def __init__(self, logits: Tensor, states: Sequence[SamplerState]) -> None:
+        self.states, logits = states, logits.float()
+        penalised = _exclude_stops(apply_penalties(logits, [state.penalties for state in states]), states)
+        uniforms = [0.0 if _method(state.params) is _greedy else state.uniform() for state in states]
+        self._draw = _Draw(logits, penalised, [state.params for state in states], uniforms)
+        self.tensors = [are_finite(logits), *self._draw.tensors]
+
+    def tokens(self, values: Sequence[Sequence[float]]) -> list[SampledToken]:
+        """The tokens, from the values of ``tensors``.
+
+        Raises:
+            FloatingPointError: the maximum of a row is NaN or infinite.
+        """
+        check_finite(values[0])
+        tokens = self._draw.tokens(values[1:])
+        for token, state in zip(tokens, self.states, strict=True):
+            state.add(token.id)
+        return tokens
+
+
+class _Draw:
+    """Tokens drawn from n rows of logits, with log-probabilities where they are requested.
+
+    Args:
+        logits: (n, V), the model's own.
+        penalised: (n, V), from which tokens are drawn.
+        params: of each row.
+        uniforms: random numbers in [0, 1), one of each row.
+        attempt: how often rows have been drawn with too few candidates.
+    """
+
+    def __init__(
+        self, logits: Tensor, penalised: Tensor, params: list[SamplingParams], uniforms: list[float], attempt: int = 0
+    ) -> None:
+        self.logits, self.penalised, self.params, self.uniforms = logits, penalised, params, uniforms
+        self.attempt = attempt
+        chosen, certain = _choose(penalised, params, uniforms, attempt)
+        self.tensors = [chosen, certain]
+        self.with_logprobs = [row for row, its in enumerate(params) if its.logprobs is not None]
+        if self.with_logprobs:
+            ids = _take(chosen, self.with_logprobs)
+            count = max(params[row].logprobs or 0 for row in self.with_logprobs)
+            self.tensors += token_logprobs(_take(logits, self.with_logprobs), ids, count)
+
+    def tokens(self, values: Sequence[Sequence[float]]) -> list[SampledToken]:
+        """The tokens, from the values of ``tensors``. Rows whose cut was not among the candidates are drawn again."""
+        tokens = [SampledToken(int(id)) for id in values[0]]
+        if self.with_logprobs:
+            counts = [self.params[row].logprobs or 0 for row in self.with_logprobs]
+            for row, (logprob, top) in zip(self.with_logprobs, parse_logprobs(values[2:], counts), strict=True):
+                tokens[row].logprob, tokens[row].top = logprob, top
+        if uncertain := [row for row, certain in enumerate(values[1]) if not certain]:
+            for row, token in zip(uncertain, self._again(uncertain), strict=True):
+                tokens[row] = token
+        return tokens
+
+    def _again(self, rows: list[int]) -> list[SampledToken]:
+        draw = _Draw(
+            _take(self.logits, rows), _take(self.penalised, rows), [self.params[row] for row in rows],
+            [self.uniforms[row] for row in rows], self.attempt + 1,
+        )  # fmt: skip
+        (values,) = read_back(draw.tensors)
+        return draw.tokens(values)
 
 
 def _exclude_stops(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
@@ -88,80 +161,98 @@ def _exclude_stops(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
     excluded = [(row, id) for row, state in enumerate(states) for id in state.excluded_ids(logits.shape[-1])]
     if not excluded:
         return logits
-    rows, ids = torch.tensor(excluded, device=logits.device).unbind(1)
-    return logits.index_put((rows, ids), torch.tensor(-torch.inf, device=logits.device))
+    rows, ids = upload(excluded, logits.device).unbind(1)
+    return logits.index_put((rows, ids), logits.new_full((), -torch.inf))
+
+
+def _take(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a tensor (n, ...); the tensor itself if they are all of them."""
+    return tensor if len(rows) == len(tensor) else tensor.index_select(0, upload(rows, tensor.device))
 
 
 # -- choosing a token ----------------------------------------------------------------------------------------------------
 
 
-def _choose(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
-    """Penalised logits (n, V) -> ids (n,). Rows with the same method are sampled together."""
-    groups: dict[Callable[[Tensor, list[SamplerState]], Tensor], list[int]] = {}
-    for row, state in enumerate(states):
-        groups.setdefault(_method(state.params), []).append(row)
-    chosen = torch.empty(len(states), dtype=torch.int64, device=logits.device)
+def _choose(logits: Tensor, params: list[SamplingParams], uniforms: list[float], attempt: int) -> tuple[Tensor, Tensor]:
+    """Penalised logits (n, V) -> ids (n,), and whether they are certain (n,). A method samples all of its rows together."""
+    groups: dict[Method, list[int]] = {}
+    for row, its in enumerate(params):
+        groups.setdefault(_method(its), []).append(row)
+    if len(groups) == 1:
+        return next(iter(groups))(logits, params, uniforms, attempt)
+    chosen = torch.empty(len(params), dtype=torch.int64, device=logits.device)
+    certain = torch.empty(len(params), dtype=torch.bool, device=logits.device)
     for method, rows in groups.items():
-        group_logits = logits if len(rows) == len(states) else logits[rows]
-        chosen[rows] = method(group_logits, [states[row] for row in rows])
-    return chosen
+        index = upload(rows, logits.device)
+        of_rows = [params[row] for row in rows], [uniforms[row] for row in rows]
+        ids, are_certain = method(logits.index_select(0, index), *of_rows, attempt)
+        chosen.index_copy_(0, index, ids)
+        certain.index_copy_(0, index, are_certain)
+    return chosen, certain
 
 
-def _method(params: SamplingParams) -> Callable[[Tensor, list[SamplerState]], Tensor]:
+def _method(params: SamplingParams) -> Method:
     if params.temperature < GREEDY_TEMPERATURE:
         return _greedy
     return _sample_truncated if params.top_k or params.top_p < 1 or params.min_p > 0 else _sample_all
 
 
-def _greedy(logits: Tensor, states: list[SamplerState]) -> Tensor:
-    return logits.argmax(dim=-1)
+def _greedy(logits: Tensor, params: list[SamplingParams], uniforms: list[float], attempt: int) -> tuple[Tensor, Tensor]:
+    return _certain(logits.argmax(dim=-1))
 
 
-def _sample_all(logits: Tensor, states: list[SamplerState]) -> Tensor:
+def _sample_all(logits: Tensor, params: list[SamplingParams], uniforms: list[float], attempt: int) -> tuple[Tensor, Tensor]:
     """Sample from the whole vocabulary: first a tile of tokens, then a token in the tile."""
-    probabilities = _tempered(logits, states).softmax(dim=-1)
+    probabilities = _tempered(logits, params).softmax(dim=-1)
     padding = -probabilities.shape[-1] % TILE
     tiles = torch.nn.functional.pad(probabilities, (0, padding)).unflatten(-1, (-1, TILE))
-    tile, rest = _pick(tiles.sum(dim=-1).double(), _uniforms(states, logits.device))
+    tile, rest = _pick(tiles.sum(dim=-1).double(), upload(uniforms, logits.device, torch.float64))
     inside = tiles[torch.arange(len(tiles), device=logits.device), tile]
-    return tile * TILE + _pick(inside.double(), rest)[0]
+    ids = tile * TILE + _pick(inside.double(), rest)[0]
+    return _certain(ids.clamp(max=logits.shape[-1] - 1))  # beyond it only if logits are NaN
 
 
-def _sample_truncated(logits: Tensor, states: list[SamplerState]) -> Tensor:
+def _sample_truncated(
+    logits: Tensor, params: list[SamplingParams], uniforms: list[float], attempt: int
+) -> tuple[Tensor, Tensor]:
     """Sample from what top-k, top-p and min-p keep."""
-    logits = _tempered(logits, states)
+    logits = _tempered(logits, params)
     total = (logits - logits.amax(dim=-1, keepdim=True)).exp().sum(dim=-1, keepdim=True)
-    limits = torch.tensor([_limits(state.params, logits.shape[-1]) for state in states], dtype=torch.float64)
-    limits = torch.cat([limits.to(logits.device), total], dim=1)
-    counts = [count for count in CANDIDATES if 8 * count <= logits.shape[-1]]
-    return _draw(logits, limits, _uniforms(states, logits.device), [*counts, logits.shape[-1]])
+    limits = upload([_limits(its, logits.shape[-1]) for its in params], logits.device, torch.float64)
+    counts = [*(count for count in CANDIDATES if 8 * count <= logits.shape[-1]), logits.shape[-1]]
+    numbers = upload(uniforms, logits.device, torch.float64)
+    return _draw(logits, torch.cat([limits, total], dim=1), numbers, counts[attempt])
+
+
+def _certain(ids: Tensor) -> tuple[Tensor, Tensor]:
+    return ids, torch.ones_like(ids, dtype=torch.bool)
 
 
 def _limits(params: SamplingParams, vocab_size: int) -> tuple[float, float, float]:
     return params.top_k if 0 < params.top_k < vocab_size else torch.inf, params.top_p, params.min_p
 
 
-def _draw(logits: Tensor, limits: Tensor, uniforms: Tensor, counts: list[int]) -> Tensor:
+def _draw(logits: Tensor, limits: Tensor, uniforms: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Draw ids (m,) from what is kept of logits (m, V).
 
     Args:
         logits: tempered.
         limits: see ``_num_kept``.
         uniforms: (m,) fp64 random numbers.
-        counts: number of largest logits to examine first, and then, for rows whose cut is not among them; the last one is V.
+        count: number of largest logits to examine.
+
+    Returns:
+        Ids (m,), and whether they are certain (m,): the cut is among the logits examined.
     """
-    ordered, ids = _largest(logits, counts[0])
+    ordered, ids = _largest(logits, count)
     weights = (ordered - ordered[:, :1]).double().exp()
     kept = _num_kept(weights, limits)
     last = ordered.gather(1, kept[:, None] - 1)
     # Ties of the last kept logit may be missing here, and the sum of what top-k keeps may be unknown.
-    certain = (last[:, 0] > ordered[:, -1]) & ((limits[:, 0] <= counts[0]) | limits[:, 0].isinf())
+    certain = (last[:, 0] > ordered[:, -1]) & ((limits[:, 0] <= count) | limits[:, 0].isinf())
     ranks = torch.arange(ordered.shape[1], device=logits.device)
     chosen = ids.gather(1, _pick(weights * (ranks < kept[:, None]), uniforms)[0][:, None])[:, 0]
-    if len(counts) > 1 and not certain.all():
-        again = ~certain
-        chosen[again] = _draw(logits[again], limits[again], uniforms[again], counts[1:])
-    return chosen
+    return chosen, certain | (count == logits.shape[-1])
 
 
 def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -205,32 +296,14 @@ def _pick(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """
     sums = weights.cumsum(dim=-1)
     target = uniforms[:, None] * sums[:, -1:]  # less than the sum, also when rounded
-    index = torch.searchsorted(sums, target, right=True)
+    index = torch.searchsorted(sums, target, right=True).clamp(max=weights.shape[-1] - 1)  # beyond it only if there are NaN
     weight = weights.gather(1, index)
     rest = (target - sums.gather(1, index) + weight) / weight
     return index[:, 0], rest[:, 0].clamp(0, BELOW_ONE)
 
 
-def _tempered(logits: Tensor, states: list[SamplerState]) -> Tensor:
-    temperatures = [state.params.temperature for state in states]
+def _tempered(logits: Tensor, params: list[SamplingParams]) -> Tensor:
+    temperatures = [its.temperature for its in params]
     if all(temperature == 1 for temperature in temperatures):
         return logits
-    return logits / torch.tensor(temperatures, dtype=logits.dtype, device=logits.device)[:, None]
-
-
-def _uniforms(states: list[SamplerState], device: torch.device) -> Tensor:
-    return torch.tensor([state.uniform() for state in states], dtype=torch.float64).to(device)
-
-
-# -- log-probabilities ---------------------------------------------------------------------------------------------------
-
-
-def _add_logprobs(tokens: list[SampledToken], logits: Tensor, chosen: Tensor, states: Sequence[SamplerState]) -> None:
-    """Set the model's log-probabilities on the tokens of requests that ask for them."""
-    counts = {row: state.params.logprobs for row, state in enumerate(states) if state.params.logprobs is not None}
-    if not counts:
-        return
-    rows = list(counts)
-    logits = logits if len(rows) == len(tokens) else logits[rows]
-    for row, (logprob, top) in zip(rows, token_logprobs(logits, chosen[rows], list(counts.values())), strict=True):
-        tokens[row].logprob, tokens[row].top = logprob, top
+    return logits / upload(temperatures, logits.device, logits.dtype)[:, None]

@@ -1,4 +1,4 @@
-"""Failures to compile DeepSpeed's operators are errors of one line. ``system/test_operators.py`` compiles some."""
+"""Compiling DeepSpeed's operators: failures are errors of one line. ``system/test_operators.py`` compiles some."""
 
 from __future__ import annotations
 
@@ -33,3 +33,15 @@ def test_operator_that_cannot_be_compiled_is_named(error, gpu, reason, monkeypat
     with pytest.raises(ValueError, match=f"DeepSpeed's fused_adam operator cannot be compiled here: {reason}"):
         with quiet_initialization(deepspeed, {}):
             FusedAdamBuilder().jit_load()
+
+
+def test_lock_of_a_killed_compilation_is_deleted(monkeypatch, tmp_path, caplog):
+    left = tmp_path / "fused_adam" / "lock"
+    left.parent.mkdir()
+    left.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(OpBuilder, "jit_load", lambda builder, verbose=True: left.exists())
+    deepspeed = import_deepspeed(torch.device("cpu"))
+    with quiet_initialization(deepspeed, {}):
+        assert FusedAdamBuilder().jit_load() is False
+    assert "a compilation of DeepSpeed's fused_adam operator was cut off" in caplog.text

@@ -1,0 +1,270 @@
+"""Fast matmuls for quantized layers: torch's own operators, chosen per device after loading.
+
+int8 on x86 CPUs: FBGEMM's int8 matmul, which also takes its activations in 8 bits. Each row of activations is therefore split
+into two digits of 8 bits, which are two rows of one matmul: together they hold 16 bits of fixed point, more than bf16 has. The
+products are summed exactly, so that a row's result does not depend on the other rows. torch's weight-only operator
+``_weight_int8pack_mm`` converts each weight to fp32 and is no faster than bf16 at the 0.5B shape.
+
+int4 on CPUs and on GPUs of compute capability 8.0 or above: torch's ``_weight_int4pack_mm``, which computes in bf16.
+
+Everything else dequantizes the weight in each call, which saves memory, not time; a log line says so. torch's int8 operator for
+CUDA, one thread per output with uncoalesced reads, is not used. Weights are packed one after the other, and each original is
+freed.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from bumblebee.inference.placement.cpu_prepack import SAME_INPUT, SharedMatmul
+from bumblebee.nn.quantized import (
+    GROUP_SIZE,
+    Int4Weight,
+    Int8Weight,
+    QuantizedLinear,
+    QuantizedWeight,
+    token_losses,
+)
+
+logger = logging.getLogger(__name__)
+
+_ROW_BLOCK = 16  # rows of a weight must be a multiple of it for the int4 operators
+
+
+# -- int8 on the CPU -----------------------------------------------------------------------------------------------------
+
+
+class FbgemmInt8Weight(QuantizedWeight):
+    """An int8 weight packed for FBGEMM.
+
+    FBGEMM quantizes activations by their minimum and maximum. Four more inputs with weights of zero hold the ends of the range,
+    so that its scale is 1 and the digits are kept as they are.
+
+    Args:
+        weight: on the CPU.
+        has_vnni: the CPU multiplies 8-bit integers without saturation; otherwise a digit has 7 bits.
+    """
+
+    def __init__(self, weight: Int8Weight, has_vnni: bool) -> None:
+        super().__init__()
+        self.shape, self.has_vnni = weight.shape, has_vnni
+        self.digit = 127 if has_vnni else 63  # digits are -digit ... digit
+        self.base = 2 * self.digit + 1
+        self.packed = _fbgemm_pack(nn.functional.pad(weight.codes, (0, 4)))
+        self.scale: Tensor
+        self.range: Tensor
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("range", torch.tensor([[-self.digit - 1.0, self.digit, 0.0, 0.0]]))
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """See the base class."""
+        rows = x.reshape(-1, x.shape[-1])
+        unit = torch.linalg.vector_norm(rows, float("inf"), -1, keepdim=True, dtype=torch.float32)
+        unit = unit.mul_(1 / (self.digit * self.base)).clamp_min_(torch.finfo(torch.float32).tiny)
+        fixed = rows.float().div(unit).round_()
+        high = fixed.mul(1 / self.base).round_()
+        low = fixed.sub_(high, alpha=self.base)
+        ends = self.range.expand(len(rows), -1)
+        digits = torch.cat([torch.cat([high, ends], -1), torch.cat([low, ends], -1)])
+        high, low = torch.ops.quantized.linear_dynamic(digits, self.packed, not self.has_vnni).chunk(2)
+        out = low.add_(high, alpha=self.base).mul_(unit).mul_(self.scale)
+        return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def dequantize(self) -> Tensor:
+        """See the base class."""
+        codes = torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()[:, :-4]
+        return codes * self.scale[:, None]
+
+
+@cache
+def has_fbgemm() -> bool:
+    """Whether torch's int8 matmul of FBGEMM can run."""
+    return platform.machine() in ("x86_64", "AMD64") and "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def _fbgemm_pack(codes: Tensor) -> torch.ScriptObject:
+    scale, zero = torch.ones(len(codes), dtype=torch.float64), torch.zeros(len(codes), dtype=torch.int64)
+    with _quantized_engine("fbgemm"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")  # deprecated without a successor
+        quantized = torch._make_per_channel_quantized_tensor(codes.contiguous(), scale, zero, 0)
+        return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+@contextmanager
+def _quantized_engine(name: str) -> Iterator[None]:
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+# -- int4 ----------------------------------------------------------------------------------------------------------------
+
+
+class PackedInt4Weight(QuantizedWeight):
+    """An int4 weight packed for torch's operators, which take and return bf16.
+
+    Args:
+        weight: on its device.
+    """
+
+    def __init__(self, weight: Int4Weight) -> None:
+        super().__init__()
+        self.shape = weight.shape
+        padding = -self.shape[0] % _ROW_BLOCK
+        self.packed: Tensor
+        self.scale_and_zero: Tensor
+        on_cpu = weight.codes.device.type == "cpu"
+        pack, self.operator = (_pack_for_cpu, _matmul_on_cpu) if on_cpu else (_pack_for_cuda, _matmul_on_cuda)
+        self.register_buffer("packed", pack(weight, padding))
+        scale_and_zero = torch.stack([weight.scale.T, weight.zero.T], dim=-1)  # (G, N, 2)
+        self.register_buffer("scale_and_zero", nn.functional.pad(scale_and_zero, (0, 0, 0, padding)).contiguous())
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """See the base class."""
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+        out = self.operator(rows.contiguous(), self.packed, self.scale_and_zero)[:, : self.shape[0]]
+        return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def dequantize(self) -> Tensor:
+        """See the base class. The layout is the operator's own: the weight is read by multiplying with the unit matrix."""
+        inputs = torch.eye(self.shape[1], dtype=torch.bfloat16, device=self.packed.device)
+        codes_only = torch.ones_like(self.scale_and_zero)
+        codes_only[..., 1] = 0
+        codes = self.operator(inputs, self.packed, codes_only)[:, : self.shape[0]].T.float().unflatten(1, (-1, GROUP_SIZE))
+        scale, zero = self.scale_and_zero[:, : self.shape[0]].float().permute(2, 1, 0)[..., None]
+        return torch.addcmul(zero, codes, scale).flatten(1)
+
+
+def _pack_for_cpu(weight: Int4Weight, padding: int) -> Tensor:
+    codes = nn.functional.pad(weight.unpacked(), (0, 0, 0, padding)).to(torch.int32)
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+
+
+def _matmul_on_cpu(x: Tensor, packed: Tensor, scale_and_zero: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP_SIZE, scale_and_zero)
+
+
+def _pack_for_cuda(weight: Int4Weight, padding: int) -> Tensor:
+    tiles = next(tiles for tiles in (8, 4, 2) if weight.shape[1] % (16 * tiles) == 0)
+    return torch.ops.aten._convert_weight_to_int4pack(nn.functional.pad(weight.codes, (0, 0, 0, padding)), tiles)
+
+
+def _matmul_on_cuda(x: Tensor, packed: Tensor, scale_and_zero: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int4pack_mm(x, packed, GROUP_SIZE, scale_and_zero)
+
+
+# -- choice --------------------------------------------------------------------------------------------------------------
+
+
+def fast_weight(weight: QuantizedWeight) -> QuantizedWeight:
+    """The weight for its device's fastest operator; itself if none can run."""
+    device = next(weight.buffers()).device
+    if isinstance(weight, Int8Weight) and device.type == "cpu" and has_fbgemm():
+        return FbgemmInt8Weight(weight, torch.cpu._is_vnni_supported())
+    if isinstance(weight, Int4Weight) and (device.type == "cpu" or has_int4_kernel(device)):
+        return PackedInt4Weight(weight)
+    return weight
+
+
+def has_int4_kernel(device: torch.device) -> bool:
+    """Whether a GPU can run torch's int4 operator."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+class QuantizedMatmul(SharedMatmul):
+    """One quantized matmul for one or several layers.
+
+    Args:
+        layers: of the same input width and kind, all with a bias or all without.
+    """
+
+    def __init__(self, layers: list[QuantizedLinear]) -> None:
+        super().__init__([layer.out_features for layer in layers])
+        weights = [layer.quantized for layer in layers]
+        self.quantized = fast_weight(weights[0] if len(weights) == 1 else type(weights[0]).cat(weights))
+        self.dtype = layers[0].dtype
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=False) if biases else None
+        self.hidden_parameters = self.quantized.shape[0] * self.quantized.shape[1]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """See the base class."""
+        out = self.quantized.matmul(x)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class FusedQuantizedLinear(nn.Module):
+    """A layer, or a head, whose matmul may be shared; in a state dict it is an ordinary one.
+
+    Args:
+        matmul: shared by the layers with the same input.
+        index: of this layer in ``matmul``.
+    """
+
+    def __init__(self, matmul: QuantizedMatmul, index: int) -> None:
+        super().__init__()
+        self.matmul, self.index = matmul, index
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(..., K) -> (..., N), or token losses if labels are passed; see ``LMHead``."""
+        return self.matmul.output(x, self.index) if labels is None else token_losses(self, x, labels)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        matmul = self.matmul
+        weight = matmul.quantized.dequantize().split(matmul.widths)[self.index]
+        destination[prefix + "weight"] = weight.to(matmul.dtype)
+        if matmul.bias is not None:
+            destination[prefix + "bias"] = matmul.bias.detach().split(matmul.widths)[self.index].clone()
+
+
+def use_fast_kernels(model: nn.Module) -> None:
+    """Replace all quantized layers in place: those with the same input share a matmul."""
+    for module in list(model.modules()):
+        for parent, names in SAME_INPUT.items():
+            if isinstance(module, parent):
+                _fuse(module, names)
+        for name, child in list(module.named_children()):
+            if isinstance(child, QuantizedLinear):
+                setattr(module, name, FusedQuantizedLinear(QuantizedMatmul([child]), 0))
+    _log_slow(model)
+
+
+def _fuse(module: nn.Module, names: tuple[str, ...]) -> None:
+    layers = [layer for name in names if isinstance(layer := getattr(module, name, None), QuantizedLinear)]
+    kinds = {(type(layer.quantized), layer.bias is None) for layer in layers}
+    if len(layers) == len(names) and len(kinds) == 1:
+        matmul = QuantizedMatmul(layers)
+        for index, name in enumerate(names):
+            setattr(module, name, FusedQuantizedLinear(matmul, index))
+
+
+def _log_slow(model: nn.Module) -> None:
+    """Say which layers dequantize in each call."""
+    matmuls = [module for module in model.modules() if isinstance(module, QuantizedMatmul)]
+    slow = {type(matmul.quantized) for matmul in matmuls} & {Int8Weight, Int4Weight}
+    for kind in sorted(kind.__name__ for kind in slow):
+        logger.warning(
+            "quantize: there is no fast operator for %s on this device: weights are dequantized in each step, which saves"
+            " memory but not time", kind.removesuffix("Weight").lower(),
+        )  # fmt: skip
+
+
+def describe(model: nn.Module) -> str:
+    """The kinds of quantized layers, such as "int4, head int8"; empty for a model without any."""
+    kinds = {
+        "int4" if isinstance(module, Int4Weight | PackedInt4Weight) else "int8"
+        for module in model.modules()
+        if isinstance(module, QuantizedWeight)
+    }
+    return "int4" if "int4" in kinds else "".join(kinds)
