@@ -63,6 +63,9 @@ class TrainingEngine:
         self.group_sizes = [sum(full_numel(p) for p in group["params"]) for group in groups]  # before DeepSpeed flattens them
         # Weights from a folder have the file's dtype. For bf16 at stages 1 to 3 DeepSpeed casts, and keeps an fp32 copy.
         model.to(device=device, dtype=torch.float32 if options.weights_dtype == torch.float32 else None)
+        for parameter in model.parameters():
+            if not parameter.is_contiguous():  # DeepSpeed broadcasts parameters as bytes; their gradients get the same layout
+                parameter.data = parameter.data.contiguous()
         config = usable_config(options)
         if options.zero_stage == 3:
             gather_compiled_blocks_whole(deepspeed, model)
