@@ -153,9 +153,7 @@ class Operators(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.attention += func.name().startswith("aten::_scaled_dot_product_flash_attention_for_cpu.") or (
-            func.name() == "aten::_scaled_dot_product_flash_attention_for_cpu"
-        )
+        self.attention += func.name() == "aten::_scaled_dot_product_flash_attention_for_cpu"
         self.products += func.name() in ("aten::mm", "aten::addmm")
         return func(*args, **(kwargs or {}))
 
@@ -207,4 +205,4 @@ def test_compiled_block_fuses_norms_rope_and_swiglu(tiny):
     metrics.reset()
     saved_by_block(tiny(num_hidden_layers=1, qk_norm=True), TRANSFORMS["compiled"])
     assert_no_breaks(graphs=1)
-    print(metrics.generated_kernel_count, metrics.ir_nodes_pre_fusion)
+    assert metrics.generated_kernel_count < 0.7 * metrics.ir_nodes_pre_fusion
