@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ class BlockForward:
         """That of a block, which gets one if it has none yet."""
         if not isinstance(block.forward, cls):
             block.forward = cls(block)
-        return cast(BlockForward, block.forward)
+        return block.forward
 
     def compile(self, mode: str) -> None:
         """Compile the block at its next call. Blocks of the same structure share one graph."""
@@ -75,8 +74,8 @@ def _forward(plain: Callable[..., Tensor], recompute: bool, keep_attention: bool
     if not recompute or not torch.is_grad_enabled():
         return plain(*args, **kwargs)
     if keep_attention:
-        return checkpoint(plain, *args, use_reentrant=False, context_fn=_contexts, **kwargs)
-    return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+        return checkpoint(plain, *args, use_reentrant=False, context_fn=_contexts, **kwargs)  # type: ignore[arg-type]
+    return checkpoint(plain, *args, use_reentrant=False, **kwargs)  # type: ignore[arg-type]
 
 
 def _configure_dynamo() -> None:
