@@ -11,7 +11,7 @@ PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,bumbl
 # An editable install has a fixed list of top-level packages. The marker's name contains them, so a new package reinstalls.
 INSTALLED := $(VENV)/.installed-$(subst $() $(),-,$(PACKAGES))
 
-.PHONY: help .venv quickstart test test-slow golden docs vendor lint types format clean
+.PHONY: help .venv quickstart test test-slow golden docs gpu gpus vendor lint types format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## /\1	/p' Makefile
@@ -65,6 +65,13 @@ golden: .venv  ## regenerate the golden losses, after a change that is meant to 
 docs: .venv  ## regenerate docs/configuration.md and the table in docs/gpu.md, after a change of options or sizes
 	$(BIN)/python docs/make_configuration.py
 	$(BIN)/python docs/make_gpu.py
+
+# ARGS="--only train decode" runs some of the parts, ARGS=--resume those that have not been ok yet.
+gpu: .venv  ## measure what only a GPU can show: speed, memory, exactness (docs/gpu.md)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+gpus: .venv  ## the same for all GPUs of this machine together: scaling, and ranks that fail
+	$(BIN)/python -m benchmarks.gpu.several $(ARGS)
 
 vendor:  ## fetch the chat page's libraries from npm and compare them with their checksums
 	serve/page/vendor/fetch.sh

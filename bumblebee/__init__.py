@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bumblebee.models.huggingface import HuggingFaceModel
     from bumblebee.tasks.cpo import CPO
     from bumblebee.tasks.dpo import DPO
+    from bumblebee.tasks.grpo import GRPO
     from bumblebee.tasks.language_modeling import LanguageModeling
     from bumblebee.tasks.orpo import ORPO
     from bumblebee.tasks.simpo import SimPO
@@ -34,6 +35,7 @@ _HOME = {
     "Callback": "bumblebee.callback",
     "DPO": "bumblebee.tasks.dpo",
     "DataModule": "bumblebee.datamodule",
+    "GRPO": "bumblebee.tasks.grpo",
     "Generator": "bumblebee.inference.generator",
     "HuggingFaceModel": "bumblebee.models.huggingface",
     "LanguageModeling": "bumblebee.tasks.language_modeling",
@@ -52,6 +54,7 @@ __all__ = [
     "Callback",
     "DPO",
     "DataModule",
+    "GRPO",
     "Generator",
     "HuggingFaceModel",
     "LanguageModeling",

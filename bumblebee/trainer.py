@@ -145,6 +145,7 @@ class Trainer(RunState):
         Raises:
             FloatingPointError: a loss is NaN or infinite, or the gradients of ``max_skipped_steps`` steps in a row are.
         """
+        window = self.task.prepare_step(window, self.step)
         counts = self.count_targets(window)
         self.learning_rate = set_learning_rate(
             self.engine.parameter_groups, self.schedule.factor(self.step, self.plan.max_steps)

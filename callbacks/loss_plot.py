@@ -2,8 +2,8 @@
 
 Thin line: the logged loss. Thick line: its exponential moving average (``bumblebee.plotting.curves.MovingAverage``). Points:
 validation loss. Dashed, on its own axis: the learning rate. Preference training has a second panel with reward accuracies and
-margins, drawn alike. The points are kept in memory and in checkpoints. They are downsampled in long runs, after smoothing, so
-that the average does not change.
+margins, drawn alike, reinforcement learning one with rewards and lengths of completions. The points are kept in memory and in
+checkpoints. They are downsampled in long runs, after smoothing, so that the average does not change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from bumblebee.plotting.curves import MovingAverage, RewardCurves, plot_run, sav
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
 
-_REWARDS = ("rewards/accuracies", "rewards/margins")
+_PANELS = {  # metrics of the second panel: their names in it
+    ("rewards/accuracies", "rewards/margins"): ("accuracy", "margin"),
+    ("rl/reward", "rl/length"): ("reward", "tokens per completion"),
+}
 _MAX_POINTS = 5_000  # of a curve; more than a picture has columns
 
 
@@ -52,10 +55,11 @@ class LossPlot(Callback):
         if math.isfinite(metrics.get("loss", math.nan)):
             smooth = self._average.add(metrics["loss"], self.smoothing)
             self._training.add(trainer.step, metrics["loss"], smooth, metrics["lr"])
-        if all(name in metrics for name in _REWARDS):
-            accuracy, margin = (metrics[name] for name in _REWARDS)
-            self._rewards.add(trainer.step, accuracy, margin)
-            pairs = zip(self._averages, (accuracy, margin), strict=True)
+        if pair := _pair_in(metrics):
+            self._names = _PANELS[pair]
+            values = [metrics[name] for name in pair]
+            self._rewards.add(trainer.step, *values)
+            pairs = zip(self._averages, values, strict=True)
             self._smoothed_rewards.add(trainer.step, *(average.add(value, self.smoothing) for average, value in pairs))
         if trainer.step - self._drawn_at >= self.every:
             self._draw(trainer)
@@ -64,9 +68,8 @@ class LossPlot(Callback):
         """Add a validation point."""
         if math.isfinite(metrics.get("validation_loss", math.nan)):
             self._validation.add(trainer.step, metrics["validation_loss"])
-        names = [f"validation_{name}" for name in _REWARDS]
-        if all(name in metrics for name in names):
-            self._validation_rewards.add(trainer.step, *(metrics[name] for name in names))
+        if pair := _pair_in(metrics, "validation_"):
+            self._validation_rewards.add(trainer.step, *(metrics[f"validation_{name}"] for name in pair))
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Draw the final picture."""
@@ -85,7 +88,8 @@ class LossPlot(Callback):
         self._training, self._validation = _Series(4), _Series(2)
         self._rewards, self._smoothed_rewards, self._validation_rewards = _Series(3), _Series(3), _Series(3)
         self._average = MovingAverage()
-        self._averages = (MovingAverage(), MovingAverage())  # of accuracies and margins
+        self._averages = (MovingAverage(), MovingAverage())  # of the second panel
+        self._names = ("accuracy", "margin")
         self._drawn_at = 0
 
     def _parts(self) -> dict[str, _Series | MovingAverage]:
@@ -105,8 +109,15 @@ class LossPlot(Callback):
 
     def _reward_curves(self) -> RewardCurves | None:
         """None for tasks without rewards."""
-        series = (self._rewards, self._smoothed_rewards, self._validation_rewards)
-        return RewardCurves(*(one.columns for one in series)) if self._rewards.columns[0] else None
+        if not self._rewards.columns[0]:
+            return None
+        smoothed, validation = self._smoothed_rewards.columns, self._validation_rewards.columns
+        return RewardCurves(self._rewards.columns, smoothed, validation, self._names)
+
+
+def _pair_in(metrics: dict[str, float], prefix: str = "") -> tuple[str, str] | None:
+    """The metrics of the second panel that are there."""
+    return next((pair for pair in _PANELS if all(f"{prefix}{name}" in metrics for name in pair)), None)
 
 
 class _Series:

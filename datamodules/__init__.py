@@ -12,11 +12,17 @@ from bumblebee.utils.shared_packages import extend_path, lazy_attributes
 if TYPE_CHECKING:
     from datamodules.preference import Preferences
     from datamodules.pretrain import Pretrain
+    from datamodules.prompts import Prompts
     from datamodules.sft import SFT
 
-_HOME = {"Preferences": "datamodules.preference", "Pretrain": "datamodules.pretrain", "SFT": "datamodules.sft"}
+_HOME = {
+    "Preferences": "datamodules.preference",
+    "Pretrain": "datamodules.pretrain",
+    "Prompts": "datamodules.prompts",
+    "SFT": "datamodules.sft",
+}
 
-__all__ = ["SFT", "Preferences", "Pretrain"]
+__all__ = ["SFT", "Preferences", "Pretrain", "Prompts"]
 
 
 __path__ = extend_path(__path__, __name__, _HOME)

@@ -30,6 +30,7 @@ LATE_IMPORTS = {
     "bumblebee/hardware/gpu_utilization.py": "torch",
     "bumblebee/inference/decode_attention.py": "triton, which is optional",
     "bumblebee/lora/*": "peft, which imports transformers",
+    "bumblebee/models/float8_layers.py": "torchao, which is optional",
     "bumblebee/models/huggingface.py": "transformers",
     "bumblebee/nn/attention_kernels.py": "flash-attn, which is optional",
     "bumblebee/optim.py": "torch",

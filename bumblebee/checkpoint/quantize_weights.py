@@ -15,6 +15,7 @@ from typing import TypeGuard
 from torch import Tensor, nn
 
 from bumblebee.nn.lm_head import LMHead
+from bumblebee.nn.moe import ROUTERS
 from bumblebee.nn.quantized import (
     BYTES_INT4,
     GROUP_SIZE,
@@ -28,7 +29,6 @@ from bumblebee.nn.quantized import (
 
 logger = logging.getLogger(__name__)
 
-_ROUTERS = {"gate", "router", "shared_expert_gate"}  # last names of routers in models of transformers
 _WARNED_SHARE = 0.5  # of the parameters that stay unquantized
 
 
@@ -117,4 +117,4 @@ class LoadQuantizer:
 
 def _is_linear(module: nn.Module, name: str) -> TypeGuard[nn.Linear]:
     """Whether a module is a plain linear layer; a subclass has a forward of its own."""
-    return type(module) in (nn.Linear, LMHead) and name.rpartition(".")[2] not in _ROUTERS
+    return type(module) in (nn.Linear, LMHead) and name.rpartition(".")[2] not in ROUTERS

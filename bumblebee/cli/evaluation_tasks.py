@@ -2,6 +2,7 @@
 
     exact_match                   the questions of the recipe's data
     multiple_choice:FILE          a task with its file
+    arc_easy                      a task, group or tag of lm-evaluation-harness (extra ``eval``)
     tasks.yaml                    tasks: {NAME: {class_path: bumblebee.evaluation.tasks.Generation, init_args: {...}}, ...}
 
 Several are written one after another or separated by commas.
@@ -9,6 +10,7 @@ Several are written one after another or separated by commas.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,20 +51,21 @@ class NamedTask:
         self.name, self.task, self.description = name, task, description
 
 
-def resolve_tasks(words: Sequence[str], model: str, max_length: int) -> list[NamedTask]:
+def resolve_tasks(words: Sequence[str], model: str, max_length: int, include_path: str | None = None) -> list[NamedTask]:
     """Make the tasks of ``--tasks``.
 
     Args:
         words: the values of the option.
         model: folder whose tokenizer the tasks' data use.
         max_length: tokens in a window or row of the tasks' files.
+        include_path: folder of further tasks of lm-evaluation-harness.
 
     Raises:
-        ValueError: a file cannot be used.
+        ValueError: a file cannot be used, or a task of lm-evaluation-harness is unknown.
     """
     tasks: list[NamedTask] = []
     for word in filter(None, ",".join(words).split(",")):
-        added = _of_yaml(word, model) if word.endswith((".yaml", ".yml")) else [_short(word, model, max_length)]
+        added = _of_yaml(word, model) if word.endswith((".yaml", ".yml")) else [_short(word, model, max_length, include_path)]
         for task in added:
             if any(task.name == other.name for other in tasks):
                 fail(f"--tasks: two tasks are named {task.name!r}; name them apart in a YAML file of tasks")
@@ -72,11 +75,13 @@ def resolve_tasks(words: Sequence[str], model: str, max_length: int) -> list[Nam
     return tasks
 
 
-def _short(word: str, model: str, max_length: int) -> NamedTask:
+def _short(word: str, model: str, max_length: int, include_path: str | None) -> NamedTask:
     """A task as NAME or NAME:FILE."""
     import bumblebee.evaluation.tasks as tasks
 
     kind, colon, file = word.partition(":")
+    if kind not in CLASSES and not colon and not difflib.get_close_matches(kind, CLASSES, cutoff=0.8):
+        return _of_harness(kind, include_path)
     if kind not in CLASSES:
         fail(f"--tasks: unknown task {kind!r}{hint(kind, CLASSES)}; tasks: {', '.join(CLASSES)}, or a YAML file of tasks")
     make: type[EvaluationTask] = getattr(tasks, CLASSES[kind])
@@ -89,6 +94,22 @@ def _short(word: str, model: str, max_length: int) -> NamedTask:
         return NamedTask(name, make(), {"class_path": _path(kind), "data": "recipe"})
     data, options = data_of_file(file, model, max_length)
     return NamedTask(name, make(data), {"class_path": _path(kind), "init_args": {"data": options}})  # type: ignore[call-arg]
+
+
+def _of_harness(name: str, include_path: str | None) -> NamedTask:
+    """A task of lm-evaluation-harness. Its index takes seconds: a slip in one of our own names is reported without it.
+
+    Raises:
+        ValueError: the package is missing, or the task is unknown.
+    """
+    from bumblebee.evaluation.harness import HarnessTask
+
+    arguments: dict[str, object] = {"name": name, "include_path": include_path}
+    return NamedTask(
+        name,
+        HarnessTask(name, include_path),
+        {"class_path": "bumblebee.evaluation.harness.HarnessTask", "init_args": arguments},
+    )
 
 
 def _path(kind: str) -> str:

@@ -22,6 +22,8 @@ from torch.autograd.function import FunctionCtx
 from bumblebee.nn.grouped_linear import grouped_linear
 from bumblebee.nn.mlp import ACTIVATIONS, GatedMLP
 
+ROUTERS = {"gate", "router", "shared_expert_gate"}  # last names of routers, also in models of transformers
+
 
 class RouterOutput(NamedTuple):
     """Routing of a batch of tokens.

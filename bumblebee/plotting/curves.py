@@ -72,17 +72,19 @@ class MetricCurve:
 
 @dataclass
 class RewardCurves:
-    """Rewards of preference training. Each field has the columns step, accuracy and margin.
+    """Two metrics of preference training or reinforcement learning; in the first three fields after a column of steps.
 
     Args:
         training: the logged values.
         smoothed: their moving average.
         validation: values on the validation samples.
+        names: of the metrics, for the axes and the legend.
     """
 
     training: list[list[float]]
     smoothed: list[list[float]] = field(default_factory=lambda: [[], [], []])
     validation: list[list[float]] = field(default_factory=lambda: [[], [], []])
+    names: tuple[str, str] = ("accuracy", "margin")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -209,17 +211,23 @@ def style_axes(axes: Axes, xlabel: str = "optimizer steps", integer_x: bool = Tr
 
 
 def _plot_rewards(axes: Axes, rewards: RewardCurves, smoothing: float) -> None:
-    """Share of pairs whose chosen response has the higher reward, and the mean difference of rewards."""
+    """Two metrics, each with an axis of its own."""
     right = axes.twinx()
-    _plot_reward(axes, "accuracy", ("#54a24b", "#2f6b29"), rewards, 1, smoothing)
-    _plot_reward(right, "margin", ("#b279a2", "#77426a"), rewards, 2, smoothing)
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_ylabel("reward accuracy", color="#2f6b29")
+    left_name, right_name = rewards.names
+    _plot_reward(axes, left_name, ("#54a24b", "#2f6b29"), rewards, 1, smoothing)
+    _plot_reward(right, right_name, ("#b279a2", "#77426a"), rewards, 2, smoothing)
+    if left_name == "accuracy":
+        axes.set_ylim(-0.02, 1.02)
+    axes.set_ylabel(_axis_label(left_name), color="#2f6b29")
     style_axes(axes)
-    right.set_ylabel("reward margin", color="#77426a")
+    right.set_ylabel(_axis_label(right_name), color="#77426a")
     right.spines["top"].set_visible(False)
     right.margins(x=0.01)
     _legend_above(axes, right)
+
+
+def _axis_label(name: str) -> str:
+    return f"reward {name}" if name in ("accuracy", "margin") else name
 
 
 def _plot_reward(

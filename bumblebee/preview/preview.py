@@ -125,7 +125,7 @@ def _set_up(run: Run, config: Namespace, ranks: int | None, gpu: bool) -> tuple[
     hidden_size = getattr(getattr(task.model, "config", None), "hidden_size", None)
     deepspeed_config(engine_options(trainer, hidden_size))
     largest = select_micro_batches(data, trainer.micro_batch_size, run.seed)[0]
-    batch = data.collate([data.train[index] for index in largest])
+    batch = task.largest_batch(data.collate([data.train[index] for index in largest]))
     _require_targets(task, data, batch)
     return Workload(task, trainer, plan, batch, ranks, device, device_type, optimizer_bytes), learning_rate
 
@@ -139,7 +139,7 @@ def _require_targets(task: Task, data: DataModule, batch: Batch) -> None:
     if has_targets(batch):
         return
     logger.info("looking for a sample with a target ...")
-    if not any(has_targets(data.collate([data.train[index]])) for index in range(len(data.train))):
+    if not any(has_targets(task.largest_batch(data.collate([data.train[index]]))) for index in range(len(data.train))):
         raise ValueError(f"data: nothing to train on: none of the {len(data.train)} training samples has a target")
 
 

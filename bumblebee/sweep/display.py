@@ -13,7 +13,7 @@ import yaml
 from bumblebee.sweep.parameter import Value
 from bumblebee.sweep.runner import Running
 from bumblebee.sweep.study import Study
-from bumblebee.sweep.trial import Trial, best_of
+from bumblebee.sweep.trials.trial import Trial, best_of
 from bumblebee.utils.formatting import duration, format_metric
 
 _REDRAW = 1.0  # seconds
@@ -67,14 +67,14 @@ class Display:
         if not self.is_terminal:
             self._print(f"{running.trial.name} {'resumed' if resumed else 'started'}: {format_values(running.trial.values)}")
 
-    def ended(self, trial: Trial, interrupted: bool) -> None:
+    def ended(self, trial: Trial, cut: str) -> None:
         """Print how a trial ended. On a terminal only failures: the table shows the others."""
         self._next_draw = 0.0
         metric = (
             "" if trial.metric is None else f", {self.study.file.metric} {format_metric(self.study.file.metric, trial.metric)}"
         )
-        if interrupted:
-            self._print(f"{trial.name} was cut off{metric}: it goes on with --resume")
+        if cut:
+            self._print(f"{trial.name} was cut off ({cut}){metric}: it goes on with --resume")
         elif trial.state == "failed":
             self._print(f"{trial.name} failed: {trial.message}")
         elif not self.is_terminal:

@@ -22,13 +22,13 @@ from types import FrameType
 from typing import Literal, Protocol
 
 from bumblebee.checkpoint.digests import NAME as DIGESTS
-from bumblebee.sweep.devices import Devices, environment
 from bumblebee.sweep.errors import SweepError
-from bumblebee.sweep.file_lock import FileLock
 from bumblebee.sweep.study import Study
-from bumblebee.sweep.trial import Trial
-from bumblebee.sweep.trial_log import TrialLog
-from bumblebee.sweep.trial_process import TrialProcess, error_message
+from bumblebee.sweep.trials.devices import Devices, environment
+from bumblebee.sweep.trials.file_lock import FileLock
+from bumblebee.sweep.trials.trial import Trial
+from bumblebee.sweep.trials.trial_log import TrialLog
+from bumblebee.sweep.trials.trial_process import TrialProcess, error_message
 from bumblebee.utils.formatting import hint
 from bumblebee.utils.signals import handle_signals
 
@@ -67,8 +67,8 @@ class Watcher(Protocol):
     def started(self, running: Running, resumed: bool) -> None:
         """A trial has been started."""
 
-    def ended(self, trial: Trial, interrupted: bool) -> None:
-        """A trial has ended; an interrupted one goes on when the sweep is resumed."""
+    def ended(self, trial: Trial, cut: str) -> None:
+        """A trial has ended. One that was cut off, for the reason ``cut``, goes on when the sweep is resumed."""
 
 
 class Runner:
@@ -236,20 +236,18 @@ class Runner:
                 return
 
     def _end(self, running: Running) -> None:
-        interrupted = False
-        if not running.pruned:
-            interrupted = self._record(running)
-        if interrupted:
+        cut = "" if running.pruned else self._record(running)
+        if cut:
             self._left.add(running.trial.number)
         running.lock.release()
         self.running.remove(running)
-        self.watcher.ended(self.study.trials()[running.trial.number], interrupted)
+        self.watcher.ended(self.study.trials()[running.trial.number], cut)
 
-    def _record(self, running: Running) -> bool:
-        """Record the result of a process that has ended; returns whether the trial was cut off instead."""
+    def _record(self, running: Running) -> str:
+        """Record the result of a process that has ended; returns the reason if the trial was cut off instead."""
         number, process, values = running.trial.number, running.process, running.log.values
         if _was_cut(process):
-            return True
+            return _reason(process.exit_code())
         code = process.exit_code() or 0
         if code > 0:
             reason = error_message(process.output) or f"exit code {code}"
@@ -260,7 +258,7 @@ class Runner:
             self.study.finish(number, "failed", message=f"{self.study.file.metric} is not finite")
         else:
             self.study.finish(number, "complete", values[-1])
-        return False
+        return ""
 
     def _record_without_metric(self, running: Running) -> None:
         name, known = self.study.file.metric, sorted(running.log.metrics - {"step"})
@@ -280,3 +278,9 @@ def _was_cut(process: TrialProcess) -> bool:
         process.folder / DIGESTS
     ).exists()  # the last file of the model that a run ends with, unless it is interrupted
     return not is_trained and (code is None or code <= 0)
+
+
+def _reason(code: int | None) -> str:
+    if code == 0:
+        return "stopped after saving"
+    return "killed" if code is None else f"killed by signal {-code}"

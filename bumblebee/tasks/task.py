@@ -71,6 +71,21 @@ class Task(ABC):
             ValueError: an option that only works in a training run.
         """
 
+    def prepare_step(self, window: list[Batch], step: int, /) -> list[Batch]:
+        """Turn this rank's micro-batches of a step, on the CPU, into those that are trained on. Collective.
+
+        Reinforcement learning samples completions of prompts here, with the weights before the step.
+
+        Args:
+            window: the micro-batches of the DataModule.
+            step: optimizer steps done.
+        """
+        return window
+
+    def largest_batch(self, batch: Batch, /) -> Batch:
+        """A micro-batch as large as any that ``prepare_step`` makes of this one, to estimate memory and time."""
+        return batch
+
     def frozen_models(self) -> list[nn.Module]:
         """After ``setup``, the frozen models that a run keeps in memory besides the trained one."""
         return []

@@ -7,6 +7,7 @@ the same in plain PyTorch.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import random
 import resource
@@ -31,13 +32,14 @@ from bumblebee.model import Bumblebee
 from bumblebee.models.loading import load_model
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tasks.dpo import DPO
+from bumblebee.tasks.grpo import GRPO
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.trainer import Trainer
 from bumblebee.transforms import Freeze
 from bumblebee.verify import reference_loop
-from datamodules import SFT
+from datamodules import SFT, Prompts
 
 VOCABULARY, LENGTH = 64, 16
 LR, WEIGHT_DECAY = 1e-2, 0.1
@@ -108,6 +110,34 @@ class Chats(SFT):
     def setup(self, seed: int) -> None:
         super().setup(seed)
         shutil.rmtree(self.tokenizer_folder, ignore_errors=True)  # mapped files stay readable
+
+
+class Questions(Prompts):
+    """Additions, with a tokenizer trained on them. Four of them are held out."""
+
+    def __init__(self, samples: int = 11) -> None:
+        self.folder = tempfile.mkdtemp()
+        lines = [json.dumps({"prompt": f"{a} + {a * 3}?", "answer": 4 * a}) for a in range(samples)]
+        Path(self.folder, "questions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        Path(self.folder, "held_out.jsonl").write_text("\n".join(lines[:4]), encoding="utf-8")
+        Tokenizer.train(lines, 300).save_pretrained(self.folder)
+        super().__init__(f"{self.folder}/questions.jsonl", self.folder, validation_files=f"{self.folder}/held_out.jsonl")
+
+    def setup(self, seed: int) -> None:
+        super().setup(seed)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def odd_characters(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
+    """A reward that differs between completions of a model with random weights."""
+    return [sum(ord(character) % 2 for character in text) / 4 for text in completions]
+
+
+class RewardedGRPO(GRPO):
+    """GRPO of short completions, rewarded by ``odd_characters``."""
+
+    def __init__(self, model: Bumblebee, **options: Any) -> None:
+        super().__init__(model, [odd_characters], **{"group_size": 3, "max_new_tokens": 5, **options})
 
 
 class Noisy(LanguageModeling):

@@ -18,13 +18,13 @@ import pytest
 import yaml
 from helpers.fake_sweeps import FAKE_TRIAL, fake_launch
 
-from bumblebee.sweep.devices import environment, slots
 from bumblebee.sweep.errors import SweepError
-from bumblebee.sweep.ladder import resolve
+from bumblebee.sweep.ladder.rungs import resolve
+from bumblebee.sweep.ladder.scaling_law import ScalingLaw
 from bumblebee.sweep.recipe import SweepRecipe
-from bumblebee.sweep.scaling_law import ScalingLaw
 from bumblebee.sweep.sweep import Sweep
 from bumblebee.sweep.sweep_options import SweepOptions
+from bumblebee.sweep.trials.devices import environment, slots
 
 pytestmark = pytest.mark.slow
 
@@ -156,6 +156,22 @@ def test_each_trial_has_its_device_and_groups_run_under_torchrun(make_sweep, mon
     command = " ".join(seen[0][1])
     assert "-m torch.distributed.run --standalone --nproc_per_node 2 -m bumblebee fit --config base.yaml --x=" in command
     assert command.endswith(f"--output_dir {sweep.folder / 'trial-0000'} --trainer.resume auto")
+
+
+def test_killed_trial_is_left_for_resume_and_the_sweep_goes_on(make_sweep, capsys):
+    def launch(trial, folder, devices):
+        command = fake_launch(3)(trial, folder, devices)
+        is_first = trial.number == 0 and not (folder / "starts").exists()
+        return ["/bin/sh", "-c", f"{' '.join(command[:-3])} 2 0; rm {folder}/SHA256SUMS; kill -9 $$"] if is_first else command
+
+    sweep = make_sweep(launch=launch, count=2)
+    assert sweep.run() == "finished"
+    assert [trial.state for trial in sweep.study.trials()] == ["running", "complete"]
+    assert "trial-0000 was cut off (killed by signal 9), validation_loss" in capsys.readouterr().out
+    resumed = make_sweep(launch=launch, count=2, resume=True)
+    assert resumed.run() == "finished"
+    assert [trial.state for trial in resumed.study.trials()] == ["complete", "complete"]
+    assert [line["step"] for line in lines_of(resumed.folder / "trial-0000")] == [1, 2, 3]
 
 
 def test_existing_sweep_is_neither_mixed_nor_lost(make_sweep):

@@ -19,13 +19,14 @@ from helpers.fake_sweeps import FAKE_TRIAL
 
 from bumblebee.cli.commands.sweep import check_metric, check_parameters, measure, parser
 from bumblebee.cli.main import main
+from bumblebee.cli.recipe_options import recipe_command_parser
 from bumblebee.recipe import dump
-from bumblebee.sweep.devices import Devices
-from bumblebee.sweep.ladder import resolve
+from bumblebee.sweep.ladder.rungs import resolve
 from bumblebee.sweep.recipe import SweepRecipe
 from bumblebee.sweep.sweep_file import SweepFile
 from bumblebee.sweep.sweep_options import SweepOptions
-from bumblebee.sweep.trial import Trial
+from bumblebee.sweep.trials.devices import Devices
+from bumblebee.sweep.trials.trial import Trial
 
 SMALL = """\
 class_path: bumblebee.Bumblebee
@@ -130,3 +131,23 @@ def test_shipped_search_space_fits_its_recipe(space: Path, monkeypatch: pytest.M
         assert ladder.trained[-1].parameters == 4_740_352 and ladder.predicted[0].parameters > 1.5 * 4_740_352
         assert ladder.trained[0].tokens == ladder.trained[0].steps * 1024 * 4 * 8 * 2
     check_parameters(file, recipe)
+
+
+@pytest.mark.slow
+def test_values_of_every_kind_reach_the_trials_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = SweepRecipe(dump(parser().parse(["--config", "recipes/sft_lora.yaml", "--sweep", "-"])), "project")
+    (tmp_path / "base.yaml").write_text(recipe.text)
+    values = {
+        "optimizer.lr": 1e-5, "optimizer.betas": [0.9, 0.99], "task.transforms.rank": 8, "schedule": "bumblebee.optim.Linear",
+        "config": "recipes/memory/activations.yaml", "options": {"seed": 7, "trainer.gradient_clip": None},
+    }  # fmt: skip
+    command = recipe.command(tmp_path / "base.yaml", Trial(3, "running", values), tmp_path / "trial", (0, 1))
+    assert command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    cfg = recipe_command_parser("fit").parse(command[command.index("fit") + 1 :])
+    assert (cfg.optimizer.init_args.lr, cfg.optimizer.init_args.betas, cfg.seed) == (1e-5, (0.9, 0.99), 7)
+    classes = [transform.class_path for transform in cfg.task.init_args.transforms]
+    assert classes == ["bumblebee.transforms.ActivationCheckpointing", "bumblebee.lora.LoRA"]
+    assert cfg.task.init_args.transforms[-1].init_args.rank == 8 and cfg.schedule.class_path == "bumblebee.optim.Linear"
+    assert cfg.trainer.gradient_clip is None and cfg.trainer.resume == "auto" and cfg.output_dir == str(tmp_path / "trial")
+    assert vars(cfg.callbacks["wandb"].init_args).items() >= {"project": "project", "name": "trial-0003"}.items()

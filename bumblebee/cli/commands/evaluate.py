@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]"
 SHOWN = 10  # samples that are printed without --tasks
-_SETTINGS = ("tasks", "split", "limit", "fewshot", "chat", "max_length")
+_SETTINGS = ("tasks", "include_path", "split", "limit", "fewshot", "chat", "max_length")
 
 
 def parser() -> Parser:
@@ -42,6 +42,8 @@ def _add_options(options: Parser) -> Parser:
     options.add_argument("--model", type=str | None, default=None, help="model folder; null: the recipe's output_dir")
     tasks_help = "tasks, as NAME, NAME:FILE or a YAML file of tasks; null: exact_match on the recipe's data"
     options.add_argument("--tasks", type=list[str] | None, default=None, help=tasks_help)
+    include_help = "folder of further tasks of lm-evaluation-harness (YAML), which precede its own"
+    options.add_argument("--include_path", type=str | None, default=None, help=include_help)
     split_help = "samples of the recipe's data; null: train for exact_match without tasks, else validation"
     options.add_argument("--split", type=Literal["train", "validation"] | None, default=None, help=split_help)
     options.add_argument("--limit", type=int | None, default=None, help="maximum number of samples of each task; null: all")
@@ -57,6 +59,8 @@ def _add_options(options: Parser) -> Parser:
     options.add_argument("--dtype", type=str, default="auto", help="auto (as stored), float32, bfloat16 or float16")
     map_help = "auto: spread the layers of a model over all GPUs if it does not fit on one; null: use one device"
     options.add_argument("--device_map", type=Literal["auto"] | None, default=None, help=map_help)
+    quantize_help = "int8 or int4 weights, quantized while loading; null keeps them as stored"
+    options.add_argument("--quantize", type=Literal["int8", "int4"] | None, default=None, help=quantize_help)
     options.add_argument("--trust_remote_code", type=bool, default=False, help="run code that the model folder names or holds")
     return options
 
@@ -124,7 +128,9 @@ def _context(cfg: Namespace, folder: str, has_recipe: bool) -> EvaluationContext
             )
         data.setup(cfg.seed)
     device = cfg.device or (cfg.trainer.device if has_recipe else "auto")
-    generator: Generator = Generator.from_pretrained(folder, device, cfg.dtype, cfg.device_map, cfg.trust_remote_code)
+    generator: Generator = Generator.from_pretrained(
+        folder, device, cfg.dtype, cfg.device_map, cfg.trust_remote_code, cfg.quantize
+    )
     split: Split = cfg.split or ("train" if cfg.tasks is None else "validation")
     return EvaluationContext(generator, data, split, cfg.chat, cfg.fewshot)
 
@@ -132,7 +138,7 @@ def _context(cfg: Namespace, folder: str, has_recipe: bool) -> EvaluationContext
 def _tasks(cfg: Namespace, folder: str, max_length: int) -> list[NamedTask]:
     from bumblebee.cli.evaluation_tasks import resolve_tasks
 
-    return resolve_tasks(["exact_match"] if cfg.tasks is None else cfg.tasks, folder, max_length)
+    return resolve_tasks(["exact_match"] if cfg.tasks is None else cfg.tasks, folder, max_length, cfg.include_path)
 
 
 def _run(task: NamedTask, context: EvaluationContext, items: Sequence[object]) -> TaskResult:

@@ -15,7 +15,7 @@ from bumblebee.cli.parser import Parser
 from bumblebee.cli.recipe_options import recipe_command_parser
 from bumblebee.recipe import dump
 from bumblebee.sweep.errors import SweepError
-from bumblebee.sweep.ladder import Ladder, resolve
+from bumblebee.sweep.ladder.rungs import Ladder, resolve
 from bumblebee.sweep.parameter import OPTIONS, Value
 from bumblebee.sweep.recipe import SweepRecipe, class_paths
 from bumblebee.sweep.sweep_file import SweepFile
@@ -24,7 +24,7 @@ from bumblebee.utils.formatting import format_metric, plural, short
 from bumblebee.utils.text_files import write_text
 
 if TYPE_CHECKING:
-    from bumblebee.sweep.ladder_report import LadderReport
+    from bumblebee.sweep.ladder.ladder_report import LadderReport
 
 _NEEDED = ("optuna", "scipy")
 
@@ -64,9 +64,13 @@ def _run(file: SweepFile, recipe: SweepRecipe, choices: SweepOptions, ladder: La
     sweep = Sweep(file, recipe, choices, ladder)
     outcome = sweep.run()
     best = sweep.best()
-    ended = plural(sum(trial.state != "running" for trial in sweep.study.trials()), "trial")
+    trials = sweep.study.trials()
+    left = sum(trial.state == "running" for trial in trials)
+    ended = plural(len(trials) - left, "trial")
     if outcome != "finished":
         print(f"stopped after {ended}{' (--timeout)' if outcome == 'timeout' else ''}: continue with --resume")
+    elif left:
+        print(f"{plural(left, 'trial')} did not end: --resume finishes what was cut off")
     if sweep.ladder_report:
         _print_law(file, sweep.ladder_report)
     elif best is not None and best.metric is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from bumblebee.distributed import process_group
+from bumblebee.rewards import RewardError
 from bumblebee.utils.formatting import system_error
 
 _CANNOT_WRITE = (
@@ -51,7 +52,10 @@ def _report_to_torchrun(line: str) -> None:
 
 @contextmanager
 def run_errors() -> Iterator[None]:
-    """Report what can end a run without a bug: a full disk (exit code 2), a NaN loss or a lost rank (exit code 1)."""
+    """Report what can end a run without a bug.
+
+    A full disk and a reward function that fails have exit code 2, a NaN loss and a lost rank 1.
+    """
     try:
         yield
     except process_group.OtherRankFailed:
@@ -66,6 +70,11 @@ def run_errors() -> Iterator[None]:
     except FloatingPointError as error:  # not a user error, but a traceback would not help
         print(f"bumblebee: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except RewardError as error:  # the user's function; the message says where it raised
+        if os.environ.get("BUMBLEBEE_TRACEBACK"):
+            raise
+        print(f"bumblebee: {error}", file=sys.stderr, flush=True)  # by the rank that has it
+        raise UserError(2) from None
     except OSError as error:
         if error.errno not in _CANNOT_WRITE and "cannot write" not in str(error):
             raise

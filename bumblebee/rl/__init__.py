@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts of the model in training, their rewards, and what the losses are computed from."""

@@ -1,0 +1,301 @@
+"""GRPO: losses by formula, rewards and their errors, and training on one rank: exact log-probabilities, resume, stages."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.processes import run_jobs
+from helpers.training_runs import Questions, RewardedGRPO, Rows, odd_characters, small_model, train, weight_bytes, weights
+
+from bumblebee import GRPO
+from bumblebee.nn import IGNORE_INDEX
+from bumblebee.rl.advantages import EPS, advantages_of
+from bumblebee.rl.rollout import rollout_seed
+
+MODEL = {"vocab_size": 320}
+JOB: dict[str, Any] = {"data": ("Questions", {}), "model": MODEL, "task": "RewardedGRPO", "max_steps": 4}
+REWARDS = torch.tensor([[1.0, 0.0, 0.25], [0.5, 0.5, 0.5]], dtype=torch.float64)
+
+
+def make_batch() -> dict[str, torch.Tensor]:
+    """Two groups of three completions of different lengths after prompts of two and three tokens."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, 320, (6, 9), generator=generator)
+    labels = torch.full((6, 9), IGNORE_INDEX)
+    for row, (begin, length) in enumerate([(1, 3), (1, 6), (1, 1), (2, 5), (2, 2), (2, 4)]):
+        labels[row, begin : begin + length] = torch.randint(0, 320, (length,), generator=generator)
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": torch.arange(9).repeat(6, 1),
+        "sampled_log_probs": torch.zeros(6, 9),
+        "advantages": advantages_of(REWARDS, "group_mean").flatten().float(),
+        "rewards": REWARDS.view(6, 1),
+        "reward": REWARDS.flatten(),
+        "truncated": torch.tensor([0, 1, 0, 0, 0, 0], dtype=torch.float64),
+        "reward_std": REWARDS.std(dim=1),
+    }
+
+
+def written_out(model: Any, batch: dict[str, torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Log-probability of each token of each completion, from the logits."""
+    logits = model(batch["input_ids"], position_ids=batch["position_ids"]).log_softmax(-1)
+    return [
+        [logits[row, at, label] for at, label in enumerate(labels.tolist()) if label != IGNORE_INDEX]
+        for row, labels in enumerate(batch["labels"])
+    ]
+
+
+NORMALISATIONS = {
+    "sequence": lambda each: sum(sum(row) / len(row) for row in each) / 6,
+    "token": lambda each: sum(sum(row) for row in each) / 21,
+    "constant": lambda each: sum(sum(row) for row in each) / (6 * 7),
+    "sum": lambda each: sum(sum(row) for row in each) / 6,
+}
+
+
+@pytest.mark.parametrize("normalise", NORMALISATIONS)
+def test_gradient_is_that_of_the_formula(normalise):
+    model, batch = small_model(**MODEL), make_batch()
+    task = GRPO(model, [odd_characters], group_size=3, max_new_tokens=7, normalise=normalise, importance_cap=None)
+    task.total(task.training_step(model, batch), {name: float(n) for name, n in task.counts(batch).items()}).backward()
+    given = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    pairs = zip(written_out(model, batch), batch["advantages"].tolist(), strict=True)
+    NORMALISATIONS[normalise]([[-advantage * value for value in row] for row, advantage in pairs]).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(given[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("kind", "mismatch"), [("grpo", 0.0), ("dr_grpo", 0.0), ("dapo", 0.0), ("grpo", 1.0)])
+def test_loss_and_gradient_equal_trl(kind, mismatch, tmp_path):
+    """Also with weights for tokens whose sampled log-probabilities differ."""
+    trl = pytest.importorskip("trl")
+    from transformers import AutoModelForCausalLM
+
+    ours, batch = small_model(**MODEL), make_batch()
+    with torch.no_grad():
+        exact = -ours(batch["input_ids"], position_ids=batch["position_ids"], labels=batch["labels"])
+    noise = mismatch * torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+    batch["sampled_log_probs"] = exact + noise * (batch["labels"] != IGNORE_INDEX)
+    ours.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+
+    trainer = object.__new__(trl.GRPOTrainer)
+    options = {"use_vllm": True, "vllm_importance_sampling_correction": True, "importance_sampling_level": "token", "beta": 0.0}
+    options |= {"loss_type": kind, "epsilon_low": 0.2, "epsilon_high": 0.2, "max_completion_length": 7, "temperature": 1.0}
+    options |= {
+        "current_gradient_accumulation_steps": 1,
+        "top_entropy_quantile": 1.0,
+        "aux_loss_enabled": False,
+        "model": theirs,
+    }
+    options |= {"off_policy_mask_threshold": None, "_entropy_bonus_enabled": False, "model_kwarg_keys": set()}
+    options["args"] = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1)
+    options["accelerator"] = SimpleNamespace(
+        num_processes=1, gather=lambda value: value, reduce=lambda value, reduction: value, unwrap_model=lambda model: model
+    )
+    for name, value in options.items():
+        setattr(trainer, name, value)
+    targets = batch["labels"] != IGNORE_INDEX
+
+    def log_probs_and_entropies(model: Any, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
+        logits = model(batch["input_ids"]).logits.log_softmax(-1)
+        chosen = logits.gather(2, batch["labels"].clamp(min=0)[..., None])[..., 0]
+        return torch.where(targets, chosen, 0.0), torch.zeros_like(chosen), None
+
+    trainer._get_per_token_logps_and_entropies = log_probs_and_entropies
+    from collections import defaultdict
+
+    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    mask = targets.int()
+    weights = (exact - batch["sampled_log_probs"]).exp().clamp(max=2.0)
+    loss = trainer._compute_loss(theirs, {
+        "prompt_ids": batch["input_ids"][:, :0], "prompt_mask": mask[:, :0], "completion_ids": batch["input_ids"],
+        "completion_mask": mask, "advantages": batch["advantages"], "importance_sampling_ratio": weights,
+        "num_items_in_batch": mask.sum(),
+    })  # fmt: skip
+    loss.backward()
+
+    normalise = {"grpo": "sequence", "dr_grpo": "constant", "dapo": "token"}[kind]
+    task = GRPO(ours, [odd_characters], group_size=3, max_new_tokens=7, normalise=normalise, importance_cap=2.0)
+    total = task.total(task.training_step(ours, batch), {name: float(n) for name, n in task.counts(batch).items()})
+    total.backward()
+    torch.testing.assert_close(total, loss, rtol=1e-5, atol=1e-6)
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-7)
+
+
+def test_advantages_are_the_formulas():
+    first = [1.0, 0.0, 0.25]
+    mean = sum(first) / 3
+    std = math.sqrt(sum((reward - mean) ** 2 for reward in first) / 2)
+    given = {kind: advantages_of(REWARDS, kind) for kind in ("group_std", "group_mean", "leave_one_out", "batch_std")}
+    assert given["group_mean"][0].tolist() == pytest.approx([reward - mean for reward in first])
+    assert given["group_std"][0].tolist() == pytest.approx([(reward - mean) / (std + EPS) for reward in first])
+    assert given["leave_one_out"][0].tolist() == pytest.approx([1.0 - 0.125, 0.0 - 0.625, 0.25 - 0.5])
+    assert given["batch_std"].mean().item() == pytest.approx(0.0, abs=1e-12)
+    assert given["batch_std"].std().item() == pytest.approx(1.0, rel=1e-3)
+    assert not given["group_std"][1].any()  # equal rewards teach nothing
+
+
+def test_seeds_differ_by_step_prompt_and_number():
+    seeds = {
+        rollout_seed(*key) for key in [(0, 1, 2, 3), (1, 1, 2, 3), (0, 2, 2, 3), (0, 1, 1, 3), (0, 1, 2, 4), (0, 12, 0, 3)]
+    }
+    assert len(seeds) == 6
+
+
+# -- training ------------------------------------------------------------------------------------------------------------
+
+
+def test_sampled_log_probabilities_are_those_that_are_trained(tmp_path):
+    for line in train(tmp_path, **JOB):
+        assert line["rl/logprob_drift"] < 1e-5
+        assert 0 < line["rl/length"] <= 5
+        assert line["rl/reward"] == pytest.approx(line["rl/reward/odd_characters"])
+    records = [json.loads(text) for text in (tmp_path / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
+    assert len(records) == 4 * 3 and {record["step"] for record in records} == {1}
+    for at in range(0, 12, 3):
+        assert len({record["prompt"] for record in records[at : at + 3]}) == 1
+        assert sum(record["advantage"] for record in records[at : at + 3]) == pytest.approx(0, abs=1e-6)
+    assert len({record["completion"] for record in records}) > 6
+
+
+def test_training_raises_the_reward(tmp_path):
+    job = {**JOB, "optimizer": ("AdamW", {"lr": 3e-3}), "max_steps": 40, "micro_batch_size": 11, "accumulate": 1}
+    rewards = [line["rl/reward"] for line in train(tmp_path, **job)]
+    assert sum(rewards[-5:]) > 1.3 * sum(rewards[:5])
+
+
+def completions(folder: Path, step: int) -> list[tuple[str, float]]:
+    lines = (folder / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines()
+    return [(line["completion"], line["advantage"]) for line in map(json.loads, lines)]
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_resume_repeats_the_same_rollouts_and_bytes(stage, tmp_path):
+    job = {**JOB, "zero_stage": stage, "callbacks": {"checkpoint": ("Checkpoint", {"every": 1, "keep": None})}}
+    train(tmp_path / "whole", **job)
+    train(tmp_path / "pieces", **{**job, "callbacks": {**job["callbacks"], "stop": ("StopAfter", {"step": 2})}})
+    train(tmp_path / "pieces", **job, resume="auto")
+    assert weight_bytes(tmp_path / "pieces") == weight_bytes(tmp_path / "whole")
+    for step in range(1, 5):
+        assert completions(tmp_path / "pieces", step) == completions(tmp_path / "whole", step)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_all_stages_train_alike(stage, tmp_path):
+    train(tmp_path / "0", **JOB, zero_stage=0)
+    train(tmp_path / "other", **JOB, zero_stage=stage)
+    for name, tensor in weights(tmp_path / "other").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "0")[name], rtol=0, atol=1e-5)
+
+
+def test_micro_batches_do_not_matter(tmp_path):
+    """Up to rounding, while all completions stay the same."""
+    whole = train(tmp_path / "whole", **{**JOB, "micro_batch_size": 4, "accumulate": 1})
+    parts = train(tmp_path / "parts", **{**JOB, "micro_batch_size": 1, "accumulate": 4})
+    for one, other in zip(whole, parts, strict=True):
+        assert one["rl/reward"] == pytest.approx(other["rl/reward"])
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_prompts_of_one(tmp_path):
+    """Also at stage 3, and where one rank has no prompt left in the last step of an epoch."""
+    one = train(tmp_path / "one", **{**JOB, "micro_batch_size": 1, "accumulate": 2, "max_steps": 6})
+    half = {**JOB, "micro_batch_size": 1, "accumulate": 1, "max_steps": 6}
+    jobs = [{**half, "folder": str(tmp_path / f"{stage}"), "zero_stage": stage} for stage in (1, 3)]
+    for result in run_jobs(jobs, 2, tmp_path):
+        for line, other in zip(one, result["metrics"], strict=True):
+            assert line["rl/reward"] == pytest.approx(other["rl/reward"])
+            assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    assert (tmp_path / "3" / "rollouts" / "step-000001-rank-1.jsonl").is_file()
+
+
+def test_adapters_are_trained_unmerged(tmp_path):
+    small_model(**MODEL).save_pretrained(tmp_path / "base")
+    job = {**JOB, "base": str(tmp_path / "base"), "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
+    lines = train(tmp_path / "run", **{name: value for name, value in job.items() if name != "model"})
+    assert all(line["rl/logprob_drift"] < 1e-5 for line in lines)
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_validation_is_the_reward_of_greedy_completions(tmp_path):
+    lines: list[dict[str, float]] = []
+    train(tmp_path, **{**JOB, "callbacks": {"validation": ("Validation", {"every": 2}), "metrics": ("MetricsHistory", {})}})
+    for text in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        lines += [json.loads(text)] if "validation_rl/reward" in text else []
+    assert len(lines) == 2
+    assert all(line["validation_rl/reward"] == line["validation_rl/reward/odd_characters"] for line in lines)
+
+
+# -- errors --------------------------------------------------------------------------------------------------------------
+
+
+def too_few(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
+    return [1.0]
+
+
+def nan(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
+    return [math.nan] * len(prompts)
+
+
+def broken(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
+    raise KeyError("solution")
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (too_few, "task.rewards: too_few returned 1 rewards for 12 completions"),
+        (nan, r"task.rewards: nan returned nan for a completion of .*questions.jsonl:\d"),
+        (broken, r"task.rewards: broken failed on completions of .*questions.jsonl:\d+ to .*: KeyError\('solution'\)"),
+    ],
+)
+def test_bad_rewards_are_errors_that_name_them(reward, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.training_runs.odd_characters", reward)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, **JOB)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 1}, "group_size must be at least 2"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 numbers for 1 rewards"),
+        ({"importance_cap": 0.5}, "importance_cap must be at least 1, got 0.5"),
+        ({"keep_rollouts": -1}, "keep_rollouts must be at least 0, got -1"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RewardedGRPO(small_model(**MODEL), **options)
+
+
+def test_dropout_is_refused():
+    """The model would train another distribution than the one that it samples from."""
+    questions, model = Questions(4), small_model(**MODEL)
+    questions.setup(0)
+    model.dropout = torch.nn.Dropout(0.1)
+    with pytest.raises(ValueError, match="GRPO needs a model without dropout; dropout has 0.1"):
+        RewardedGRPO(model).setup(questions)
+
+
+def test_data_without_prompts_and_prompts_without_room_are_refused():
+    rows, questions = Rows(4), Questions(4)
+    rows.setup(0)
+    questions.setup(0)
+    with pytest.raises(ValueError, match="data: GRPO needs prompts, as from datamodules.Prompts; Rows has none"):
+        RewardedGRPO(small_model(**MODEL)).setup(rows)
+    with pytest.raises(ValueError, match="task.max_new_tokens: 2000 and the longest prompt's .* exceed the model's 1024"):
+        RewardedGRPO(small_model(**MODEL), max_new_tokens=2000).setup(questions)
