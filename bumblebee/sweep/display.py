@@ -13,7 +13,7 @@ import yaml
 from bumblebee.sweep.parameter import Value
 from bumblebee.sweep.runner import Running
 from bumblebee.sweep.study import Study
-from bumblebee.sweep.trial import Trial, best_of
+from bumblebee.sweep.trials.trial import Trial, best_of
 from bumblebee.utils.formatting import duration, format_metric
 
 _REDRAW = 1.0  # seconds

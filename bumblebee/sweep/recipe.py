@@ -10,10 +10,10 @@ from typing import cast
 
 import yaml
 
-from bumblebee.sweep.devices import Devices
 from bumblebee.sweep.parameter import OPTIONS, Value, word
 from bumblebee.sweep.sweep_file import SweepFile
-from bumblebee.sweep.trial import Trial
+from bumblebee.sweep.trials.devices import Devices
+from bumblebee.sweep.trials.trial import Trial
 
 CONFIG = "config"  # the parameter whose values are recipes, which change whole groups
 _HISTORY = "MetricsHistory"

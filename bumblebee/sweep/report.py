@@ -13,12 +13,12 @@ import yaml
 
 from bumblebee.plotting.sweep_plots import SweepData, TrialCurve, plot_sweep
 from bumblebee.sweep.display import format_value
-from bumblebee.sweep.file_lock import FileLock
 from bumblebee.sweep.parameter import Value
 from bumblebee.sweep.recipe import SweepRecipe
 from bumblebee.sweep.study import IMPORTANCE, Study
-from bumblebee.sweep.trial import Trial, best_of
-from bumblebee.sweep.trial_log import TrialLog
+from bumblebee.sweep.trials.file_lock import FileLock
+from bumblebee.sweep.trials.trial import Trial, best_of
+from bumblebee.sweep.trials.trial_log import TrialLog
 from bumblebee.utils.formatting import duration, format_metric
 from bumblebee.utils.text_files import write_text
 

@@ -22,13 +22,13 @@ from types import FrameType
 from typing import Literal, Protocol
 
 from bumblebee.checkpoint.digests import NAME as DIGESTS
-from bumblebee.sweep.devices import Devices, environment
 from bumblebee.sweep.errors import SweepError
-from bumblebee.sweep.file_lock import FileLock
 from bumblebee.sweep.study import Study
-from bumblebee.sweep.trial import Trial
-from bumblebee.sweep.trial_log import TrialLog
-from bumblebee.sweep.trial_process import TrialProcess, error_message
+from bumblebee.sweep.trials.devices import Devices, environment
+from bumblebee.sweep.trials.file_lock import FileLock
+from bumblebee.sweep.trials.trial import Trial
+from bumblebee.sweep.trials.trial_log import TrialLog
+from bumblebee.sweep.trials.trial_process import TrialProcess, error_message
 from bumblebee.utils.formatting import hint
 from bumblebee.utils.signals import handle_signals
 

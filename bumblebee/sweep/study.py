@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bumblebee.sweep.errors import SweepError
 from bumblebee.sweep.parameter import Draw, Parameter
 from bumblebee.sweep.sweep_file import SweepFile
-from bumblebee.sweep.trial import State, Trial
+from bumblebee.sweep.trials.trial import State, Trial
 
 IMPORTANCE = "PED-ANOVA"  # arXiv 2304.10255; needs numpy only
 _STARTUP_TRIALS = 10  # random ones, before TPE and GP have something to learn from

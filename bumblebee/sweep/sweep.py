@@ -15,20 +15,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bumblebee.sweep import study as studies
-from bumblebee.sweep.devices import Devices, slots
 from bumblebee.sweep.display import Display
 from bumblebee.sweep.errors import SweepError
-from bumblebee.sweep.file_lock import FileLock
-from bumblebee.sweep.ladder import Ladder
-from bumblebee.sweep.ladder_report import LadderReport
+from bumblebee.sweep.ladder.ladder_report import LadderReport
+from bumblebee.sweep.ladder.rungs import Ladder
 from bumblebee.sweep.recipe import SweepRecipe, identity
 from bumblebee.sweep.report import SweepReport
 from bumblebee.sweep.runner import Launch, Outcome, Runner, Running
 from bumblebee.sweep.study import Study
 from bumblebee.sweep.sweep_file import SweepFile
 from bumblebee.sweep.sweep_options import SweepOptions
-from bumblebee.sweep.trial import Trial, best_of
-from bumblebee.sweep.trial_process import TrialProcess
+from bumblebee.sweep.trials.devices import Devices, slots
+from bumblebee.sweep.trials.file_lock import FileLock
+from bumblebee.sweep.trials.trial import Trial, best_of
+from bumblebee.sweep.trials.trial_process import TrialProcess
 from bumblebee.utils.text_files import write_text
 
 

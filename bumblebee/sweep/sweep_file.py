@@ -42,7 +42,7 @@ _SET_BY_SWEEP = ("output_dir", "trainer.resume")
 
 @dataclass(frozen=True)
 class LadderEntry:
-    """A size ladder as it is written; ``ladder.resolve`` turns it into trials.
+    """A size ladder as it is written; ``ladder.rungs.resolve`` turns it into trials.
 
     Args:
         sizes: options that make the model of each size.

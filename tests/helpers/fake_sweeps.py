@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from bumblebee.sweep.devices import Devices
 from bumblebee.sweep.runner import Launch
-from bumblebee.sweep.trial import Trial
+from bumblebee.sweep.trials.devices import Devices
+from bumblebee.sweep.trials.trial import Trial
 
 FAKE_TRIAL = Path(__file__).with_name("fake_trial.py")
 

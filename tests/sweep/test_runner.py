@@ -18,13 +18,13 @@ import pytest
 import yaml
 from helpers.fake_sweeps import FAKE_TRIAL, fake_launch
 
-from bumblebee.sweep.devices import environment, slots
 from bumblebee.sweep.errors import SweepError
-from bumblebee.sweep.ladder import resolve
+from bumblebee.sweep.ladder.rungs import resolve
+from bumblebee.sweep.ladder.scaling_law import ScalingLaw
 from bumblebee.sweep.recipe import SweepRecipe
-from bumblebee.sweep.scaling_law import ScalingLaw
 from bumblebee.sweep.sweep import Sweep
 from bumblebee.sweep.sweep_options import SweepOptions
+from bumblebee.sweep.trials.devices import environment, slots
 
 pytestmark = pytest.mark.slow
 

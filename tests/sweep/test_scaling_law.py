@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from bumblebee.sweep.scaling_law import ScalingLaw, TrainedSize, fit, standard_error
+from bumblebee.sweep.ladder.scaling_law import ScalingLaw, TrainedSize, fit, standard_error
 
 CHINCHILLA = ScalingLaw(1.69, 406.4, 0.34, 410.7, 0.28)
 SIZES = [1e6, 3e6, 1e7, 3e7]

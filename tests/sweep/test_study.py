@@ -10,7 +10,7 @@ import pytest
 
 from bumblebee.sweep.errors import SweepError
 from bumblebee.sweep.study import Study, exists, make_pruner
-from bumblebee.sweep.trial import best_of
+from bumblebee.sweep.trials.trial import best_of
 
 MEMORY = "sqlite:///:memory:"
 QUADRATIC = """\

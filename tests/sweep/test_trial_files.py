@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bumblebee.sweep.trial_log import Progress, TrialLog
-from bumblebee.sweep.trial_process import error_message
+from bumblebee.sweep.trials.trial_log import Progress, TrialLog
+from bumblebee.sweep.trials.trial_process import error_message
 
 TRACEBACK = "Traceback (most recent call last):\n  File x\n"
 OF_TORCHRUN = "=====\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n-----\ntrain FAILED\n=====\n"

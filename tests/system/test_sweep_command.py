@@ -21,12 +21,12 @@ from bumblebee.cli.commands.sweep import check_metric, check_parameters, measure
 from bumblebee.cli.main import main
 from bumblebee.cli.recipe_options import recipe_command_parser
 from bumblebee.recipe import dump
-from bumblebee.sweep.devices import Devices
-from bumblebee.sweep.ladder import resolve
+from bumblebee.sweep.ladder.rungs import resolve
 from bumblebee.sweep.recipe import SweepRecipe
 from bumblebee.sweep.sweep_file import SweepFile
 from bumblebee.sweep.sweep_options import SweepOptions
-from bumblebee.sweep.trial import Trial
+from bumblebee.sweep.trials.devices import Devices
+from bumblebee.sweep.trials.trial import Trial
 
 SMALL = """\
 class_path: bumblebee.Bumblebee

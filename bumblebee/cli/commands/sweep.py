@@ -15,7 +15,7 @@ from bumblebee.cli.parser import Parser
 from bumblebee.cli.recipe_options import recipe_command_parser
 from bumblebee.recipe import dump
 from bumblebee.sweep.errors import SweepError
-from bumblebee.sweep.ladder import Ladder, resolve
+from bumblebee.sweep.ladder.rungs import Ladder, resolve
 from bumblebee.sweep.parameter import OPTIONS, Value
 from bumblebee.sweep.recipe import SweepRecipe, class_paths
 from bumblebee.sweep.sweep_file import SweepFile
@@ -24,7 +24,7 @@ from bumblebee.utils.formatting import format_metric, plural, short
 from bumblebee.utils.text_files import write_text
 
 if TYPE_CHECKING:
-    from bumblebee.sweep.ladder_report import LadderReport
+    from bumblebee.sweep.ladder.ladder_report import LadderReport
 
 _NEEDED = ("optuna", "scipy")
 

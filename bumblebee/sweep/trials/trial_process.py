@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from bumblebee.sweep.file_lock import FileLock
+from bumblebee.sweep.trials.file_lock import FileLock
 from bumblebee.training.folder_lock import NAME as RUN_LOCK
 
 OUTPUT = "output.txt"

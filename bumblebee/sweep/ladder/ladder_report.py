@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bumblebee.plotting.ladder_plot import LadderData, plot_ladder, save
-from bumblebee.sweep.ladder import Ladder, Rung
+from bumblebee.sweep.ladder.rungs import Ladder, Rung
+from bumblebee.sweep.ladder.scaling_law import SAME_RATIO, ScalingLaw, TrainedSize, fit, is_one_ratio, standard_error
 from bumblebee.sweep.recipe import SweepRecipe
-from bumblebee.sweep.scaling_law import SAME_RATIO, ScalingLaw, TrainedSize, fit, is_one_ratio, standard_error
 from bumblebee.sweep.study import Study
 from bumblebee.utils.formatting import duration, short
 from bumblebee.utils.json_files import write_json
