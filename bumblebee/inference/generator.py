@@ -19,6 +19,7 @@ from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.inference.kv_cache import BLOCK_SIZE, num_blocks
 from bumblebee.inference.placement.cpu_prepack import prepack
 from bumblebee.inference.placement.device_map import available_devices, load_on_devices
+from bumblebee.inference.placement.fused_linear import fuse_projections
 from bumblebee.inference.placement.quantized_kernels import describe, use_fast_kernels
 from bumblebee.inference.request import EngineRequest, FinishReason, RequestOutput, SampledToken
 from bumblebee.inference.sampling.generation_config import default_sampling, read_generation_config, stop_ids_of
@@ -96,7 +97,7 @@ class Generator:
         trust_remote_code: bool = False,
         quantize: Scheme | None = None,
     ) -> Generator:
-        """Load a model folder with its tokenizer. On a CPU the weights are prepacked, so the model cannot be trained.
+        """Load a model folder with its tokenizer. Weights are prepacked and fused, so the model cannot be trained.
 
         Args:
             folder: model folder or adapter folder.
@@ -120,6 +121,7 @@ class Generator:
         else:
             model = load_on_devices(folder, *available_devices(device_map, device), torch_dtype, trust_remote_code, quantize)
         use_fast_kernels(model)
+        fuse_projections(model)
         tokenizer = Tokenizer.from_pretrained(folder)
         generation_config = read_generation_config(folder)
         return cls(model, tokenizer, stop_ids_of(generation_config), default_sampling(generation_config))

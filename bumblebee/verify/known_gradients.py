@@ -4,6 +4,9 @@ A micro-batch's gradient of a parameter is ``coefficient * direction``. The dire
 each element, the coefficient a small integer for each row, and every step has a power of two of targets. So a micro-batch's
 gradient is not rounded, even in bf16: what deviates is the loop, the accumulation, the clipping or the optimizer, and it
 deviates by far more than the rounding of fp32.
+
+Gradients of matrices are laid out in memory as their transposes are, as those of an operator may be: whoever flattens them by
+their memory instead of their indices mixes them up.
 """
 
 from __future__ import annotations
@@ -74,9 +77,14 @@ class KnownGradients(LanguageModeling):
     def _replacement(self, name: str) -> Callable[[Tensor], Tensor]:
         def replace(gradient: Tensor) -> Tensor:
             known = direction(name, gradient.shape).to(gradient.device)
-            return (self._factor.float() * self._coefficient * known).to(gradient.dtype)
+            return _transposed_in_memory((self._factor.float() * self._coefficient * known).to(gradient.dtype))
 
         return replace
+
+
+def _transposed_in_memory(gradient: Tensor) -> Tensor:
+    """The same values, not contiguous if it is a matrix."""
+    return gradient.transpose(0, 1).contiguous().transpose(0, 1) if gradient.dim() > 1 else gradient
 
 
 @functools.cache

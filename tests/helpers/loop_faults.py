@@ -110,8 +110,9 @@ def weights_of_one_rank_drift(patch: Patch) -> None:
 def _loss(patch: Patch, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
     """Replace the loss of training by one of logits and labels."""
 
-    def wrong(hidden, weight, labels, *others):
-        return loss(nn.functional.linear(hidden, weight).float(), labels)
+    def wrong(hidden, weight, labels, weighting=None, positions=None):
+        losses = loss(nn.functional.linear(hidden, weight).float(), labels)
+        return losses if positions is None else losses.new_zeros(positions.size).index_copy(0, positions.index, losses)
 
     patch.setattr(lm_head, "linear_cross_entropy", wrong)
 
@@ -138,6 +139,21 @@ def accumulates_in_16_bits(patch: Patch) -> None:
         return {**original(options), "data_types": {"grad_accum_dtype": options.precision}}
 
     patch.setattr(operators, "deepspeed_config", wrong)
+
+
+def gradients_are_read_in_memory_order(patch: Patch) -> None:
+    """A gradient that is not contiguous is flattened as if it was."""
+    original = engine.TrainingEngine.backward
+
+    def misread(gradient):
+        return gradient.as_strided(gradient.shape, torch.empty(gradient.shape, device="meta").stride())
+
+    def wrong(self, loss):
+        if not hasattr(self, "misread"):  # after the hooks of the check, so that they see its gradients
+            self.misread = [parameter.register_hook(misread) for parameter in self.model.parameters()]
+        original(self, loss)
+
+    patch.setattr(engine.TrainingEngine, "backward", wrong)
 
 
 def every_second_backward_is_lost(patch: Patch) -> None:
@@ -587,6 +603,8 @@ FAULTS = (
     Fault(loss_is_in_bits, LOSS, precision="bf16"),
     Fault(accumulates_in_16_bits, ACCUMULATION, precision="bf16", stage=1),
     Fault(accumulates_in_16_bits, ACCUMULATION, precision="bf16", stage=2),
+    Fault(gradients_are_read_in_memory_order, ACCUMULATION),
+    Fault(gradients_are_read_in_memory_order, ACCUMULATION, precision="bf16", stage=3),
     Fault(last_micro_batch_is_dropped, ACCUMULATION, precision="bf16", stage=2),
     Fault(every_second_backward_is_lost, ACCUMULATION, precision="bf16"),
     _half(embeddings_decay, "embeddings", stage=1),

@@ -1,1 +1,1 @@
-"""Where the weights go: devices, and the CPU's prepacked layout."""
+"""Where the weights go: devices, layouts, and fused layers."""

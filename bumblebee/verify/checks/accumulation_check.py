@@ -49,6 +49,13 @@ def run(context: Context) -> CheckResult:
 
 
 def _task(model: Bumblebee) -> KnownGradients:
-    """The model uses its first block twice, whose gradients some versions of DeepSpeed reduced twice or not at all."""
+    """The model uses its first block twice, whose gradients some versions of DeepSpeed reduced twice or not at all.
+
+    Matrices of its second block are not contiguous, such as those that a subclass transposes; autograd would give their
+    gradients the same layout.
+    """
+    for parameter in model.model.layers[1].parameters():
+        if parameter.dim() > 1:
+            parameter.data = parameter.data.transpose(0, 1).contiguous().transpose(0, 1)
     model.model.layers.append(model.model.layers[0])
     return KnownGradients(model)

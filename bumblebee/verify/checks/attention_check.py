@@ -26,12 +26,13 @@ from bumblebee.verify.checks.tolerances import (
 )
 from bumblebee.verify.context import Context
 
-B, S, H, K = 2, 201, 8, 2  # S is not a multiple of any kernel's tile size
+# S is not a multiple of any kernel's tile size, and longer than two blocks of keys: flash kernels add the gradients of several.
+B, S, H, K = 2, 329, 8, 2
 HEAD_DIMS = (64, 128)
 WINDOW = 50
 BLOCK_SIZE = 16  # positions in a block of the cache
 NUM_BLOCKS = -(-S // BLOCK_SIZE)  # of a sequence
-DOCUMENT_LENGTHS = ((70, 1, 130), (201,))  # in each packed row
+DOCUMENT_LENGTHS = ((58, 1, 270), (329,))  # in each packed row
 
 
 def run(context: Context) -> CheckResult:
