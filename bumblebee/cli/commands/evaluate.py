@@ -159,9 +159,9 @@ def _print(results: Sequence[TaskResult], show: int) -> None:
             _print_sample(sample)
     print(table(results))
     for result in results:
-        if "exact_match" in result.metrics:
-            matches = sum(sample.scores["exact_match"] == 1 for sample in result.samples)
-            count = len(result.samples)
+        scores = [sample.scores["exact_match"] for sample in result.samples if "exact_match" in sample.scores]
+        if count := len(scores):
+            matches = sum(score == 1 for score in scores)
             print(f"exact match: {matches} of {count} ({matches / count:.1%})")
 
 
