@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]"
 SHOWN = 10  # samples that are printed without --tasks
-_SETTINGS = ("tasks", "include_path", "split", "limit", "fewshot", "chat", "max_length")
+_SETTINGS = ("tasks", "include_path", "split", "limit", "fewshot", "chat", "max_length", "device_map", "quantize")
 
 
 def parser() -> Parser:
