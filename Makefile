@@ -41,10 +41,16 @@ quickstart: .venv  ## train a small model on Python's own documentation in three
 	@echo; echo "Text by the pretrained model:"; echo
 	@$(BIN)/bumblebee generate --model $(QUICK)/pretrain --prompt "Return a new list" --temperature 0.5 --max_new_tokens 48 --seed 1
 	@echo; echo "Answers of the final model:"; echo
-	@$(BIN)/bumblebee evaluate --config recipes/quickstart/sft.yaml --model $(QUICK)/chat --split validation
-	@echo; echo "Held-out preference pairs, before and after DPO:"
-	@sed -n 's/.*validation at \(step [0-9]*\).*\(rewards.accuracies [0-9.]*\).*\(logps.accuracies [0-9.]*\).*/  \1: \2 (higher reward), \3 (higher probability)/p' \
-	  $(QUICK)/dpo/log.txt
+	@$(BIN)/bumblebee evaluate --config recipes/quickstart/sft.yaml --model $(QUICK)/chat --split validation \
+	  --output $(QUICK)/evaluation/questions --overwrite
+	@$(BIN)/bumblebee evaluate --model $(QUICK)/pretrain --tasks perplexity:$(QUICK)/data/documents_validation.jsonl \
+	  --max_length 256 --output $(QUICK)/evaluation/pretrain --overwrite >/dev/null
+	@$(BIN)/bumblebee evaluate --model $(QUICK)/sft --tasks preference_accuracy:$(QUICK)/data/preferences_validation.jsonl \
+	  --output $(QUICK)/evaluation/sft --overwrite >/dev/null
+	@$(BIN)/bumblebee evaluate --model $(QUICK)/chat --tasks recipes/evaluation/quickstart.yaml \
+	  --output $(QUICK)/evaluation/chat --overwrite >/dev/null
+	@echo; echo "Results, with standard errors:"; echo
+	@$(BIN)/python recipes/quickstart/show_results.py --runs $(QUICK)
 	@echo; echo "Loss curves: $(QUICK)/{pretrain,sft,dpo}/loss.png"
 	@echo "Chat with the model in a browser at http://127.0.0.1:8000, or in the terminal:"
 	@echo "  $(BIN)/bumblebee serve --config recipes/quickstart/serve.yaml"

@@ -1,12 +1,13 @@
 """Callback: base class of everything in a run except forward, backward and optimizer step.
 
-The loop calls nine hooks, each on every rank:
+The loop calls ten hooks, each on every rank:
 
     on_fit_start(trainer)
       on_step_start(trainer)                        ┐
         forward, backward, optimizer step           │
       on_step_end(trainer)                          │ observe: validation runs here
         on_validation_end(trainer, metrics)         │
+        on_evaluation_end(trainer, metrics)         │ of callbacks.Evaluate
       on_log(trainer, metrics)                      │ log: every log_every steps, metrics already reduced over ranks
       on_save(trainer)                              │ save: everything above is final
         on_checkpoint_saved(trainer, path)          ┘
@@ -22,6 +23,7 @@ other; the only parts of the trainer they write are ``trainer.should_stop`` and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,6 +35,7 @@ class Callback:
     """Base class: every hook does nothing. ``state_dict`` and ``load_state_dict`` keep state across a resume."""
 
     validates: ClassVar[bool] = False  # whether the callback calls ``trainer.validate``
+    evaluations: Sequence[str] = ()  # names of the metrics that it passes to ``trainer.report_evaluation``
 
     def check(self, trainer: Trainer) -> None:
         """Called on every rank while the run is set up, when data and plan exist and nothing has been written.
@@ -52,6 +55,9 @@ class Callback:
 
     def on_validation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Called after a validation with metrics reduced over ranks."""
+
+    def on_evaluation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Called after an evaluation on tasks with metrics named ``eval/<task>``, the same on every rank."""
 
     def on_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Called every ``log_every`` steps with the metrics since the last call, reduced over ranks and micro-batches."""

@@ -24,7 +24,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from bumblebee.checkpoint.hf_folder import load_config
 from bumblebee.checkpoint.weight_loader import load_weights
@@ -33,7 +32,8 @@ from bumblebee.hardware.cuda import configure_cuda
 from bumblebee.models.base import LanguageModel, class_path_of, resolve_model_class
 from bumblebee.models.load_context import meta_parameters
 from bumblebee.nn.attention import Attention, LayerCache
-from bumblebee.nn.attention_kernels import AttentionMask, select_kernel
+from bumblebee.nn.attention_kernels import AttentionMask, select_kernel, varlen_supports
+from bumblebee.nn.block_forward import is_compiled
 from bumblebee.nn.lm_head import LMHead
 from bumblebee.nn.mlp import MLP, GatedMLP
 from bumblebee.nn.moe import Experts, MixtureOfExperts, Router, mixture_of_experts
@@ -111,7 +111,6 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.rotary = rotary
-        self.checkpoint_every = 0  # recompute activations of every n-th block; 0 disables
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, mask: AttentionMask, cache: Sequence[LayerCache] | None = None
@@ -121,10 +120,7 @@ class Decoder(nn.Module):
         x = self.dropout(x if self.positions is None else x + self.positions(position_ids))
         rotary = None if self.rotary is None else self.rotary(position_ids)
         for index, layer in enumerate(self.layers):
-            if self.checkpoint_every and index % self.checkpoint_every == 0 and cache is None and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, mask, use_reentrant=False)
-            else:
-                x = layer(x, rotary, mask, None if cache is None else cache[index])
+            x = layer(x, rotary, mask, None if cache is None else cache[index])
         return self.norm(x)
 
 
@@ -278,10 +274,24 @@ class Bumblebee(LanguageModel):
             mask = AttentionMask()
         else:
             mask = AttentionMask.packed(position_ids) if cache is None else AttentionMask()  # a cache ignores the mask
+        if cache is None and any(map(is_compiled, self.blocks)):
+            self._prepare(mask, input_ids)
         hidden = self.model(input_ids, position_ids, mask, cache)
         if logits_at is not None:
             hidden = hidden.flatten(0, 1)[logits_at]
         return self.lm_head(hidden, labels)
+
+    def _prepare(self, mask: AttentionMask, input_ids: Tensor) -> None:
+        """Build what attention reads from the mask before the first layer, which would else be compiled to build it."""
+        c, device = self.config, input_ids.device
+        dtype = next(self.parameters()).dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        kernel = select_kernel(self.attention, dtype)
+        assert c.head_dim is not None
+        if kernel in ("varlen", "flash3") and not varlen_supports(c.head_dim, c.attention_dropout if self.training else 0.0):
+            kernel = "sdpa"
+        mask.prepare(kernel, input_ids.shape[1], device, {c.window_of(layer) for layer in range(c.num_hidden_layers)})
 
     # -- folders -------------------------------------------------------------------------------------------------------
 
@@ -321,7 +331,3 @@ class Bumblebee(LanguageModel):
     def blocks(self) -> list[nn.Module]:
         """The transformer layers, in order."""
         return list(self.model.layers)
-
-    def checkpoint_activations(self, every: int) -> None:
-        """Recompute the activations of every n-th block in the backward pass (arXiv 1604.06174)."""
-        self.model.checkpoint_every = every

@@ -201,6 +201,16 @@ class Trainer(RunState):
         self.call("on_validation_end", metrics)
         return metrics
 
+    def report_evaluation(self, metrics: dict[str, float]) -> None:
+        """Log the metrics of an evaluation on tasks, and call ``on_evaluation_end``.
+
+        Args:
+            metrics: named ``eval/<task>`` or ``eval/<task>/<metric>``; the same on every rank.
+        """
+        for name, value in metrics.items():
+            self.log(name, value)
+        self.call("on_evaluation_end", metrics)
+
     # -- metrics -------------------------------------------------------------------------------------------------------
 
     def log(self, name: str, value: float) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from bumblebee.models.base import LanguageModel
 from bumblebee.models.float8_layers import MULTIPLE, check_float8, use_float8
+from bumblebee.nn.block_forward import BlockForward
 from bumblebee.nn.moe import ROUTERS
 
 logger = logging.getLogger(__name__)
@@ -31,18 +32,20 @@ class ActivationCheckpointing:
 
     Args:
         every: 1 checkpoints all blocks, 2 every second block, and so on: saves less memory and costs less time.
+        keep_attention: keep the results of attention, whose recomputation takes longest in long windows, and recompute the
+            rest. Has no effect with attention ``naive``, which is not one operator.
 
     Raises:
         ValueError: every is less than 1.
     """
 
-    def __init__(self, every: int = 1) -> None:
+    def __init__(self, every: int = 1, keep_attention: bool = False) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        self.every = every
+        self.every, self.keep_attention = every, keep_attention
 
     def __call__(self, model: nn.Module) -> None:
-        _language_model(model, type(self).__name__).checkpoint_activations(self.every)
+        _language_model(model, type(self).__name__).checkpoint_activations(self.every, self.keep_attention)
 
 
 class Freeze:
@@ -154,7 +157,7 @@ class Compile:
 
     def __call__(self, model: nn.Module) -> None:
         for block in _language_model(model, type(self).__name__).blocks:
-            block.compile(mode=self.mode)  # in place: torch.compile(block) would rename parameters
+            BlockForward.of(block).compile(self.mode)
 
 
 def _language_model(model: nn.Module, name: str) -> LanguageModel:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from callbacks.checkpoint import Checkpoint
     from callbacks.consolidate import Consolidate
     from callbacks.early_stopping import EarlyStopping
+    from callbacks.evaluate import Evaluate
     from callbacks.file_log import FileLog
     from callbacks.loss_plot import LossPlot
     from callbacks.metrics_history import MetricsHistory
@@ -32,6 +33,7 @@ _HOME = {
     "Checkpoint": "callbacks.checkpoint",
     "Consolidate": "callbacks.consolidate",
     "EarlyStopping": "callbacks.early_stopping",
+    "Evaluate": "callbacks.evaluate",
     "FileLog": "callbacks.file_log",
     "LossPlot": "callbacks.loss_plot",
     "MetricsHistory": "callbacks.metrics_history",
@@ -50,6 +52,7 @@ __all__ = [
     "Checkpoint",
     "Consolidate",
     "EarlyStopping",
+    "Evaluate",
     "FileLog",
     "LossPlot",
     "MetricsHistory",

@@ -36,7 +36,7 @@ class Checkpoint(Callback):
         save_last: save when the run ends; an interrupted run is always saved.
         minutes: also save if this much time has passed since the last checkpoint; null does not save by time.
         best: number of best checkpoints to keep; a validation that is among the best so far triggers a save.
-        metric: validation metric that ranks checkpoints.
+        metric: validation metric that ranks checkpoints, or ``eval/<task>`` of callbacks.Evaluate.
         mode: min if lower values of the metric are better, max if higher values are better.
         model: write the model folder into each checkpoint, not only the training state.
 
@@ -74,10 +74,10 @@ class Checkpoint(Callback):
         """Check the data.
 
         Raises:
-            ValueError: best is set and the data has no validation samples.
+            ValueError: best is set and nothing reports the metric.
         """
         if self.best:
-            self.monitor.require_validation_data(trainer)
+            self.monitor.require_source(trainer)
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Reset the clock. A resumed run keeps the ranking of the checkpoints that still exist; best.json follows it."""
@@ -91,7 +91,16 @@ class Checkpoint(Callback):
         Raises:
             ValueError: the validation does not report the metric.
         """
-        if self.best:
+        if self.best and not self.monitor.is_of_evaluation:
+            self._validated = (trainer.step, self.monitor.value(metrics))
+
+    def on_evaluation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Remember the value of a metric of callbacks.Evaluate.
+
+        Raises:
+            ValueError: the evaluation does not report the metric.
+        """
+        if self.best and self.monitor.is_of_evaluation:
             self._validated = (trainer.step, self.monitor.value(metrics))
 
     def on_save(self, trainer: Trainer) -> None:

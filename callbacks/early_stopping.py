@@ -16,7 +16,7 @@ class EarlyStopping(Callback):
     """Stops training after several validations in a row without improvement.
 
     Args:
-        metric: name of the validation metric.
+        metric: name of the validation metric, or ``eval/<task>`` of callbacks.Evaluate.
         patience: number of validations in a row without improvement after which training stops.
         min_delta: smallest difference to the best value that counts as an improvement.
         mode: min if lower values are better, max if higher values are better.
@@ -43,9 +43,9 @@ class EarlyStopping(Callback):
         """Check the data.
 
         Raises:
-            ValueError: the data has no validation samples.
+            ValueError: nothing reports the metric.
         """
-        self.monitor.require_validation_data(trainer)
+        self.monitor.require_source(trainer)
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Forget earlier values unless the run is resumed."""
@@ -58,7 +58,19 @@ class EarlyStopping(Callback):
         Raises:
             ValueError: the validation does not report the metric.
         """
-        value = self.monitor.value(metrics)
+        if not self.monitor.is_of_evaluation:
+            self._observe(trainer, self.monitor.value(metrics))
+
+    def on_evaluation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """The same for a metric of callbacks.Evaluate.
+
+        Raises:
+            ValueError: the evaluation does not report the metric.
+        """
+        if self.monitor.is_of_evaluation:
+            self._observe(trainer, self.monitor.value(metrics))
+
+    def _observe(self, trainer: Trainer, value: float) -> None:
         if self.monitor.improves(value, self._best):
             self._best, self._without_improvement = value, 0
             return
@@ -66,7 +78,8 @@ class EarlyStopping(Callback):
         if self._without_improvement >= self.patience:
             trainer.should_stop = True
             best = "no finite value yet" if self._best is None else f"best {number(self._best)}"
-            count = plural(self._without_improvement, "validation")
+            noun = "evaluation" if self.monitor.is_of_evaluation else "validation"
+            count = plural(self._without_improvement, noun)
             trainer.print(f"early stopping: {self.monitor.metric} did not improve in {count} ({best})")
 
     def state_dict(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class ServeOptions:
         cache_tokens: size of each device's KV cache in tokens; null derives it from the free memory.
         step_tokens: maximum number of tokens per engine step.
         prefix_reuse: reuse the KV cache of earlier prompts with the same prefix.
+        cuda_graphs: on a GPU, launch decode steps as CUDA graphs, captured when a batch size has been met a few times.
         log_level: log level; info logs each request.
 
     Raises:
@@ -73,6 +74,7 @@ class ServeOptions:
     cache_tokens: int | None = None
     step_tokens: int = 512
     prefix_reuse: bool = True
+    cuda_graphs: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
     def __post_init__(self) -> None:
@@ -99,7 +101,7 @@ class ServeOptions:
     @property
     def engine_config(self) -> EngineConfig:
         """Limits of each worker's engine."""
-        return EngineConfig(self.cache_tokens, self.max_running, self.step_tokens, self.prefix_reuse)
+        return EngineConfig(self.cache_tokens, self.max_running, self.step_tokens, self.prefix_reuse, self.cuda_graphs)
 
     @property
     def heartbeat_interval(self) -> float:

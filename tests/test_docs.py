@@ -137,6 +137,23 @@ def test_serving_commands_run_as_written(tokenizer_folder: Path, tiny: Callable,
 
 
 @pytest.mark.slow
+def test_evaluation_commands_run_as_written(tokenizer_folder: Path, tiny: Callable, tmp_path: Path) -> None:
+    """With a model of random weights."""
+    from bumblebee import Bumblebee
+
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copytree(tokenizer_folder, tmp_path / "runs" / "sft")
+    torch.manual_seed(0)
+    Bumblebee(tiny(max_position_embeddings=1024)).save_pretrained(tmp_path / "runs" / "sft")
+    run = commands(ROOT / "docs" / "evaluation.md")
+    assert len(run) >= 4
+    printed = [run_in_shell(command, tmp_path, timeout=120) for command in run]
+    assert "bits_per_byte" in printed[0] and "acc_norm" in printed[0] and "exact match: " in printed[-1]
+    results = json.loads((tmp_path / "runs" / "evaluation" / "results.json").read_text())
+    assert [*results["tasks"]] == ["bees", "answers", "conversations"]
+
+
+@pytest.mark.slow
 def test_preview_commands_run_as_written(tokenizer_folder: Path, tmp_path: Path) -> None:
     """Without measuring."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")

@@ -33,7 +33,7 @@ def naive(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int | None = None) -> Tensor:
     default = chunked_module.ROWS
-    chunked_module.ROWS = rows or default
+    chunked_module.ROWS = dict.fromkeys(default, rows) if rows else default
     try:
         return chunked_module.linear_cross_entropy(hidden, weight, labels).sum()
     finally:

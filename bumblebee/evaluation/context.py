@@ -40,6 +40,9 @@ class EvaluationContext:
         """
         if own is not None:
             own.setup(0)
+            vocabularies = [each.backend.get_vocab() for each in (own.tokenizer, self.generator.tokenizer) if each is not None]
+            if vocabularies[:1] != vocabularies[1:]:
+                raise ValueError(f"the tokenizer of {task}'s data is not that of the model")
             return own, own.train
         if self.data is None:
             raise ValueError(f"{task} needs data: name a file, as {task}:FILE, or a recipe with --config")

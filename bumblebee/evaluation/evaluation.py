@@ -19,6 +19,7 @@ from bumblebee.evaluation.context import EvaluationContext
 from bumblebee.evaluation.statistics import Estimate
 from bumblebee.evaluation.tasks.task import EvaluationTask, Progress, SampleResult
 from bumblebee.utils.cache_dir import resolve_cache_dir
+from bumblebee.utils.formatting import number
 from bumblebee.utils.json_files import write_json
 from bumblebee.utils.text_files import write_text
 
@@ -69,10 +70,10 @@ def table(results: Iterable[TaskResult]) -> str:
     """A line for each metric: task, metric, value with its standard error, number of samples."""
     rows = [("task", "metric", "value", "stderr", "samples")]
     for result in results:
-        for number, (metric, estimate) in enumerate(result.metrics.items()):
-            error = "" if estimate.stderr is None else f"± {estimate.stderr:.4f}"
-            name = result.name if number == 0 else ""
-            rows.append((name, metric, f"{estimate.value:.4f}", error, str(len(result.samples)) if number == 0 else ""))
+        for index, (metric, estimate) in enumerate(result.metrics.items()):
+            error = "" if estimate.stderr is None else f"± {number(estimate.stderr)}"
+            name = result.name if index == 0 else ""
+            rows.append((name, metric, number(estimate.value), error, str(len(result.samples)) if index == 0 else ""))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = [
         f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:<{widths[3]}}  {row[4]:>{widths[4]}}"

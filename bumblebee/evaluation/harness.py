@@ -84,7 +84,7 @@ class BumblebeeLM(TemplateLM):
 
     def __init__(
         self,
-        path: str | Generator,
+        path: str | Generator | None = None,
         device: str | None = None,
         dtype: str = "auto",
         device_map: str | None = None,
@@ -101,6 +101,8 @@ class BumblebeeLM(TemplateLM):
         super().__init__()
         if unknown:
             raise ValueError(f"model_args: unknown argument {next(iter(unknown))!r}; the model is named by path=FOLDER")
+        if path is None:
+            raise ValueError("model_args: missing path: write path=FOLDER")
         if device_map not in (None, "auto"):
             raise ValueError(f"model_args: device_map must be auto, got {device_map!r}")
         if str(batch_size or 1) not in ("1", "auto"):

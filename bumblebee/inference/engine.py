@@ -79,7 +79,8 @@ class GenerationEngine:
         blocks = -(-num_blocks(model, config) * BLOCK_SIZE // block_size)
         self.block_pool = BlockPool(blocks, block_size, config.prefix_reuse)
         self.scheduler = Scheduler(self.block_pool, config.max_running, config.step_tokens)
-        self.model_runner = ModelRunner(model.eval(), blocks, block_size, self.scheduler.max_running)
+        running = self.scheduler.max_running
+        self.model_runner = ModelRunner(model.eval(), blocks, block_size, running, config.cuda_graphs)
         self._states: dict[str, _RequestState] = {}
         self._cancelled: set[str] = set()
         self._outputs: list[RequestOutput] = []  # of the step being computed

@@ -14,6 +14,7 @@ class EngineConfig:
         max_running: requests that run at the same time; others wait.
         step_tokens: maximum tokens per step; long prompts are prefilled in chunks, next to the decode tokens of other requests.
         prefix_reuse: reuse cached blocks of earlier prompts with the same prefix.
+        cuda_graphs: on a GPU, launch decode steps as CUDA graphs, captured when a batch size has been met a few times.
 
     Raises:
         ValueError: a number is below 1.
@@ -23,6 +24,7 @@ class EngineConfig:
     max_running: int = 64
     step_tokens: int = 512
     prefix_reuse: bool = True
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         for name in ("cache_tokens", "max_running", "step_tokens"):

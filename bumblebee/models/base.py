@@ -14,6 +14,7 @@ from torch import nn
 
 from bumblebee.checkpoint.model_files import ModelFiles, files_of, save_model
 from bumblebee.config import BumblebeeConfig
+from bumblebee.nn.block_forward import BlockForward
 
 
 class LanguageModel(nn.Module):
@@ -34,13 +35,19 @@ class LanguageModel(nn.Module):
         """The transformer layers, in order."""
         raise NotImplementedError
 
-    def checkpoint_activations(self, every: int) -> None:
+    def checkpoint_activations(self, every: int, keep_attention: bool = False) -> None:
         """Recompute the activations of every n-th block in the backward pass (arXiv 1604.06174).
+
+        Args:
+            every: n.
+            keep_attention: keep the results of attention and recompute the rest.
 
         Raises:
             ValueError: not supported by the model.
         """
-        raise NotImplementedError
+        for index, block in enumerate(self.blocks):
+            forward = BlockForward.of(block)
+            forward.recompute, forward.keep_attention = index % every == 0, keep_attention
 
     def save_pretrained(self, folder: str | Path, max_shard_size: str = "5GB") -> None:
         """Write a model folder: config.json and safetensors shards of at most ``max_shard_size``; with LoRA an adapter folder.

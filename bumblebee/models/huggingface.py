@@ -194,19 +194,6 @@ class HuggingFaceModel(LanguageModel):
         self.train(training)
         return torch.allclose(computed, expected, rtol=1e-3, atol=1e-3)
 
-    def checkpoint_activations(self, every: int) -> None:
-        """Recompute the activations of all blocks in the backward pass (arXiv 1604.06174).
-
-        Raises:
-            ValueError: the model does not support it, or ``every`` is not 1.
-        """
-        model = self.wrapped[0]
-        if every != 1 or not model.supports_gradient_checkpointing:
-            raise ValueError(
-                f"{type(model).__name__} supports activation checkpointing for all blocks or none: every must be 1, got {every}"
-            )
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
     @property
     def blocks(self) -> list[nn.Module]:
         """The transformer layers, in order."""

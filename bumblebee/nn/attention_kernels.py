@@ -14,6 +14,7 @@ last W positions, its own included; None is full attention. ``dropout`` is the d
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
@@ -38,7 +39,7 @@ class AttentionMask:
     def __init__(self, documents: Tensor | None = None, boundaries: Documents | None = None) -> None:
         self.documents, self.boundaries = documents, boundaries
         self._copies: dict[torch.device, AttentionMask] = {}  # by device
-        self._dense: dict[tuple[int, int, int | None], Tensor] = {}
+        self._dense: dict[int | None, Tensor] = {}  # by window
 
     @classmethod
     def packed(cls, position_ids: Tensor) -> AttentionMask:
@@ -62,9 +63,19 @@ class AttentionMask:
 
     def dense(self, queries: int, keys: int, device: torch.device, window: int | None = None) -> Tensor:
         """(B or 1, 1, T, S) bool, True where the query attends to the key."""
-        if (queries, keys, window) not in self._dense:
-            self._dense[queries, keys, window] = self._build(queries, keys, device, window)
-        return self._dense[queries, keys, window]
+        window = effective_window(window, keys)
+        visible = self._dense.get(window)
+        if visible is None or visible.shape[-2:] != (queries, keys):
+            visible = self._dense[window] = self._build(queries, keys, device, window)
+        return visible
+
+    def prepare(self, kernel: str, length: int, device: torch.device, windows: Iterable[int | None]) -> None:
+        """Build what a kernel reads from the mask of rows of ``length`` tokens; else the first layer that needs it does."""
+        for window in {effective_window(window, length) for window in windows}:
+            if kernel == "naive" or kernel == "sdpa" and not (self.is_causal and window is None):
+                self.dense(length, length, device, window)
+        if kernel not in ("naive", "sdpa") and not self.is_causal:
+            self.found_boundaries()
 
     def _build(self, queries: int, keys: int, device: torch.device, window: int | None) -> Tensor:
         causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]
@@ -80,6 +91,11 @@ class AttentionMask:
         if self.boundaries is None:
             self.boundaries = Documents.of_starts(self.documents.diff(dim=1, prepend=self.documents[:, :1]) != 0)
         return self.boundaries
+
+
+def effective_window(window: int | None, keys: int) -> int | None:
+    """The sliding window, or None if it covers all keys anyway."""
+    return None if window is not None and window >= keys else window
 
 
 class Kernel(Protocol):
@@ -101,7 +117,7 @@ def naive(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | No
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | None = None, dropout: float = 0.0) -> Tensor:
     """torch's ``scaled_dot_product_attention``, which selects a fused kernel by itself."""
-    window = None if window is not None and window >= k.shape[1] else window
+    window = effective_window(window, k.shape[1])
     visible = None if mask.is_causal and window is None else mask.dense(q.shape[1], k.shape[1], q.device, window)
     grouped = q.shape[2] != k.shape[2]
     if grouped and q.device.type != "cpu" and visible is not None:
@@ -118,8 +134,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | N
 
     So are rows that are not packed: torch's fused kernel needs no mask for them.
     """
-    window = None if window is not None and window >= k.shape[1] else window
-    if (mask.is_causal and window is None) or dropout or q.shape[-1] % 8 or q.shape[-1] > 256:
+    window = effective_window(window, k.shape[1])
+    if (mask.is_causal and window is None) or not varlen_supports(q.shape[-1], dropout):
         return sdpa(q, k, v, mask, window, dropout)
     from torch.nn.attention.varlen import varlen_attn
 
@@ -133,6 +149,11 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | N
     sides = (-1 if window is None else window - 1, 0)  # positions attended to the left and right; -1 for all
     out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=sides, enable_gqa=q.shape[1] != k.shape[1])
     return rearrange(cast(Tensor, out), "(b t) h d -> b t h d", b=rows)
+
+
+def varlen_supports(head_dim: int, dropout: float) -> bool:
+    """Whether ``varlen_attn`` supports these heads and this dropout; else ``sdpa`` takes its place."""
+    return not dropout and head_dim % 8 == 0 and head_dim <= 256
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | None = None, dropout: float = 0.0) -> Tensor:

@@ -28,6 +28,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """
     if has_grouped_kernel(x, weight):
         return torch.nn.functional.grouped_mm(x, weight.mT, offs=counts.cumsum(0).to(torch.int32))
+    if torch.compiler.is_compiling():
+        return _grouped_linear_operator(x, weight, counts)
     return _GroupedLinear.apply(x, weight, counts)
 
 
@@ -51,26 +53,77 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: _Context, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         ctx.bounds = _bounds(counts)
         ctx.save_for_backward(x, weight)
-        out = x.new_empty(len(x), weight.shape[1])
-        for expert, rows in ctx.bounds:
-            torch.mm(x[rows], weight[expert].T, out=out[rows])
-        return out
+        return _product(x, weight, ctx.bounds)
 
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for expert, rows in ctx.bounds:
-            if grad_x is not None:
-                torch.mm(grad[rows], weight[expert], out=grad_x[rows])
-            if grad_weight is not None:
-                torch.mm(grad[rows].T, x[rows], out=grad_weight[expert])
+        grad_x = _product(grad, weight.mT, ctx.bounds) if ctx.needs_input_grad[0] else None
+        grad_weight = _outer_product(grad, x, len(weight), ctx.bounds) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None
+
+
+def _product(x: Tensor, weight: Tensor, bounds: list[tuple[int, slice]]) -> Tensor:
+    out = x.new_empty(len(x), weight.shape[1])
+    for expert, rows in bounds:
+        torch.mm(x[rows], weight[expert].T, out=out[rows])
+    return out
+
+
+def _outer_product(grad: Tensor, x: Tensor, experts: int, bounds: list[tuple[int, slice]]) -> Tensor:
+    """Sum of ``grad x^T`` over the rows of each expert: (E, F, D)."""
+    out = x.new_zeros(experts, grad.shape[1], x.shape[1])
+    for expert, rows in bounds:
+        torch.mm(grad[rows].T, x[rows], out=out[expert])
+    return out
 
 
 def _bounds(counts: Tensor) -> list[tuple[int, slice]]:
     """(expert, slice of its rows) of each expert that has rows. Synchronizes with the GPU."""
     ends = [0, *accumulate(counts.tolist())]
     return [(expert, slice(first, last)) for expert, (first, last) in enumerate(pairwise(ends)) if first < last]
+
+
+# -- the same as operators: torch.compile cannot trace a loop whose bounds are data, and does not look into these -------------
+
+
+@torch.library.custom_op("bumblebee::grouped_linear", mutates_args=())
+def _grouped_linear_operator(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return _product(x, weight, _bounds(counts))
+
+
+@torch.library.custom_op("bumblebee::grouped_outer_product", mutates_args=())
+def _outer_product_operator(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    return _outer_product(grad, x, len(counts), _bounds(counts))
+
+
+@_grouped_linear_operator.register_fake
+def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@_outer_product_operator.register_fake
+def _(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(counts.shape[0], grad.shape[1], x.shape[1])
+
+
+class _OperatorContext(FunctionCtx):
+    """What the operator keeps for the backward pass."""
+
+    saved_tensors: tuple[Tensor, Tensor, Tensor]  # x, weight and counts
+    needs_input_grad: tuple[bool, bool, bool]
+
+
+def _save_inputs(ctx: _OperatorContext, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _operator_backward(ctx: _OperatorContext, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight, counts = ctx.saved_tensors
+    grad_x = _grouped_linear_operator(grad, weight.mT, counts) if ctx.needs_input_grad[0] else None
+    grad_weight = _outer_product_operator(grad, x, counts) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_weight, None
+
+
+_grouped_linear_operator.register_autograd(_operator_backward, setup_context=_save_inputs)

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-ROWS = 1024  # rows per chunk: each chunk accumulates into the full weight gradient, which exceeds every cache
-CACHED = {"cpu": 2**20}  # logits per softmax block, chosen to fit the CPU's cache; on a GPU a whole chunk
+# Rows per chunk, by device: each chunk accumulates into the full weight gradient in fp32. On a CPU its cost is measured
+# (docs/lab-log.md). On a GPU, by arithmetic, the accumulation takes as long as a product at 1,024 rows, and an eighth at 8,192.
+ROWS = {"cpu": 1024, "cuda": 8192}
+SOFTMAX_LOGITS = {"cpu": 2**20, "cuda": 2**28}  # logits per softmax block in fp32; on a CPU they fit the cache
 
 
 @dataclass
@@ -33,21 +35,50 @@ class LossWeighting:
     uniform: bool = True
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weighting: LossWeighting | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Positions:
+    """Where losses go in a larger tensor.
+
+    Args:
+        index: (N,) int64, distinct positions.
+        size: of the tensor, P.
+    """
+
+    index: Tensor
+    size: int
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, weighting: LossWeighting | None = None, positions: Positions | None = None
+) -> Tensor:
     """``-log softmax(weight @ hidden)[label]`` of each row.
+
+    If all the returned losses are summed, the backward pass sees it from the strides of their gradient: an expanded number.
+    For anything else it compares the weights, which synchronizes with the GPU.
 
     Args:
         hidden: (N, D).
         weight: (V, D), in the dtype of ``hidden``.
         labels: (N,) int64, each a row of ``weight``.
         weighting: state kept between calls; it affects when gradients are computed, never the result.
+        positions: where the losses go; the rest is zero.
 
     Returns:
-        (N,) in fp32.
+        (N,) in fp32, or (P,) with ``positions``.
     """
     weighting = weighting or LossWeighting()
     eager_gradients = weighting.uniform and torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(hidden, weight, labels, weighting, eager_gradients)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, weighting, eager_gradients, positions)
+
+
+def chunk_rows(device_type: str) -> int:
+    """Rows of logits that are in memory at a time on a device."""
+    return ROWS.get(device_type, ROWS["cpu"])
+
+
+def softmax_logits(device_type: str) -> int:
+    """Logits that are in memory in fp32 at a time on a device."""
+    return SOFTMAX_LOGITS.get(device_type, SOFTMAX_LOGITS["cuda"])
 
 
 def _cut(rows: int, size: int) -> list[slice]:
@@ -61,7 +92,7 @@ def _losses(logits: Tensor, labels: Tensor, scale: Tensor | None, to_gradients: 
     With ``to_gradients``, the logits are overwritten by their gradients, multiplied by ``scale`` (rows,).
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    for rows in _cut(len(logits), max(1, CACHED.get(logits.device.type, 2**28) // logits.shape[1])):
+    for rows in _cut(len(logits), max(1, softmax_logits(logits.device.type) // logits.shape[1])):
         logs = torch.log_softmax(logits[rows], dim=-1, dtype=torch.float32)
         losses[rows] = -logs.gather(1, labels[rows, None])[:, 0]
         if to_gradients:
@@ -100,7 +131,8 @@ class _Context(FunctionCtx):
     """What ``_LinearCrossEntropy`` keeps for the backward pass."""
 
     saved_tensors: tuple[Tensor, Tensor, Tensor]  # hidden, weight and labels
-    needs_input_grad: tuple[bool, bool, bool, bool, bool]
+    needs_input_grad: tuple[bool, bool, bool, bool, bool, bool]
+    positions: Positions | None
     gradients: _Gradients | None
     weighting: LossWeighting
 
@@ -108,30 +140,34 @@ class _Context(FunctionCtx):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _Context, hidden: Tensor, weight: Tensor, labels: Tensor, weighting: LossWeighting, eager_gradients: bool
-    ) -> Tensor:
+        ctx: _Context, hidden: Tensor, weight: Tensor, labels: Tensor, weighting: LossWeighting, eager_gradients: bool,
+        positions: Positions | None,
+    ) -> Tensor:  # fmt: skip
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradients = _Gradients(hidden, weight, ctx.needs_input_grad[:2]) if eager_gradients else None
-        for rows in _cut(len(hidden), ROWS):
+        for rows in _cut(len(hidden), chunk_rows(hidden.device.type)):
             logits = hidden[rows] @ weight.T
             losses[rows] = _losses(logits, labels[rows], None, to_gradients=eager_gradients)
             if gradients is not None:
                 gradients.add(rows, logits)
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.gradients, ctx.weighting = gradients, weighting
-        return losses
+        ctx.gradients, ctx.weighting, ctx.positions = gradients, weighting, positions
+        return losses if positions is None else losses.new_zeros(positions.size).index_copy_(0, positions.index, losses)
 
     @staticmethod
-    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (grad,) = grads
+        is_expanded = grad.stride() == (0,)
+        if ctx.positions is not None:
+            grad = grad[:1] if is_expanded else grad.index_select(0, ctx.positions.index)
         hidden, weight, labels = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place below, so used once
-        uniform = bool((grad == grad[:1]).all())  # synchronizes with the GPU
+        uniform = is_expanded or bool((grad == grad[:1]).all())  # the latter synchronizes with the GPU
         ctx.weighting.uniform = uniform
         if gradients is None or not uniform:
             gradients = _Gradients(hidden, weight, ctx.needs_input_grad[:2])
-            for rows in _cut(len(hidden), ROWS):
+            for rows in _cut(len(hidden), chunk_rows(hidden.device.type)):
                 logits = hidden[rows] @ weight.T
                 _losses(logits, labels[rows], None if uniform else grad[rows], to_gradients=True)
                 gradients.add(rows, logits)
-        return *gradients.scaled(grad[0] if uniform and len(grad) else None), None, None, None
+        return *gradients.scaled(grad[0] if uniform and len(grad) else None), None, None, None, None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bumblebee.nn.linear_cross_entropy import LossWeighting, linear_cross_entropy
+from bumblebee.nn.linear_cross_entropy import LossWeighting, Positions, linear_cross_entropy
 from bumblebee.nn.targets import select_rows, target_index
 
 
@@ -49,5 +49,6 @@ class LMHead(nn.Linear):
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             targets, weight = targets.to(dtype), weight.to(dtype)
-        losses = linear_cross_entropy(targets, weight, labels.flatten().index_select(0, index), self.weighting)
-        return losses.new_zeros(labels.numel()).index_copy(0, index, losses).view(labels.shape)
+        positions = Positions(index, labels.numel())
+        losses = linear_cross_entropy(targets, weight, labels.flatten().index_select(0, index), self.weighting, positions)
+        return losses.view(labels.shape)

@@ -21,7 +21,8 @@ from torch import nn
 from bumblebee.config import BumblebeeConfig, TransformerConfig
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
 from bumblebee.lora.switch import AdapterLayer, adapter_layers
-from bumblebee.nn.linear_cross_entropy import ROWS
+from bumblebee.nn.block_forward import BlockForward
+from bumblebee.nn.linear_cross_entropy import chunk_rows, softmax_logits
 from bumblebee.nn.moe import Experts
 
 # Bytes per trained weight of temporary memory (during the backward pass, during the optimizer step), by stage. Measured with
@@ -46,7 +47,8 @@ class ModelSize:
         matrices: parameters of linear layers and experts, of which autocast keeps a copy.
         adapter_dropout_width: total width of the inputs of LoRA dropouts, over all layers.
         config: with Hugging Face's names; None for a model whose activations are unknown.
-        checkpoint_every: activation checkpointing, as in ``Decoder``.
+        checkpointed: number of blocks whose activations are recomputed.
+        keeps_attention: whether these keep the results of attention.
     """
 
     parameters: int
@@ -55,7 +57,8 @@ class ModelSize:
     matrices: int
     adapter_dropout_width: int
     config: TransformerConfig | None
-    checkpoint_every: int = 0
+    checkpointed: int = 0
+    keeps_attention: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelSize:
@@ -63,7 +66,9 @@ class ModelSize:
         parameters = list(model.parameters())
         decoder: object = getattr(model, "model", None)
         config: TransformerConfig | None = getattr(model, "config", None)
-        blocks = [sum(map(full_numel, layer.parameters())) for layer in getattr(decoder, "layers", ())]
+        layers: Iterable[nn.Module] = getattr(decoder, "layers", ())
+        blocks = [sum(map(full_numel, layer.parameters())) for layer in layers]
+        forwards = [layer.forward for layer in layers if isinstance(layer.forward, BlockForward)]
         matrices = {id(p): full_numel(p) for m in model.modules() if isinstance(m, nn.Linear | Experts)
                     for name, p in m.named_parameters(recurse=False) if name != "bias"}  # fmt: skip
         return cls(
@@ -73,7 +78,8 @@ class ModelSize:
             sum(matrices.values()),
             sum(map(_adapter_dropout_width, adapter_layers(model))),
             config if getattr(config, "num_hidden_layers", None) and getattr(config, "intermediate_size", None) else None,
-            getattr(decoder, "checkpoint_every", 0),
+            sum(forward.recompute for forward in forwards),
+            any(forward.keep_attention for forward in forwards),
         )
 
 
@@ -195,10 +201,10 @@ def activation_bytes(size: ModelSize, setup: TrainingSetup, batch: BatchShape) -
     layer = layer_bytes(c, setup, batch)
     all_layers = c.num_hidden_layers * layer
     residual = c.hidden_size * (2 if setup.half else 4)
-    if size.checkpoint_every:  # checkpointed blocks keep their input only; one at a time is recomputed
-        checkpointed = -(-c.num_hidden_layers // size.checkpoint_every)
-        all_layers = (c.num_hidden_layers - checkpointed) * layer + checkpointed * residual + layer
     s = 2 if setup.precision != "fp32" else 4
+    if size.checkpointed:  # these keep their input, and what attention returned; one at a time is recomputed
+        attended = (_query_width(c) * s + 4 * c.num_attention_heads) * (size.keeps_attention and batch.kernel != "naive")
+        all_layers = (c.num_hidden_layers - size.checkpointed) * layer + size.checkpointed * (residual + attended) + layer
     adapters = size.adapter_dropout_width * (s + (1 if setup.device == "cuda" else s))  # output and mask of the dropout
     autocast = 2 * size.matrices if setup.precision != "fp32" and setup.stage == 0 else 0
     per_token = all_layers + adapters + 4 * residual
@@ -209,8 +215,8 @@ def layer_bytes(c: TransformerConfig, setup: TrainingSetup, batch: BatchShape) -
     """Bytes per token that autograd keeps in a ``Block``, see ``bumblebee/nn``."""
     s = 2 if setup.precision != "fp32" else 4  # of matrix products
     r = 2 if setup.half else 4  # of the residual stream
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    queries, keys = c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim
+    queries = _query_width(c)
+    keys = queries // c.num_attention_heads * c.num_key_value_heads
     outputs = 2 * r if s == r else 5 * s  # under autocast each of the five projections after a norm copies its input
     norm = (4 if getattr(c, "norm", "rmsnorm") == "rmsnorm" else 0) + r
     norms = c.hidden_size * ((4 if getattr(c, "post_norms", False) else 2) * norm + outputs)
@@ -227,6 +233,11 @@ def layer_bytes(c: TransformerConfig, setup: TrainingSetup, batch: BatchShape) -
     if getattr(c, "attention_dropout", 0.0) and setup.device == "cpu":
         attention += 16 * c.num_attention_heads * batch.length  # PyTorch's fused kernel for CPUs has no dropout
     return norms + attention + dropout + s * _mlp_numbers(c)
+
+
+def _query_width(c: TransformerConfig) -> int:
+    """Width of all query heads together."""
+    return c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
 
 
 def _mlp_numbers(c: TransformerConfig) -> float:
@@ -246,6 +257,7 @@ def _mlp_numbers(c: TransformerConfig) -> float:
 def _lm_head_bytes(c: TransformerConfig, setup: TrainingSetup, batch: BatchShape) -> float:
     """The chunk of logits in the training precision and in fp32, and the gradients of weight and hidden states."""
     s = 2 if setup.precision != "fp32" else 4
-    rows = min(ROWS, batch.targets)
-    logits = rows * c.vocab_size * (s + (4 if setup.device == "cuda" else 0))
+    rows = min(chunk_rows(setup.device), batch.targets)
+    in_fp32 = 4 * min(rows * c.vocab_size, softmax_logits("cuda")) if setup.device == "cuda" else 0
+    logits = rows * c.vocab_size * s + in_fp32
     return logits + (4 + s) * c.vocab_size * c.hidden_size + 2 * s * batch.targets * c.hidden_size

@@ -10,6 +10,8 @@ from helpers.processes import finish, start
 
 from bumblebee import Bumblebee, Generator, SamplingParams
 from bumblebee.checkpoint.trainer_state import checkpoints
+from bumblebee.evaluation.context import EvaluationContext
+from bumblebee.evaluation.tasks import MultipleChoice
 from bumblebee.hardware import flops
 
 pytestmark = pytest.mark.slow
@@ -61,3 +63,13 @@ def test_rank_0_samples_from_the_whole_model(run, read_lines):
 
 def test_only_rank_0_profiles(run):
     assert (run / "run" / "trace.json").is_file() and "profiler: 1 steps written" in result(run, 0)["out"]
+
+
+def test_ranks_share_out_the_samples_of_a_task(run, read_lines):
+    lines = read_lines(run / "run" / "evaluation.jsonl")
+    assert [(line["step"], line["samples"]) for line in lines] == [(2, 3), (4, 3), (6, 3)]
+    model = Generator.from_pretrained(run / "run" / "checkpoint-2")
+    task = MultipleChoice(str(run / "choices-0.jsonl"))
+    context = EvaluationContext(model)
+    metrics = task.metrics(task.results(context, task.items(context), lambda count: None))
+    assert lines[0]["metrics"] == {name: each._asdict() for name, each in metrics.items()}

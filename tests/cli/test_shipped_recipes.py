@@ -18,7 +18,7 @@ from bumblebee.cli.recipe_options import recipe_command_parser
 from bumblebee.config import PRESETS, BumblebeeConfig
 
 ROOT = Path(__file__).parents[2]
-NOT_RECIPES = ("models", "sweeps")  # tests/system/test_sweep_command.py checks the search spaces
+NOT_RECIPES = ("models", "sweeps", "evaluation")  # tests/system/test_sweep_command.py checks the search spaces
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name not in NOT_RECIPES)
 OVERLAYS = [path for path in RECIPES if path.parent.name in ("memory", "speed")]  # added to another recipe
 MODELS = sorted((ROOT / "recipes" / "models").glob("*.yaml"))

@@ -153,6 +153,8 @@ def test_bad_arguments_name_what_is_right(folder, tasks):
     generator = Generator.from_pretrained(folder, "cpu")
     with pytest.raises(ValueError, match="unknown argument 'pretrained'; the model is named by path=FOLDER"):
         BumblebeeLM(generator, pretrained="x")
+    with pytest.raises(ValueError, match="missing path: write path=FOLDER"):
+        BumblebeeLM()
     with pytest.raises(ValueError, match="max_length must be 2 to 256"):
         BumblebeeLM(generator, max_length=257)
     with pytest.raises(ValueError, match="leave out batch_size 8"):

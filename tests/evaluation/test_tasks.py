@@ -271,3 +271,20 @@ def test_error_in_a_file_of_tasks_names_its_line(folder, tmp_path, capsys):
 def test_exact_match_needs_questions(context, folder):
     with pytest.raises(ValueError, match="Pretrain has no questions"):
         ExactMatch(Pretrain(str(folder / "texts.jsonl"), str(folder))).items(context)
+
+
+def test_quickstart_table_shows_every_result(tmp_path):
+    """Of results.json files with the tasks that the Makefile evaluates."""
+    import show_results
+
+    for _, folder, task, metric, _ in show_results.ROWS:
+        file = tmp_path / "evaluation" / folder / "results.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        results = json.loads(file.read_text()) if file.exists() else {"tasks": {}}
+        results["tasks"].setdefault(task, {"metrics": {}})["metrics"][metric] = {"value": 0.5, "stderr": 0.01}
+        file.write_text(json.dumps(results))
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "metrics.jsonl").write_text('{"step": 1, "bigram_bits_per_byte": 1.9}\n')
+    lines = show_results.lines(tmp_path)
+    assert [line[2:56].rstrip() for line in lines[:1] + lines[2:]] == [row[0] for row in show_results.ROWS]
+    assert lines[1].endswith("1.900") and lines[-1].endswith("50.0% ± 1.0%")

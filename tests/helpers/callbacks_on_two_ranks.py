@@ -20,6 +20,7 @@ import torch
 import callbacks
 from bumblebee.callback import Callback
 from bumblebee.distributed import process_group
+from bumblebee.evaluation.tasks import MultipleChoice
 from bumblebee.optim import Constant
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tokenizer.tokenizer import Tokenizer
@@ -40,6 +41,9 @@ def main(folder: Path, stage: int) -> None:
     data.tokenizer = Tokenizer.train(["the bees of the hive"], 300)
     task = LanguageModeling(small_model(vocab_size=300))
     recorder = Recorder()
+    choices = folder / f"choices-{process_group.rank()}.jsonl"
+    records = [{"context": context, "choices": ["bees", "of the hive", "the"], "gold": 1} for context in ("the", "hive", "of")]
+    choices.write_text("".join(json.dumps(record) + "\n" for record in records))
     named = {
         "recorder": recorder,
         "validation": WorseningValidation(),
@@ -47,6 +51,7 @@ def main(folder: Path, stage: int) -> None:
         "checkpoint": callbacks.Checkpoint(every=None, keep=1, best=1, minutes=1e-9, save_last=False),
         "throughput": callbacks.Throughput(every=2, peak_tflops=1.0),
         "samples": callbacks.Samples(["the bee"], every=1, max_new_tokens=4 + process_group.rank(), temperature=0.0),
+        "evaluate": callbacks.Evaluate({"choices": MultipleChoice(str(choices))}, every=2),
         "profiler": callbacks.Profiler(start=1, steps=1),
     }
     trainer = Trainer(max_steps=20, micro_batch_size=2, accumulate=2, precision="fp32", zero_stage=stage, device="cpu")

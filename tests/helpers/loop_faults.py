@@ -110,8 +110,9 @@ def weights_of_one_rank_drift(patch: Patch) -> None:
 def _loss(patch: Patch, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
     """Replace the loss of training by one of logits and labels."""
 
-    def wrong(hidden, weight, labels, *others):
-        return loss(nn.functional.linear(hidden, weight).float(), labels)
+    def wrong(hidden, weight, labels, weighting=None, positions=None):
+        losses = loss(nn.functional.linear(hidden, weight).float(), labels)
+        return losses if positions is None else losses.new_zeros(positions.size).index_copy(0, positions.index, losses)
 
     patch.setattr(lm_head, "linear_cross_entropy", wrong)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy as whole_cross_entropy
 
-from bumblebee.nn.linear_cross_entropy import LossWeighting, _cut, linear_cross_entropy
+from bumblebee.nn.linear_cross_entropy import LossWeighting, Positions, _cut, linear_cross_entropy
 
 MODULE = "bumblebee.nn.linear_cross_entropy"
 D, V = 8, 11
@@ -16,8 +16,8 @@ D, V = 8, 11
 
 @pytest.fixture(params=[(1, 1), (3, V), (3, 2 * V), (2**20, 2**20)], ids=["rows", "chunks", "blocks in chunks", "one chunk"])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(f"{MODULE}.ROWS", request.param[0])
-    monkeypatch.setattr(f"{MODULE}.CACHED", {"cpu": request.param[1]})
+    monkeypatch.setattr(f"{MODULE}.ROWS", {"cpu": request.param[0]})
+    monkeypatch.setattr(f"{MODULE}.SOFTMAX_LOGITS", dict.fromkeys(("cpu", "cuda"), request.param[1]))
 
 
 def inputs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -93,3 +93,18 @@ def test_only_the_gradients_that_are_asked_for_are_computed(chunk):
 def test_a_cut_has_every_row_once_and_in_order(rows, size):
     slices = _cut(rows, size)
     assert [row for part in slices for row in range(rows)[part]] == list(range(rows))
+
+
+def test_sum_of_losses_is_recognized_without_reading_its_gradient():
+    """The gradient of a sum is an expanded number; reading it would make the CPU wait for a GPU."""
+    hidden, weight, labels = inputs(5)
+    positions = Positions(torch.tensor([6, 0, 2, 3, 9]), 10)
+    weighting = LossWeighting(uniform=False)
+    losses = linear_cross_entropy(hidden, weight, labels, weighting, positions)
+    torch.testing.assert_close(losses[positions.index], naive(hidden, weight, labels))
+    assert losses.count_nonzero() == 5
+    (2 * losses.view(2, 5).sum()).backward()
+    assert weighting.uniform
+    other_hidden, other_weight, _ = inputs(5)
+    (2 * naive(other_hidden, other_weight, labels).sum()).backward()
+    torch.testing.assert_close((hidden.grad, weight.grad), (other_hidden.grad, other_weight.grad))

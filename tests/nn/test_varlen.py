@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import attention_operators
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,42 +18,9 @@ PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5, 
 MASKS = {"causal": AttentionMask, "packed": lambda: AttentionMask.packed(PACKED)}
 
 
-def weights(q: Tensor, k: Tensor, ends: Tensor, window: list[int]) -> Tensor:
-    """Attention weights (H, N, N) of a flattened batch, whose query heads share keys in groups."""
-    number, at = torch.repeat_interleave(torch.arange(len(ends) - 1), ends.diff()), torch.arange(len(q))
-    visible = (number[:, None] == number) & (at <= at[:, None])
-    if window[0] >= 0:
-        visible &= at >= at[:, None] - window[0]
-    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) / q.shape[2] ** 0.5
-    return scores.masked_fill(~visible, float("-inf")).softmax(-1)
-
-
-def forward(q, k, v, ends, ends_k, longest, longest_k, causal, scale, window, enable_gqa, *others):
-    """What ``varlen_attn`` promises, and what it requires."""
-    assert ends.dtype == torch.int32 and torch.equal(ends, ends_k) and ends[-1] == len(q)
-    assert longest == longest_k == int(ends.diff().max()) and scale is None and window[1] == 0
-    assert causal == (window == [-1, 0]) and enable_gqa == (q.shape[1] != k.shape[1])
-    out = torch.einsum("hqk,khd->qhd", weights(q, k, ends, window), v.repeat_interleave(q.shape[1] // v.shape[1], 1))
-    return out, q.new_empty(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
-
-
-def backward(grad, q, k, v, out, lse, ends, ends_k, longest, longest_k, causal, rng_state, scale, window):
-    """The gradients, written out: autograd does not record inside an operator."""
-    groups = q.shape[1] // k.shape[1]
-    p, scale = weights(q, k, ends, window), q.shape[2] ** -0.5
-    of_p = torch.einsum("qhd,khd->hqk", grad, v.repeat_interleave(groups, 1))
-    of_scores = p * (of_p - (p * of_p).sum(-1, keepdim=True)) * scale
-    of_q = torch.einsum("hqk,khd->qhd", of_scores, k.repeat_interleave(groups, 1))
-    of_k, of_v = torch.einsum("hqk,qhd->khd", of_scores, q), torch.einsum("hqk,qhd->khd", p, grad)
-    return of_q, of_k.unflatten(1, (-1, groups)).sum(2), of_v.unflatten(1, (-1, groups)).sum(2)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def plain_operators():
-    from torch.nn.attention import varlen as operators
-
-    operators._varlen_attn.register_kernel("cpu")(forward)
-    operators._varlen_attn_backward.register_kernel("cpu")(backward)
+    attention_operators.register_varlen()
 
 
 @pytest.fixture
@@ -133,14 +101,3 @@ def test_documents_travel_with_their_tensor_only():
     assert documents.cu_seqlens.tolist() == [0, 3, 12, 20, 21, 24]
     assert documents_of(moved[:1]) is None  # a meta tensor has no values to find them from
     assert documents_of(PACKED[:1]).cu_seqlens.tolist() == [0, 3, 12]
-
-
-def test_compiled_blocks_have_no_graph_breaks_for_any_documents(tiny, fp32):
-    model = Bumblebee(tiny(num_hidden_layers=1), attention="varlen")
-    torch._dynamo.reset()
-    for block in model.blocks:
-        block.compile(backend="eager", fullgraph=True)
-    ids = torch.zeros(1, 24, dtype=torch.int64)
-    for length in (24, 12, 9, 8, 7, 6, 5, 4, 3):
-        model(ids, position_ids=torch.arange(24).remainder(length)[None]).sum().backward()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # one document, packed, packed with dynamic sizes

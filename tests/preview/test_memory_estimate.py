@@ -65,7 +65,7 @@ def test_lora_needs_gradients_and_optimizer_for_adapters_only(seven):
     assert 0 < size.trained < 0.01 * size.parameters
     assert memory.optimizer == 12 * size.trained
     assert memory.weights == 2 * size.parameters
-    assert memory.total < 0.3 * estimate_memory(seven, TrainingSetup("bf16", 2, 1, "cuda"), BATCH).total
+    assert memory.total < 0.32 * estimate_memory(seven, TrainingSetup("bf16", 2, 1, "cuda"), BATCH).total
 
 
 def test_offload_removes_optimizer_and_weights_from_the_device(seven):
@@ -73,7 +73,8 @@ def test_offload_removes_optimizer_and_weights_from_the_device(seven):
     memory = estimate_memory(seven, setup, BATCH)
     assert memory.optimizer == memory.weights == memory.gradients == 0
     assert (
-        memory.total < 0.3 * estimate_memory(seven, replace(setup, offload_optimizer=False, offload_weights=False), BATCH).total
+        memory.total
+        < 0.32 * estimate_memory(seven, replace(setup, offload_optimizer=False, offload_weights=False), BATCH).total
     )
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]"
 SHOWN = 10  # samples that are printed without --tasks
-_SETTINGS = ("tasks", "include_path", "split", "limit", "fewshot", "chat", "max_length")
+_SETTINGS = ("tasks", "include_path", "split", "limit", "fewshot", "chat", "max_length", "device_map", "quantize")
 
 
 def parser() -> Parser:
@@ -159,9 +159,9 @@ def _print(results: Sequence[TaskResult], show: int) -> None:
             _print_sample(sample)
     print(table(results))
     for result in results:
-        if "exact_match" in result.metrics:
-            matches = sum(sample.scores["exact_match"] == 1 for sample in result.samples)
-            count = len(result.samples)
+        scores = [sample.scores["exact_match"] for sample in result.samples if "exact_match" in sample.scores]
+        if count := len(scores):
+            matches = sum(score == 1 for score in scores)
             print(f"exact match: {matches} of {count} ({matches / count:.1%})")
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed import engine_state
+from bumblebee.distributed.deepspeed.compiled_blocks import gather_compiled_blocks_whole
 from bumblebee.distributed.deepspeed.ds_config import EngineOptions
 from bumblebee.distributed.deepspeed.gathering import gathered_model, iter_full_tensors
 from bumblebee.distributed.deepspeed.operators import import_deepspeed, quiet_initialization, usable_config
@@ -66,12 +67,17 @@ class TrainingEngine:
             if not parameter.is_contiguous():  # DeepSpeed broadcasts parameters as bytes; their gradients get the same layout
                 parameter.data = parameter.data.contiguous()
         config = usable_config(options)
+        if options.zero_stage == 3:
+            gather_compiled_blocks_whole(deepspeed, model)
         with quiet_initialization(deepspeed, options.overrides), _globals_reset_on_failure():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer(groups), config=config, dist_init_required=False
             )
         if options.zero_stage == 3:
             _register_external_parameters(deepspeed, model)
+        if process_group.world_size() == 1:
+            # DeepSpeed would flatten all gradients of stages 0 and 1, reduce them over one rank and copy them back.
+            self._engine.allreduce_no_retain = _reduce_nothing
         self._finite_at_stage_0 = True
         if options.zero_stage == 0:
             self._engine.clip_fp32_gradients = self._clip_at_stage_0
@@ -260,6 +266,10 @@ class TrainingEngine:
         self._engine.destroy()
         _reset_globals()
         del self._engine, self._optimizer, self.model
+
+
+def _reduce_nothing(*args: object, **kwargs: object) -> None:
+    """Stands for the reduction of gradients over a single rank."""
 
 
 def _numbers(group: ParamGroup) -> dict[str, float]:

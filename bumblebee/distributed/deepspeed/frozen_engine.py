@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from bumblebee.distributed.deepspeed.compiled_blocks import gather_compiled_blocks_whole
 from bumblebee.distributed.deepspeed.ds_config import EngineOptions
 from bumblebee.distributed.deepspeed.operators import import_deepspeed, quiet_initialization, usable_config
 from bumblebee.distributed.deepspeed.zero_init import fill_sharded_copy
@@ -41,6 +42,7 @@ class FrozenEngine:
             deepspeed = import_deepspeed(device)
             config = usable_config(options)
             config["zero_optimization"].pop("offload_optimizer", None)
+            gather_compiled_blocks_whole(deepspeed, model)
             with quiet_initialization(deepspeed, options.overrides):
                 fill_sharded_copy(model, copy_of, deepspeed.zero.Init(config_dict_or_path=config))
                 self._engine = deepspeed.initialize(model=model, config=config, dist_init_required=False)[0]

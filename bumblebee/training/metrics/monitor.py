@@ -10,12 +10,15 @@ if TYPE_CHECKING:
     from bumblebee.training.run_state import RunState
 
 
+EVALUATION = "eval/"  # how the names of metrics of callbacks.Evaluate begin
+
+
 class MetricMonitor:
-    """Reads a metric from validations and compares its values.
+    """Reads a metric from validations or evaluations and compares its values.
 
     Args:
         owner: the callback, as error messages name it.
-        metric: name of the metric in the results of a validation.
+        metric: name of the metric in the results of a validation, or of an evaluation on tasks, ``eval/<task>``.
         mode: min if lower values are better, max if higher values are better.
         min_delta: smallest difference to the best value that counts as an improvement.
 
@@ -30,12 +33,23 @@ class MetricMonitor:
             raise ValueError(f"min_delta must be at least 0, got {min_delta}")
         self.owner, self.metric, self.mode, self.min_delta = owner, metric, mode, min_delta
 
-    def require_validation_data(self, trainer: RunState) -> None:
-        """Raise if the data has no validation samples.
+    @property
+    def is_of_evaluation(self) -> bool:
+        """Whether the metric is one of callbacks.Evaluate, and not of a validation."""
+        return self.metric.startswith(EVALUATION)
+
+    def require_source(self, trainer: RunState) -> None:
+        """Raise if nothing in the run reports the metric: no callback evaluates the task, or the data cannot be validated.
 
         Raises:
             ValueError: names the options to set.
         """
+        if self.is_of_evaluation:
+            known = [name for callback in trainer.callbacks.values() for name in callback.evaluations]
+            if not any(self.metric == name or self.metric.startswith(f"{name}/") for name in known):
+                source = f"the tasks report {', '.join(known)}" if known else "add callbacks.Evaluate with the task"
+                raise ValueError(f"callbacks: {self.owner}: no task reports the metric {self.metric!r}; {source}")
+            return
         if not len(trainer.data.validation or ()):
             raise ValueError(
                 f"callbacks: {self.owner} needs validation samples: set data.validation_ratio or data.validation_files,"
@@ -43,14 +57,15 @@ class MetricMonitor:
             )
 
     def value(self, metrics: Mapping[str, float]) -> float:
-        """Return the metric's value in the results of a validation.
+        """Return the metric's value in the results of a validation or an evaluation.
 
         Raises:
             ValueError: the validation does not report this metric; the message lists those it does.
         """
         if self.metric not in metrics:
             known = ", ".join(metrics)
-            raise ValueError(f"callbacks: {self.owner}: unknown metric {self.metric!r}; validation reports {known}")
+            source = "evaluation" if self.is_of_evaluation else "validation"
+            raise ValueError(f"callbacks: {self.owner}: unknown metric {self.metric!r}; {source} reports {known}")
         return metrics[self.metric]
 
     def improves(self, value: float, best: float | None) -> bool:
