@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
-from bumblebee.evaluation.tasks.task import EvaluationTask, SampleResult
 from bumblebee.training.metrics.jsonl_log import truncate_after
 from bumblebee.utils.formatting import number
 from bumblebee.utils.text_files import append_text
@@ -15,6 +14,7 @@ from bumblebee.utils.text_files import append_text
 if TYPE_CHECKING:
     from bumblebee.evaluation.context import EvaluationContext, Split
     from bumblebee.evaluation.statistics import Estimate
+    from bumblebee.evaluation.tasks.task import EvaluationTask, SampleResult
     from bumblebee.trainer import Trainer
 
 FILE = "evaluation.jsonl"
