@@ -67,9 +67,8 @@ def test_command_line_option_overrides_callback_option():
     assert (checkpoint.every, checkpoint.keep) == (7, 5)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in NAMES if name not in ("Evaluate", "Samples")]
-)  # see test_callbacks_on_two_ranks.py
+# Evaluate and Samples: see test_callbacks_on_two_ranks.py.
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("Evaluate", "Samples")])
 def test_other_ranks_write_and_print_nothing(name, stub_trainer, tmp_path, capsys, monkeypatch):
     if name == "WandB":
         pytest.importorskip("wandb")
