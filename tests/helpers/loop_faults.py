@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from bumblebee import model as model_module
 from bumblebee import trainer as trainer_module
 from bumblebee.checkpoint.model_files import ModelFiles
 from bumblebee.checkpoint.sharded_state import WEIGHTS
@@ -31,7 +30,7 @@ from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed import engine, engine_state, operators
 from bumblebee.distributed.deepspeed.zero_shards import base_optimizer
 from bumblebee.lora import peft_layers
-from bumblebee.nn import attention, lm_head
+from bumblebee.nn import attention, block_forward, lm_head
 from bumblebee.optim import Constant, Cosine
 from bumblebee.recipe import Run
 from bumblebee.tasks.dpo import DPO
@@ -444,8 +443,8 @@ def ranks_draw_the_same_numbers(patch: Patch) -> None:
 
 
 def recomputation_drops_others(patch: Patch) -> None:
-    original = model_module.checkpoint
-    patch.setattr(model_module, "checkpoint", functools.partial(original, preserve_rng_state=False))
+    original = block_forward.checkpoint
+    patch.setattr(block_forward, "checkpoint", functools.partial(original, preserve_rng_state=False))
 
 
 def lora_is_not_scaled(patch: Patch) -> None:
