@@ -99,7 +99,8 @@ class Prompts(DataModule[PromptSample]):
         self.dropped = 0
         samples = list(self._read(self.files, 0))
         if not samples:
-            raise ValueError(f"files: there is no prompt in {self.files}; longer than max_length: {self.dropped} dropped")
+            reason = f"; longer than max_length {self.max_length}: {self.dropped} dropped" if self.dropped else ""
+            raise ValueError(f"files: there is no prompt in {self.files}{reason}")
         held_out: list[PromptSample] = []
         if self.validation_files is not None:
             held_out = list(self._read(self.validation_files, len(samples) + self.dropped))

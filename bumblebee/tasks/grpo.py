@@ -44,6 +44,7 @@ from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length
 from bumblebee.transforms import apply_transforms
+from bumblebee.utils.formatting import plural
 from bumblebee.utils.text_files import append_text
 
 Normalisation = Literal["sequence", "token", "constant", "sum"]
@@ -226,10 +227,11 @@ class GRPO(Task):
             try:
                 values = [float(value) for value in reward(prompts, texts, records)] if rollouts else []
             except Exception as error:
-                places = f"{samples[0].place} to {samples[-1].place}"
+                places = _shortened(list(dict.fromkeys(sample.place for sample in samples)))
                 raise RewardError(f"task.rewards: {name} failed on completions of {places}: {_origin(error)}") from error
             if len(values) != len(rollouts):
-                raise RewardError(f"task.rewards: {name} returned {len(values)} rewards for {len(rollouts)} completions")
+                given = plural(len(values), "reward")
+                raise RewardError(f"task.rewards: {name} returned {given} for {len(rollouts)} completions")
             for value, rollout, sample in zip(values, rollouts, samples, strict=True):
                 if not math.isfinite(value):
                     raise RewardError(f"task.rewards: {name} returned {value} for a completion of {sample.place}")
@@ -375,6 +377,12 @@ def _without_completions(batch: Batch, rewards: int) -> Batch:
         "truncated": zero,
         "reward_std": zero[:0],
     }
+
+
+def _shortened(places: Sequence[str]) -> str:
+    """The first three places, and how many more there are."""
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    return ", ".join(places[:3]) + more
 
 
 def _origin(error: Exception) -> str:

@@ -17,7 +17,7 @@ from bumblebee.checkpoint.trainer_state import TRAINER_STATE, checkpoint_step, c
 _RUN_FILES = ("recipe.yaml", "metrics.jsonl", "log.txt", "loss.png", "summary.json", "tensorboard", "config.json",
              "generation_config.json", "tokenizer.json", "tokenizer_config.json", "best.json", "samples.jsonl", "trace.json",
              "profile.txt", "wandb", "adapter_config.json", "adapter_model.safetensors", "SHA256SUMS",
-             "verify.json")  # fmt: skip
+             "verify.json", "evaluation.jsonl", "rollouts")  # fmt: skip
 _RUN_GLOBS = ("checkpoint-*", ".checkpoint-*.partial", "model*.safetensors*")
 
 

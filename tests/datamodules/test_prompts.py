@@ -62,7 +62,7 @@ def test_fingerprint_depends_on_records_and_their_order(file, tokenizer_folder):
     ("text", "options", "message"),
     [
         ('{"prompt": "a"}\n{"text": "b"}', {}, r"questions.jsonl:2: expected exactly one of the keys"),
-        ('{"prompt": "' + "long " * 100 + '"}', {}, r"there is no prompt in .*; longer than max_length: 1 dropped"),
+        ('{"prompt": "' + "long " * 100 + '"}', {}, r"there is no prompt in .*; longer than max_length 64: 1 dropped"),
         ('{"prompt": "' + "long " * 100 + '"}', {"too_long": "stop"}, r"questions.jsonl:1: the prompt has \d+ tokens"),
         ('{"prompt": "a"}', {"validation_ratio": 0.5}, "validation_ratio holds out all 1 prompts"),
         ('{"prompt": "a"}', {"max_length": 0}, "max_length must be at least 1, got 0"),

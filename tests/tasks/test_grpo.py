@@ -256,9 +256,9 @@ def broken(prompts: list[str], completions: list[str], records: list[Any]) -> li
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (too_few, "task.rewards: too_few returned 1 rewards for 12 completions"),
+        (too_few, "task.rewards: too_few returned 1 reward for 12 completions"),
         (nan, r"task.rewards: nan returned nan for a completion of .*questions.jsonl:\d"),
-        (broken, r"task.rewards: broken failed on completions of .*questions.jsonl:\d+ to .*: KeyError\('solution'\)"),
+        (broken, r"task.rewards: broken failed on completions of .*questions.jsonl:\d+.*: KeyError\('solution'\)"),
     ],
 )
 def test_bad_rewards_are_errors_that_name_them(reward, message, tmp_path, monkeypatch):
