@@ -138,7 +138,7 @@ def _runs(process: int) -> bool:
 def raise_on_one_rank(device: str, ranks: int) -> bool:
     """Rank 1 raises at a step."""
     training = Ranks(device, ranks, "--steps", str(STEPS), "--raise_at", str(STOPPED_AT), "--report_ranks")
-    training.wait_for(lambda result: result.get("step") == STOPPED_AT, 150)
+    training.wait_for(lambda result: result.get("step") == STOPPED_AT, 280)
     began = time.monotonic()
     code = training.exit_code(EXIT)
     message = f"raised on rank 1 at step {STOPPED_AT} on purpose"
@@ -162,7 +162,7 @@ def kill_one_rank(device: str, ranks: int) -> bool:
             "--report_ranks",
         )
         training = Ranks(device, ranks, *words, "--pause", "1")
-        training.wait_for(lambda result: result.get("step") == STOPPED_AT and result["rank"] == 1, 150)
+        training.wait_for(lambda result: result.get("step") == STOPPED_AT and result["rank"] == 1, 280)
         victim = training.wait_for(lambda result: result.get("rank") == 1 and "process" in result, 1)
         os.kill(int(str(victim["process"])), signal.SIGKILL)
         began = time.monotonic()

@@ -27,7 +27,7 @@ def test_missing_key_is_requested(open_page: Callable[..., ChatPage], script: Sc
 
 
 def test_retry_waits_for_retry_after(chat: ChatPage, script: ScriptedServer) -> None:
-    script.replies.append(Reply(status=429, message="queue full", headers={"Retry-After": "1"}))
+    script.replies.append(Reply(status=429, message="queue full", headers={"Retry-After": "4"}))
     chat.ask("Now?")
     expect(chat.fault).to_contain_text("The server is busy")
     expect(chat.fault.get_by_role("button")).to_be_disabled()
