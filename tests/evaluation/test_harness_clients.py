@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,9 @@ def server(folder) -> Iterator[Running]:
 def responses(model, folder: Path, names: list[str], chat: bool = False) -> dict[str, list]:
     """What the model answered to each sample of some tasks."""
     manager, _ = find_tasks(names, str(folder))
-    results = simple_evaluate(model, tasks=names, task_manager=manager, bootstrap_iters=0, apply_chat_template=chat)
+    options = {"task_manager": manager, "bootstrap_iters": 0, "apply_chat_template": chat}
+    with ThreadPoolExecutor(1) as thread:  # the clients use asyncio, and the browser of other tests may run a loop in this one
+        results = thread.submit(simple_evaluate, model, tasks=names, **options).result()
     return {name: [sample["resps"] for sample in results["samples"][name]] for name in names}
 
 
