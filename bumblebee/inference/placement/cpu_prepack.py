@@ -1,11 +1,7 @@
 """Prepacked weights for CPU inference: oneDNN's blocked layout, and one matmul for layers with the same input.
 
 oneDNN reads a weight in the checkpoint's layout slowly, or reorders it at every call. Prepacked, a matmul with up to 16 rows,
-as in decode, takes a third to nine tenths of the time. The query, key and value projections are one matmul, and so are the gate
-and up
-projections: with few rows a call costs about as much as its work (figures: docs/lab-log.md). Layers keep their names, and the
-    state
-dict keeps its keys and values.
+as in decode, takes a third to nine tenths of the time (figures: docs/lab-log.md).
 
 Weights are packed one after the other and each original is freed, so there is never a second model in memory; only a head tied
 to the embedding gets a copy. The operators are torch's own, used by torch.compile when it freezes a model; they have no public
@@ -15,60 +11,13 @@ name.
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from bumblebee.nn.attention import Attention
+from bumblebee.inference.placement.shared_matmul import SharedLinear, SharedMatmul, groups_of, joined_biases, share_matmul
 from bumblebee.nn.lm_head import LMHead
-from bumblebee.nn.mlp import GatedMLP
-
-SAME_INPUT: dict[type[nn.Module], tuple[str, ...]] = {  # layers that are called with the same input
-    Attention: ("q_proj", "k_proj", "v_proj"),
-    GatedMLP: ("gate_proj", "up_proj"),
-}
-
-
-@dataclass(slots=True)
-class _Pending:
-    """Outputs of a fused matmul that its layers have not asked for yet. Not attributes of the module: setting those is slow."""
-
-    input: Tensor | None = None
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-
-
-class SharedMatmul(nn.Module):
-    """One matmul for one or several linear layers. The first layer called with an input computes the outputs of all.
-
-    Args:
-        widths: number of outputs of each layer.
-    """
-
-    def __init__(self, widths: list[int]) -> None:
-        super().__init__()
-        self.widths = widths
-        self._pending = _Pending()
-
-    def output(self, x: Tensor, index: int) -> Tensor:
-        """Output of one of the layers: (..., in_features) -> (..., its out_features)."""
-        if len(self.widths) == 1:
-            return self.matmul(x)
-        pending = self._pending
-        if x is not pending.input or index not in pending.outputs:
-            pending.input, pending.outputs = x, dict(enumerate(self.matmul(x).split(self.widths, dim=-1)))
-        out = pending.outputs.pop(index)
-        if not pending.outputs:
-            pending.input = None
-        return out
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """Outputs of all layers, biases included: (..., in_features) -> (..., sum of widths)."""
-        raise NotImplementedError
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Save nothing: the layers save their own parts."""
 
 
 class PrepackedMatmul(SharedMatmul):
@@ -83,36 +32,24 @@ class PrepackedMatmul(SharedMatmul):
         super().__init__([layer.out_features for layer in layers])
         packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat([layer.weight.detach() for layer in layers]))
         self.weight = packed if shared else nn.Parameter(packed, requires_grad=False)
-        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-        self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+        self.bias = joined_biases(layer.bias for layer in layers)
 
     def matmul(self, x: Tensor) -> Tensor:
         """See the base class."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
+    def stored_weight(self) -> Tensor:
+        """See the base class."""
+        return self.weight.detach().to_dense()
 
-class PrepackedLinear(nn.Module):
-    """A linear layer for inference; in a state dict it is an ordinary one.
 
-    Args:
-        matmul: shared by the layers with the same input.
-        index: of this layer in ``matmul``.
-    """
-
-    def __init__(self, matmul: PrepackedMatmul, index: int) -> None:
-        super().__init__()
-        self.matmul, self.index = matmul, index
+class PrepackedLinear(SharedLinear):
+    """One of the layers of a ``PrepackedMatmul``, or a head."""
 
     def forward(self, x: Tensor, labels: None = None) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         assert labels is None, "a prepacked head computes logits, not losses"
-        return self.matmul.output(x, self.index)  # not matmul(...): with few rows even a module call takes noticeable time
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        matmul = self.matmul
-        destination[prefix + "weight"] = matmul.weight.detach().to_dense().split(matmul.widths)[self.index].clone()
-        if matmul.bias is not None:
-            destination[prefix + "bias"] = matmul.bias.detach().split(matmul.widths)[self.index].clone()
+        return self.matmul.output(x, self.index)
 
 
 def can_prepack(dtype: torch.dtype) -> bool:
@@ -127,20 +64,13 @@ def prepack(model: nn.Module) -> None:
     """Prepack all plain linear layers on the CPU, in place; layers that cannot be prepacked stay unchanged."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in list(model.modules()):
-        for parent, names in SAME_INPUT.items():
-            if isinstance(module, parent):
-                _prepack_together(module, names)
+        for names in groups_of(module):
+            layers = [layer for name in names if _is_prepackable(layer := getattr(module, name, None))]
+            kinds = {(layer.bias is None, layer.weight.dtype) for layer in layers}
+            share_matmul(module, names, layers, kinds, PrepackedMatmul, PrepackedLinear)
         for name, child in list(module.named_children()):
             if _is_prepackable(child):
                 setattr(module, name, PrepackedLinear(PrepackedMatmul([child], shared=id(child.weight) in tables), 0))
-
-
-def _prepack_together(module: nn.Module, names: tuple[str, ...]) -> None:
-    layers = [layer for name in names if _is_prepackable(layer := getattr(module, name, None))]
-    if len(layers) == len(names) and len({(layer.bias is None, layer.weight.dtype) for layer in layers}) == 1:
-        matmul = PrepackedMatmul(layers)
-        for index, name in enumerate(names):
-            setattr(module, name, PrepackedLinear(matmul, index))
 
 
 def _is_prepackable(layer: nn.Module | None) -> TypeGuard[nn.Linear]:

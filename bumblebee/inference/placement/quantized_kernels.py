@@ -24,7 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from bumblebee.inference.placement.cpu_prepack import SAME_INPUT, SharedMatmul
+from bumblebee.inference.placement.shared_matmul import SharedLinear, SharedMatmul, groups_of, joined_biases, share_matmul
 from bumblebee.nn.quantized import (
     GROUP_SIZE,
     Int4Weight,
@@ -194,8 +194,7 @@ class QuantizedMatmul(SharedMatmul):
         weights = [layer.quantized for layer in layers]
         self.quantized = fast_weight(weights[0] if len(weights) == 1 else type(weights[0]).cat(weights))
         self.dtype = layers[0].dtype
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        self.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=False) if biases else None
+        self.bias = joined_biases(layer.bias for layer in layers)
         self.hidden_parameters = self.quantized.shape[0] * self.quantized.shape[1]
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -203,50 +202,30 @@ class QuantizedMatmul(SharedMatmul):
         out = self.quantized.matmul(x)
         return out if self.bias is None else out.add_(self.bias)
 
+    def stored_weight(self) -> Tensor:
+        """See the base class."""
+        return self.quantized.dequantize().to(self.dtype)
 
-class FusedQuantizedLinear(nn.Module):
-    """A layer, or a head, whose matmul may be shared; in a state dict it is an ordinary one.
 
-    Args:
-        matmul: shared by the layers with the same input.
-        index: of this layer in ``matmul``.
-    """
-
-    def __init__(self, matmul: QuantizedMatmul, index: int) -> None:
-        super().__init__()
-        self.matmul, self.index = matmul, index
+class FusedQuantizedLinear(SharedLinear):
+    """One of the layers of a ``QuantizedMatmul``, or a head."""
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """(..., K) -> (..., N), or token losses if labels are passed; see ``LMHead``."""
         return self.matmul.output(x, self.index) if labels is None else token_losses(self, x, labels)
 
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        matmul = self.matmul
-        weight = matmul.quantized.dequantize().split(matmul.widths)[self.index]
-        destination[prefix + "weight"] = weight.to(matmul.dtype)
-        if matmul.bias is not None:
-            destination[prefix + "bias"] = matmul.bias.detach().split(matmul.widths)[self.index].clone()
-
 
 def use_fast_kernels(model: nn.Module) -> None:
     """Replace all quantized layers in place: those with the same input share a matmul."""
     for module in list(model.modules()):
-        for parent, names in SAME_INPUT.items():
-            if isinstance(module, parent):
-                _fuse(module, names)
+        for names in groups_of(module):
+            layers = [layer for name in names if isinstance(layer := getattr(module, name, None), QuantizedLinear)]
+            kinds = {(type(layer.quantized), layer.bias is None) for layer in layers}
+            share_matmul(module, names, layers, kinds, QuantizedMatmul, FusedQuantizedLinear)
         for name, child in list(module.named_children()):
             if isinstance(child, QuantizedLinear):
                 setattr(module, name, FusedQuantizedLinear(QuantizedMatmul([child]), 0))
     _log_slow(model)
-
-
-def _fuse(module: nn.Module, names: tuple[str, ...]) -> None:
-    layers = [layer for name in names if isinstance(layer := getattr(module, name, None), QuantizedLinear)]
-    kinds = {(type(layer.quantized), layer.bias is None) for layer in layers}
-    if len(layers) == len(names) and len(kinds) == 1:
-        matmul = QuantizedMatmul(layers)
-        for index, name in enumerate(names):
-            setattr(module, name, FusedQuantizedLinear(matmul, index))
 
 
 def _log_slow(model: nn.Module) -> None:
