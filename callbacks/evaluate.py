@@ -70,6 +70,8 @@ class Evaluate(Callback):
         Raises:
             ValueError: the data has no tokenizer, or a task's file or data cannot be used.
         """
+        from bumblebee.evaluation.evaluation import items_of
+
         if trainer.data.tokenizer is None:
             raise ValueError("callbacks: Evaluate needs a tokenizer: set data.tokenizer, or remove the callback")
         training = trainer.task.model.training
@@ -77,11 +79,9 @@ class Evaluate(Callback):
         trainer.task.model.train(training)
         for name, task in self.tasks.items():
             try:
-                self._items[name] = task.items(context)[: self.limit]
+                self._items[name] = items_of(task, context, self.limit)
             except ValueError as error:
                 raise ValueError(f"callbacks: Evaluate: {name}: {error}") from error
-            if not self._items[name]:
-                raise ValueError(f"callbacks: Evaluate: {name}: the task has nothing to evaluate")
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Drop evaluations after the step that the run resumes from."""

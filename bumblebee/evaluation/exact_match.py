@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 
 from bumblebee.datamodule import DataModule, SampleT
+from bumblebee.evaluation.documents import Document, documents_of
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.request import EngineRequest
 from bumblebee.inference.sampling.sampling_params import SamplingParams
@@ -57,22 +58,21 @@ class Answer:
 def questions(data: DataModule[SampleT], samples: Sequence[SampleT]) -> Iterator[Question]:
     """Yield the questions of all conversations in some samples, in order."""
     for index in range(len(samples)):
-        batch = data.collate([samples[index]])
-        for row in zip(*(batch[name].tolist() for name in ("input_ids", "labels", "position_ids")), strict=True):
-            yield from _in_row(*row)
+        for row in documents_of(data, samples[index]):
+            for conversation in row:
+                yield from _in_conversation(conversation)
 
 
-def _in_row(input_ids: list[int], labels: list[int], position_ids: list[int]) -> Iterator[Question]:
-    """Split a row into conversations, which start at position 0, and these at their runs of targets, the answers."""
-    starts = [index for index, position in enumerate(position_ids) if position == 0]
-    for start, end in zip(starts, [*starts[1:], len(labels)], strict=True):
-        runs = groupby(range(start, end), lambda index: labels[index] != IGNORE_INDEX)
-        answers = [list(indices) for is_target, indices in runs if is_target]
-        previous_end = start
-        for turn, (first, *rest) in enumerate(answers, start=1):
-            last = first + len(rest)  # labels are shifted: the label at an index is the token after it
-            yield Question(input_ids[start : first + 1], labels[first : last + 1], turn, first + 1 - previous_end)
-            previous_end = last + 1
+def _in_conversation(conversation: Document) -> Iterator[Question]:
+    """Split a conversation at its runs of targets, the answers."""
+    ids, labels = conversation
+    runs = groupby(range(len(labels)), lambda index: labels[index] != IGNORE_INDEX)
+    answers = [list(indices) for is_target, indices in runs if is_target]
+    previous_end = 0
+    for turn, (first, *rest) in enumerate(answers, start=1):
+        last = first + len(rest)  # labels are shifted: the label at an index is the token after it
+        yield Question(ids[: first + 1], labels[first : last + 1], turn, first + 1 - previous_end)
+        previous_end = last + 1
 
 
 def answer(
@@ -90,15 +90,11 @@ def answer(
         progress: called with the number of answers that have just been finished.
     """
     chosen, decode = list(islice(asked, limit)), generator.tokenizer.decode
-    texts = [""] * len(chosen)
     stop_ids = generator.tokenizer.end_of_turn_ids
-    for output in generator.outputs([_request(id, question, stop_ids) for id, question in enumerate(chosen)]):
-        texts[int(output.id)] += output.text
-        if output.finish_reason is not None:
-            progress(1)
+    completions = generator.complete([_request(id, question, stop_ids) for id, question in enumerate(chosen)], progress)
     return [
-        Answer(_without_roles(decode(question.prompt[-question.length :])), question.turn, decode(question.answer), text)
-        for question, text in zip(chosen, texts, strict=True)
+        Answer(_without_roles(decode(question.prompt[-question.length :])), question.turn, decode(question.answer), each.text)
+        for question, each in zip(chosen, completions, strict=True)
     ]
 
 

@@ -28,7 +28,7 @@ from bumblebee.evaluation.context import EvaluationContext
 from bumblebee.evaluation.scoring import Continuation, score
 from bumblebee.evaluation.statistics import Estimate
 from bumblebee.evaluation.tasks.task import EvaluationTask, Progress, SampleResult
-from bumblebee.inference.generator import Completion, Generator
+from bumblebee.inference.generator import Generator
 from bumblebee.inference.request import EngineRequest
 from bumblebee.inference.sampling.sampling_params import MAX_STOP_LENGTH, MAX_STOPS, SamplingParams
 from bumblebee.tokenizer.assistant_mask import Message
@@ -221,12 +221,8 @@ class BumblebeeLM(TemplateLM):
         return answers
 
     def _generate(self, requests: list[EngineRequest], disable_tqdm: bool) -> list[str]:
-        completions = {request.id: Completion("", [], "length") for request in requests}
         with tqdm(total=len(requests), desc="Running generate_until requests", disable=disable_tqdm or None) as bar:
-            for output in self.generator.outputs(requests):
-                completions[output.id].add(output)
-                bar.update(output.finish_reason is not None)
-        return [completion.text for completion in completions.values()]
+            return [completion.text for completion in self.generator.complete(requests, bar.update)]
 
     def _sampling(self, gen_kwargs: Mapping[str, object]) -> tuple[SamplingParams, list[str]]:
         """How to sample, and the strings that end the answer.

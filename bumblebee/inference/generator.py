@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -182,10 +182,25 @@ class Generator:
         Raises:
             ValueError: a prompt cannot be continued, or the numbers of params and prompts differ.
         """
-        requests = self._requests(prompts, params)
+        return self.complete(self._requests(prompts, params))
+
+    def complete(
+        self, requests: Sequence[EngineRequest], progress: Callable[[int], object] = lambda count: None
+    ) -> list[Completion]:
+        """Run requests with different ids to their end; the completions are in the order of the requests.
+
+        Args:
+            requests: the requests.
+            progress: called with the number of completions that have just been finished, like ``tqdm.update``.
+
+        Raises:
+            ValueError: a request can never run.
+        """
         completions = {request.id: Completion("", [], "length") for request in requests}
         for output in self.outputs(requests):
             completions[output.id].add(output)
+            if output.finish_reason is not None:
+                progress(1)
         return list(completions.values())
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bumblebee.evaluation.context import EvaluationContext
-from bumblebee.evaluation.records import TaskRecord, read_records
-from bumblebee.evaluation.tasks.prompts import chat_ids, examples_before, plain_prompt
+from bumblebee.evaluation.records import TaskRecord
+from bumblebee.evaluation.tasks.prompts import Example
+from bumblebee.evaluation.tasks.question_file import QuestionFileTask
 from bumblebee.evaluation.tasks.scorers import named_scorers
-from bumblebee.evaluation.tasks.task import EvaluationTask, Progress, SampleResult
+from bumblebee.evaluation.tasks.task import Progress, SampleResult
 from bumblebee.inference.request import EngineRequest
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 
@@ -34,7 +35,7 @@ class Prompt:
     answers: list[str]
 
 
-class Generation(EvaluationTask[Prompt]):
+class Generation(QuestionFileTask[Prompt]):
     """Greedy answers to prompts, with a mean for each scorer.
 
     Args:
@@ -75,47 +76,28 @@ class Generation(EvaluationTask[Prompt]):
             self.extract = None if extract is None else re.compile(extract)
         except re.error as error:
             raise ValueError(f"extract: invalid regular expression {extract!r}: {error}") from None
-        self.file, self.max_new_tokens, self.stop = file, max_new_tokens, list(stop or [])
-        self.fewshot, self.fewshot_file = fewshot, fewshot_file
-        self.chat, self.system, self.separator = chat, system, separator
-        self._pool: Sequence[Prompt] = ()
+        self.max_new_tokens, self.stop = max_new_tokens, list(stop or [])
+        super().__init__(file, fewshot, fewshot_file, chat, system, separator)
 
-    def items(self, context: EvaluationContext) -> list[Prompt]:
-        """The prompts of the file."""
-        prompts = [self._parse(record) for record in read_records(self.file)]
-        self._pool = prompts
-        if self.fewshot_file is not None:
-            self._pool = [self._parse(record) for record in read_records(self.fewshot_file)]
-        return prompts
+    def example_of(self, item: Prompt) -> Example:
+        """See the base class."""
+        return item.text, item.answers[0]
 
     def results(self, context: EvaluationContext, items: Sequence[Prompt], progress: Progress) -> list[SampleResult]:
         """An answer to each prompt, with its scores."""
-        generator, is_chat = context.generator, context.chat if self.chat is None else self.chat
+        generator, is_chat = context.generator, self.is_chat(context)
         params = SamplingParams(temperature=0.0, max_new_tokens=self.max_new_tokens, stop=self.stop)
         if is_chat:
             params = params.ending_with(generator.tokenizer.end_of_turn_ids)
         requests = []
         for number, item in enumerate(items):
-            examples = self._examples(context, item)
-            ids = chat_ids(context, item.text, examples, self.system) if is_chat else self._plain(item, examples)
+            ids = self.chat_prompt(context, item) if is_chat else self.plain_prompt(context, item)
             try:
                 requests.append(EngineRequest(str(number), generator.prepare(ids, params), params))
             except ValueError as error:
                 raise ValueError(f"{item.place}: {error}") from None
-        answers = [""] * len(items)
-        for output in generator.outputs(requests):
-            answers[int(output.id)] += output.text
-            if output.finish_reason is not None:
-                progress(1)
-        return [self._result(context, item, answer) for item, answer in zip(items, answers, strict=True)]
-
-    def _examples(self, context: EvaluationContext, item: Prompt) -> list[tuple[str, str]]:
-        count = context.fewshot if self.fewshot is None else self.fewshot
-        own = item if self.fewshot_file is None else None
-        return [(each.text, each.answers[0]) for each in examples_before(self._pool, own, count)]
-
-    def _plain(self, item: Prompt, examples: Sequence[tuple[str, str]]) -> str:
-        return plain_prompt(item.text, examples, self.separator)
+        completions = generator.complete(requests, progress)
+        return [self._result(context, item, each.text) for item, each in zip(items, completions, strict=True)]
 
     def _result(self, context: EvaluationContext, item: Prompt, answer: str) -> SampleResult:
         scored = answer
@@ -127,9 +109,10 @@ class Generation(EvaluationTask[Prompt]):
         }
         details = {} if self.extract is None else {"extracted": scored}
         expected = item.answers[0] if len(item.answers) == 1 else item.answers
-        return SampleResult(self._plain(item, self._examples(context, item)), answer, expected, scores, details)
+        return SampleResult(self.plain_prompt(context, item), answer, expected, scores, details)
 
-    def _parse(self, record: TaskRecord) -> Prompt:
+    def parse(self, record: TaskRecord) -> Prompt:
+        """See the base class."""
         answer = record.get("answer")
         answers = [record.text("answer")] if isinstance(answer, str) else record.texts("answer")
         if "regex" in self.scorers:

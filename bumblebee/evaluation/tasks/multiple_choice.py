@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bumblebee.evaluation.context import EvaluationContext
-from bumblebee.evaluation.records import TaskRecord, read_records
+from bumblebee.evaluation.records import TaskRecord
 from bumblebee.evaluation.scoring import Continuation, score
-from bumblebee.evaluation.tasks.prompts import chat_ids, examples_before, plain_prompt, split_ids
-from bumblebee.evaluation.tasks.task import EvaluationTask, Progress, SampleResult
+from bumblebee.evaluation.tasks.prompts import Example, split_ids
+from bumblebee.evaluation.tasks.question_file import QuestionFileTask
+from bumblebee.evaluation.tasks.task import Progress, SampleResult
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Choice:
     gold: int
 
 
-class MultipleChoice(EvaluationTask[Choice]):
+class MultipleChoice(QuestionFileTask[Choice]):
     """Multiple choice by log-likelihood. ``acc`` counts questions whose right choice has the highest log-probability,
     ``acc_norm`` those where it has the highest log-probability per byte of the choice.
 
@@ -55,17 +56,20 @@ class MultipleChoice(EvaluationTask[Choice]):
         system: str | None = None,
         separator: str = " ",
     ) -> None:
-        self.file, self.fewshot, self.fewshot_file = file, fewshot, fewshot_file
-        self.chat, self.system, self.separator = chat, system, separator
-        self._pool: Sequence[Choice] = ()
+        super().__init__(file, fewshot, fewshot_file, chat, system, separator)
 
-    def items(self, context: EvaluationContext) -> list[Choice]:
-        """The questions of the file."""
-        questions = [_parse(record) for record in read_records(self.file)]
-        self._pool = questions
-        if self.fewshot_file is not None:
-            self._pool = [_parse(record) for record in read_records(self.fewshot_file)]
-        return questions
+    def example_of(self, item: Choice) -> Example:
+        """See the base class."""
+        return item.context, item.choices[item.gold]
+
+    def parse(self, record: TaskRecord) -> Choice:
+        """See the base class."""
+        context, choices, gold = record.text("context"), record.texts("choices"), record.get("gold")
+        if len(choices) < 2:
+            record.fail("'choices' must hold at least two strings")
+        if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
+            record.fail(f"'gold' must be the index of the right choice, from 0 to {len(choices) - 1}, got {gold!r}")
+        return Choice(context, choices, gold)
 
     def results(self, context: EvaluationContext, items: Sequence[Choice], progress: Progress) -> list[SampleResult]:
         """Log-probabilities of all choices of each question."""
@@ -85,30 +89,15 @@ class MultipleChoice(EvaluationTask[Choice]):
         log_probs = [[next(scores).log_prob for _ in range(count)] for count in counts]
         return [self._result(context, item, each) for item, each in zip(items, log_probs, strict=True)]
 
-    def _examples(self, context: EvaluationContext, item: Choice) -> list[tuple[str, str]]:
-        count = context.fewshot if self.fewshot is None else self.fewshot
-        own = item if self.fewshot_file is None else None
-        return [(each.context, each.choices[each.gold]) for each in examples_before(self._pool, own, count)]
-
     def _ids(self, context: EvaluationContext, item: Choice, choice: str) -> tuple[list[int], list[int]]:
-        examples = self._examples(context, item)
-        if context.chat if self.chat is None else self.chat:
-            return chat_ids(context, item.context, examples, self.system), context.generator.tokenizer.encode(choice)
-        return split_ids(context, plain_prompt(item.context, examples, self.separator), self.separator + choice)
+        if self.is_chat(context):
+            return self.chat_prompt(context, item), context.generator.tokenizer.encode(choice)
+        return split_ids(context, self.plain_prompt(context, item), self.separator + choice)
 
     def _result(self, context: EvaluationContext, item: Choice, log_probs: list[float]) -> SampleResult:
         per_byte = [log_prob / len(choice.encode()) for log_prob, choice in zip(log_probs, item.choices, strict=True)]
         best, best_norm = (values.index(max(values)) for values in (log_probs, per_byte))
-        prompt = plain_prompt(item.context, self._examples(context, item), self.separator)
+        prompt = self.plain_prompt(context, item)
         scores = {"acc": float(best == item.gold), "acc_norm": float(best_norm == item.gold)}
         details = {"choices": item.choices, "gold": item.gold, "log_probs": log_probs}
         return SampleResult(prompt, item.choices[best], item.choices[item.gold], scores, details)
-
-
-def _parse(record: TaskRecord) -> Choice:
-    context, choices, gold = record.text("context"), record.texts("choices"), record.get("gold")
-    if len(choices) < 2:
-        record.fail("'choices' must hold at least two strings")
-    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
-        record.fail(f"'gold' must be the index of the right choice, from 0 to {len(choices) - 1}, got {gold!r}")
-    return Choice(context, choices, gold)

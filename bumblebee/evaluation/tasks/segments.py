@@ -1,7 +1,4 @@
-"""Segments: the texts in a DataModule's samples, each with its targets, and their log-probabilities.
-
-A sample may hold several texts that do not attend to each other; each begins at position 0.
-"""
+"""Segments: the texts in a DataModule's samples, each with its targets, and their log-probabilities."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from bumblebee.datamodule import DataModule, SampleT
+from bumblebee.evaluation.documents import Document, documents_of
 from bumblebee.evaluation.scoring import Continuation
 from bumblebee.nn import IGNORE_INDEX
 
@@ -47,14 +45,11 @@ class Segment(NamedTuple):
 
 def segments_of(data: DataModule[SampleT], sample: SampleT) -> Iterator[list[Segment]]:
     """Yield the segments with targets of each row of a sample's batch."""
-    batch = data.collate([sample])
-    for row in zip(*(batch[name].tolist() for name in ("input_ids", "labels", "position_ids")), strict=True):
-        yield list(_in_row(*row))
+    for row in documents_of(data, sample):
+        yield [segment for document in row if (segment := _up_to_last_target(document))]
 
 
-def _in_row(input_ids: list[int], labels: list[int], position_ids: list[int]) -> Iterator[Segment]:
-    starts = [index for index, position in enumerate(position_ids) if position == 0]
-    for start, end in zip(starts, [*starts[1:], len(labels)], strict=True):
-        targets = [index for index in range(start, end) if labels[index] != IGNORE_INDEX]
-        if targets:
-            yield Segment(input_ids[start : targets[-1] + 1], labels[start : targets[-1] + 1])
+def _up_to_last_target(document: Document) -> Segment | None:
+    ids, labels = document
+    targets = [index for index, label in enumerate(labels) if label != IGNORE_INDEX]
+    return Segment(ids[: targets[-1] + 1], labels[: targets[-1] + 1]) if targets else None
