@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -41,16 +42,21 @@ def processor() -> str:
     return f"{os.cpu_count()} cores of {cpu_name()}"
 
 
+def commit() -> str:
+    """The commit of this checkout; empty outside of one."""
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+
 def header(title: str) -> str:
     """Title, command, processor, versions, commit and date."""
     import torch
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else processor()
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of a module that was started with -m
     script = f"-m {spec.name}" if spec else os.path.relpath(sys.argv[0])
     command = " ".join(["python", script, *sys.argv[1:]])
-    return f"# {title}\n\n`{command}`: {device}, torch {torch.__version__}, commit {commit}, {date.today()}\n"
+    return f"# {title}\n\n`{command}`: {device}, torch {torch.__version__}, commit {commit()}, {date.today()}\n"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -22,6 +22,7 @@ from bumblebee.utils.formatting import number, plural
 from datamodules import record_files
 from datamodules.conversations import parse_prompt, with_system
 from datamodules.records import Record, RecordError
+from datamodules.token_datamodule import check_options, load_tokenizer
 
 NO_PROMPT = -1  # index of a row that only fills up a rank's share
 
@@ -77,12 +78,7 @@ class Prompts(DataModule[PromptSample]):
         validation_ratio: float = 0.0,
         chat_template: str | None = None,
     ) -> None:
-        if max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {max_length}")
-        if not 0 <= validation_ratio < 1:
-            raise ValueError(f"validation_ratio must be in [0, 1), got {validation_ratio}")
-        if validation_ratio and validation_files:
-            raise ValueError("validation_files and validation_ratio are both set: choose one")
+        check_options(max_length, validation_files, validation_ratio)
         self.files, self.tokenizer_folder, self.max_length = files, tokenizer, max_length
         self.system, self.too_long, self.chat_template = system, too_long, chat_template
         self.validation_files, self.validation_ratio = validation_files, validation_ratio
@@ -90,11 +86,7 @@ class Prompts(DataModule[PromptSample]):
 
     def setup(self, seed: int) -> None:
         """Read, render and hold out."""
-        tokenizer = Tokenizer.from_pretrained(self.tokenizer_folder)
-        try:
-            self.tokenizer = tokenizer.with_chat_template(self.chat_template)
-        except ValueError as error:
-            raise ValueError(f"data.chat_template: {error}") from error
+        self.tokenizer = load_tokenizer(self.tokenizer_folder, self.chat_template)
         self.stop_ids = self.tokenizer.chat_template.end_of_turn_ids
         self.dropped = 0
         samples = list(self._read(self.files, 0))

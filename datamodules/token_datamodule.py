@@ -91,12 +91,7 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
         on_bad_record: Literal["stop", "skip"] = "stop",
         cache_dir: str | None = None,
     ) -> None:
-        if max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {max_length}")
-        if not 0 <= validation_ratio < 1:
-            raise ValueError(f"validation_ratio must be in [0, 1), got {validation_ratio}")
-        if validation_ratio and validation_files:
-            raise ValueError("validation_files and validation_ratio are both set: choose one")
+        check_options(max_length, validation_files, validation_ratio)
         self.files, self.validation_files = files, validation_files
         self.max_length, self.validation_ratio = max_length, validation_ratio
         self.deduplicate, self.on_bad_record = deduplicate, on_bad_record
@@ -143,11 +138,7 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
         Raises:
             ValueError: the folder has no tokenizer, or there is no such template.
         """
-        tokenizer = Tokenizer.from_pretrained(self.tokenizer_folder)
-        try:
-            return tokenizer.with_chat_template(self.chat_template)
-        except ValueError as error:
-            raise ValueError(f"data.chat_template: {error}") from error
+        return load_tokenizer(self.tokenizer_folder, self.chat_template)
 
     def _nonempty_dataset(self, option: str, cache: TokenCache, samples: np.ndarray) -> DatasetT:
         dataset = self.make_dataset(cache, samples)
@@ -297,6 +288,33 @@ class TokenDataModule(DataModule[SampleT], Generic[SampleT, DatasetT]):
         if self.chat_template is not None:
             lines["chat template"] = self.chat_template
         return lines
+
+
+def check_options(max_length: int, validation_files: str | list[str] | None, validation_ratio: float) -> None:
+    """Check what DataModules of files have in common.
+
+    Raises:
+        ValueError: a number is out of range, or samples are held out in two ways.
+    """
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    if not 0 <= validation_ratio < 1:
+        raise ValueError(f"validation_ratio must be in [0, 1), got {validation_ratio}")
+    if validation_ratio and validation_files:
+        raise ValueError("validation_files and validation_ratio are both set: choose one")
+
+
+def load_tokenizer(folder: str, chat_template: str | None) -> Tokenizer:
+    """Read a tokenizer, with another chat template than the folder's if one is named: a file or "chatml".
+
+    Raises:
+        ValueError: the folder has no tokenizer, or there is no such template.
+    """
+    tokenizer = Tokenizer.from_pretrained(folder)
+    try:
+        return tokenizer.with_chat_template(chat_template)
+    except ValueError as error:
+        raise ValueError(f"data.chat_template: {error}") from error
 
 
 def estimated_text_size(files: list[str]) -> int:

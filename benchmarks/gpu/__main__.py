@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from benchmarks.common import processor
+from benchmarks.common import commit, processor
 from benchmarks.gpu.environment import installed
 from benchmarks.gpu.parts import ROOT, Part, all_parts, select
 from benchmarks.gpu.report import Records, targets_table
@@ -94,11 +93,10 @@ def origin(device: str) -> dict[str, str]:
     """Hardware, versions, commit and date of the records."""
     import torch
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if device == "cuda" else processor()
     return {
         "kind": device, "device": hardware, "torch": torch.__version__, "deepspeed": installed("deepspeed") or "none",
-        "python": platform.python_version(), "commit": commit or "unknown", "date": str(date.today()),
+        "python": platform.python_version(), "commit": commit() or "unknown", "date": str(date.today()),
     }  # fmt: skip
 
 

@@ -15,7 +15,6 @@ import math
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import header, processor, table
+from benchmarks.common import commit, header, processor, table
 from bumblebee.hardware.cuda import configure_cuda
 from bumblebee.verify.checks import machine_throughput
 from bumblebee.verify.checks.machine_throughput import duration
@@ -310,8 +309,13 @@ def write(folder: Path, rows: Sequence[dict[str, object]], device: torch.device)
     """Append the results to kernels.jsonl, and draw a plot of them."""
     folder.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    origin = {"device": name, "torch": torch.__version__, "python": platform.python_version(), **_packages(), "commit": commit}
+    origin = {
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **_packages(),
+        "commit": commit(),
+    }
     with (folder / "kernels.jsonl").open("a", encoding="utf-8") as stream:
         stream.writelines(json.dumps({**_finite(row), **origin, "date": str(date.today())}) + "\n" for row in rows)
     plot(folder / f"{rows[0]['kernel']}_{rows[0]['dtype']}_{device.type}.png", rows)

@@ -7,13 +7,29 @@ resumed run samples the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Protocol
 
-from bumblebee.inference.generator import Generator
+from bumblebee.inference.generator import Completion, Generator
 from bumblebee.inference.request import EngineRequest
 from bumblebee.inference.sampling.sampling_params import SamplingParams
+
+
+class Question(Protocol):
+    """A prompt of the data, such as ``datamodules.prompts.PromptSample``, which describes the fields."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def ids(self) -> list[int]: ...
+    @property
+    def question(self) -> str: ...
+    @property
+    def record(self) -> Mapping[str, object]: ...
+    @property
+    def place(self) -> str: ...
 
 
 @dataclass
@@ -27,6 +43,7 @@ class Rollout:
         text: the completion as text, without special tokens.
         truncated: whether it was cut at the maximum number of tokens.
         rewards: of each reward function.
+        reward: their weighted sum.
     """
 
     prompt: int
@@ -35,6 +52,13 @@ class Rollout:
     text: str = ""
     truncated: bool = False
     rewards: list[float] = field(default_factory=list)
+    reward: float = 0.0
+
+    @classmethod
+    def of(cls, prompt: int, completion: Completion) -> Rollout:
+        """A rollout without rewards."""
+        log_probs = [token.logprob or 0.0 for token in completion.tokens]
+        return cls(prompt, completion.token_ids, log_probs, completion.text, completion.finish_reason == "length")
 
 
 def rollout_seed(seed: int, step: int, prompt: int, number: int) -> int:
@@ -55,20 +79,15 @@ def sample_groups(
     Returns:
         For each prompt its group.
     """
-    groups = [[Rollout(index) for _ in group] for (index, _), group in zip(prompts, params, strict=True)]
+    if not prompts:
+        return []
     requests = [
         EngineRequest(f"{place} {number}", ids, each)
         for place, ((_, ids), group) in enumerate(zip(prompts, params, strict=True))
         for number, each in enumerate(group)
     ]
-    for output in generator.outputs(requests):
-        place, number = map(int, output.id.split())
-        rollout = groups[place][number]
-        rollout.text += output.text
-        rollout.tokens += [token.id for token in output.tokens]
-        rollout.log_probs += [token.logprob or 0.0 for token in output.tokens]
-        rollout.truncated = output.finish_reason == "length"
-    return groups
+    completions = iter(generator.complete(requests))
+    return [[Rollout.of(index, next(completions)) for _ in group] for (index, _), group in zip(prompts, params, strict=True)]
 
 
 def flat(groups: Iterable[Sequence[Rollout]]) -> list[Rollout]:

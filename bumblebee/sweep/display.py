@@ -82,10 +82,6 @@ class Display:
                 f"{trial.name} {trial.state}{metric}, {duration(trial.seconds or 0)}. {self._summary(self.study.trials())}"
             )
 
-    def close(self) -> None:
-        """Leave the table as it is."""
-        self._drawn = 0
-
     def lines(self, running: Sequence[Running]) -> list[str]:
         """The table: running trials and as many others as there is room for, and a summary."""
         columns, height = shutil.get_terminal_size()

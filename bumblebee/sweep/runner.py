@@ -274,9 +274,8 @@ class Runner:
 def _was_cut(process: TrialProcess) -> bool:
     """Whether a process that is not alive ended before its run did: killed, stopped after saving, or never started."""
     code = process.exit_code()
-    is_trained = (
-        process.folder / DIGESTS
-    ).exists()  # the last file of the model that a run ends with, unless it is interrupted
+    # The last file of the model that a run ends with, unless it is interrupted.
+    is_trained = (process.folder / DIGESTS).exists()
     return not is_trained and (code is None or code <= 0)
 
 

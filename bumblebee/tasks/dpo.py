@@ -37,7 +37,7 @@ from bumblebee.tasks.pair_log_probs import (
     token_log_probs,
     valid_pairs,
 )
-from bumblebee.tasks.preference_task import PreferenceTask, smoothed_loss
+from bumblebee.tasks.preference_task import PreferenceTask, check_beta, smoothed_loss
 from bumblebee.tasks.reference import FrozenReference, PolicyReference, Reference
 from bumblebee.tasks.reference_cache import folder_digest, load_or_compute, tensors_digest
 from bumblebee.tasks.run_context import RunContext
@@ -232,8 +232,7 @@ class DPO(PreferenceTask):
 
 
 def _check(beta: float, loss_type: str, smoothing: float, ld_alpha: float, reference: str) -> None:
-    if not beta > 0:
-        raise ValueError(f"pref_beta must be more than 0, got {beta}")
+    check_beta(beta)
     if loss_type not in ("sigmoid", "ipo", "hinge", "robust"):
         raise ValueError(f"loss_type must be sigmoid, ipo, hinge or robust, got {loss_type!r}")
     if not 0 <= smoothing < 0.5:

@@ -21,31 +21,28 @@ Shapes: R completions (rows), T positions.
 
 from __future__ import annotations
 
-import json
 import math
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from bumblebee.datamodule import Batch, DataModule
-from bumblebee.distributed import process_group
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.nn import IGNORE_INDEX
-from bumblebee.rewards import RewardError, RewardFunction
 from bumblebee.rl.advantages import AdvantageKind, advantages_of
-from bumblebee.rl.rollout import Rollout, flat, rollout_seed, sample_groups
+from bumblebee.rl.rollout import Question, Rollout, flat, rollout_seed, sample_groups
+from bumblebee.rl.rollout_files import write_rollouts
+from bumblebee.rl.scoring import WeightedRewards
 from bumblebee.tasks.reference import evaluation_mode
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length
 from bumblebee.transforms import apply_transforms
-from bumblebee.utils.formatting import plural
-from bumblebee.utils.text_files import append_text
 
 Normalisation = Literal["sequence", "token", "constant", "sum"]
 _PER_COMPLETION = ("reward", "length", "truncated")
@@ -87,26 +84,21 @@ class GRPO(Task):
         keep_rollouts: int = 20,
     ) -> None:
         self.model, self.transforms = model, apply_transforms(model, transforms)
-        self.rewards: list[RewardFunction] = list(rewards)
-        self.reward_weights = [1.0] * len(rewards) if reward_weights is None else list(reward_weights)
+        self.rewards = WeightedRewards(rewards, reward_weights)
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
         self.advantages, self.normalise, self.importance_cap = advantages, normalise, importance_cap
         self.keep_rollouts = keep_rollouts
         self._check()
-        self.names = _unique([_name_of(reward) for reward in rewards])
         self.weights = {"grpo": 1.0}
         self.units = {
-            **{f"rl/{name}": "completions" for name in (*_PER_COMPLETION, *(f"reward/{name}" for name in self.names))},
+            **{f"rl/{name}": "completions" for name in (*_PER_COMPLETION, *(f"reward/{name}" for name in self.rewards.names))},
             **{f"rl/{name}": "tokens" for name in _PER_TOKEN},
             **{f"rl/{name}": "groups" for name in ("reward_std", "equal_groups")},
         }
+        self._run: RunContext | None = None
         self._seconds, self._sampled = 0.0, 0  # of rollouts since the last line of metrics, on this rank
 
     def _check(self) -> None:
-        if not self.rewards:
-            raise ValueError("rewards must name at least one reward function, such as bumblebee.rewards.ExactAnswer")
-        if len(self.reward_weights) != len(self.rewards):
-            raise ValueError(f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards")
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2: a completion is compared with others; got {self.group_size}")
         if self.max_new_tokens < 1:
@@ -130,7 +122,8 @@ class GRPO(Task):
                 )
         check_length(self.model, data)
         adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
-        self._samples, self._tokenizer, self._stop_ids = {each.index: each for each in samples}, data.tokenizer, data.stop_ids
+        self._questions: dict[int, Question] = {each.index: each for each in samples}
+        self._tokenizer, self._stop_ids = data.tokenizer, data.stop_ids
         longest = max(len(sample.ids) for sample in samples)
         positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", math.inf)
         if longest + self.max_new_tokens > positions:
@@ -148,97 +141,63 @@ class GRPO(Task):
 
     def summary(self) -> dict[str, object]:
         """Rewards, groups and the loss."""
-        rewards = ", ".join(
-            name if weight == 1 else f"{weight:g} x {name}"
-            for name, weight in zip(self.names, self.reward_weights, strict=True)
-        )
         groups = f"{self.group_size} completions of at most {self.max_new_tokens} tokens"
-        return {"rewards": rewards, "groups": groups, "advantages": self.advantages, "normalised by": self.normalise}
+        return {"rewards": str(self.rewards), "groups": groups, "advantages": self.advantages, "normalised by": self.normalise}
 
     # -- rollouts --------------------------------------------------------------------------------------------------------
 
     def prepare_step(self, window: list[Batch], step: int) -> list[Batch]:
         """Sample completions of this rank's prompts with the current weights, and score them. Collective."""
-        began = time.perf_counter()
+        assert self._run is not None, "begin has not been called"
+        seed = self._run.seed
         prompts = [_prompts_of(batch) for batch in window]
-        with self._run.engine.whole_model(), evaluation_mode(self.model):
-            groups = self._sample([each for batch in prompts for each in batch], step)
-        rollouts = flat(groups)
+        params = [
+            [self._params(rollout_seed(seed, step, index, number)) for number in range(self.group_size)]
+            for batch in prompts
+            for index, _ in batch
+        ]
+        began = time.perf_counter()
+        groups = self._sample([each for batch in prompts for each in batch], params)
         self._seconds += time.perf_counter() - began
+        rollouts = flat(groups)
         self._sampled += sum(len(rollout.tokens) for rollout in rollouts)
-        self._score_on_all_ranks(rollouts)
-        rewards = torch.tensor([[self._reward(each) for each in group] for group in groups], dtype=torch.float64)
-        advantages = advantages_of(rewards.view(len(groups), self.group_size), self.advantages)
-        self._write(rollouts, advantages.flatten().tolist(), step)
+        questions = [self._questions[rollout.prompt] for rollout in rollouts]
+        self.rewards.score(rollouts, questions)
+        rewards = torch.tensor([each.reward for each in rollouts], dtype=torch.float64).view(len(groups), self.group_size)
+        advantages = advantages_of(rewards, self.advantages)
+        if self.keep_rollouts:
+            folder, names = self._run.output_dir / "rollouts", self.rewards.names
+            write_rollouts(folder, step + 1, self.keep_rollouts, names, rollouts, questions, advantages.flatten().tolist())
         batches, at = [], 0
         for batch, own in zip(window, prompts, strict=True):
             part = slice(at, at + len(own))
-            batches.append(
-                self._training_batch(own, groups[part], advantages[part])
-                if own
-                else _without_completions(batch, len(self.names))
-            )
             at += len(own)
+            if own:
+                batches.append(self._training_batch(own, groups[part], advantages[part]))
+            else:
+                batches.append(_without_completions(batch, len(self.rewards.names)))
         return batches
 
     def largest_batch(self, batch: Batch, /) -> Batch:
         """Completions of the maximum length."""
         prompts, blank = _prompts_of(batch), [0] * self.max_new_tokens
-        rewards = [0.0] * len(self.names)
+        rewards = [0.0] * len(self.rewards.names)
         groups = [
             [Rollout(index, blank, [0.0] * len(blank), rewards=rewards) for _ in range(self.group_size)] for index, _ in prompts
         ]
         return self._training_batch(prompts, groups, torch.zeros(len(groups), self.group_size))
 
-    def _sample(self, prompts: Sequence[tuple[int, list[int]]], step: int) -> list[list[Rollout]]:
-        if not prompts:
-            return []
-        params = [
-            [self._params(rollout_seed(self._run.seed, step, index, number)) for number in range(self.group_size)]
-            for index, _ in prompts
-        ]
-        return sample_groups(self._generator(), prompts, params)
-
-    def _generator(self) -> Generator:
-        return Generator(self.model, self._tokenizer, self._stop_ids)  # type: ignore[arg-type]
+    def _sample(
+        self, prompts: Sequence[tuple[int, list[int]]], params: Sequence[Sequence[SamplingParams]]
+    ) -> list[list[Rollout]]:
+        """``sample_groups`` from the current weights, which are gathered at stage 3. Collective in a run."""
+        whole = nullcontext() if self._run is None else self._run.engine.whole_model()
+        with whole, evaluation_mode(self.model):
+            generator = Generator(self.model, self._tokenizer, self._stop_ids)  # type: ignore[arg-type]
+            return sample_groups(generator, prompts, params)
 
     def _params(self, seed: int) -> SamplingParams:
         return SamplingParams(max_new_tokens=self.max_new_tokens, seed=seed, logprobs=0)
-
-    def _score_on_all_ranks(self, rollouts: list[Rollout]) -> None:
-        """``_score``; if a reward fails on one rank, all ranks stop. Collective."""
-        error: RewardError | None = None
-        try:
-            self._score(rollouts)
-        except RewardError as failure:
-            error = failure
-        process_group.raise_on_all_ranks(error, "a reward function failed on another rank")
-
-    def _score(self, rollouts: list[Rollout]) -> None:
-        """Call the reward functions.
-
-        Raises:
-            RewardError: one raised, or returned another number of rewards, or one that is not finite.
-        """
-        samples = [self._samples[rollout.prompt] for rollout in rollouts]
-        prompts, records = [sample.question for sample in samples], [sample.record for sample in samples]
-        texts = [rollout.text for rollout in rollouts]
-        for name, reward in zip(self.names, self.rewards, strict=True):
-            try:
-                values = [float(value) for value in reward(prompts, texts, records)] if rollouts else []
-            except Exception as error:
-                places = _shortened(list(dict.fromkeys(sample.place for sample in samples)))
-                raise RewardError(f"task.rewards: {name} failed on completions of {places}: {_origin(error)}") from error
-            if len(values) != len(rollouts):
-                given = plural(len(values), "reward")
-                raise RewardError(f"task.rewards: {name} returned {given} for {len(rollouts)} completions")
-            for value, rollout, sample in zip(values, rollouts, samples, strict=True):
-                if not math.isfinite(value):
-                    raise RewardError(f"task.rewards: {name} returned {value} for a completion of {sample.place}")
-                rollout.rewards.append(value)
-
-    def _reward(self, rollout: Rollout) -> float:
-        return sum(weight * reward for weight, reward in zip(self.reward_weights, rollout.rewards, strict=True))
 
     def _training_batch(
         self, prompts: Sequence[tuple[int, list[int]]], groups: Sequence[Sequence[Rollout]], advantages: Tensor
@@ -253,7 +212,7 @@ class GRPO(Task):
             input_ids[row, :end] = torch.tensor([*ids, *rollout.tokens][:-1])
             labels[row, begin:end] = torch.tensor(rollout.tokens)
             sampled[row, begin:end] = torch.tensor(rollout.log_probs)
-        totals = torch.tensor([[self._reward(each) for each in group] for group in groups], dtype=torch.float64)
+        totals = torch.tensor([[each.reward for each in group] for group in groups], dtype=torch.float64)
         return {
             "input_ids": input_ids,
             "labels": labels,
@@ -265,27 +224,6 @@ class GRPO(Task):
             "truncated": torch.tensor([float(rollout.truncated) for _, rollout in rows], dtype=torch.float64),
             "reward_std": totals.std(dim=1),
         }
-
-    def _write(self, rollouts: Sequence[Rollout], advantages: Sequence[float], step: int) -> None:
-        """Write the completions of a step, and delete those of older steps. Each rank has files of its own."""
-        if not self.keep_rollouts:
-            return
-        folder = self._run.output_dir / "rollouts"
-        folder.mkdir(parents=True, exist_ok=True)
-        rank = "" if self._run.is_main else f"-rank-{process_group.rank()}"
-        file = folder / f"step-{step + 1:06d}{rank}.jsonl"
-        file.unlink(missing_ok=True)  # of a run that was cut after this step
-        append_text(file, "".join(self._line(*each, step) for each in zip(rollouts, advantages, strict=True)))
-        (folder / f"step-{step + 1 - self.keep_rollouts:06d}{rank}.jsonl").unlink(missing_ok=True)
-
-    def _line(self, rollout: Rollout, advantage: float, step: int) -> str:
-        sample = self._samples[rollout.prompt]
-        line = {
-            "step": step + 1, "place": sample.place, "prompt": sample.question, "completion": rollout.text,
-            "reward": self._reward(rollout), **dict(zip(self.names, rollout.rewards, strict=True)),
-            "advantage": advantage, "tokens": len(rollout.tokens), "truncated": rollout.truncated,
-        }  # fmt: skip
-        return json.dumps(line, ensure_ascii=False) + "\n"
 
     # -- a step ----------------------------------------------------------------------------------------------------------
 
@@ -322,27 +260,20 @@ class GRPO(Task):
             "rl/reward": batch["reward"].sum(), "rl/length": lengths.sum(), "rl/truncated": batch["truncated"].sum(),
             "rl/logprob_drift": drift.abs().sum(), "rl/entropy": -log_probs.detach().sum(),
             "rl/reward_std": batch["reward_std"].sum(), "rl/equal_groups": (batch["reward_std"] == 0).sum(),
-            **{f"rl/reward/{name}": batch["rewards"][:, at].sum() for at, name in enumerate(self.names)},
+            **{f"rl/reward/{name}": batch["rewards"][:, at].sum() for at, name in enumerate(self.rewards.names)},
         }  # fmt: skip
         return {"grpo": loss, **{name: value.double() for name, value in sums.items()}}
 
     def validation_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
         """Sums of the rewards and lengths of greedy completions."""
         prompts = _prompts_of(batch)
-        engine = getattr(self, "_run", None) and self._run.engine
-        with evaluation_mode(self.model):
-            params = [[SamplingParams(max_new_tokens=self.max_new_tokens, temperature=0.0)]] * len(prompts)
-            if engine:
-                with engine.whole_model():
-                    groups = sample_groups(self._generator(), prompts, params) if prompts else []
-            else:
-                groups = sample_groups(self._generator(), prompts, params)
-        rollouts = flat(groups)
-        self._score(rollouts)
+        greedy = SamplingParams(max_new_tokens=self.max_new_tokens, temperature=0.0)
+        rollouts = flat(self._sample(prompts, [[greedy]] * len(prompts)))
+        self.rewards.score(rollouts, [self._questions[rollout.prompt] for rollout in rollouts])
         sums = {
-            "rl/reward": sum(self._reward(rollout) for rollout in rollouts),
+            "rl/reward": sum(rollout.reward for rollout in rollouts),
             "rl/length": sum(len(rollout.tokens) for rollout in rollouts), "completions": len(rollouts),
-            **{f"rl/reward/{name}": sum(each.rewards[at] for each in rollouts) for at, name in enumerate(self.names)},
+            **{f"rl/reward/{name}": sum(each.rewards[at] for each in rollouts) for at, name in enumerate(self.rewards.names)},
         }  # fmt: skip
         return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in sums.items()}
 
@@ -377,24 +308,3 @@ def _without_completions(batch: Batch, rewards: int) -> Batch:
         "truncated": zero,
         "reward_std": zero[:0],
     }
-
-
-def _shortened(places: Sequence[str]) -> str:
-    """The first three places, and how many more there are."""
-    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-    return ", ".join(places[:3]) + more
-
-
-def _origin(error: Exception) -> str:
-    """An error with the file and line that raised it."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{error!r} ({frame.filename}:{frame.lineno})"
-
-
-def _name_of(reward: RewardFunction) -> str:
-    return getattr(reward, "__name__", type(reward).__name__)
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    """Names with a number where one occurs several times."""
-    return [name if names.count(name) == 1 else f"{name}_{names[:at].count(name) + 1}" for at, name in enumerate(names)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from bumblebee.tasks.preference_task import ReferenceFreeTask
+from bumblebee.tasks.preference_task import ReferenceFreeTask, check_beta
 from bumblebee.transforms import apply_transforms
 
 _LARGEST = -1e-6  # the odds of probability 1 are infinite
@@ -39,8 +39,7 @@ class ORPO(ReferenceFreeTask):
     def __init__(
         self, model: nn.Module, transforms: list[Callable[[nn.Module], object]] | None = None, pref_beta: float = 0.1
     ) -> None:
-        if not pref_beta > 0:
-            raise ValueError(f"pref_beta must be more than 0, got {pref_beta}")
+        check_beta(pref_beta)
         self.model, self.transforms = model, apply_transforms(model, transforms)
         self.beta = pref_beta
         self._set_weights(sft_weight=1.0)

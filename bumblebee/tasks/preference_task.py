@@ -143,13 +143,22 @@ def smoothed_loss(margins: Tensor, smoothing: float) -> Tensor:
     return -(1 - smoothing) * logsigmoid(margins) - smoothing * logsigmoid(-margins)
 
 
+def check_beta(beta: float) -> None:
+    """Check beta.
+
+    Raises:
+        ValueError: it is not positive.
+    """
+    if not beta > 0:
+        raise ValueError(f"pref_beta must be more than 0, got {beta}")
+
+
 def check_numbers(beta: float, smoothing: float) -> None:
     """Check the options of a loss without a reference.
 
     Raises:
         ValueError: beta is not positive, or the smoothing not in [0, 0.5).
     """
-    if not beta > 0:
-        raise ValueError(f"pref_beta must be more than 0, got {beta}")
+    check_beta(beta)
     if not 0 <= smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {smoothing}")
