@@ -56,7 +56,7 @@ class GRPO(Task):
 
     Args:
         model: called as ``model(input_ids, position_ids=..., labels=...)``, returns token losses (R, T).
-        rewards: reward functions, by class path or function path; see ``bumblebee/rewards.py``.
+        rewards: reward functions, by class path or function path; see ``bumblebee/rewards/``.
         transforms: applied to the model in order, such as bumblebee.lora.LoRA.
         reward_weights: of the reward functions in their sum; null weights all 1.
         group_size: completions of each prompt.
@@ -122,6 +122,7 @@ class GRPO(Task):
                 )
         check_length(self.model, data)
         adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
+        self.rewards.check()
         self._questions: dict[int, Question] = {each.index: each for each in samples}
         self._tokenizer, self._stop_ids = data.tokenizer, data.stop_ids
         longest = max(len(sample.ids) for sample in samples)
@@ -283,10 +284,11 @@ class GRPO(Task):
         return {f"validation_{name}": value / count for name, value in sums.items() if name != "completions"}
 
     def metrics(self) -> dict[str, float]:
-        """The model's own, and the speed of sampling on this rank."""
+        """The model's own, the speed of sampling on this rank, and numbers of completions that could not be scored."""
         seconds, sampled, self._seconds, self._sampled = self._seconds, self._sampled, 0.0, 0
         speed = {"rl/sampled_tokens_per_second": sampled / seconds} if seconds else {}
-        return {**super().metrics(), **speed}
+        failures = self.rewards.failures.take() if self.rewards.can_fail else {}
+        return {**super().metrics(), **speed, **failures}
 
 
 def _prompts_of(batch: Batch) -> list[tuple[int, list[int]]]:
