@@ -225,7 +225,7 @@ class Trainer(RunState):
         if terms:
             # Of the task's own terms; the model's auxiliary losses are logged separately.
             metrics["loss"] = sum(weight * terms[name] for name, weight in self.task.weights.items() if name in terms)
-            metrics.update((name, value) for name, value in terms.items() if name != "loss")
+            metrics.update((name, value) for name, value in terms.items() if name != "loss" and not name.startswith("_"))
             metrics.update(self.task.derived_metrics(terms))
             metrics.update(grad_norm=self.engine.gradient_norm(), **self.engine.loss_scale())
             if self.skipped.total or self.precision == "fp16":

@@ -169,6 +169,21 @@ def test_sampled_log_probabilities_are_those_that_are_trained(tmp_path):
     assert len({record["completion"] for record in records}) > 6
 
 
+def test_metrics_describe_the_completions_of_the_step(tmp_path):
+    """Over all groups and micro-batches, as computed from the rollouts themselves."""
+    for line in train(tmp_path, **JOB):
+        records = [json.loads(text) for text in (tmp_path / f"rollouts/step-{line['step']:06d}.jsonl").read_text().splitlines()]
+        rewards = torch.tensor([record["reward"] for record in records], dtype=torch.float64)
+        lengths = [record["tokens"] for record in records]
+        assert line["rl/reward_spread"] == pytest.approx(float(rewards.std(correction=0)))
+        assert line["rl/group_variance"] == pytest.approx(float(rewards.view(-1, 3).var(dim=1).mean()))
+        assert (line["rl/length_max"], line["rl/length"]) == (max(lengths), pytest.approx(sum(lengths) / len(lengths)))
+        assert line["rl/truncated"] == pytest.approx(sum(record["truncated"] for record in records) / len(records))
+        assert line["rl/time_sampling"] + line["rl/time_rewards"] + line["rl/time_training"] == pytest.approx(1.0)
+        assert line["rl/sampled_tokens_per_second"] > 0 and line["rl/trained_tokens_per_second"] > 0
+        assert "_reward_square" not in line
+
+
 def test_training_raises_the_reward(tmp_path):
     job = {**JOB, "optimizer": ("AdamW", {"lr": 3e-3}), "max_steps": 40, "micro_batch_size": 11, "accumulate": 1}
     rewards = [line["rl/reward"] for line in train(tmp_path, **job)]
