@@ -8,7 +8,7 @@ command line reads the options of this module without importing torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from bumblebee.callback import Callback
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.distributed import process_group
 from bumblebee.optim import GroupRule, Optimizer, Schedule, set_learning_rate
+from bumblebee.rl.sampled_text import SampledText
 from bumblebee.tasks.task import Task
 from bumblebee.training.run_state import RunState
 from bumblebee.utils.signals import stop_on_signals
@@ -210,6 +211,10 @@ class Trainer(RunState):
         for name, value in metrics.items():
             self.log(name, value)
         self.call("on_evaluation_end", metrics)
+
+    def report_samples(self, samples: Sequence[SampledText]) -> None:
+        """Call ``on_samples`` with texts that the model has written."""
+        self.call("on_samples", samples)
 
     # -- metrics -------------------------------------------------------------------------------------------------------
 

@@ -36,8 +36,9 @@ from bumblebee.nn import IGNORE_INDEX
 from bumblebee.plotting.panels import Panel, ShownMetric
 from bumblebee.rl.advantages import AdvantageKind, advantages_of
 from bumblebee.rl.rollout import Question, Rollout, flat, rollout_seed, sample_groups
-from bumblebee.rl.rollout_files import write_rollouts
+from bumblebee.rl.rollout_files import ScoredRollout, best_and_worst, write_rollouts
 from bumblebee.rl.rollout_meter import RolloutMeter
+from bumblebee.rl.sampled_text import SampledText
 from bumblebee.rl.scoring import WeightedRewards
 from bumblebee.tasks.reference import evaluation_mode
 from bumblebee.tasks.run_context import RunContext
@@ -118,6 +119,7 @@ class GRPO(Task):
         }
         self._run: RunContext | None = None
         self._meter = RolloutMeter(max_new_tokens)
+        self._scored: list[ScoredRollout] = []  # of the last step, on this rank
 
     def _check(self) -> None:
         if self.group_size < 2:
@@ -187,9 +189,10 @@ class GRPO(Task):
             self.rewards.score(rollouts, questions)
         rewards = torch.tensor([each.reward for each in rollouts], dtype=torch.float64).view(len(groups), self.group_size)
         advantages = advantages_of(rewards, self.advantages)
+        scored = zip(rollouts, questions, advantages.flatten().tolist(), strict=True)
+        self._scored = [ScoredRollout(*each) for each in scored]
         if self.keep_rollouts:
-            folder, names = self._run.output_dir / "rollouts", self.rewards.names
-            write_rollouts(folder, step + 1, self.keep_rollouts, names, rollouts, questions, advantages.flatten().tolist())
+            write_rollouts(self._run.output_dir / "rollouts", step + 1, self.keep_rollouts, self.rewards.names, self._scored)
         batches, at = [], 0
         for batch, own in zip(window, prompts, strict=True):
             part = slice(at, at + len(own))
@@ -305,6 +308,10 @@ class GRPO(Task):
         """Means of greedy completions: reward, length, and how many are truncated."""
         count = max(sums["completions"], 1.0)
         return {f"validation_{name}": value / count for name, value in sums.items() if name != "completions"}
+
+    def sampled_texts(self) -> list[SampledText]:
+        """The best and the worst completion of the last step, over all ranks. Collective."""
+        return best_and_worst(self._scored, self.rewards.names)
 
     # -- metrics ---------------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bumblebee.nn.router_losses import RouterLosses
+    from bumblebee.rl.sampled_text import SampledText
     from bumblebee.tasks.run_context import RunContext
 
 ForwardFn = Callable[..., "Tensor"]  # a model, or an engine that wraps it
@@ -153,6 +154,10 @@ class Task(ABC):
         with self.auxiliary.recorded():
             losses = self.training_step(model, batch)
         return {**losses, **self.auxiliary.losses(counted_tokens(batch))}
+
+    def sampled_texts(self) -> list[SampledText] | None:
+        """Some of what the model has sampled for the last step; None for a task that does not sample. Collective."""
+        return None
 
     def after_step(self) -> None:
         """Called after each optimizer step, e.g. to adjust router biases. Collective."""
