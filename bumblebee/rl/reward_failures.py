@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from bumblebee.distributed import process_group
 from bumblebee.rewards.reward import Failure
@@ -59,3 +62,12 @@ class RewardFailures:
         timeouts, errors = process_group.host_sum([self.counts["timeouts"], self.counts["errors"]])
         self.counts.clear()
         return {"rl/reward_timeouts": timeouts, "rl/reward_errors": errors}
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's numbers since the last ``take``, for a checkpoint between two lines of metrics."""
+        return {"reward_failures": torch.tensor([self.counts["timeouts"], self.counts["errors"]], dtype=torch.float64)}
+
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """Continue from ``state``."""
+        if "reward_failures" in sums:
+            self.counts["timeouts"], self.counts["errors"] = map(int, sums["reward_failures"].tolist())
