@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from bumblebee.rl.rollout import Question, Rollout
 from bumblebee.rl.sampled_text import SampledText
@@ -11,21 +11,34 @@ from bumblebee.rl.scoring import WeightedRewards
 ANSWER_KEYS = ("completion", "answer", "solution", "output", "response", "target")
 
 
-def reward_notes(rewards: WeightedRewards, questions: Sequence[Question]) -> list[list[str]]:
+def reward_notes(
+    rewards: WeightedRewards, questions: Sequence[Question], encode: Callable[[str], list[int]]
+) -> list[list[str]]:
     """For each question some lines: the reward of the record's own answer, if it has one, and of an empty completion.
+
+    Args:
+        rewards: of the task.
+        questions: that are shown.
+        encode: from a text to token ids, for rewards of lengths.
 
     Raises:
         RewardError: see ``WeightedRewards.score``.
     """
-    keys = [*(key for key in (getattr(each, "key", None) for each in rewards.functions) if isinstance(key, str)), *ANSWER_KEYS]
+    keys = [*_keys_of(rewards), *ANSWER_KEYS]
     answers = [_answer_in(question.record, keys) for question in questions]
     texts = [(question, text) for question, (_, text) in zip(questions, answers, strict=True) if text is not None]
-    scored = iter(_scored(rewards, [*texts, *((question, "") for question in questions)]))
+    scored = iter(_scored(rewards, [*texts, *((question, "") for question in questions)], encode))
     of_answers = [next(scored) if text is not None else None for _, text in answers]
     return [
         _lines(key, answer, empty)
         for (key, _), answer, empty in zip(answers, of_answers, list(scored), strict=True)
     ]  # fmt: skip
+
+
+def _keys_of(rewards: WeightedRewards) -> list[str]:
+    """Of answers that reward functions read, also those in worker processes."""
+    functions = [*rewards.functions, *(getattr(function, "reward", None) for function in rewards.functions)]
+    return [key for key in (getattr(function, "key", None) for function in functions) if isinstance(key, str)]
 
 
 def _answer_in(record: Mapping[str, object], keys: Sequence[str]) -> tuple[str, str | None]:
@@ -37,8 +50,10 @@ def _answer_in(record: Mapping[str, object], keys: Sequence[str]) -> tuple[str, 
     return key, None if answer is None else str(answer)
 
 
-def _scored(rewards: WeightedRewards, texts: Sequence[tuple[Question, str]]) -> list[SampledText]:
-    rollouts = [Rollout(question.index, text=text) for question, text in texts]
+def _scored(
+    rewards: WeightedRewards, texts: Sequence[tuple[Question, str]], encode: Callable[[str], list[int]]
+) -> list[SampledText]:
+    rollouts = [Rollout(question.index, encode(text), text=text) for question, text in texts]
     rewards.score(rollouts, [question for question, _ in texts])
     return [
         SampledText("", rollout.text, reward=rollout.reward, rewards=dict(zip(rewards.names, rollout.rewards, strict=True)))

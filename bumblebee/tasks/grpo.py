@@ -63,7 +63,7 @@ class GRPO(Task):
 
     Args:
         model: called as ``model(input_ids, position_ids=..., labels=...)``, returns token losses (R, T).
-        rewards: reward functions, by class path or function path; see ``bumblebee/rewards.py``.
+        rewards: reward functions, by class path or function path; see ``bumblebee/rewards/``.
         transforms: applied to the model in order, such as bumblebee.lora.LoRA.
         reward_weights: of the reward functions in their sum; null weights all 1.
         group_size: completions of each prompt.
@@ -146,6 +146,7 @@ class GRPO(Task):
                 )
         check_length(self.model, data)
         adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
+        self.rewards.check()
         self._questions: dict[int, Question] = {each.index: each for each in samples}
         self._tokenizer, self._stop_ids = data.tokenizer, data.stop_ids
         longest = max(len(sample.ids) for sample in samples)
@@ -220,7 +221,7 @@ class GRPO(Task):
 
     def notes_on(self, samples: Sequence[object], /) -> list[list[str]]:
         """Rewards of the record's own answer and of an empty completion."""
-        return reward_notes(self.rewards, [cast("Question", sample) for sample in samples])
+        return reward_notes(self.rewards, [cast("Question", sample) for sample in samples], self._tokenizer.encode)
 
     def _sample(
         self, prompts: Sequence[tuple[int, list[int]]], params: Sequence[Sequence[SamplingParams]]
@@ -336,17 +337,21 @@ class GRPO(Task):
         return {"rl/reward_spread": math.sqrt(max(variance, 0.0))}
 
     def metrics(self) -> dict[str, float]:
-        """The model's own, the longest completion, speeds, and where the time goes."""
-        return {**super().metrics(), **self._meter.metrics()}
+        """The model's own, the longest completion, speeds, where the time goes, and completions that could not be scored."""
+        failures = self.rewards.failures.take() if self.rewards.can_fail else {}
+        return {**super().metrics(), **self._meter.metrics(), **failures}
 
     def metric_sums(self) -> dict[str, Tensor]:
         """See the base class."""
-        return {**super().metric_sums(), **self._meter.state()}
+        meter = self._meter.state()
+        failures = self.rewards.failures.state() if meter and self.rewards.can_fail else {}  # none after a line
+        return {**super().metric_sums(), **meter, **failures}
 
     def restore_metric_sums(self, sums: Mapping[str, Tensor]) -> None:
         """See the base class."""
         super().restore_metric_sums(sums)
         self._meter.restore(sums)
+        self.rewards.failures.restore(sums)
 
 
 def _prompts_of(batch: Batch) -> list[tuple[int, list[int]]]:

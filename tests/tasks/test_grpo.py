@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from helpers.training_runs import Questions, RewardedGRPO, Rows, odd_characters,
 
 from bumblebee import GRPO
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.rewards import InputReward, RewardInput
+from bumblebee.rewards.reward import Failure
 from bumblebee.rl.advantages import EPS, advantages_of
 from bumblebee.rl.rollout import rollout_seed
 
@@ -285,6 +288,14 @@ def nan(prompts: list[str], completions: list[str], records: list[Any]) -> list[
     return [math.nan] * len(prompts)
 
 
+def words(prompts: list[str], completions: list[str], records: list[Any]) -> list[Any]:
+    return ["1.0"] * len(prompts)
+
+
+def one(prompts: list[str], completions: list[str], records: list[Any]) -> Any:
+    return 1.0
+
+
 def broken(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
     raise KeyError("solution")
 
@@ -293,6 +304,8 @@ def broken(prompts: list[str], completions: list[str], records: list[Any]) -> li
     ("reward", "message"),
     [
         (too_few, "task.rewards: too_few returned 1 reward for 12 completions"),
+        (words, r"task.rewards: words returned '1.0' for a completion of .*questions.jsonl:\d"),
+        (one, "task.rewards: one returned 1.0 instead of a list of 12 rewards"),
         (nan, r"task.rewards: nan returned nan for a completion of .*questions.jsonl:\d"),
         (broken, r"task.rewards: broken failed on completions of .*questions.jsonl:\d+.*: KeyError\('solution'\)"),
     ],
@@ -301,6 +314,22 @@ def test_bad_rewards_are_errors_that_name_them(reward, message, tmp_path, monkey
     monkeypatch.setattr("helpers.training_runs.odd_characters", reward)
     with pytest.raises(ValueError, match=message):
         train(tmp_path, **JOB)
+
+
+class Unreliable(InputReward):
+    """Times out for the first completion of each call."""
+
+    can_fail = True
+
+    def score(self, inputs: Sequence[RewardInput]) -> list[float | Failure]:
+        assert all(each.tokens and each.tokens >= len(each.completion) / 20 for each in inputs)
+        return [Failure(0.0, "timed out on", timed_out=True), *(float(len(each.completion)) for each in inputs[1:])]
+
+
+def test_completions_that_time_out_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.training_runs.odd_characters", Unreliable())
+    lines = train(tmp_path, **{**JOB, "max_steps": 2})
+    assert [(line["rl/reward_timeouts"], line["rl/reward_errors"]) for line in lines] == [(1, 0), (1, 0)]
 
 
 @pytest.mark.parametrize(
