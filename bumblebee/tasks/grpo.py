@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.plotting.panels import Panel, ShownMetric
 from bumblebee.rl.advantages import AdvantageKind, advantages_of
+from bumblebee.rl.reward_check import reward_notes
 from bumblebee.rl.rollout import Question, Rollout, flat, rollout_seed, sample_groups
 from bumblebee.rl.rollout_files import ScoredRollout, best_and_worst, write_rollouts
 from bumblebee.rl.rollout_meter import RolloutMeter
@@ -212,6 +213,15 @@ class GRPO(Task):
             [Rollout(index, blank, [0.0] * len(blank), rewards=rewards) for _ in range(self.group_size)] for index, _ in prompts
         ]
         return self._training_batch(prompts, groups, torch.zeros(len(groups), self.group_size))
+
+    def completions_of(self, batch: Batch, /) -> tuple[int, int]:
+        """See the base class."""
+        rows, length = batch["input_ids"].shape
+        return rows, length + 1  # the last token of a row is a label only
+
+    def notes_on(self, samples: Sequence[object], /) -> list[list[str]]:
+        """Rewards of the record's own answer and of an empty completion."""
+        return reward_notes(self.rewards, [cast("Question", sample) for sample in samples], self._tokenizer.encode)
 
     def _sample(
         self, prompts: Sequence[tuple[int, list[int]]], params: Sequence[Sequence[SamplingParams]]

@@ -92,6 +92,18 @@ class Task(ABC):
         """A micro-batch as large as any that ``prepare_step`` makes of this one, to estimate memory and time."""
         return batch
 
+    def completions_of(self, batch: Batch, /) -> tuple[int, int] | None:
+        """(completions, positions) that ``prepare_step`` samples for a micro-batch, to estimate memory; None for other tasks.
+
+        Args:
+            batch: from ``largest_batch``.
+        """
+        return None
+
+    def notes_on(self, samples: Sequence[object], /) -> list[list[str]]:
+        """After ``setup``, lines that a preview shows below each of some training samples."""
+        return [[] for _ in samples]
+
     def frozen_models(self) -> list[nn.Module]:
         """After ``setup``, the frozen models that a run keeps in memory besides the trained one."""
         return []
