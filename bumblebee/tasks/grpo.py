@@ -22,10 +22,9 @@ Shapes: R completions (rows), T positions.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +33,13 @@ from bumblebee.datamodule import Batch, DataModule
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.plotting.panels import Panel, ShownMetric
 from bumblebee.rl.advantages import AdvantageKind, advantages_of
+from bumblebee.rl.reward_check import reward_notes
 from bumblebee.rl.rollout import Question, Rollout, flat, rollout_seed, sample_groups
-from bumblebee.rl.rollout_files import write_rollouts
+from bumblebee.rl.rollout_files import ScoredRollout, best_and_worst, write_rollouts
+from bumblebee.rl.rollout_meter import RolloutMeter
+from bumblebee.rl.sampled_text import SampledText
 from bumblebee.rl.scoring import WeightedRewards
 from bumblebee.tasks.reference import evaluation_mode
 from bumblebee.tasks.run_context import RunContext
@@ -47,6 +50,10 @@ from bumblebee.transforms import apply_transforms
 Normalisation = Literal["sequence", "token", "constant", "sum"]
 _PER_COMPLETION = ("reward", "length", "truncated")
 _PER_TOKEN = ("logprob_drift", "entropy")
+_PER_GROUP = ("reward_std", "equal_groups", "group_variance")
+_REWARD = ShownMetric("rl/reward", "reward", spread="rl/reward_spread")
+_LENGTH = ShownMetric("rl/length", "length", axis="tokens per completion")
+_TRUNCATED = ShownMetric("rl/truncated", "truncated", axis="share that is truncated", fraction=True)
 
 
 class GRPO(Task):
@@ -56,7 +63,7 @@ class GRPO(Task):
 
     Args:
         model: called as ``model(input_ids, position_ids=..., labels=...)``, returns token losses (R, T).
-        rewards: reward functions, by class path or function path; see ``bumblebee/rewards.py``.
+        rewards: reward functions, by class path or function path; see ``bumblebee/rewards/``.
         transforms: applied to the model in order, such as bumblebee.lora.LoRA.
         reward_weights: of the reward functions in their sum; null weights all 1.
         group_size: completions of each prompt.
@@ -69,6 +76,21 @@ class GRPO(Task):
     Raises:
         ValueError: a number out of range.
     """
+
+    panels = (  # the loss is near 0 by construction
+        Panel(_REWARD),
+        Panel(_LENGTH, _TRUNCATED),
+        Panel(
+            ShownMetric("rl/entropy", "entropy", axis="entropy (nats per token)"),
+            ShownMetric("rl/logprob_drift", "drift", axis="log-probability drift"),
+        ),
+        Panel(ShownMetric("rl/kl", "KL", axis="KL (nats per token)"), ShownMetric("rl/clipped", "clipped", fraction=True)),
+    )
+    headline = (
+        _REWARD, _LENGTH, _TRUNCATED,
+        ShownMetric("rl/time_sampling", "sampling", fraction=True), ShownMetric("rl/time_rewards", "scoring", fraction=True),
+        ShownMetric("rl/time_training", "training", fraction=True),
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -93,10 +115,12 @@ class GRPO(Task):
         self.units = {
             **{f"rl/{name}": "completions" for name in (*_PER_COMPLETION, *(f"reward/{name}" for name in self.rewards.names))},
             **{f"rl/{name}": "tokens" for name in _PER_TOKEN},
-            **{f"rl/{name}": "groups" for name in ("reward_std", "equal_groups")},
+            **{f"rl/{name}": "groups" for name in _PER_GROUP},
+            "_reward_square": "completions",
         }
         self._run: RunContext | None = None
-        self._seconds, self._sampled = 0.0, 0  # of rollouts since the last line of metrics, on this rank
+        self._meter = RolloutMeter(max_new_tokens)
+        self._scored: list[ScoredRollout] = []  # of the last step, on this rank
 
     def _check(self) -> None:
         if self.group_size < 2:
@@ -123,6 +147,7 @@ class GRPO(Task):
         check_predicts_tokens(self.model)
         check_length(self.model, data)
         adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
+        self.rewards.check()
         self._questions: dict[int, Question] = {each.index: each for each in samples}
         self._tokenizer, self._stop_ids = data.tokenizer, data.stop_ids
         longest = max(len(sample.ids) for sample in samples)
@@ -150,6 +175,7 @@ class GRPO(Task):
     def prepare_step(self, window: list[Batch], step: int) -> list[Batch]:
         """Sample completions of this rank's prompts with the current weights, and score them. Collective."""
         assert self._run is not None, "begin has not been called"
+        self._meter.begin_step()
         seed = self._run.seed
         prompts = [_prompts_of(batch) for batch in window]
         params = [
@@ -157,18 +183,19 @@ class GRPO(Task):
             for batch in prompts
             for index, _ in batch
         ]
-        began = time.perf_counter()
-        groups = self._sample([each for batch in prompts for each in batch], params)
-        self._seconds += time.perf_counter() - began
+        with self._meter.timed("sampling"):
+            groups = self._sample([each for batch in prompts for each in batch], params)
         rollouts = flat(groups)
-        self._sampled += sum(len(rollout.tokens) for rollout in rollouts)
+        self._meter.add([len(rollout.tokens) for rollout in rollouts])
         questions = [self._questions[rollout.prompt] for rollout in rollouts]
-        self.rewards.score(rollouts, questions)
+        with self._meter.timed("rewards"):
+            self.rewards.score(rollouts, questions)
         rewards = torch.tensor([each.reward for each in rollouts], dtype=torch.float64).view(len(groups), self.group_size)
         advantages = advantages_of(rewards, self.advantages)
+        scored = zip(rollouts, questions, advantages.flatten().tolist(), strict=True)
+        self._scored = [ScoredRollout(*each) for each in scored]
         if self.keep_rollouts:
-            folder, names = self._run.output_dir / "rollouts", self.rewards.names
-            write_rollouts(folder, step + 1, self.keep_rollouts, names, rollouts, questions, advantages.flatten().tolist())
+            write_rollouts(self._run.output_dir / "rollouts", step + 1, self.keep_rollouts, self.rewards.names, self._scored)
         batches, at = [], 0
         for batch, own in zip(window, prompts, strict=True):
             part = slice(at, at + len(own))
@@ -187,6 +214,15 @@ class GRPO(Task):
             [Rollout(index, blank, [0.0] * len(blank), rewards=rewards) for _ in range(self.group_size)] for index, _ in prompts
         ]
         return self._training_batch(prompts, groups, torch.zeros(len(groups), self.group_size))
+
+    def completions_of(self, batch: Batch, /) -> tuple[int, int]:
+        """See the base class."""
+        rows, length = batch["input_ids"].shape
+        return rows, length + 1  # the last token of a row is a label only
+
+    def notes_on(self, samples: Sequence[object], /) -> list[list[str]]:
+        """Rewards of the record's own answer and of an empty completion."""
+        return reward_notes(self.rewards, [cast("Question", sample) for sample in samples], self._tokenizer.encode)
 
     def _sample(
         self, prompts: Sequence[tuple[int, list[int]]], params: Sequence[Sequence[SamplingParams]]
@@ -261,6 +297,7 @@ class GRPO(Task):
             "rl/reward": batch["reward"].sum(), "rl/length": lengths.sum(), "rl/truncated": batch["truncated"].sum(),
             "rl/logprob_drift": drift.abs().sum(), "rl/entropy": -log_probs.detach().sum(),
             "rl/reward_std": batch["reward_std"].sum(), "rl/equal_groups": (batch["reward_std"] == 0).sum(),
+            "rl/group_variance": batch["reward_std"].square().sum(), "_reward_square": batch["reward"].square().sum(),
             **{f"rl/reward/{name}": batch["rewards"][:, at].sum() for at, name in enumerate(self.rewards.names)},
         }  # fmt: skip
         return {"grpo": loss, **{name: value.double() for name, value in sums.items()}}
@@ -274,20 +311,48 @@ class GRPO(Task):
         sums = {
             "rl/reward": sum(rollout.reward for rollout in rollouts),
             "rl/length": sum(len(rollout.tokens) for rollout in rollouts), "completions": len(rollouts),
+            "rl/truncated": sum(rollout.truncated for rollout in rollouts),
             **{f"rl/reward/{name}": sum(each.rewards[at] for each in rollouts) for at, name in enumerate(self.rewards.names)},
         }  # fmt: skip
         return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in sums.items()}
 
     def validation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """Mean reward and length of greedy completions."""
+        """Means of greedy completions: reward, length, and how many are truncated."""
         count = max(sums["completions"], 1.0)
         return {f"validation_{name}": value / count for name, value in sums.items() if name != "completions"}
 
+    def sampled_texts(self) -> list[SampledText]:
+        """The best and the worst completion of the last step, over all ranks. Collective."""
+        return best_and_worst(self._scored, self.rewards.names)
+
+    # -- metrics ---------------------------------------------------------------------------------------------------------
+
+    def after_step(self) -> None:
+        """The model's own, and the end of the step's time."""
+        super().after_step()
+        self._meter.end_step()
+
+    def derived_metrics(self, means: Mapping[str, float], /) -> dict[str, float]:
+        """Standard deviation of the rewards over all completions."""
+        variance = means["_reward_square"] - means["rl/reward"] ** 2
+        return {"rl/reward_spread": math.sqrt(max(variance, 0.0))}
+
     def metrics(self) -> dict[str, float]:
-        """The model's own, and the speed of sampling on this rank."""
-        seconds, sampled, self._seconds, self._sampled = self._seconds, self._sampled, 0.0, 0
-        speed = {"rl/sampled_tokens_per_second": sampled / seconds} if seconds else {}
-        return {**super().metrics(), **speed}
+        """The model's own, the longest completion, speeds, where the time goes, and completions that could not be scored."""
+        failures = self.rewards.failures.take() if self.rewards.can_fail else {}
+        return {**super().metrics(), **self._meter.metrics(), **failures}
+
+    def metric_sums(self) -> dict[str, Tensor]:
+        """See the base class."""
+        meter = self._meter.state()
+        failures = self.rewards.failures.state() if meter and self.rewards.can_fail else {}  # none after a line
+        return {**super().metric_sums(), **meter, **failures}
+
+    def restore_metric_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """See the base class."""
+        super().restore_metric_sums(sums)
+        self._meter.restore(sums)
+        self.rewards.failures.restore(sums)
 
 
 def _prompts_of(batch: Batch) -> list[tuple[int, list[int]]]:

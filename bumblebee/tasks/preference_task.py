@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from bumblebee.datamodule import Batch, DataModule
+from bumblebee.plotting.panels import Panel, ShownMetric
 from bumblebee.tasks.pair_log_probs import response_lengths, response_log_probs, token_log_probs, valid_pairs
 from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length, check_predicts_tokens
@@ -38,6 +39,14 @@ class PreferenceTask(Task):
     term: ClassVar[str]
     metric_names: ClassVar[tuple[str, ...]] = _METRICS
     sft_weight: float
+    panels = (
+        Panel(ShownMetric("loss", "loss")),
+        Panel(
+            ShownMetric("rewards/accuracies", "accuracy", axis="reward accuracy", fraction=True),
+            ShownMetric("rewards/margins", "margin", axis="reward margin"),
+        ),
+    )
+    headline = (ShownMetric("loss", "loss"), ShownMetric("rewards/accuracies", "accuracy", fraction=True))
 
     def _set_weights(self, sft_weight: float) -> None:
         if not sft_weight >= 0:
