@@ -46,7 +46,7 @@ from bumblebee.rl.training_batch import completion_sums, prompts_of, training_ba
 from bumblebee.tasks.reference import evaluation_mode
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import ForwardFn, Task
-from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length
+from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length, check_predicts_tokens
 from bumblebee.transforms import apply_transforms
 
 _PER_COMPLETION = ("reward", "length", "truncated")
@@ -145,6 +145,7 @@ class GRPO(Task):
                 raise ValueError(
                     f"GRPO needs a model without dropout; {name} has {module.p}: set dropout 0 (LoRA's default is 0.1)"
                 )
+        check_predicts_tokens(self.model)
         check_length(self.model, data)
         adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
         self.rewards.check()
