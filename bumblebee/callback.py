@@ -1,6 +1,6 @@
 """Callback: base class of everything in a run except forward, backward and optimizer step.
 
-The loop calls ten hooks, each on every rank:
+The loop calls eleven hooks, each on every rank:
 
     on_fit_start(trainer)
       on_step_start(trainer)                        ┐
@@ -10,6 +10,7 @@ The loop calls ten hooks, each on every rank:
         on_evaluation_end(trainer, metrics)         │ of callbacks.Evaluate
       on_log(trainer, metrics)                      │ log: every log_every steps, metrics already reduced over ranks
       on_save(trainer)                              │ save: everything above is final
+        on_samples(trainer, samples)                │ of callbacks.Samples
         on_checkpoint_saved(trainer, path)          ┘
     on_fit_end(trainer)                             after the last step, or when the run is stopped
     on_exception(trainer, error)                    the run failed; no collectives here, other ranks may have exited
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from bumblebee.rl.sampled_text import SampledText
     from bumblebee.trainer import Trainer
 
 
@@ -64,6 +66,9 @@ class Callback:
 
     def on_save(self, trainer: Trainer) -> None:
         """Called when everything else about the step is done: the hook in which to call ``trainer.save_checkpoint``."""
+
+    def on_samples(self, trainer: Trainer, samples: Sequence[SampledText]) -> None:
+        """Called with texts that the model has written; rank 0 has all of them."""
 
     def on_checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
         """Called when the checkpoint at ``path`` is complete."""

@@ -8,7 +8,7 @@ command line reads the options of this module without importing torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from bumblebee.callback import Callback
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.distributed import process_group
 from bumblebee.optim import GroupRule, Optimizer, Schedule, set_learning_rate
+from bumblebee.rl.sampled_text import SampledText
 from bumblebee.tasks.task import Task
 from bumblebee.training.run_state import RunState
 from bumblebee.utils.signals import stop_on_signals
@@ -211,6 +212,10 @@ class Trainer(RunState):
             self.log(name, value)
         self.call("on_evaluation_end", metrics)
 
+    def report_samples(self, samples: Sequence[SampledText]) -> None:
+        """Call ``on_samples`` with texts that the model has written."""
+        self.call("on_samples", samples)
+
     # -- metrics -------------------------------------------------------------------------------------------------------
 
     def log(self, name: str, value: float) -> None:
@@ -225,7 +230,7 @@ class Trainer(RunState):
         if terms:
             # Of the task's own terms; the model's auxiliary losses are logged separately.
             metrics["loss"] = sum(weight * terms[name] for name, weight in self.task.weights.items() if name in terms)
-            metrics.update((name, value) for name, value in terms.items() if name != "loss")
+            metrics.update((name, value) for name, value in terms.items() if name != "loss" and not name.startswith("_"))
             metrics.update(self.task.derived_metrics(terms))
             metrics.update(grad_norm=self.engine.gradient_norm(), **self.engine.loss_scale())
             if self.skipped.total or self.precision == "fp16":

@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from bumblebee.callback import Callback
+from bumblebee.plotting.panels import ShownMetric
 from bumblebee.training.metrics.formatting import format_validation
-from bumblebee.utils.formatting import duration, format_metric, short
+from bumblebee.utils.formatting import duration, short
 
 if TYPE_CHECKING:
     from bumblebee.trainer import Trainer
 
-# Metric -> label, the most important first: a narrow terminal omits the last ones.
-_FIRST = {"loss": "loss", "rewards/accuracies": "accuracy", "lr": "lr"}
-_LAST = {"epoch": "epoch", "grad_norm": "grad norm"}
+_LAST = {"epoch": "epoch", "grad_norm": "grad norm"}  # metric -> label
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}, {remaining} left{postfix}]"
 
 
 class ProgressBar(Callback):
-    """Shows step, loss, learning rate, tokens and steps per second, epoch, gradient norm and the time left.
+    """Shows step, the task's main metrics, learning rate, tokens and steps per second, epoch, gradient norm and the time left.
+
+    The main metrics are the loss, in preference training also the accuracy, and in reinforcement learning the reward, lengths
+    and where the time goes (``Task.headline``).
 
     On a terminal that is too narrow for all of them, the last ones are omitted.
 
@@ -55,7 +57,8 @@ class ProgressBar(Callback):
         """Show the metrics."""
         if self._display is not None:
             self._measure(trainer)
-            shown = [f"{label} {format_metric(name, metrics[name])}" for name, label in _FIRST.items() if name in metrics]
+            headline = (*trainer.task.headline, ShownMetric("lr", "lr"))
+            shown = [metric.format(metrics[metric.name]) for metric in headline if metric.name in metrics]
             shown += self._rates()
             shown += [f"{label} {metrics[name]:.3g}" for name, label in _LAST.items() if name in metrics]
             self._display.show_metrics(trainer.step, shown)

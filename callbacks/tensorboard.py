@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bumblebee.callback import Callback
@@ -11,11 +11,12 @@ from bumblebee.training.metrics.formatting import strip_validation_prefix
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from bumblebee.rl.sampled_text import SampledText
     from bumblebee.trainer import Trainer
 
 
 class TensorBoard(Callback):
-    """Writes metrics for TensorBoard as ``train/...`` and ``validation/...``.
+    """Writes metrics for TensorBoard as ``train/...`` and ``validation/...``, and texts of Samples as ``samples/...``.
 
     Args:
         folder: folder of the event files in output_dir.
@@ -46,6 +47,22 @@ class TensorBoard(Callback):
         """Add validation metrics."""
         self._add(trainer.step, "validation", strip_validation_prefix(metrics))
 
+    def on_samples(self, trainer: Trainer, samples: Sequence[SampledText]) -> None:
+        """Add texts: ``samples/best`` and ``samples/worst``, or ``samples/1`` and so on."""
+        if self._writer is not None:
+            for number, sample in enumerate(samples, start=1):
+                name = str(number) if sample.reward is None else sample.title
+                lines = [
+                    *([sample.score, ""] if sample.score else []),
+                    *_block(sample.prompt),
+                    "",
+                    "&rarr;",
+                    "",
+                    *_block(sample.text),
+                ]
+                self._writer.add_text(f"samples/{name}", "\n".join(lines), trainer.step)
+            self._writer.flush()
+
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
         """Close the event file."""
         self._close()
@@ -64,3 +81,8 @@ class TensorBoard(Callback):
         if self._writer is not None:
             self._writer.close()
         self._writer = None
+
+
+def _block(text: str) -> list[str]:
+    """Lines of a Markdown code block: nothing in it is interpreted."""
+    return [f"    {line}" for line in text.splitlines() or [""]]

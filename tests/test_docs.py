@@ -154,10 +154,14 @@ def test_evaluation_commands_run_as_written(tokenizer_folder: Path, tiny: Callab
 
 
 @pytest.mark.slow
-def test_preview_commands_run_as_written(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_preview_commands_run_as_written(tokenizer_folder: Path, tiny: Callable, tmp_path: Path) -> None:
     """Without measuring."""
+    from bumblebee import Bumblebee
+
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    shutil.copytree(tokenizer_folder, tmp_path / "runs" / "tokenizer")
+    for name in ("tokenizer", "sft"):
+        shutil.copytree(tokenizer_folder, tmp_path / "runs" / name)
+    Bumblebee(tiny(max_position_embeddings=1024)).save_pretrained(tmp_path / "runs" / "sft")
     run = [words for d in DOCUMENTS for c in commands(d) if (words := bumblebee_words(c) or [""])[0] == "preview"]
     assert len(run) >= 3
     for words in run:

@@ -37,6 +37,8 @@ LATE_IMPORTS = {
     "bumblebee/plotting/curves.py": "matplotlib",
     "bumblebee/preview/dry_run_process.py": "modules whose memory must not count as the model's",
     "bumblebee/recipe.py": "torch",
+    "bumblebee/rewards/judge.py": "openai, which takes a second",
+    "bumblebee/rewards/math_answer.py": "math-verify, which is optional",
     "bumblebee/trainer.py": "torch",
     "bumblebee/training/*": "torch and tqdm",
     "bumblebee/verify/checks/machine_throughput.py": "torch.distributed, which some builds of torch lack",

@@ -1,4 +1,4 @@
-"""Plots of metrics: one run's loss curve during training, and several runs' metrics for comparison."""
+"""Plots of metrics: several runs' metrics for comparison, and what every picture needs. One run: ``run_plot.py``."""
 
 from __future__ import annotations
 
@@ -70,23 +70,6 @@ class MetricCurve:
     validation: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
 
 
-@dataclass
-class RewardCurves:
-    """Two metrics of preference training or reinforcement learning; in the first three fields after a column of steps.
-
-    Args:
-        training: the logged values.
-        smoothed: their moving average.
-        validation: values on the validation samples.
-        names: of the metrics, for the axes and the legend.
-    """
-
-    training: list[list[float]]
-    smoothed: list[list[float]] = field(default_factory=lambda: [[], [], []])
-    validation: list[list[float]] = field(default_factory=lambda: [[], [], []])
-    names: tuple[str, str] = ("accuracy", "margin")
-
-
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a picture atomically, in the format of the file's suffix."""
     partial = path.with_name(f".{path.name}.partial")
@@ -105,9 +88,6 @@ def new_figure(panels: int) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(9, 2 + 3 * panels), dpi=130, layout="constrained")
-
-
-# -- several runs ----------------------------------------------------------------------------------------------------------
 
 
 def plot_runs(panels: dict[str, list[MetricCurve]], xlabel: str, integer_x: bool, smoothing: float) -> Figure:
@@ -154,50 +134,6 @@ def _plot_curve(axes: Axes, curve: MetricCurve, index: int, smoothing: float) ->
         axes.plot(*curve.validation, color=colour, linestyle="", marker="D", markersize=5)
 
 
-# -- one run ---------------------------------------------------------------------------------------------------------------
-
-
-def plot_run(
-    training: list[list[float]], validation: list[list[float]], smoothing: float, rewards: RewardCurves | None = None
-) -> Figure:
-    """Plot the loss curve of a run.
-
-    Args:
-        training: columns of step, loss, smoothed loss and learning rate.
-        validation: columns of step and loss.
-        smoothing: for the legend; 0 omits the smoothed curves.
-        rewards: for a second panel.
-    """
-    panels = 1 if rewards is None else 2
-    figure = new_figure(panels)
-    axes = figure.add_subplot(panels, 1, 1)
-    _plot_losses(axes, training, validation, smoothing)
-    axes.set_ylabel("loss (nats per token)" if rewards is None else "loss")
-    right = _plot_learning_rate(axes, training[0], training[3])
-    _legend_above(axes, right)
-    if rewards is not None:
-        _plot_rewards(figure.add_subplot(panels, 1, 2, sharex=axes), rewards, smoothing)
-    return figure
-
-
-def _legend_above(axes: Axes, right: Axes) -> None:
-    """A legend of both axes' lines outside of the panel, where it covers no curve."""
-    handles, labels = (left + more for left, more in zip(*(a.get_legend_handles_labels() for a in (axes, right)), strict=True))
-    columns = 4 if len(labels) <= 4 else 2  # one row, or one column for each axis
-    axes.legend(handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns)
-
-
-def _plot_losses(axes: Axes, training: list[list[float]], validation: list[list[float]], smoothing: float) -> None:
-    steps, losses, smoothed, _ = training
-    marker = "o" if len(steps) < 10 else ""  # a line through a single point is invisible
-    axes.plot(steps, losses, color="#4c78a8", linewidth=0.8, alpha=0.45 if smoothing else 1.0, marker=marker, label="training")
-    if smoothing:
-        axes.plot(steps, smoothed, color="#1f4e79", linewidth=2.2, label=f"training, smoothed ({smoothing:g})")
-    if validation[0]:
-        axes.plot(*validation, color="#e45756", marker="o", markersize=4.5, linewidth=1.2, label="validation")
-    style_axes(axes)
-
-
 def style_axes(axes: Axes, xlabel: str = "optimizer steps", integer_x: bool = True) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -208,59 +144,3 @@ def style_axes(axes: Axes, xlabel: str = "optimizer steps", integer_x: bool = Tr
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.margins(x=0.01)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _plot_rewards(axes: Axes, rewards: RewardCurves, smoothing: float) -> None:
-    """Two metrics, each with an axis of its own."""
-    right = axes.twinx()
-    left_name, right_name = rewards.names
-    _plot_reward(axes, left_name, ("#54a24b", "#2f6b29"), rewards, 1, smoothing)
-    _plot_reward(right, right_name, ("#b279a2", "#77426a"), rewards, 2, smoothing)
-    if left_name == "accuracy":
-        axes.set_ylim(-0.02, 1.02)
-    axes.set_ylabel(_axis_label(left_name), color="#2f6b29")
-    style_axes(axes)
-    right.set_ylabel(_axis_label(right_name), color="#77426a")
-    right.spines["top"].set_visible(False)
-    right.margins(x=0.01)
-    _legend_above(axes, right)
-
-
-def _axis_label(name: str) -> str:
-    return f"reward {name}" if name in ("accuracy", "margin") else name
-
-
-def _plot_reward(
-    axes: Axes, name: str, colours: tuple[str, str], rewards: RewardCurves, column: int, smoothing: float
-) -> None:  # fmt: skip
-    """One column: the logged values thin, their average thick, validations as points."""
-    light, dark = colours
-    steps = rewards.training[0]
-    marker = "o" if len(steps) < 10 else ""  # a line through a single point is invisible
-    width, alpha = (0.8, 0.45) if smoothing else (1.2, 1.0)
-    axes.plot(steps, rewards.training[column], color=light, linewidth=width, alpha=alpha, marker=marker, label=name)
-    if smoothing:
-        label = f"{name}, smoothed ({smoothing:g})"
-        axes.plot(rewards.smoothed[0], rewards.smoothed[column], color=dark, linewidth=1.8, label=label)
-    if rewards.validation[0]:
-        axes.plot(
-            rewards.validation[0], rewards.validation[column], color=dark, marker="D", markersize=5, linestyle="",
-            markeredgecolor="white", label=f"{name}, validation",
-        )  # fmt: skip
-
-
-def _plot_learning_rate(axes: Axes, steps: list[float], learning_rates: list[float]) -> Axes:
-    """Draw the learning rate behind the loss, on an axis of its own, which is returned."""
-    right = axes.twinx()
-    right.plot(steps, learning_rates, color="#bbbbbb", linewidth=1.0, linestyle=(0, (4, 3)), label="learning rate")
-    right.margins(x=0.01)
-    right.set_ylabel("learning rate", color="#999999")
-    right.set_ylim(bottom=0)
-    right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-    right.tick_params(axis="y", colors="#999999")
-    for side, spine in right.spines.items():
-        spine.set_visible(side == "right")
-        spine.set_color("#cccccc")
-    axes.set_zorder(right.get_zorder() + 1)  # the loss in front of the learning rate
-    axes.patch.set_visible(False)
-    return right

@@ -151,7 +151,7 @@ class RunComparison:
     def _last_and_best(self, run: LoggedRun, metric: str) -> tuple[str, str]:
         _, values = run.column(metric, "step")
         _, validation = run.column(VALIDATION_PREFIX + metric, "step")
-        best = max if "accurac" in metric or "margin" in metric else min
+        best = max if any(word in metric for word in ("accurac", "margin", "reward")) else min
         last = format_metric(metric, smooth(values, self._smoothing_of(metric))[-1]) if values else "-"
         return last, format_metric(metric, best(validation)) if validation else "-"
 

@@ -4,6 +4,7 @@
     gradients     4 T, or (4 + s) T at stage 1 in half precision, which keeps both
     optimizer     b T + 4 T                b: 8 for Adam; stages 1 to 3 add fp32 copies of the trained weights
     step          temporary memory of DeepSpeed and the optimizer (``_TEMPORARY``)
+    sampling      the KV cache of the completions that are sampled at a time, and the whole weights at stage 3
     activations   what autograd keeps for each token and layer (``activation_bytes``), and the logits chunk of the LM head
 
 W parameters, T of them trained. ZeRO (arXiv 1910.02054) partitions the optimizer over ranks from stage 1, gradients from stage
@@ -20,6 +21,7 @@ from torch import nn
 
 from bumblebee.config import BumblebeeConfig, TransformerConfig
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
+from bumblebee.inference.kv_cache import BLOCK_SIZE
 from bumblebee.lora.switch import AdapterLayer, adapter_layers
 from bumblebee.nn.block_forward import BlockForward
 from bumblebee.nn.linear_cross_entropy import chunk_rows, softmax_logits
@@ -138,6 +140,19 @@ class BatchShape:
 
 
 @dataclass(frozen=True)
+class SamplingShape:
+    """The completions that reinforcement learning samples at a time.
+
+    Args:
+        sequences: number of completions.
+        positions: of each, with its prompt.
+    """
+
+    sequences: int
+    positions: int
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes on a device, at their peak."""
 
@@ -148,6 +163,7 @@ class MemoryEstimate:
     activations: float  # with the temporary memory of the backward pass
     step: float  # temporary memory of the optimizer step
     activations_stay: bool  # the allocator does not return the memory of activations, as on a CPU
+    sampling: float = 0.0  # memory while completions are sampled
 
     @property
     def persistent(self) -> float:
@@ -156,13 +172,17 @@ class MemoryEstimate:
 
     @property
     def total(self) -> float:
-        """The peak: of the backward pass or of the optimizer step, or their sum if activations stay."""
+        """The peak: of sampling, of the backward pass or of the optimizer step; the last two add up if activations stay."""
         temporary = self.activations + self.step if self.activations_stay else max(self.activations, self.step)
-        return self.persistent + temporary
+        return self.persistent + max(temporary, self.sampling)
 
 
 def estimate_memory(
-    size: ModelSize, setup: TrainingSetup, batch: BatchShape, frozen_models: Iterable[ModelSize] = ()
+    size: ModelSize,
+    setup: TrainingSetup,
+    batch: BatchShape,
+    frozen_models: Iterable[ModelSize] = (),
+    sampling: SamplingShape | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of each device.
 
@@ -171,6 +191,7 @@ def estimate_memory(
         setup: options of the run.
         batch: the largest micro-batch.
         frozen_models: frozen models, such as a reference.
+        sampling: completions that are sampled at a time.
     """
     weight_bytes = 2 if setup.half else 4
     # Share of each device in optimizer state (stage 1), gradients (stage 2) and weights (stage 3).
@@ -190,7 +211,20 @@ def estimate_memory(
         activations=activation_bytes(size, setup, batch) + temporary + _LIBRARIES[setup.device],
         step=0 if setup.offload_optimizer else in_step * optimizer_share * size.trained,
         activations_stay=setup.device == "cpu",
+        sampling=0.0 if sampling is None else _LIBRARIES[setup.device] + sampling_bytes(size, setup, sampling),
     )
+
+
+def sampling_bytes(size: ModelSize, setup: TrainingSetup, shape: SamplingShape) -> float:
+    """The KV cache in blocks, logits and probabilities of a decoding step, and the weights that stage 3 gathers."""
+    weight_bytes = 2 if setup.half else 4
+    gathered = weight_bytes * size.parameters if setup.stage == 3 else 0
+    if size.config is None:
+        return gathered
+    c = size.config
+    keys = _query_width(c) // c.num_attention_heads * c.num_key_value_heads
+    positions = shape.sequences * -(-shape.positions // BLOCK_SIZE) * BLOCK_SIZE
+    return positions * c.num_hidden_layers * 2 * keys * weight_bytes + 3 * 4 * shape.sequences * c.vocab_size + gathered
 
 
 def activation_bytes(size: ModelSize, setup: TrainingSetup, batch: BatchShape) -> float:
@@ -256,6 +290,8 @@ def _mlp_numbers(c: TransformerConfig) -> float:
 
 def _lm_head_bytes(c: TransformerConfig, setup: TrainingSetup, batch: BatchShape) -> float:
     """The chunk of logits in the training precision and in fp32, and the gradients of weight and hidden states."""
+    if getattr(c, "score_head", False):
+        return 0.0  # a reward model has one score for each text
     s = 2 if setup.precision != "fp32" else 4
     rows = min(chunk_rows(setup.device), batch.targets)
     in_fp32 = 4 * min(rows * c.vocab_size, softmax_logits("cuda")) if setup.device == "cuda" else 0

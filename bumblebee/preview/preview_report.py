@@ -37,7 +37,10 @@ def _line(label: str, value: str, width: int = 1000, label_width: int = LABEL_WI
 def _samples(preview: Preview, count: int, highlight: Highlight, width: int) -> list[str]:
     if not count:
         return []
-    return [f"samples: {highlight.legend}", *(f"  {line}" for line in format_samples(preview.data, count, highlight, width))]
+    data = preview.data
+    notes = preview.workload.task.notes_on([data.train[index] for index in range(min(count, len(data.train)))])
+    lines = format_samples(data, count, highlight, width, notes=notes)
+    return [f"samples: {highlight.legend}", *(f"  {line}" for line in lines)]
 
 
 def _data(preview: Preview, width: int) -> list[str]:
@@ -94,6 +97,11 @@ def _memory(preview: Preview) -> list[str]:
     lines = [_line(label, f"{format_bytes(value):>10}") for label, value in entries.items() if value or label == "weights"]
     if not known:
         lines[-1] = _line("activations, other", "unknown for this model; use --measure always")
+    if (sampling := workload.completions) is not None:
+        count, positions = sampling
+        kept = f"KV cache of {number(count)} × {number(positions)} tokens"
+        whole = " and the whole weights" if workload.setup().stage == 3 else ""
+        lines.append(_line("while sampling", f"{format_bytes(estimate.sampling):>10}  {kept}{whole}, instead of activations"))
     lines.append(_line("total", f"{'' if known else 'more than '}{format_bytes(total):>10}  ({_memory_source(preview)})"))
     if dry_run and dry_run.baseline:
         lines.append(_line("not included", f"{format_bytes(dry_run.baseline):>10}  Python and libraries"))
@@ -126,5 +134,6 @@ def _time(preview: Preview) -> list[str]:
         source += ", without communication between ranks" if workload.ranks > 1 else ""
     else:
         source = f"at 20 to 60 % of this device's {short(workload.peak_flops)}FLOP/s in matrix products"
+        source += ", without sampling completions" if workload.completions else ""
     per_step = f"{span(seconds[0])} to {span(seconds[1])} per step"
     return [f"time: about {shortest} to {longest}, {per_step}", f"  ({source}; without validation and checkpoints)"]

@@ -63,9 +63,12 @@ class Row:
 
 
 def rows_of(batch: Batch) -> list[Row]:
-    """Split a batch into rows."""
+    """Split a batch into rows. In a batch of prompts, without targets, ``lengths`` says where padding begins."""
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
     positions = batch["position_ids"].tolist() if "position_ids" in batch else [[None] * len(row) for row in ids]
+    if "lengths" in batch and (batch["labels"] == IGNORE_INDEX).all():
+        lengths = batch["lengths"].tolist()
+        return [Row([(row[:end], False)], len(row), len(row) - end) for row, end in zip(ids, lengths, strict=True)]
     return [_row(*row) for row in zip(ids, labels, positions, strict=True)]
 
 
@@ -189,8 +192,15 @@ def _highlighted(cells: list[Cell], highlight: Highlight) -> str:
     return text + (highlight.end if inside else "")
 
 
-def format_samples(data: DataModule, count: int, highlight: Highlight, width: int, height: int = 4) -> list[str]:
-    """Format the first training samples: their origin and their rows, two for a preference pair.
+def format_samples(
+    data: DataModule,
+    count: int,
+    highlight: Highlight,
+    width: int,
+    height: int = 4,
+    notes: Sequence[Sequence[str]] = (),
+) -> list[str]:
+    """Format the first training samples: their origin, their rows, two for a preference pair, and notes.
 
     Args:
         data: a DataModule that has been set up.
@@ -198,6 +208,7 @@ def format_samples(data: DataModule, count: int, highlight: Highlight, width: in
         highlight: around targets.
         width: columns of a line.
         height: lines of a row.
+        notes: further lines below each of the first samples.
     """
     lines = []
     for index in range(min(count, len(data.train))):
@@ -210,4 +221,5 @@ def format_samples(data: DataModule, count: int, highlight: Highlight, width: in
             lines.append(head if len(head) <= width else head[: width - 1] + "…")
             text = shorten(cells_of(row, data.tokenizer), (width - 6) * (height if len(rows) == 1 else height - 1))
             lines += [f"   {line}" for line in wrap(text, highlight, width - 5)]
+        lines += [f"   → {note}" for note in (notes[index] if index < len(notes) else ())]
     return lines

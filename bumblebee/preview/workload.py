@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,10 +12,19 @@ from torch import nn
 from bumblebee.datamodule import Batch
 from bumblebee.distributed.deepspeed.ds_config import EngineOptions
 from bumblebee.hardware import flops
+from bumblebee.inference.engine_config import EngineConfig
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.attention_kernels import kernel_of
 from bumblebee.nn.documents import Documents
-from bumblebee.preview.memory_estimate import BUCKET_SIZE, BatchShape, MemoryEstimate, ModelSize, TrainingSetup, estimate_memory
+from bumblebee.preview.memory_estimate import (
+    BUCKET_SIZE,
+    BatchShape,
+    MemoryEstimate,
+    ModelSize,
+    SamplingShape,
+    TrainingSetup,
+    estimate_memory,
+)
 from bumblebee.tasks.task import Task
 from bumblebee.trainer import Trainer
 from bumblebee.training.plan import Plan
@@ -90,7 +100,17 @@ class Workload:
         targets = int((self.batch["labels"] != IGNORE_INDEX).sum())
         packed = not Documents.find(self.batch["position_ids"]).one_per_row
         shape = BatchShape(rows, length, targets, self.attention_kernel or "sdpa", packed)
-        return estimate_memory(self.model_size, self.setup(ranks), shape, self.frozen_models)
+        sampling = None if self.completions is None else SamplingShape(*self.completions)
+        return estimate_memory(self.model_size, self.setup(ranks), shape, self.frozen_models, sampling)
+
+    @property
+    def completions(self) -> tuple[int, int] | None:
+        """(completions, positions of each) that a rank samples at a time; None for a task that does not sample."""
+        of_batch = self.task.completions_of(self.batch)
+        if of_batch is None:
+            return None
+        in_step = of_batch[0] * math.ceil(self.micro_batches_per_step)
+        return min(in_step, EngineConfig().max_running), of_batch[1]
 
     # -- time ----------------------------------------------------------------------------------------------------------
 

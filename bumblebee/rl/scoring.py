@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import math
-import traceback
 from collections.abc import Sequence
 
 from bumblebee.distributed import process_group
-from bumblebee.rewards import RewardError, RewardFunction
+from bumblebee.rewards.reward import (
+    CompletionError,
+    Failure,
+    InputReward,
+    RewardError,
+    RewardFunction,
+    RewardInput,
+    describe,
+    name_of,
+    score_all,
+)  # fmt: skip
+from bumblebee.rl.reward_failures import RewardFailures
 from bumblebee.rl.rollout import Question, Rollout
-from bumblebee.utils.formatting import plural
 
 
 class WeightedRewards:
     """A weighted sum of reward functions.
 
     Args:
-        functions: see ``bumblebee/rewards.py``.
+        functions: see ``bumblebee/rewards/``.
         weights: of the functions; None weights all 1.
 
     Attributes:
         names: of the functions, with a number where a name occurs several times.
+        failures: completions of this rank that could not be scored, in a run that goes on.
+        can_fail: whether there may be failures.
 
     Raises:
         ValueError: there are no functions, or another number of weights.
@@ -33,11 +43,26 @@ class WeightedRewards:
             raise ValueError("rewards must name at least one reward function, such as bumblebee.rewards.ExactAnswer")
         if len(self.weights) != len(functions):
             raise ValueError(f"reward_weights has {len(self.weights)} numbers for {len(functions)} rewards")
-        self.names = _unique([getattr(function, "__name__", type(function).__name__) for function in functions])
+        self.names = _unique([name_of(function) for function in functions])
+        self.failures = RewardFailures()
+        self.can_fail = any(isinstance(function, InputReward) and function.can_fail for function in functions)
 
     def __str__(self) -> str:
         pairs = zip(self.names, self.weights, strict=True)
         return ", ".join(name if weight == 1 else f"{weight:g} x {name}" for name, weight in pairs)
+
+    def check(self) -> None:
+        """Check before training what the functions depend on, such as a server.
+
+        Raises:
+            ValueError: it cannot be used.
+        """
+        for name, function in zip(self.names, self.functions, strict=True):
+            try:
+                if isinstance(function, InputReward):
+                    function.check()
+            except ValueError as error:
+                raise ValueError(f"task.rewards: {name}: {error}") from error
 
     def score(self, rollouts: Sequence[Rollout], questions: Sequence[Question]) -> None:
         """Set ``rewards`` and ``reward`` of each rollout. Collective: if a function fails on one rank, all ranks stop.
@@ -47,7 +72,7 @@ class WeightedRewards:
             questions: that each of them answers.
 
         Raises:
-            RewardError: a function raised, or returned another number of rewards, or one that is not finite.
+            RewardError: a function raised, or returned another number of rewards, or what is not a finite number.
         """
         error: RewardError | None = None
         try:
@@ -64,34 +89,33 @@ class WeightedRewards:
             rollout.rewards = list(rewards)
             rollout.reward = sum(weight * reward for weight, reward in zip(self.weights, rewards, strict=True))
 
-    @staticmethod
-    def _values(name: str, function: RewardFunction, rollouts: Sequence[Rollout], questions: Sequence[Question]) -> list[float]:
-        texts = [rollout.text for rollout in rollouts]
+    def _values(
+        self, name: str, function: RewardFunction, rollouts: Sequence[Rollout], questions: Sequence[Question]
+    ) -> list[float]:
+        inputs = [
+            RewardInput(question.question, rollout.text, question.record, len(rollout.tokens))
+            for rollout, question in zip(rollouts, questions, strict=True)
+        ]
+        places = [question.place for question in questions]
         try:
-            given = function([each.question for each in questions], texts, [each.record for each in questions])
-            values = [float(value) for value in given]
+            values = score_all(function, inputs)
+        except CompletionError as error:
+            detail = f": {error.detail}" if error.detail else ""
+            raise RewardError(f"task.rewards: {name} {error.what} a completion of {places[error.index]}{detail}") from error
+        except RewardError as error:
+            raise RewardError(f"task.rewards: {name} {error}") from error
         except Exception as error:
-            places = _shortened(list(dict.fromkeys(question.place for question in questions)))
-            raise RewardError(f"task.rewards: {name} failed on completions of {places}: {_origin(error)}") from error
-        if len(values) != len(rollouts):
-            count = plural(len(values), "reward")
-            raise RewardError(f"task.rewards: {name} returned {count} for {len(rollouts)} completions")
-        for value, question in zip(values, questions, strict=True):
-            if not math.isfinite(value):
-                raise RewardError(f"task.rewards: {name} returned {value} for a completion of {question.place}")
-        return values
+            affected = _shortened(list(dict.fromkeys(places)))
+            raise RewardError(f"task.rewards: {name} failed on completions of {affected}: {describe(error)}") from error
+        failures = [(place, value) for place, value in zip(places, values, strict=True) if isinstance(value, Failure)]
+        self.failures.add(name, failures)
+        return [value.value if isinstance(value, Failure) else value for value in values]
 
 
 def _shortened(places: Sequence[str]) -> str:
     """The first three places, and how many more there are."""
     more = f" and {len(places) - 3} more" if len(places) > 3 else ""
     return ", ".join(places[:3]) + more
-
-
-def _origin(error: Exception) -> str:
-    """An error with the file and line that raised it."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{error!r} ({frame.filename}:{frame.lineno})"
 
 
 def _unique(names: Sequence[str]) -> list[str]:

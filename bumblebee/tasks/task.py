@@ -7,7 +7,7 @@ backward. Means of means would weigh short samples more (huggingface/transformer
 A model may add auxiliary loss terms of its own to any task, which are counted and summed in the same way: ``auxiliary``.
 
 Besides its losses, a step may return sums that are logged and not trained, such as rewards; ``units`` names the count that
-each of them is divided by.
+each of them is divided by. A sum whose name begins with an underscore is not logged itself: ``derived_metrics`` gets its mean.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.distributed import process_group
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.plotting.panels import Panel, ShownMetric
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from bumblebee.nn.router_losses import RouterLosses
+    from bumblebee.rl.sampled_text import SampledText
     from bumblebee.tasks.run_context import RunContext
 
 ForwardFn = Callable[..., "Tensor"]  # a model, or an engine that wraps it
@@ -41,12 +43,16 @@ class Task(ABC):
         weights: weight of each loss term in the total, by name.
         units: name of the count that a sum is divided by, for each sum that is logged and not trained.
         transforms: what has been applied to the model, for the run summary.
+        panels: of loss.png, from top to bottom.
+        headline: metrics that the progress on the console shows, the most important first.
     """
 
     model: nn.Module
     weights: dict[str, float]
     units: Mapping[str, str] = MappingProxyType({})
     transforms: Sequence[Callable[[nn.Module], object]] = ()
+    panels: Sequence[Panel] = (Panel(ShownMetric("loss", "loss", axis="loss (nats per token)")),)
+    headline: Sequence[ShownMetric] = (ShownMetric("loss", "loss"),)
 
     def setup(self, data: DataModule) -> None:  # noqa: B027  (optional)
         """Check the prepared data before training. The model has not been moved to a device yet.
@@ -85,6 +91,18 @@ class Task(ABC):
     def largest_batch(self, batch: Batch, /) -> Batch:
         """A micro-batch as large as any that ``prepare_step`` makes of this one, to estimate memory and time."""
         return batch
+
+    def completions_of(self, batch: Batch, /) -> tuple[int, int] | None:
+        """(completions, positions) that ``prepare_step`` samples for a micro-batch, to estimate memory; None for other tasks.
+
+        Args:
+            batch: from ``largest_batch``.
+        """
+        return None
+
+    def notes_on(self, samples: Sequence[object], /) -> list[list[str]]:
+        """After ``setup``, lines that a preview shows below each of some training samples."""
+        return [[] for _ in samples]
 
     def frozen_models(self) -> list[nn.Module]:
         """After ``setup``, the frozen models that a run keeps in memory besides the trained one."""
@@ -148,6 +166,10 @@ class Task(ABC):
         with self.auxiliary.recorded():
             losses = self.training_step(model, batch)
         return {**losses, **self.auxiliary.losses(counted_tokens(batch))}
+
+    def sampled_texts(self) -> list[SampledText] | None:
+        """Some of what the model has sampled for the last step; None for a task that does not sample. Collective."""
+        return None
 
     def after_step(self) -> None:
         """Called after each optimizer step, e.g. to adjust router biases. Collective."""

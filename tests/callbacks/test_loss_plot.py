@@ -4,10 +4,20 @@ import math
 
 import pytest
 
-from bumblebee.plotting.curves import RewardCurves, plot_run, smooth
+from bumblebee.plotting.curves import smooth
+from bumblebee.plotting.panels import Panel, ShownMetric
+from bumblebee.plotting.run_plot import CurvePoints, plot_run
+from bumblebee.tasks.preference_task import PreferenceTask
 from callbacks import LossPlot
 
 PNG = b"\x89PNG\r\n\x1a\n"
+LOSS = ShownMetric("loss", "loss")
+ACCURACY, MARGIN = PreferenceTask.panels[1].metrics
+
+
+def columns(plot, metric="loss"):
+    """Steps, values, averages and spreads that a LossPlot keeps."""
+    return plot.state_dict()["curves"][metric]["series"]["columns"]
 
 
 def test_picture_is_written_during_the_run_without_other_files(stub_trainer, tmp_path):
@@ -30,7 +40,9 @@ def test_drawn_every_n_steps_and_at_the_end(stub_trainer, monkeypatch):
 
 
 def test_plot_has_losses_validation_and_learning_rate():
-    figure = plot_run([[1, 2], [3.0, 2.0], [3.0, 2.5], [0.1, 0.2]], [[2], [2.2]], smoothing=0.9)
+    loss = CurvePoints(ShownMetric("loss", "loss", axis="loss (nats per token)"), [1, 2], [3.0, 2.0], [3.0, 2.5])
+    loss.validation[0].append(2), loss.validation[1].append(2.2)
+    figure = plot_run([[loss]], ([1, 2], [0.1, 0.2]), smoothing=0.9)
     losses, rate = figure.axes
     assert [list(line.get_ydata()) for line in losses.lines] == [[3.0, 2.0], [3.0, 2.5], [2.2]]
     assert losses.lines[0].get_linewidth() < losses.lines[1].get_linewidth()
@@ -39,7 +51,7 @@ def test_plot_has_losses_validation_and_learning_rate():
 
 
 def test_no_smoothing_and_no_validation_gives_one_curve():
-    figure = plot_run([[1, 2], [3.0, 2.0], [3.0, 2.0], [0.1, 0.2]], [[], []], smoothing=0.0)
+    figure = plot_run([[CurvePoints(LOSS, [1, 2], [3.0, 2.0], [3.0, 2.0])]], ([1, 2], [0.1, 0.2]), smoothing=0.0)
     assert len(figure.axes[0].lines) == 1
 
 
@@ -52,7 +64,7 @@ def test_moving_average_is_bias_corrected(stub_trainer):
     second = (a * 0.9 * 4 + (1 - a) * 1) / (1 - 0.1 * a)
     third = (b * (1 - 0.1 * a) * second + (1 - b) * 7) / (1 - 0.1 * a * b)
     expected = [4.0, second, third]
-    assert plot.state_dict()["training"]["columns"][2] == pytest.approx(expected)
+    assert columns(plot)[2] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("steps", [12, 50, 1000])
@@ -73,7 +85,7 @@ def test_non_finite_losses_are_left_out(stub_trainer, tmp_path):
     for loss in (4.0, math.nan, math.inf, 3.0):
         trainer.call("on_log", {"loss": loss, "lr": 0.1})
     trainer.call("on_log", {"lr": 0.1})  # a step without targets
-    assert plot.state_dict()["training"]["columns"][1] == [4.0, 3.0]
+    assert columns(plot)[1] == [4.0, 3.0]
 
 
 def test_downsampling_is_even_and_keeps_the_average(stub_trainer, monkeypatch):
@@ -84,7 +96,7 @@ def test_downsampling_is_even_and_keeps_the_average(stub_trainer, monkeypatch):
         for step in range(1, 1001):
             trainer.step = step
             trainer.call("on_log", {"loss": math.sin(step), "lr": 0.1})
-        return plot.state_dict()["training"]["columns"]
+        return columns(plot)
 
     downsampled, full = curve(50), curve(10_000)
     steps = downsampled[0]
@@ -96,8 +108,9 @@ def test_downsampling_is_even_and_keeps_the_average(stub_trainer, monkeypatch):
 
 def test_resumed_run_continues_the_curve(resumed_run, complete_run):
     assert resumed_run.callbacks["plot"].state_dict() == complete_run.callbacks["plot"].state_dict()
-    state = complete_run.callbacks["plot"].state_dict()
-    assert state["training"]["columns"][0] == [1, 2, 3, 4, 5, 6] and state["validation"]["columns"][0] == [0, 3, 6]
+    plot = complete_run.callbacks["plot"]
+    assert columns(plot)[0] == [1, 2, 3, 4, 5, 6]
+    assert plot.state_dict()["validations"]["loss"]["columns"][0] == [0, 3, 6]
 
 
 def test_state_is_a_copy(stub_trainer):
@@ -106,14 +119,14 @@ def test_state_is_a_copy(stub_trainer):
     trainer.call("on_log", {"loss": 1.0, "lr": 0.1})
     state = plot.state_dict()
     trainer.call("on_log", {"loss": 1.0, "lr": 0.1})
-    assert len(state["training"]["columns"][0]) == 1
+    assert len(state["curves"]["loss"]["series"]["columns"][0]) == 1
 
 
 def test_second_run_starts_with_an_empty_picture(stub_trainer):
     plot = LossPlot()
     for _ in range(2):
         stub_trainer([plot]).run()
-    assert plot.state_dict()["training"]["columns"][0] == [1, 2, 3, 4, 5, 6]
+    assert columns(plot)[0] == [1, 2, 3, 4, 5, 6]
 
 
 def test_real_run_writes_a_picture(complete_run):
@@ -129,50 +142,58 @@ def test_invalid_options_raise(options, message):
         LossPlot(**options)
 
 
-def test_preferences_have_a_second_panel(stub_trainer):
-    training = [[1, 2], [0.7, 0.6], [0.7, 0.65], [0.1, 0.1]]
-    logged, smoothed = [[1, 2], [0.5, 0.75], [0.0, 0.1]], [[1, 2], [0.5, 0.7], [0.0, 0.08]]
-    figure = plot_run(training, [[], []], 0.9, RewardCurves(logged, smoothed, [[2], [0.6], [0.05]]))
+def test_two_metrics_of_a_panel_have_an_axis_each():
+    accuracy = CurvePoints(ACCURACY, [1, 2], [0.5, 0.75], [0.5, 0.7], validation=([2], [0.6]))
+    margin = CurvePoints(MARGIN, [1, 2], [0.0, 0.1], [0.0, 0.08], validation=([2], [0.05]))
+    loss = CurvePoints(LOSS, [1, 2], [0.7, 0.6], [0.7, 0.65], validation=([2], [0.6]))
+    figure = plot_run([[loss], [accuracy, margin]], ([1, 2], [0.1, 0.1]), 0.9)
     losses, _, accuracies, margins = figure.axes
     assert [list(line.get_ydata()) for line in accuracies.lines] == [[0.5, 0.75], [0.5, 0.7], [0.6]]
     assert [list(line.get_ydata()) for line in margins.lines] == [[0.0, 0.1], [0.0, 0.08], [0.05]]
-    assert losses.get_ylabel() == "loss"
+    assert (losses.get_ylabel(), accuracies.get_ylabel(), margins.get_ylabel()) == ("loss", "reward accuracy", "reward margin")
     labels = [text.get_text() for text in accuracies.get_legend().get_texts()]
     assert labels == [f"{name}{kind}" for name in ("accuracy", "margin") for kind in ("", ", smoothed (0.9)", ", validation")]
-
-
-def test_legends_cover_no_curve():
-    training = [[1, 2], [0.7, 0.6], [0.7, 0.65], [0.1, 0.1]]
-    rewards = [[1, 2], [0.5, 0.75], [0.0, 0.1]]
-    figure = plot_run(training, [[2], [0.6]], 0.9, RewardCurves(rewards, rewards, rewards))
     figure.canvas.draw()
     for axes in figure.axes:
-        if legend := axes.get_legend():
+        if legend := axes.get_legend():  # covers no curve
             box = legend.get_window_extent()
             assert box.y0 >= axes.bbox.y1 - 1 and box.x1 <= figure.bbox.x1
 
 
-def test_rewards_are_kept_in_the_state(stub_trainer):
+def test_spread_is_a_band_around_the_average():
+    reward = CurvePoints(ShownMetric("rl/reward", "reward"), [1, 2], [0.5, 1.0], [0.5, 0.75], [0.25, 0.5])
+    axes = plot_run([[reward]], ([1, 2], [0.1, 0.2]), 0.9).axes[0]
+    (band,) = axes.collections
+    assert band.get_datalim(axes.transData).intervaly.tolist() == [0.25, 1.25]
+
+
+def test_panels_are_those_of_the_task_that_are_logged(stub_trainer, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("callbacks.loss_plot.plot_run", lambda panels, *_: drawn.append(panels) or plot_run(panels, *_))
+    reward, length, kl = (ShownMetric(name, name, spread=f"{name}_spread") for name in ("reward", "length", "kl"))
     plot = LossPlot()
     trainer = stub_trainer([plot])
-    trainer.task.extra_metrics = {"rewards/accuracies": 0.75, "rewards/margins": 0.2}
+    trainer.task.panels = (Panel(reward), Panel(kl, length), Panel(kl))
+    trainer.task.extra_metrics = {"reward": 0.75, "reward_spread": 0.25, "length": 3.0}
     trainer.run()
+    trainer.call("on_validation_end", {"validation_reward": 0.5})
     again = LossPlot()
     again.load_state_dict(plot.state_dict())
-    for part in ("rewards", "smoothed rewards"):
-        steps, accuracies, margins = again.state_dict()[part]["columns"]
-        assert steps == [1, 2, 3, 4, 5, 6] and accuracies == pytest.approx([0.75] * 6) and margins == pytest.approx([0.2] * 6)
+    again.on_fit_end(trainer)
+    for panels in drawn:
+        assert [[curve.metric.name for curve in panel] for panel in panels] == [["reward"], ["length"]]
+        assert panels[0][0].values == [0.75] * 6 and panels[0][0].spread == pytest.approx([0.25] * 6)
+        assert panels[1][0].values == [3.0] * 6 and panels[1][0].spread == []
+    assert [panels[0][0].validation for panels in drawn] == [([], []), ([6], [0.5])]
 
 
-def test_rewards_of_validations_are_plotted(stub_trainer):
+def test_state_of_an_earlier_version_keeps_the_loss():
+    series = {"columns": [[1, 2], [3.0, 2.0], [3.0, 2.5], [0.1, 0.2]], "stride": 1, "seen": 2}
+    old = {"training": series, "validation": {"columns": [[2], [2.5]], "stride": 1, "seen": 1},
+           "average": {"total": 2.0, "weight": 0.9, "count": 2}, "rewards": {"columns": [[], [], []]}}  # fmt: skip
     plot = LossPlot()
-    trainer = stub_trainer([plot], steps=7)
-    trainer.step = 4
-    rewards = {"rewards/accuracies": 0.6, "rewards/margins": 0.1}
-    trainer.call("on_validation_end", {"validation_loss": 0.5, **{f"validation_{name}": rewards[name] for name in rewards}})
-    assert plot.state_dict()["validation rewards"]["columns"] == [[4], [0.6], [0.1]]
-
-
-def test_state_without_rewards_loads():
-    old = {name: part for name, part in LossPlot().state_dict().items() if name != "rewards"}
-    LossPlot().load_state_dict(old)
+    plot.load_state_dict(old)
+    assert columns(plot) == [[1, 2], [3.0, 2.0], [3.0, 2.5], [0.0, 0.0]]
+    state = plot.state_dict()
+    assert state["curves"]["loss"]["average"] == old["average"] and state["learning rate"]["columns"] == [[1, 2], [0.1, 0.2]]
+    assert state["validations"]["loss"]["columns"] == [[2], [2.5]]

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from bumblebee.callback import Callback
+from bumblebee.plotting.panels import ShownMetric
 from callbacks import ProgressBar, Validation
 
 
@@ -116,6 +117,14 @@ def test_learning_rates_are_never_rounded_to_zero(stub_trainer, capsys):
     for trainer.step, rate in enumerate((0.0, 2.5e-7, 3e-4, 0.0125), start=1):
         trainer.call("on_log", {"loss": 1.0, "lr": rate})
     assert re.findall(r" lr (\S+)", capsys.readouterr().out) == ["0", "2.5e-07", "0.0003", "0.0125"]
+
+
+def test_task_names_the_metrics_on_the_console(stub_trainer, capsys):
+    trainer = stub_trainer([ProgressBar(interval=0)], steps=2)
+    trainer.task.headline = (ShownMetric("rl/reward", "reward"), ShownMetric("rl/truncated", "truncated", fraction=True))
+    trainer.task.extra_metrics = {"rl/reward": 0.5, "rl/truncated": 0.256}
+    trainer.run()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("step 2/2 · reward 0.5000 · truncated 26% · lr 0.01 · ")
 
 
 def test_bar_of_a_resumed_run_starts_at_its_step(stub_trainer, monkeypatch):

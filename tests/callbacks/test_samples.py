@@ -104,6 +104,12 @@ def test_stopped_run_samples_at_its_end(fit, scripted, tokenizer, tmp_path, read
     assert [line["step"] for line in read_lines(tmp_path / "run" / "samples.jsonl")] == [2]
 
 
+def test_prompts_are_required_unless_the_task_samples(fit, tokenizer, tmp_path):
+    run = fit(tmp_path / "run", {"samples": Samples()}, tokenizer=tokenizer)
+    assert isinstance(run.error, ValueError) and not (tmp_path / "run").exists()
+    assert str(run.error) == "callbacks: Samples needs prompts to continue: LanguageModeling does not sample completions itself"
+
+
 def test_tokenizer_is_required(fit, tmp_path):
     run = fit(tmp_path / "run", {"samples": Samples(PROMPTS)})
     assert isinstance(run.error, ValueError) and "Samples needs a tokenizer: set data.tokenizer" in str(run.error)

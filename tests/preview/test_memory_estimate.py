@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from bumblebee.config import BumblebeeConfig
+from bumblebee.inference.generator import Generator
+from bumblebee.inference.request import EngineRequest
+from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.lora import LoRA
 from bumblebee.model import Bumblebee
 from bumblebee.models.load_context import meta_parameters
@@ -17,11 +20,14 @@ from bumblebee.preview.memory_estimate import (
     _FRAGMENTATION,
     BatchShape,
     ModelSize,
+    SamplingShape,
     TrainingSetup,
     activation_bytes,
     estimate_memory,
     layer_bytes,
+    sampling_bytes,
 )
+from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.transforms import ActivationCheckpointing
 
 BATCH = BatchShape(rows=4, length=1024, targets=4096, kernel="flash")
@@ -92,6 +98,22 @@ def test_activation_checkpointing_keeps_block_inputs_and_one_block(seven):
     second = activation_bytes(ModelSize.of(model), setup, BATCH)
     assert every < 0.25 * none
     assert every < second < none
+
+
+def test_sampling_needs_the_kv_cache_that_the_engine_allocates(tokenizer_folder):
+    """And at stage 3 the whole weights, however many ranks there are."""
+    model = meta_model("tiny", vocab_size=400, num_key_value_heads=2).to_empty(device="cpu")
+    requests = [EngineRequest(str(i), [1] * 28, SamplingParams(max_new_tokens=128)) for i in range(100)]
+    engine = Generator(model, Tokenizer.from_pretrained(tokenizer_folder))._engine_for(requests)
+    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in engine.model_runner.kv_cache.layers)
+    size, shape = ModelSize.of(model), SamplingShape(64, 156)
+    logits = 3 * 4 * 64 * 400
+    assert sampling_bytes(size, TrainingSetup("fp32", 2), shape) - logits == cache
+    assert sampling_bytes(size, TrainingSetup("bf16", 2), shape) - logits == cache / 2
+    sharded = [estimate_memory(size, TrainingSetup("fp32", stage, 8, "cuda"), BATCH, sampling=shape) for stage in (2, 3)]
+    assert sharded[1].sampling - sharded[0].sampling == 4 * size.parameters
+    many = estimate_memory(size, TrainingSetup("fp32", 2), BATCH, sampling=SamplingShape(64, 1_000_000))
+    assert many.total == many.persistent + many.sampling
 
 
 def test_unknown_model_has_no_activation_estimate():

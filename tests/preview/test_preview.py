@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -117,6 +118,32 @@ def test_user_defined_datamodule_and_task_are_supported(recipe, capsys):
     shown = preview(capsys, "--config", with_rows(recipe), "--measure", "never")
     assert "data: Rows" in shown
     assert "training samples     22" in shown
+
+
+def unanswered(prompts: list[str], completions: list[str], records: list[dict[str, object]]) -> list[float]:
+    """A reward with a bug: the answer's case is wrong."""
+    return [float("ANSWER" in completion) for completion in completions]
+
+
+def test_prompts_are_shown_with_the_rewards_of_their_answers(tokenizer_folder, capsys, tmp_path, monkeypatch):
+    """Special tokens and the last line break included; a reward that an answer does not get is pointed out."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tokenizer_folder, "sft")
+    Bumblebee(BumblebeeConfig.preset("tiny", vocab_size=400, num_hidden_layers=1)).save_pretrained("sft")
+    files = {"task.model.folder": "sft", "data.tokenizer": "sft", "data.files": str(SAMPLES / "prompts.jsonl")}
+    words = ["--config", str(ROOT / "recipes" / "grpo_full.yaml"), "--measure", "never", "--trainer.zero_stage", "3"]
+    words += [word for name, value in files.items() for word in (f"--{name}", value)]
+    shown = preview(capsys, *words, "--samples", "2")
+    assert "28 tokens in 28 positions  " in shown and "padding" not in shown
+    assert "<|im_start|>user⏎What is 10 + 38?<|im_end|>⏎<|im_start|>assistant⏎\n" in shown
+    assert shown.count("→ its 'answer', 48: reward 1\n") == 1 and shown.count("→ empty completion: reward 0\n") == 2
+    assert "KV cache of 64 × 156 tokens and the whole weights, instead of activations" in shown
+    wrong = f"[{__name__}.unanswered, bumblebee.rewards.Matches]"
+    options = [*words, "--samples", "1", "--task.rewards", wrong, "--task.rewards.pattern", "x", "--data.system", "Be brief."]
+    shown = preview(capsys, *options)
+    assert "<|im_start|>system⏎Be brief.<|im_end|>" in shown
+    doubt = "(not more than for an empty completion: is the reward right?)"
+    assert f"→ its 'answer', 48: reward 0 (unanswered 0, Matches 0)  {doubt}" in shown
 
 
 def test_existing_run_in_the_output_folder_gives_a_note(recipe, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from helpers.training_runs import Questions, RewardedGRPO, Rows, odd_characters,
 
 from bumblebee import GRPO
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.rewards import InputReward, RewardInput
+from bumblebee.rewards.reward import Failure
 from bumblebee.rl.advantages import EPS, advantages_of
 from bumblebee.rl.rollout import rollout_seed
 
@@ -169,6 +172,42 @@ def test_sampled_log_probabilities_are_those_that_are_trained(tmp_path):
     assert len({record["completion"] for record in records}) > 6
 
 
+def test_best_and_worst_completions_are_shown(tmp_path, capsys):
+    """On the console, in samples.jsonl and in TensorBoard, with their rewards; none is sampled for it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = train(tmp_path, **JOB, callbacks={"samples": ("Samples", {"every": 3}), "board": ("TensorBoard", {})})
+    samples = [json.loads(text) for text in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(each["step"], each["title"]) for each in samples] == [(s, t) for s in (3, 4) for t in ("best", "worst")]
+    printed = capsys.readouterr().out
+    for best, worst in (samples[:2], samples[2:]):
+        records = [json.loads(t) for t in (tmp_path / f"rollouts/step-{best['step']:06d}.jsonl").read_text().splitlines()]
+        by_reward = sorted(records, key=lambda record: record["reward"])
+        assert (worst["reward"], best["reward"]) == (by_reward[0]["reward"], by_reward[-1]["reward"])
+        assert (best["prompt"], best["text"]) in {(record["prompt"], record["completion"]) for record in records}
+        assert best["rewards"] == {"odd_characters": best["reward"]}
+        assert f"best completion at step {best['step']}, reward {best['reward']:.4g}: {best['prompt']} → " in printed
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    assert [each.step for each in events.Tensors("samples/worst/text_summary")] == [3, 4]
+    assert samples[2]["prompt"] in events.Tensors("samples/best/text_summary")[1].tensor_proto.string_val[0].decode()
+    assert train(tmp_path, **JOB, overwrite=True)[-1]["rl/reward"] == lines[-1]["rl/reward"]
+
+
+def test_metrics_describe_the_completions_of_the_step(tmp_path):
+    """Over all groups and micro-batches, as computed from the rollouts themselves."""
+    for line in train(tmp_path, **JOB):
+        records = [json.loads(text) for text in (tmp_path / f"rollouts/step-{line['step']:06d}.jsonl").read_text().splitlines()]
+        rewards = torch.tensor([record["reward"] for record in records], dtype=torch.float64)
+        lengths = [record["tokens"] for record in records]
+        assert line["rl/reward_spread"] == pytest.approx(float(rewards.std(correction=0)))
+        assert line["rl/group_variance"] == pytest.approx(float(rewards.view(-1, 3).var(dim=1).mean()))
+        assert (line["rl/length_max"], line["rl/length"]) == (max(lengths), pytest.approx(sum(lengths) / len(lengths)))
+        assert line["rl/truncated"] == pytest.approx(sum(record["truncated"] for record in records) / len(records))
+        assert line["rl/time_sampling"] + line["rl/time_rewards"] + line["rl/time_training"] == pytest.approx(1.0)
+        assert line["rl/sampled_tokens_per_second"] > 0 and line["rl/trained_tokens_per_second"] > 0
+        assert "_reward_square" not in line
+
+
 def test_training_raises_the_reward(tmp_path):
     job = {**JOB, "optimizer": ("AdamW", {"lr": 3e-3}), "max_steps": 40, "micro_batch_size": 11, "accumulate": 1}
     rewards = [line["rl/reward"] for line in train(tmp_path, **job)]
@@ -249,6 +288,14 @@ def nan(prompts: list[str], completions: list[str], records: list[Any]) -> list[
     return [math.nan] * len(prompts)
 
 
+def words(prompts: list[str], completions: list[str], records: list[Any]) -> list[Any]:
+    return ["1.0"] * len(prompts)
+
+
+def one(prompts: list[str], completions: list[str], records: list[Any]) -> Any:
+    return 1.0
+
+
 def broken(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
     raise KeyError("solution")
 
@@ -257,6 +304,8 @@ def broken(prompts: list[str], completions: list[str], records: list[Any]) -> li
     ("reward", "message"),
     [
         (too_few, "task.rewards: too_few returned 1 reward for 12 completions"),
+        (words, r"task.rewards: words returned '1.0' for a completion of .*questions.jsonl:\d"),
+        (one, "task.rewards: one returned 1.0 instead of a list of 12 rewards"),
         (nan, r"task.rewards: nan returned nan for a completion of .*questions.jsonl:\d"),
         (broken, r"task.rewards: broken failed on completions of .*questions.jsonl:\d+.*: KeyError\('solution'\)"),
     ],
@@ -265,6 +314,22 @@ def test_bad_rewards_are_errors_that_name_them(reward, message, tmp_path, monkey
     monkeypatch.setattr("helpers.training_runs.odd_characters", reward)
     with pytest.raises(ValueError, match=message):
         train(tmp_path, **JOB)
+
+
+class Unreliable(InputReward):
+    """Times out for the first completion of each call."""
+
+    can_fail = True
+
+    def score(self, inputs: Sequence[RewardInput]) -> list[float | Failure]:
+        assert all(each.tokens and each.tokens >= len(each.completion) / 20 for each in inputs)
+        return [Failure(0.0, "timed out on", timed_out=True), *(float(len(each.completion)) for each in inputs[1:])]
+
+
+def test_completions_that_time_out_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.training_runs.odd_characters", Unreliable())
+    lines = train(tmp_path, **{**JOB, "max_steps": 2})
+    assert [(line["rl/reward_timeouts"], line["rl/reward_errors"]) for line in lines] == [(1, 0), (1, 0)]
 
 
 @pytest.mark.parametrize(
