@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bumblebee.inference.transfers import upload
-from bumblebee.nn.attention_kernels import problems, varlen_supports
+from bumblebee.nn.attention_kernels import causal_varlen, problems, varlen_supports
 
 if TYPE_CHECKING:
     from bumblebee.inference.attention_metadata import QuerySpan
@@ -62,15 +62,9 @@ class PackedSpans:
         Returns:
             (sum of queries, H, D).
         """
-        from torch.nn.attention.varlen import varlen_attn
-
         k, v = (x.flatten(0, 1).index_select(0, self.slots) for x in (keys, values))
-        sides = (-1 if window is None else window - 1, 0)  # positions attended to the left and right; -1 for all
-        query_ends, key_ends = self.ends
-        out = varlen_attn(
-            q, k, v, query_ends, key_ends, self.queries, self.keys, window_size=sides, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return cast(Tensor, out)
+        queries, in_cache = self.ends
+        return causal_varlen(q, k, v, (queries, in_cache), (self.queries, self.keys), window)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
