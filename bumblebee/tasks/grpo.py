@@ -159,11 +159,13 @@ class GRPO(Task):
             )
 
     def begin(self, run: RunContext, /) -> None:
-        """Keep the run's context."""
+        """Keep the run's context, and load the rewards' models."""
         self._run = run
+        self.rewards.begin(run.device)
 
     def begin_validation(self, device: torch.device) -> None:
-        """Nothing: validation needs the model only."""
+        """Load the rewards' models."""
+        self.rewards.begin(device)
 
     def summary(self) -> dict[str, object]:
         """Rewards, groups and the loss."""
