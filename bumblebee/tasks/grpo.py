@@ -22,8 +22,9 @@ Shapes: R completions (rows), T positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import cast
 
 import torch
@@ -35,6 +36,7 @@ from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.plotting.panels import Panel, ShownMetric
 from bumblebee.rl.advantages import AdvantageKind, advantages_of
+from bumblebee.rl.dynamic_sampling import Place, fill_places, with_sampled_groups
 from bumblebee.rl.policy_loss import Normalisation, loss_divisor, loss_sum, token_losses, token_sums
 from bumblebee.rl.reward_check import reward_notes
 from bumblebee.rl.rollout import Question, Rollout, flat, rollout_seed, sample_groups
@@ -49,9 +51,10 @@ from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length, check_predicts_tokens
 from bumblebee.transforms import apply_transforms
 
-_PER_COMPLETION = ("reward", "length", "truncated")
+_PER_COMPLETION = ("reward", "truncated")
 _PER_TOKEN = ("logprob_drift", "entropy")
 _PER_GROUP = ("reward_std", "equal_groups", "group_variance")
+_RESAMPLED = ("resampled", "excluded")  # per group
 _REWARD = ShownMetric("rl/reward", "reward", spread="rl/reward_spread")
 _LENGTH = ShownMetric("rl/length", "length", axis="tokens per completion")
 _TRUNCATED = ShownMetric("rl/truncated", "truncated", axis="share that is truncated", fraction=True)
@@ -73,6 +76,8 @@ class GRPO(Task):
         normalise: how token losses are added up: sequence, token, constant or sum.
         importance_cap: largest weight of a token; null does not weight.
         keep_rollouts: steps whose completions stay in output_dir/rollouts; 0 writes none.
+        resample_rounds: how often a step may sample groups of further prompts in place of groups with equal rewards, which are
+            then left out of the loss; 0 trains on all groups (docs/rl.md).
 
     Raises:
         ValueError: a number out of range.
@@ -105,18 +110,20 @@ class GRPO(Task):
         normalise: Normalisation = "sequence",
         importance_cap: float | None = 2.0,
         keep_rollouts: int = 20,
+        resample_rounds: int = 0,
     ) -> None:
         self.model, self.transforms = model, apply_transforms(model, transforms)
         self.rewards = WeightedRewards(rewards, reward_weights)
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
         self.advantages, self.normalise, self.importance_cap = advantages, normalise, importance_cap
-        self.keep_rollouts = keep_rollouts
+        self.keep_rollouts, self.resample_rounds = keep_rollouts, resample_rounds
         self._check()
         self.weights = {"grpo": 1.0}
         self.units = {
             **{f"rl/{name}": "completions" for name in (*_PER_COMPLETION, *(f"reward/{name}" for name in self.rewards.names))},
             **{f"rl/{name}": "tokens" for name in _PER_TOKEN},
-            **{f"rl/{name}": "groups" for name in _PER_GROUP},
+            **{f"rl/{name}": "groups" for name in (*_PER_GROUP, *(_RESAMPLED if resample_rounds else ()))},
+            "rl/length": "trained",
             "_reward_square": "completions",
         }
         self._run: RunContext | None = None
@@ -132,6 +139,13 @@ class GRPO(Task):
             raise ValueError(f"importance_cap must be at least 1, got {self.importance_cap}")
         if self.keep_rollouts < 0:
             raise ValueError(f"keep_rollouts must be at least 0, got {self.keep_rollouts}")
+        if self.resample_rounds < 0:
+            raise ValueError(f"resample_rounds must be at least 0, got {self.resample_rounds}")
+        if self.resample_rounds and self.advantages == "batch_std":
+            raise ValueError(
+                "resample_rounds replaces groups with equal rewards, from which advantages: batch_std does learn; use another"
+                " kind of advantages, or resample_rounds: 0"
+            )
 
     # -- preparation -----------------------------------------------------------------------------------------------------
 
@@ -150,6 +164,7 @@ class GRPO(Task):
         adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
         self.rewards.check()
         self._questions: dict[int, Question] = {each.index: each for each in samples}
+        self._pool = [sample.index for sample in data.train]
         self._tokenizer, self._stop_ids = data.tokenizer, data.stop_ids
         longest = max(samples, key=lambda sample: len(sample.ids))
         positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", math.inf)
@@ -179,35 +194,64 @@ class GRPO(Task):
         """Sample completions of this rank's prompts with the current weights, and score them. Collective."""
         assert self._run is not None, "begin has not been called"
         self._meter.begin_step()
-        seed = self._run.seed
         prompts = [prompts_of(batch) for batch in window]
-        params = [
-            [self._params(rollout_seed(seed, step, index, number)) for number in range(self.group_size)]
-            for batch in prompts
-            for index, _ in batch
+        groups = self._scored_groups([index for batch in prompts for index, _ in batch], step)
+        sample = partial(self._scored_groups, step=step)
+        places = fill_places(groups, self._pool, self._run.seed, step, self.resample_rounds, sample)
+        trained = [group for place in places for group in place.trained]
+        rewards = torch.tensor([[each.reward for each in group] for group in trained], dtype=torch.float64)
+        advantages = advantages_of(rewards.view(len(trained), self.group_size), self.advantages)
+        self._keep(places, advantages, step)
+        taken, rows = iter(places), iter(advantages)
+        return [
+            self._training_batch(batch, [next(taken) for _ in own], rows) for batch, own in zip(window, prompts, strict=True)
         ]
+
+    def _scored_groups(self, prompts: Sequence[int], step: int) -> list[list[Rollout]]:
+        """Completions of each prompt, with rewards. Collective."""
+        assert self._run is not None
+        seed, numbers = self._run.seed, range(self.group_size)
+        params = [[self._params(rollout_seed(seed, step, index, number)) for number in numbers] for index in prompts]
         with self._meter.timed("sampling"):
-            groups = self._sample([each for batch in prompts for each in batch], params)
+            groups = self._sample([self._prompt(index) for index in prompts], params)
         rollouts = flat(groups)
         self._meter.add([len(rollout.tokens) for rollout in rollouts])
-        questions = [self._questions[rollout.prompt] for rollout in rollouts]
         with self._meter.timed("rewards"):
-            self.rewards.score(rollouts, questions)
-        rewards = torch.tensor([each.reward for each in rollouts], dtype=torch.float64).view(len(groups), self.group_size)
-        advantages = advantages_of(rewards, self.advantages)
-        scored = zip(rollouts, questions, advantages.flatten().tolist(), strict=True)
-        self._scored = [ScoredRollout(*each) for each in scored]
+            self.rewards.score(rollouts, [self._questions[rollout.prompt] for rollout in rollouts])
+        return groups
+
+    def _prompt(self, index: int) -> tuple[int, list[int]]:
+        return index, self._questions[index].ids
+
+    def _keep(self, places: Sequence[Place], advantages: Tensor, step: int) -> None:
+        """Keep the completions for ``sampled_texts`` and in output_dir/rollouts; 0 is the advantage of those not trained on."""
+        assert self._run is not None
+        rows, zeros = iter(advantages.tolist()), [0.0] * self.group_size
+        self._scored = [
+            ScoredRollout(rollout, self._questions[rollout.prompt], advantage)
+            for place in places
+            for group in place.groups
+            for rollout, advantage in zip(group, zeros if place.left_out(group) else next(rows), strict=True)
+        ]
         if self.keep_rollouts:
             write_rollouts(self._run.output_dir / "rollouts", step + 1, self.keep_rollouts, self.rewards.names, self._scored)
-        batches, at = [], 0
-        for batch, own in zip(window, prompts, strict=True):
-            part = slice(at, at + len(own))
-            at += len(own)
-            if own:
-                batches.append(training_batch(own, groups[part], advantages[part]))
-            else:
-                batches.append(without_completions(batch, len(self.rewards.names)))
-        return batches
+
+    def _training_batch(self, batch: Batch, places: Sequence[Place], advantages: Iterator[Tensor]) -> Batch:
+        """The completions in the places of a batch of prompts.
+
+        Args:
+            batch: of prompts.
+            places: of the batch.
+            advantages: of the trained groups in these and all later places.
+        """
+        groups = [group for place in places for group in place.trained]
+        if groups:
+            trained = training_batch(
+                [self._prompt(group[0].prompt) for group in groups], groups, torch.stack([next(advantages) for _ in groups])
+            )
+        else:
+            trained = without_completions(batch, len(self.rewards.names))
+        return with_sampled_groups(trained, places, len(self.rewards.names)) if self.resample_rounds else trained
 
     def largest_batch(self, batch: Batch, /) -> Batch:
         """Completions of the maximum length."""
@@ -244,9 +288,10 @@ class GRPO(Task):
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
         """What the loss is divided by, and the numbers of completions, their tokens, and groups."""
         targets = batch["labels"] != IGNORE_INDEX
-        completions, tokens = int(targets.any(dim=1).sum()), int(targets.sum())
-        divisor = loss_divisor(self.normalise, completions, tokens, self.max_new_tokens)
-        return {"grpo": divisor, "completions": completions, "tokens": tokens, "groups": completions // self.group_size}
+        trained, tokens = int(targets.any(dim=1).sum()), int(targets.sum())
+        divisor = loss_divisor(self.normalise, trained, tokens, self.max_new_tokens)
+        completions, groups = len(batch["reward"]), len(batch["reward_std"])
+        return {"grpo": divisor, "trained": trained, "completions": completions, "tokens": tokens, "groups": groups}
 
     def tokens(self, counts: dict[str, float]) -> int:
         """Number of sampled tokens."""
