@@ -120,7 +120,7 @@ def test_two_ranks_replace_the_same_groups_as_one(tmp_path):
             assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3, abs=1e-6)
     for step in range(1, 7):
         of_one, of_two = (
-            [(each["place"], each["completion"]) for each in rollouts(tmp_path / run, step)] for run in ("one", "1")
+            [(each["prompt"], each["completion"]) for each in rollouts(tmp_path / run, step)] for run in ("one", "1")
         )
         assert sorted(of_one) == sorted(of_two)
 
