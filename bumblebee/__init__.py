@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bumblebee.tasks.grpo import GRPO
     from bumblebee.tasks.language_modeling import LanguageModeling
     from bumblebee.tasks.orpo import ORPO
+    from bumblebee.tasks.reward_model import RewardModel
     from bumblebee.tasks.simpo import SimPO
     from bumblebee.tasks.task import Task
     from bumblebee.tokenizer.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ _HOME = {
     "HuggingFaceModel": "bumblebee.models.huggingface",
     "LanguageModeling": "bumblebee.tasks.language_modeling",
     "ORPO": "bumblebee.tasks.orpo",
+    "RewardModel": "bumblebee.tasks.reward_model",
     "SamplingParams": "bumblebee.inference.sampling.sampling_params",
     "SimPO": "bumblebee.tasks.simpo",
     "Task": "bumblebee.tasks.task",
@@ -59,6 +61,7 @@ __all__ = [
     "HuggingFaceModel",
     "LanguageModeling",
     "ORPO",
+    "RewardModel",
     "SamplingParams",
     "SimPO",
     "Task",

@@ -6,7 +6,8 @@
     TRL         {"prompt": a question or messages, "completion": an answer or messages, "tools"?}
 
 A preference pair has a prompt without the last answer in one of these formats, and two answers, "chosen" and "rejected":
-strings in Alpaca, one turn or message each in ShareGPT and OpenAI, any of these in TRL. Without a format's key, or beside a
+strings in Alpaca, one turn or message each in ShareGPT and OpenAI, any of these in TRL. "margin" may say by how much the chosen
+one is better, for a reward model. Without a format's key, or beside a
 "prompt", they may be two lists of messages that differ in the last one: the messages before it are the prompt.
 
 Choices:
@@ -19,6 +20,7 @@ Choices:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -57,6 +59,7 @@ class PreferencePair:
     chosen: Message
     rejected: Message
     tools: list[Tool] | None
+    margin: float | None = None
 
 
 def parse_conversation(record: Record) -> Conversation:
@@ -118,7 +121,16 @@ def _preference(value: dict[str, object]) -> PreferencePair:
     chosen, rejected = _answer(value, "chosen", chat_format), _answer(value, "rejected", chat_format)
     if chosen == rejected:
         raise ValueError("'chosen' and 'rejected' are equal")
-    return PreferencePair(prompt, chosen, rejected, parse_tools(value.get("tools")))
+    return PreferencePair(prompt, chosen, rejected, parse_tools(value.get("tools")), _margin(value))
+
+
+def _margin(value: dict[str, object]) -> float | None:
+    margin = value.get("margin")
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise ValueError(f"'margin' must be a number, by how much 'chosen' is better, not {margin!r}")
+    return float(margin)
 
 
 def _without_shared_messages(value: dict[str, object]) -> dict[str, object]:

@@ -19,7 +19,8 @@ from datamodules.token_cache import Segment, TokenCache
 from datamodules.token_datamodule import TokenDataModule
 from datamodules.tokenize import PreferenceTokenizer
 
-Pair = tuple[int, Segment, Segment]  # index among the training samples; prompt + chosen and prompt + rejected answer
+# Index among the training samples, margin, prompt + chosen and prompt + rejected answer.
+Pair = tuple[int, float, Segment, Segment]
 
 
 class PairDataset(TokenDataset[Pair]):
@@ -46,13 +47,16 @@ class PairDataset(TokenDataset[Pair]):
         self.row_lengths = (tokens - 1 - excess)[:, fits]
         self.dropped, self.truncated = int(np.sum(~fits)), int(np.sum(excess[fits] > 0))
         self.targets = int(answers[:, fits].sum())
+        assert cache.values is not None
+        self.margins = cache.values[2 * self.samples]
+        self.has_margins = not np.isnan(self.margins).all()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
         chosen, rejected = (self.cache.segment(start, length) for start, length in self.spans(index))
-        return int(index), chosen, rejected
+        return int(index), float(self.margins[index]), chosen, rejected
 
     def spans(self, index: int) -> list[tuple[int, int]]:
         """See the base class."""
@@ -130,11 +134,15 @@ class Preferences(TokenDataModule[Pair, PairDataset]):
     def collate(self, samples: list[Pair]) -> Batch:
         """Pairs -> ``input_ids``, ``labels``, ``position_ids``, each (2 * pairs, T) int64, and ``index`` (pairs,) int64.
 
-        Labels mark the tokens of the answers. T is the length of the longest row, rounded up.
+        If any training pair has a margin, also ``margin`` (pairs,) fp32, which is 0 for the others. Labels mark the tokens of
+        the answers. T is the length of the longest row, rounded up.
         """
-        rows = [[segment] for _, *segments in samples for segment in segments]
+        rows = [[segment] for *_, chosen, rejected in samples for segment in (chosen, rejected)]
         batch = collate_rows(rows, padded_width(rows), self.pad_token_id)
-        return {**batch, "index": torch.tensor([index for index, *_ in samples])}
+        batch["index"] = torch.tensor([index for index, *_ in samples])
+        if self.train.has_margins:
+            batch["margin"] = torch.tensor([margin for _, margin, *_ in samples], dtype=torch.float32).nan_to_num()
+        return batch
 
     def summary(self) -> dict[str, object]:
         """Pairs, tokens of the answers, omitted pairs."""

@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import pytest
 from helpers.processes import ROOT
 from helpers.reward_functions import by_name, hangs_with_a_child, lengths
 
-from bumblebee.rewards import Brevity, ExactAnswer, InWorkers, NumericAnswer, RewardError, RewardInput
-from bumblebee.rewards.reward import Failure, score_all
+from bumblebee.rewards import Brevity, ExactAnswer, InWorkers, MathAnswer, NumericAnswer, RewardError, RewardInput
+from bumblebee.rewards.reward import CompletionError, Failure, score_all
 from bumblebee.rl.reward_failures import RewardFailures
 from bumblebee.rl.rollout import Rollout
 from bumblebee.rl.scoring import WeightedRewards
@@ -56,14 +57,14 @@ def test_values_are_those_of_the_reward_in_process(reward):
 
 @pytest.mark.slow
 def test_each_failure_costs_its_own_completion_only(caplog):
-    reward = InWorkers(by_name, processes=2, timeout=1.0, on_timeout=-1.0, on_error=-2.0)
+    reward = InWorkers(by_name, processes=2, timeout=2.0, on_timeout=-1.0, on_error=-2.0)
     weighted = WeightedRewards([reward], None)
     texts = ["a", "regex", "b", "exit", "kill", "c", "raise", "quit", "d"]
     with caplog.at_level(logging.WARNING):
         assert scored(reward, texts, weighted) == [0.5, -1.0, 0.5, -2.0, -2.0, 0.5, -2.0, -2.0, 0.5]
     assert weighted.failures.take() == {"rl/reward_timeouts": 1, "rl/reward_errors": 4}
     timeout, error = (record.getMessage() for record in caplog.records)
-    assert timeout == "task.rewards: by_name timed out after 1 s on a completion of q.jsonl:2; it counts as -1"
+    assert timeout == "task.rewards: by_name timed out after 2 s on a completion of q.jsonl:2; it counts as -1"
     assert error == (
         "task.rewards: by_name ended its worker process on a completion of q.jsonl:4: exit code 7; it counts as -2;"
         " so did 3 more of this run"
@@ -87,10 +88,11 @@ def test_a_run_that_stops_names_the_record(text, options, message):
 
 @pytest.mark.slow
 def test_a_timeout_kills_child_processes_too(tmp_path):
-    reward = InWorkers(hangs_with_a_child, timeout=1.0)
+    reward = InWorkers(hangs_with_a_child, timeout=2.0)
     (failure,) = reward.score([RewardInput("", "", {"file": str(tmp_path / "pids")})])
     assert isinstance(failure, Failure) and failure.timed_out
-    assert all(gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    wait_until(lambda: all(gone(pid) for pid in pids))
 
 
 @pytest.mark.slow
@@ -151,3 +153,39 @@ def test_warnings_become_rarer(caplog):
     assert "so did 63 more of this run" in caplog.records[-1].getMessage()
     assert failures.take() == {"rl/reward_timeouts": 100, "rl/reward_errors": 0}
     assert failures.take() == {"rl/reward_timeouts": 0, "rl/reward_errors": 0}
+
+
+MATHEMATICS = [
+    ("1/2", r"It is \boxed{\frac{2}{4}}.", 1.0),
+    ("1/2", "so 50%", 1.0),
+    (0.5, r"$\frac12$", 1.0),
+    (r"\{1, 2\}", r"\boxed{\{2, 1\}}", 1.0),
+    (r"$2\sqrt{3}$", r"\boxed{\sqrt{12}}", 1.0),
+    ("x+1", "$1 + x$", 1.0),
+    ("1,234", "The answer is 1234.", 1.0),
+    ("(0, 1]", r"\boxed{(0, 1)}", 0.0),
+    ("42", "no idea", 0.0),
+    ("42", "", 0.0),
+]
+
+
+@pytest.mark.slow
+def test_mathematics_is_compared_in_process_in_threads_and_in_workers():
+    pytest.importorskip("math_verify")
+    inputs = [RewardInput("?", text, {"answer": answer}) for answer, text, _ in MATHEMATICS]
+    expected = [value for _, _, value in MATHEMATICS]
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(MathAnswer(processes=0).score, inputs).result() == expected
+    tower = RewardInput("?", r"\boxed{9^{9^{9^{9^9}}}}", {"answer": 3})
+    workers = MathAnswer(processes=1, timeout=20.0, within="<answer>(.*?)</answer>")
+    tagged = [replace(each, completion=f"$7$ <answer>{each.completion}</answer>") for each in inputs]
+    assert workers.score([inputs[0], *tagged]) == [0.0, *expected]
+    assert [getattr(each, "timed_out", each) for each in MathAnswer(processes=1, timeout=3.0).score([tower])] == [True]
+    with pytest.raises(CompletionError, match="failed on a completion: .*the record has no key 'answer'"):
+        workers.score([RewardInput("?", "1", {"gold": 1})])
+
+
+def test_mathematics_needs_its_package(monkeypatch):
+    monkeypatch.setattr("bumblebee.rewards.math_answer.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"task.rewards: MathAnswer needs math-verify: pip install bumblebee\[math\]"):
+        MathAnswer()

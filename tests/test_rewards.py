@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+import re
+import sys
+from typing import get_type_hints
 
-from bumblebee.rewards import Brevity, ExactAnswer, Matches, NumericAnswer
+import pytest
+import yaml
+from helpers import reward_functions
+from helpers.processes import ROOT
+from jsonargparse import ArgumentParser
+
+from bumblebee import GRPO
+from bumblebee.rewards import Brevity, ExactAnswer, Matches, NumericAnswer, RewardInput
+from bumblebee.rewards.reward import name_of
 
 
 def score(reward, text, **record):
@@ -40,9 +50,44 @@ def test_pattern_matches_over_lines():
     assert score(reward, "c <think>a</think>") == 0.0
 
 
+THOUGHT = "<think>\n7 or 8</think>\n\n<answer>12</answer> <answer>\n 42 </answer>\n"
+
+
+def test_only_a_passage_of_the_completion_counts():
+    within = "<answer>(.*?)</answer>"
+    assert score(ExactAnswer(within=within), THOUGHT, answer=42) == 1.0
+    assert score(NumericAnswer(within=within), f"{THOUGHT} 43", answer=42) == 1.0
+    assert score(NumericAnswer(within="</think>.*"), THOUGHT, answer=42) == 1.0
+    assert score(NumericAnswer(within=within), "42", answer=42) == 0.0
+    assert score(ExactAnswer(within=within), "42", answer=42) == 0.0
+
+
+def test_examples_of_the_documentation_are_rewards(monkeypatch):
+    """And those of thinking and answers in tags score what they say."""
+    monkeypatch.setattr("sys.modules", {**sys.modules, "my_rewards": reward_functions})
+    monkeypatch.setattr(reward_functions, "passes_tests", reward_functions.lengths, raising=False)
+    monkeypatch.setattr(reward_functions, "one_number", reward_functions.lengths, raising=False)
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "rl.md").read_text(encoding="utf-8"), re.DOTALL)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--rewards", type=get_type_hints(GRPO.__init__)["rewards"])
+    rewards = []
+    for block in map(yaml.safe_load, blocks):
+        options = block["task"]["init_args"] if "task" in block else block
+        if "rewards" in options:
+            rewards += parser.instantiate_classes(parser.parse_object({"rewards": options["rewards"]})).rewards
+    names = [name_of(reward) for reward in rewards]
+    assert names == ["NumericAnswer", "lengths", "NumericAnswer", "Matches", "lengths", "Judge"]
+    assert [score(reward, THOUGHT, answer=42) for reward in rewards[2:4]] == [1.0, 1.0]
+    assert score(rewards[3], f"{THOUGHT} 43", answer=42) == 0.0
+
+
 def test_brevity_falls_linearly_between_its_limits():
     reward = Brevity(free=4, limit=8)
     assert [score(reward, "x" * length) for length in (0, 4, 6, 8, 20)] == [0.0, 0.0, -0.5, -1.0, -1.0]
+    in_tokens = Brevity(free=4, limit=8, unit="tokens")
+    assert in_tokens.score([RewardInput("q", "x" * 20, {}, tokens) for tokens in (4, 6, 9)]) == [0.0, -0.5, -1.0]
+    with pytest.raises(ValueError, match="unit tokens needs the number of tokens"):
+        score(in_tokens, "x")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +95,8 @@ def test_brevity_falls_linearly_between_its_limits():
     [
         (lambda: score(ExactAnswer(), "a", solution="b"), "the record has no key 'answer'; its keys: 'solution'"),
         (lambda: score(NumericAnswer(), "a", answer="none"), "the record's 'answer' has no number: 'none'"),
+        (lambda: ExactAnswer(within="("), r"within '\(' is not a regular expression"),
+        (lambda: ExactAnswer(within="(a)(b)"), r"within '\(a\)\(b\)' has 2 groups, expected at most 1"),
         (lambda: Matches("("), r"pattern '\(' is not a regular expression"),
         (lambda: Brevity(8, 4), "free must be at least 0 and less than limit"),
         (lambda: NumericAnswer(tolerance=-1), "tolerance must be at least 0, got -1"),

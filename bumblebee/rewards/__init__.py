@@ -10,17 +10,23 @@ question, the completion without special tokens, and the record of the data file
 from bumblebee.rewards.answers import ExactAnswer, NumericAnswer
 from bumblebee.rewards.form import Brevity, Matches
 from bumblebee.rewards.in_workers import InWorkers
+from bumblebee.rewards.judge import Judge
+from bumblebee.rewards.math_answer import MathAnswer
 from bumblebee.rewards.reward import InputReward, Record, RewardError, RewardFunction, RewardInput
+from bumblebee.rewards.reward_model import RewardModel
 
 __all__ = [
     "Brevity",
     "ExactAnswer",
     "InWorkers",
     "InputReward",
+    "Judge",
     "Matches",
+    "MathAnswer",
     "NumericAnswer",
     "Record",
     "RewardError",
     "RewardFunction",
     "RewardInput",
+    "RewardModel",
 ]

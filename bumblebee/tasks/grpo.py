@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,19 +35,20 @@ from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.plotting.panels import Panel, ShownMetric
 from bumblebee.rl.advantages import AdvantageKind, advantages_of
+from bumblebee.rl.policy_loss import Normalisation, loss_divisor, loss_sum, token_losses, token_sums
 from bumblebee.rl.reward_check import reward_notes
 from bumblebee.rl.rollout import Question, Rollout, flat, rollout_seed, sample_groups
 from bumblebee.rl.rollout_files import ScoredRollout, best_and_worst, write_rollouts
 from bumblebee.rl.rollout_meter import RolloutMeter
 from bumblebee.rl.sampled_text import SampledText
 from bumblebee.rl.scoring import WeightedRewards
+from bumblebee.rl.training_batch import completion_sums, prompts_of, training_batch, without_completions
 from bumblebee.tasks.reference import evaluation_mode
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import ForwardFn, Task
-from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length
+from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length, check_predicts_tokens
 from bumblebee.transforms import apply_transforms
 
-Normalisation = Literal["sequence", "token", "constant", "sum"]
 _PER_COMPLETION = ("reward", "length", "truncated")
 _PER_TOKEN = ("logprob_drift", "entropy")
 _PER_GROUP = ("reward_std", "equal_groups", "group_variance")
@@ -144,25 +145,28 @@ class GRPO(Task):
                 raise ValueError(
                     f"GRPO needs a model without dropout; {name} has {module.p}: set dropout 0 (LoRA's default is 0.1)"
                 )
+        check_predicts_tokens(self.model)
         check_length(self.model, data)
         adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
         self.rewards.check()
         self._questions: dict[int, Question] = {each.index: each for each in samples}
         self._tokenizer, self._stop_ids = data.tokenizer, data.stop_ids
-        longest = max(len(sample.ids) for sample in samples)
+        longest = max(samples, key=lambda sample: len(sample.ids))
         positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", math.inf)
-        if longest + self.max_new_tokens > positions:
+        if len(longest.ids) + self.max_new_tokens > positions:
             raise ValueError(
-                f"task.max_new_tokens: {self.max_new_tokens} and the longest prompt's {longest} tokens exceed the model's"
-                f" {positions} positions; set a smaller max_new_tokens or data.max_length"
+                f"task.max_new_tokens: {self.max_new_tokens} and the longest prompt's {len(longest.ids)} tokens"
+                f" ({longest.place}) exceed the model's {positions} positions; set a smaller max_new_tokens or data.max_length"
             )
 
     def begin(self, run: RunContext, /) -> None:
-        """Keep the run's context."""
+        """Keep the run's context, and load the rewards' models."""
         self._run = run
+        self.rewards.begin(run.device)
 
     def begin_validation(self, device: torch.device) -> None:
-        """Nothing: validation needs the model only."""
+        """Load the rewards' models."""
+        self.rewards.begin(device)
 
     def summary(self) -> dict[str, object]:
         """Rewards, groups and the loss."""
@@ -176,7 +180,7 @@ class GRPO(Task):
         assert self._run is not None, "begin has not been called"
         self._meter.begin_step()
         seed = self._run.seed
-        prompts = [_prompts_of(batch) for batch in window]
+        prompts = [prompts_of(batch) for batch in window]
         params = [
             [self._params(rollout_seed(seed, step, index, number)) for number in range(self.group_size)]
             for batch in prompts
@@ -200,19 +204,19 @@ class GRPO(Task):
             part = slice(at, at + len(own))
             at += len(own)
             if own:
-                batches.append(self._training_batch(own, groups[part], advantages[part]))
+                batches.append(training_batch(own, groups[part], advantages[part]))
             else:
-                batches.append(_without_completions(batch, len(self.rewards.names)))
+                batches.append(without_completions(batch, len(self.rewards.names)))
         return batches
 
     def largest_batch(self, batch: Batch, /) -> Batch:
         """Completions of the maximum length."""
-        prompts, blank = _prompts_of(batch), [0] * self.max_new_tokens
+        prompts, blank = prompts_of(batch), [0] * self.max_new_tokens
         rewards = [0.0] * len(self.rewards.names)
         groups = [
             [Rollout(index, blank, [0.0] * len(blank), rewards=rewards) for _ in range(self.group_size)] for index, _ in prompts
         ]
-        return self._training_batch(prompts, groups, torch.zeros(len(groups), self.group_size))
+        return training_batch(prompts, groups, torch.zeros(len(groups), self.group_size))
 
     def completions_of(self, batch: Batch, /) -> tuple[int, int]:
         """See the base class."""
@@ -235,46 +239,14 @@ class GRPO(Task):
     def _params(self, seed: int) -> SamplingParams:
         return SamplingParams(max_new_tokens=self.max_new_tokens, seed=seed, logprobs=0)
 
-    def _training_batch(
-        self, prompts: Sequence[tuple[int, list[int]]], groups: Sequence[Sequence[Rollout]], advantages: Tensor
-    ) -> Batch:
-        """One row per completion, after its prompt; padded on the right."""
-        rows = [(ids, rollout) for (_, ids), group in zip(prompts, groups, strict=True) for rollout in group]
-        shape = len(rows), max(len(ids) + len(rollout.tokens) for ids, rollout in rows) - 1
-        input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
-        sampled = torch.zeros(shape, dtype=torch.float32)
-        for row, (ids, rollout) in enumerate(rows):
-            begin, end = len(ids) - 1, len(ids) + len(rollout.tokens) - 1
-            input_ids[row, :end] = torch.tensor([*ids, *rollout.tokens][:-1])
-            labels[row, begin:end] = torch.tensor(rollout.tokens)
-            sampled[row, begin:end] = torch.tensor(rollout.log_probs)
-        totals = torch.tensor([[each.reward for each in group] for group in groups], dtype=torch.float64)
-        return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "position_ids": torch.arange(shape[1]).repeat(shape[0], 1),
-            "sampled_log_probs": sampled,
-            "advantages": advantages.flatten().float(),
-            "rewards": torch.tensor([rollout.rewards for _, rollout in rows], dtype=torch.float64),
-            "reward": totals.flatten(),
-            "truncated": torch.tensor([float(rollout.truncated) for _, rollout in rows], dtype=torch.float64),
-            "reward_std": totals.std(dim=1),
-        }
-
     # -- a step ----------------------------------------------------------------------------------------------------------
 
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
         """What the loss is divided by, and the numbers of completions, their tokens, and groups."""
         targets = batch["labels"] != IGNORE_INDEX
         completions, tokens = int(targets.any(dim=1).sum()), int(targets.sum())
-        divisors = {"token": tokens, "constant": completions * self.max_new_tokens}
-        groups = completions // self.group_size
-        return {
-            "grpo": divisors.get(self.normalise, completions),
-            "completions": completions,
-            "tokens": tokens,
-            "groups": groups,
-        }
+        divisor = loss_divisor(self.normalise, completions, tokens, self.max_new_tokens)
+        return {"grpo": divisor, "completions": completions, "tokens": tokens, "groups": completions // self.group_size}
 
     def tokens(self, counts: dict[str, float]) -> int:
         """Number of sampled tokens."""
@@ -282,28 +254,14 @@ class GRPO(Task):
 
     def training_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
         """Sums of the loss, of rewards, and of what is logged about the completions."""
-        labels = batch["labels"]
-        log_probs = -model(batch["input_ids"], position_ids=batch["position_ids"], labels=labels)  # (R, T), 0 elsewhere
-        targets = labels != IGNORE_INDEX
-        drift = torch.where(targets, log_probs.detach() - batch["sampled_log_probs"], 0.0)
-        weights = torch.ones_like(drift) if self.importance_cap is None else drift.exp().clamp(max=self.importance_cap)
-        # p / p.detach() is 1; its gradient is that of log p.
-        ratios = (log_probs - log_probs.detach()).exp()
-        losses = torch.where(targets, -weights * batch["advantages"][:, None] * ratios, 0.0)
-        lengths = targets.sum(dim=1)
-        loss = (losses.sum(dim=1) / lengths.clamp(min=1)).sum() if self.normalise == "sequence" else losses.sum()
-        sums = {
-            "rl/reward": batch["reward"].sum(), "rl/length": lengths.sum(), "rl/truncated": batch["truncated"].sum(),
-            "rl/logprob_drift": drift.abs().sum(), "rl/entropy": -log_probs.detach().sum(),
-            "rl/reward_std": batch["reward_std"].sum(), "rl/equal_groups": (batch["reward_std"] == 0).sum(),
-            "rl/group_variance": batch["reward_std"].square().sum(), "_reward_square": batch["reward"].square().sum(),
-            **{f"rl/reward/{name}": batch["rewards"][:, at].sum() for at, name in enumerate(self.rewards.names)},
-        }  # fmt: skip
-        return {"grpo": loss, **{name: value.double() for name, value in sums.items()}}
+        log_probs = -model(batch["input_ids"], position_ids=batch["position_ids"], labels=batch["labels"])
+        losses = token_losses(log_probs, batch, self.importance_cap)
+        sums = {**completion_sums(batch, self.rewards.names), **token_sums(log_probs, batch)}
+        return {"grpo": loss_sum(losses, batch, self.normalise), **{name: value.double() for name, value in sums.items()}}
 
     def validation_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
         """Sums of the rewards and lengths of greedy completions."""
-        prompts = _prompts_of(batch)
+        prompts = prompts_of(batch)
         greedy = SamplingParams(max_new_tokens=self.max_new_tokens, temperature=0.0)
         rollouts = flat(self._sample(prompts, [[greedy]] * len(prompts)))
         self.rewards.score(rollouts, [self._questions[rollout.prompt] for rollout in rollouts])
@@ -352,24 +310,3 @@ class GRPO(Task):
         super().restore_metric_sums(sums)
         self._meter.restore(sums)
         self.rewards.failures.restore(sums)
-
-
-def _prompts_of(batch: Batch) -> list[tuple[int, list[int]]]:
-    """(index, token ids) of each prompt of a batch; none of a batch that only fills up a rank's share."""
-    rows = zip(batch["index"].tolist(), batch["lengths"].tolist(), batch["input_ids"].tolist(), strict=True)
-    return [(index, ids[:length]) for index, length, ids in rows if index >= 0]
-
-
-def _without_completions(batch: Batch, rewards: int) -> Batch:
-    """A batch of one row without targets, for a rank that runs out of prompts in the last step of an epoch."""
-    row = {name: batch[name][:1] for name in ("input_ids", "labels", "position_ids")}
-    zero = torch.zeros(1, dtype=torch.float64)
-    return {
-        **row,
-        "sampled_log_probs": torch.zeros_like(row["labels"], dtype=torch.float32),
-        "advantages": zero.float(),
-        "rewards": zero.expand(1, rewards),
-        "reward": zero,
-        "truncated": zero,
-        "reward_std": zero[:0],
-    }

@@ -34,6 +34,7 @@ from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.grpo import GRPO
 from bumblebee.tasks.language_modeling import LanguageModeling
+from bumblebee.tasks.reward_model import RewardModel  # noqa: F401  (named by a job)
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.trainer import Trainer

@@ -1,4 +1,4 @@
-"""DPO on two ranks trains like one rank, at every stage and with every kind of reference."""
+"""DPO on two ranks trains like one rank, at every stage and with every kind of reference; and reward models do."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 
 OPTIONS = {"sft_weight": 0.2, "ld_alpha": 0.7}
 STEP: dict[str, Any] = {"data": ("Pairs", {"samples": 11, "empty": [2, 3]}), "max_steps": 3, "optimizer": ("SGD", {"lr": 0.3})}
+REWARD = ("RewardModel", {"center_rewards_coefficient": 0.1})
 EACH = {"checkpoint": ("Checkpoint", {"every": 1, "keep": None})}
 # Rank 1 has none of the last two of an epoch's 11 pairs.
 SPREAD = {"micro_batch_size": 2, "accumulate": 2}
@@ -40,6 +41,7 @@ def one_rank(tmp_path_factory, other_model):
     spread = {"micro_batch_size": 8, "accumulate": 1}
     runs = {"DPO": job(0, **spread), "AdaptedDPO": job(0, kind="AdaptedDPO", **spread)}
     runs["other"] = job(0, reference=str(other_model), **spread)
+    runs["reward"] = {**job(0, **spread), "task": REWARD}
     return {name: (folder / name, train(folder / name, **one)) for name, one in runs.items()}
 
 
@@ -51,6 +53,7 @@ def two_ranks(tmp_path_factory, other_model):
     jobs |= {f"{stage} adapters": job(stage, kind="AdaptedDPO") for stage in (1, 3)}
     jobs |= {f"{stage} other": job(stage, reference=str(other_model)) for stage in (1, 3)}
     jobs["3 other precomputed"] = job(3, precompute=True, reference=str(other_model), cache_dir=str(folder / "cache-other"))
+    jobs |= {f"{stage} reward": {**job(stage), "task": REWARD} for stage in (1, 3)}
     jobs["3 until 2"] = job(3, callbacks={**EACH, "stop": ("StopAfter", {"step": 2, "rank": 1})}, folder="3 resumed")
     jobs["3 resumed"] = job(3, callbacks=EACH, folder="3 resumed", resume="auto")
     named = [{**one, "folder": str(folder / one.get("folder", name))} for name, one in jobs.items()]
@@ -58,11 +61,13 @@ def two_ranks(tmp_path_factory, other_model):
 
 
 @pytest.mark.parametrize(
-    "name", ["0", "1", "2", "3", "1 precomputed", "3 precomputed", "1 other", "3 other", "3 other precomputed"]
+    "name",
+    ["0", "1", "2", "3", "1 precomputed", "3 precomputed", "1 other", "3 other", "3 other precomputed", "1 reward", "3 reward"],
 )
 def test_two_ranks_train_like_one(name, one_rank, two_ranks):
     folder, results = two_ranks
-    expected_folder, expected = one_rank["other" if "other" in name else "DPO"]
+    kind = next((kind for kind in ("other", "reward") if kind in name), "DPO")
+    expected_folder, expected = one_rank[kind]
     for line, other in zip(results[name]["metrics"], expected, strict=True):
         for key in set(other) - {"rewards/accuracies"}:  # rounding decides about ties
             assert math.isclose(line[key], other[key], rel_tol=1e-4, abs_tol=1e-5), (line["step"], key)
