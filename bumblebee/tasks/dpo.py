@@ -18,14 +18,13 @@ Shapes: P pairs, T positions; (P, 2) is chosen and rejected.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from bumblebee.datamodule import Batch, DataModule
+from bumblebee.datamodule import Batch
 from bumblebee.tasks.pair_log_probs import (
     length_desensitized_log_probs,
     response_lengths,
@@ -34,15 +33,12 @@ from bumblebee.tasks.pair_log_probs import (
     valid_pairs,
 )
 from bumblebee.tasks.preference_task import PreferenceTask, check_beta, smoothed_loss
-from bumblebee.tasks.reference import Reference
-from bumblebee.tasks.reference_cache import folder_digest, load_or_compute, tensors_digest
-from bumblebee.tasks.reference_choice import ReferenceChoice
-from bumblebee.tasks.run_context import RunContext
+from bumblebee.tasks.referenced_task import ReferencedTask
 from bumblebee.tasks.task import ForwardFn
 from bumblebee.transforms import apply_transforms
 
 
-class DPO(PreferenceTask):
+class DPO(ReferencedTask, PreferenceTask):
     """Direct preference optimization.
 
     Batches hold ``input_ids``, ``labels`` (already shifted; -100 is ignored) and ``position_ids``, each (2P, T) int64, and
@@ -88,69 +84,19 @@ class DPO(PreferenceTask):
         self.loss_type, self.length_normalised = loss_type, length_normalised
         self.ld_alpha = ld_alpha
         self._set_weights(sft_weight)
-        self.reference, self.precompute_reference, self.cache_dir = reference, precompute_reference, cache_dir
+        self._set_reference(reference, precompute_reference, cache_dir)
         losses = {"sigmoid": self._sigmoid, "ipo": self._ipo, "hinge": self._hinge, "robust": self._robust}
         self.pair_loss = losses[loss_type]
-        self.reference_choice = ReferenceChoice(model, reference)
-        self.reference_model: Reference | None = None
-
-    # -- the reference -------------------------------------------------------------------------------------------------
-
-    def setup(self, data: DataModule) -> None:
-        """Check that the data holds pairs that fit the model, and copy the model if the copy is the reference."""
-        super().setup(data)
-        self.reference_choice.set_up(keep_copy=not self.precompute_reference)
-        self.reference = self.reference_choice.name
-
-    def _check_pairs(self, data: DataModule, batch: Batch) -> None:
-        super()._check_pairs(data, batch)
-        if self.precompute_reference and "index" not in batch:
-            raise ValueError(
-                f"precompute_reference needs batches with the pairs' index; those of {type(data).__name__} lack it"
-            )
-
-    def begin(self, run: RunContext, /) -> None:
-        """Prepare the reference model, or load or compute its log-probabilities."""
-        if self.precompute_reference:
-            digest = self._reference_digest(run)
-            self.reference_model = load_or_compute(lambda: self._open_reference(run), digest, run, self.cache_dir)
-        else:
-            self.reference_model = self._open_reference(run)
-
-    def begin_validation(self, device: torch.device) -> None:
-        """Load the reference from its folder: a trained model does not hold its initial weights."""
-        self.reference_model = self.reference_choice.open_for_validation(device)
-
-    def frozen_models(self) -> list[nn.Module]:
-        """The reference, unless it is the model itself or precomputed."""
-        return [] if self.precompute_reference else self.reference_choice.frozen_models()
-
-    def fixed_folders(self) -> dict[str, Path]:
-        """The folder of the reference, which is the trained model's own for a copy."""
-        return self.reference_choice.folders()
-
-    def _open_reference(self, run: RunContext) -> Reference:
-        return self.reference_choice.open(run)
-
-    def _reference_digest(self, run: RunContext) -> str:
-        if self.reference_choice.is_folder:
-            return folder_digest(self.reference)
-        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        skipped = trained if self.reference == "adapters_off" else set()  # the adapters
-        tensors = run.engine.full_tensors(lambda name: name not in skipped)
-        return tensors_digest(tensors, getattr(self.model, "config", None))
 
     def summary(self) -> dict[str, object]:
         """The loss, the options in use, and the reference."""
-        computed = ", log-probabilities computed before training" if self.precompute_reference else ""
-        reference = f"{self.reference_choice}{computed}"
         in_use = {
             "label_smoothing": self.dpo_label_smoothing or None,
             "tokens": "averaged" if self.length_normalised else None,
             "sft_weight": self.sft_weight or None,
             "ld_alpha": self.ld_alpha if self.ld_alpha < 1 else None,
         }
-        return {"loss": self.loss_type, "beta": self.pref_beta, **in_use, "reference": reference}
+        return {"loss": self.loss_type, "beta": self.pref_beta, **in_use, "reference": self.describe_reference()}
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
