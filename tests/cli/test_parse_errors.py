@@ -10,6 +10,7 @@ import pytest
 from helpers.recipe_files import RECIPE, SAMPLES
 
 from bumblebee.cli.errors.reporting import fail
+from bumblebee.cli.errors.value_errors import name_option
 from bumblebee.cli.main import main
 from bumblebee.cli.parser import ConfigFile, Parser
 
@@ -375,3 +376,9 @@ def test_an_error_of_another_rank_only_is_printed_by_that_rank(monkeypatch, caps
     with pytest.raises(SystemExit) as ended:
         fail("no such judge")
     assert ended.value.code == 2 and capsys.readouterr().err == "bumblebee: rank 3: no such judge\n"
+
+
+def test_an_error_of_a_list_is_not_taken_for_one_of_an_option_that_it_mentions():
+    config = {"task": {"rewards": [{"class_path": "bumblebee.rewards.Judge", "init_args": {"model": "m"}}]}}
+    message = "task.rewards: Judge: there is no model 'm'"
+    assert name_option(message, config, []) == message
