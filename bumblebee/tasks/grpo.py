@@ -207,7 +207,7 @@ class GRPO(Task):
         """Rewards, groups and the loss."""
         groups = f"{self.group_size} completions of at most {self.max_new_tokens} tokens"
         kl = f"{self.policy_loss.kl_beta:g} x {self.policy_loss.kl_estimator} from {self.reference_choice}"
-        steps = f"{self.steps_per_rollout} per rollout batch, {self.rollout_epochs} times"
+        steps = f"{self.steps_per_rollout} x {self.rollout_epochs} per rollout batch"
         return {
             "rewards": str(self.rewards), "groups": groups, "advantages": self.advantages, "normalised by": self.normalise,
             **({"steps": steps, "loss": str(self.policy_loss)} if self.off_policy else {}),
