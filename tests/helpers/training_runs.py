@@ -42,6 +42,7 @@ from bumblebee.trainer import Trainer
 from bumblebee.transforms import Freeze
 from bumblebee.verify import reference_loop
 from datamodules import SFT, Prompts
+from helpers.tool_functions import add
 
 VOCABULARY, LENGTH = 64, 16
 LR, WEIGHT_DECAY = 1e-2, 0.1
@@ -180,6 +181,19 @@ class PartlyRewardedGRPO(GRPO):
 
     def __init__(self, model: Bumblebee, **options: Any) -> None:
         super().__init__(model, [odd_questions_only], **{"group_size": 3, "max_new_tokens": 5, **options})
+
+
+def longer_is_better(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
+    """The number of characters."""
+    return [float(len(text)) for text in completions]
+
+
+class ToolGRPO(GRPO):
+    """GRPO of completions that may call ``helpers.tool_functions.add``."""
+
+    def __init__(self, model: Bumblebee, **options: Any) -> None:
+        defaults = {"group_size": 3, "max_new_tokens": 60, "tools": [add], "tool_timeout": None, "max_turns": 3}
+        super().__init__(model, [longer_is_better], **{**defaults, **options})
 
 
 class Noisy(LanguageModeling):
