@@ -50,6 +50,29 @@ def training_batch(prompts: Sequence[tuple[int, list[int]]], groups: Sequence[Se
     }
 
 
+def training_windows(
+    windows: Sequence[Sequence[Batch]], groups: Sequence[Sequence[Rollout]], advantages: Tensor, rewards: int
+) -> list[list[Batch]]:
+    """Training batches of the completions of each batch of prompts.
+
+    Args:
+        windows: of each step, batches of prompts.
+        groups: the completions of each prompt, in order.
+        advantages: of the completions: (G, group size).
+        rewards: number of reward functions.
+    """
+    order = iter(range(len(groups)))
+
+    def trained(batch: Batch) -> Batch:
+        prompts = prompts_of(batch)
+        own = [next(order) for _ in prompts]
+        if not own:
+            return without_completions(batch, rewards)
+        return training_batch(prompts, [groups[at] for at in own], advantages[own])
+
+    return [[trained(batch) for batch in window] for window in windows]
+
+
 def without_completions(batch: Batch, rewards: int) -> Batch:
     """A batch of one row without targets, for a rank that runs out of prompts in the last step of an epoch.
 

@@ -2,23 +2,17 @@
 
 For each prompt the model samples a group of completions; a completion's advantage A compares its reward with the others'
 (``bumblebee/rl/advantages.py``). The completions of a rollout batch are sampled with the weights before its first step, and
-trained on in ``steps_per_rollout`` times ``rollout_epochs`` optimizer steps. The loss of a token is in
-``bumblebee/rl/policy_loss.py``. Token losses are added up in one of these ways:
+trained on in ``steps_per_rollout`` times ``rollout_epochs`` optimizer steps, by the loss in ``bumblebee/rl/policy_loss.py``.
 
-    sequence    mean over completions of the mean over a completion's tokens        GRPO
-    token       mean over the tokens of all completions of the step                 DAPO, arXiv 2503.14476
-    constant    sum / (completions * max_new_tokens)                                Dr. GRPO, arXiv 2503.20783
-    sum         mean over completions of the sum over a completion's tokens         RLOO, arXiv 2402.14740
-
-All numbers are of the whole step: all micro-batches and ranks. Advantages are those of the whole rollout batch. Tokens are
-sampled at temperature 1, without top-k or top-p, so that the sampled distribution is the one whose log-probabilities are
-trained.
+What the loss is divided by is of the whole step: all micro-batches and ranks. Advantages are those of the whole rollout batch.
+Tokens are sampled at temperature 1, without top-k or top-p, so that the sampled distribution is the one whose log-probabilities
+are trained.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
@@ -39,7 +33,7 @@ from bumblebee.rl.rollout_files import ScoredRollout, best_and_worst, write_roll
 from bumblebee.rl.rollout_meter import RolloutMeter
 from bumblebee.rl.sampled_text import SampledText
 from bumblebee.rl.scoring import WeightedRewards
-from bumblebee.rl.training_batch import completion_sums, prompts_of, training_batch, without_completions
+from bumblebee.rl.training_batch import completion_sums, prompts_of, training_batch, training_windows, without_completions
 from bumblebee.tasks.pair_log_probs import token_log_probs
 from bumblebee.tasks.reference import FrozenReference, PolicyReference, evaluation_mode
 from bumblebee.tasks.reference_choice import ReferenceChoice
@@ -212,14 +206,13 @@ class GRPO(Task):
         """Sample completions of this rank's prompts with the current weights, and score them. Collective."""
         assert self._run is not None, "begin has not been called"
         self._meter.begin_step()
-        prompts = [prompts_of(batch) for window in windows for batch in window]
-        groups = self._scored_groups([each for batch in prompts for each in batch], step)
+        prompts = [each for window in windows for batch in window for each in prompts_of(batch)]
+        groups = self._scored_groups(prompts, step)
         rewards = torch.tensor([[each.reward for each in group] for group in groups], dtype=torch.float64)
         advantages = advantages_of(rewards.view(len(groups), self.group_size), self.advantages)
         self._keep(groups, advantages, step)
-        taken = iter(range(len(groups)))
-        batches = iter([self._training_batch(batch, groups, advantages, taken) for window in windows for batch in window])
-        return [[self._with_log_probs(next(batches)) for _ in window] for window in windows]
+        prepared = training_windows(windows, groups, advantages, len(self.rewards.names))
+        return [[self._with_log_probs(batch) for batch in window] for window in prepared]
 
     def _scored_groups(self, prompts: Sequence[tuple[int, list[int]]], step: int) -> list[list[Rollout]]:
         """Completions of each prompt, with rewards. Collective."""
@@ -242,16 +235,6 @@ class GRPO(Task):
         if self.keep_rollouts:
             keep = self.keep_rollouts * self.steps_per_rollout * self.rollout_epochs
             write_rollouts(self._run.output_dir / "rollouts", step + 1, keep, self.rewards.names, self._scored)
-
-    def _training_batch(
-        self, batch: Batch, groups: Sequence[Sequence[Rollout]], advantages: Tensor, taken: Iterator[int]
-    ) -> Batch:
-        """The completions of a batch of prompts, whose groups are the next ones of ``taken``."""
-        prompts = prompts_of(batch)
-        if not prompts:
-            return without_completions(batch, len(self.rewards.names))
-        own = [next(taken) for _ in prompts]
-        return training_batch(prompts, [groups[at] for at in own], advantages[own])
 
     def _with_log_probs(self, batch: Batch) -> Batch:
         """Add the log-probabilities of the policy before the first step and of the reference, as needed. Collective."""
