@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,8 @@ import torch
 
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.tokenizer.assistant_mask import Message
+from bumblebee.tokenizer.chat_template import Tool
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.utils.formatting import number, plural
 from datamodules import record_files
@@ -37,6 +39,8 @@ class PromptSample:
         question: text of the last message.
         record: all keys of its record.
         place: FILE:LINE.
+        messages: the conversation up to the question, with the system prompt.
+        tools: that it may use.
     """
 
     index: int
@@ -44,6 +48,8 @@ class PromptSample:
     question: str
     record: dict[str, object]
     place: str
+    messages: Sequence[Message] = ()
+    tools: Sequence[Tool] | None = None
 
 
 class Prompts(DataModule[PromptSample]):
@@ -115,12 +121,14 @@ class Prompts(DataModule[PromptSample]):
 
     def _sample(self, index: int, record: Record) -> PromptSample:
         messages, tools = parse_prompt(record)
+        messages = with_system(messages, self.system)
         try:
-            ids = self.tokenizer.chat_template.apply(with_system(messages, self.system), tools, True)
+            ids = self.tokenizer.chat_template.apply(messages, tools, True)
         except ValueError as error:
             raise RecordError(record.file, record.line, str(error)) from None
         question = messages[-1]["content"]
-        return PromptSample(index, ids, str(question), record.value, f"{record.file}:{record.line}")
+        place = f"{record.file}:{record.line}"
+        return PromptSample(index, ids, str(question), record.value, place, messages, tools)
 
     def collate(self, samples: list[PromptSample]) -> Batch:
         """Prompts -> ``input_ids``, ``labels`` (no targets), ``position_ids``, each (prompts, T) int64.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from bumblebee.distributed import process_group
 from bumblebee.rewards.reward import (
     CompletionError,
@@ -64,6 +66,12 @@ class WeightedRewards:
             except ValueError as error:
                 raise ValueError(f"task.rewards: {name}: {error}") from error
 
+    def begin(self, device: torch.device) -> None:
+        """Load the functions' models onto this rank's device."""
+        for function in self.functions:
+            if isinstance(function, InputReward):
+                function.begin(device)
+
     def score(self, rollouts: Sequence[Rollout], questions: Sequence[Question]) -> None:
         """Set ``rewards`` and ``reward`` of each rollout. Collective: if a function fails on one rank, all ranks stop.
 
@@ -93,7 +101,9 @@ class WeightedRewards:
         self, name: str, function: RewardFunction, rollouts: Sequence[Rollout], questions: Sequence[Question]
     ) -> list[float]:
         inputs = [
-            RewardInput(question.question, rollout.text, question.record, len(rollout.tokens))
+            RewardInput(
+                question.question, rollout.text, question.record, len(rollout.tokens), question.messages, question.tools
+            )
             for rollout, question in zip(rollouts, questions, strict=True)
         ]
         places = [question.place for question in questions]

@@ -151,20 +151,22 @@ class GRPO(Task):
         self.rewards.check()
         self._questions: dict[int, Question] = {each.index: each for each in samples}
         self._tokenizer, self._stop_ids = data.tokenizer, data.stop_ids
-        longest = max(len(sample.ids) for sample in samples)
+        longest = max(samples, key=lambda sample: len(sample.ids))
         positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", math.inf)
-        if longest + self.max_new_tokens > positions:
+        if len(longest.ids) + self.max_new_tokens > positions:
             raise ValueError(
-                f"task.max_new_tokens: {self.max_new_tokens} and the longest prompt's {longest} tokens exceed the model's"
-                f" {positions} positions; set a smaller max_new_tokens or data.max_length"
+                f"task.max_new_tokens: {self.max_new_tokens} and the longest prompt's {len(longest.ids)} tokens"
+                f" ({longest.place}) exceed the model's {positions} positions; set a smaller max_new_tokens or data.max_length"
             )
 
     def begin(self, run: RunContext, /) -> None:
-        """Keep the run's context."""
+        """Keep the run's context, and load the rewards' models."""
         self._run = run
+        self.rewards.begin(run.device)
 
     def begin_validation(self, device: torch.device) -> None:
-        """Nothing: validation needs the model only."""
+        """Load the rewards' models."""
+        self.rewards.begin(device)
 
     def summary(self) -> dict[str, object]:
         """Rewards, groups and the loss."""
