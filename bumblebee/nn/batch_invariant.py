@@ -21,6 +21,7 @@ Shapes: R rows, I inputs, O outputs; B sequences, T queries, S keys, H query hea
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -38,7 +39,9 @@ COLUMNS = 16  # of a matrix product, at least
 KEYS = 64  # of an attention chunk
 SCORES = 2**22  # attention scores in memory at a time
 
-P, Result = ParamSpec("P"), TypeVar("Result")
+_usual_functions = torch._C.DisableTorchFunction  # a context in which no mode is active
+P = ParamSpec("P")
+Result = TypeVar("Result")
 _depth = 0  # of contexts; a plain number, which torch.compile can read
 
 
@@ -86,8 +89,9 @@ class _Mode(TorchFunctionMode):
         self, func: Callable[..., object], types: Sequence[type], args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:  # fmt: skip
-        if func in _REFUSED:
-            raise ValueError(f"batch_invariant: {getattr(func, '__name__', func)} is not batch-invariant; use Bumblebee's own layers")
+        if func in _REFUSED or isinstance(func, torch._ops.OpOverloadPacket) and _PACKED.search(str(func)):
+            name = getattr(func, "__name__", func)
+            raise ValueError(f"batch_invariant: does not support {name}, as in quantized layers and models of transformers")
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -122,8 +126,9 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         _check(x)
         ctx.save_for_backward(x, weight)
-        out = product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
-        return out if bias is None else out + bias
+        with _usual_functions():
+            out = product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
+            return out if bias is None else out + bias
 
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -142,7 +147,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _matmul(input: Tensor, other: Tensor) -> Tensor:
     if other.dim() != 2 or input.dim() < 2:
-        raise ValueError(f"batch_invariant: a product of shapes {list(input.shape)} and {list(other.shape)} is not batch-invariant")
+        raise ValueError(f"batch_invariant: does not support products of {list(input.shape)} and {list(other.shape)}")
     return _Linear.apply(input, other.T, None)
 
 
@@ -168,12 +173,13 @@ class _WithUsualGradient(torch.autograd.Function):
     def forward(ctx: _Context, exact: Callable[..., Tensor], usual: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*inputs)
         ctx.usual = usual
-        return exact(*inputs)
+        with _usual_functions():
+            return exact(*inputs)
 
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs = [each.detach().requires_grad_() for each in ctx.saved_tensors]
-        with torch.enable_grad():
+        with torch.enable_grad(), _usual_functions():
             out = ctx.usual(*inputs)
         return None, None, *torch.autograd.grad(out, inputs, grads[0])
 
@@ -193,10 +199,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
 
     def usual(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out: Tensor = torch.ops.aten.scaled_dot_product_attention(q, k, v, visible[:, None], enable_gqa=True)
-        return out.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, visible[:, None], enable_gqa=True).transpose(1, 2)
 
-    return _WithUsualGradient.apply(lambda *inputs: _attention(*inputs, visible), usual, q, k, v)
+    return _WithUsualGradient.apply(lambda q, k, v: _attention(q, k, v, visible), usual, q, k, v)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -260,7 +265,7 @@ def _activation(exact: Callable[[Tensor], Tensor], usual: Callable[[Tensor], Ten
 
 def _any_gelu(input: Tensor, approximate: str = "none") -> Tensor:
     def usual(x: Tensor) -> Tensor:
-        return torch.ops.aten.gelu(x, approximate=approximate)
+        return F.gelu(x, approximate=approximate)
 
     return _WithUsualGradient.apply(_gelu if approximate == "none" else _gelu_tanh, usual, input)
 
@@ -268,8 +273,11 @@ def _any_gelu(input: Tensor, approximate: str = "none") -> Tensor:
 _REPLACED: dict[Callable[..., object], Callable[..., object]] = {
     torch._C._nn.linear: _linear,  # F.linear, unless DeepSpeed has replaced it by a function that calls matmul or addmm
     torch.matmul: _matmul, torch.Tensor.matmul: _matmul, torch.Tensor.__matmul__: _matmul, torch.addmm: _addmm,
-    F.silu: _activation(_silu, torch.ops.aten.silu), F.gelu: _any_gelu,
-    torch.sigmoid: _activation(_sigmoid, torch.ops.aten.sigmoid),
-    torch.Tensor.sigmoid: _activation(_sigmoid, torch.ops.aten.sigmoid),
+    F.silu: _activation(_silu, F.silu), F.gelu: _any_gelu,
+    torch.sigmoid: _activation(_sigmoid, torch.sigmoid),
+    torch.Tensor.sigmoid: _activation(_sigmoid, torch.sigmoid),
 }  # fmt: skip
-_REFUSED = {F.scaled_dot_product_attention, F.multi_head_attention_forward, torch.einsum, torch.bmm, torch.Tensor.bmm, torch.baddbmm}
+_PACKED = re.compile(r"linear|mm|matmul")  # operators of prepacked and quantized weights
+_REFUSED: set[Callable[..., object]] = {
+    F.scaled_dot_product_attention, F.multi_head_attention_forward, torch.einsum, torch.bmm, torch.Tensor.bmm, torch.baddbmm,
+}  # fmt: skip
