@@ -205,7 +205,7 @@ def sample(folder: Path, options: Namespace, micro_batches: int) -> Sampled:
     each = PROMPTS // MICRO_BATCHES
     parts = [data.train[at * each : (at + 1) * each] for at in range(micro_batches)]
     with counted(task.model) as work:
-        batches = task.prepare_step([data.collate(part) for part in parts], 0)
+        [batches] = task.prepare_windows([[data.collate(part) for part in parts]], 0)
     lines = (folder / "sampled" / "rollouts" / "step-000001.jsonl").read_text().splitlines()
     return Sampled(task, sum(parts, []), batches, [json.loads(line)["completion"] for line in lines], work[0])
 

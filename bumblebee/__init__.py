@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from bumblebee.tasks.cpo import CPO
     from bumblebee.tasks.dpo import DPO
     from bumblebee.tasks.grpo import GRPO
+    from bumblebee.tasks.kto import KTO
     from bumblebee.tasks.language_modeling import LanguageModeling
     from bumblebee.tasks.orpo import ORPO
+    from bumblebee.tasks.reward_model import RewardModel
     from bumblebee.tasks.simpo import SimPO
     from bumblebee.tasks.task import Task
     from bumblebee.tokenizer.tokenizer import Tokenizer
@@ -38,8 +40,10 @@ _HOME = {
     "GRPO": "bumblebee.tasks.grpo",
     "Generator": "bumblebee.inference.generator",
     "HuggingFaceModel": "bumblebee.models.huggingface",
+    "KTO": "bumblebee.tasks.kto",
     "LanguageModeling": "bumblebee.tasks.language_modeling",
     "ORPO": "bumblebee.tasks.orpo",
+    "RewardModel": "bumblebee.tasks.reward_model",
     "SamplingParams": "bumblebee.inference.sampling.sampling_params",
     "SimPO": "bumblebee.tasks.simpo",
     "Task": "bumblebee.tasks.task",
@@ -57,8 +61,10 @@ __all__ = [
     "GRPO",
     "Generator",
     "HuggingFaceModel",
+    "KTO",
     "LanguageModeling",
     "ORPO",
+    "RewardModel",
     "SamplingParams",
     "SimPO",
     "Task",

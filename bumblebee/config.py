@@ -96,6 +96,7 @@ class BumblebeeConfig:
         bos_token_id: id that begins a text, or None.
         eos_token_id: id, or ids, that end a text.
         pad_token_id: id that pads a batch; never a target.
+        score_head: the head scores texts instead of predicting tokens, as in a reward model.
         architecture: the Hugging Face architecture that a folder was loaded as and is saved as, if several compute the same
             function; None selects the first.
         model_class: class path of the Bumblebee subclass that computes the model, set by the subclass; None is Bumblebee.
@@ -148,6 +149,7 @@ class BumblebeeConfig:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    score_head: bool = False
     architecture: str | None = None
     model_class: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)

@@ -40,6 +40,7 @@ from bumblebee.nn.moe import Experts, MixtureOfExperts, Router, mixture_of_exper
 from bumblebee.nn.norm import NORMS
 from bumblebee.nn.rope import rotary_embedding
 from bumblebee.nn.router_losses import RouterLosses
+from bumblebee.nn.score_head import ScoreHead
 
 
 class Block(nn.Module):
@@ -148,7 +149,10 @@ class Bumblebee(LanguageModel):
         self.config = config if type(self) is Bumblebee else replace(config, model_class=class_path_of(type(self)))
         self.attention = attention
         self.model = self.build_decoder()
-        self.lm_head = self.build_head()
+        if config.score_head:
+            self.score = ScoreHead(config.hidden_size, config.initializer_range)
+        else:
+            self.lm_head = self.build_head()
         self.apply(self.init_weights)
         self.tie_weights()
 
@@ -232,8 +236,17 @@ class Bumblebee(LanguageModel):
 
     def tie_weights(self) -> None:
         """Share the embedding table with the head if ``tie_word_embeddings`` is set."""
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and not self.config.score_head:
             self.lm_head.weight = cast(nn.Embedding, self.model.embed_tokens).weight
+
+    def become_reward_model(self) -> None:
+        """Replace the language-modeling head by a new one that scores texts, in place. A reward model is left unchanged."""
+        if self.config.score_head:
+            return
+        weight = next(self.model.parameters())
+        del self.lm_head
+        self.config = replace(self.config, score_head=True)
+        self.score = ScoreHead(self.config.hidden_size, self.config.initializer_range).to(weight.device, weight.dtype)
 
     def auxiliary_losses(self) -> RouterLosses | None:
         """Loss terms that the model adds to any task: the router losses of MoE layers; None without MoE layers."""
@@ -267,7 +280,8 @@ class Bumblebee(LanguageModel):
             logits_at: (n,) indices into the B * T tokens; the head is computed only for these.
 
         Returns:
-            Logits (B, T, V), or (n, V) with ``logits_at``. With labels, ``-log p(label)`` (B, T) in fp32.
+            Logits (B, T, V), or (n, V) with ``logits_at``. With labels, ``-log p(label)`` (B, T) in fp32. A reward model
+            returns scores (B, T, 1) or (n, 1) in fp32, and takes no labels.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -279,7 +293,8 @@ class Bumblebee(LanguageModel):
         hidden = self.model(input_ids, position_ids, mask, cache)
         if logits_at is not None:
             hidden = hidden.flatten(0, 1)[logits_at]
-        return self.lm_head(hidden, labels)
+        head = self.score if self.config.score_head else self.lm_head
+        return head(hidden, labels)
 
     def _prepare(self, mask: AttentionMask, input_ids: Tensor) -> None:
         """Build what attention reads from the mask before the first layer, which would else be compiled to build it."""

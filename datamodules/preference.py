@@ -13,13 +13,15 @@ import torch
 
 from bumblebee.datamodule import Batch
 from bumblebee.utils.formatting import number, plural
+from datamodules.answer_rows import TooLong, fit_answers
 from datamodules.collate import TokenDataset, collate_rows, padded_width
 from datamodules.mixture import Files
 from datamodules.token_cache import Segment, TokenCache
 from datamodules.token_datamodule import TokenDataModule
 from datamodules.tokenize import PreferenceTokenizer
 
-Pair = tuple[int, Segment, Segment]  # index among the training samples; prompt + chosen and prompt + rejected answer
+# Index among the training samples, margin, prompt + chosen and prompt + rejected answer.
+Pair = tuple[int, float, Segment, Segment]
 
 
 class PairDataset(TokenDataset[Pair]):
@@ -34,25 +36,21 @@ class PairDataset(TokenDataset[Pair]):
             even then is dropped.
     """
 
-    def __init__(self, cache: TokenCache, samples: np.ndarray, max_length: int, too_long: Literal["drop", "keep_end"]) -> None:
-        rows = np.stack([2 * samples, 2 * samples + 1])
-        tokens, answers = (cache.ends - cache.begins)[rows], np.asarray(cache.targets)[rows]
-        prompts = tokens[0] - answers[0]
-        assert (prompts == tokens[1] - answers[1]).all()
-        excess = np.maximum(tokens.max(axis=0) - 1 - max_length, 0)
-        fits = excess < prompts if too_long == "keep_end" else excess == 0
-        self.cache, self.samples = cache, samples[fits]
-        self.starts = (cache.begins[rows] + excess)[:, fits]
-        self.row_lengths = (tokens - 1 - excess)[:, fits]
-        self.dropped, self.truncated = int(np.sum(~fits)), int(np.sum(excess[fits] > 0))
-        self.targets = int(answers[:, fits].sum())
+    def __init__(self, cache: TokenCache, samples: np.ndarray, max_length: int, too_long: TooLong) -> None:
+        rows = fit_answers(cache, np.stack([2 * samples, 2 * samples + 1]), max_length, too_long)
+        self.cache, self.samples = cache, samples[rows.fits]
+        self.starts, self.row_lengths, self.targets = rows.starts, rows.lengths, int(rows.answers.sum())
+        self.dropped, self.truncated = rows.dropped, rows.truncated
+        assert cache.values is not None
+        self.margins = cache.values[2 * self.samples]
+        self.has_margins = not np.isnan(self.margins).all()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
         chosen, rejected = (self.cache.segment(start, length) for start, length in self.spans(index))
-        return int(index), chosen, rejected
+        return int(index), float(self.margins[index]), chosen, rejected
 
     def spans(self, index: int) -> list[tuple[int, int]]:
         """See the base class."""
@@ -130,11 +128,15 @@ class Preferences(TokenDataModule[Pair, PairDataset]):
     def collate(self, samples: list[Pair]) -> Batch:
         """Pairs -> ``input_ids``, ``labels``, ``position_ids``, each (2 * pairs, T) int64, and ``index`` (pairs,) int64.
 
-        Labels mark the tokens of the answers. T is the length of the longest row, rounded up.
+        If any training pair has a margin, also ``margin`` (pairs,) fp32, which is 0 for the others. Labels mark the tokens of
+        the answers. T is the length of the longest row, rounded up.
         """
-        rows = [[segment] for _, *segments in samples for segment in segments]
+        rows = [[segment] for *_, chosen, rejected in samples for segment in (chosen, rejected)]
         batch = collate_rows(rows, padded_width(rows), self.pad_token_id)
-        return {**batch, "index": torch.tensor([index for index, *_ in samples])}
+        batch["index"] = torch.tensor([index for index, *_ in samples])
+        if self.train.has_margins:
+            batch["margin"] = torch.tensor([margin for _, margin, *_ in samples], dtype=torch.float32).nan_to_num()
+        return batch
 
     def summary(self) -> dict[str, object]:
         """Pairs, tokens of the answers, omitted pairs."""

@@ -68,6 +68,9 @@ class TokenCache:
         self._sample_ends: np.ndarray | None = None
         if self.about["group"] is None:
             self._sample_ends = _map(folder / "samples.bin", "int64", (samples,))
+        self.values: np.ndarray | None = None  # of each sequence
+        if self.about.get("valued"):
+            self.values = _map(folder / "values.bin", "float64", (sequences,))
         self._mask_bits: np.ndarray | None = None
         if self.about["masked"]:
             self._mask_bits = _map(folder / "trained.bin", "uint8", (-(-tokens // 8),))
@@ -244,6 +247,7 @@ class _Writer(ExitStack):
         super().__init__()
         self._file_index = {file: index for index, file in enumerate(files)}
         names = ["tokens", "ends", "digests", "sources", *(["trained", "targets"] if tokenizer.masked else [])]
+        names += ["values"] if tokenizer.valued else []
         names += ["samples"] if tokenizer.sequences_per_sample is None else []
         self._files: dict[str, IO[bytes]] = {name: self.enter_context(open(folder / f"{name}.bin", "wb")) for name in names}
         self._pending_bits = np.zeros(0, bool)  # of the last byte of the mask, until it is full
@@ -251,6 +255,7 @@ class _Writer(ExitStack):
             "files": files,
             "group": tokenizer.sequences_per_sample,
             "masked": tokenizer.masked,
+            "valued": tokenizer.valued,
             "dtype": np.dtype(tokenizer.dtype).name,
             "samples": 0,
             "sequences": 0,
@@ -268,6 +273,9 @@ class _Writer(ExitStack):
             self._append("samples", np.cumsum(tokenized.counts) + self.about["sequences"])
         self._append("digests", tokenized.digests)
         self._append("sources", np.array([(self._file_index[record.file], record.line) for record in good], np.int64))
+        if tokenized.values is not None:
+            assert len(tokenized.values) == len(ends), "each sequence has a value"
+            self._append("values", tokenized.values)
         if tokenized.target_mask is not None:
             self._append_mask(tokenized.target_mask, tokenized.lengths, ends)
         self.about["samples"] += len(good)

@@ -6,6 +6,7 @@ They are sent to worker processes, so they are small to pickle, and torch is not
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from bumblebee.tokenizer.chat_template import EncodedChat, Message, Tool
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.utils.json_files import JSON
 from datamodules import record_files
-from datamodules.conversations import parse_conversation, parse_preference, with_system
+from datamodules.conversations import parse_conversation, parse_labelled, parse_preference, with_system
 from datamodules.records import Record, RecordError
 
 WHITESPACE = re.compile(r"\s")
@@ -35,11 +36,13 @@ class TokenizedSample:
         sequences: ids of each sequence; as many as ``sequences_per_sample`` says.
         target_masks: for each sequence whether each token is a target; None if all are.
         digest: see :func:`text_digest`.
+        values: a number for each sequence, where the tokenizer is ``valued``.
     """
 
     sequences: Sequence[Sequence[int] | np.ndarray]
     target_masks: list[list[bool]] | None
     digest: int
+    values: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class TokenizedBatch:
         counts: sequences of each sample.
         digests: uint64 of each sample.
         errors: the records that could not be tokenized, by index in the batch of records.
+        values: float64 of each sequence; None if the tokenizer is not ``valued``.
     """
 
     tokens: np.ndarray
@@ -61,6 +65,7 @@ class TokenizedBatch:
     counts: np.ndarray
     digests: np.ndarray
     errors: dict[int, RecordError]
+    values: np.ndarray | None = None
 
 
 class RecordTokenizer(ABC):
@@ -73,6 +78,7 @@ class RecordTokenizer(ABC):
 
     sequences_per_sample: int | None = 1  # None if it varies
     masked = True  # whether some tokens are not targets
+    valued = False  # whether each sequence has a number, such as a label
     multithreaded = False  # whether it uses all cores without worker processes
 
     def __init__(self, folder: str, tokenizer: Tokenizer) -> None:
@@ -99,7 +105,8 @@ class RecordTokenizer(ABC):
         For a class that is defined elsewhere, this includes its source.
         """
         cls = type(self)
-        return [cls.__qualname__, None if cls.__module__ == __name__ else inspect.getsource(cls)]
+        source = None if cls.__module__ == __name__ else inspect.getsource(cls)
+        return [cls.__qualname__, source, *(["valued"] if self.valued else [])]
 
     @abstractmethod
     def tokenize(self, records: Sequence[Record]) -> list[TokenizedSample | RecordError]:
@@ -119,6 +126,7 @@ class RecordTokenizer(ABC):
             np.array([len(sample.sequences) for sample in samples], np.int64),
             np.array([sample.digest for sample in samples], np.uint64),
             {index: result for index, result in enumerate(results) if isinstance(result, RecordError)},
+            np.array([value for sample in samples for value in sample.values], np.float64) if self.valued else None,
         )
 
 
@@ -224,9 +232,13 @@ class ConversationTokenizer(ChatTokenizer):
 
 
 class PreferenceTokenizer(ChatTokenizer):
-    """A preference pair -> two sequences, prompt + chosen answer and prompt + rejected answer, each ending with the answer."""
+    """A preference pair -> two sequences, prompt + chosen answer and prompt + rejected answer, each ending with the answer.
+
+    The value of both is the pair's margin; NaN without one.
+    """
 
     sequences_per_sample = 2
+    valued = True
 
     def tokenize_record(self, record: Record) -> TokenizedSample:
         """See the base class."""
@@ -239,7 +251,30 @@ class PreferenceTokenizer(ChatTokenizer):
         return TokenizedSample(
             [prompts[0] + answer for answer in answers],
             [[False] * len(prompts[0]) + [True] * len(answer) for answer in answers],
-            chat_digest([pair.prompt, pair.chosen, pair.rejected, pair.tools]),
+            chat_digest([pair.prompt, pair.chosen, pair.rejected, pair.tools, *([] if pair.margin is None else [pair.margin])]),
+            [math.nan if pair.margin is None else pair.margin] * 2,
+        )
+
+
+class LabelledTokenizer(ChatTokenizer):
+    """An answer with a label -> one sequence, prompt + answer, whose value is 1 for a good answer and 0 for a bad one.
+
+    A preference pair becomes two sequences.
+    """
+
+    sequences_per_sample = None
+    valued = True
+
+    def tokenize_record(self, record: Record) -> TokenizedSample:
+        """See the base class."""
+        examples = parse_labelled(record)
+        encoded = [self._encode([*each.prompt, each.answer], each.tools, "last")[-1] for each in examples]
+        split = [_split_prompt(chat.ids, chat.target_mask) for chat in encoded]
+        return TokenizedSample(
+            [prompt + answer for prompt, answer in split],
+            [[False] * len(prompt) + [True] * len(answer) for prompt, answer in split],
+            chat_digest([[each.prompt, each.answer, each.label, each.tools] for each in examples]),
+            [float(each.label) for each in examples],
         )
 
 

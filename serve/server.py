@@ -31,6 +31,7 @@ import uvicorn
 from fastapi import FastAPI
 from litserve import LitServer
 
+from bumblebee.checkpoint.adapters.folder import check_generates
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from serve import chat_page
 from serve.api.errors import install_exception_handlers
@@ -160,12 +161,13 @@ def load_tokenizer(folder: str) -> Tokenizer:
     """Load the tokenizer of a model folder.
 
     Raises:
-        ValueError: there is no model folder, or no tokenizer in it.
+        ValueError: there is no model folder, it holds a reward model, or has no tokenizer.
     """
     if not any((Path(folder) / name).is_file() for name in ("config.json", "adapter_config.json")):
         from bumblebee.checkpoint.hf_folder import load_config  # raises the error; imports torch
 
         load_config(folder)
+    check_generates(folder)
     return Tokenizer.from_pretrained(folder)
 
 

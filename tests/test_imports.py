@@ -39,6 +39,7 @@ LATE_IMPORTS = {
     "bumblebee/recipe.py": "torch",
     "bumblebee/rewards/judge.py": "openai, which takes a second",
     "bumblebee/rewards/math_answer.py": "math-verify, which is optional",
+    "bumblebee/rewards/reward_model.py": "torch: worker processes of other rewards do without it",
     "bumblebee/trainer.py": "torch",
     "bumblebee/training/*": "torch and tqdm",
     "bumblebee/verify/checks/machine_throughput.py": "torch.distributed, which some builds of torch lack",

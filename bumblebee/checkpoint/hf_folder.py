@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bumblebee.checkpoint.adapters.folder import WEIGHTS, base_model_folder, is_adapter_folder
+from bumblebee.checkpoint.adapters.folder import WEIGHTS, base_model_folder, is_adapter_folder, is_reward_model
 from bumblebee.checkpoint.families import is_supported, read_config
 from bumblebee.checkpoint.trainer_state import checkpoints
 from bumblebee.checkpoint.weight_files import INDEX, SINGLE
@@ -34,12 +35,13 @@ def is_model_folder(folder: str | Path) -> bool:
 
 
 def load_config(folder: str | Path) -> BumblebeeConfig:
-    """Read the config of a model folder, or of the base model of an adapter folder.
+    """Read the config of a model folder, or of the base model of an adapter folder, with the head of a reward model's adapter.
 
     Raises:
         ValueError: there is no such folder, it has no config.json, or the config is not supported; the message names the file.
     """
-    return parse_config_json(base_model_folder(folder), read_config)
+    config = parse_config_json(base_model_folder(folder), read_config)
+    return replace(config, score_head=True) if is_reward_model(folder) else config
 
 
 def is_supported_folder(folder: str | Path) -> bool:

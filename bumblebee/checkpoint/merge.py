@@ -7,19 +7,21 @@ peft is not needed.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from bumblebee.checkpoint.adapters.folder import CONFIG, adapter_chain, is_adapter_folder
+from bumblebee.checkpoint.adapters.folder import CONFIG, adapter_chain, is_adapter_folder, is_reward_model
 from bumblebee.checkpoint.atomic import written_aside
 from bumblebee.checkpoint.consolidate import DTYPES, check_dtype, copy_files
 from bumblebee.checkpoint.digests import write_digests
-from bumblebee.checkpoint.hf_folder import is_model_folder
+from bumblebee.checkpoint.hf_folder import SPECIAL_IDS, is_model_folder, load_config
 from bumblebee.checkpoint.integrity import check_intact, weight_damage
-from bumblebee.checkpoint.model_files import files_of_folder
+from bumblebee.checkpoint.model_files import ModelFiles, files_of_folder
 from bumblebee.checkpoint.weight_reader import read_tensors
 from bumblebee.checkpoint.weight_writer import remove_stale_weights
+from bumblebee.utils.json_files import read_json
 
 _TOKENIZER = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
@@ -55,7 +57,7 @@ def merge(
     _check_output(output, folders, overwrite)
     for folder in folders:
         check_intact(folder, weight_damage)
-    files = files_of_folder(folders[0])
+    files = _reward_model_files(adapter, folders[0]) if is_reward_model(adapter, base) else files_of_folder(folders[0])
     tensors = tqdm(
         read_tensors(adapter, DTYPES.get(dtype), base), desc="merging", unit=" tensors", disable=not sys.stderr.isatty()
     )
@@ -65,6 +67,13 @@ def merge(
         copy_files(["generation_config.json"], _last_with(("generation_config.json",), folders), aside)
         write_digests(aside, digests)
     remove_stale_weights(output, digests)
+
+
+def _reward_model_files(adapter: Path, base: Path) -> ModelFiles:
+    """The files of a reward model, with the adapter's special ids: its padding is not a token that ends answers."""
+    generation = adapter / "generation_config.json"
+    ids = {name: value for name, value in read_json(generation).items() if name in SPECIAL_IDS} if generation.is_file() else {}
+    return ModelFiles(replace(load_config(base), score_head=True, **ids))
 
 
 def _missing_part(folder: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from bumblebee.checkpoint.adapters.folder import check_generates
 from bumblebee.distributed import process_group
 from bumblebee.inference.engine import GenerationEngine
 from bumblebee.inference.engine_config import EngineConfig
@@ -115,6 +116,7 @@ class Generator:
         torch_dtype = dtype if isinstance(dtype, torch.dtype) else None if dtype == "auto" else getattr(torch, dtype)
         if quantize not in (None, "int8", "int4"):
             raise ValueError(f"quantize must be int8, int4 or null, got {quantize!r}")
+        check_generates(folder)
         if device_map is None:
             model = load_model(folder, torch_dtype, process_group.pick_device(device), trust_remote_code, quantize)
             prepack(model)

@@ -52,12 +52,20 @@ def create_config(
     )
 
 
+def save_score_head(config: LoraConfig) -> None:
+    """Describe the adapter of a reward model, whose head is trained and saved with it."""
+    from peft import TaskType
+
+    config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
+
+
 def read_config(folder: Path) -> LoraConfig:
     """Read the LoraConfig of an adapter folder."""
     from peft import LoraConfig
 
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
+    config.modules_to_save = None  # the head of a reward model, which is a plain module of ours
     return config
 
 
@@ -77,7 +85,7 @@ def inject(model: nn.Module, config: LoraConfig) -> None:
         warnings.simplefilter("ignore")  # PEFT's advice applies to other uses
         inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_adapter_key(name))
+        parameter.requires_grad_(is_adapter_key(name))  # and the head of a reward model
     for layer in adapter_layers(model):
         # Weights of other modules that these modules read, which ZeRO-3 must gather. A tuple: torch does not register it.
         for dora in getattr(layer, "lora_magnitude_vector", {}).values():
@@ -90,7 +98,7 @@ def inject(model: nn.Module, config: LoraConfig) -> None:
 def initialize(model: nn.Module) -> None:
     """Initialize A like ``nn.Linear``, from the seed and the name: the same on all ranks at all stages. PEFT has zeroed B."""
     for name, parameter in model.named_parameters():
-        if not is_adapter_key(name):
+        if ".lora_" not in name:
             continue
         value = parameter.float()
         if ".lora_A." in name:

@@ -10,6 +10,7 @@ from bumblebee.checkpoint.adapters.fused import fused_modules
 from bumblebee.checkpoint.model_files import HuggingFaceModelFiles, files_of
 from bumblebee.checkpoint.weight_mapping import Rule
 from bumblebee.nn.lm_head import LMHead
+from bumblebee.nn.score_head import ScoreHead
 
 Targets = str | list[str]
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -21,9 +22,8 @@ def resolve_targets(model: nn.Module, targets: Targets) -> Targets:
     Raises:
         ValueError: a target matches nothing, or matches a module that is not a linear layer of a block.
     """
-    linear = {
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not isinstance(module, LMHead)
-    }
+    modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, LMHead | ScoreHead)]
+    linear = {name for name, module in modules if isinstance(module, nn.Linear)}
     suffixes = list(dict.fromkeys(name.rpartition(".")[2] for name in sorted(linear)))
     if targets == "all-linear":
         targets = [name for name in ALL_LINEAR if name in suffixes] or ["all-linear"]

@@ -97,4 +97,6 @@ class LoRA:
             peft_layers.inject(model, config)
             peft_layers.initialize(model)
         adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+        if model.config.score_head:
+            peft_layers.save_score_head(config)
         model.files = AdapterFiles(model.config, config, adapter_rules(model), adapted, files_of(model).fingerprint())

@@ -290,6 +290,8 @@ def _mlp_numbers(c: TransformerConfig) -> float:
 
 def _lm_head_bytes(c: TransformerConfig, setup: TrainingSetup, batch: BatchShape) -> float:
     """The chunk of logits in the training precision and in fp32, and the gradients of weight and hidden states."""
+    if getattr(c, "score_head", False):
+        return 0.0  # a reward model has one score for each text
     s = 2 if setup.precision != "fp32" else 4
     rows = min(chunk_rows(setup.device), batch.targets)
     in_fp32 = 4 * min(rows * c.vocab_size, softmax_logits("cuda")) if setup.device == "cuda" else 0

@@ -32,7 +32,7 @@ def count_by_component(model: nn.Module) -> dict[str, tuple[int, int]]:
 def _component(name: str, in_embedding: bool, in_head: bool, tied: bool) -> str:
     if in_embedding:
         return "embedding and head" if tied and in_head else "embedding"
-    if in_head or name.startswith("lm_head."):
+    if in_head or name.startswith(("lm_head.", "score.")):
         return "head"
     if is_adapter_key(name):
         return "adapters"

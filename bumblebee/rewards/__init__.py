@@ -13,6 +13,7 @@ from bumblebee.rewards.in_workers import InWorkers
 from bumblebee.rewards.judge import Judge
 from bumblebee.rewards.math_answer import MathAnswer
 from bumblebee.rewards.reward import InputReward, Record, RewardError, RewardFunction, RewardInput
+from bumblebee.rewards.reward_model import RewardModel
 
 __all__ = [
     "Brevity",
@@ -27,4 +28,5 @@ __all__ = [
     "RewardError",
     "RewardFunction",
     "RewardInput",
+    "RewardModel",
 ]

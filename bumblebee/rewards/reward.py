@@ -7,9 +7,14 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, SupportsFloat
+from typing import TYPE_CHECKING, Literal, SupportsFloat
 
+from bumblebee.tokenizer.assistant_mask import Message
+from bumblebee.tokenizer.chat_template import Tool
 from bumblebee.utils.formatting import plural
+
+if TYPE_CHECKING:
+    import torch
 
 Record = Mapping[str, object]
 RewardFunction = Callable[[list[str], list[str], list[Record]], Sequence[float]]
@@ -60,12 +65,16 @@ class RewardInput:
         completion: its text, without special tokens.
         record: of the data file that the question comes from.
         tokens: of the completion, with the one that ended it; None if not known.
+        messages: the conversation up to the question, which is its last message; empty if not known.
+        tools: of the conversation.
     """
 
     prompt: str
     completion: str
     record: Record
     tokens: int | None = None
+    messages: Sequence[Message] = ()
+    tools: Sequence[Tool] | None = None
 
 
 class InputReward(ABC):
@@ -87,6 +96,9 @@ class InputReward(ABC):
         Raises:
             ValueError: it cannot be used.
         """
+
+    def begin(self, device: torch.device) -> None:  # noqa: B027  (optional)
+        """Load what runs on this rank's device, once the run's model is there."""
 
     def __call__(self, prompts: list[str], completions: list[str], records: list[Record]) -> list[float]:
         """Rewards as of a function."""

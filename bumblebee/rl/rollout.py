@@ -15,6 +15,8 @@ from typing import Protocol
 from bumblebee.inference.generator import Completion, Generator
 from bumblebee.inference.request import EngineRequest
 from bumblebee.inference.sampling.sampling_params import SamplingParams
+from bumblebee.tokenizer.assistant_mask import Message
+from bumblebee.tokenizer.chat_template import Tool
 
 
 class Question(Protocol):
@@ -30,6 +32,10 @@ class Question(Protocol):
     def record(self) -> Mapping[str, object]: ...
     @property
     def place(self) -> str: ...
+    @property
+    def messages(self) -> Sequence[Message]: ...
+    @property
+    def tools(self) -> Sequence[Tool] | None: ...
 
 
 @dataclass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from bumblebee.distributed import process_group
 from bumblebee.rewards.reward import (
     CompletionError,
@@ -40,7 +42,7 @@ class WeightedRewards:
         self.functions = list(functions)
         self.weights = [1.0] * len(functions) if weights is None else list(weights)
         if not functions:
-            raise ValueError("rewards must name at least one reward function, such as bumblebee.rewards.ExactAnswer")
+            raise ValueError("task.rewards must name at least one reward function, such as bumblebee.rewards.ExactAnswer")
         if len(self.weights) != len(functions):
             raise ValueError(f"reward_weights has {len(self.weights)} numbers for {len(functions)} rewards")
         self.names = _unique([name_of(function) for function in functions])
@@ -63,6 +65,12 @@ class WeightedRewards:
                     function.check()
             except ValueError as error:
                 raise ValueError(f"task.rewards: {name}: {error}") from error
+
+    def begin(self, device: torch.device) -> None:
+        """Load the functions' models onto this rank's device."""
+        for function in self.functions:
+            if isinstance(function, InputReward):
+                function.begin(device)
 
     def score(self, rollouts: Sequence[Rollout], questions: Sequence[Question]) -> None:
         """Set ``rewards`` and ``reward`` of each rollout. Collective: if a function fails on one rank, all ranks stop.
@@ -93,7 +101,9 @@ class WeightedRewards:
         self, name: str, function: RewardFunction, rollouts: Sequence[Rollout], questions: Sequence[Question]
     ) -> list[float]:
         inputs = [
-            RewardInput(question.question, rollout.text, question.record, len(rollout.tokens))
+            RewardInput(
+                question.question, rollout.text, question.record, len(rollout.tokens), question.messages, question.tools
+            )
             for rollout, question in zip(rollouts, questions, strict=True)
         ]
         places = [question.place for question in questions]

@@ -18,12 +18,10 @@ from bumblebee.datamodule import Batch, DataModule
 from bumblebee.plotting.panels import Panel, ShownMetric
 from bumblebee.tasks.pair_log_probs import response_lengths, response_log_probs, token_log_probs, valid_pairs
 from bumblebee.tasks.task import ForwardFn, Task
-from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length
+from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length, check_predicts_tokens
 
-_METRICS = (
-    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-    "logps/chosen", "logps/rejected", "logps/accuracies",
-)  # fmt: skip
+REWARD_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+_METRICS = (*REWARD_METRICS, "logps/chosen", "logps/rejected", "logps/accuracies")
 
 
 class PreferenceTask(Task):
@@ -34,10 +32,12 @@ class PreferenceTask(Task):
 
     Attributes:
         term: name of the loss of a pair, and of the number of pairs.
+        metric_names: of what is averaged over pairs and logged.
         sft_weight: weight of a language-modelling loss on the chosen responses; 0 turns it off.
     """
 
     term: ClassVar[str]
+    metric_names: ClassVar[tuple[str, ...]] = _METRICS
     sft_weight: float
     panels = (
         Panel(ShownMetric("loss", "loss")),
@@ -53,15 +53,24 @@ class PreferenceTask(Task):
             raise ValueError(f"sft_weight must be at least 0, got {sft_weight}")
         self.sft_weight = sft_weight
         self.weights = {self.term: 1.0, **({"sft": sft_weight} if sft_weight else {})}
-        self.units = dict.fromkeys(_METRICS, self.term)
+        self.units = dict.fromkeys(self.metric_names, self.term)
 
     def setup(self, data: DataModule) -> None:
         """Check that the data holds pairs that fit the model."""
+        self._check_model()
         check_length(self.model, data)
         if data.tokenizer is not None:
             adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
         for samples in filter(None, (data.train, data.validation)):
             self._check_pairs(data, data.collate([samples[0]]))
+
+    def _check_model(self) -> None:
+        """Check the kind of model.
+
+        Raises:
+            ValueError: it is a reward model.
+        """
+        check_predicts_tokens(self.model)
 
     def _check_pairs(self, data: DataModule, batch: Batch) -> None:
         if len(batch["labels"]) != 2:
@@ -91,9 +100,10 @@ class PreferenceTask(Task):
 
     def validation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """The same loss and metrics as in training."""
-        means = {name: sums[name] / max(sums[f"{self.units.get(name, name)} count"], 1) for name in (*self.weights, *_METRICS)}
+        names = (*self.weights, *self.metric_names)
+        means = {name: sums[name] / max(sums[f"{self.units.get(name, name)} count"], 1) for name in names}
         loss = sum(weight * means[name] for name, weight in self.weights.items())
-        return {"validation_loss": loss, **{f"validation_{name}": means[name] for name in _METRICS}}
+        return {"validation_loss": loss, **{f"validation_{name}": means[name] for name in self.metric_names}}
 
     @abstractmethod
     def _step(self, model: ForwardFn, batch: Batch, split: str) -> dict[str, Tensor]:
@@ -115,10 +125,8 @@ class PreferenceTask(Task):
         log_probs = response_log_probs(tokens)
         if self.sft_weight:
             terms["sft"] = -torch.where(valid, log_probs[:, 0], 0.0).sum()
-        log_probs, rewards = (torch.where(valid[:, None], each.detach().double(), 0.0) for each in (log_probs, rewards))
-        margins = rewards[:, 0] - rewards[:, 1]
-        more_probable = (log_probs[:, 0] > log_probs[:, 1]).double()
-        columns = [*rewards.T, margins, (margins > 0).double(), *log_probs.T, more_probable]
+        columns = [column for each in (rewards, log_probs) for column in compared(each, valid)]
+        del columns[6]  # the difference of log-probabilities
         return {**terms, **{name: column.sum() for name, column in zip(_METRICS, columns, strict=True)}}
 
 
@@ -145,6 +153,16 @@ class ReferenceFreeTask(PreferenceTask):
         # where() inside and outside: an invalid pair must not contribute to the gradient, not even NaN.
         losses = torch.where(valid, self.pair_loss(torch.where(valid[:, None], scores, -1.0)), 0.0)
         return self._sums(tokens, losses, self.beta * scores, valid)
+
+
+def compared(values: Tensor, valid: Tensor) -> list[Tensor]:
+    """Chosen, rejected, their difference, and whether the chosen one is larger: (P, 2) -> four times (P,) float64.
+
+    Invalid pairs are 0.
+    """
+    values = torch.where(valid[:, None], values.detach().double(), 0.0)
+    margins = values[:, 0] - values[:, 1]
+    return [*values.T, margins, (margins > 0).double()]
 
 
 def smoothed_loss(margins: Tensor, smoothing: float) -> Tensor:

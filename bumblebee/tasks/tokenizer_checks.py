@@ -40,6 +40,17 @@ def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer, stop_ids: Sequence[i
         config.eos_token_id = [*config.eos_token_ids, *new]
 
 
+def check_predicts_tokens(model: nn.Module) -> None:
+    """Check that a model is not a reward model.
+
+    Raises:
+        ValueError: it is.
+    """
+    if getattr(getattr(model, "config", None), "score_head", False):
+        folder = getattr(model, "source", None) or "the model"
+        raise ValueError(f"task.model: {folder} is a reward model, which scores texts: only bumblebee.RewardModel trains it")
+
+
 def check_length(model: nn.Module, data: DataModule) -> None:
     """Check that learned position embeddings cover data.max_length. Rotary embeddings have no hard length limit.
 

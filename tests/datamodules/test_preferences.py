@@ -57,11 +57,21 @@ def test_batch_alternates_chosen_and_rejected_rows(make):
     assert Documents.find(batch["position_ids"]).one_per_row
 
 
+def test_margins_are_read_and_checked(make, tmp_path):
+    records = preferences(3)
+    assert "margin" not in make(records, cache_dir=str(tmp_path / "without")).collate([make(records).train[0]])
+    margins = [{}, {"margin": 2}, {"margin": None}]
+    data = make([{**record, **each} for record, each in zip(records, margins, strict=True)])
+    assert data.collate(list(data.train))["margin"].tolist() == [0, 2, 0]
+    with pytest.raises(RecordError, match=r"pairs.jsonl:1: 'margin' must be a number.* not 'much'"):
+        make([{**records[0], "margin": "much"}])
+
+
 def test_width_is_the_longest_row_in_multiples_of_8(make):
     data = make(preferences(9))
     for size in (1, 3):
         samples = [data.train[index] for index in range(size)]
-        longest = max(len(inputs) for _, *rows in samples for inputs, _ in rows)
+        longest = max(len(inputs) for _, _, *rows in samples for inputs, _ in rows)
         batch = data.collate(samples)
         assert batch["labels"].shape == (2 * size, -(-longest // 8) * 8)
         assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
@@ -69,7 +79,7 @@ def test_width_is_the_longest_row_in_multiples_of_8(make):
 
 def test_batches_have_pairs_of_similar_length(make):
     data = make(preferences(40, longest=60), max_length=2000)
-    assert data.lengths.tolist() == [max(len(inputs) for inputs, _ in data.train[i][1:]) for i in range(40)]
+    assert data.lengths.tolist() == [max(len(inputs) for inputs, _ in data.train[i][2:]) for i in range(40)]
     order = epoch_order(40, 1, 0, data.lengths)
     assert (np.diff(data.lengths[order]) >= 0).all()  # one group
 
@@ -100,7 +110,7 @@ def test_keep_end_truncates_prompts_and_never_answers(make):
     fitting = [number for number, (_, answer) in enumerate(rows(data, records)) if answer <= MAX]
     assert len(fitting) < 40 and data.train.samples.tolist() == fitting
     cut = 0
-    for (_, *segments), number in zip(map(data.train.__getitem__, range(len(data.train))), fitting, strict=True):
+    for (_, _, *segments), number in zip(map(data.train.__getitem__, range(len(data.train))), fitting, strict=True):
         kept = []
         for (inputs, labels), answer in zip(segments, ("chosen", "rejected"), strict=True):
             prompt, said = row_of(data, records[number], answer)
@@ -152,7 +162,7 @@ def test_repeated_pairs_have_distinct_indices(make, tmp_path):
 
 def test_system_prompt_is_added_to_both_rows(make):
     data = make(preferences(2), system="Be brief.")
-    for _, *segments in (data.train[0], data.train[1]):
+    for _, _, *segments in (data.train[0], data.train[1]):
         assert all("Be brief." in data.tokenizer.decode(inputs.tolist()) for inputs, _ in segments)
 
 
@@ -173,7 +183,7 @@ def test_summary_counts_tokens_of_the_answers(make):
     data = make(preferences(8))
     batch = data.collate([data.train[index] for index in range(8)])
     targets = int((batch["labels"] != IGNORE_INDEX).sum())
-    tokens = sum(len(inputs) for index in range(8) for inputs, _ in data.train[index][1:])
+    tokens = sum(len(inputs) for index in range(8) for inputs, _ in data.train[index][2:])
     assert data.summary()["answer tokens"] == f"{targets:,} of {tokens:,} ({targets / tokens:.1%})"
 
 

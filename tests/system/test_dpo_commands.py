@@ -1,4 +1,4 @@
-"""The recipes of DPO and ORPO as whole commands: fit and validate; user errors are one line."""
+"""The recipes of DPO, ORPO, KTO and reward models as whole commands: fit and validate; user errors are one line."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.processes import run_command
 from helpers.training_runs import small_model
+
+from bumblebee.cli.main import main
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +46,20 @@ def test_validate_reproduces_the_metrics_of_fit(recipe, stage, workspace):
         assert float(metrics[name]) == pytest.approx(logged[name], rel=1e-4, abs=1e-5), name
 
 
+def test_kto_and_validate_agree(workspace):
+    words = ["--config", "recipes/kto.yaml", *SMALL, "--optimizer.lr", "1e-2", "--task.precompute_reference", "true"]
+    done = run_command("fit", *words, "--trainer.accumulate", "1", cwd=workspace)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "desirable" in done.stdout and "reference: the initial model" in done.stdout
+    lines = [json.loads(line) for line in (workspace / "runs" / "kto" / "metrics.jsonl").read_text().splitlines()]
+    logged = next(line for line in lines if "validation_loss" in line)
+    checked = run_command("validate", "--config", "runs/kto/recipe.yaml", cwd=workspace)
+    assert checked.returncode == 0, checked.stderr[-3000:]
+    metrics = dict(re.findall(r"^(validation_\S+) (\S+)$", checked.stdout, flags=re.MULTILINE))
+    for name in ("validation_loss", "validation_kl", "validation_rewards/margins"):
+        assert float(metrics[name]) == pytest.approx(logged[name], rel=1e-4, abs=1e-5), name
+
+
 def test_orpo_needs_no_reference_and_validate_reproduces_its_metrics(workspace):
     words = ["--config", "recipes/orpo.yaml", "--task.model.folder", "runs/sft", "--data.tokenizer", "runs/sft", *SMALL]
     done = run_command("fit", *words, cwd=workspace)
@@ -55,6 +71,27 @@ def test_orpo_needs_no_reference_and_validate_reproduces_its_metrics(workspace):
     assert checked.returncode == 0, checked.stderr[-3000:]
     (loss,) = re.findall(r"^validation_loss (\S+)$", checked.stdout, flags=re.MULTILINE)
     assert float(loss) == pytest.approx(next(line for line in lines if "validation_loss" in line)["validation_loss"], rel=1e-4)
+
+
+def test_a_reward_model_is_trained_and_only_scores(workspace, monkeypatch, capsys):
+    done = run_command("fit", "--config", "recipes/reward_model.yaml", *SMALL, cwd=workspace)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "loss: Bradley-Terry" in done.stdout and "rewards/accuracies" in done.stdout
+    config = json.loads((workspace / "runs" / "reward_model" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForSequenceClassification"] and config["num_labels"] == 1
+    assert config["pad_token_id"] is not None
+    monkeypatch.chdir(workspace)
+    start = ["--task.model.folder", "runs/reward_model", "--output_dir", "runs/wrong"]
+    commands = {
+        "scores texts and cannot generate them": ["generate", "--model", "runs/reward_model", "--prompt", "a"],
+        "only bumblebee.RewardModel trains it": ["fit", "--config", "recipes/dpo_full.yaml", *start, *SMALL],
+    }
+    for message, words in commands.items():
+        with pytest.raises(SystemExit) as refused:
+            main(words)
+        assert refused.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bumblebee: ")]
+        assert message in line
 
 
 @pytest.mark.parametrize(

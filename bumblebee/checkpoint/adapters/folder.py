@@ -11,6 +11,8 @@ from pathlib import Path
 from bumblebee.utils.json_files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SCORE = "score.weight"  # of a reward model's head, which an adapter folder holds beside the updates
+_SCORING_TASK = "SEQ_CLS"  # PEFT's task type of a model with such a head
 _MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -47,6 +49,32 @@ def base_model_folder(folder: str | Path) -> Path:
         ValueError: see ``adapter_chain``.
     """
     return adapter_chain(folder)[0]
+
+
+def is_reward_model(folder: str | Path, base: str | Path | None = None) -> bool:
+    """Whether a model or adapter folder scores texts instead of predicting tokens.
+
+    Raises:
+        ValueError: see ``adapter_chain``.
+    """
+    model, *adapters = adapter_chain(folder, base)
+    if any(read_json(adapter / CONFIG).get("task_type") == _SCORING_TASK for adapter in adapters):
+        return True
+    config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
+    return any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+
+
+def check_generates(folder: str | Path) -> None:
+    """Check that a folder does not hold a reward model.
+
+    Raises:
+        ValueError: it does.
+    """
+    if is_reward_model(folder):
+        raise ValueError(
+            f"{folder} is a reward model: it scores texts and cannot generate them; it can be a reward of bumblebee.GRPO, as"
+            " bumblebee.rewards.RewardModel"
+        )
 
 
 def base_model_name(folder: Path) -> str | None:

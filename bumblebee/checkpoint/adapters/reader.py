@@ -15,11 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bumblebee.checkpoint.adapters.folder import CONFIG, WEIGHTS
+from bumblebee.checkpoint.adapters.folder import CONFIG, SCORE, WEIGHTS
 from bumblebee.checkpoint.adapters.settings import AdapterSettings
 from bumblebee.checkpoint.weight_mapping import Rule, TensorSlice, cast, slices_by_file_key
 
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+_HEADS = ("lm_head.weight", SCORE)  # which the head of a reward model's adapter replaces
+_HEAD_KEY = f"base_model.model.{SCORE}"
 _KEY = re.compile(rf"base_model\.model\.(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, (A, B, MAGNITUDE)))})")
 
 
@@ -56,7 +58,11 @@ class Adapter:
         self.settings = AdapterSettings(folder)
         self._tensors = _open(folder)
         self._keys: dict[str, dict[str, str]] = {}  # module -> part -> key in the file
+        self.has_head = False
         for key in self._tensors.keys():  # noqa: SIM118  (safe_open does not return a mapping)
+            if key == _HEAD_KEY:
+                self.has_head = True
+                continue
             match = _KEY.fullmatch(key)
             if match is None:
                 raise ValueError(f"{self.file} has {key}, which is not supported: it is not an update of a linear layer")
@@ -127,6 +133,10 @@ class Adapter:
         wrapped = [target.rpartition(".")[2] for target in self.settings.experts]
         return layer + ".base_layer" * (len(wrapped) - 1 - wrapped.index(name)) if name in wrapped else ""
 
+    def head(self) -> Tensor:
+        """The head of a reward model: (1, hidden_size)."""
+        return self._tensors.get_tensor(_HEAD_KEY)
+
     def scales(self) -> dict[str, float]:
         """The scale of each module's update."""
         return {module: self.settings.scale(module, len(self._part(module, A))) for module in self._keys}
@@ -140,6 +150,8 @@ def merged(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every (key, tensor) of a base model with adapters merged into it, cast once.
 
+    The head of the last reward model among them takes the place of the base model's.
+
     Args:
         tensors: of the base model's files.
         folders: the adapters, in the order in which they were trained.
@@ -150,7 +162,12 @@ def merged(
         ValueError: an adapter does not fit the base model.
     """
     adapters = [Adapter(folder) for folder in folders]
+    heads = [adapter for adapter in adapters if adapter.has_head]
+    stored_dtype = torch.float32
     for key, tensor in tensors:
+        if heads and key in _HEADS:
+            continue
+        stored_dtype = tensor.dtype
         target, total = layout.slices.get(key), tensor
         for adapter in adapters:
             if target is None:
@@ -158,6 +175,8 @@ def merged(
             else:
                 total = adapter.merge_experts(layout.shapes[target.key], target, total)
         yield key, cast(key, total, dtype or tensor.dtype)
+    if heads:
+        yield SCORE, cast(SCORE, heads[-1].head(), dtype or stored_dtype)
     for adapter in adapters:
         if unused := adapter.unused:
             raise ValueError(f"{adapter.file}: {len(unused)} updates match no weight of the base model, such as {min(unused)}")

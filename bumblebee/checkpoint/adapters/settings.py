@@ -16,8 +16,9 @@ EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")  # parameters th
 _IGNORED = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
-    "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
+    "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size",
+    "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora",
+    "use_rslora",
 }  # fmt: skip
 # Initializations that leave the base weights unchanged; others (PiSSA, OLoRA ...) subtract from them.
 _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -66,6 +67,9 @@ def _check(file: Path, settings: dict[str, Any]) -> None:
     for name in _target_parameters(settings):
         if not any(_ends_with(key, name) for key in EXPERTS):
             raise ValueError(f"{file} has target_parameters {name!r}; supported are {', '.join(EXPERTS)}")
+    saved = settings.get("modules_to_save") or []
+    if set(saved) - {"classifier", "score"}:  # PEFT names both for any model that scores texts
+        raise ValueError(f"{file} has modules_to_save {saved!r}, which is not supported; a reward model's 'score' is")
     for name, value in settings.items():
         if name not in _IGNORED and name != "init_lora_weights" and value not in (None, False, "none", [], {}):
             raise ValueError(f"{file} has {name} {value!r}, which is not supported")

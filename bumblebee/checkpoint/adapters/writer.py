@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bumblebee.checkpoint.adapters.folder import CONFIG, WEIGHTS
+from bumblebee.checkpoint.adapters.folder import CONFIG, SCORE, WEIGHTS
 from bumblebee.checkpoint.adapters.fused import fuse, fused_modules
 from bumblebee.checkpoint.safetensors_writer import save_file
 from bumblebee.checkpoint.weight_mapping import Rule
@@ -17,8 +17,8 @@ ADAPTER_NAME = "default"  # PEFT's name for an adapter within a model; it is lef
 
 
 def is_adapter_key(name: str) -> bool:
-    """Whether a parameter of a model belongs to an adapter."""
-    return ".lora_" in name
+    """Whether a parameter of a model belongs to an adapter, as the head of a reward model does."""
+    return ".lora_" in name or name == SCORE
 
 
 def write_adapter_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], rules: Iterable[Rule] = ()) -> dict[str, str]:

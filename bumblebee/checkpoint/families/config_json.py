@@ -6,6 +6,7 @@ again gives the same config. A model that fits no family is written as Bumblebee
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from bumblebee.checkpoint.families.table import FAMILIES, Family, Json
@@ -35,6 +36,8 @@ _SHARED: Json = {
 # Without a version from 5.0 on, transformers warns of an "incorrect regex pattern" in any large tokenizer beside config.json:
 # older versions wrote a wrong one for Mistral. Ours is read from and written to tokenizer.json as it is.
 TRANSFORMERS_VERSION = "5.0.0"
+# Of a language model in transformers' architectures, and of a model with a head that scores texts.
+_CAUSAL, _SCORING = "ForCausalLM", "ForSequenceClassification"
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -54,13 +57,18 @@ def _expresses(family: Family, config: BumblebeeConfig) -> bool:
 
 def is_supported(raw: Json) -> bool:
     """Whether config.json names an architecture that Bumblebee implements."""
-    return any(name in FAMILIES for name in raw.get("architectures") or ())
+    return any(name in FAMILIES for name in _language_models(raw))
+
+
+def _language_models(raw: Json) -> Iterable[str]:
+    """The architectures in config.json, with a language model's name for one that scores texts."""
+    return [name.replace(_SCORING, _CAUSAL) for name in raw.get("architectures") or ()]
 
 
 def _family_named(raw: Json) -> Family:
     """Look up the family by ``architectures`` in config.json."""
     names = raw.get("architectures") or []
-    for name in names:
+    for name in _language_models(raw):
         if name in FAMILIES:
             return FAMILIES[name]
     raise ValueError(
@@ -88,7 +96,18 @@ def _read(family: Family, raw: Json) -> BumblebeeConfig:
     shared: Json = {name: raw.get(name, default) for name, default in {**_SHARED, **family.defaults}.items()}
     shared["num_key_value_heads"] = shared["num_key_value_heads"] or raw["num_attention_heads"]
     shared["attention_dropout"] = shared["attention_dropout"] or 0.0  # may be null
+    shared["score_head"] = _has_score_head(raw)
     return BumblebeeConfig(**{**shared, **_read_rope(family, raw), **family.read(raw)})
+
+
+def _has_score_head(raw: Json) -> bool:
+    """Whether the architecture is one that scores texts, with one label."""
+    if not any(name.endswith(_SCORING) for name in raw.get("architectures") or ()):
+        return False
+    count: int = raw.get("num_labels") or len(raw.get("id2label") or {}) or 2  # the default of transformers
+    if count != 1:
+        raise ValueError(f"config.json has {count} labels; a classifier is not supported, only a reward model with 1 label")
+    return True
 
 
 def _read_rope(family: Family, raw: Json) -> Json:
@@ -120,7 +139,7 @@ def write_config(config: BumblebeeConfig, dtype: str) -> Json:
 
 def _write(family: Family, config: BumblebeeConfig) -> Json:
     return {
-        "architectures": [family.architecture],
+        "architectures": [family.architecture.replace(_CAUSAL, _SCORING) if config.score_head else family.architecture],
         "model_type": family.model_type,
         **{name: getattr(config, name) for name in _SHARED},
         # The older layout of rope settings, which newer versions of transformers read too.
@@ -128,4 +147,5 @@ def _write(family: Family, config: BumblebeeConfig) -> Json:
         "rope_scaling": config.rope_scaling,
         **({"partial_rotary_factor": config.partial_rotary_factor} if family.partial_rotary_factor else {}),
         **family.write(config),
+        **({"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if config.score_head else {}),
     }

@@ -1,0 +1,94 @@
+"""Training batches of completions: one row per completion, after its prompt.
+
+Shapes: R completions (rows), G groups, T positions, F reward functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bumblebee.datamodule import Batch
+from bumblebee.nn import IGNORE_INDEX
+from bumblebee.rl.rollout import Rollout
+
+
+def training_batch(prompts: Sequence[tuple[int, list[int]]], groups: Sequence[Sequence[Rollout]], advantages: Tensor) -> Batch:
+    """One row per completion, padded on the right.
+
+    Args:
+        prompts: (index in the data, token ids).
+        groups: the completions of each prompt.
+        advantages: of the completions: (G, group size).
+
+    Returns:
+        input_ids, labels, position_ids and sampled_log_probs (R, T); advantages, reward and truncated (R,); rewards (R, F);
+        reward_std (G,).
+    """
+    rows = [(ids, rollout) for (_, ids), group in zip(prompts, groups, strict=True) for rollout in group]
+    shape = len(rows), max(len(ids) + len(rollout.tokens) for ids, rollout in rows) - 1
+    input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
+    sampled = torch.zeros(shape, dtype=torch.float32)
+    for row, (ids, rollout) in enumerate(rows):
+        begin, end = len(ids) - 1, len(ids) + len(rollout.tokens) - 1
+        input_ids[row, :end] = torch.tensor([*ids, *rollout.tokens][:-1])
+        labels[row, begin:end] = torch.tensor(rollout.tokens)
+        sampled[row, begin:end] = torch.tensor(rollout.log_probs)
+    totals = torch.tensor([[each.reward for each in group] for group in groups], dtype=torch.float64)
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": torch.arange(shape[1]).repeat(shape[0], 1),
+        "sampled_log_probs": sampled,
+        "advantages": advantages.flatten().float(),
+        "rewards": torch.tensor([rollout.rewards for _, rollout in rows], dtype=torch.float64),
+        "reward": totals.flatten(),
+        "truncated": torch.tensor([float(rollout.truncated) for _, rollout in rows], dtype=torch.float64),
+        "reward_std": totals.std(dim=1),
+    }
+
+
+def without_completions(batch: Batch, rewards: int) -> Batch:
+    """A batch of one row without targets, for a rank that runs out of prompts in the last step of an epoch.
+
+    Args:
+        batch: of prompts, or from ``training_batch``.
+        rewards: number of reward functions.
+    """
+    row = {name: batch[name][:1] for name in ("input_ids", "labels", "position_ids")}
+    zero, blank = torch.zeros(1, dtype=torch.float64), torch.zeros_like(row["labels"], dtype=torch.float32)
+    return {
+        **row,
+        **{name: blank for name in ("old_log_probs", "reference_log_probs") if name in batch},
+        "labels": torch.full_like(row["labels"], IGNORE_INDEX),
+        "sampled_log_probs": blank,
+        "advantages": zero.float(),
+        "rewards": zero.expand(1, rewards),
+        "reward": zero,
+        "truncated": zero,
+        "reward_std": zero[:0],
+    }
+
+
+def completion_sums(batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+    """Sums over completions and groups that are logged, by metric.
+
+    Args:
+        batch: from ``training_batch``.
+        names: of the reward functions.
+    """
+    return {
+        "rl/reward": batch["reward"].sum(), "rl/length": (batch["labels"] != IGNORE_INDEX).sum(),
+        "rl/truncated": batch["truncated"].sum(), "rl/reward_std": batch["reward_std"].sum(),
+        "rl/equal_groups": (batch["reward_std"] == 0).sum(), "rl/group_variance": batch["reward_std"].square().sum(),
+        "_reward_square": batch["reward"].square().sum(),
+        **{f"rl/reward/{name}": batch["rewards"][:, at].sum() for at, name in enumerate(names)},
+    }  # fmt: skip
+
+
+def prompts_of(batch: Batch) -> list[tuple[int, list[int]]]:
+    """(index, token ids) of each prompt of a batch; none of a batch that only fills up a rank's share."""
+    rows = zip(batch["index"].tolist(), batch["lengths"].tolist(), batch["input_ids"].tolist(), strict=True)
+    return [(index, ids[:length]) for index, length, ids in rows if index >= 0]
