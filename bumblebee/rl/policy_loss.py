@@ -83,6 +83,11 @@ class PolicyLoss:
         if not self.kl_beta >= 0:
             raise ValueError(f"kl_beta must be at least 0, got {self.kl_beta}")
 
+    def __str__(self) -> str:
+        """Options in use, for the run summary."""
+        limits = [f"{name} {value:.4g}" for name, value in (("from", self.lowest_ratio), ("to", self.highest_ratio)) if value]
+        return f"{self.surrogate}, ratios of each {self.ratio} {' '.join(limits)}".rstrip()
+
     @property
     def highest_ratio(self) -> float | None:
         """The ratio above which a positive advantage has no more effect; None without clipping."""
