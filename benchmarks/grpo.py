@@ -196,12 +196,15 @@ class Sampled:
 
 def sample(folder: Path, options: Namespace, micro_batches: int) -> Sampled:
     """Sample completions as our Trainer does before a step."""
+    import torch
+
     from datamodules import Prompts
 
     data, task = Prompts(str(folder / "prompts.jsonl"), str(folder)), our_task(folder, options)
     data.setup(0)
     task.setup(data)
-    task.begin(SimpleNamespace(engine=SimpleNamespace(whole_model=nullcontext), seed=0, output_dir=folder / "sampled"))
+    engine = SimpleNamespace(whole_model=nullcontext)
+    task.begin(SimpleNamespace(engine=engine, device=torch.device("cpu"), data=data, seed=0, output_dir=folder / "sampled"))
     each = PROMPTS // MICRO_BATCHES
     parts = [data.train[at * each : (at + 1) * each] for at in range(micro_batches)]
     with counted(task.model) as work:
