@@ -97,6 +97,10 @@ def reason(text: str, key: str = "") -> str:
         return f"file not found: {file[0]}{hint(file[0], yaml_files_beside(file[0]))}"
     if wrong := _NOT_A_SUBCLASS.search(text):
         return f"{wrong[1] or wrong[3] or _value(text)} is not {_with_article(wrong[2] or wrong[4])}"
+    if other := re.search(r"Unexpected import object .*\. Got value: ([\w.]+)", text):
+        return f"{other[1]} is neither a function nor a class"
+    if passive := re.search(r"Expected '([\w.]+)' to be a class that instantiates into callable", text):
+        return f"objects of {passive[1]} cannot be called: the class has no method __call__"
     types = _EXPECTED_TYPE.findall(text)
     not_a_path = "dot import path" in text and set(types) <= {"<class 'NoneType'>"}
     base = re.search(r"Not a valid subclass of (\w+)" + r"|Subtypes: \[<class '[\w.]*?(\w+)'>" * not_a_path, text)
