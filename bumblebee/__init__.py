@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bumblebee.tasks.cpo import CPO
     from bumblebee.tasks.dpo import DPO
     from bumblebee.tasks.grpo import GRPO
+    from bumblebee.tasks.kto import KTO
     from bumblebee.tasks.language_modeling import LanguageModeling
     from bumblebee.tasks.orpo import ORPO
     from bumblebee.tasks.reward_model import RewardModel
@@ -39,6 +40,7 @@ _HOME = {
     "GRPO": "bumblebee.tasks.grpo",
     "Generator": "bumblebee.inference.generator",
     "HuggingFaceModel": "bumblebee.models.huggingface",
+    "KTO": "bumblebee.tasks.kto",
     "LanguageModeling": "bumblebee.tasks.language_modeling",
     "ORPO": "bumblebee.tasks.orpo",
     "RewardModel": "bumblebee.tasks.reward_model",
@@ -59,6 +61,7 @@ __all__ = [
     "GRPO",
     "Generator",
     "HuggingFaceModel",
+    "KTO",
     "LanguageModeling",
     "ORPO",
     "RewardModel",

@@ -10,6 +10,7 @@ import pytest
 from helpers.recipe_files import RECIPE, SAMPLES
 
 from bumblebee.cli.errors.reporting import fail
+from bumblebee.cli.errors.value_errors import name_option
 from bumblebee.cli.main import main
 from bumblebee.cli.parser import ConfigFile, Parser
 
@@ -347,6 +348,10 @@ IN_THE_REWARDS = [
      "6: missing required option 'task.rewards.pattern' of bumblebee.rewards.Matches"),
     ("{class_path: bumblebee.rewards.ExactAnswer, init_args: {key: answer}}", "bumblebee.rewards.Matches",
      "9: missing required option 'task.rewards.reward.pattern' of bumblebee.rewards.Matches"),
+    ("reward_functions.lengths", "reward_functions.__name__",
+     "5: task.rewards: helpers.reward_functions.__name__ is neither a function nor a class"),
+    ("helpers.reward_functions.lengths", "bumblebee.Tokenizer",
+     "5: task.rewards: objects of bumblebee.Tokenizer cannot be called: the class has no method __call__"),
     ("timeout: 10", "timeout: 0", "10: task.rewards.timeout must be positive, got 0.0"),
     ("timeout: 10", "process: 1", "10: unknown option 'task.rewards.process' (did you mean 'task.rewards.processes'?)"),
     ("timeout: 10", "on_error: skip", "10: task.rewards.on_error: expected a number or stop, got 'skip'"),
@@ -375,3 +380,9 @@ def test_an_error_of_another_rank_only_is_printed_by_that_rank(monkeypatch, caps
     with pytest.raises(SystemExit) as ended:
         fail("no such judge")
     assert ended.value.code == 2 and capsys.readouterr().err == "bumblebee: rank 3: no such judge\n"
+
+
+def test_an_error_of_a_list_is_not_taken_for_one_of_an_option_that_it_mentions():
+    config = {"task": {"rewards": [{"class_path": "bumblebee.rewards.Judge", "init_args": {"model": "m"}}]}}
+    message = "task.rewards: Judge: there is no model 'm'"
+    assert name_option(message, config, []) == message

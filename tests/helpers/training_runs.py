@@ -33,6 +33,7 @@ from bumblebee.models.loading import load_model
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.grpo import GRPO
+from bumblebee.tasks.kto import KTO
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.reward_model import RewardModel  # noqa: F401  (named by a job)
 from bumblebee.tasks.run_context import RunContext
@@ -100,6 +101,33 @@ class Pairs(DataModule):
                 "index": torch.tensor([index for index, _, _ in samples])}  # fmt: skip
 
 
+class Labelled(Pairs):
+    """Random answers, of which two thirds are good; the second row of each example has the answer of another one."""
+
+    def setup(self, seed: int) -> None:
+        super().setup(seed)
+        answers = [own[prompt:] for _, prompt, (own, _) in self.train]
+        others = [
+            next(answer for answer in (answers[at - back] for back in (1, 2, 3)) if len(answer)) for at in range(len(answers))
+        ]
+        self.train = [
+            (index, prompt, [own, torch.cat([own[:prompt], other])])
+            for (index, prompt, (own, _)), other in zip(self.train, others, strict=True)
+        ]
+        self.validation = self.train[:3]
+
+    def collate(self, samples: list[Any]) -> Batch:
+        return {**super().collate(samples), "desirable": torch.tensor([index % 3 > 0 for index, _, _ in samples])}
+
+
+class AdaptedKTO(KTO):
+    """KTO of LoRA adapters with a dropout of one half."""
+
+    def __init__(self, model: Bumblebee, **options: Any) -> None:
+        model.source = Path("base")  # saved in the adapter's config, never read
+        super().__init__(model, [LoRA(rank=4, alpha=32, dropout=0.5)], **options)
+
+
 class Chats(SFT):
     """Conversations of a file, with a tokenizer trained on that file."""
 
@@ -139,6 +167,19 @@ class RewardedGRPO(GRPO):
 
     def __init__(self, model: Bumblebee, **options: Any) -> None:
         super().__init__(model, [odd_characters], **{"group_size": 3, "max_new_tokens": 5, **options})
+
+
+def odd_questions_only(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
+    """``odd_characters``, but 0 for every second question."""
+    rewards = odd_characters(prompts, completions, records)
+    return [reward * (record["answer"] // 4 % 2) for reward, record in zip(rewards, records, strict=True)]
+
+
+class PartlyRewardedGRPO(GRPO):
+    """GRPO of short completions, rewarded by ``odd_questions_only``."""
+
+    def __init__(self, model: Bumblebee, **options: Any) -> None:
+        super().__init__(model, [odd_questions_only], **{"group_size": 3, "max_new_tokens": 5, **options})
 
 
 class Noisy(LanguageModeling):

@@ -65,7 +65,7 @@ def explain(message: str, words: Sequence[str], options: Iterable[str] = (), arg
         kind = "argument" if set(names) & set(arguments) else "option"
         return _explain_missing(names, key, words, kind, missing[2] or "")
     absent = _NO_ATTRIBUTE.search(text)
-    named = f"{absent[1]}.{absent[2]}" if absent and _group(key) is None else ""  # an item of a list
+    named = f"{absent[1]}.{absent[2]}" if absent and _may_be_function(key) else ""  # an item of a list
     return f"{where(key, words, named)}{plain(key) + ': ' if key else ''}{reason(text, key)}"
 
 
@@ -97,6 +97,10 @@ def reason(text: str, key: str = "") -> str:
         return f"file not found: {file[0]}{hint(file[0], yaml_files_beside(file[0]))}"
     if wrong := _NOT_A_SUBCLASS.search(text):
         return f"{wrong[1] or wrong[3] or _value(text)} is not {_with_article(wrong[2] or wrong[4])}"
+    if other := re.search(r"Unexpected import object .*\. Got value: ([\w.]+)", text):
+        return f"{other[1]} is neither a function nor a class"
+    if passive := re.search(r"Expected '([\w.]+)' to be a class that instantiates into callable", text):
+        return f"objects of {passive[1]} cannot be called: the class has no method __call__"
     types = _EXPECTED_TYPE.findall(text)
     not_a_path = "dot import path" in text and set(types) <= {"<class 'NoneType'>"}
     base = re.search(r"Not a valid subclass of (\w+)" + r"|Subtypes: \[<class '[\w.]*?(\w+)'>" * not_a_path, text)
@@ -124,7 +128,7 @@ def _explain_absent(module: str | None, name: str | None, missing: str | None, k
     if module is None:
         return f"no module named {missing!r}"
     home = import_module(module)
-    functions_too = _group(key) is None  # such as task.rewards
+    functions_too = _may_be_function(key)
     known = {
         name for name in dir(home)
         if inspect.isclass(value := getattr(home, name, None)) or (functions_too and inspect.isfunction(value))
@@ -137,6 +141,11 @@ def _group(key: str) -> str | None:
     from bumblebee.cli.shipped_classes import group_of  # imports torch
 
     return group_of(plain(key))
+
+
+def _may_be_function(key: str) -> bool:
+    """Whether a key may name a function, as task.rewards may."""
+    return _group(key) in (None, "task.rewards")
 
 
 def _shipped(key: str, name: str = "") -> str:
@@ -219,9 +228,9 @@ def _of_a_class(key: str, options: list[str]) -> str:
     """Say which group has an option that was written without one: ``--lr`` is ``--optimizer.lr``."""
     if "." in key or "task" not in options:
         return ""
-    from bumblebee.cli.shipped_classes import GROUPS, having_option  # imports torch
+    from bumblebee.cli.shipped_classes import GROUPS, LISTS, having_option  # imports torch
 
-    named = {f"{group}.{key}": having_option(group, key) for group in GROUPS if group not in ("callbacks", "task.transforms")}
+    named = {f"{group}.{key}": having_option(group, key) for group in GROUPS if group not in ("callbacks", *LISTS)}
     full = [option for option in options if option.rpartition(".")[2] == key]
     full += [option for option, classes in named.items() if classes]
     if len(full) != 1:
