@@ -171,7 +171,7 @@ class PolicyLoss:
         Args:
             off_policy: whether several steps are taken on a rollout batch.
         """
-        of_ratio = "tokens" if self.ratio == "token" else "completions"
+        of_ratio = "tokens" if self.ratio == "token" else "trained"
         clipped = [] if self.surrogate == "sapo" else ["rl/clipped", "rl/clipped_low", "rl/clipped_high"]
         return {
             **dict.fromkeys(["rl/logprob_drift", "rl/entropy", *(["rl/kl"] if self.kl_beta else [])], "tokens"),
