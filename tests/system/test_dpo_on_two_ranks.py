@@ -1,8 +1,9 @@
-"""DPO on two ranks trains like one rank, at every stage and with every kind of reference; and reward models do."""
+"""DPO on two ranks trains like one rank, at every stage and with every kind of reference; and reward models and students do."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,11 @@ def job(stage: int, precompute: bool = False, kind: str = "DPO", **more: Any) ->
     return {"task": (kind, options), "zero_stage": stage, "building": stage == 3, **STEP, **SPREAD, **more}
 
 
+def student(teacher: Path) -> tuple[str, dict[str, object]]:
+    """Distillation on the tokens of the responses, with the model of another folder as the teacher."""
+    return "Distillation", {"teacher": str(teacher), "divergence": "jsd", "lm_weight": 0.2}
+
+
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory):
     """The folder of another model than the policy."""
@@ -42,6 +48,7 @@ def one_rank(tmp_path_factory, other_model):
     runs = {"DPO": job(0, **spread), "AdaptedDPO": job(0, kind="AdaptedDPO", **spread)}
     runs["other"] = job(0, reference=str(other_model), **spread)
     runs["reward"] = {**job(0, **spread), "task": REWARD}
+    runs["student"] = {**job(0, **spread), "task": student(other_model)}
     return {name: (folder / name, train(folder / name, **one)) for name, one in runs.items()}
 
 
@@ -54,6 +61,7 @@ def two_ranks(tmp_path_factory, other_model):
     jobs |= {f"{stage} other": job(stage, reference=str(other_model)) for stage in (1, 3)}
     jobs["3 other precomputed"] = job(3, precompute=True, reference=str(other_model), cache_dir=str(folder / "cache-other"))
     jobs |= {f"{stage} reward": {**job(stage), "task": REWARD} for stage in (1, 3)}
+    jobs |= {f"{stage} student": {**job(stage), "task": student(other_model)} for stage in (1, 3)}
     jobs["3 until 2"] = job(3, callbacks={**EACH, "stop": ("StopAfter", {"step": 2, "rank": 1})}, folder="3 resumed")
     jobs["3 resumed"] = job(3, callbacks=EACH, folder="3 resumed", resume="auto")
     named = [{**one, "folder": str(folder / one.get("folder", name))} for name, one in jobs.items()]
@@ -62,16 +70,32 @@ def two_ranks(tmp_path_factory, other_model):
 
 @pytest.mark.parametrize(
     "name",
-    ["0", "1", "2", "3", "1 precomputed", "3 precomputed", "1 other", "3 other", "3 other precomputed", "1 reward", "3 reward"],
+    [
+        "0",
+        "1",
+        "2",
+        "3",
+        "1 precomputed",
+        "3 precomputed",
+        "1 other",
+        "3 other",
+        "3 other precomputed",
+        "1 reward",
+        "3 reward",
+        "1 student",
+        "3 student",
+    ],
 )
 def test_two_ranks_train_like_one(name, one_rank, two_ranks):
     folder, results = two_ranks
-    kind = next((kind for kind in ("other", "reward") if kind in name), "DPO")
+    kind = next((kind for kind in ("other", "reward", "student") if kind in name), "DPO")
     expected_folder, expected = one_rank[kind]
     for line, other in zip(results[name]["metrics"], expected, strict=True):
         for key in set(other) - {"rewards/accuracies"}:  # rounding decides about ties
             assert math.isclose(line[key], other[key], rel_tol=1e-4, abs_tol=1e-5), (line["step"], key)
-        assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-12)
+        assert kind == "student" or line["rewards/margins"] == pytest.approx(
+            line["rewards/chosen"] - line["rewards/rejected"], abs=1e-12
+        )
     for key, tensor in weights(folder / name).items():
         torch.testing.assert_close(
             tensor, weights(expected_folder)[key], rtol=0, atol=1e-5, msg=lambda text, k=key: f"{k} {text}"
