@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bumblebee.tasks.distillation import Distillation
     from bumblebee.tasks.dpo import DPO
     from bumblebee.tasks.grpo import GRPO
+    from bumblebee.tasks.kto import KTO
     from bumblebee.tasks.language_modeling import LanguageModeling
     from bumblebee.tasks.orpo import ORPO
     from bumblebee.tasks.reward_model import RewardModel
@@ -41,6 +42,7 @@ _HOME = {
     "GRPO": "bumblebee.tasks.grpo",
     "Generator": "bumblebee.inference.generator",
     "HuggingFaceModel": "bumblebee.models.huggingface",
+    "KTO": "bumblebee.tasks.kto",
     "LanguageModeling": "bumblebee.tasks.language_modeling",
     "ORPO": "bumblebee.tasks.orpo",
     "RewardModel": "bumblebee.tasks.reward_model",
@@ -62,6 +64,7 @@ __all__ = [
     "GRPO",
     "Generator",
     "HuggingFaceModel",
+    "KTO",
     "LanguageModeling",
     "ORPO",
     "RewardModel",

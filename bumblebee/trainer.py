@@ -141,12 +141,11 @@ class Trainer(RunState):
                 raise
 
     def train_step(self, window: list[Batch]) -> None:
-        """Take one optimizer step on this rank's micro-batches. A window without targets on any rank changes nothing.
+        """Take one optimizer step on this rank's prepared micro-batches. A window without targets on any rank changes nothing.
 
         Raises:
             FloatingPointError: a loss is NaN or infinite, or the gradients of ``max_skipped_steps`` steps in a row are.
         """
-        window = self.task.prepare_step(window, self.step)
         counts = self.count_targets(window)
         self.learning_rate = set_learning_rate(
             self.engine.parameter_groups, self.schedule.factor(self.step, self.plan.max_steps)

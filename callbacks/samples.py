@@ -10,6 +10,7 @@ from bumblebee.callback import Callback
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.rl.sampled_text import SampledText
 from bumblebee.training.metrics.jsonl_log import truncate_after
+from bumblebee.utils.formatting import printable
 from bumblebee.utils.text_files import append_text
 
 if TYPE_CHECKING:
@@ -124,5 +125,5 @@ def _described(sample: SampledText, step: int) -> str:
 
 def _shortened(text: str, length: int = 400) -> str:
     """On one line, without the middle of a long text: its end often has the answer."""
-    line = text.strip().replace("\n", "⏎")
+    line = printable(text.strip().replace("\n", "⏎"))
     return line if len(line) <= length else f"{line[: length // 2]} … {line[-length // 2 :]}"

@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from datamodules.pretrain import Pretrain
     from datamodules.prompts import Prompts
     from datamodules.sft import SFT
+    from datamodules.unpaired_preference import UnpairedPreferences
 
 _HOME = {
     "Preferences": "datamodules.preference",
     "Pretrain": "datamodules.pretrain",
     "Prompts": "datamodules.prompts",
     "SFT": "datamodules.sft",
+    "UnpairedPreferences": "datamodules.unpaired_preference",
 }
 
-__all__ = ["SFT", "Preferences", "Pretrain", "Prompts"]
+__all__ = ["SFT", "Preferences", "Pretrain", "Prompts", "UnpairedPreferences"]
 
 
 __path__ = extend_path(__path__, __name__, _HOME)

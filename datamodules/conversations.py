@@ -6,9 +6,10 @@
     TRL         {"prompt": a question or messages, "completion": an answer or messages, "tools"?}
 
 A preference pair has a prompt without the last answer in one of these formats, and two answers, "chosen" and "rejected":
-strings in Alpaca, one turn or message each in ShareGPT and OpenAI, any of these in TRL. "margin" may say by how much the chosen
-one is better, for a reward model. Without a format's key, or beside a
-"prompt", they may be two lists of messages that differ in the last one: the messages before it are the prompt.
+strings in Alpaca, one turn or message each in ShareGPT and OpenAI, any of these in TRL. Without a format's key, or beside a
+"prompt", they may be two lists of messages that differ in the last one: the messages before it are the prompt. "margin" may
+say by how much the chosen answer is better, for a reward model. An unpaired answer is a conversation with "label": true if its
+last answer is good, else false.
 
 Choices:
 - Each record, not each file, has a format, which the key of its turns identifies. Other keys (an id, a source) are ignored, and
@@ -62,6 +63,16 @@ class PreferencePair:
     margin: float | None = None
 
 
+@dataclass(frozen=True)
+class LabelledAnswer:
+    """A prompt that ends with a user or tool message, an answer, and whether it is a good one."""
+
+    prompt: list[Message]
+    answer: Message
+    label: bool
+    tools: list[Tool] | None
+
+
 def parse_conversation(record: Record) -> Conversation:
     """Convert a record to a conversation.
 
@@ -78,6 +89,15 @@ def parse_preference(record: Record) -> PreferencePair:
         RecordError: as for :func:`parse_conversation`; also if an answer is missing or both are equal.
     """
     return _parse(_preference, record)
+
+
+def parse_labelled(record: Record) -> list[LabelledAnswer]:
+    """Convert a conversation with a "label", or a preference pair, to one or two answers with labels.
+
+    Raises:
+        RecordError: as for :func:`parse_conversation` and :func:`parse_preference`; also if the label is missing.
+    """
+    return _parse(_labelled, record)
 
 
 def parse_prompt(record: Record) -> tuple[list[Message], list[Tool] | None]:
@@ -112,6 +132,21 @@ def _conversation(value: dict[str, object]) -> Conversation:
         names = chat_format.names
         raise ValueError(f"{key}: a conversation must end with {chat_format.assistant!r}, not {names[last['role']]!r}")
     return Conversation([message for _, message in turns], parse_tools(value.get("tools")))
+
+
+def _labelled(value: dict[str, object]) -> list[LabelledAnswer]:
+    if "chosen" in value or "rejected" in value:
+        if "label" in value:
+            raise ValueError("'label' belongs to one answer, but 'chosen' and 'rejected' make this a preference pair")
+        pair = _preference(value)
+        return [LabelledAnswer(pair.prompt, *each, pair.tools) for each in ((pair.chosen, True), (pair.rejected, False))]
+    if "label" not in value:
+        raise ValueError("no key 'label': true for a good answer, false for a bad one; or a pair with 'chosen' and 'rejected'")
+    label = value["label"]
+    if not isinstance(label, bool):
+        raise ValueError(f"'label' must be true or false, not {label!r}")
+    chat = _conversation(value)
+    return [LabelledAnswer(chat.messages[:-1], chat.messages[-1], label, chat.tools)]
 
 
 def _preference(value: dict[str, object]) -> PreferencePair:

@@ -13,6 +13,7 @@ import torch
 
 from bumblebee.datamodule import Batch
 from bumblebee.utils.formatting import number, plural
+from datamodules.answer_rows import TooLong, fit_answers
 from datamodules.collate import TokenDataset, collate_rows, padded_width
 from datamodules.mixture import Files
 from datamodules.token_cache import Segment, TokenCache
@@ -35,18 +36,11 @@ class PairDataset(TokenDataset[Pair]):
             even then is dropped.
     """
 
-    def __init__(self, cache: TokenCache, samples: np.ndarray, max_length: int, too_long: Literal["drop", "keep_end"]) -> None:
-        rows = np.stack([2 * samples, 2 * samples + 1])
-        tokens, answers = (cache.ends - cache.begins)[rows], np.asarray(cache.targets)[rows]
-        prompts = tokens[0] - answers[0]
-        assert (prompts == tokens[1] - answers[1]).all()
-        excess = np.maximum(tokens.max(axis=0) - 1 - max_length, 0)
-        fits = excess < prompts if too_long == "keep_end" else excess == 0
-        self.cache, self.samples = cache, samples[fits]
-        self.starts = (cache.begins[rows] + excess)[:, fits]
-        self.row_lengths = (tokens - 1 - excess)[:, fits]
-        self.dropped, self.truncated = int(np.sum(~fits)), int(np.sum(excess[fits] > 0))
-        self.targets = int(answers[:, fits].sum())
+    def __init__(self, cache: TokenCache, samples: np.ndarray, max_length: int, too_long: TooLong) -> None:
+        rows = fit_answers(cache, np.stack([2 * samples, 2 * samples + 1]), max_length, too_long)
+        self.cache, self.samples = cache, samples[rows.fits]
+        self.starts, self.row_lengths, self.targets = rows.starts, rows.lengths, int(rows.answers.sum())
+        self.dropped, self.truncated = rows.dropped, rows.truncated
         assert cache.values is not None
         self.margins = cache.values[2 * self.samples]
         self.has_margins = not np.isnan(self.margins).all()

@@ -23,6 +23,7 @@ from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.utils.formatting import number, plural
 from datamodules import record_files
 from datamodules.conversations import parse_prompt, with_system
+from datamodules.pass_rates import PassRates
 from datamodules.records import Record, RecordError
 from datamodules.token_datamodule import check_options, load_tokenizer
 
@@ -64,9 +65,13 @@ class Prompts(DataModule[PromptSample]):
         validation_files: held-out files.
         validation_ratio: share of the prompts to hold out if there are no such files.
         chat_template: path of a Jinja file, or "chatml", to use instead of the folder's template; saved with the model.
+        pass_rate_key: key of the records with the share of completions that solve them, from 0 to 1, as written by
+            ``bumblebee rollouts --pass_rates``; records without it are kept.
+        min_pass_rate: leave out training prompts that are solved more rarely.
+        max_pass_rate: leave out training prompts that are solved more often.
 
     Raises:
-        ValueError: a number is out of range, or the folder has no tokenizer.
+        ValueError: a number is out of range, the folder has no tokenizer, or pass rates are limited without a key.
     """
 
     train: list[PromptSample]
@@ -83,8 +88,12 @@ class Prompts(DataModule[PromptSample]):
         validation_files: str | list[str] | None = None,
         validation_ratio: float = 0.0,
         chat_template: str | None = None,
+        pass_rate_key: str | None = None,
+        min_pass_rate: float = 0.0,
+        max_pass_rate: float = 1.0,
     ) -> None:
         check_options(max_length, validation_files, validation_ratio)
+        self.pass_rates = PassRates(pass_rate_key, min_pass_rate, max_pass_rate)
         self.files, self.tokenizer_folder, self.max_length = files, tokenizer, max_length
         self.system, self.too_long, self.chat_template = system, too_long, chat_template
         self.validation_files, self.validation_ratio = validation_files, validation_ratio
@@ -99,13 +108,14 @@ class Prompts(DataModule[PromptSample]):
         if not samples:
             reason = f"; longer than max_length {self.max_length}: {self.dropped} dropped" if self.dropped else ""
             raise ValueError(f"files: there is no prompt in {self.files}{reason}")
+        read = len(samples) + self.dropped
         held_out: list[PromptSample] = []
         if self.validation_files is not None:
-            held_out = list(self._read(self.validation_files, len(samples) + self.dropped))
+            held_out = list(self._read(self.validation_files, read))
         elif self.validation_ratio:
             samples, held_out = _held_out(samples, self.validation_ratio)
-        self.train, self.validation = samples, held_out or None
-        self.lengths = np.array([len(sample.ids) for sample in samples])
+        self.train, self.validation = self.pass_rates.select(samples), held_out or None
+        self.lengths = np.array([len(sample.ids) for sample in self.train])
 
     def _read(self, files: str | list[str], first: int) -> Iterator[PromptSample]:
         records = (record for file in record_files.expand(files) for record in record_files.read(file))
@@ -170,6 +180,7 @@ class Prompts(DataModule[PromptSample]):
         lines["tokens"] = f"at most {number(max(len(sample.ids) for sample in self.train))} in a prompt"
         if self.dropped:
             lines[f"longer than max_length {self.max_length}"] = f"{number(self.dropped)} dropped"
+        lines.update(self.pass_rates.summary())
         if self.validation is not None:
             lines["held out"] = plural(len(self.validation), "prompt")
         return lines

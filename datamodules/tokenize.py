@@ -21,7 +21,7 @@ from bumblebee.tokenizer.chat_template import EncodedChat, Message, Tool
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.utils.json_files import JSON
 from datamodules import record_files
-from datamodules.conversations import parse_conversation, parse_preference, with_system
+from datamodules.conversations import parse_conversation, parse_labelled, parse_preference, with_system
 from datamodules.records import Record, RecordError
 
 WHITESPACE = re.compile(r"\s")
@@ -253,6 +253,28 @@ class PreferenceTokenizer(ChatTokenizer):
             [[False] * len(prompts[0]) + [True] * len(answer) for answer in answers],
             chat_digest([pair.prompt, pair.chosen, pair.rejected, pair.tools, *([] if pair.margin is None else [pair.margin])]),
             [math.nan if pair.margin is None else pair.margin] * 2,
+        )
+
+
+class LabelledTokenizer(ChatTokenizer):
+    """An answer with a label -> one sequence, prompt + answer, whose value is 1 for a good answer and 0 for a bad one.
+
+    A preference pair becomes two sequences.
+    """
+
+    sequences_per_sample = None
+    valued = True
+
+    def tokenize_record(self, record: Record) -> TokenizedSample:
+        """See the base class."""
+        examples = parse_labelled(record)
+        encoded = [self._encode([*each.prompt, each.answer], each.tools, "last")[-1] for each in examples]
+        split = [_split_prompt(chat.ids, chat.target_mask) for chat in encoded]
+        return TokenizedSample(
+            [prompt + answer for prompt, answer in split],
+            [[False] * len(prompt) + [True] * len(answer) for prompt, answer in split],
+            chat_digest([[each.prompt, each.answer, each.label, each.tools] for each in examples]),
+            [float(each.label) for each in examples],
         )
 
 

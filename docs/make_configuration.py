@@ -145,6 +145,7 @@ def classes() -> Iterator[str]:
         "task": "`task`",
         "task.model": "`task.model`",
         "task.transforms": "`task.transforms`: a list",
+        "task.rewards": "`task.rewards`: a list",
         "data": "`data`",
         "schedule": "`schedule`",
         "callbacks": "`callbacks`: by names of your choice",

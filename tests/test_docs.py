@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.documents import DOCUMENTS, RESEARCH, ROOT, SWEEPS, bumblebee_words, commands, run_in_shell, served
+from helpers.documents import DOCUMENTS, RESEARCH, RL, ROOT, SWEEPS, bumblebee_words, commands, run_in_shell, served
 
 from bumblebee.cli.main import main
 
 FITS = sorted(
-    {c for d in DOCUMENTS if d not in (RESEARCH, SWEEPS) for c in commands(d) if (bumblebee_words(c) or [""])[0] == "fit"}
+    {c for d in DOCUMENTS if d not in (RESEARCH, RL, SWEEPS) for c in commands(d) if (bumblebee_words(c) or [""])[0] == "fit"}
 )
 
 
@@ -154,15 +154,12 @@ def test_evaluation_commands_run_as_written(tokenizer_folder: Path, tiny: Callab
 
 
 @pytest.mark.slow
-def test_preview_commands_run_as_written(tokenizer_folder: Path, tiny: Callable, tmp_path: Path) -> None:
+def test_preview_commands_run_as_written(tokenizer_folder: Path, tmp_path: Path) -> None:
     """Without measuring."""
-    from bumblebee import Bumblebee
-
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    for name in ("tokenizer", "sft"):
-        shutil.copytree(tokenizer_folder, tmp_path / "runs" / name)
-    Bumblebee(tiny(max_position_embeddings=1024)).save_pretrained(tmp_path / "runs" / "sft")
-    run = [words for d in DOCUMENTS for c in commands(d) if (words := bumblebee_words(c) or [""])[0] == "preview"]
+    shutil.copytree(tokenizer_folder, tmp_path / "runs" / "tokenizer")
+    pages = [d for d in DOCUMENTS if d != RL]
+    run = [words for d in pages for c in commands(d) if (words := bumblebee_words(c) or [""])[0] == "preview"]
     assert len(run) >= 3
     for words in run:
         command = [sys.executable, "-m", "bumblebee", *words, "--measure", "never"]

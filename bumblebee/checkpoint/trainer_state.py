@@ -87,7 +87,7 @@ def _wrong_values(state: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if not isinstance(state.get("dtype"), str):
         yield "dtype", _described(state, "dtype", "a name")
     if isinstance(position := state.get("position"), dict):
-        for name in ("step", "epoch", "sample"):
+        for name in ("step", "epoch", "sample", *(["into"] if "into" in position else [])):
             if not _is_count(position.get(name)):
                 yield f"position.{name}", _described(position, name, "a number from 0 on")
     sections = state.get("fingerprint", {})  # absent in earlier versions

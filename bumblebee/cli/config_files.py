@@ -19,8 +19,14 @@ def plain(key: str) -> str:
     return re.sub(r"(^|\.)(init_args|dict_kwargs)(?=\.|$)", "", key).lstrip(".")
 
 
-def where(key: str, words: Sequence[str]) -> str:
-    """Return "FILE:LINE: " of a key or its closest parent in the last config file that sets it, "" for the command line."""
+def where(key: str, words: Sequence[str], named: str = "") -> str:
+    """Return "FILE:LINE: " of a key or its closest parent in the last config file that sets it, "" for the command line.
+
+    Args:
+        key: the key.
+        words: the command line.
+        named: a class path that the key or an item of its list names, whose line is preferred.
+    """
     path = plain(key).split(".")
     options = [plain(word[2:].split("=")[0]).removesuffix(".class_path").split(".") for word in words if word[:2] == "--"]
     if path[-1] == "class_path" and path[:-1] in options:  # --optimizer CLASS
@@ -28,7 +34,9 @@ def where(key: str, words: Sequence[str]) -> str:
     depth_on_line = max((len(option) for option in options if path[: len(option)] == option), default=0)
     locations = [(*_locate(_parse(file), path), file) for file in reversed(config_files(words))]
     depth, line, file = max(locations, key=lambda location: location[0], default=(0, 0, ""))
-    return f"{file}:{line}: " if depth > depth_on_line else ""
+    if depth <= depth_on_line:
+        return ""
+    return f"{file}:{_line_of(named, _parse(file), line) or line}: "
 
 
 def config_files(words: Sequence[str]) -> list[str]:
@@ -119,8 +127,19 @@ def _as_dict(node: yaml.Node | None) -> dict[str, yaml.Node]:
     return dict(_items(node))
 
 
+def _line_of(value: str, node: yaml.Node | None, first: int) -> int:
+    """Return the first line, from ``first`` on, on which a node below this one is this text; 0 if there is none."""
+    if isinstance(node, yaml.ScalarNode):
+        line = node.start_mark.line + 1
+        return line if value and node.value == value and line >= first else 0
+    children = [each for _, each in node.value] if isinstance(node, yaml.MappingNode) else node.value if node else []
+    return next(filter(None, (_line_of(value, child, first) for child in children)), 0)
+
+
 def _locate(node: yaml.Node | None, path: list[str]) -> tuple[int, int]:
-    """Return how many parts of a key exist below a node, and the line of the last of them."""
+    """Return how many parts of a key exist below a node, and the line of the last of them; in a list, of the first item."""
+    if isinstance(node, yaml.SequenceNode):
+        return max((_locate(item, path) for item in node.value), key=lambda location: location[0], default=(0, 0))
     if not isinstance(node, yaml.MappingNode) or not path:
         return 0, 0
     best = 0, 0

@@ -32,7 +32,8 @@ _BASES: dict[str, tuple[str, type]] = {  # group -> package, base class
     "callbacks": ("callbacks", Callback),
 }
 _MODELS = ("bumblebee.Bumblebee", "bumblebee.Bumblebee.from_pretrained", "bumblebee.HuggingFaceModel.from_pretrained")
-GROUPS = (*_BASES, "task.model", "task.transforms")
+LISTS = ("task.transforms", "task.rewards")  # groups of which a recipe names several
+GROUPS = (*_BASES, "task.model", *LISTS)
 EXAMPLES = {"bumblebee.Bumblebee.from_pretrained": "recipes/continue_pretrain.yaml"}  # recipes that use a class
 
 
@@ -42,6 +43,8 @@ def shipped(group: str) -> dict[str, ClassOrFunction]:
         return _located(*_MODELS)
     if group == "task.transforms":
         return {**_located("bumblebee.lora.LoRA"), **_classes_in("bumblebee.transforms", object)}
+    if group == "task.rewards":
+        return {path: made for path, made in _classes_in("bumblebee.rewards", object).items() if _is_reward(made)}
     package, base = _BASES[group]
     return _classes_in(package, base)
 
@@ -144,3 +147,8 @@ def _classes_in(package: str, base: type) -> dict[str, ClassOrFunction]:
 
 def _is_proper_subclass(made: type, base: type) -> bool:
     return issubclass(made, base) and made.__name__ != base.__name__
+
+
+def _is_reward(made: ClassOrFunction) -> bool:
+    """Whether the objects of a class can be called, unlike errors and inputs of rewards."""
+    return isinstance(made, type) and not inspect.isabstract(made) and any("__call__" in vars(base) for base in made.__mro__)

@@ -5,7 +5,8 @@ once per step, here, and read by ``kv_cache.py``.
 
 Decode tokens share attention calls, padded to the longest sequence of the call, since a call costs more than its work. A call
 gathers a copy of the keys and values of its sequences, so it has no more than fit in ``MAX_GATHERED`` positions. Where lengths
-differ so much that a CPU would mostly read padding, each sequence has a call of its own.
+differ so much that a CPU would mostly read padding, each sequence has a call of its own. All other tokens have one call per
+sequence, or one for all where ``varlen_attn`` can run (``prefill_attention.py``).
 
 Shapes: N tokens of the step, B decode tokens, S positions of a sequence.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bumblebee.inference.decode_attention import PagedDecode
+from bumblebee.inference.prefill_attention import PackedSpans
 from bumblebee.inference.transfers import upload
 
 MAX_GATHERED = 2**18  # positions of a decode call: 0.5 GB of keys and values for 4 key-value heads of width 128 in 16 bits
@@ -33,7 +35,8 @@ class QuerySpan:
         num_queries: tokens of the sequence in this step.
         length: positions of the sequence, these tokens included: S.
         block_table: (blocks,) int64.
-        mask: (num_queries, S - start) bool, true where a token attends; None for a decode token, which attends to all.
+        mask: (num_queries, S - start) bool, true where a token attends; None for a decode token, which attends to all, and for
+            spans that are packed.
         start: first position attended to, counted like ``length`` from the first entry of ``block_table``; 0 without a window.
     """
 
@@ -72,6 +75,7 @@ class AttentionMetadata:
             padding; empty if each has a call of its own.
         block_size: positions per block.
         paged: decode tokens, first in the row, that the paged kernel writes and reads; None where it cannot run.
+        packed: the spans that are neither in ``decode`` nor in ``paged``, for one call; None where each has its own.
     """
 
     slot_mapping: Tensor
@@ -79,6 +83,7 @@ class AttentionMetadata:
     decode: list[tuple[Tensor, Tensor]]
     block_size: int
     paged: PagedDecode | None = None
+    packed: PackedSpans | None = None
     _windowed: dict[int, AttentionMetadata] = field(default_factory=dict)
 
     @classmethod
@@ -92,6 +97,7 @@ class AttentionMetadata:
         max_padding: float,
         device_tables: Sequence[Tensor] | None = None,
         paged: PagedDecode | None = None,
+        pack: bool = False,
     ) -> AttentionMetadata:
         """Metadata of some sequences, decode tokens first.
 
@@ -104,19 +110,21 @@ class AttentionMetadata:
             max_padding: decode tokens share calls if one would read at most this many times the positions that they have.
             device_tables: the same tables on the device, as int64; None to copy them.
             paged: decode tokens before those of these sequences.
+            pack: compute what does not share a decode call in one call of ``varlen_attn``.
         """
         spans, slots, offset = [], [], 0 if paged is None else len(paged.rows)
         tables = device_tables or [upload(table, device, torch.int64) for table in block_tables]
         for blocks, table, length, count in zip(block_tables, tables, lengths, query_counts, strict=True):
             slots += [blocks[at // block_size] * block_size + at % block_size for at in range(length - count, length)]
             table = table[: -(-length // block_size)]
-            spans.append(QuerySpan(offset, count, length, table, _causal(length, count, device)))
+            mask = None if pack else _causal(length, count, device)
+            spans.append(QuerySpan(offset, count, length, table, mask))
             offset += count
         lengths = [span.length for span in spans if span.num_queries == 1]
         share = len(lengths) > 1 and max(lengths) * len(lengths) <= max_padding * sum(lengths)
-        return cls(
-            upload(slots, device, torch.int64), spans, _shared_decode(spans, block_size) if share else [], block_size, paged
-        )
+        decode = _shared_decode(spans, block_size) if share else []
+        packed = _packed(spans, decode, block_size) if pack else None
+        return cls(upload(slots, device, torch.int64), spans, decode, block_size, paged, packed)
 
     def to(self, device: torch.device) -> AttentionMetadata:
         """The metadata for layers on another device."""
@@ -129,6 +137,7 @@ class AttentionMetadata:
             decode,
             self.block_size,
             None if self.paged is None else self.paged.to(device),
+            None if self.packed is None else self.packed.to(device),
         )
 
     def windowed(self, window: int | None) -> AttentionMetadata:
@@ -138,7 +147,8 @@ class AttentionMetadata:
         if window not in self._windowed:
             spans = [span.windowed(window, self.block_size) for span in self.spans]
             decode = _shared_decode(spans, self.block_size) if self.decode else []
-            self._windowed[window] = AttentionMetadata(self.slot_mapping, spans, decode, self.block_size, self.paged)
+            packed = None if self.packed is None else _packed(spans, decode, self.block_size)
+            self._windowed[window] = AttentionMetadata(self.slot_mapping, spans, decode, self.block_size, self.paged, packed)
         return self._windowed[window]
 
 
@@ -147,6 +157,12 @@ def _causal(length: int, count: int, device: torch.device) -> Tensor | None:
     if count == 1:
         return None
     return torch.ones(count, length, dtype=torch.bool, device=device).tril(length - count)
+
+
+def _packed(spans: list[QuerySpan], decode: list[tuple[Tensor, Tensor]], block_size: int) -> PackedSpans | None:
+    """The spans that share no decode call; None if there are none."""
+    rest = spans[sum(len(slots) for slots, _ in decode) :]
+    return PackedSpans.of(rest, block_size) if rest else None
 
 
 def _shared_decode(spans: list[QuerySpan], block_size: int) -> list[tuple[Tensor, Tensor]]:

@@ -70,6 +70,9 @@ class PagedLayerCache:
         for slots, valid in metadata.decode:
             outputs.append(self._attend_decode(q[0, shared : shared + len(slots)], slots, valid))
             shared += len(slots)
+        if metadata.packed is not None:
+            first = metadata.spans[shared].offset
+            return [*outputs, metadata.packed.attend(q[0, first:], self.keys, self.values, window)]
         for span in metadata.spans[shared:]:
             outputs.append(self._attend_span(q[0, span.offset : span.offset + span.num_queries], span))
         return outputs

@@ -14,6 +14,7 @@ from bumblebee.inference.cuda_graphs import DecodeGraphs, can_capture, graph_cap
 from bumblebee.inference.decode_attention import PagedDecode, select_decode_kernel
 from bumblebee.inference.kv_cache import KVCache
 from bumblebee.inference.placement.device_map import layer_devices
+from bumblebee.inference.prefill_attention import can_pack
 from bumblebee.inference.sequence import ScheduledChunk
 from bumblebee.inference.transfers import upload_lists
 from bumblebee.models.base import LanguageModel
@@ -41,6 +42,7 @@ class ModelRunner:
         width = min(num_blocks, -(-model.config.max_position_embeddings // block_size))
         assert model.config.head_dim is not None
         self.decode_kernel = select_decode_kernel(self.kv_cache.device, weight.dtype, model.config.head_dim)
+        self.pack = can_pack(self.kv_cache.device, weight.dtype, model.config.head_dim)
         self.block_tables = BlockTables(max_running, width, self.kv_cache.device)
         self.graphs = self._make_graphs(max_running) if cuda_graphs else None
         self.max_padding = MAX_CPU_PADDING if weight.device.type == "cpu" else math.inf
@@ -116,4 +118,5 @@ class ModelRunner:
             self.max_padding,
             [self.block_tables.of(row, len(chunk.sequence.block_table)) for row, chunk in zip(rows, chunks, strict=True)],
             paged,
+            self.pack,
         )

@@ -137,8 +137,6 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | N
     window = effective_window(window, k.shape[1])
     if (mask.is_causal and window is None) or not varlen_supports(q.shape[-1], dropout):
         return sdpa(q, k, v, mask, window, dropout)
-    from torch.nn.attention.varlen import varlen_attn
-
     rows, length = q.shape[:2]
     if mask.is_causal:
         ends, longest = torch.arange(rows + 1, dtype=torch.int32, device=q.device) * length, length
@@ -146,9 +144,30 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | N
         documents = mask.found_boundaries()
         ends, longest = documents.cu_seqlens, documents.longest
     q, k, v = (rearrange(x, "b t h d -> (b t) h d") for x in (q, k, v))
+    return rearrange(causal_varlen(q, k, v, (ends, ends), (longest, longest), window), "(b t) h d -> b t h d", b=rows)
+
+
+def causal_varlen(
+    q: Tensor, k: Tensor, v: Tensor, ends: tuple[Tensor, Tensor], longest: tuple[int, int], window: int | None
+) -> Tensor:
+    """``varlen_attn`` of sequences one after the other, whose queries are their last positions.
+
+    Args:
+        q: (sum of queries, H, D).
+        k: (sum of keys, K, D).
+        v: likewise.
+        ends: cumulative numbers of queries and of keys, (sequences + 1,) int32 each.
+        longest: largest number of queries and of keys.
+        window: positions that a query attends to; None for all up to its own.
+
+    Returns:
+        (sum of queries, H, D).
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
     sides = (-1 if window is None else window - 1, 0)  # positions attended to the left and right; -1 for all
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=sides, enable_gqa=q.shape[1] != k.shape[1])
-    return rearrange(cast(Tensor, out), "(b t) h d -> b t h d", b=rows)
+    out = varlen_attn(q, k, v, *ends, *longest, window_size=sides, enable_gqa=q.shape[1] != k.shape[1])
+    return cast(Tensor, out)
 
 
 def varlen_supports(head_dim: int, dropout: float) -> bool:

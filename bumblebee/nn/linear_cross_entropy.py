@@ -8,6 +8,9 @@ The gradient of a chunk is computed in the forward pass, while its logits are in
 matmuls of the naive loss. This assumes that all losses have the same weight in the scalar that is differentiated, as in a sum;
 the accumulated gradient is then scaled by that weight. If they do not, as in DPO, the backward pass detects it and recomputes
 the chunks, and ``LossWeighting`` remembers it, so that the next forward pass computes losses only. Softmax and sums are fp32.
+
+A sum is seen from the strides of the losses' gradient, an expanded number. Other gradients are compared number by number on a
+CPU; on a GPU that would make the host wait, so that they count as different there.
 """
 
 from __future__ import annotations
@@ -53,9 +56,6 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``-log softmax(weight @ hidden)[label]`` of each row.
 
-    If all the returned losses are summed, the backward pass sees it from the strides of their gradient: an expanded number.
-    For anything else it compares the weights, which synchronizes with the GPU.
-
     Args:
         hidden: (N, D).
         weight: (V, D), in the dtype of ``hidden``.
@@ -69,6 +69,11 @@ def linear_cross_entropy(
     weighting = weighting or LossWeighting()
     eager_gradients = weighting.uniform and torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(hidden, weight, labels, weighting, eager_gradients, positions)
+
+
+def is_uniform(grad: Tensor) -> bool:
+    """Whether losses with this gradient (N,) are known to have the same weight; does not synchronize with a GPU."""
+    return grad.stride() == (0,) or (grad.device.type == "cpu" and bool((grad == grad[:1]).all()))
 
 
 def chunk_rows(device_type: str) -> int:
@@ -157,13 +162,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (grad,) = grads
-        is_expanded = grad.stride() == (0,)
         if ctx.positions is not None:
-            grad = grad[:1] if is_expanded else grad.index_select(0, ctx.positions.index)
+            grad = grad[:1] if grad.stride() == (0,) else grad.index_select(0, ctx.positions.index)
         hidden, weight, labels = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place below, so used once
-        uniform = is_expanded or bool((grad == grad[:1]).all())  # the latter synchronizes with the GPU
-        ctx.weighting.uniform = uniform
+        uniform = ctx.weighting.uniform = is_uniform(grad)
         if gradients is None or not uniform:
             gradients = ChunkGradients(hidden, weight, ctx.needs_input_grad[:2])
             for rows in row_slices(len(hidden), chunk_rows(hidden.device.type)):

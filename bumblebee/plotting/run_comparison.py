@@ -78,7 +78,8 @@ class RunComparison:
 
     Args:
         folders: output folders of runs.
-        metrics: one panel each; training and validation values of a metric share a panel.
+        metrics: one panel each; training and validation values of a metric share a panel. None: the reward of reinforcement
+            learning if every run has it, else the loss.
         along: horizontal axis: step, tokens, epoch or seconds.
         smoothing: weight of the previous average in the exponential moving average, in [0, 1); 0 does not smooth.
 
@@ -86,12 +87,16 @@ class RunComparison:
         ValueError: a folder is not a run, no run has a metric, or smoothing is out of range.
     """
 
-    def __init__(self, folders: Sequence[str], metrics: Sequence[str] = ("loss",), along: str = "step", smoothing: float = 0.9):
+    def __init__(
+        self, folders: Sequence[str], metrics: Sequence[str] | None = None, along: str = "step", smoothing: float = 0.9
+    ):
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
         self.runs = [LoggedRun.read(folder) for folder in dict.fromkeys(folders)]
         self.along, self.smoothing = along, smoothing
         known = list(dict.fromkeys(name for run in self.runs for name in run.metrics))
+        if metrics is None:
+            metrics = ["rl/reward" if all("rl/reward" in run.metrics for run in self.runs) else "loss"]
         for metric in metrics:
             if metric not in known:
                 raise ValueError(f"metrics: no run has {metric!r}{hint(metric, known)}; available: {', '.join(known)}")

@@ -99,7 +99,7 @@ def _whole_step_seconds(trainer: Trainer, window: list[Batch], micro_batches: fl
 
 def _seconds(trainer: Trainer, window: list[Batch]) -> float:
     began = time.perf_counter()
-    trainer.train_step(window)
+    trainer.train_step(*trainer.task.prepare_windows([window], trainer.step))
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
     return time.perf_counter() - began

@@ -119,7 +119,7 @@ def _set_up(run: Run, config: Namespace, ranks: int | None, gpu: bool) -> tuple[
     data.setup(run.seed)
     task.setup(data)
     ranks = ranks or process_group.world_size()
-    plan = make_plan(trainer, data, run.seed, ranks, find_resume(trainer.resume, Path(run.output_dir)))
+    plan = make_plan(trainer, task, data, run.seed, ranks, find_resume(trainer.resume, Path(run.output_dir)))
     learning_rate, optimizer_bytes = probe_optimizer(run.optimizer, config.optimizer)
     parameter_groups(task.model, trainer.groups)
     hidden_size = getattr(getattr(task.model, "config", None), "hidden_size", None)

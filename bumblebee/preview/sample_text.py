@@ -192,6 +192,15 @@ def _highlighted(cells: list[Cell], highlight: Highlight) -> str:
     return text + (highlight.end if inside else "")
 
 
+def _row_names(batch: Batch, rows: int) -> list[str]:
+    """What the rows of one sample are: of a preference pair, of a labelled answer, or a single row."""
+    if rows != 2:
+        return [""] * rows
+    if "desirable" in batch:
+        return ["desirable" if bool(batch["desirable"][0]) else "undesirable", "its prompt, another answer"]
+    return ["chosen", "rejected"]
+
+
 def format_samples(
     data: DataModule,
     count: int,
@@ -212,9 +221,9 @@ def format_samples(
     """
     lines = []
     for index in range(min(count, len(data.train))):
-        rows = rows_of(data.collate([data.train[index]]))
-        names = ["chosen", "rejected"] if len(rows) == 2 else [""] * len(rows)
-        for name, row in zip(names, rows, strict=True):
+        batch = data.collate([data.train[index]])
+        rows = rows_of(batch)
+        for name, row in zip(_row_names(batch, len(rows)), rows, strict=True):
             padding = f", {row.padding} of them padding" if row.padding else ""
             size = f"{row.tokens} tokens in {row.positions} positions{padding}"
             head = f"{index + 1}  {name + ': ' if name else ''}{size}  {data.origin(index)}"

@@ -109,7 +109,7 @@ class Workload:
         of_batch = self.task.completions_of(self.batch)
         if of_batch is None:
             return None
-        in_step = of_batch[0] * math.ceil(self.micro_batches_per_step)
+        in_step = of_batch[0] * math.ceil(self.micro_batches_per_step) * self.plan.steps_per_rollout
         return min(in_step, EngineConfig().max_running), of_batch[1]
 
     # -- time ----------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class Workload:
     def micro_batches_per_step(self) -> float:
         """Micro-batches per step and rank, on average: the last step of an epoch may have fewer."""
         samples_per_round = self.plan.micro_batch_size * self.plan.world_size
-        return -(-self.plan.samples // samples_per_round) / self.plan.steps_per_epoch
+        return -(-self.plan.samples // samples_per_round) / self.plan.windows_per_epoch
 
     @property
     def flops_per_micro_batch(self) -> float:

@@ -198,7 +198,8 @@ class Judge(InputReward):
             attempts = plural(self.retries + 1, "attempt")
             raise _RequestFailed(f"{self.base_url} did not answer in {attempts} of {self.timeout:g} s", True) from None
         except openai.APIStatusError as error:
-            hint = " (is /v1 missing at the end of base_url?)" if error.status_code == 404 else ""
+            no_path = error.status_code == 404 and not self.base_url.rstrip("/").endswith("/v1")
+            hint = " (is /v1 missing at the end of base_url?)" if no_path else ""
             raise _RequestFailed(f"{self.base_url} answered {error.status_code}: {_shown(error.message)}{hint}") from None
         except openai.APIConnectionError as error:
             raise _RequestFailed(f"cannot connect to {self.base_url}: {error.__cause__ or error}") from None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from bumblebee.rl.rollout import Question, Rollout
 from bumblebee.rl.sampled_text import SampledText
 from bumblebee.rl.scoring import WeightedRewards
+from bumblebee.utils.formatting import printable
 
 ANSWER_KEYS = ("completion", "answer", "solution", "output", "response", "target")
 
@@ -67,5 +68,5 @@ def _lines(key: str, answer: SampledText | None, empty: SampledText) -> list[str
         return [f"the record has no answer under any of the keys {', '.join(ANSWER_KEYS)}", silence]
     assert answer.reward is not None and empty.reward is not None
     doubt = "" if answer.reward > empty.reward else "  (not more than for an empty completion: is the reward right?)"
-    text = answer.text.strip().replace("\n", "⏎")
+    text = printable(answer.text.strip().replace("\n", "⏎"))
     return [f"its {key!r}, {text if len(text) <= 40 else '… ' + text[-40:]}: {answer.score}{doubt}", silence]

@@ -29,18 +29,21 @@ class ScoredRollout:
 
 
 def write_rollouts(folder: Path, step: int, keep: int, names: Sequence[str], rollouts: Iterable[ScoredRollout]) -> None:
-    """Write a step's completions of this rank, and delete those of the step that is no longer kept.
+    """Write a step's completions of this rank, and delete those of steps that are no longer kept.
 
     Args:
         folder: is created if needed.
         step: from 1.
-        keep: number of steps to keep.
+        keep: number of steps to keep, with those that have no completions of their own.
         names: of the reward functions.
         rollouts: of the step.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_text(_file(folder, step), "".join(_line(step, names, each) for each in rollouts))
-    _file(folder, step - keep).unlink(missing_ok=True)
+    for file in folder.glob("step-*.jsonl"):
+        written = file.stem.split("-")[1]
+        if written.isdecimal() and int(written) <= step - keep and file == _file(folder, int(written)):
+            file.unlink()
 
 
 def best_and_worst(rollouts: Sequence[ScoredRollout], names: Sequence[str]) -> list[SampledText]:

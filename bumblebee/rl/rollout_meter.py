@@ -29,11 +29,13 @@ class RolloutMeter:
     def _clear(self) -> None:
         self._lengths = torch.zeros(self.max_new_tokens + 1, dtype=torch.float64)  # number of completions by length
         self._seconds = {"sampling": 0.0, "rewards": 0.0, "steps": 0.0}
+        self._trained = 0.0  # tokens, over all ranks
         self._began: float | None = None
 
     def begin_step(self) -> None:
-        """Start the clock of a step."""
-        self._began = time.perf_counter()
+        """Start the clock of a step, unless it runs already."""
+        if self._began is None:
+            self._began = time.perf_counter()
 
     @contextmanager
     def timed(self, phase: Phase) -> Iterator[None]:
@@ -47,6 +49,10 @@ class RolloutMeter:
         for length in lengths:
             self._lengths[min(length, self.max_new_tokens)] += 1
 
+    def add_trained(self, tokens: int) -> None:
+        """Count tokens of all ranks that a step has trained on."""
+        self._trained += tokens
+
     def end_step(self) -> None:
         """Stop the clock of a step."""
         if self._began is not None:
@@ -56,26 +62,34 @@ class RolloutMeter:
     def metrics(self) -> dict[str, float]:
         """The metrics since the last call, over all ranks; none without a step. Collective."""
         ranks = process_group.world_size()
-        lengths, seconds = self._lengths, self._seconds
+        lengths, seconds, trained = self._lengths, self._seconds, self._trained
         self._clear()
         sums = process_group.host_sum([*lengths.tolist(), *seconds.values()])
         counts, (sampling, rewards, steps) = sums[: len(lengths)], sums[len(lengths) :]
-        if not any(counts) or not steps:
+        if not steps:
             return {}
         training, tokens = max(steps - sampling - rewards, 0.0), sum(length * count for length, count in enumerate(counts))
+        sampled = (
+            {
+                "rl/length_max": max(length for length, count in enumerate(counts) if count),
+                "rl/sampled_tokens_per_second": tokens * ranks / max(sampling, 1e-9),
+            }
+            if any(counts)
+            else {}
+        )
         return {
-            "rl/length_max": max(length for length, count in enumerate(counts) if count),
-            "rl/sampled_tokens_per_second": tokens * ranks / max(sampling, 1e-9),
-            "rl/trained_tokens_per_second": tokens * ranks / max(training, 1e-9),
+            **sampled,
+            "rl/trained_tokens_per_second": trained * ranks / max(training, 1e-9),
             "rl/time_sampling": sampling / steps, "rl/time_rewards": rewards / steps, "rl/time_training": training / steps,
         }  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:
         """This rank's sums, for a checkpoint between two lines of metrics; empty after a line."""
-        if not self._lengths.any():
+        if not self._seconds["steps"]:
             return {}
         return {
             "rollout lengths": self._lengths,
+            "trained tokens": torch.tensor([self._trained / process_group.world_size()], dtype=torch.float64),
             "rollout seconds": torch.tensor([*self._seconds.values()], dtype=torch.float64),
         }
 
@@ -84,4 +98,6 @@ class RolloutMeter:
         if "rollout lengths" not in state:
             return
         self._lengths = state["rollout lengths"].cpu()
+        if "trained tokens" in state:  # not in checkpoints of earlier versions
+            self._trained = float(process_group.host_sum([float(state["trained tokens"])])[0])
         self._seconds = dict(zip(self._seconds, state["rollout seconds"].tolist(), strict=True))

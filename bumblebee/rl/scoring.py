@@ -42,7 +42,7 @@ class WeightedRewards:
         self.functions = list(functions)
         self.weights = [1.0] * len(functions) if weights is None else list(weights)
         if not functions:
-            raise ValueError("rewards must name at least one reward function, such as bumblebee.rewards.ExactAnswer")
+            raise ValueError("task.rewards must name at least one reward function, such as bumblebee.rewards.ExactAnswer")
         if len(self.weights) != len(functions):
             raise ValueError(f"reward_weights has {len(self.weights)} numbers for {len(functions)} rewards")
         self.names = _unique([name_of(function) for function in functions])

@@ -58,11 +58,12 @@ def without_completions(batch: Batch, rewards: int) -> Batch:
         rewards: number of reward functions.
     """
     row = {name: batch[name][:1] for name in ("input_ids", "labels", "position_ids")}
-    zero = torch.zeros(1, dtype=torch.float64)
+    zero, blank = torch.zeros(1, dtype=torch.float64), torch.zeros_like(row["labels"], dtype=torch.float32)
     return {
         **row,
+        **{name: blank for name in ("old_log_probs", "reference_log_probs") if name in batch},
         "labels": torch.full_like(row["labels"], IGNORE_INDEX),
-        "sampled_log_probs": torch.zeros_like(row["labels"], dtype=torch.float32),
+        "sampled_log_probs": blank,
         "advantages": zero.float(),
         "rewards": zero.expand(1, rewards),
         "reward": zero,

@@ -17,19 +17,14 @@ Shapes: P pairs, T positions; (P, 2) is chosen and rejected.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from bumblebee.datamodule import Batch, DataModule
-from bumblebee.lora import adapters_off, has_adapters
-from bumblebee.model import Bumblebee
+from bumblebee.datamodule import Batch
 from bumblebee.tasks.pair_log_probs import (
     length_desensitized_log_probs,
     response_lengths,
@@ -38,16 +33,12 @@ from bumblebee.tasks.pair_log_probs import (
     valid_pairs,
 )
 from bumblebee.tasks.preference_task import PreferenceTask, check_beta, smoothed_loss
-from bumblebee.tasks.reference import FrozenReference, PolicyReference, Reference
-from bumblebee.tasks.reference_cache import folder_digest, load_or_compute, tensors_digest
-from bumblebee.tasks.run_context import RunContext
+from bumblebee.tasks.referenced_task import ReferencedTask
 from bumblebee.tasks.task import ForwardFn
 from bumblebee.transforms import apply_transforms
 
-_REFERENCES = ("auto", "adapters_off", "copy")
 
-
-class DPO(PreferenceTask):
+class DPO(ReferencedTask, PreferenceTask):
     """Direct preference optimization.
 
     Batches hold ``input_ids``, ``labels`` (already shifted; -100 is ignored) and ``position_ids``, each (2P, T) int64, and
@@ -87,111 +78,25 @@ class DPO(PreferenceTask):
         precompute_reference: bool = False,
         cache_dir: str | None = None,
     ) -> None:
-        _check(pref_beta, loss_type, dpo_label_smoothing, ld_alpha, reference)
+        _check(pref_beta, loss_type, dpo_label_smoothing, ld_alpha)
         self.model, self.transforms = model, apply_transforms(model, transforms)
         self.pref_beta, self.dpo_label_smoothing = pref_beta, dpo_label_smoothing
         self.loss_type, self.length_normalised = loss_type, length_normalised
         self.ld_alpha = ld_alpha
         self._set_weights(sft_weight)
-        self.reference, self.precompute_reference, self.cache_dir = reference, precompute_reference, cache_dir
+        self._set_reference(reference, precompute_reference, cache_dir)
         losses = {"sigmoid": self._sigmoid, "ipo": self._ipo, "hinge": self._hinge, "robust": self._robust}
         self.pair_loss = losses[loss_type]
-        self._copy: nn.Module | None = None
-        self.reference_model: Reference | None = None
-
-    # -- the reference -------------------------------------------------------------------------------------------------
-
-    def setup(self, data: DataModule) -> None:
-        """Check that the data holds pairs that fit the model, and copy the model if the copy is the reference."""
-        super().setup(data)
-        adapters = has_adapters(self.model)
-        if self.reference == "auto":
-            self.reference = "adapters_off" if adapters else "copy"
-        if self.reference == "adapters_off" and not adapters:
-            raise ValueError("reference: adapters_off needs adapters: add bumblebee.lora.LoRA to task.transforms, or use copy")
-        if self.reference == "copy" and not self.precompute_reference:
-            self._copy = copy.deepcopy(self.model)  # before an engine adds hooks that would be copied
-
-    def _check_pairs(self, data: DataModule, batch: Batch) -> None:
-        super()._check_pairs(data, batch)
-        if self.precompute_reference and "index" not in batch:
-            raise ValueError(
-                f"precompute_reference needs batches with the pairs' index; those of {type(data).__name__} lack it"
-            )
-
-    def begin(self, run: RunContext, /) -> None:
-        """Prepare the reference model, or load or compute its log-probabilities."""
-        if self.precompute_reference:
-            digest = self._reference_digest(run)
-            self.reference_model = load_or_compute(lambda: self._open_reference(run), digest, run, self.cache_dir)
-        else:
-            self.reference_model = self._open_reference(run)
-
-    def begin_validation(self, device: torch.device) -> None:
-        """Load the reference from its folder: a trained model does not hold its initial weights."""
-        if self.reference in _REFERENCES:
-            raise ValueError(
-                f"reference: {self.reference} works in a training run only; to validate, set the folder of the initial model"
-            )
-        model = self._model_class().from_pretrained(self.reference, device=device)
-        self.reference_model = FrozenReference(model.eval().requires_grad_(False))
-
-    def frozen_models(self) -> list[nn.Module]:
-        """The reference, unless it is the model itself or precomputed."""
-        if self.precompute_reference or self.reference == "adapters_off":
-            return []
-        return [self._copy or self._model_class().from_pretrained(self.reference)]
-
-    def fixed_folders(self) -> dict[str, Path]:
-        """The folder of the reference, which is the trained model's own for a copy."""
-        folders = {"adapters_off": None, "copy": getattr(self.model, "source", None)}
-        folder = folders.get(self.reference, self.reference)
-        return {} if folder is None else {"reference's": Path(folder)}
-
-    def _open_reference(self, run: RunContext) -> Reference:
-        if self.reference == "adapters_off":
-            return PolicyReference(self.model, adapters_off)
-        if self.reference == "copy" and self._copy is None:
-            return PolicyReference(self.model, nullcontext)  # before the first step
-        model, self._copy = self._copy or self._load_reference(run), None
-        engine = run.frozen(model)
-        return FrozenReference(engine, engine.close)
-
-    def _load_reference(self, run: RunContext) -> nn.Module:
-        dtype = run.engine.options.weights_dtype
-        with run.building():
-            model = self._model_class().from_pretrained(self.reference, dtype=dtype, device=run.device)
-        tokenizer = run.data.tokenizer
-        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"reference: the tokenizer has {tokenizer.vocab_size} ids, but the model in {self.reference}"
-                f" has a vocab_size of {model.config.vocab_size}"
-            )
-        return model
-
-    def _model_class(self) -> type[Bumblebee]:
-        return type(self.model) if isinstance(self.model, Bumblebee) else Bumblebee
-
-    def _reference_digest(self, run: RunContext) -> str:
-        if self.reference not in _REFERENCES:
-            return folder_digest(self.reference)
-        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        skipped = trained if self.reference == "adapters_off" else set()  # the adapters
-        tensors = run.engine.full_tensors(lambda name: name not in skipped)
-        return tensors_digest(tensors, getattr(self.model, "config", None))
 
     def summary(self) -> dict[str, object]:
         """The loss, the options in use, and the reference."""
-        computed = ", log-probabilities computed before training" if self.precompute_reference else ""
-        names = {"adapters_off": "the model without its adapters", "copy": "the initial model"}
-        reference = names.get(self.reference, self.reference) + computed
         in_use = {
             "label_smoothing": self.dpo_label_smoothing or None,
             "tokens": "averaged" if self.length_normalised else None,
             "sft_weight": self.sft_weight or None,
             "ld_alpha": self.ld_alpha if self.ld_alpha < 1 else None,
         }
-        return {"loss": self.loss_type, "beta": self.pref_beta, **in_use, "reference": reference}
+        return {"loss": self.loss_type, "beta": self.pref_beta, **in_use, "reference": self.describe_reference()}
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -231,7 +136,7 @@ class DPO(PreferenceTask):
         return torch.relu(1 - self.pref_beta * h)
 
 
-def _check(beta: float, loss_type: str, smoothing: float, ld_alpha: float, reference: str) -> None:
+def _check(beta: float, loss_type: str, smoothing: float, ld_alpha: float) -> None:
     check_beta(beta)
     if loss_type not in ("sigmoid", "ipo", "hinge", "robust"):
         raise ValueError(f"loss_type must be sigmoid, ipo, hinge or robust, got {loss_type!r}")
@@ -241,5 +146,3 @@ def _check(beta: float, loss_type: str, smoothing: float, ld_alpha: float, refer
         raise ValueError(f"dpo_label_smoothing works with loss_type sigmoid and robust only, not with {loss_type}")
     if not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
-    if reference not in _REFERENCES and not Path(reference).is_dir():
-        raise ValueError(f"reference must be auto, adapters_off, copy or a model folder; folder not found: {reference}")

@@ -1,29 +1,26 @@
 """GRPO: reinforcement learning from the rewards of groups of completions (arXiv 2402.03300), and its relatives.
 
 For each prompt the model samples a group of completions; a completion's advantage A compares its reward with the others'
-(``bumblebee/rl/advantages.py``). Each step takes one optimizer step on new completions, so that the policy is the one that
-sampled them, and the gradient of a token's loss is that of
-
-    -w A log p(token),    w = min(p(token) / p_sampled(token), importance_cap), a constant
-
-w corrects for the rounding between the engine that samples and the training forward pass (arXiv 2512.01374 calls it truncated
-importance sampling); in fp32 it is 1 up to rounding. Token losses are added up in one of these ways:
+(``bumblebee/rl/advantages.py``). The completions of a rollout batch are sampled with the weights before its first step, and
+trained on in ``steps_per_rollout`` times ``rollout_epochs`` optimizer steps. The loss of a token is in
+``bumblebee/rl/policy_loss.py``. Token losses are added up in one of these ways:
 
     sequence    mean over completions of the mean over a completion's tokens        GRPO
     token       mean over the tokens of all completions of the step                 DAPO, arXiv 2503.14476
     constant    sum / (completions * max_new_tokens)                                Dr. GRPO, arXiv 2503.20783
     sum         mean over completions of the sum over a completion's tokens         RLOO, arXiv 2402.14740
 
-All numbers are of the whole step: all micro-batches and ranks. Tokens are sampled at temperature 1, without top-k or top-p, so
-that the sampled distribution is the one whose log-probabilities are trained.
-Shapes: R completions (rows), T positions.
+All numbers are of the whole step: all micro-batches and ranks. Advantages are those of the whole rollout batch. Tokens are
+sampled at temperature 1, without top-k or top-p, so that the sampled distribution is the one whose log-probabilities are
+trained.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -33,9 +30,9 @@ from bumblebee.datamodule import Batch, DataModule
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.nn import IGNORE_INDEX
-from bumblebee.plotting.panels import Panel, ShownMetric
 from bumblebee.rl.advantages import AdvantageKind, advantages_of
-from bumblebee.rl.policy_loss import Normalisation, loss_divisor, loss_sum, token_losses, token_sums
+from bumblebee.rl.panels import HEADLINE, PANELS
+from bumblebee.rl.policy_loss import KLEstimator, Normalisation, PolicyLoss, RatioLevel, Surrogate, loss_divisor, loss_sum
 from bumblebee.rl.reward_check import reward_notes
 from bumblebee.rl.rollout import Question, Rollout, flat, rollout_seed, sample_groups
 from bumblebee.rl.rollout_files import ScoredRollout, best_and_worst, write_rollouts
@@ -43,18 +40,16 @@ from bumblebee.rl.rollout_meter import RolloutMeter
 from bumblebee.rl.sampled_text import SampledText
 from bumblebee.rl.scoring import WeightedRewards
 from bumblebee.rl.training_batch import completion_sums, prompts_of, training_batch, without_completions
-from bumblebee.tasks.reference import evaluation_mode
+from bumblebee.tasks.pair_log_probs import token_log_probs
+from bumblebee.tasks.reference import FrozenReference, PolicyReference, evaluation_mode
+from bumblebee.tasks.reference_choice import ReferenceChoice
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length, check_predicts_tokens
 from bumblebee.transforms import apply_transforms
 
 _PER_COMPLETION = ("reward", "length", "truncated")
-_PER_TOKEN = ("logprob_drift", "entropy")
 _PER_GROUP = ("reward_std", "equal_groups", "group_variance")
-_REWARD = ShownMetric("rl/reward", "reward", spread="rl/reward_spread")
-_LENGTH = ShownMetric("rl/length", "length", axis="tokens per completion")
-_TRUNCATED = ShownMetric("rl/truncated", "truncated", axis="share that is truncated", fraction=True)
 
 
 class GRPO(Task):
@@ -71,27 +66,26 @@ class GRPO(Task):
         max_new_tokens: maximum tokens of a completion.
         advantages: group_std, group_mean, leave_one_out or batch_std.
         normalise: how token losses are added up: sequence, token, constant or sum.
-        importance_cap: largest weight of a token; null does not weight.
-        keep_rollouts: steps whose completions stay in output_dir/rollouts; 0 writes none.
+        importance_cap: largest weight of a token that corrects for the sampler's rounding; null does not weight.
+        keep_rollouts: rollout batches whose completions stay in output_dir/rollouts; 0 writes none.
+        steps_per_rollout: optimizer steps whose completions are sampled together, before the first of them.
+        rollout_epochs: times that sampled completions are trained on.
+        surrogate: objective of a token: clip, cispo or sapo.
+        ratio: of probabilities after and before steps: of each token, or of a whole completion (sequence).
+        clip: how far ratios may fall below 1, and rise above it; null does not clip.
+        clip_high: how far ratios may rise above 1, if that is not ``clip``.
+        sapo_temperatures: of sapo, for positive and for negative advantages.
+        kl_beta: weight of the KL divergence from the reference in the loss; 0 needs no reference.
+        kl_estimator: k1, k2 or k3.
+        kl_correction: multiply the KL term by the ratio, so that its gradient is that of the divergence.
+        reference: adapters_off (the model without its adapters), copy (the initial model), the folder of another model, or
+            auto: adapters_off if the model has adapters, else copy.
 
     Raises:
         ValueError: a number out of range.
     """
 
-    panels = (  # the loss is near 0 by construction
-        Panel(_REWARD),
-        Panel(_LENGTH, _TRUNCATED),
-        Panel(
-            ShownMetric("rl/entropy", "entropy", axis="entropy (nats per token)"),
-            ShownMetric("rl/logprob_drift", "drift", axis="log-probability drift"),
-        ),
-        Panel(ShownMetric("rl/kl", "KL", axis="KL (nats per token)"), ShownMetric("rl/clipped", "clipped", fraction=True)),
-    )
-    headline = (
-        _REWARD, _LENGTH, _TRUNCATED,
-        ShownMetric("rl/time_sampling", "sampling", fraction=True), ShownMetric("rl/time_rewards", "scoring", fraction=True),
-        ShownMetric("rl/time_training", "training", fraction=True),
-    )  # fmt: skip
+    panels, headline = PANELS, HEADLINE
 
     def __init__(
         self,
@@ -105,17 +99,33 @@ class GRPO(Task):
         normalise: Normalisation = "sequence",
         importance_cap: float | None = 2.0,
         keep_rollouts: int = 20,
+        steps_per_rollout: int = 1,
+        rollout_epochs: int = 1,
+        surrogate: Surrogate = "clip",
+        ratio: RatioLevel = "token",
+        clip: float | None = 0.2,
+        clip_high: float | None = None,
+        sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+        kl_beta: float = 0.0,
+        kl_estimator: KLEstimator = "k3",
+        kl_correction: bool = True,
+        reference: str = "auto",
     ) -> None:
         self.model, self.transforms = model, apply_transforms(model, transforms)
         self.rewards = WeightedRewards(rewards, reward_weights)
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
-        self.advantages, self.normalise, self.importance_cap = advantages, normalise, importance_cap
-        self.keep_rollouts = keep_rollouts
+        self.advantages, self.normalise, self.keep_rollouts = advantages, normalise, keep_rollouts
+        self.steps_per_rollout, self.rollout_epochs = steps_per_rollout, rollout_epochs
+        self.policy_loss = PolicyLoss(
+            surrogate, ratio, clip, clip_high, sapo_temperatures, importance_cap, kl_beta, kl_estimator, kl_correction
+        )
+        self.reference_choice = ReferenceChoice(model, reference)
+        self._reference: PolicyReference | FrozenReference | None = None
         self._check()
         self.weights = {"grpo": 1.0}
         self.units = {
             **{f"rl/{name}": "completions" for name in (*_PER_COMPLETION, *(f"reward/{name}" for name in self.rewards.names))},
-            **{f"rl/{name}": "tokens" for name in _PER_TOKEN},
+            **self.policy_loss.units(self.off_policy),
             **{f"rl/{name}": "groups" for name in _PER_GROUP},
             "_reward_square": "completions",
         }
@@ -126,12 +136,18 @@ class GRPO(Task):
     def _check(self) -> None:
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2: a completion is compared with others; got {self.group_size}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.importance_cap is not None and not self.importance_cap >= 1:
-            raise ValueError(f"importance_cap must be at least 1, got {self.importance_cap}")
+        for name in ("max_new_tokens", "steps_per_rollout", "rollout_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.reference_choice.name != "auto" and not self.policy_loss.kl_beta:
+            raise ValueError(f"reference: {self.reference_choice.name} has no effect without kl_beta")
         if self.keep_rollouts < 0:
             raise ValueError(f"keep_rollouts must be at least 0, got {self.keep_rollouts}")
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether several steps are taken on a rollout batch."""
+        return self.steps_per_rollout * self.rollout_epochs > 1
 
     # -- preparation -----------------------------------------------------------------------------------------------------
 
@@ -149,19 +165,22 @@ class GRPO(Task):
         check_length(self.model, data)
         adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
         self.rewards.check()
+        if self.policy_loss.kl_beta:
+            self.reference_choice.set_up()
         self._questions: dict[int, Question] = {each.index: each for each in samples}
         self._tokenizer, self._stop_ids = data.tokenizer, data.stop_ids
-        longest = max(len(sample.ids) for sample in samples)
+        longest = max(samples, key=lambda sample: len(sample.ids))
         positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", math.inf)
-        if longest + self.max_new_tokens > positions:
+        if len(longest.ids) + self.max_new_tokens > positions:
             raise ValueError(
-                f"task.max_new_tokens: {self.max_new_tokens} and the longest prompt's {longest} tokens exceed the model's"
-                f" {positions} positions; set a smaller max_new_tokens or data.max_length"
+                f"task.max_new_tokens: {self.max_new_tokens} and the longest prompt's {len(longest.ids)} tokens"
+                f" ({longest.place}) exceed the model's {positions} positions; set a smaller max_new_tokens or data.max_length"
             )
 
     def begin(self, run: RunContext, /) -> None:
-        """Keep the run's context, and load the rewards' models."""
+        """Keep the run's context, and load the reference and the rewards' models."""
         self._run = run
+        self._reference = self.reference_choice.open(run) if self.policy_loss.kl_beta else None
         self.rewards.begin(run.device)
 
     def begin_validation(self, device: torch.device) -> None:
@@ -171,43 +190,89 @@ class GRPO(Task):
     def summary(self) -> dict[str, object]:
         """Rewards, groups and the loss."""
         groups = f"{self.group_size} completions of at most {self.max_new_tokens} tokens"
-        return {"rewards": str(self.rewards), "groups": groups, "advantages": self.advantages, "normalised by": self.normalise}
+        kl = f"{self.policy_loss.kl_beta:g} x {self.policy_loss.kl_estimator} from {self.reference_choice}"
+        steps = f"{self.steps_per_rollout} x {self.rollout_epochs} per rollout batch"
+        return {
+            "rewards": str(self.rewards), "groups": groups, "advantages": self.advantages, "normalised by": self.normalise,
+            **({"steps": steps, "loss": str(self.policy_loss)} if self.off_policy else {}),
+            **({"KL": kl} if self.policy_loss.kl_beta else {}),
+        }  # fmt: skip
+
+    def frozen_models(self) -> list[nn.Module]:
+        """The reference, unless it is the model itself, or there is none."""
+        return self.reference_choice.frozen_models() if self.policy_loss.kl_beta else []
+
+    def fixed_folders(self) -> dict[str, Path]:
+        """The folder of the reference."""
+        return self.reference_choice.folders() if self.policy_loss.kl_beta else {}
 
     # -- rollouts --------------------------------------------------------------------------------------------------------
 
-    def prepare_step(self, window: list[Batch], step: int) -> list[Batch]:
+    def prepare_windows(self, windows: list[list[Batch]], step: int, /) -> list[list[Batch]]:
         """Sample completions of this rank's prompts with the current weights, and score them. Collective."""
         assert self._run is not None, "begin has not been called"
         self._meter.begin_step()
-        seed = self._run.seed
-        prompts = [prompts_of(batch) for batch in window]
-        params = [
-            [self._params(rollout_seed(seed, step, index, number)) for number in range(self.group_size)]
-            for batch in prompts
-            for index, _ in batch
-        ]
+        prompts = [prompts_of(batch) for window in windows for batch in window]
+        groups = self._scored_groups([each for batch in prompts for each in batch], step)
+        rewards = torch.tensor([[each.reward for each in group] for group in groups], dtype=torch.float64)
+        advantages = advantages_of(rewards.view(len(groups), self.group_size), self.advantages)
+        self._keep(groups, advantages, step)
+        taken = iter(range(len(groups)))
+        batches = iter([self._training_batch(batch, groups, advantages, taken) for window in windows for batch in window])
+        return [[self._with_log_probs(next(batches)) for _ in window] for window in windows]
+
+    def _scored_groups(self, prompts: Sequence[tuple[int, list[int]]], step: int) -> list[list[Rollout]]:
+        """Completions of each prompt, with rewards. Collective."""
+        assert self._run is not None
+        seed, numbers = self._run.seed, range(self.group_size)
+        params = [[self._params(rollout_seed(seed, step, index, number)) for number in numbers] for index, _ in prompts]
         with self._meter.timed("sampling"):
-            groups = self._sample([each for batch in prompts for each in batch], params)
+            groups = self._sample(prompts, params)
         rollouts = flat(groups)
         self._meter.add([len(rollout.tokens) for rollout in rollouts])
-        questions = [self._questions[rollout.prompt] for rollout in rollouts]
         with self._meter.timed("rewards"):
-            self.rewards.score(rollouts, questions)
-        rewards = torch.tensor([each.reward for each in rollouts], dtype=torch.float64).view(len(groups), self.group_size)
-        advantages = advantages_of(rewards, self.advantages)
-        scored = zip(rollouts, questions, advantages.flatten().tolist(), strict=True)
-        self._scored = [ScoredRollout(*each) for each in scored]
+            self.rewards.score(rollouts, [self._questions[rollout.prompt] for rollout in rollouts])
+        return groups
+
+    def _keep(self, groups: Sequence[Sequence[Rollout]], advantages: Tensor, step: int) -> None:
+        """Keep the completions of a rollout batch for ``sampled_texts`` and in output_dir/rollouts."""
+        assert self._run is not None
+        scored = zip(flat(groups), advantages.flatten().tolist(), strict=True)
+        self._scored = [ScoredRollout(each, self._questions[each.prompt], advantage) for each, advantage in scored]
         if self.keep_rollouts:
-            write_rollouts(self._run.output_dir / "rollouts", step + 1, self.keep_rollouts, self.rewards.names, self._scored)
-        batches, at = [], 0
-        for batch, own in zip(window, prompts, strict=True):
-            part = slice(at, at + len(own))
-            at += len(own)
-            if own:
-                batches.append(training_batch(own, groups[part], advantages[part]))
-            else:
-                batches.append(without_completions(batch, len(self.rewards.names)))
-        return batches
+            keep = self.keep_rollouts * self.steps_per_rollout * self.rollout_epochs
+            write_rollouts(self._run.output_dir / "rollouts", step + 1, keep, self.rewards.names, self._scored)
+
+    def _training_batch(
+        self, batch: Batch, groups: Sequence[Sequence[Rollout]], advantages: Tensor, taken: Iterator[int]
+    ) -> Batch:
+        """The completions of a batch of prompts, whose groups are the next ones of ``taken``."""
+        prompts = prompts_of(batch)
+        if not prompts:
+            return without_completions(batch, len(self.rewards.names))
+        own = [next(taken) for _ in prompts]
+        return training_batch(prompts, [groups[at] for at in own], advantages[own])
+
+    def _with_log_probs(self, batch: Batch) -> Batch:
+        """Add the log-probabilities of the policy before the first step and of the reference, as needed. Collective."""
+        assert self._run is not None
+        if not self.off_policy and self._reference is None:
+            return batch
+        moved, engine = self._run.to_device(batch), self._run.engine
+        if self.off_policy:
+            batch["old_log_probs"] = PolicyReference(self.model, nullcontext).token_log_probs(engine, moved).cpu()
+        if self._reference is not None:
+            batch["reference_log_probs"] = self._reference.token_log_probs(engine, moved).cpu()
+        return batch
+
+    def without_targets(self, batch: Batch, /) -> Batch:
+        """See the base class."""
+        return without_completions(batch, len(self.rewards.names))
+
+    def prepared_options(self) -> dict[str, object]:
+        """See the base class."""
+        kl = "with" if self.policy_loss.kl_beta else "without"
+        return {"group_size": self.group_size, "rewards": self.rewards.names, "reference": f"{kl} kl_beta"}
 
     def largest_batch(self, batch: Batch, /) -> Batch:
         """Completions of the maximum length."""
@@ -250,13 +315,16 @@ class GRPO(Task):
 
     def tokens(self, counts: dict[str, float]) -> int:
         """Number of sampled tokens."""
-        return int(counts["tokens"])
+        tokens = int(counts["tokens"])
+        self._meter.add_trained(tokens)
+        return tokens
 
     def training_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
         """Sums of the loss, of rewards, and of what is logged about the completions."""
-        log_probs = -model(batch["input_ids"], position_ids=batch["position_ids"], labels=batch["labels"])
-        losses = token_losses(log_probs, batch, self.importance_cap)
-        sums = {**completion_sums(batch, self.rewards.names), **token_sums(log_probs, batch)}
+        self._meter.begin_step()
+        log_probs = token_log_probs(model, batch)  # (R, T), 0 elsewhere
+        losses, token_sums = self.policy_loss(log_probs, batch)
+        sums = {**completion_sums(batch, self.rewards.names), **token_sums}
         return {"grpo": loss_sum(losses, batch, self.normalise), **{name: value.double() for name, value in sums.items()}}
 
     def validation_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:

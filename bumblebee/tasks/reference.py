@@ -1,7 +1,7 @@
-"""Reference models: what DPO compares the policy with.
+"""Reference models: what DPO and GRPO compare the policy with.
 
 A reference is called with a batch and the split that it comes from ("train" or "validation"), and returns the log-probability
-of each response, (P, 2) in fp32, without dropout and without gradients.
+of each response, (P, 2) in fp32, without dropout and without gradients. One that is a model also yields those of each token.
 """
 
 from __future__ import annotations
@@ -46,10 +46,14 @@ class PolicyReference(Reference):
     def __init__(self, module: nn.Module, context: Callable[[nn.Module], AbstractContextManager[object]]) -> None:
         self.module, self.context = module, context
 
-    @torch.no_grad()
     def __call__(self, model: ForwardFn, batch: Batch, split: str) -> Tensor:
+        return response_log_probs(self.token_log_probs(model, batch))
+
+    @torch.no_grad()
+    def token_log_probs(self, model: ForwardFn, batch: Batch) -> Tensor:
+        """Log-probability of each target, zero elsewhere: (R, T). Collective at stage 3."""
         with evaluation_mode(self.module), self.context(self.module):
-            return response_log_probs(token_log_probs(model, batch))
+            return token_log_probs(model, batch)
 
 
 class FrozenReference(Reference):
@@ -63,9 +67,13 @@ class FrozenReference(Reference):
     def __init__(self, model: ForwardFn, close: Callable[[], None] = lambda: None) -> None:
         self.model, self._close = model, close
 
-    @torch.no_grad()
     def __call__(self, model: ForwardFn, batch: Batch, split: str) -> Tensor:
-        return response_log_probs(token_log_probs(self.model, batch))
+        return response_log_probs(self.token_log_probs(model, batch))
+
+    @torch.no_grad()
+    def token_log_probs(self, model: ForwardFn, batch: Batch) -> Tensor:
+        """Log-probability of each target, zero elsewhere: (R, T). Collective at stage 3."""
+        return token_log_probs(self.model, batch)
 
     def close(self) -> None:
         self._close()

@@ -46,12 +46,16 @@ class Task(ABC):
         panels: of loss.png, from top to bottom.
         headline: metrics that the progress on the console shows, the most important first.
         heads: LM heads whose logits are in memory at the same time, to estimate memory.
+        steps_per_rollout: optimizer steps whose micro-batches ``prepare_windows`` prepares together.
+        rollout_epochs: times that prepared micro-batches are trained on.
     """
 
     model: nn.Module
     weights: dict[str, float]
     units: Mapping[str, str] = MappingProxyType({})
     transforms: Sequence[Callable[[nn.Module], object]] = ()
+    steps_per_rollout: int = 1
+    rollout_epochs: int = 1
     panels: Sequence[Panel] = (Panel(ShownMetric("loss", "loss", axis="loss (nats per token)")),)
     headline: Sequence[ShownMetric] = (ShownMetric("loss", "loss"),)
     heads: int = 1
@@ -79,23 +83,32 @@ class Task(ABC):
             ValueError: an option that only works in a training run.
         """
 
-    def prepare_step(self, window: list[Batch], step: int, /) -> list[Batch]:
-        """Turn this rank's micro-batches of a step, on the CPU, into those that are trained on. Collective.
+    def prepare_windows(self, windows: list[list[Batch]], step: int, /) -> list[list[Batch]]:
+        """Turn this rank's micro-batches of one or several steps, on the CPU, into those that are trained on. Collective.
 
-        Reinforcement learning samples completions of prompts here, with the weights before the step.
+        Reinforcement learning samples completions of prompts here, with the weights before the first of the steps.
 
         Args:
-            window: the micro-batches of the DataModule.
+            windows: the micro-batches of the DataModule for each of ``steps_per_rollout`` steps, or of fewer at the end of an
+                epoch. The steps are then taken ``rollout_epochs`` times over.
             step: optimizer steps done.
         """
-        return window
+        return windows
+
+    def without_targets(self, batch: Batch, /) -> Batch:
+        """A prepared micro-batch like another one, but without targets."""
+        raise NotImplementedError  # only needed by tasks that train on a prepared micro-batch in a later step
+
+    def prepared_options(self) -> Mapping[str, object]:
+        """Options that prepared micro-batches depend on: a run cannot be resumed between their steps with other ones."""
+        return {}
 
     def largest_batch(self, batch: Batch, /) -> Batch:
-        """A micro-batch as large as any that ``prepare_step`` makes of this one, to estimate memory and time."""
+        """A micro-batch as large as any that ``prepare_windows`` makes of this one, to estimate memory and time."""
         return batch
 
     def completions_of(self, batch: Batch, /) -> tuple[int, int] | None:
-        """(completions, positions) that ``prepare_step`` samples for a micro-batch, to estimate memory; None for other tasks.
+        """(completions, positions) that ``prepare_windows`` samples for a micro-batch, to estimate memory; else None.
 
         Args:
             batch: from ``largest_batch``.

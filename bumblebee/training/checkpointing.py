@@ -5,7 +5,7 @@ The trainer owns how a checkpoint is written, ``callbacks.Checkpoint`` when, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ from bumblebee.training.collective_folder import collective_folder
 from bumblebee.training.fingerprint import check_fingerprint, data_fingerprint
 from bumblebee.training.metrics.window import load_window, save_window
 from bumblebee.training.plan import Position
+from bumblebee.training.prepared_windows import rollout_options
 from bumblebee.training.run_state import RunState
 from bumblebee.utils.json_files import write_json
 
@@ -44,7 +45,7 @@ def write_checkpoint(run: RunState, path: Path, last: bool, model: bool) -> None
         state.mkdir(exist_ok=True)
         shards = run.engine.save(state, files_of(run.task.model).includes)
         written = shards | random_state.save_random_state(state, process_group.rank())
-        written |= save_window(run, state)
+        written |= save_window(run, state) | run.windows.save(state)
         digests.update((f"{TRAINING_STATE}/{name}", digest) for name, digest in written.items())
         if run.is_main:
             write_json(partial / TRAINER_STATE, _trainer_state(run, last))
@@ -171,9 +172,22 @@ def _write_model(run: RunState, folder: Path, weights: bool = True) -> dict[str,
     return digests
 
 
+def saved_rollout_options(checkpoint: Path) -> Mapping[str, object]:
+    """What the rollout batch depends on that a checkpoint is in the middle of."""
+    options: Mapping[str, object] = read_trainer_state(checkpoint).get("rollout_batch", {})
+    return options
+
+
+def _progress(run: RunState) -> dict[str, object]:
+    position = asdict(run.plan.position(run.step))
+    if position["into"]:
+        return {"position": position, "rollout_batch": rollout_options(run.task, run.plan)}
+    return {"position": {name: value for name, value in position.items() if name != "into"}}
+
+
 def _trainer_state(run: RunState, last: bool) -> dict[str, object]:
     return {
-        "position": asdict(run.plan.position(run.step)),
+        **_progress(run),
         "seed": run.seed,
         "samples": run.plan.samples,
         "fingerprint": run.fingerprint,

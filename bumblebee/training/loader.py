@@ -71,21 +71,30 @@ class _PlanSampler:
         self.plan, self.rank, self.first_step = plan, rank, first_step
 
     def __iter__(self) -> Iterator[SampleRange]:
-        for step in range(self.first_step, self.plan.max_steps):
-            yield from self.plan.window(step, self.rank)
+        for window in _windows(self.plan, self.rank, self.first_step):
+            yield from window
+
+
+def _windows(plan: Plan, rank: int, first_step: int) -> Iterator[list[SampleRange]]:
+    """A rank's micro-batches of each step, once for each rollout batch: of all its steps, also beyond the plan's last one."""
+    step = first_step
+    while step < plan.max_steps:
+        yield from plan.rollout_window(step, rank)
+        rollout = plan.rollout(step)
+        step = rollout.first + rollout.count
 
 
 def train_windows(
     data: DataModule, plan: Plan, seed: int, rank: int, first_step: int, workers: int, pin_memory: bool
 ) -> Iterator[list[Batch]]:
-    """Yield the micro-batches of each step, from ``first_step`` to the plan's end.
+    """Yield the micro-batches of each step, from ``first_step`` to the plan's end; those of a rollout batch once.
 
     Args:
         data: set up.
         plan: which samples belong to which step and rank.
         seed: of the data order.
         rank: whose micro-batches.
-        first_step: number of steps already done, whose samples are not read.
+        first_step: number of steps already done, whose samples are not read; begins a rollout batch.
         workers: processes that prepare batches; 0 prepares them in this process.
         pin_memory: copy batches to page-locked memory, from which copies to a GPU are asynchronous.
     """
@@ -95,8 +104,8 @@ def train_windows(
         generator=torch.Generator(),  # each iterator draws from it; from the global one, a resume would not be exact
     )  # fmt: skip
     batches = iter(loader)
-    for step in range(first_step, plan.max_steps):
-        yield [next(batches) for _ in plan.window(step, rank)]
+    for window in _windows(plan, rank, first_step):
+        yield [next(batches) for _ in window]
 
 
 def validation_batches(data: DataModule, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:

@@ -6,7 +6,7 @@ and must not import torch for that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bumblebee.distributed.deepspeed.frozen_engine import FrozenEngine
     from bumblebee.training.fingerprint import Fingerprint
     from bumblebee.training.folder_lock import FolderLock
+    from bumblebee.training.prepared_windows import PreparedWindows
 
 
 class RunState:
@@ -61,7 +62,7 @@ class RunState:
     engine: TrainingEngine
     plan: Plan
     fingerprint: Fingerprint  # what a resumed run must have in common with this one
-    windows: Iterator[list[Batch]]  # micro-batches of this rank, step by step
+    windows: PreparedWindows  # micro-batches of this rank, step by step
     frozen_engines: list[FrozenEngine]
     lock: FolderLock | None  # on output_dir, on rank 0
 

@@ -35,6 +35,7 @@ from bumblebee.training.fingerprint import data_fingerprint, model_fingerprint, 
 from bumblebee.training.folder_lock import FolderLock
 from bumblebee.training.metrics.accumulator import MetricAccumulator
 from bumblebee.training.plan import Plan, Position
+from bumblebee.training.prepared_windows import PreparedWindows, check_resumable, resumed_windows, rollout_options
 from bumblebee.training.run_folder import check_free, clear, find_resume
 from bumblebee.training.run_state import RunState
 from bumblebee.training.skipped_steps import SkippedSteps
@@ -80,7 +81,7 @@ def set_up(
     check_optimizer(optimizer, groups, optimizer_device, run.zero_stage, process_group.world_size())
     data.setup(seed)
     task.setup(data)
-    run.plan = make_plan(run, data, seed, process_group.world_size(), checkpoint)
+    run.plan = make_plan(run, task, data, seed, process_group.world_size(), checkpoint)
     _check_parts(run)
     run.fingerprint = data_fingerprint(data) | model_fingerprint(task)  # before the engine's hooks and casts
     run.engine = TrainingEngine(task.model, optimizer, groups, run.device, options)
@@ -94,9 +95,13 @@ def set_up(
         checkpointing.load_checkpoint(run, checkpoint)
     _open_folder(run, overwrite)
     pin_memory = run.device.type == "cuda"
-    run.windows = loader.train_windows(
-        data, run.plan, seed, process_group.rank(), run.step, run.workers, pin_memory=pin_memory
+    prepared = resumed_windows(run, checkpoint)
+    rollout = run.plan.rollout(run.step)
+    first_step = run.step if prepared is None else rollout.first + rollout.count
+    windows = loader.train_windows(
+        data, run.plan, seed, process_group.rank(), first_step, run.workers, pin_memory=pin_memory
     )  # fmt: skip
+    run.windows = PreparedWindows(task, run.plan, windows, run.step, prepared)
 
 
 def _check_parts(run: RunState) -> None:
@@ -127,15 +132,20 @@ def _reset(run: RunState) -> None:
     run.lock = None
 
 
-def make_plan(run: RunState, data: DataModule, seed: int, ranks: int, checkpoint: Path | None) -> Plan:
+def make_plan(run: RunState, task: Task, data: DataModule, seed: int, ranks: int, checkpoint: Path | None) -> Plan:
     """Plan the samples of each step, from the start or from where a checkpoint's run stopped.
 
     Raises:
-        ValueError: there are no training samples, or the checkpoint's run had other data.
+        ValueError: there are no training samples, the checkpoint's run had other data, or it cannot continue in the middle of
+            the checkpoint's rollout batch.
     """
     origin = Position() if checkpoint is None else checkpointing.resumed_position(checkpoint, data, seed)
-    samples = len(data.train)
-    return Plan.of(samples, run.micro_batch_size, run.accumulate, ranks, run.epochs, run.max_steps, origin)
+    sizes = len(data.train), run.micro_batch_size, run.accumulate, ranks
+    rollouts = task.steps_per_rollout, task.rollout_epochs
+    plan = Plan.of(*sizes, run.epochs, run.max_steps, origin, *rollouts)
+    if checkpoint is not None and origin.into:
+        check_resumable(checkpoint, checkpointing.saved_rollout_options(checkpoint), rollout_options(task, plan))
+    return plan
 
 
 # -- models and engines ----------------------------------------------------------------------------------------------------

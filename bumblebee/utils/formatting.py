@@ -24,6 +24,11 @@ def plural(count: int, noun: str) -> str:
     return f"{number(count)} {noun}{'' if count == 1 else 's'}"
 
 
+def printable(text: str) -> str:
+    """Text for a terminal, on one line: control characters, which may move the cursor, become dots."""
+    return "".join(character if character.isprintable() else "·" for character in text)
+
+
 def short(count: float) -> str:
     """Format a count with three significant digits and a unit: 494 M."""
     for unit in ("", " k", " M", " G"):

@@ -73,3 +73,11 @@ def test_ranks_share_out_the_samples_of_a_task(run, read_lines):
     context = EvaluationContext(model)
     metrics = task.metrics(task.results(context, task.items(context), lambda count: None))
     assert lines[0]["metrics"] == {name: each._asdict() for name, each in metrics.items()}
+
+
+def test_evaluations_change_no_byte_of_the_weights_resumed_or_not(run, read_lines):
+    weights = [(run / name / "model.safetensors").read_bytes() for name in ("without", "with", "resumed")]
+    assert weights[0] == weights[1] == weights[2]
+    lines, resumed = (read_lines(run / name / "evaluation.jsonl") for name in ("with", "resumed"))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert resumed == lines[2:]

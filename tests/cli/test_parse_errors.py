@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from helpers.recipe_files import RECIPE, SAMPLES
 
+from bumblebee.cli.errors.reporting import fail
+from bumblebee.cli.errors.value_errors import name_option
 from bumblebee.cli.main import main
 from bumblebee.cli.parser import ConfigFile, Parser
 
@@ -325,3 +327,62 @@ def test_missing_wandb_is_noticed_before_anything_is_written(workdir, error_line
     line = error_line("fit", "--config", "recipe.yaml", "--callbacks.w", "callbacks.WandB", "--callbacks.w.project", "bees")
     assert line == "callbacks: WandB needs the wandb package: pip install wandb"
     assert files(workdir) == before
+
+
+REWARDS = """\
+task:
+  class_path: bumblebee.GRPO
+  init_args:
+    model: {class_path: bumblebee.Bumblebee, init_args: {config: {hidden_size: 32}}}
+    rewards:
+      - helpers.reward_functions.lengths
+      - class_path: bumblebee.rewards.InWorkers
+        init_args:
+          reward: {class_path: bumblebee.rewards.ExactAnswer, init_args: {key: answer}}
+          timeout: 10
+"""
+IN_THE_REWARDS = [
+    ("reward_functions.lengths", "reward_functions.length",
+     "6: task.rewards: helpers.reward_functions has no class or function 'length' (did you mean 'lengths'?)"),
+    ("helpers.reward_functions.lengths", "bumblebee.rewards.Matches",
+     "6: missing required option 'task.rewards.pattern' of bumblebee.rewards.Matches"),
+    ("{class_path: bumblebee.rewards.ExactAnswer, init_args: {key: answer}}", "bumblebee.rewards.Matches",
+     "9: missing required option 'task.rewards.reward.pattern' of bumblebee.rewards.Matches"),
+    ("reward_functions.lengths", "reward_functions.__name__",
+     "5: task.rewards: helpers.reward_functions.__name__ is neither a function nor a class"),
+    ("helpers.reward_functions.lengths", "bumblebee.Tokenizer",
+     "5: task.rewards: objects of bumblebee.Tokenizer cannot be called: the class has no method __call__"),
+    ("timeout: 10", "timeout: 0", "10: task.rewards.timeout must be positive, got 0.0"),
+    ("timeout: 10", "process: 1", "10: unknown option 'task.rewards.process' (did you mean 'task.rewards.processes'?)"),
+    ("timeout: 10", "on_error: skip", "10: task.rewards.on_error: expected a number or stop, got 'skip'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after", "expected"), IN_THE_REWARDS)
+def test_error_in_a_list_of_rewards_names_the_item(before, after, expected, workdir, error_line):
+    Path("rewards.yaml").write_text(REWARDS.replace(before, after))
+    line = error_line("fit", "--config", "recipe.yaml", "--config", "rewards.yaml")
+    assert line == f"rewards.yaml:{expected}"
+
+
+def test_a_reward_on_the_command_line_needs_its_options(workdir, error_line):
+    Path("rewards.yaml").write_text(REWARDS)
+    line = error_line(
+        "fit", "--config", "recipe.yaml", "--config", "rewards.yaml", "--task.rewards", "[bumblebee.rewards.Matches]"
+    )
+    assert line == "missing required option 'task.rewards.pattern' of bumblebee.rewards.Matches"
+
+
+def test_an_error_of_another_rank_only_is_printed_by_that_rank(monkeypatch, capsys):
+    monkeypatch.setattr("bumblebee.cli.errors.reporting._HEAD_START", 0)
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        fail("no such judge")
+    assert ended.value.code == 2 and capsys.readouterr().err == "bumblebee: rank 3: no such judge\n"
+
+
+def test_an_error_of_a_list_is_not_taken_for_one_of_an_option_that_it_mentions():
+    config = {"task": {"rewards": [{"class_path": "bumblebee.rewards.Judge", "init_args": {"model": "m"}}]}}
+    message = "task.rewards: Judge: there is no model 'm'"
+    assert name_option(message, config, []) == message

@@ -11,22 +11,28 @@ import torch
 from torch import Tensor
 
 
-def weights(q: Tensor, k: Tensor, ends: Tensor, window: list[int]) -> Tensor:
-    """Attention weights (H, N, N) of a flattened batch, whose query heads share keys in groups."""
-    number, at = torch.repeat_interleave(torch.arange(len(ends) - 1), ends.diff()), torch.arange(len(q))
-    visible = (number[:, None] == number) & (at <= at[:, None])
+def weights(q: Tensor, k: Tensor, ends: Tensor, window: list[int], ends_k: Tensor | None = None) -> Tensor:
+    """Attention weights (H, N, S) of a flattened batch, whose query heads share keys in groups.
+
+    The last query of a sequence is at its last key.
+    """
+    ends_k = ends if ends_k is None else ends_k
+    number, number_k = (torch.repeat_interleave(torch.arange(len(e) - 1), e.diff()) for e in (ends, ends_k))
+    at, at_k = torch.arange(len(q)) + (ends_k - ends)[1:][number], torch.arange(len(k))
+    visible = (number[:, None] == number_k) & (at_k <= at[:, None])
     if window[0] >= 0:
-        visible &= at >= at[:, None] - window[0]
+        visible &= at_k >= at[:, None] - window[0]
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) / q.shape[2] ** 0.5
     return scores.masked_fill(~visible, float("-inf")).softmax(-1)
 
 
 def forward(q, k, v, ends, ends_k, longest, longest_k, causal, scale, window, enable_gqa, *others):
     """What ``varlen_attn`` promises, and what it requires."""
-    assert ends.dtype == torch.int32 and torch.equal(ends, ends_k) and ends[-1] == len(q)
-    assert longest == longest_k == int(ends.diff().max()) and scale is None and window[1] == 0
+    assert ends.dtype == ends_k.dtype == torch.int32 and ends[-1] == len(q) and ends_k[-1] == len(k)
+    assert longest == int(ends.diff().max()) and longest_k == int(ends_k.diff().max()) and scale is None and window[1] == 0
     assert causal == (window == [-1, 0]) and enable_gqa == (q.shape[1] != k.shape[1])
-    out = torch.einsum("hqk,khd->qhd", weights(q, k, ends, window), v.repeat_interleave(q.shape[1] // v.shape[1], 1))
+    p = weights(q, k, ends, window, ends_k)
+    out = torch.einsum("hqk,khd->qhd", p, v.repeat_interleave(q.shape[1] // v.shape[1], 1))
     return out.contiguous(), q.new_empty(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
 
 

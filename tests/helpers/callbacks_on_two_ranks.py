@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/helpers/callbacks_on_two_ranks.py FOLDER STAGE
 
-Each rank writes its step, output and metrics to FOLDER/rank-<n>.json.
+Each rank writes its step, output and metrics to FOLDER/rank-<n>.json. Three more runs, to FOLDER/with, without and resumed, are
+for the comparison of training with and without evaluations.
 """
 
 from __future__ import annotations
@@ -36,10 +37,26 @@ class WorseningValidation(Callback):
             trainer.call("on_validation_end", {"validation_loss": float(trainer.step)})
 
 
-def main(folder: Path, stage: int) -> None:
+def fit(folder: Path, stage: int, named: dict[str, Callback], steps: int, resume: str | None = None) -> Trainer:
     data = Rows(samples=64, targets=(16,))
     data.tokenizer = Tokenizer.train(["the bees of the hive"], 300)
     task = LanguageModeling(small_model(vocab_size=300))
+    sizes: dict[str, Any] = {"max_steps": steps, "micro_batch_size": 2, "accumulate": 2}
+    trainer = Trainer(**sizes, precision="fp32", zero_stage=stage, device="cpu", resume=resume)
+    trainer.fit(task, data, partial(torch.optim.AdamW, lr=1e-2), Constant(), named, folder)
+    return trainer
+
+
+def fit_with_and_without_evaluations(folder: Path, stage: int, choices: Path) -> None:
+    def evaluate() -> dict[str, Callback]:
+        return {"evaluate": callbacks.Evaluate({"choices": MultipleChoice(str(choices))}, every=1)}
+
+    fit(folder / "without", stage, {"checkpoint": callbacks.Checkpoint(every=2)}, 4)
+    fit(folder / "with", stage, evaluate(), 4)
+    fit(folder / "resumed", stage, evaluate(), 4, str(folder / "without" / "checkpoint-2"))
+
+
+def main(folder: Path, stage: int) -> None:
     recorder = Recorder()
     choices = folder / f"choices-{process_group.rank()}.jsonl"
     records = [{"context": context, "choices": ["bees", "of the hive", "the"], "gold": 1} for context in ("the", "hive", "of")]
@@ -54,11 +71,11 @@ def main(folder: Path, stage: int) -> None:
         "evaluate": callbacks.Evaluate({"choices": MultipleChoice(str(choices))}, every=2),
         "profiler": callbacks.Profiler(start=1, steps=1),
     }
-    trainer = Trainer(max_steps=20, micro_batch_size=2, accumulate=2, precision="fp32", zero_stage=stage, device="cpu")
     with redirect_stdout(io.StringIO()) as out:
-        trainer.fit(task, data, partial(torch.optim.AdamW, lr=1e-2), Constant(), named, folder / "run")
+        trainer = fit(folder / "run", stage, named, 20)
     result = {"step": trainer.step, "out": out.getvalue(), "metrics": recorder.metrics}
     (folder / f"rank-{process_group.rank()}.json").write_text(json.dumps(result))
+    fit_with_and_without_evaluations(folder, stage, choices)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESEARCH = ROOT / "docs" / "research.md"  # tests/test_research.py runs its commands, with the page's own files
+RL = ROOT / "docs" / "rl.md"  # tests/system/test_rl_commands.py runs its commands, with the page's own reward
 SWEEPS = ROOT / "docs" / "sweeps.md"  # tests/system/test_sweep_command.py runs its commands
 
 

@@ -34,6 +34,7 @@ from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tasks.distillation import Distillation  # noqa: F401  (named by a job)
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.grpo import GRPO
+from bumblebee.tasks.kto import KTO
 from bumblebee.tasks.language_modeling import LanguageModeling
 from bumblebee.tasks.reward_model import RewardModel  # noqa: F401  (named by a job)
 from bumblebee.tasks.run_context import RunContext
@@ -99,6 +100,33 @@ class Pairs(DataModule):
         positions = torch.arange(shape[1]).expand(shape).clone()
         return {"input_ids": input_ids, "labels": labels, "position_ids": positions,
                 "index": torch.tensor([index for index, _, _ in samples])}  # fmt: skip
+
+
+class Labelled(Pairs):
+    """Random answers, of which two thirds are good; the second row of each example has the answer of another one."""
+
+    def setup(self, seed: int) -> None:
+        super().setup(seed)
+        answers = [own[prompt:] for _, prompt, (own, _) in self.train]
+        others = [
+            next(answer for answer in (answers[at - back] for back in (1, 2, 3)) if len(answer)) for at in range(len(answers))
+        ]
+        self.train = [
+            (index, prompt, [own, torch.cat([own[:prompt], other])])
+            for (index, prompt, (own, _)), other in zip(self.train, others, strict=True)
+        ]
+        self.validation = self.train[:3]
+
+    def collate(self, samples: list[Any]) -> Batch:
+        return {**super().collate(samples), "desirable": torch.tensor([index % 3 > 0 for index, _, _ in samples])}
+
+
+class AdaptedKTO(KTO):
+    """KTO of LoRA adapters with a dropout of one half."""
+
+    def __init__(self, model: Bumblebee, **options: Any) -> None:
+        model.source = Path("base")  # saved in the adapter's config, never read
+        super().__init__(model, [LoRA(rank=4, alpha=32, dropout=0.5)], **options)
 
 
 class Chats(SFT):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy as whole_cross_entropy
 
-from bumblebee.nn.linear_cross_entropy import LossWeighting, Positions, linear_cross_entropy, row_slices
+from bumblebee.nn.linear_cross_entropy import LossWeighting, Positions, is_uniform, linear_cross_entropy, row_slices
 
 MODULE = "bumblebee.nn.linear_cross_entropy"
 D, V = 8, 11
@@ -71,6 +71,12 @@ def test_what_the_backward_passes_found_changes_no_gradient(chunk):
         assert weighting.uniform == (slopes is alike)
     for first, second in ((0, 3), (0, 4), (1, 2)):
         assert all(torch.equal(a, b) for a, b in zip(actual[first], actual[second], strict=True))
+
+
+def test_losses_of_different_weights_make_no_gpu_wait():
+    weights = torch.ones(3, device="meta")  # whose values cannot be read
+    assert not is_uniform(weights)
+    assert is_uniform(torch.ones((), device="meta").expand(3))
 
 
 def test_a_second_backward_pass_gives_the_same_gradients(chunk):

@@ -38,6 +38,18 @@ def test_validation_is_at_the_position_of_its_step(runs, along, x, validation_x)
     assert curves[0].validation[0] == validation_x
 
 
+def test_rewards_are_compared_by_default_and_the_highest_is_best(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        lines = [{"step": n, "loss": 0.0, "rl/reward": n / 4, "validation_rl/reward": [0.5, 0.75, 0.25][n]} for n in range(3)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    comparison = RunComparison([str(tmp_path / "one"), str(tmp_path / "two")], smoothing=0.0)
+    assert list(comparison.panels()) == ["rl/reward"]
+    assert comparison.table().splitlines()[1].split()[-2:] == ["0.5000", "0.7500"]
+    (tmp_path / "two" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    assert list(RunComparison([str(tmp_path / "one"), str(tmp_path / "two")]).panels()) == ["loss"]
+
+
 def test_null_values_are_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": 1.5}\n{"step": 3}\n')
     assert LoggedRun.read(tmp_path).column("loss", "step") == ([2], [1.5])

@@ -1,4 +1,4 @@
-"""The recipes of DPO, ORPO and reward models as whole commands: fit and validate; user errors are one line."""
+"""The recipes of DPO, ORPO, KTO and reward models as whole commands: fit and validate; user errors are one line."""
 
 from __future__ import annotations
 
@@ -43,6 +43,20 @@ def test_validate_reproduces_the_metrics_of_fit(recipe, stage, workspace):
     assert checked.returncode == 0, checked.stderr[-3000:]
     metrics = dict(re.findall(r"^(validation_\S+) (\S+)$", checked.stdout, flags=re.MULTILINE))
     for name in ("validation_loss", "validation_rewards/margins", "validation_logps/chosen"):
+        assert float(metrics[name]) == pytest.approx(logged[name], rel=1e-4, abs=1e-5), name
+
+
+def test_kto_and_validate_agree(workspace):
+    words = ["--config", "recipes/kto.yaml", *SMALL, "--optimizer.lr", "1e-2", "--task.precompute_reference", "true"]
+    done = run_command("fit", *words, "--trainer.accumulate", "1", cwd=workspace)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "desirable" in done.stdout and "reference: the initial model" in done.stdout
+    lines = [json.loads(line) for line in (workspace / "runs" / "kto" / "metrics.jsonl").read_text().splitlines()]
+    logged = next(line for line in lines if "validation_loss" in line)
+    checked = run_command("validate", "--config", "runs/kto/recipe.yaml", cwd=workspace)
+    assert checked.returncode == 0, checked.stderr[-3000:]
+    metrics = dict(re.findall(r"^(validation_\S+) (\S+)$", checked.stdout, flags=re.MULTILINE))
+    for name in ("validation_loss", "validation_kl", "validation_rewards/margins"):
         assert float(metrics[name]) == pytest.approx(logged[name], rel=1e-4, abs=1e-5), name
 
 

@@ -20,6 +20,7 @@ from bumblebee.distributed.deepspeed.sharded_parameters import full_numel, is_sh
 from bumblebee.tasks import reference_cache
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.reference import FrozenReference
+from bumblebee.tasks.reference_choice import ReferenceChoice
 from bumblebee.training import setup
 from bumblebee.training.run_state import RunState
 
@@ -292,7 +293,7 @@ def test_the_cache_does_not_depend_on_the_adapters_seed(computed, tmp_path):
 def test_a_cached_reference_model_is_not_loaded(other_model, computed, tmp_path, monkeypatch):
     options = {"precompute_reference": True, "reference": str(other_model), "cache_dir": str(tmp_path / "cache")}
     run(tmp_path / "a", options=options)
-    monkeypatch.setattr(DPO, "_load_reference", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(ReferenceChoice, "load", lambda *_: pytest.fail("it was loaded"))
     run(tmp_path / "b", options=options)
     assert len(computed) == 1
 

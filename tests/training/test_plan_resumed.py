@@ -54,3 +54,24 @@ def test_a_longer_run_continues_where_a_shorter_one_ended() -> None:
 
 def test_max_steps_includes_the_steps_before_a_resume() -> None:
     assert Plan.of(10, 1, 1, 1, 3.0, 7, Position(5, 0, 5)).max_steps == 7
+
+
+@given(st.integers(1, 30), sizes, sizes, sizes, sizes, st.data())
+def test_rollout_batches_repeat_their_windows_in_order(
+    samples: int, micro: int, accumulate: int, together: int, times: int, data: st.DataObject
+) -> None:
+    """Against windows of a plan without rollout batches, dealt naively; also if it resumes anywhere."""
+    plain = Plan.of(samples, micro, accumulate, 2, 2, None)
+    expected = []
+    for epoch in range(2):
+        windows = [plain.window(epoch * plain.steps_per_epoch + index, 1) for index in range(plain.steps_per_epoch)]
+        for first in range(0, len(windows), together):
+            expected += windows[first : first + together] * times
+    plan = Plan.of(samples, micro, accumulate, 2, 2, None, steps_per_rollout=together, rollout_epochs=times)
+    assert [plan.window(step, 1) for step in range(plan.max_steps)] == expected
+    cut = data.draw(st.integers(0, plan.max_steps))
+    resumed = Plan.of(samples, micro, accumulate, 2, 2, None, plan.position(cut), together, times)
+    assert resumed.max_steps == plan.max_steps
+    for step in range(cut, plan.max_steps):
+        assert (resumed.window(step, 1), resumed.rollout(step)) == (plan.window(step, 1), plan.rollout(step))
+        assert resumed.epoch(step) == plan.epoch(step) <= plan.epoch(step + 1)

@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "Evaluate a model: perplexity, multiple choice, generation, preferences",
     "sweep": "Search the options of a recipe for the best value of a metric",
     "plot": "Compare the metrics of runs in one figure",
+    "rollouts": "Read the completions of a GRPO run, and rate its prompts",
     "tokenizer": "Train a tokenizer on text files",
     "consolidate": "Convert a sharded checkpoint to a model folder",
     "merge": "Merge a LoRA adapter into its base model",

@@ -14,7 +14,8 @@ def parser() -> Parser:
     options = command_parser("plot")
     options.add_argument("runs", type=str, nargs="+", help="output folders of runs")
     options.add_argument("--output", type=str, default="comparison.png", help="image to write; the suffix sets the format")
-    options.add_argument("--metrics", type=str | list[str], default="loss", help="metrics of metrics.jsonl, one panel each")
+    metrics_help = "metrics of metrics.jsonl, one panel each; null: the reward of GRPO runs, the loss of others"
+    options.add_argument("--metrics", type=str | list[str] | None, default=None, help=metrics_help)
     options.add_argument("--along", type=Literal["step", "tokens", "epoch", "seconds"], default="step", help="x axis")
     smoothing_help = "weight of the previous value in the exponential moving average; 0 turns smoothing off"
     options.add_argument("--smoothing", type=float, default=0.9, help=smoothing_help)

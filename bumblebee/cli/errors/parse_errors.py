@@ -30,6 +30,10 @@ _CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
 _NOT_A_SUBCLASS = re.compile(
     r"path ?'?([\w.]*)'? does not correspond to a subclass of (\w+)|'([\w.]+)' to be a subclass of <class '(\w+)'>"
 )
+# With the class, if it is an item of a list such as task.rewards.
+_MISSING = re.compile(
+    r"the following arguments are required: (.*?)(?:\. Got value: (?:Namespace\(class_path='([\w.]+)')?.*)?$", re.MULTILINE
+)
 _NO_ATTRIBUTE = re.compile(r"(?:module '([\w.]+)' has no attribute '(\w+)'|No module named '([\w.]+)')")
 _EXPECTED_TYPE = re.compile(r"Expected an? (<class '\w+'>|typing\.Literal\[.*?\]|tuple with \d+ elements)")
 _NOT_LISTED = ("help", "print_config", "print_shtab")  # options of every command
@@ -56,10 +60,13 @@ def explain(message: str, words: Sequence[str], options: Iterable[str] = (), arg
             return f"unexpected argument {argument!r}{_option_for(argument, set(options))}"
         return _explain_unknown(unknown, keys, message, words, list(options))
     key = _complete(keys, text, words)
-    if missing := re.search(r"the following arguments are required: (.*)", text):
+    if missing := _MISSING.search(text):
         names = [plain(f"{key}.{name}" if key else name) for name in missing[1].split(", ")]
-        return _explain_missing(names, key, words, "argument" if set(names) & set(arguments) else "option")
-    return f"{where(key, words)}{plain(key) + ': ' if key else ''}{reason(text, key)}"
+        kind = "argument" if set(names) & set(arguments) else "option"
+        return _explain_missing(names, key, words, kind, missing[2] or "")
+    absent = _NO_ATTRIBUTE.search(text)
+    named = f"{absent[1]}.{absent[2]}" if absent and _may_be_function(key) else ""  # an item of a list
+    return f"{where(key, words, named)}{plain(key) + ': ' if key else ''}{reason(text, key)}"
 
 
 def _last_key(message: str) -> tuple[list[str], str]:
@@ -90,6 +97,10 @@ def reason(text: str, key: str = "") -> str:
         return f"file not found: {file[0]}{hint(file[0], yaml_files_beside(file[0]))}"
     if wrong := _NOT_A_SUBCLASS.search(text):
         return f"{wrong[1] or wrong[3] or _value(text)} is not {_with_article(wrong[2] or wrong[4])}"
+    if other := re.search(r"Unexpected import object .*\. Got value: ([\w.]+)", text):
+        return f"{other[1]} is neither a function nor a class"
+    if passive := re.search(r"Expected '([\w.]+)' to be a class that instantiates into callable", text):
+        return f"objects of {passive[1]} cannot be called: the class has no method __call__"
     types = _EXPECTED_TYPE.findall(text)
     not_a_path = "dot import path" in text and set(types) <= {"<class 'NoneType'>"}
     base = re.search(r"Not a valid subclass of (\w+)" + r"|Subtypes: \[<class '[\w.]*?(\w+)'>" * not_a_path, text)
@@ -117,16 +128,31 @@ def _explain_absent(module: str | None, name: str | None, missing: str | None, k
     if module is None:
         return f"no module named {missing!r}"
     home = import_module(module)
-    classes = {name for name in dir(home) if inspect.isclass(getattr(home, name, None))} | set(getattr(home, "__all__", []))
-    near = hint(str(name), sorted(classes))
-    return f"{module} has no class {name!r}{near or _shipped(key)}"
+    functions_too = _may_be_function(key)
+    known = {
+        name for name in dir(home)
+        if inspect.isclass(value := getattr(home, name, None)) or (functions_too and inspect.isfunction(value))
+    } | set(getattr(home, "__all__", []))  # fmt: skip
+    near = hint(str(name), sorted(known))
+    return f"{module} has no {'class or function' if functions_too else 'class'} {name!r}{near or _shipped(key)}"
+
+
+def _group(key: str) -> str | None:
+    from bumblebee.cli.shipped_classes import group_of  # imports torch
+
+    return group_of(plain(key))
+
+
+def _may_be_function(key: str) -> bool:
+    """Whether a key may name a function, as task.rewards may."""
+    return _group(key) in (None, "task.rewards")
 
 
 def _shipped(key: str, name: str = "") -> str:
     """Suggest the shipped classes of the group that a key belongs to: those of a similar name, else all."""
-    from bumblebee.cli.shipped_classes import group_of, named_like, shipped  # imports torch
+    from bumblebee.cli.shipped_classes import named_like, shipped  # imports torch
 
-    group = group_of(plain(key))
+    group = _group(key)
     if group is None:
         return ""
     return did_you_mean(named_like(group, name)) or f"; shipped classes: {', '.join(shipped(group))}"
@@ -171,15 +197,17 @@ def _quoted(value: str) -> str:
 # -- unknown and missing options -----------------------------------------------------------------------------------------
 
 
-def _explain_missing(absent: list[str], key: str, words: Sequence[str], kind: str) -> str:
-    options = f"{kind}{'s' * (len(absent) > 1)} {', '.join(map(repr, absent))}"
+def _explain_missing(absent: list[str], key: str, words: Sequence[str], kind: str, class_path: str) -> str:
+    options = f"{kind}{'s' * (len(absent) > 1)} {', '.join(map(repr, absent))}{f' of {class_path}' if class_path else ''}"
     recipe = "" if config_files(words) or "task" not in absent else ": pass a recipe, such as --config recipes/pretrain.yaml"
-    return f"{where(key, words)}missing required {options}{recipe}"
+    return f"{where(key, words, class_path)}missing required {options}{recipe}"
 
 
 def _explain_unknown(unknown: re.Match[str], keys: list[str], message: str, words: Sequence[str], options: list[str]) -> str:
     path = [*filter(None, [unknown["group"]]), *(unknown["word"] or unknown["option"]).split(".")]
-    classes = _CLASS.findall(message)
+    # An item of a list is shown after the option, with the classes within it.
+    of_item = re.match(r" is not accepted\. Got value: Namespace\(class_path='([\w.]+)'", message.partition(unknown[0])[2])
+    classes = [of_item[1]] if of_item else _CLASS.findall(message)
     if not classes:
         key = plain(".".join([*keys, *path]))
         return f"{where(key, words)}unknown option {key!r}{_of_a_class(key, options) or _nearest(key, options)}"
@@ -200,9 +228,9 @@ def _of_a_class(key: str, options: list[str]) -> str:
     """Say which group has an option that was written without one: ``--lr`` is ``--optimizer.lr``."""
     if "." in key or "task" not in options:
         return ""
-    from bumblebee.cli.shipped_classes import GROUPS, having_option  # imports torch
+    from bumblebee.cli.shipped_classes import GROUPS, LISTS, having_option  # imports torch
 
-    named = {f"{group}.{key}": having_option(group, key) for group in GROUPS if group not in ("callbacks", "task.transforms")}
+    named = {f"{group}.{key}": having_option(group, key) for group in GROUPS if group not in ("callbacks", *LISTS)}
     full = [option for option in options if option.rpartition(".")[2] == key]
     full += [option for option, classes in named.items() if classes]
     if len(full) != 1:

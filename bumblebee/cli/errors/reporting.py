@@ -28,13 +28,18 @@ class UserError(SystemExit):
 
 
 def fail(message: str) -> NoReturn:
-    """Print one line and exit with code 2. With several ranks, one rank of each machine prints it."""
-    line = "bumblebee: " + " ".join(message.split())
+    """Print one line and exit with code 2.
+
+    An error of all ranks is printed by the first rank of each machine, after which the launcher ends the others. A rank that
+    is still there after ``_HEAD_START`` is the only one with this error, and prints it.
+    """
+    message = " ".join(message.split())
+    line = f"bumblebee: {message}"
     _report_to_torchrun(line)
-    if process_group.local_rank() == 0:
-        print(line, file=sys.stderr, flush=True)
-    else:
+    if process_group.local_rank() != 0:
         time.sleep(_HEAD_START)
+        line = f"bumblebee: rank {process_group.rank()}: {message}"
+    print(line, file=sys.stderr, flush=True)
     raise UserError(2)
 
 
@@ -73,6 +78,7 @@ def run_errors() -> Iterator[None]:
     except RewardError as error:  # the user's function; the message says where it raised
         if os.environ.get("BUMBLEBEE_TRACEBACK"):
             raise
+        _report_to_torchrun(f"bumblebee: {error}")
         print(f"bumblebee: {error}", file=sys.stderr, flush=True)  # by the rank that has it
         raise UserError(2) from None
     except OSError as error:

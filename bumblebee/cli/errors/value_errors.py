@@ -42,8 +42,12 @@ def name_option(message: str, config: Mapping[str, object], words: Sequence[str]
     """
     if "Union subtypes" in message:  # wrapped by jsonargparse
         message = reason(message)
+    leaves = [*_leaves(config)]
+    named = re.match(r"(\w+(?:\.\w+)+): ", message)  # a list of classes, such as task.rewards
+    if named and any(plain(key).startswith(f"{named[1]}.") for key, _ in leaves):
+        return where(named[1], words) + message
     candidates = []
-    for key, value in _leaves(config):
+    for key, value in leaves:
         name = plain(key).rpartition(".")[2]
         if _begins_with(plain(key), message) or _begins_with(name, message):
             candidates.append((0 if str(value) in message else 1, key))
