@@ -34,6 +34,8 @@ class Asked:
     question: str = "?"
     index: int = 0
     ids: list[int] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[dict[str, Any]] | None = None
 
 
 def scored(reward: InWorkers, texts: list[str], weights: WeightedRewards | None = None) -> list[float]:

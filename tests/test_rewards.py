@@ -64,21 +64,22 @@ def test_only_a_passage_of_the_completion_counts():
 
 def test_examples_of_the_documentation_are_rewards(monkeypatch):
     """And those of thinking and answers in tags score what they say."""
-    monkeypatch.setattr("sys.modules", {**sys.modules, "my_rewards": reward_functions})
+    monkeypatch.setitem(sys.modules, "my_rewards", reward_functions)
     monkeypatch.setattr(reward_functions, "passes_tests", reward_functions.lengths, raising=False)
     monkeypatch.setattr(reward_functions, "one_number", reward_functions.lengths, raising=False)
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "rl.md").read_text(encoding="utf-8"), re.DOTALL)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--rewards", type=get_type_hints(GRPO.__init__)["rewards"])
-    rewards = []
-    for block in map(yaml.safe_load, blocks):
-        options = block["task"]["init_args"] if "task" in block else block
-        if "rewards" in options:
-            rewards += parser.instantiate_classes(parser.parse_object({"rewards": options["rewards"]})).rewards
+    listed = [
+        item for block in map(yaml.safe_load, blocks)
+        for item in (block.get("task", {}).get("init_args") or block).get("rewards", []) if "RewardModel" not in str(item)
+    ]  # fmt: skip
+    rewards = parser.instantiate_classes(parser.parse_object({"rewards": listed})).rewards
     names = [name_of(reward) for reward in rewards]
-    assert names == ["NumericAnswer", "lengths", "NumericAnswer", "Matches", "lengths", "Judge"]
-    assert [score(reward, THOUGHT, answer=42) for reward in rewards[2:4]] == [1.0, 1.0]
-    assert score(rewards[3], f"{THOUGHT} 43", answer=42) == 0.0
+    assert {"NumericAnswer", "Matches", "Judge", "lengths"} <= set(names)
+    form = names.index("Matches")
+    assert [score(reward, THOUGHT, answer=42) for reward in rewards[form - 1 : form + 1]] == [1.0, 1.0]
+    assert score(rewards[form], f"{THOUGHT} 43", answer=42) == 0.0
 
 
 def test_brevity_falls_linearly_between_its_limits():

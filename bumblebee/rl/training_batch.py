@@ -14,6 +14,8 @@ from bumblebee.datamodule import Batch
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.rl.rollout import Rollout
 
+_OF_PLACES = ("resampled", "excluded")  # of dynamic sampling
+
 
 def training_batch(prompts: Sequence[tuple[int, list[int]]], groups: Sequence[Sequence[Rollout]], advantages: Tensor) -> Batch:
     """One row per completion, padded on the right.
@@ -36,18 +38,35 @@ def training_batch(prompts: Sequence[tuple[int, list[int]]], groups: Sequence[Se
         input_ids[row, :end] = torch.tensor([*ids, *rollout.tokens][:-1])
         labels[row, begin:end] = torch.tensor(rollout.tokens)
         sampled[row, begin:end] = torch.tensor(rollout.log_probs)
-    totals = torch.tensor([[each.reward for each in group] for group in groups], dtype=torch.float64)
     return {
         "input_ids": input_ids,
         "labels": labels,
         "position_ids": torch.arange(shape[1]).repeat(shape[0], 1),
         "sampled_log_probs": sampled,
         "advantages": advantages.flatten().float(),
-        "rewards": torch.tensor([rollout.rewards for _, rollout in rows], dtype=torch.float64),
-        "reward": totals.flatten(),
-        "truncated": torch.tensor([float(rollout.truncated) for _, rollout in rows], dtype=torch.float64),
-        "reward_std": totals.std(dim=1),
+        **logged_of(groups, len(rows[0][1].rewards)),
     }
+
+
+def logged_of(groups: Sequence[Sequence[Rollout]], rewards: int) -> Batch:
+    """What is logged about groups: reward and truncated (R,), rewards (R, F), reward_std (G,).
+
+    Args:
+        groups: completions with rewards.
+        rewards: number of reward functions.
+    """
+    rollouts = [rollout for group in groups for rollout in group]
+    columns = torch.tensor([rollout.rewards for rollout in rollouts], dtype=torch.float64)
+    return {
+        "rewards": columns.view(len(rollouts), rewards),
+        "reward": torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64),
+        "truncated": torch.tensor([float(rollout.truncated) for rollout in rollouts], dtype=torch.float64),
+        "reward_std": torch.stack([_std(group) for group in groups]) if groups else torch.zeros(0, dtype=torch.float64),
+    }
+
+
+def _std(group: Sequence[Rollout]) -> Tensor:
+    return torch.tensor([rollout.reward for rollout in group], dtype=torch.float64).std()
 
 
 def without_completions(batch: Batch, rewards: int) -> Batch:
@@ -58,17 +77,15 @@ def without_completions(batch: Batch, rewards: int) -> Batch:
         rewards: number of reward functions.
     """
     row = {name: batch[name][:1] for name in ("input_ids", "labels", "position_ids")}
-    zero, blank = torch.zeros(1, dtype=torch.float64), torch.zeros_like(row["labels"], dtype=torch.float32)
+    blank = torch.zeros_like(row["labels"], dtype=torch.float32)
     return {
         **row,
         **{name: blank for name in ("old_log_probs", "reference_log_probs") if name in batch},
         "labels": torch.full_like(row["labels"], IGNORE_INDEX),
         "sampled_log_probs": blank,
-        "advantages": zero.float(),
-        "rewards": zero.expand(1, rewards),
-        "reward": zero,
-        "truncated": zero,
-        "reward_std": zero[:0],
+        "advantages": torch.zeros(1),
+        **logged_of([], rewards),
+        **{name: torch.zeros(0, dtype=torch.float64) for name in _OF_PLACES if name in batch},
     }
 
 
@@ -84,6 +101,7 @@ def completion_sums(batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
         "rl/truncated": batch["truncated"].sum(), "rl/reward_std": batch["reward_std"].sum(),
         "rl/equal_groups": (batch["reward_std"] == 0).sum(), "rl/group_variance": batch["reward_std"].square().sum(),
         "_reward_square": batch["reward"].square().sum(),
+        **{f"rl/{name}": batch[name].sum() for name in _OF_PLACES if name in batch},
         **{f"rl/reward/{name}": batch["rewards"][:, at].sum() for at, name in enumerate(names)},
     }  # fmt: skip
 

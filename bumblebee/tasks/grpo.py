@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -31,6 +32,7 @@ from bumblebee.inference.generator import Generator
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.rl.advantages import AdvantageKind, advantages_of
+from bumblebee.rl.dynamic_sampling import Place, fill_places, with_sampled_groups
 from bumblebee.rl.panels import HEADLINE, PANELS
 from bumblebee.rl.policy_loss import KLEstimator, Normalisation, PolicyLoss, RatioLevel, Surrogate, loss_divisor, loss_sum
 from bumblebee.rl.reward_check import reward_notes
@@ -48,8 +50,9 @@ from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length, check_predicts_tokens
 from bumblebee.transforms import apply_transforms
 
-_PER_COMPLETION = ("reward", "length", "truncated")
+_PER_COMPLETION = ("reward", "truncated")
 _PER_GROUP = ("reward_std", "equal_groups", "group_variance")
+_RESAMPLED = ("resampled", "excluded")  # per group
 
 
 class GRPO(Task):
@@ -80,6 +83,8 @@ class GRPO(Task):
         kl_correction: multiply the KL term by the ratio, so that its gradient is that of the divergence.
         reference: adapters_off (the model without its adapters), copy (the initial model), the folder of another model, or
             auto: adapters_off if the model has adapters, else copy.
+        resample_rounds: how often a step may sample groups of further prompts in place of groups with equal rewards, which are
+            then left out of the loss; 0 trains on all groups (docs/rl.md).
 
     Raises:
         ValueError: a number out of range.
@@ -110,11 +115,13 @@ class GRPO(Task):
         kl_estimator: KLEstimator = "k3",
         kl_correction: bool = True,
         reference: str = "auto",
+        resample_rounds: int = 0,
     ) -> None:
         self.model, self.transforms = model, apply_transforms(model, transforms)
         self.rewards = WeightedRewards(rewards, reward_weights)
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
         self.advantages, self.normalise, self.keep_rollouts = advantages, normalise, keep_rollouts
+        self.resample_rounds = resample_rounds
         self.steps_per_rollout, self.rollout_epochs = steps_per_rollout, rollout_epochs
         self.policy_loss = PolicyLoss(
             surrogate, ratio, clip, clip_high, sapo_temperatures, importance_cap, kl_beta, kl_estimator, kl_correction
@@ -126,7 +133,8 @@ class GRPO(Task):
         self.units = {
             **{f"rl/{name}": "completions" for name in (*_PER_COMPLETION, *(f"reward/{name}" for name in self.rewards.names))},
             **self.policy_loss.units(self.off_policy),
-            **{f"rl/{name}": "groups" for name in _PER_GROUP},
+            **{f"rl/{name}": "groups" for name in (*_PER_GROUP, *(_RESAMPLED if resample_rounds else ()))},
+            "rl/length": "trained",
             "_reward_square": "completions",
         }
         self._run: RunContext | None = None
@@ -143,6 +151,13 @@ class GRPO(Task):
             raise ValueError(f"reference: {self.reference_choice.name} has no effect without kl_beta")
         if self.keep_rollouts < 0:
             raise ValueError(f"keep_rollouts must be at least 0, got {self.keep_rollouts}")
+        if self.resample_rounds < 0:
+            raise ValueError(f"resample_rounds must be at least 0, got {self.resample_rounds}")
+        if self.resample_rounds and self.advantages == "batch_std":
+            raise ValueError(
+                "resample_rounds replaces groups with equal rewards, from which advantages: batch_std does learn; use another"
+                " kind of advantages, or resample_rounds: 0"
+            )
 
     @property
     def off_policy(self) -> bool:
@@ -168,6 +183,7 @@ class GRPO(Task):
         if self.policy_loss.kl_beta:
             self.reference_choice.set_up()
         self._questions: dict[int, Question] = {each.index: each for each in samples}
+        self._pool = [sample.index for sample in data.train]
         self._tokenizer, self._stop_ids = data.tokenizer, data.stop_ids
         longest = max(samples, key=lambda sample: len(sample.ids))
         positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", math.inf)
@@ -212,46 +228,58 @@ class GRPO(Task):
         """Sample completions of this rank's prompts with the current weights, and score them. Collective."""
         assert self._run is not None, "begin has not been called"
         self._meter.begin_step()
-        prompts = [prompts_of(batch) for window in windows for batch in window]
-        groups = self._scored_groups([each for batch in prompts for each in batch], step)
-        rewards = torch.tensor([[each.reward for each in group] for group in groups], dtype=torch.float64)
-        advantages = advantages_of(rewards.view(len(groups), self.group_size), self.advantages)
-        self._keep(groups, advantages, step)
-        taken = iter(range(len(groups)))
-        batches = iter([self._training_batch(batch, groups, advantages, taken) for window in windows for batch in window])
+        own = [[index for index, _ in prompts_of(batch)] for window in windows for batch in window]
+        groups = self._scored_groups([index for prompts in own for index in prompts], step)
+        sample = partial(self._scored_groups, step=step)
+        places = fill_places(groups, self._pool, self._run.seed, step, self.resample_rounds, sample)
+        trained = [group for place in places for group in place.trained]
+        rewards = torch.tensor([[each.reward for each in group] for group in trained], dtype=torch.float64)
+        advantages = advantages_of(rewards.view(len(trained), self.group_size), self.advantages)
+        self._keep(places, advantages, step)
+        taken, rows = iter(places), iter(advantages)
+        places_of = iter([[next(taken) for _ in prompts] for prompts in own])
+        batches = iter([self._training_batch(batch, next(places_of), rows) for window in windows for batch in window])
         return [[self._with_log_probs(next(batches)) for _ in window] for window in windows]
 
-    def _scored_groups(self, prompts: Sequence[tuple[int, list[int]]], step: int) -> list[list[Rollout]]:
+    def _scored_groups(self, prompts: Sequence[int], step: int) -> list[list[Rollout]]:
         """Completions of each prompt, with rewards. Collective."""
         assert self._run is not None
         seed, numbers = self._run.seed, range(self.group_size)
-        params = [[self._params(rollout_seed(seed, step, index, number)) for number in numbers] for index, _ in prompts]
+        params = [[self._params(rollout_seed(seed, step, index, number)) for number in numbers] for index in prompts]
         with self._meter.timed("sampling"):
-            groups = self._sample(prompts, params)
+            groups = self._sample([self._prompt(index) for index in prompts], params)
         rollouts = flat(groups)
         self._meter.add([len(rollout.tokens) for rollout in rollouts])
         with self._meter.timed("rewards"):
             self.rewards.score(rollouts, [self._questions[rollout.prompt] for rollout in rollouts])
         return groups
 
-    def _keep(self, groups: Sequence[Sequence[Rollout]], advantages: Tensor, step: int) -> None:
-        """Keep the completions of a rollout batch for ``sampled_texts`` and in output_dir/rollouts."""
+    def _prompt(self, index: int) -> tuple[int, list[int]]:
+        return index, self._questions[index].ids
+
+    def _keep(self, places: Sequence[Place], advantages: Tensor, step: int) -> None:
+        """Keep the completions for ``sampled_texts`` and in output_dir/rollouts; 0 is the advantage of those not trained on."""
         assert self._run is not None
-        scored = zip(flat(groups), advantages.flatten().tolist(), strict=True)
-        self._scored = [ScoredRollout(each, self._questions[each.prompt], advantage) for each, advantage in scored]
+        rows, zeros = iter(advantages.tolist()), [0.0] * self.group_size
+        self._scored = [
+            ScoredRollout(rollout, self._questions[rollout.prompt], advantage)
+            for place in places
+            for group in place.groups
+            for rollout, advantage in zip(group, zeros if place.left_out(group) else next(rows), strict=True)
+        ]
         if self.keep_rollouts:
             keep = self.keep_rollouts * self.steps_per_rollout * self.rollout_epochs
             write_rollouts(self._run.output_dir / "rollouts", step + 1, keep, self.rewards.names, self._scored)
 
-    def _training_batch(
-        self, batch: Batch, groups: Sequence[Sequence[Rollout]], advantages: Tensor, taken: Iterator[int]
-    ) -> Batch:
-        """The completions of a batch of prompts, whose groups are the next ones of ``taken``."""
-        prompts = prompts_of(batch)
-        if not prompts:
-            return without_completions(batch, len(self.rewards.names))
-        own = [next(taken) for _ in prompts]
-        return training_batch(prompts, [groups[at] for at in own], advantages[own])
+    def _training_batch(self, batch: Batch, places: Sequence[Place], advantages: Iterator[Tensor]) -> Batch:
+        """The completions in the places of a batch of prompts; takes the advantages of their groups."""
+        groups = [group for place in places for group in place.trained]
+        if groups:
+            prompts = [self._prompt(group[0].prompt) for group in groups]
+            trained = training_batch(prompts, groups, torch.stack([next(advantages) for _ in groups]))
+        else:
+            trained = without_completions(batch, len(self.rewards.names))
+        return with_sampled_groups(trained, places, len(self.rewards.names)) if self.resample_rounds else trained
 
     def _with_log_probs(self, batch: Batch) -> Batch:
         """Add the log-probabilities of the policy before the first step and of the reference, as needed. Collective."""
@@ -272,7 +300,10 @@ class GRPO(Task):
     def prepared_options(self) -> dict[str, object]:
         """See the base class."""
         kl = "with" if self.policy_loss.kl_beta else "without"
-        return {"group_size": self.group_size, "rewards": self.rewards.names, "reference": f"{kl} kl_beta"}
+        return {
+            "group_size": self.group_size, "rewards": self.rewards.names, "reference": f"{kl} kl_beta",
+            "resample_rounds": self.resample_rounds,
+        }  # fmt: skip
 
     def largest_batch(self, batch: Batch, /) -> Batch:
         """Completions of the maximum length."""
@@ -309,9 +340,10 @@ class GRPO(Task):
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
         """What the loss is divided by, and the numbers of completions, their tokens, and groups."""
         targets = batch["labels"] != IGNORE_INDEX
-        completions, tokens = int(targets.any(dim=1).sum()), int(targets.sum())
-        divisor = loss_divisor(self.normalise, completions, tokens, self.max_new_tokens)
-        return {"grpo": divisor, "completions": completions, "tokens": tokens, "groups": completions // self.group_size}
+        trained, tokens = int(targets.any(dim=1).sum()), int(targets.sum())
+        divisor = loss_divisor(self.normalise, trained, tokens, self.max_new_tokens)
+        completions, groups = len(batch["reward"]), len(batch["reward_std"])
+        return {"grpo": divisor, "trained": trained, "completions": completions, "tokens": tokens, "groups": groups}
 
     def tokens(self, counts: dict[str, float]) -> int:
         """Number of sampled tokens."""

@@ -25,9 +25,9 @@ from typing import Any
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.tokenizer.chat_template import ChatTemplate, with_system
 from bumblebee.tokenizer.tokenizer import Tokenizer
+from bumblebee.tokenizer.tool_call_format import ToolCallFormat
 from serve.api.errors import invalid, quoted
 from serve.api.schemas import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest, Message, TokenizeRequest, Tool
-from serve.api.tool_call_format import ToolCallFormat
 from serve.sampling_fields import REQUEST_NAMES
 
 # max_tokens of requests that omit it, unless the server sets max_new_tokens.

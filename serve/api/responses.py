@@ -18,11 +18,11 @@ from typing import Any
 
 from bumblebee.inference.request import RequestOutput, SampledToken
 from bumblebee.tokenizer.tokenizer import Tokenizer
+from bumblebee.tokenizer.tool_call_format import ToolCallFormat
+from bumblebee.tokenizer.tool_call_parser import ParsedCall, ToolCallParser
 from serve.api.prompt_logprobs import CompletionLogprobs, Logprobs, PromptLogprob, prompt_logprobs
 from serve.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from serve.api.token_names import TokenNames, finite
-from serve.api.tool_call_format import ToolCallFormat
-from serve.api.tool_call_parser import ParsedCall, ToolCallParser
 
 JSONObject = dict[str, Any]
 

@@ -170,6 +170,19 @@ class RewardedGRPO(GRPO):
         super().__init__(model, [odd_characters], **{"group_size": 3, "max_new_tokens": 5, **options})
 
 
+def odd_questions_only(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
+    """``odd_characters``, but 0 for every second question."""
+    rewards = odd_characters(prompts, completions, records)
+    return [reward * (record["answer"] // 4 % 2) for reward, record in zip(rewards, records, strict=True)]
+
+
+class PartlyRewardedGRPO(GRPO):
+    """GRPO of short completions, rewarded by ``odd_questions_only``."""
+
+    def __init__(self, model: Bumblebee, **options: Any) -> None:
+        super().__init__(model, [odd_questions_only], **{"group_size": 3, "max_new_tokens": 5, **options})
+
+
 class Noisy(LanguageModeling):
     """Draws from all random generators in each step, as dropout does: a resumed run must restore them."""
 

@@ -1,4 +1,4 @@
-"""DPO on two ranks trains like one rank, at every stage and with every kind of reference; so do reward models, KTO, students."""
+"""DPO on two ranks trains like one rank, at every stage, with every kind of reference; so do reward models, KTO, students."""
 
 from __future__ import annotations
 

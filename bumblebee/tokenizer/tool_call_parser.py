@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from bumblebee.tokenizer.assistant_mask import without_whitespace
 from bumblebee.tokenizer.special_token_guard import replace_surrogates
-from serve.api.tool_call_format import ToolCallFormat, name_and_arguments
+from bumblebee.tokenizer.tool_call_format import ToolCallFormat, name_and_arguments
 
 IN_STRING, OUTSIDE_STRING = re.compile(r'["\\]'), re.compile(r'["{}\[\]]')
 

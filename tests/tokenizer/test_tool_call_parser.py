@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from bumblebee.inference.detokenizer import Detokenizer
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from serve.api.tool_call_format import ToolCallFormat
-from serve.api.tool_call_parser import ParsedCall, ToolCallParser
+from bumblebee.tokenizer.tool_call_format import ToolCallFormat
+from bumblebee.tokenizer.tool_call_parser import ParsedCall, ToolCallParser
 
 NAMES = ["fly", "fly_home", "look-up"]
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in NAMES]
