@@ -144,6 +144,10 @@ class KTO(ReferencedTask):
             for batch, reference in zip(window, references, strict=True)
         ]
 
+    def prepare_windows(self, windows: list[list[Batch]], step: int, /) -> list[list[Batch]]:
+        """``prepare_step`` of each window. Collective."""
+        return [self.prepare_step(window, step) for window in windows]
+
     def largest_batch(self, batch: Batch, /) -> Batch:
         """The rows with the examples' own answers."""
         return {**_own(batch), "reference": torch.zeros(len(batch["desirable"])), "z0": torch.zeros(1)}
