@@ -31,6 +31,7 @@ from bumblebee.lora import LoRA
 from bumblebee.model import Bumblebee
 from bumblebee.models.loading import load_model
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.tasks.distillation import Distillation  # noqa: F401  (named by a job)
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.grpo import GRPO
 from bumblebee.tasks.kto import KTO
