@@ -7,11 +7,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 QUICK := runs/quickstart
+QUICK_RL := runs/quickstart_rl
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,bumblebee callbacks datamodules serve)))
 # An editable install has a fixed list of top-level packages. The marker's name contains them, so a new package reinstalls.
 INSTALLED := $(VENV)/.installed-$(subst $() $(),-,$(PACKAGES))
 
-.PHONY: help .venv quickstart test test-slow golden docs gpu gpus vendor lint types format clean
+.PHONY: help .venv quickstart quickstart-rl test test-slow golden docs gpu gpus vendor lint types format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## /\1	/p' Makefile
@@ -55,6 +56,15 @@ quickstart: .venv  ## train a small model on Python's own documentation in three
 	@echo "Chat with the model in a browser at http://127.0.0.1:8000, or in the terminal:"
 	@echo "  $(BIN)/bumblebee serve --config recipes/quickstart/serve.yaml"
 	@echo "  $(BIN)/bumblebee chat --model $(QUICK)/chat"
+
+# A model that has learnt sums from a careless teacher, then reinforcement learning with a Python function as the reward.
+quickstart-rl: .venv  ## teach a small model to add by reinforcement learning, from rewards alone
+	$(BIN)/python recipes/quickstart_rl/make_sums.py --output $(QUICK_RL)/data
+	$(BIN)/bumblebee tokenizer --files $(QUICK_RL)/data/tokenizer.txt --vocab_size 300 --output $(QUICK_RL)/tokenizer --overwrite
+	$(BIN)/bumblebee fit --config recipes/quickstart_rl/sft.yaml --overwrite
+	$(BIN)/bumblebee fit --config recipes/quickstart_rl/grpo.yaml --overwrite
+	@echo; $(BIN)/python recipes/quickstart_rl/show_rewards.py --runs $(QUICK_RL)
+	@echo; echo "Rewards during training: $(QUICK_RL)/grpo/loss.png, completions: $(QUICK_RL)/grpo/rollouts"
 
 # One process per core. The tests of a file run in the same process, since they share expensive fixtures. ARGS="-n 0": one process.
 SHARED := -n auto --dist loadfile

@@ -3,7 +3,8 @@
     submit(request) ... -> [ step() -> outputs ] while busy
 
 A step drops cancelled and expired requests, lets the scheduler choose tokens, the model runner compute them and the sampler
-choose the next ones. The engine is not thread-safe.
+choose the next ones. On a GPU the text of a step's tokens is made while the GPU computes the next step, and is part of that
+step's outputs; requests with stop strings, whose text decides whether they go on, have theirs at once. Not thread-safe.
 
 If a step raises, no sequence has advanced and no block that it wrote is registered, so the block pool stays consistent. Step
 again to retry, or ``reset`` to drop all requests and the cached blocks.
@@ -84,12 +85,14 @@ class GenerationEngine:
         self._states: dict[str, _RequestState] = {}
         self._cancelled: set[str] = set()
         self._outputs: list[RequestOutput] = []  # of the step being computed
+        self.defers_text = self.model_runner.kv_cache.device.type == "cuda"
+        self._without_text: list[tuple[_RequestState, SampledToken, FinishReason | None]] = []  # tokens of the step before
         self._counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "new_tokens", "steps"), 0)
 
     @property
     def busy(self) -> bool:
-        """Whether there are unfinished requests."""
-        return bool(self._states)
+        """Whether there are unfinished requests, or outputs that the next step returns."""
+        return bool(self._states or self._without_text)
 
     @property
     def cache_tokens(self) -> int:
@@ -136,8 +139,8 @@ class GenerationEngine:
         """Drop all requests without output, and all cached blocks."""
         for id in list(self._states):
             self._drop(id)
-        self._cancelled.clear()
-        self._outputs.clear()
+        for pending in (self._cancelled, self._outputs, self._without_text):
+            pending.clear()
         self.block_pool.reset()
 
     def step(self) -> list[RequestOutput]:
@@ -149,6 +152,8 @@ class GenerationEngine:
             self._advance(chunks, scored)
             for state, token in sampled:
                 self._append(state, token)
+        else:
+            self._make_text()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -171,6 +176,7 @@ class GenerationEngine:
         scores = PromptScores(prompt_logits, [id for _, id in owners], counts)
         states = [self._state(chunk) for chunk in chunks if chunk.samples]
         sampling = Sampling(logits, [state.sampler for state in states]) if states else None
+        self._make_text()  # of the step before, while the GPU computes
         scored, sampled = read_back(scores.tensors, sampling.tensors if sampling else ())
         prompt_tokens, tokens = scores.tokens(scored), sampling.tokens(sampled) if sampling else []
         return (
@@ -200,18 +206,36 @@ class GenerationEngine:
             self._finish(state, [], "", "length")
 
     def _append(self, state: _RequestState, token: SampledToken) -> None:
-        """Append a sampled token to its sequence and finish the request if it is the last."""
+        """Append a sampled token to its sequence, and release its blocks if it is the last. Its text may follow later."""
         sequence, params = state.sequence, state.sequence.request.params
         self._counts["new_tokens"] += 1
         sequence.token_ids.append(token.id)
-        is_stop = token.id in state.stop_ids
-        text = "" if is_stop and not params.include_stop_str_in_output else state.detokenizer.add(token.id)
-        if is_stop or state.detokenizer.stopped:
-            self._finish(state, [token], text, "stop")
-        elif len(sequence.token_ids) == sequence.max_length:
-            self._finish(state, [token], text, "length")
+        reason: FinishReason | None = "length" if len(sequence.token_ids) == sequence.max_length else None
+        if token.id in state.stop_ids:
+            reason = "stop"
+        if self.defers_text and not params.stop:
+            if reason is not None:
+                self._drop(sequence.request.id)
+            self._without_text.append((state, token, reason))
         else:
+            self._emit(state, token, reason)
+
+    def _make_text(self) -> None:
+        """Output the tokens whose text has been deferred."""
+        pending, self._without_text = self._without_text, []
+        for state, token, reason in pending:
+            self._emit(state, token, reason)
+
+    def _emit(self, state: _RequestState, token: SampledToken, reason: FinishReason | None) -> None:
+        """Output a token with its text, and finish the request if it is the last or completes a stop string."""
+        is_silent = token.id in state.stop_ids and not state.sequence.request.params.include_stop_str_in_output
+        text = "" if is_silent else state.detokenizer.add(token.id)
+        if state.detokenizer.stopped:
+            reason = "stop"
+        if reason is None:
             self._outputs.append(state.output(text, [token], None))
+        else:
+            self._finish(state, [token], text, reason)
 
     def _expired(self) -> list[str]:
         now = time.monotonic()
@@ -219,14 +243,17 @@ class GenerationEngine:
         return [id for id, deadline in deadlines if deadline is not None and deadline <= now]
 
     def _finish_all(self, ids: Iterable[str], reason: FinishReason) -> None:
-        for id in list(ids):
+        if ending := list(ids):
+            self._make_text()  # precedes their last outputs
+        for id in ending:
             self._finish(self._states[id], [], "", reason)
 
     def _finish(self, state: _RequestState, tokens: list[SampledToken], text: str, reason: FinishReason) -> None:
         """Emit the request's last output and release its blocks."""
         text += state.detokenizer.finish()
         self._outputs.append(state.output(text, tokens, reason))
-        self._drop(state.sequence.request.id)
+        if self._states.get(state.sequence.request.id) is state:
+            self._drop(state.sequence.request.id)
 
     def _drop(self, id: str) -> None:
         self.scheduler.remove(self._states.pop(id).sequence)

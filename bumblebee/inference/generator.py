@@ -28,6 +28,7 @@ from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.inference.sequence import blocks_needed, validate_prompt
 from bumblebee.models.base import LanguageModel
 from bumblebee.models.loading import load_model
+from bumblebee.nn.batch_invariant import is_batch_invariant
 from bumblebee.nn.quantized import Scheme
 from bumblebee.tokenizer.assistant_mask import Message
 from bumblebee.tokenizer.chat_template import Tool, with_system
@@ -119,11 +120,13 @@ class Generator:
         check_generates(folder)
         if device_map is None:
             model = load_model(folder, torch_dtype, process_group.pick_device(device), trust_remote_code, quantize)
-            prepack(model)
+            if not is_batch_invariant():
+                prepack(model)
         else:
             model = load_on_devices(folder, *available_devices(device_map, device), torch_dtype, trust_remote_code, quantize)
         use_fast_kernels(model)
-        fuse_projections(model)
+        if not is_batch_invariant():
+            fuse_projections(model)
         tokenizer = Tokenizer.from_pretrained(folder)
         generation_config = read_generation_config(folder)
         return cls(model, tokenizer, stop_ids_of(generation_config), default_sampling(generation_config))

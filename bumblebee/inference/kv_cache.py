@@ -21,8 +21,10 @@ from bumblebee.config import BumblebeeConfig
 from bumblebee.hardware.memory_stats import free_gpu_memory
 from bumblebee.inference.attention_metadata import AttentionMetadata, QuerySpan
 from bumblebee.inference.engine_config import EngineConfig
+from bumblebee.inference.invariant_attention import attend_invariant
 from bumblebee.inference.placement.device_map import layer_devices
 from bumblebee.models.base import LanguageModel
+from bumblebee.nn.batch_invariant import is_batch_invariant
 
 BLOCK_SIZE = 16  # positions per block
 GPU_MEMORY_FRACTION = 0.8  # of the free memory
@@ -64,6 +66,8 @@ class PagedLayerCache:
         """Tokens that the paged kernel does not compute: ``q`` (1, N, H, D), and their keys and values (n, K, D)."""
         self.keys.flatten(0, 1).index_copy_(0, self.metadata.slot_mapping, k)
         self.values.flatten(0, 1).index_copy_(0, self.metadata.slot_mapping, v)
+        if is_batch_invariant():
+            return attend_invariant(q[0], self.keys, self.values, self.metadata, window)
         metadata = self.metadata.windowed(window)
         outputs: list[Tensor] = []
         shared = 0  # decode tokens that share calls

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from bumblebee.nn import batch_invariant
 from bumblebee.nn.attention_kernels import KERNELS, AttentionMask, select_kernel
 from bumblebee.nn.rope import apply_rotary, apply_rotary_interleaved
 
@@ -90,7 +91,17 @@ class Attention(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, norms return fp32, in which flash-attn cannot run
         if cache is not None:
             out = cache.attend(q, k, v, self.window)
+        elif batch_invariant.is_batch_invariant():
+            out = batch_invariant.attention(q, k, v, self._visible(q, mask))
         else:
             dropout = self.dropout if self.training else 0.0
             out = KERNELS[select_kernel(self.kernel, q.dtype)](q, k, v, mask, self.window, dropout)
         return self.o_proj(out.flatten(-2))
+
+    def _visible(self, q: Tensor, mask: AttentionMask) -> Tensor:
+        """Which keys queries (B, T, H, D) attend to: (B or 1, T, T), for ``batch_invariant``."""
+        if not mask.is_causal:
+            raise ValueError("batch_invariant: does not support packed rows")
+        if self.dropout and self.training:
+            raise ValueError(f"batch_invariant: does not support attention_dropout, which is {self.dropout}")
+        return mask.dense(q.shape[1], q.shape[1], q.device, self.window)[:, 0]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from bumblebee.nn.batch_invariant import is_batch_invariant, keeping_mode
+
 # Operators whose results are kept while the rest of a block is recomputed: the attention itself, not its projections.
 ATTENTION_OPERATORS = (
     "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_efficient_attention",
@@ -54,6 +56,8 @@ class BlockForward:
         """The block's forward."""
         if any(kwargs.get(name) is not None for name in _CACHES) or len(args) > 3 and args[3] is not None:
             return self.plain(*args, **kwargs)
+        if self.mode is not None and is_batch_invariant():
+            raise ValueError("batch_invariant: does not support compiled blocks; remove the transform that compiles them")
         if self.mode is None:
             return _forward(self.plain, self.recompute, self.keep_attention, *args, **kwargs)
         if self._compiled is None:
@@ -73,6 +77,7 @@ def is_compiled(block: nn.Module) -> bool:
 def _forward(plain: Callable[..., Tensor], recompute: bool, keep_attention: bool, *args: object, **kwargs: object) -> Tensor:
     if not recompute or not torch.is_grad_enabled():
         return plain(*args, **kwargs)
+    plain = keeping_mode(plain)
     if keep_attention:
         return checkpoint(plain, *args, use_reentrant=False, context_fn=_contexts, **kwargs)  # type: ignore[arg-type]
     return checkpoint(plain, *args, use_reentrant=False, **kwargs)  # type: ignore[arg-type]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from bumblebee.nn.batch_invariant import is_batch_invariant, product
+
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Compute ``x @ weight[e].T`` for the rows of each expert e.
@@ -67,7 +69,10 @@ class _GroupedLinear(torch.autograd.Function):
 def _product(x: Tensor, weight: Tensor, bounds: list[tuple[int, slice]]) -> Tensor:
     out = x.new_empty(len(x), weight.shape[1])
     for expert, rows in bounds:
-        torch.mm(x[rows], weight[expert].T, out=out[rows])
+        if is_batch_invariant():
+            out[rows] = product(x[rows], weight[expert])
+        else:
+            torch.mm(x[rows], weight[expert].T, out=out[rows])
     return out
 
 

@@ -15,7 +15,10 @@ PANELS = (
         ShownMetric("rl/entropy", "entropy", axis="entropy (nats per token)"),
         ShownMetric("rl/logprob_drift", "drift", axis="log-probability drift"),
     ),
-    Panel(ShownMetric("rl/kl", "KL", axis="KL (nats per token)"), ShownMetric("rl/clipped", "clipped", fraction=True)),
+    Panel(
+        ShownMetric("rl/kl", "KL", axis="KL (nats per token)"),
+        ShownMetric("rl/clipped", "clipped", axis="share that is clipped"),
+    ),
 )
 HEADLINE = (
     _REWARD, _LENGTH, _TRUNCATED,

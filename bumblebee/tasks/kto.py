@@ -131,8 +131,11 @@ class KTO(ReferencedTask):
 
     # -- z0 and the reference, before a step ---------------------------------------------------------------------------
 
-    def prepare_step(self, window: list[Batch], step: int, /) -> list[Batch]:
+    def prepare_windows(self, windows: list[list[Batch]], step: int, /) -> list[list[Batch]]:
         """Keep the rows with the examples' own answers; add the reference's log-probabilities and z0. Collective."""
+        return [self._prepare(window) for window in windows]
+
+    def _prepare(self, window: list[Batch]) -> list[Batch]:
         assert self._run is not None, "begin has not been called"
         self._held_out_z0 = None
         engine = self._run.engine

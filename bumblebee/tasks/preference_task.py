@@ -73,7 +73,7 @@ class PreferenceTask(Task):
         check_predicts_tokens(self.model)
 
     def _check_pairs(self, data: DataModule, batch: Batch) -> None:
-        if len(batch["labels"]) != 2:
+        if len(batch["labels"]) != 2 or "desirable" in batch:  # labelled answers, for KTO, have two rows each as well
             name = type(data).__name__
             raise ValueError(
                 f"data: {type(self).__name__} needs pairs of responses, as from datamodules.Preferences; {name} has none"

@@ -31,6 +31,7 @@ from bumblebee.lora import LoRA
 from bumblebee.model import Bumblebee
 from bumblebee.models.loading import load_model
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.tasks.distillation import Distillation  # noqa: F401  (named by a job)
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.grpo import GRPO
 from bumblebee.tasks.kto import KTO
@@ -156,6 +157,28 @@ class Questions(Prompts):
     def setup(self, seed: int) -> None:
         super().setup(seed)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class ToolQuestions(Questions):
+    """Additions, with a chat template that takes few tokens."""
+
+    def __init__(self, samples: int = 11) -> None:
+        super().__init__(samples)
+        self.chat_template = f"{self.folder}/short.jinja"
+        Path(self.chat_template).write_text(SHORT_TEMPLATE, encoding="utf-8")
+
+
+SHORT_TEMPLATE = """
+{%- for tool in tools or [] %}{{ tool.function.name }}{% endfor %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role[0] + '\\n' + message.content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '<c>{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson + '}</c>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{{- '<|im_start|>a\\n' if add_generation_prompt }}
+"""
 
 
 def odd_characters(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:

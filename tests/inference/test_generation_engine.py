@@ -529,6 +529,34 @@ def fail_after_first_layer(model: Bumblebee):
     return forward
 
 
+def test_text_made_during_the_next_step_is_the_same(engine_of, naive):
+    """As on a GPU; outputs come a step later, except those of requests with stop strings."""
+
+    def outputs(defers_text: bool) -> dict[str, tuple[list[int], str, list[str]]]:
+        engine, results = engine_of(stop_ids=(47,), step_tokens=20), {}
+        engine.defers_text = defers_text
+        for number, prompt in enumerate(PROMPTS):
+            stop = ["M"] if number % 3 == 2 else []
+            engine.submit(EngineRequest(str(number), prompt, greedy(6 + number, stop=stop, ignore_eos=number % 2 == 0)))
+        engine.submit(EngineRequest("stopped", [1], greedy(40)))
+        engine.submit(EngineRequest("cancelled", [1], greedy(40, ignore_eos=True)))
+        steps = 0
+        while engine.busy:
+            if (steps := steps + 1) == 9:
+                engine.cancel("cancelled")
+            for output in engine.step():
+                results.setdefault(output.id, []).append(output)
+            check_blocks(engine)
+        return {
+            id: (ids(parts), "".join(part.text for part in parts), [part.finish_reason for part in parts if part.finish_reason])
+            for id, parts in results.items()
+        }
+
+    at_once, deferred = outputs(False), outputs(True)
+    assert deferred == at_once
+    assert {reason for _, _, reasons in deferred.values() for reason in reasons} == {"stop", "length", "cancelled"}
+
+
 def test_reset_drops_all_requests_and_blocks(engine_of, naive):
     engine = engine_of()
     for number, prompt in enumerate(PROMPTS):

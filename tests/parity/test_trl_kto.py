@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.training_runs import Labelled, small_model
+from helpers.training_runs import Labelled, Pairs, small_model
 from torch import nn
 
-from bumblebee import KTO
+from bumblebee import KTO, RewardModel
 from bumblebee.tasks.reference import FrozenReference
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -86,7 +86,7 @@ def test_loss_gradients_and_metrics_equal_trl(
     task = KTO(policy, **OPTIONS[name])
     task.reference_model = FrozenReference(reference.eval().requires_grad_(False))
     task._run = Run(policy)  # type: ignore[assignment]
-    (batch,) = task.prepare_step([data.collate(data.train)], 0)
+    ((batch,),) = task.prepare_windows([[data.collate(data.train)]], 0)
     counts = {key: float(count) for key, count in task.counts(batch).items()}
     sums = task.training_step(policy, batch)
     loss = task.total(sums, counts)
@@ -100,3 +100,15 @@ def test_loss_gradients_and_metrics_equal_trl(
     for key in set(means) - {"rewards/accuracies"}:
         assert means[key] == pytest.approx(trainer._metrics["train"][key][-1], rel=1e-4, abs=1e-6), key
     assert name.startswith("apo") or means["kl"] > 0.01
+
+
+def test_the_data_of_another_loss_is_refused() -> None:
+    labelled, pairs = Labelled(4), Pairs(4)
+    for each in (labelled, pairs):
+        each.setup(0)
+    with pytest.raises(
+        ValueError, match="RewardModel needs pairs of responses, as from datamodules.Preferences; Labelled has none"
+    ):
+        RewardModel(small_model(0)).setup(labelled)
+    with pytest.raises(ValueError, match="KTO needs labelled answers, as from datamodules.UnpairedPreferences; Pairs has none"):
+        KTO(small_model(0)).setup(pairs)

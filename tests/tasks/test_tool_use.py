@@ -15,7 +15,7 @@ import yaml
 from helpers.processes import ROOT
 from helpers.tool_call_templates import tokenizer_of
 from helpers.tool_functions import add, by_name
-from helpers.training_runs import Questions, ToolGRPO, small_model, train, weight_bytes
+from helpers.training_runs import ToolGRPO, ToolQuestions, small_model, train, weight_bytes
 from jsonargparse import ArgumentParser
 
 from bumblebee.inference.detokenizer import Detokenizer
@@ -247,7 +247,7 @@ def test_calls_that_hang_or_die_are_ended():
 def calling_model(tmp_path_factory) -> Path:
     """A folder of a tiny model that has learnt to call ``add`` and then to answer."""
     folder = tmp_path_factory.mktemp("calling") / "model"
-    questions, model = Questions(11), small_model(**MODEL)
+    questions, model = ToolQuestions(), small_model(**MODEL)
     questions.setup(0)
     use = tool_use(questions.tokenizer)
     rows = []
@@ -264,12 +264,12 @@ def calling_model(tmp_path_factory) -> Path:
         shifted = [token if target else IGNORE_INDEX for token, target in zip(row.ids[1:], row.target_mask[1:], strict=True)]
         labels[at, : len(shifted)] = torch.tensor(shifted)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(120):
+    for _ in range(100):
         loss = model(ids, labels=labels).sum() / (labels != IGNORE_INDEX).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.3
+    assert loss < 0.1
     model.save_pretrained(folder)
     return folder
 
@@ -278,7 +278,8 @@ def calling_model(tmp_path_factory) -> Path:
 def test_training_with_tools_is_exact_and_resumes(calling_model, tmp_path):
     """Log-probabilities of all turns are those that are trained; a resumed run samples the same conversations."""
     job: dict[str, Any] = {
-        "data": ("Questions", {}), "base": str(calling_model), "task": "ToolGRPO", "max_steps": 2,
+        "data": ("ToolQuestions", {}), "base": str(calling_model), "task": "ToolGRPO", "max_steps": 2,
+        "optimizer": ("AdamW", {"lr": 1e-4}),
         "callbacks": {"checkpoint": ("Checkpoint", {"every": 1, "keep": None})},
     }  # fmt: skip
     lines = train(tmp_path / "whole", **job)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bumblebee.inference.request import PromptToken
 from bumblebee.inference.transfers import upload
+from bumblebee.nn.batch_invariant import is_batch_invariant
 
 ROWS = 64  # rows of logits (V) that are converted to fp32 at a time
 
@@ -26,6 +27,9 @@ def token_logprobs(logits: Tensor, ids: Tensor, count: int) -> list[Tensor]:
         Log-probabilities (n,), and ids and log-probabilities of the most likely tokens, (n, count or V) each.
     """
     logits = logits.float()
+    if is_batch_invariant():
+        logits = logits.log_softmax(dim=-1)  # as in the loss
+        return [logits.gather(1, ids[:, None])[:, 0], *reversed(logits.topk(min(count, logits.shape[-1]), dim=-1))]
     total = logits.logsumexp(dim=-1, keepdim=True)
     own = (logits.gather(1, ids[:, None]) - total)[:, 0]
     top = logits.topk(min(count, logits.shape[-1]), dim=-1)
