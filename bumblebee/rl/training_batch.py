@@ -26,9 +26,17 @@ def training_batch(prompts: Sequence[tuple[int, list[int]]], groups: Sequence[Se
         advantages: of the completions: (G, group size).
 
     Returns:
-        input_ids, labels, position_ids and sampled_log_probs (R, T); advantages, reward and truncated (R,); rewards (R, F);
-        reward_std (G,).
+        What ``completion_rows`` returns (R, T); advantages, reward and truncated (R,); rewards (R, F); reward_std (G,).
     """
+    return {
+        **completion_rows(prompts, groups),
+        "advantages": advantages.flatten().float(),
+        **logged_of(groups, len(groups[0][0].rewards)),
+    }
+
+
+def completion_rows(prompts: Sequence[tuple[int, list[int]]], groups: Sequence[Sequence[Rollout]]) -> Batch:
+    """One row per completion, padded on the right: input_ids, labels, position_ids and sampled_log_probs (R, T)."""
     rows = [(ids, rollout) for (_, ids), group in zip(prompts, groups, strict=True) for rollout in group]
     shape = len(rows), max(len(ids) + len(rollout.tokens) for ids, rollout in rows) - 1
     input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
@@ -43,8 +51,6 @@ def training_batch(prompts: Sequence[tuple[int, list[int]]], groups: Sequence[Se
         "labels": labels,
         "position_ids": torch.arange(shape[1]).repeat(shape[0], 1),
         "sampled_log_probs": sampled,
-        "advantages": advantages.flatten().float(),
-        **logged_of(groups, len(rows[0][1].rewards)),
     }
 
 
