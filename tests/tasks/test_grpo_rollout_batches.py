@@ -103,8 +103,10 @@ def test_killed_in_the_middle_and_resumed_on_other_ranks(tmp_path):
     folders = {name: tmp_path / name for name in ("one", "two", "killed")}
     lines = train(folders["one"], **one)
     kill = {**one["callbacks"], "kill": ("KillIn", {"step": 3})}
-    (tmp_path / "jobs.json").write_text(json.dumps([{**one, "callbacks": kill, "folder": str(folders["killed"])}]))
-    killed = finish(start([str(TESTS / "helpers" / "run_jobs.py"), str(tmp_path)], env={"LOCAL_RANK": "0"}))
+    alone = tmp_path / "job"  # its store, which the killed process leaves behind, must not be that of the two ranks
+    alone.mkdir()
+    (alone / "jobs.json").write_text(json.dumps([{**one, "callbacks": kill, "folder": str(folders["killed"])}]))
+    killed = finish(start([str(TESTS / "helpers" / "run_jobs.py"), str(alone)], env={"LOCAL_RANK": "0"}))
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     shutil.copytree(folders["killed"], folders["two"])
 
