@@ -29,7 +29,7 @@ class ToolCaller:
         tools = [PythonTool(function) for function in functions]
         self._tools = {tool.name: tool for tool in tools}
         if len(self._tools) < len(tools):
-            raise ValueError(f"two tools have the same name: {', '.join(tool.name for tool in tools)}")
+            raise ValueError(f"tools: two tools have the same name: {', '.join(tool.name for tool in tools)}")
         if timeout is not None and not 0 < timeout < math.inf:
             raise ValueError(f"tool_timeout must be positive, or null for none; got {timeout}")
         if processes < 1:
@@ -87,13 +87,13 @@ def _pickled(tools: Sequence[PythonTool]) -> bytes:
         module = getattr(tool.function, "__module__", type(tool.function).__module__)
         if module == "__main__":
             raise ValueError(
-                f"{tool.name} is defined in the script that runs, which worker processes do not import; move it to a module,"
+                f"tools: {tool.name} is defined in the script that runs, which worker processes do not import; move it to a module,"
                 " or set tool_timeout to null"
             )
         try:
             pickle.dumps(tool)
         except Exception as error:
             raise ValueError(
-                f"{tool.name} cannot be sent to worker processes: {error}; set tool_timeout to null to call it in this one"
+                f"tools: {tool.name} cannot be sent to worker processes: {error}; set tool_timeout to null to call it in this one"
             ) from error
     return pickle.dumps(_Calls({tool.name: tool for tool in tools}))

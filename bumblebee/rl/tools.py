@@ -50,15 +50,15 @@ class PythonTool:
         call = function if inspect.isroutine(function) else type(function).__call__
         docstring = inspect.getdoc(function if inspect.isroutine(function) else type(function)) or ""
         if not docstring:
-            raise ValueError(f"{self.name} has no docstring, which tells the model what it does")
+            raise ValueError(f"tools: {self.name} has no docstring, which tells the model what it does")
         self._description, self._arguments = _parse_docstring(docstring)
         self._hints = get_type_hints(call)
         self._parameters = inspect.signature(function).parameters
         for name, parameter in self._parameters.items():
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                raise ValueError(f"{self.name}: parameter {str(parameter)!r} has no name that a call could set")
+                raise ValueError(f"tools: {self.name}: parameter {str(parameter)!r} has no name that a call could set")
             if name not in self._hints:
-                raise ValueError(f"{self.name}: parameter {name!r} has no type hint")
+                raise ValueError(f"tools: {self.name}: parameter {name!r} has no type hint")
         try:
             self._schema = self._model.model_json_schema()
         except PydanticUserError as error:
