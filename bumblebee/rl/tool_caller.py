@@ -87,13 +87,13 @@ def _pickled(tools: Sequence[PythonTool]) -> bytes:
         module = getattr(tool.function, "__module__", type(tool.function).__module__)
         if module == "__main__":
             raise ValueError(
-                f"tools: {tool.name} is defined in the script that runs, which worker processes do not import; move it to a module,"
-                " or set tool_timeout to null"
+                f"tools: {tool.name} is defined in the script that runs, which worker processes do not import; move it to a"
+                " module, or set tool_timeout to null"
             )
         try:
             pickle.dumps(tool)
         except Exception as error:
             raise ValueError(
-                f"tools: {tool.name} cannot be sent to worker processes: {error}; set tool_timeout to null to call it in this one"
+                f"tools: {tool.name} cannot be sent to worker processes: {error}; set tool_timeout to null"
             ) from error
     return pickle.dumps(_Calls({tool.name: tool for tool in tools}))
