@@ -47,20 +47,28 @@ def other_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory, other_model):
+def distant_model(tmp_path_factory):
+    """The folder of a model from which the policy differs so that KTO's z0 is above 0 in each step."""
+    folder = tmp_path_factory.mktemp("distant")
+    small_model(3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, other_model, distant_model):
     """The same steps on one rank."""
     folder = tmp_path_factory.mktemp("one")
     spread = {"micro_batch_size": 8, "accumulate": 1}
     runs = {"DPO": job(0, **spread), "AdaptedDPO": job(0, kind="AdaptedDPO", **spread)}
     runs["other"] = job(0, reference=str(other_model), **spread)
-    runs["kto"] = {**kto_job(0, other_model), **spread}
+    runs["kto"] = {**kto_job(0, distant_model), **spread}
     runs["reward"] = {**job(0, **spread), "task": REWARD}
     runs["student"] = {**job(0, **spread), "task": student(other_model)}
     return {name: (folder / name, train(folder / name, **one)) for name, one in runs.items()}
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, other_model):
+def two_ranks(tmp_path_factory, other_model, distant_model):
     folder = tmp_path_factory.mktemp("two")
     jobs = {f"{stage}": job(stage) for stage in (0, 1, 2, 3)}
     jobs |= {f"{stage} precomputed": job(stage, precompute=True, cache_dir=str(folder / f"cache-{stage}")) for stage in (1, 3)}
@@ -69,9 +77,9 @@ def two_ranks(tmp_path_factory, other_model):
     jobs["3 other precomputed"] = job(3, precompute=True, reference=str(other_model), cache_dir=str(folder / "cache-other"))
     jobs |= {f"{stage} reward": {**job(stage), "task": REWARD} for stage in (1, 3)}
     jobs |= {f"{stage} student": {**job(stage), "task": student(other_model)} for stage in (1, 3)}
-    jobs |= {f"{stage} kto": kto_job(stage, other_model) for stage in (1, 3)}
+    jobs |= {f"{stage} kto": kto_job(stage, distant_model) for stage in (1, 3)}
     cache = str(folder / "cache-kto")
-    jobs["3 kto precomputed"] = kto_job(3, other_model, precompute_reference=True, cache_dir=cache)
+    jobs["3 kto precomputed"] = kto_job(3, distant_model, precompute_reference=True, cache_dir=cache)
     jobs["3 until 2"] = job(3, callbacks={**EACH, "stop": ("StopAfter", {"step": 2, "rank": 1})}, folder="3 resumed")
     jobs["3 resumed"] = job(3, callbacks=EACH, folder="3 resumed", resume="auto")
     named = [{**one, "folder": str(folder / one.get("folder", name))} for name, one in jobs.items()]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.training_runs import Rows, small_model, train, weights
+from helpers.processes import run_jobs
+from helpers.training_runs import Questions, Rows, small_model, train, weight_bytes, weights
 
 from bumblebee import Distillation
 from bumblebee.models.load_context import load_context
@@ -88,6 +91,65 @@ def test_adapters_learn_from_a_teacher_at_stage_3(teacher, tmp_path):
     job = {"task": task, "base": str(tmp_path / "base"), "lora": {"rank": 8, "dropout": 0.0}, "data": {"samples": 4}}
     lines = train(tmp_path / "run", **job, max_steps=12, zero_stage=3, micro_batch_size=4, accumulate=1)
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+
+
+ON_POLICY = {"divergence": "reverse_kl", "max_new_tokens": 6, "samples_per_prompt": 2}
+PROMPTS = {"data": ("Questions", {}), "model": {"vocab_size": 300}, "max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def larger_teacher(tmp_path_factory):
+    """With the ids of the prompts' tokenizer."""
+    folder = tmp_path_factory.mktemp("larger")
+    small_model(1, hidden_size=48, initializer_range=0.2, vocab_size=320).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def questions():
+    data = Questions()
+    data.setup(0)
+    return data
+
+
+def test_the_student_samples_the_targets(larger_teacher, questions):
+    task = Distillation(small_model(0, vocab_size=300), larger_teacher, **ON_POLICY)
+    task.setup(questions)
+    task.begin_validation(torch.device("cpu"))
+    task.samples.run = SimpleNamespace(seed=1, engine=SimpleNamespace(whole_model=nullcontext))
+    batch = questions.collate(questions.train[:3])
+    ((first,),) = task.prepare_windows([[batch]], 0)
+    ((again,),), ((later,),) = task.prepare_windows([[batch]], 0), task.prepare_windows([[batch]], 1)
+    assert len(first["labels"]) == 6 and torch.equal(first["labels"], again["labels"])
+    assert not torch.equal(first["labels"], later["labels"])
+    counts = task.counts(first)
+    assert counts["loss"] == (first["labels"] != -100).sum() and counts["completions"] == 6
+    prompt = questions.train[0].ids
+    assert first["input_ids"][0, : len(prompt)].tolist() == prompt
+    assert first["labels"][0, len(prompt) - 1] != -100 and (first["labels"][0, : len(prompt) - 1] == -100).all()
+    assert [text.prompt for text in task.sampled_texts()] == [questions.train[0].question]
+    largest = task.largest_batch(batch)
+    assert task.completions_of(largest) == (6, max(len(sample.ids) for sample in questions.train[:3]) + 6)
+    assert task.training_step(task.model, first)["distill/length"] == counts["loss"]
+    with pytest.raises(ValueError, match="lm_weight needs labels"):
+        Distillation(task.model, larger_teacher, lm_weight=0.1).setup(questions)
+    with pytest.raises(ValueError, match=r"task\.max_new_tokens: 9000 and the longest prompt"):
+        Distillation(task.model, larger_teacher, max_new_tokens=9000).setup(questions)
+
+
+@pytest.mark.slow
+def test_on_policy_resumes_exactly_and_two_ranks_sample_alike(larger_teacher, tmp_path):
+    job = {"task": ("Distillation", {**ON_POLICY, "teacher": larger_teacher}), **PROMPTS}
+    saved = {"checkpoint": ("Checkpoint", {"every": 1, "keep": None})}
+    expected = train(tmp_path / "whole", **job, zero_stage=1)
+    train(tmp_path / "resumed", **job, zero_stage=1, callbacks={**saved, "stop": ("StopAfter", {"step": 2})})
+    train(tmp_path / "resumed", **job, zero_stage=1, callbacks=saved, resume="auto")
+    assert weight_bytes(tmp_path / "resumed") == weight_bytes(tmp_path / "whole")
+    two = {**job, "folder": str(tmp_path / "two"), "zero_stage": 3, "accumulate": 1, "building": True}
+    (result,) = run_jobs([two], 2, tmp_path, timeout=280)
+    for line, other in zip(result["metrics"], expected, strict=True):
+        assert line["distill/length"] == other["distill/length"]
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
 def test_the_teachers_logits_are_in_the_memory_estimate():
