@@ -38,10 +38,12 @@ def test_sampler_and_training_agree_bit_for_bit(run, tmp_path):
     assert all(line["grad_norm"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_without_it_they_differ(tmp_path):
     assert all(0 < line["rl/logprob_drift"] < 1e-4 for line in train(tmp_path, **{**JOB, "task": invariant(False)}))
 
 
+@pytest.mark.slow
 def test_adapters_agree_bit_for_bit(tmp_path):
     small_model(**MODEL).save_pretrained(tmp_path / "base")
     adapted = {"base": str(tmp_path / "base"), "lora": {"rank": 4, "alpha": 64, "dropout": 0.0}, "task": invariant()}
