@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/grpo.py [rounds] [--precision fp32] [--count] [--tiny]
 
-25 M parameters with a vocabulary of 4,096. A step has 8 prompts of about 100 tokens, 8 completions of each of at most 128
+25 M parameters with a vocabulary of 4,096. A step has 8 prompts of about 110 tokens, 8 completions of each of at most 128
 tokens, and 4 micro-batches of 16 rows. The weights are random, so completions end by chance: every 48th token ends one, and
 their lengths are geometric with a mean of about 45. Both train in the same precision; TRL's default is bf16, in which it keeps
 fp32 weights and samples from them. ``--count`` prints the work alone, ``--tiny`` runs everything on a tiny model.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bumblebee.model import Bumblebee
     from bumblebee.models.huggingface import HuggingFaceModel
     from bumblebee.tasks.cpo import CPO
+    from bumblebee.tasks.distillation import Distillation
     from bumblebee.tasks.dpo import DPO
     from bumblebee.tasks.grpo import GRPO
     from bumblebee.tasks.kto import KTO
@@ -37,6 +38,7 @@ _HOME = {
     "Callback": "bumblebee.callback",
     "DPO": "bumblebee.tasks.dpo",
     "DataModule": "bumblebee.datamodule",
+    "Distillation": "bumblebee.tasks.distillation",
     "GRPO": "bumblebee.tasks.grpo",
     "Generator": "bumblebee.inference.generator",
     "HuggingFaceModel": "bumblebee.models.huggingface",
@@ -58,6 +60,7 @@ __all__ = [
     "Callback",
     "DPO",
     "DataModule",
+    "Distillation",
     "GRPO",
     "Generator",
     "HuggingFaceModel",

@@ -190,19 +190,23 @@ class Generator:
         return self.complete(self._requests(prompts, params))
 
     def complete(
-        self, requests: Sequence[EngineRequest], progress: Callable[[int], object] = lambda count: None
+        self,
+        requests: Sequence[EngineRequest],
+        progress: Callable[[int], object] = lambda count: None,
+        engine: GenerationEngine | None = None,
     ) -> list[Completion]:
         """Run requests with different ids to their end; the completions are in the order of the requests.
 
         Args:
             requests: the requests.
             progress: called with the number of completions that have just been finished, like ``tqdm.update``.
+            engine: that runs them, with what its KV cache holds; None for a new one.
 
         Raises:
             ValueError: a request can never run.
         """
         completions = {request.id: Completion("", [], "length") for request in requests}
-        for output in self.outputs(requests):
+        for output in self.outputs(requests, engine):
             completions[output.id].add(output)
             if output.finish_reason is not None:
                 progress(1)
@@ -218,7 +222,7 @@ class Generator:
         """
         yield from (output.text for output in self.outputs(self._requests([prompt], params)) if output.text)
 
-    def outputs(self, requests: Sequence[EngineRequest]) -> Iterator[RequestOutput]:
+    def outputs(self, requests: Sequence[EngineRequest], engine: GenerationEngine | None = None) -> Iterator[RequestOutput]:
         """Run requests to their end, yielding what each engine step produces.
 
         Only a part of them is in the engine at any time, since each takes memory there.
@@ -226,7 +230,7 @@ class Generator:
         Raises:
             ValueError: a request can never run.
         """
-        engine, waiting = self._engine_for(requests), iter(requests)
+        engine, waiting = engine or self.engine_for(requests), iter(requests)
         for request in islice(waiting, 2 * engine.scheduler.max_running):
             engine.submit(request)
         while engine.busy:
@@ -252,7 +256,7 @@ class Generator:
                 raise ValueError(f"{place}{error}") from None
         return requests
 
-    def _engine_for(self, requests: Sequence[EngineRequest]) -> GenerationEngine:
+    def engine_for(self, requests: Sequence[EngineRequest]) -> GenerationEngine:
         """An engine whose KV cache is no larger than these requests can fill."""
         config, max_positions = EngineConfig(), self.model.config.max_position_embeddings
         needs = sorted((blocks_needed(request, max_positions, BLOCK_SIZE) for request in requests), reverse=True)

@@ -86,7 +86,7 @@ def softmax_logits(device_type: str) -> int:
     return SOFTMAX_LOGITS.get(device_type, SOFTMAX_LOGITS["cuda"])
 
 
-def _cut(rows: int, size: int) -> list[slice]:
+def row_slices(rows: int, size: int) -> list[slice]:
     """Consecutive slices of at most ``size`` rows."""
     return [slice(first, min(first + size, rows)) for first in range(0, rows, max(size, 1))]
 
@@ -97,7 +97,7 @@ def _losses(logits: Tensor, labels: Tensor, scale: Tensor | None, to_gradients: 
     With ``to_gradients``, the logits are overwritten by their gradients, multiplied by ``scale`` (rows,).
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    for rows in _cut(len(logits), max(1, softmax_logits(logits.device.type) // logits.shape[1])):
+    for rows in row_slices(len(logits), max(1, softmax_logits(logits.device.type) // logits.shape[1])):
         logs = torch.log_softmax(logits[rows], dim=-1, dtype=torch.float32)
         losses[rows] = -logs.gather(1, labels[rows, None])[:, 0]
         if to_gradients:
@@ -106,7 +106,7 @@ def _losses(logits: Tensor, labels: Tensor, scale: Tensor | None, to_gradients: 
     return losses
 
 
-class _Gradients:
+class ChunkGradients:
     """Gradients of hidden states and weight, accumulated chunk by chunk; only those that autograd needs."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, needed: tuple[bool, bool]) -> None:
@@ -138,7 +138,7 @@ class _Context(FunctionCtx):
     saved_tensors: tuple[Tensor, Tensor, Tensor]  # hidden, weight and labels
     needs_input_grad: tuple[bool, bool, bool, bool, bool, bool]
     positions: Positions | None
-    gradients: _Gradients | None
+    gradients: ChunkGradients | None
     weighting: LossWeighting
 
 
@@ -149,8 +149,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         positions: Positions | None,
     ) -> Tensor:  # fmt: skip
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        gradients = _Gradients(hidden, weight, ctx.needs_input_grad[:2]) if eager_gradients else None
-        for rows in _cut(len(hidden), chunk_rows(hidden.device.type)):
+        gradients = ChunkGradients(hidden, weight, ctx.needs_input_grad[:2]) if eager_gradients else None
+        for rows in row_slices(len(hidden), chunk_rows(hidden.device.type)):
             logits = hidden[rows] @ weight.T
             losses[rows] = _losses(logits, labels[rows], None, to_gradients=eager_gradients)
             if gradients is not None:
@@ -168,8 +168,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place below, so used once
         uniform = ctx.weighting.uniform = is_uniform(grad)
         if gradients is None or not uniform:
-            gradients = _Gradients(hidden, weight, ctx.needs_input_grad[:2])
-            for rows in _cut(len(hidden), chunk_rows(hidden.device.type)):
+            gradients = ChunkGradients(hidden, weight, ctx.needs_input_grad[:2])
+            for rows in row_slices(len(hidden), chunk_rows(hidden.device.type)):
                 logits = hidden[rows] @ weight.T
                 _losses(logits, labels[rows], None if uniform else grad[rows], to_gradients=True)
                 gradients.add(rows, logits)

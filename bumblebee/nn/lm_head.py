@@ -1,15 +1,22 @@
 """The language-modeling head: logits, or the loss of each target.
 
-The loss is computed inside the head's forward because under ZeRO-3 the head's weight is gathered only there.
+The loss is computed inside the head's forward because under ZeRO-3 the head's weight is gathered only there. A task with
+another loss of the targets' logits replaces it by ``LMHead.computing``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from bumblebee.nn.linear_cross_entropy import LossWeighting, Positions, linear_cross_entropy
 from bumblebee.nn.targets import select_rows, target_index
+
+# Of hidden states (N, D), the weight (V, D) and labels (N,), in this order, where N is the number of targets.
+TargetLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class LMHead(nn.Linear):
@@ -19,6 +26,8 @@ class LMHead(nn.Linear):
         hidden_size: width of the input.
         vocab_size: number of logits.
     """
+
+    target_loss: TargetLoss | None = None  # instead of token losses, see ``computing``
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__(hidden_size, vocab_size, bias=False)
@@ -30,6 +39,20 @@ class LMHead(nn.Linear):
         if type(layer) is nn.Linear and layer.bias is None:
             layer.__class__ = cls
             layer.weighting = LossWeighting()
+
+    @classmethod
+    def find(cls, model: nn.Module) -> LMHead | None:
+        """The head of a model; None if it has another kind of head."""
+        return next((module for module in model.modules() if isinstance(module, cls)), None)
+
+    @contextmanager
+    def computing(self, loss: TargetLoss) -> Iterator[None]:
+        """Inside, a forward pass with labels returns what ``loss`` returns."""
+        self.target_loss = loss
+        try:
+            yield
+        finally:
+            del self.target_loss
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return logits, or token losses if labels are passed.
@@ -49,6 +72,8 @@ class LMHead(nn.Linear):
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             targets, weight = targets.to(dtype), weight.to(dtype)
-        positions = Positions(index, labels.numel())
-        losses = linear_cross_entropy(targets, weight, labels.flatten().index_select(0, index), self.weighting, positions)
+        target_labels = labels.flatten().index_select(0, index)
+        if self.target_loss is not None:
+            return self.target_loss(targets, weight, target_labels)
+        losses = linear_cross_entropy(targets, weight, target_labels, self.weighting, Positions(index, labels.numel()))
         return losses.view(labels.shape)

@@ -130,6 +130,7 @@ class BatchShape:
         targets: tokens with a label.
         kernel: attention kernel: "naive", "sdpa", "varlen", "flash" or "flash3".
         packed: a row may hold several documents, for which "sdpa" needs a mask.
+        heads: LM heads whose logits are in memory at the same time; two in distillation.
     """
 
     rows: int
@@ -137,6 +138,7 @@ class BatchShape:
     targets: int
     kernel: str = "sdpa"
     packed: bool = True
+    heads: int = 1
 
 
 @dataclass(frozen=True)
@@ -295,5 +297,5 @@ def _lm_head_bytes(c: TransformerConfig, setup: TrainingSetup, batch: BatchShape
     s = 2 if setup.precision != "fp32" else 4
     rows = min(chunk_rows(setup.device), batch.targets)
     in_fp32 = 4 * min(rows * c.vocab_size, softmax_logits("cuda")) if setup.device == "cuda" else 0
-    logits = rows * c.vocab_size * s + in_fp32
+    logits = batch.heads * rows * c.vocab_size * s + in_fp32
     return logits + (4 + s) * c.vocab_size * c.hidden_size + 2 * s * batch.targets * c.hidden_size

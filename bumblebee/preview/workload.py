@@ -99,7 +99,7 @@ class Workload:
         rows, length = self.batch["input_ids"].shape
         targets = int((self.batch["labels"] != IGNORE_INDEX).sum())
         packed = not Documents.find(self.batch["position_ids"]).one_per_row
-        shape = BatchShape(rows, length, targets, self.attention_kernel or "sdpa", packed)
+        shape = BatchShape(rows, length, targets, self.attention_kernel or "sdpa", packed, self.task.heads)
         sampling = None if self.completions is None else SamplingShape(*self.completions)
         return estimate_memory(self.model_size, self.setup(ranks), shape, self.frozen_models, sampling)
 
@@ -125,8 +125,10 @@ class Workload:
         """FLOPs of one rank in a micro-batch like the largest one."""
         rows, length = self.batch["input_ids"].shape
         per_token = flops.weight_flops_per_token(self.model) + flops.attention_flops_per_token(self.model, length)
-        has_reference = self.frozen_models or getattr(self.task, "reference", None) == "adapters_off"
-        return rows * length * per_token * (4 / 3 if has_reference else 1.0)  # the reference has a forward pass only
+        sizes = [other.parameters / self.model_size.parameters for other in self.frozen_models]
+        if getattr(self.task, "reference", None) == "adapters_off":
+            sizes = [1.0]
+        return rows * length * per_token * (1 + sum(sizes) / 3)  # a frozen model has a forward pass only
 
     @cached_property
     def peak_flops(self) -> float:

@@ -149,7 +149,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def name_of(reward: RewardFunction) -> str:
+def name_of(reward: Callable[..., object]) -> str:
     """Name of a function, or of the class of an object."""
     return getattr(reward, "__name__", type(reward).__name__)
 

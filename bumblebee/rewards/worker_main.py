@@ -1,5 +1,7 @@
 """The program of a reward's worker process: unpickles the reward, then scores one completion after another.
 
+Tools run in such processes, too: whatever object has a method ``reply`` is called with one item after another.
+
 Nothing is read from stdin, and stdout is the parent's stderr: what the reward or its child processes read and print does not
 mix with the messages, which go through a connection of their own.
 """
@@ -12,6 +14,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Protocol, runtime_checkable
 
 from bumblebee.rewards.reward import (
     CompletionError,
@@ -32,18 +35,26 @@ class Reply:
     """What became of a completion, or of the start of a worker.
 
     Args:
-        value: its reward; None if there is none.
+        value: its reward, or the result of a tool; None if there is none.
         what: happened instead, followed by a preposition.
         detail: such as the exception.
         timed_out: whether it took too long.
         invalid: whether the reward returned what is no reward.
     """
 
-    value: float | Failure | None = None
+    value: float | Failure | str | None = None
     what: str = ""
     detail: str = ""
     timed_out: bool = False
     invalid: bool = False
+
+
+@runtime_checkable
+class Job(Protocol):
+    """What worker processes may do besides scoring."""
+
+    def reply(self, item: object, /) -> Reply:
+        """Do it for one item."""
 
 
 def main() -> None:
@@ -56,16 +67,16 @@ def main() -> None:
     reward = _load(connection)
     while reward is not None:
         try:
-            each: RewardInput = connection.recv()
+            each: object = connection.recv()
         except EOFError:
             return
         connection.send(reply_to(reward, each))
 
 
-def _load(connection: Connection) -> RewardFunction | None:
+def _load(connection: Connection) -> RewardFunction | Job | None:
     """Receive the reward, and say whether this has worked."""
     try:
-        reward: RewardFunction = pickle.loads(connection.recv_bytes())
+        reward: RewardFunction | Job = pickle.loads(connection.recv_bytes())
     except EOFError:
         return None
     except Exception as error:
@@ -75,8 +86,11 @@ def _load(connection: Connection) -> RewardFunction | None:
     return reward
 
 
-def reply_to(reward: RewardFunction, each: RewardInput) -> Reply:
-    """Score a completion."""
+def reply_to(reward: RewardFunction | Job, each: object) -> Reply:
+    """Score a completion, or do another job."""
+    if isinstance(reward, Job):
+        return reward.reply(each)
+    assert isinstance(each, RewardInput)
     try:
         (value,) = score_all(reward, [each])
     except CompletionError as error:

@@ -21,7 +21,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from bumblebee.rewards import group_reaper
-from bumblebee.rewards.reward import RewardError, RewardInput
+from bumblebee.rewards.reward import RewardError
 from bumblebee.rewards.worker_main import ENTRY_POINT, Reply
 
 START_LIMIT = 300.0  # seconds to import the reward's module
@@ -32,7 +32,7 @@ class WorkerProcesses:
     """Processes that score completions. They start with the first completions, and stay until the object is deleted.
 
     Args:
-        reward: pickled.
+        reward: pickled; or another job, with the items that it takes instead of completions.
         processes: how many.
         timeout: seconds for one completion.
     """
@@ -45,7 +45,7 @@ class WorkerProcesses:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_workers": [], "_reaper": None}  # a copy starts its own
 
-    def replies(self, inputs: Sequence[RewardInput]) -> Iterator[tuple[int, Reply]]:
+    def replies(self, inputs: Sequence[object]) -> Iterator[tuple[int, Reply]]:
         """Yield (index, reply) of each completion, in the order in which they are done.
 
         If the caller stops before the end, the workers are killed.
@@ -61,7 +61,7 @@ class WorkerProcesses:
             if not complete:
                 _kill(self._workers, os.getpid())
 
-    def _run(self, waiting: deque[tuple[int, RewardInput]]) -> Iterator[tuple[int, Reply]]:
+    def _run(self, waiting: deque[tuple[int, object]]) -> Iterator[tuple[int, Reply]]:
         unfinished = len(waiting)
         while unfinished:
             while len(self._workers) < min(self._processes, unfinished):
@@ -145,7 +145,7 @@ class _Worker:
         """Whether it can take a completion."""
         return not self._starting and self.index is None
 
-    def start(self, index: int, each: RewardInput, timeout: float) -> None:
+    def start(self, index: int, each: object, timeout: float) -> None:
         """Send a completion."""
         self.index, self._limit, self.deadline = index, timeout, time.monotonic() + timeout
         with suppress(BrokenPipeError, ConnectionResetError):

@@ -17,7 +17,13 @@ policy from the reference, with x = log(p_reference / p) (http://joschu.net/blog
     k1    -x                  k2    x^2 / 2                  k3    exp(x) - x - 1
 
 The gradient of these averages is not that of the divergence: that of k1 is 0 on average. With ``kl_correction`` they are
-multiplied by r, so that it is (arXiv 2512.02556).
+multiplied by r, so that it is (arXiv 2512.02556). Token losses are added up in one of these ways:
+
+    sequence    mean over completions of the mean over a completion's tokens        GRPO, arXiv 2402.03300
+    token       mean over the tokens of all completions of the step                 DAPO
+    constant    sum / (completions * max_new_tokens)                                Dr. GRPO, arXiv 2503.20783
+    sum         mean over completions of the sum over a completion's tokens         RLOO, arXiv 2402.14740
+
 Shapes: R completions (rows), T positions.
 """
 
@@ -165,7 +171,7 @@ class PolicyLoss:
         Args:
             off_policy: whether several steps are taken on a rollout batch.
         """
-        of_ratio = "tokens" if self.ratio == "token" else "completions"
+        of_ratio = "tokens" if self.ratio == "token" else "trained"
         clipped = [] if self.surrogate == "sapo" else ["rl/clipped", "rl/clipped_low", "rl/clipped_high"]
         return {
             **dict.fromkeys(["rl/logprob_drift", "rl/entropy", *(["rl/kl"] if self.kl_beta else [])], "tokens"),

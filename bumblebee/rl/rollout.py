@@ -44,12 +44,16 @@ class Rollout:
 
     Args:
         prompt: index of the prompt in the data.
-        tokens: ids of the completion, with the token that ended it.
+        tokens: ids that were sampled, with the token that ended the completion.
         log_probs: their log-probabilities when they were sampled.
         text: the completion as text, without special tokens.
-        truncated: whether it was cut at the maximum number of tokens.
+        truncated: whether it was cut, such as at the maximum number of tokens.
         rewards: of each reward function.
         reward: their weighted sum.
+        inserted: (number of ``tokens`` before them, ids) of what follows a turn that calls tools: their results, and the
+            beginning of the next turn.
+        turns: the messages after the prompt, as in the OpenAI API; empty without tools.
+        tool_errors: calls that failed.
     """
 
     prompt: int
@@ -59,6 +63,19 @@ class Rollout:
     truncated: bool = False
     rewards: list[float] = field(default_factory=list)
     reward: float = 0.0
+    inserted: list[tuple[int, list[int]]] = field(default_factory=list)
+    turns: list[Message] = field(default_factory=list)
+    tool_errors: int = 0
+
+    @property
+    def sequence(self) -> tuple[list[int], list[int]]:
+        """All ids after the prompt, and the positions of ``tokens`` among them."""
+        ids, positions, at = list[int](), list[int](), 0
+        for end, between in [*self.inserted, (len(self.tokens), [])]:
+            positions += range(len(ids), len(ids) + end - at)
+            ids += [*self.tokens[at:end], *between]
+            at = end
+        return ids, positions
 
     @classmethod
     def of(cls, prompt: int, completion: Completion) -> Rollout:

@@ -78,5 +78,6 @@ def _line(step: int, names: Sequence[str], scored: ScoredRollout) -> str:
         "step": step, "place": question.place, "prompt": question.question, "completion": rollout.text,
         "reward": rollout.reward, **dict(zip(names, rollout.rewards, strict=True)),
         "advantage": scored.advantage, "tokens": len(rollout.tokens), "truncated": rollout.truncated,
+        **({"turns": rollout.turns} if rollout.turns else {}),
     }  # fmt: skip
     return json.dumps(line, ensure_ascii=False) + "\n"

@@ -26,25 +26,32 @@ def training_batch(prompts: Sequence[tuple[int, list[int]]], groups: Sequence[Se
         advantages: of the completions: (G, group size).
 
     Returns:
-        input_ids, labels, position_ids and sampled_log_probs (R, T); advantages, reward and truncated (R,); rewards (R, F);
-        reward_std (G,).
+        What ``completion_rows`` returns (R, T); advantages, reward and truncated (R,); rewards (R, F); reward_std (G,).
     """
-    rows = [(ids, rollout) for (_, ids), group in zip(prompts, groups, strict=True) for rollout in group]
-    shape = len(rows), max(len(ids) + len(rollout.tokens) for ids, rollout in rows) - 1
+    return {
+        **completion_rows(prompts, groups),
+        "advantages": advantages.flatten().float(),
+        **logged_of(groups, len(groups[0][0].rewards)),
+    }
+
+
+def completion_rows(prompts: Sequence[tuple[int, list[int]]], groups: Sequence[Sequence[Rollout]]) -> Batch:
+    """One row per completion, padded on the right: input_ids, labels, position_ids and sampled_log_probs (R, T)."""
+    rollouts = [rollout for group in groups for rollout in group]
+    rows = [(ids, *rollout.sequence) for (_, ids), group in zip(prompts, groups, strict=True) for rollout in group]
+    shape = len(rows), max(len(ids) + len(completion) for ids, completion, _ in rows) - 1
     input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
     sampled = torch.zeros(shape, dtype=torch.float32)
-    for row, (ids, rollout) in enumerate(rows):
-        begin, end = len(ids) - 1, len(ids) + len(rollout.tokens) - 1
-        input_ids[row, :end] = torch.tensor([*ids, *rollout.tokens][:-1])
-        labels[row, begin:end] = torch.tensor(rollout.tokens)
-        sampled[row, begin:end] = torch.tensor(rollout.log_probs)
+    for row, ((ids, completion, positions), rollout) in enumerate(zip(rows, rollouts, strict=True)):
+        input_ids[row, : len(ids) + len(completion) - 1] = torch.tensor([*ids, *completion][:-1])
+        targets = torch.tensor(positions, dtype=torch.int64) + len(ids) - 1  # the position before each sampled token
+        labels[row, targets] = torch.tensor(rollout.tokens)
+        sampled[row, targets] = torch.tensor(rollout.log_probs)
     return {
         "input_ids": input_ids,
         "labels": labels,
         "position_ids": torch.arange(shape[1]).repeat(shape[0], 1),
         "sampled_log_probs": sampled,
-        "advantages": advantages.flatten().float(),
-        **logged_of(groups, len(rows[0][1].rewards)),
     }
 
 

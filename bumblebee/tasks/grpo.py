@@ -43,6 +43,8 @@ from bumblebee.rl.rollout_files import ScoredRollout, best_and_worst, write_roll
 from bumblebee.rl.rollout_meter import RolloutMeter
 from bumblebee.rl.sampled_text import SampledText
 from bumblebee.rl.scoring import WeightedRewards
+from bumblebee.rl.tool_meter import ToolMeter
+from bumblebee.rl.tool_use import tool_use_of
 from bumblebee.rl.training_batch import completion_sums, prompts_of, training_batch, without_completions
 from bumblebee.tasks.pair_log_probs import token_log_probs
 from bumblebee.tasks.reference import FrozenReference, PolicyReference, evaluation_mode
@@ -88,6 +90,10 @@ class GRPO(Task):
         resample_rounds: how often a step may sample groups of further prompts in place of groups with equal rewards, which are
             then left out of the loss; 0 trains on all groups (docs/rl.md).
         batch_invariant: sample and train with log-probabilities that are equal bit for bit, which is slower (docs/rl.md).
+        tools: Python functions, by path, that the model may call in completions (docs/rl.md); null for none.
+        max_turns: with tools, maximum number of turns of a completion; the last one's calls are not made.
+        tool_timeout: seconds for one call, in a worker process; null calls tools in the training process, without a limit.
+        tool_processes: worker processes on each rank.
 
     Raises:
         ValueError: a number out of range.
@@ -120,12 +126,18 @@ class GRPO(Task):
         reference: str = "auto",
         resample_rounds: int = 0,
         batch_invariant: bool = False,
+        tools: list[Callable[..., object]] | None = None,
+        max_turns: int = 4,
+        tool_timeout: float | None = 30.0,
+        tool_processes: int = 4,
     ) -> None:
         self.model, self.transforms = model, apply_transforms(model, transforms)
         self.rewards = WeightedRewards(rewards, reward_weights)
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
         self.advantages, self.normalise, self.keep_rollouts = advantages, normalise, keep_rollouts
         self.resample_rounds, self.batch_invariant = resample_rounds, batch_invariant
+        self.tool_use = tool_use_of(tools, max_turns, tool_timeout, tool_processes)
+        self._tool_meter = ToolMeter()
         self.steps_per_rollout, self.rollout_epochs = steps_per_rollout, rollout_epochs
         self.policy_loss = PolicyLoss(
             surrogate, ratio, clip, clip_high, sapo_temperatures, importance_cap, kl_beta, kl_estimator, kl_correction
@@ -191,12 +203,16 @@ class GRPO(Task):
         self._questions: dict[int, Question] = {each.index: each for each in samples}
         self._pool = [sample.index for sample in data.train]
         self._tokenizer, self._stop_ids = data.tokenizer, data.stop_ids
-        longest = max(samples, key=lambda sample: len(sample.ids))
+        if self.tool_use is not None:
+            self.tool_use.set_up(data.tokenizer)
+        self._prompts = {each.index: self.tool_use.prompt_ids(each) if self.tool_use else each.ids for each in samples}
+        longest = max(samples, key=lambda sample: len(self._prompts[sample.index]))
+        tokens = len(self._prompts[longest.index])
         positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", math.inf)
-        if len(longest.ids) + self.max_new_tokens > positions:
+        if tokens + self.max_new_tokens > positions:
             raise ValueError(
-                f"task.max_new_tokens: {self.max_new_tokens} and the longest prompt's {len(longest.ids)} tokens"
-                f" ({longest.place}) exceed the model's {positions} positions; set a smaller max_new_tokens or data.max_length"
+                f"task.max_new_tokens: {self.max_new_tokens} and the longest prompt's {tokens} tokens ({longest.place}) exceed"
+                f" the model's {positions} positions; set a smaller max_new_tokens or data.max_length"
             )
 
     def begin(self, run: RunContext, /) -> None:
@@ -219,6 +235,7 @@ class GRPO(Task):
         return {
             "rewards": str(self.rewards), "groups": groups, "advantages": self.advantages, "normalised by": self.normalise,
             **({"steps": steps, "loss": str(self.policy_loss)} if self.off_policy else {}),
+            **({"tools": str(self.tool_use)} if self.tool_use else {}),
             **({"KL": kl} if self.policy_loss.kl_beta else {}),
         }  # fmt: skip
 
@@ -258,12 +275,13 @@ class GRPO(Task):
             groups = self._sample([self._prompt(index) for index in prompts], params)
         rollouts = flat(groups)
         self._meter.add([len(rollout.tokens) for rollout in rollouts])
+        self._tool_meter.add(rollouts)
         with self._meter.timed("rewards"):
             self.rewards.score(rollouts, [self._questions[rollout.prompt] for rollout in rollouts])
         return groups
 
     def _prompt(self, index: int) -> tuple[int, list[int]]:
-        return index, self._questions[index].ids
+        return index, self._prompts[index]
 
     def _keep(self, places: Sequence[Place], advantages: Tensor, step: int) -> None:
         """Keep the completions for ``sampled_texts`` and in output_dir/rollouts; 0 is the advantage of those not trained on."""
@@ -316,7 +334,7 @@ class GRPO(Task):
 
     def largest_batch(self, batch: Batch, /) -> Batch:
         """Completions of the maximum length."""
-        prompts, blank = prompts_of(batch), [0] * self.max_new_tokens
+        prompts, blank = [self._prompt(index) for index, _ in prompts_of(batch)], [0] * self.max_new_tokens
         rewards = [0.0] * len(self.rewards.names)
         groups = [
             [Rollout(index, blank, [0.0] * len(blank), rewards=rewards) for _ in range(self.group_size)] for index, _ in prompts
@@ -339,6 +357,8 @@ class GRPO(Task):
         whole = nullcontext() if self._run is None else self._run.engine.whole_model()
         with whole, evaluation_mode(self.model), batch_invariant(self.batch_invariant):
             generator = Generator(self.model, self._tokenizer, self._stop_ids)  # type: ignore[arg-type]
+            if self.tool_use is not None:
+                return self.tool_use.sample(generator, [(self._questions[index], ids) for index, ids in prompts], params)
             return sample_groups(generator, prompts, params)
 
     def _params(self, seed: int) -> SamplingParams:
@@ -371,7 +391,7 @@ class GRPO(Task):
 
     def validation_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
         """Sums of the rewards and lengths of greedy completions."""
-        prompts = prompts_of(batch)
+        prompts = [self._prompt(index) for index, _ in prompts_of(batch)]
         greedy = SamplingParams(max_new_tokens=self.max_new_tokens, temperature=0.0)
         rollouts = flat(self._sample(prompts, [[greedy]] * len(prompts)))
         self.rewards.score(rollouts, [self._questions[rollout.prompt] for rollout in rollouts])
@@ -407,16 +427,19 @@ class GRPO(Task):
     def metrics(self) -> dict[str, float]:
         """The model's own, the longest completion, speeds, where the time goes, and completions that could not be scored."""
         failures = self.rewards.failures.take() if self.rewards.can_fail else {}
-        return {**super().metrics(), **self._meter.metrics(), **failures}
+        tools = self._tool_meter.metrics() if self.tool_use else {}
+        return {**super().metrics(), **self._meter.metrics(), **failures, **tools}
 
     def metric_sums(self) -> dict[str, Tensor]:
         """See the base class."""
         meter = self._meter.state()
         failures = self.rewards.failures.state() if meter and self.rewards.can_fail else {}  # none after a line
-        return {**super().metric_sums(), **meter, **failures}
+        tools = self._tool_meter.state() if self.tool_use else {}
+        return {**super().metric_sums(), **meter, **failures, **tools}
 
     def restore_metric_sums(self, sums: Mapping[str, Tensor]) -> None:
         """See the base class."""
         super().restore_metric_sums(sums)
         self._meter.restore(sums)
         self.rewards.failures.restore(sums)
+        self._tool_meter.restore(sums)

@@ -131,8 +131,11 @@ class KTO(ReferencedTask):
 
     # -- z0 and the reference, before a step ---------------------------------------------------------------------------
 
-    def prepare_step(self, window: list[Batch], step: int, /) -> list[Batch]:
+    def prepare_windows(self, windows: list[list[Batch]], step: int, /) -> list[list[Batch]]:
         """Keep the rows with the examples' own answers; add the reference's log-probabilities and z0. Collective."""
+        return [self._prepare(window) for window in windows]
+
+    def _prepare(self, window: list[Batch]) -> list[Batch]:
         assert self._run is not None, "begin has not been called"
         self._held_out_z0 = None
         engine = self._run.engine
@@ -143,10 +146,6 @@ class KTO(ReferencedTask):
             {**_own(batch), "reference": reference[:, 0].cpu(), "z0": z0}
             for batch, reference in zip(window, references, strict=True)
         ]
-
-    def prepare_windows(self, windows: list[list[Batch]], step: int, /) -> list[list[Batch]]:
-        """``prepare_step`` of each window. Collective."""
-        return [self.prepare_step(window, step) for window in windows]
 
     def largest_batch(self, batch: Batch, /) -> Batch:
         """The rows with the examples' own answers."""

@@ -45,6 +45,7 @@ class Task(ABC):
         transforms: what has been applied to the model, for the run summary.
         panels: of loss.png, from top to bottom.
         headline: metrics that the progress on the console shows, the most important first.
+        heads: LM heads whose logits are in memory at the same time, to estimate memory.
         steps_per_rollout: optimizer steps whose micro-batches ``prepare_windows`` prepares together.
         rollout_epochs: times that prepared micro-batches are trained on.
     """
@@ -57,6 +58,7 @@ class Task(ABC):
     rollout_epochs: int = 1
     panels: Sequence[Panel] = (Panel(ShownMetric("loss", "loss", axis="loss (nats per token)")),)
     headline: Sequence[ShownMetric] = (ShownMetric("loss", "loss"),)
+    heads: int = 1
 
     def setup(self, data: DataModule) -> None:  # noqa: B027  (optional)
         """Check the prepared data before training. The model has not been moved to a device yet.

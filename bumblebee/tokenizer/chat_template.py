@@ -114,6 +114,41 @@ class ChatTemplate:
         text, escape = self._render_escaped(messages, tools, add_generation_prompt)
         return self._tokenizer.encode([(text, False)], escape)[0]
 
+    def continuation(
+        self, messages: Sequence[Message], results: Sequence[Message], tools: Sequence[Tool] | None = None
+    ) -> tuple[int, list[int]]:
+        """What follows an assistant turn that has been generated, up to where the next one begins.
+
+        Args:
+            messages: the conversation, which ends with that turn.
+            results: the messages after it, such as tool results.
+            tools: function descriptions.
+
+        Returns:
+            The id of the special token that ends the turn, and the ids after it. The conversation is thus continued without
+            rendering again what has been generated.
+
+        Raises:
+            ValueError: see :meth:`render`; or the template renders the turn differently once others follow.
+        """
+        name = self._template_name(tools)
+        escaped, escaped_tools, escape, _ = self._escape([*messages, *results], tools)
+        with self._name_in_errors(escape):
+            turn = self._render(name, escaped_tools, "", escaped[: len(messages)], False).rstrip()
+            text = self._render(name, escaped_tools, "", escaped, True)
+            if not text.startswith(turn):
+                raise ValueError("the chat template renders an assistant turn differently once tool results follow it")
+            end = next((token for token in self._spellings if turn.endswith(token)), None)
+            rest = text[len(turn) :]
+            if end is None:  # the token that begins the next turn ends this one
+                rest = rest.lstrip()
+                end = next((token for token in self._spellings if rest.startswith(token)), None)
+                if end is None:
+                    raise ValueError("the chat template ends assistant turns without a special token")
+                rest = rest.removeprefix(end)
+        ids, flags = self._tokenizer.encode([(end, False), (rest, True)], escape)
+        return ids[0], [token for token, flag in zip(ids, flags, strict=True) if flag]
+
     def encode(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, train_on: str = "all") -> EncodedChat:
         """Tokenize a conversation for training as one sequence.
 

@@ -37,10 +37,12 @@ class ToolCallParser:
     Args:
         format: how the model writes tool calls.
         names: names of the tools that may be called.
+        unknown: return calls of other tools, too, instead of leaving them in the text. Formats that write the name before the
+            arguments do not allow it.
     """
 
-    def __init__(self, format: ToolCallFormat, names: Sequence[str]) -> None:
-        self.format, self.names = format, list(names)
+    def __init__(self, format: ToolCallFormat, names: Sequence[str], unknown: bool = False) -> None:
+        self.format, self.names, self.unknown = format, list(names), unknown
         self._buffer = ""  # text that has not been returned
         self._scan: ObjectScan | None = None  # of the object in the buffer
         self._after_call = False  # whether the buffer directly follows a call
@@ -116,7 +118,7 @@ class ToolCallParser:
         end = self._scan.end(self._buffer)
         self._scan = None
         call = _parse_call(self._buffer[object_start:end], name)
-        return (call, end) if call and call.name in self.names else None
+        return (call, end) if call and (self.unknown or call.name in self.names) else None
 
     def _read_name(self, start: int) -> tuple[str, int] | None:
         """The tool name at a position, and the end of the separator after it. Raises Incomplete."""

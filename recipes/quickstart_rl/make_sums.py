@@ -24,7 +24,7 @@ from pathlib import Path
 FIRST, SECOND = range(10, 89), range(1, 10)  # so that all answers have two digits
 OFFSETS = {0: 0.15, 1: 0.35, -1: 0.25, 2: 0.25}  # how often the teacher's answer differs from the sum by this much
 HELD_OUT = 111
-REPEATS = 100  # answers of the teacher to a question
+REPEATS = 150  # answers of the teacher to a question
 
 
 def make_files(seed: int, repeats: int = REPEATS) -> dict[str, list[Mapping[str, str]]]:

@@ -36,11 +36,11 @@ def answers_of(folder: Path, questions: Sequence[str]) -> Answers:
     generator = Generator.from_pretrained(folder, device="cpu", dtype="float32")
     prompts = [generator.encode_chat(question) for question in questions]
     greedy = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, temperature=0.0)
-    samples = [SamplingParams(max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, seed=seed) for seed in range(SAMPLES)]
-    repeated = [ids for ids in prompts for _ in samples]
+    repeated = [ids for ids in prompts for _ in range(SAMPLES)]
+    samples = [SamplingParams(max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, seed=seed) for seed in range(len(repeated))]
     return Answers(
         [completion.text for completion in generator.generate(prompts, greedy)],
-        [completion.text for completion in generator.generate(repeated, samples * len(prompts))],
+        [completion.text for completion in generator.generate(repeated, samples)],
     )
 
 

@@ -31,6 +31,7 @@ from bumblebee.lora import LoRA
 from bumblebee.model import Bumblebee
 from bumblebee.models.loading import load_model
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.tasks.distillation import Distillation  # noqa: F401  (named by a job)
 from bumblebee.tasks.dpo import DPO
 from bumblebee.tasks.grpo import GRPO
 from bumblebee.tasks.kto import KTO
@@ -42,6 +43,7 @@ from bumblebee.trainer import Trainer
 from bumblebee.transforms import Freeze
 from bumblebee.verify import reference_loop
 from datamodules import SFT, Prompts
+from helpers.tool_functions import add
 
 VOCABULARY, LENGTH = 64, 16
 LR, WEIGHT_DECAY = 1e-2, 0.1
@@ -157,6 +159,28 @@ class Questions(Prompts):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+class ToolQuestions(Questions):
+    """Additions, with a chat template that takes few tokens."""
+
+    def __init__(self, samples: int = 11) -> None:
+        super().__init__(samples)
+        self.chat_template = f"{self.folder}/short.jinja"
+        Path(self.chat_template).write_text(SHORT_TEMPLATE, encoding="utf-8")
+
+
+SHORT_TEMPLATE = """
+{%- for tool in tools or [] %}{{ tool.function.name }}{% endfor %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role[0] + '\\n' + message.content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '<c>{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson + '}</c>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{{- '<|im_start|>a\\n' if add_generation_prompt }}
+"""
+
+
 def odd_characters(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
     """A reward that differs between completions of a model with random weights."""
     return [sum(ord(character) % 2 for character in text) / 4 for text in completions]
@@ -180,6 +204,19 @@ class PartlyRewardedGRPO(GRPO):
 
     def __init__(self, model: Bumblebee, **options: Any) -> None:
         super().__init__(model, [odd_questions_only], **{"group_size": 3, "max_new_tokens": 5, **options})
+
+
+def longer_is_better(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
+    """The number of characters."""
+    return [float(len(text)) for text in completions]
+
+
+class ToolGRPO(GRPO):
+    """GRPO of completions that may call ``helpers.tool_functions.add``."""
+
+    def __init__(self, model: Bumblebee, **options: Any) -> None:
+        defaults = {"group_size": 3, "max_new_tokens": 60, "tools": [add], "tool_timeout": None, "max_turns": 3}
+        super().__init__(model, [longer_is_better], **{**defaults, **options})
 
 
 class Noisy(LanguageModeling):

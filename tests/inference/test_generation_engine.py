@@ -538,6 +538,7 @@ def test_text_made_during_the_next_step_is_the_same(engine_of, naive):
         for number, prompt in enumerate(PROMPTS):
             stop = ["M"] if number % 3 == 2 else []
             engine.submit(EngineRequest(str(number), prompt, greedy(6 + number, stop=stop, ignore_eos=number % 2 == 0)))
+        engine.submit(EngineRequest("stopped", [1], greedy(40)))
         engine.submit(EngineRequest("cancelled", [1], greedy(40, ignore_eos=True)))
         steps = 0
         while engine.busy:

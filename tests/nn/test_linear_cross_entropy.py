@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy as whole_cross_entropy
 
-from bumblebee.nn.linear_cross_entropy import LossWeighting, Positions, _cut, is_uniform, linear_cross_entropy
+from bumblebee.nn.linear_cross_entropy import LossWeighting, Positions, is_uniform, linear_cross_entropy, row_slices
 
 MODULE = "bumblebee.nn.linear_cross_entropy"
 D, V = 8, 11
@@ -97,7 +97,7 @@ def test_only_the_gradients_that_are_asked_for_are_computed(chunk):
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 50), st.integers(1, 60))
 def test_a_cut_has_every_row_once_and_in_order(rows, size):
-    slices = _cut(rows, size)
+    slices = row_slices(rows, size)
     assert [row for part in slices for row in range(rows)[part]] == list(range(rows))
 
 

@@ -86,7 +86,7 @@ def test_loss_gradients_and_metrics_equal_trl(
     task = KTO(policy, **OPTIONS[name])
     task.reference_model = FrozenReference(reference.eval().requires_grad_(False))
     task._run = Run(policy)  # type: ignore[assignment]
-    (batch,) = task.prepare_step([data.collate(data.train)], 0)
+    ((batch,),) = task.prepare_windows([[data.collate(data.train)]], 0)
     counts = {key: float(count) for key, count in task.counts(batch).items()}
     sums = task.training_step(policy, batch)
     loss = task.total(sums, counts)

@@ -104,7 +104,7 @@ def test_sampling_needs_the_kv_cache_that_the_engine_allocates(tokenizer_folder)
     """And at stage 3 the whole weights, however many ranks there are."""
     model = meta_model("tiny", vocab_size=400, num_key_value_heads=2).to_empty(device="cpu")
     requests = [EngineRequest(str(i), [1] * 28, SamplingParams(max_new_tokens=128)) for i in range(100)]
-    engine = Generator(model, Tokenizer.from_pretrained(tokenizer_folder))._engine_for(requests)
+    engine = Generator(model, Tokenizer.from_pretrained(tokenizer_folder)).engine_for(requests)
     cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in engine.model_runner.kv_cache.layers)
     size, shape = ModelSize.of(model), SamplingShape(64, 156)
     logits = 3 * 4 * 64 * 400

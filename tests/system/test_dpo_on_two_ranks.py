@@ -1,4 +1,4 @@
-"""DPO on two ranks trains like one rank, at every stage and with every kind of reference; reward models and KTO do."""
+"""DPO on two ranks trains like one rank, at every stage, with every kind of reference; so do reward models, KTO, students."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def job(stage: int, precompute: bool = False, kind: str = "DPO", **more: Any) ->
     return {"task": (kind, options), "zero_stage": stage, "building": stage == 3, **STEP, **SPREAD, **more}
 
 
+def student(teacher: Path) -> tuple[str, dict[str, object]]:
+    """Distillation on the tokens of the responses, with the model of another folder as the teacher."""
+    return "Distillation", {"teacher": str(teacher), "divergence": "jsd", "lm_weight": 0.2}
+
+
 def kto_job(stage: int, reference: Path, **options: Any) -> dict[str, Any]:
     options = {"reference": str(reference), "desirable_weight": 1.3, **options}
     return {**job(stage), "task": ("KTO", options), "data": LABELLED}
@@ -42,19 +47,28 @@ def other_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory, other_model):
+def distant_model(tmp_path_factory):
+    """The folder of a model from which the policy differs so that KTO's z0 is above 0 in each step."""
+    folder = tmp_path_factory.mktemp("distant")
+    small_model(3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, other_model, distant_model):
     """The same steps on one rank."""
     folder = tmp_path_factory.mktemp("one")
     spread = {"micro_batch_size": 8, "accumulate": 1}
     runs = {"DPO": job(0, **spread), "AdaptedDPO": job(0, kind="AdaptedDPO", **spread)}
     runs["other"] = job(0, reference=str(other_model), **spread)
-    runs["kto"] = {**kto_job(0, other_model), **spread}
+    runs["kto"] = {**kto_job(0, distant_model), **spread}
     runs["reward"] = {**job(0, **spread), "task": REWARD}
+    runs["student"] = {**job(0, **spread), "task": student(other_model)}
     return {name: (folder / name, train(folder / name, **one)) for name, one in runs.items()}
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, other_model):
+def two_ranks(tmp_path_factory, other_model, distant_model):
     folder = tmp_path_factory.mktemp("two")
     jobs = {f"{stage}": job(stage) for stage in (0, 1, 2, 3)}
     jobs |= {f"{stage} precomputed": job(stage, precompute=True, cache_dir=str(folder / f"cache-{stage}")) for stage in (1, 3)}
@@ -62,9 +76,10 @@ def two_ranks(tmp_path_factory, other_model):
     jobs |= {f"{stage} other": job(stage, reference=str(other_model)) for stage in (1, 3)}
     jobs["3 other precomputed"] = job(3, precompute=True, reference=str(other_model), cache_dir=str(folder / "cache-other"))
     jobs |= {f"{stage} reward": {**job(stage), "task": REWARD} for stage in (1, 3)}
-    jobs |= {f"{stage} kto": kto_job(stage, other_model) for stage in (1, 3)}
+    jobs |= {f"{stage} student": {**job(stage), "task": student(other_model)} for stage in (1, 3)}
+    jobs |= {f"{stage} kto": kto_job(stage, distant_model) for stage in (1, 3)}
     cache = str(folder / "cache-kto")
-    jobs["3 kto precomputed"] = kto_job(3, other_model, precompute_reference=True, cache_dir=cache)
+    jobs["3 kto precomputed"] = kto_job(3, distant_model, precompute_reference=True, cache_dir=cache)
     jobs["3 until 2"] = job(3, callbacks={**EACH, "stop": ("StopAfter", {"step": 2, "rank": 1})}, folder="3 resumed")
     jobs["3 resumed"] = job(3, callbacks=EACH, folder="3 resumed", resume="auto")
     named = [{**one, "folder": str(folder / one.get("folder", name))} for name, one in jobs.items()]
@@ -74,16 +89,18 @@ def two_ranks(tmp_path_factory, other_model):
 @pytest.mark.parametrize(
     "name",
     ["0", "1", "2", "3", "1 precomputed", "3 precomputed", "1 other", "3 other", "3 other precomputed", "1 reward", "3 reward",
-     "1 kto", "3 kto", "3 kto precomputed"],
+     "1 kto", "3 kto", "3 kto precomputed", "1 student", "3 student"],
 )  # fmt: skip
 def test_two_ranks_train_like_one(name, one_rank, two_ranks):
     folder, results = two_ranks
-    kind = next((kind for kind in ("kto", "other", "reward") if kind in name), "DPO")
+    kind = next((kind for kind in ("kto", "other", "reward", "student") if kind in name), "DPO")
     expected_folder, expected = one_rank[kind]
     for line, other in zip(results[name]["metrics"], expected, strict=True):
         for key in set(other) - {"rewards/accuracies"}:  # rounding decides about ties
             assert math.isclose(line[key], other[key], rel_tol=1e-4, abs_tol=1e-5), (line["step"], key)
-        assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-12)
+        assert kind == "student" or line["rewards/margins"] == pytest.approx(
+            line["rewards/chosen"] - line["rewards/rejected"], abs=1e-12
+        )
         assert kind != "kto" or line["kl"] > 0.01
     for key, tensor in weights(folder / name).items():
         torch.testing.assert_close(

@@ -202,8 +202,10 @@ def test_two_ranks_share_the_prompts_of_one(tmp_path):
 def test_adapters_are_trained_unmerged(tmp_path):
     small_model(**MODEL).save_pretrained(tmp_path / "base")
     job = {**JOB, "base": str(tmp_path / "base"), "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
+    job["task"] = ("RewardedGRPO", {"kl_beta": 0.1})  # from the model without its adapters
     lines = train(tmp_path / "run", **{name: value for name, value in job.items() if name != "model"})
     assert all(line["rl/logprob_drift"] < 1e-5 for line in lines)
+    assert abs(lines[0]["rl/kl"]) < 1e-9 < lines[-1]["rl/kl"] < 1
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
@@ -300,6 +302,16 @@ def test_dropout_is_refused():
     model.dropout = torch.nn.Dropout(0.1)
     with pytest.raises(ValueError, match="GRPO needs a model without dropout; dropout has 0.1"):
         RewardedGRPO(model).setup(questions)
+
+
+def test_a_reference_of_another_vocabulary_is_refused(tmp_path):
+    small_model(vocab_size=64).save_pretrained(tmp_path / "other")
+    task = ("RewardedGRPO", {"kl_beta": 0.1, "reference": str(tmp_path / "other")})
+    with pytest.raises(
+        ValueError, match="reference: the tokenizer has .* ids, but the model in .*other has a vocab_size of 64"
+    ):
+        train(tmp_path / "run", **{**JOB, "task": task})
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_without_prompts_and_prompts_without_room_are_refused():

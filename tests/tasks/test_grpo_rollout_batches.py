@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.processes import TESTS, finish, run_jobs, start
-from helpers.training_runs import train, weight_bytes, weights
+import yaml
+from helpers.processes import ROOT, TESTS, finish, run_jobs, start
+from helpers.training_runs import RewardedGRPO, small_model, train, weight_bytes, weights
 
 MODEL = {"vocab_size": 320}
 OPTIONS = {"steps_per_rollout": 2, "rollout_epochs": 2, "kl_beta": 0.05}
@@ -101,8 +103,10 @@ def test_killed_in_the_middle_and_resumed_on_other_ranks(tmp_path):
     folders = {name: tmp_path / name for name in ("one", "two", "killed")}
     lines = train(folders["one"], **one)
     kill = {**one["callbacks"], "kill": ("KillIn", {"step": 3})}
-    (tmp_path / "jobs.json").write_text(json.dumps([{**one, "callbacks": kill, "folder": str(folders["killed"])}]))
-    killed = finish(start([str(TESTS / "helpers" / "run_jobs.py"), str(tmp_path)], env={"LOCAL_RANK": "0"}))
+    alone = tmp_path / "job"  # its store, which the killed process leaves behind, must not be that of the two ranks
+    alone.mkdir()
+    (alone / "jobs.json").write_text(json.dumps([{**one, "callbacks": kill, "folder": str(folders["killed"])}]))
+    killed = finish(start([str(TESTS / "helpers" / "run_jobs.py"), str(alone)], env={"LOCAL_RANK": "0"}))
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     shutil.copytree(folders["killed"], folders["two"])
 
@@ -115,3 +119,11 @@ def test_killed_in_the_middle_and_resumed_on_other_ranks(tmp_path):
         assert other["rl/reward"] == pytest.approx(expected["rl/reward"])
     for name, tensor in weights(folders["two"]).items():
         torch.testing.assert_close(tensor, weights(folders["one"])[name], rtol=0, atol=1e-3)
+
+
+def test_variants_in_the_docs_are_options_of_the_task():
+    table = (ROOT / "docs" / "rl.md").read_text().partition("### Published variants")[2].partition("\nOn the same rollouts")[0]
+    rows = [re.findall(r"`(\w+: [^`]+)`", row) for row in table.splitlines() if row.startswith("| ")][1:]
+    assert len(rows) == 9
+    for row in rows:
+        RewardedGRPO(small_model(**MODEL), **{name: value for pair in row for name, value in yaml.safe_load(pair).items()})
