@@ -34,8 +34,9 @@ from torch.nn import functional as F
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
-ROWS = 16  # of a matrix product
-COLUMNS = 16  # of a matrix product, at least
+ROWS = 32  # of a linear layer's product: fewer would waste less on small batches, and be slower on large ones
+COLUMNS = 16  # of any product, at least
+QUERIES = 16  # rows of an attention product
 KEYS = 64  # of an attention chunk
 SCORES = 2**22  # attention scores in memory at a time
 
@@ -218,27 +219,27 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     # The queries of the heads that share keys are rows of one matrix: (B, K, T * H / K, D).
     rows = q.float().unflatten(2, (kv_heads, group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
     visible = visible.repeat_interleave(group, dim=1)
-    blocks, chunks = -(-rows.shape[2] // ROWS), -(-k.shape[1] // KEYS)
-    more_rows, more_keys, more_width = blocks * ROWS - rows.shape[2], chunks * KEYS - k.shape[1], -width % COLUMNS
-    rows = pad(rows, (0, more_width, 0, more_rows)).unflatten(2, (blocks, ROWS)).flatten(0, 2)  # (B K blocks, ROWS, D)
+    blocks, chunks = -(-rows.shape[2] // QUERIES), -(-k.shape[1] // KEYS)
+    more_rows, more_keys, more_width = blocks * QUERIES - rows.shape[2], chunks * KEYS - k.shape[1], -width % COLUMNS
+    rows = pad(rows, (0, more_width, 0, more_rows)).unflatten(2, (blocks, QUERIES)).flatten(0, 2)  # (B K blocks, QUERIES, D)
     k, v = (pad(x.float().transpose(1, 2), (0, more_width, 0, more_keys)) for x in (k, v))
-    hidden = ~pad(visible, (0, more_keys, 0, more_rows)).unflatten(1, (blocks, ROWS)).unflatten(3, (chunks, KEYS))
+    hidden = ~pad(visible, (0, more_keys, 0, more_rows)).unflatten(1, (blocks, QUERIES)).unflatten(3, (chunks, KEYS))
 
     def chunk(x: Tensor, number: int) -> Tensor:
         part = x[:, :, None, number * KEYS : (number + 1) * KEYS]
         return part.expand(-1, -1, blocks, -1, -1).flatten(0, 2)  # (B K blocks, KEYS, D)
 
-    scores = rows.new_empty(chunks, len(rows), ROWS, KEYS)
+    scores = rows.new_empty(chunks, len(rows), QUERIES, KEYS)
     for number in range(chunks):
         torch.bmm(rows, chunk(k, number).mT, out=scores[number])
-        masked = scores[number].view(batch, kv_heads, blocks, ROWS, KEYS)
+        masked = scores[number].view(batch, kv_heads, blocks, QUERIES, KEYS)
         masked.mul_(scale).masked_fill_(hidden[:, None, :, :, number], -math.inf)
     weights = scores.sub_(scores.amax(dim=(0, 3), keepdim=True).clamp(min=torch.finfo().min)).exp_()
-    out, total = rows.new_zeros(rows.shape), rows.new_zeros(len(rows), ROWS, 1)
+    out, total = rows.new_zeros(rows.shape), rows.new_zeros(len(rows), QUERIES, 1)
     for number in range(chunks):
         out += torch.bmm(weights[number], chunk(v, number))
         total += weights[number].sum(dim=-1, keepdim=True)
-    out = (out / total).view(batch, kv_heads, blocks * ROWS, -1)[:, :, : queries * group, :width]
+    out = (out / total).view(batch, kv_heads, blocks * QUERIES, -1)[:, :, : queries * group, :width]
     return out.unflatten(2, (queries, group)).permute(0, 2, 1, 3, 4).flatten(2, 3).to(dtype)
 
 

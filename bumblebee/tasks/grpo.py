@@ -31,8 +31,10 @@ from bumblebee.datamodule import Batch, DataModule
 from bumblebee.inference.generator import Generator
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.nn.batch_invariant import batch_invariant
 from bumblebee.rl.advantages import AdvantageKind, advantages_of
 from bumblebee.rl.dynamic_sampling import Place, fill_places, with_sampled_groups
+from bumblebee.rl.invariance import check_invariant_model, check_invariant_run
 from bumblebee.rl.panels import HEADLINE, PANELS
 from bumblebee.rl.policy_loss import KLEstimator, Normalisation, PolicyLoss, RatioLevel, Surrogate, loss_divisor, loss_sum
 from bumblebee.rl.reward_check import reward_notes
@@ -87,6 +89,7 @@ class GRPO(Task):
             auto: adapters_off if the model has adapters, else copy.
         resample_rounds: how often a step may sample groups of further prompts in place of groups with equal rewards, which are
             then left out of the loss; 0 trains on all groups (docs/rl.md).
+        batch_invariant: sample and train with log-probabilities that are equal bit for bit, which is slower (docs/rl.md).
         tools: Python functions, by path, that the model may call in completions (docs/rl.md); null for none.
         max_turns: with tools, maximum number of turns of a completion; the last one's calls are not made.
         tool_timeout: seconds for one call, in a worker process; null calls tools in the training process, without a limit.
@@ -122,6 +125,7 @@ class GRPO(Task):
         kl_correction: bool = True,
         reference: str = "auto",
         resample_rounds: int = 0,
+        batch_invariant: bool = False,
         tools: list[Callable[..., object]] | None = None,
         max_turns: int = 4,
         tool_timeout: float | None = 30.0,
@@ -131,7 +135,7 @@ class GRPO(Task):
         self.rewards = WeightedRewards(rewards, reward_weights)
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
         self.advantages, self.normalise, self.keep_rollouts = advantages, normalise, keep_rollouts
-        self.resample_rounds = resample_rounds
+        self.resample_rounds, self.batch_invariant = resample_rounds, batch_invariant
         self.tool_use = tool_use_of(tools, max_turns, tool_timeout, tool_processes)
         self._tool_meter = ToolMeter()
         self.steps_per_rollout, self.rollout_epochs = steps_per_rollout, rollout_epochs
@@ -188,6 +192,8 @@ class GRPO(Task):
                 raise ValueError(
                     f"GRPO needs a model without dropout; {name} has {module.p}: set dropout 0 (LoRA's default is 0.1)"
                 )
+        if self.batch_invariant:
+            check_invariant_model(self.model)
         check_predicts_tokens(self.model)
         check_length(self.model, data)
         adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
@@ -211,6 +217,8 @@ class GRPO(Task):
 
     def begin(self, run: RunContext, /) -> None:
         """Keep the run's context, and load the reference and the rewards' models."""
+        if self.batch_invariant:
+            check_invariant_run(run.device, run.precision, run.zero_stage)
         self._run = run
         self._reference = self.reference_choice.open(run) if self.policy_loss.kl_beta else None
         self.rewards.begin(run.device)
@@ -306,7 +314,8 @@ class GRPO(Task):
             return batch
         moved, engine = self._run.to_device(batch), self._run.engine
         if self.off_policy:
-            batch["old_log_probs"] = PolicyReference(self.model, nullcontext).token_log_probs(engine, moved).cpu()
+            with batch_invariant(self.batch_invariant):
+                batch["old_log_probs"] = PolicyReference(self.model, nullcontext).token_log_probs(engine, moved).cpu()
         if self._reference is not None:
             batch["reference_log_probs"] = self._reference.token_log_probs(engine, moved).cpu()
         return batch
@@ -346,7 +355,7 @@ class GRPO(Task):
     ) -> list[list[Rollout]]:
         """``sample_groups`` from the current weights, which are gathered at stage 3. Collective in a run."""
         whole = nullcontext() if self._run is None else self._run.engine.whole_model()
-        with whole, evaluation_mode(self.model):
+        with whole, evaluation_mode(self.model), batch_invariant(self.batch_invariant):
             generator = Generator(self.model, self._tokenizer, self._stop_ids)  # type: ignore[arg-type]
             if self.tool_use is not None:
                 return self.tool_use.sample(generator, [(self._questions[index], ids) for index, ids in prompts], params)
@@ -374,7 +383,8 @@ class GRPO(Task):
     def training_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
         """Sums of the loss, of rewards, and of what is logged about the completions."""
         self._meter.begin_step()
-        log_probs = token_log_probs(model, batch)  # (R, T), 0 elsewhere
+        with batch_invariant(self.batch_invariant):
+            log_probs = token_log_probs(model, batch)  # (R, T), 0 elsewhere
         losses, token_sums = self.policy_loss(log_probs, batch)
         sums = {**completion_sums(batch, self.rewards.names), **token_sums}
         return {"grpo": loss_sum(losses, batch, self.normalise), **{name: value.double() for name, value in sums.items()}}
