@@ -32,6 +32,8 @@ def advantages_of(rewards: Tensor, kind: AdvantageKind) -> Tensor:
     if kind == "batch_std":
         mean, std = _moments_of_all_ranks(rewards)
         return (rewards - mean) / (std + EPS)
+    if not len(rewards):  # torch would warn of the standard deviation of nothing
+        return rewards
     size = rewards.shape[1]
     centered = rewards - rewards.mean(dim=1, keepdim=True)
     if kind == "group_mean":
