@@ -35,6 +35,8 @@ class DataModule(ABC, Generic[SampleT]):
     """
 
     has_prompts: ClassVar[bool] = True  # whether samples hold answers to prompts; not so in pretraining
+    has_targets: ClassVar[bool] = True  # whether batches have labels; not so prompts, whose answers are sampled
+    rows_per_sample: ClassVar[int] = 1  # of a batch; 2 if a sample has two answers, of which one may be a bad one
     train: Sequence[SampleT]
     validation: Sequence[SampleT] | None = None
     tokenizer: Tokenizer | None = None

@@ -68,10 +68,12 @@ class Evaluate(Callback):
         """Read what is to be evaluated.
 
         Raises:
-            ValueError: the data has no tokenizer, or a task's file or data cannot be used.
+            ValueError: the model is a reward model, the data has no tokenizer, or a task's file or data cannot be used.
         """
         from bumblebee.evaluation.evaluation import items_of
 
+        if getattr(getattr(trainer.task.model, "config", None), "score_head", False):
+            raise ValueError("callbacks: Evaluate needs a model that predicts tokens, not a reward model: remove the callback")
         if trainer.data.tokenizer is None:
             raise ValueError("callbacks: Evaluate needs a tokenizer: set data.tokenizer, or remove the callback")
         training = trainer.task.model.training

@@ -52,11 +52,13 @@ class Samples(Callback):
         """Check the data.
 
         Raises:
-            ValueError: the data has no tokenizer, or there is nothing to show.
+            ValueError: the model is a reward model, the data has no tokenizer, or there is nothing to show.
         """
         if not self.prompts and trainer.task.sampled_texts() is None:
             name = type(trainer.task).__name__
             raise ValueError(f"callbacks: Samples needs prompts to continue: {name} does not sample completions itself")
+        if getattr(getattr(trainer.task.model, "config", None), "score_head", False):
+            raise ValueError("callbacks: Samples needs a model that predicts tokens, not a reward model: remove the callback")
         if trainer.data.tokenizer is None:
             raise ValueError("callbacks: Samples needs a tokenizer: set data.tokenizer, or remove the callback")
 

@@ -87,6 +87,7 @@ class Preferences(TokenDataModule[Pair, PairDataset]):
     """
 
     record_noun = "pairs"
+    rows_per_sample = 2
 
     train: PairDataset
     validation: PairDataset | None = None

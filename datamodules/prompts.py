@@ -74,6 +74,7 @@ class Prompts(DataModule[PromptSample]):
         ValueError: a number is out of range, the folder has no tokenizer, or pass rates are limited without a key.
     """
 
+    has_targets = False
     train: list[PromptSample]
     validation: list[PromptSample] | None = None
     tokenizer: Tokenizer

@@ -120,6 +120,7 @@ class UnpairedPreferences(TokenDataModule[Example, LabelledDataset]):
     """
 
     record_noun = "records"
+    rows_per_sample = 2
 
     train: LabelledDataset
     validation: LabelledDataset | None = None

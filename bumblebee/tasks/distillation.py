@@ -38,7 +38,7 @@ from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.student_samples import StudentSamples
 from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.teacher import Teacher, check_folder, head_of
-from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length, check_predicts_tokens
+from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_learnable, check_length, check_predicts_tokens
 from bumblebee.transforms import apply_transforms
 
 _TERM = "loss"  # also the name of the number of targets
@@ -121,6 +121,7 @@ class Distillation(Task):
     def setup(self, data: DataModule) -> None:
         """Check that the data fits the student and the teacher."""
         check_predicts_tokens(self.model)
+        check_learnable("Distillation", data, samples_answers=True)
         check_length(self.model, data)
         self.head = head_of(self.model, "task.model")
         check_folder(self.teacher_folder, data.tokenizer)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.tasks.task import ForwardFn, Task
-from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length, check_predicts_tokens
+from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_learnable, check_length, check_predicts_tokens
 from bumblebee.transforms import apply_transforms
 
 
@@ -39,6 +39,7 @@ class LanguageModeling(Task):
     def setup(self, data: DataModule) -> None:
         """Check that the data fits the model, and adopt the tokenizer's special ids."""
         check_predicts_tokens(self.model)
+        check_learnable("LanguageModeling", data)
         check_length(self.model, data)
         if data.tokenizer is None:
             return

@@ -1,4 +1,4 @@
-"""Checks that a model fits its data's tokenizer and length, and adoption of the tokenizer's special ids."""
+"""Checks that a model and a task fit the data, its tokenizer and length, and adoption of the tokenizer's special ids."""
 
 from __future__ import annotations
 
@@ -49,6 +49,29 @@ def check_predicts_tokens(model: nn.Module) -> None:
     if getattr(getattr(model, "config", None), "score_head", False):
         folder = getattr(model, "source", None) or "the model"
         raise ValueError(f"task.model: {folder} is a reward model, which scores texts: only bumblebee.RewardModel trains it")
+
+
+def check_learnable(task: str, data: DataModule, samples_answers: bool = False) -> None:
+    """Check that each sample is one text to learn from.
+
+    Args:
+        task: name of the task, for the error.
+        data: prepared or not.
+        samples_answers: the task samples the answers to prompts that have none.
+
+    Raises:
+        ValueError: samples have several answers, some of them bad ones, or none.
+    """
+    name = type(data).__name__
+    if data.rows_per_sample != 1:
+        raise ValueError(
+            f"data: {task} would learn the bad answers of {name}, too: use a task for preferences, such as"
+            " bumblebee.DPO or bumblebee.KTO, or datamodules.SFT with records of good answers"
+        )
+    if not data.has_targets and not samples_answers:
+        raise ValueError(
+            f"data: {task} learns from answers, and {name} has prompts only: use datamodules.SFT, or bumblebee.GRPO"
+        )
 
 
 def check_length(model: nn.Module, data: DataModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from bumblebee.checkpoint.trainer_state import checkpoints
 from bumblebee.evaluation.context import EvaluationContext
 from bumblebee.evaluation.tasks import Generation, MultipleChoice, Perplexity
 from bumblebee.inference.generator import Generator
+from bumblebee.model import Bumblebee
 from bumblebee.tokenizer.tokenizer import Tokenizer
-from callbacks import Checkpoint, EarlyStopping, Evaluate, MetricsHistory
+from callbacks import Checkpoint, EarlyStopping, Evaluate, MetricsHistory, Samples
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +97,14 @@ def test_metric_without_its_task_is_refused(fit, tasks, tokenizer, tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     run = fit(tmp_path / "other", {"evaluate": Evaluate({"x": MultipleChoice("gone.jsonl")})}, tokenizer=tokenizer)
     assert "callbacks: Evaluate: x: file not found: gone.jsonl" in str(run.error)
+
+
+@pytest.mark.parametrize("callback", [Evaluate({"texts": Perplexity()}), Samples(prompts=["The bee"])])
+def test_reward_models_are_refused(callback, tiny):
+    model = Bumblebee(tiny())
+    model.become_reward_model()
+    trainer = SimpleNamespace(task=SimpleNamespace(model=model), data=SimpleNamespace(tokenizer=None))
+    with pytest.raises(
+        ValueError, match=f"{type(callback).__name__} needs a model that predicts tokens, not a reward"
+    ):
+        callback.check(trainer)

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bumblebee import Distillation, LanguageModeling
 from bumblebee.model import Bumblebee
-from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length
+from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_learnable, check_length
 from bumblebee.tokenizer.tokenizer import Tokenizer
+from datamodules import SFT, Preferences, Prompts, UnpairedPreferences
 
 
 @pytest.fixture
@@ -57,3 +59,21 @@ def test_only_learned_positions_limit_max_length(tiny):
         check_length(learned, data)
     check_length(learned, SimpleNamespace(max_length=256))
     check_length(learned, SimpleNamespace())
+
+
+@pytest.mark.parametrize("kind", [Preferences, UnpairedPreferences])
+def test_language_models_do_not_learn_rejected_answers(kind, tiny, folder):
+    file = "preference.jsonl" if kind is Preferences else "labelled.jsonl"
+    data = kind([f"recipes/samples/{file}"], str(folder))
+    for task in (LanguageModeling(Bumblebee(tiny())), Distillation(Bumblebee(tiny()), str(folder))):
+        message = f"data: {type(task).__name__} would learn the bad answers of {kind.__name__}, too: use a task for preferences"
+        with pytest.raises(ValueError, match=message):
+            task.setup(data)
+
+
+def test_language_models_need_answers(folder):
+    prompts = Prompts("recipes/samples/prompts.jsonl", str(folder))
+    with pytest.raises(ValueError, match="LanguageModeling learns from answers, and Prompts has prompts only"):
+        check_learnable("LanguageModeling", prompts)
+    check_learnable("Distillation", prompts, samples_answers=True)
+    check_learnable("LanguageModeling", SFT("recipes/samples/sft.jsonl", str(folder)))
