@@ -10,9 +10,8 @@ trained on in ``steps_per_rollout`` times ``rollout_epochs`` optimizer steps. Th
     constant    sum / (completions * max_new_tokens)                                Dr. GRPO, arXiv 2503.20783
     sum         mean over completions of the sum over a completion's tokens         RLOO, arXiv 2402.14740
 
-All numbers are of the whole step: all micro-batches and ranks. Advantages are those of the whole rollout batch. Tokens are
-sampled at temperature 1, without top-k or top-p, so that the sampled distribution is the one whose log-probabilities are
-trained.
+All numbers are of the whole step: all micro-batches and ranks. Advantages are those of the whole rollout batch. Completions
+are sampled and scored by ``bumblebee/tasks/group_sampler.py``.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from bumblebee.datamodule import Batch, DataModule
-from bumblebee.inference.generator import Generator
-from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.batch_invariant import batch_invariant
 from bumblebee.rl.advantages import AdvantageKind, advantages_of
@@ -38,16 +35,15 @@ from bumblebee.rl.invariance import check_invariant_model, check_invariant_run
 from bumblebee.rl.panels import HEADLINE, PANELS
 from bumblebee.rl.policy_loss import KLEstimator, Normalisation, PolicyLoss, RatioLevel, Surrogate, loss_divisor, loss_sum
 from bumblebee.rl.reward_check import reward_notes
-from bumblebee.rl.rollout import Question, Rollout, flat, rollout_seed, sample_groups
+from bumblebee.rl.rollout import Question, Rollout
 from bumblebee.rl.rollout_files import ScoredRollout, best_and_worst, write_rollouts
-from bumblebee.rl.rollout_meter import RolloutMeter
 from bumblebee.rl.sampled_text import SampledText
 from bumblebee.rl.scoring import WeightedRewards
-from bumblebee.rl.tool_meter import ToolMeter
 from bumblebee.rl.tool_use import tool_use_of
 from bumblebee.rl.training_batch import completion_sums, prompts_of, training_batch, without_completions
+from bumblebee.tasks.group_sampler import GroupSampler
 from bumblebee.tasks.pair_log_probs import token_log_probs
-from bumblebee.tasks.reference import FrozenReference, PolicyReference, evaluation_mode
+from bumblebee.tasks.reference import FrozenReference, PolicyReference
 from bumblebee.tasks.reference_choice import ReferenceChoice
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import ForwardFn, Task
@@ -137,7 +133,7 @@ class GRPO(Task):
         self.advantages, self.normalise, self.keep_rollouts = advantages, normalise, keep_rollouts
         self.resample_rounds, self.batch_invariant = resample_rounds, batch_invariant
         self.tool_use = tool_use_of(tools, max_turns, tool_timeout, tool_processes)
-        self._tool_meter = ToolMeter()
+        self.sampler = GroupSampler(model, self.rewards, group_size, max_new_tokens, self.tool_use, batch_invariant)
         self.steps_per_rollout, self.rollout_epochs = steps_per_rollout, rollout_epochs
         self.policy_loss = PolicyLoss(
             surrogate, ratio, clip, clip_high, sapo_temperatures, importance_cap, kl_beta, kl_estimator, kl_correction
@@ -154,7 +150,6 @@ class GRPO(Task):
             "_reward_square": "completions",
         }
         self._run: RunContext | None = None
-        self._meter = RolloutMeter(max_new_tokens)
         self._scored: list[ScoredRollout] = []  # of the last step, on this rank
 
     def _check(self) -> None:
@@ -200,26 +195,13 @@ class GRPO(Task):
         self.rewards.check()
         if self.policy_loss.kl_beta:
             self.reference_choice.set_up()
-        self._questions: dict[int, Question] = {each.index: each for each in samples}
-        self._pool = [sample.index for sample in data.train]
-        self._tokenizer, self._stop_ids = data.tokenizer, data.stop_ids
-        if self.tool_use is not None:
-            self.tool_use.set_up(data.tokenizer)
-        self._prompts = {each.index: self.tool_use.prompt_ids(each) if self.tool_use else each.ids for each in samples}
-        longest = max(samples, key=lambda sample: len(self._prompts[sample.index]))
-        tokens = len(self._prompts[longest.index])
-        positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", math.inf)
-        if tokens + self.max_new_tokens > positions:
-            raise ValueError(
-                f"task.max_new_tokens: {self.max_new_tokens} and the longest prompt's {tokens} tokens ({longest.place}) exceed"
-                f" the model's {positions} positions; set a smaller max_new_tokens or data.max_length"
-            )
+        self.sampler.set_up(data)
 
     def begin(self, run: RunContext, /) -> None:
         """Keep the run's context, and load the reference and the rewards' models."""
         if self.batch_invariant:
             check_invariant_run(run.device, run.precision, run.zero_stage)
-        self._run = run
+        self._run = self.sampler.run = run
         self._reference = self.reference_choice.open(run) if self.policy_loss.kl_beta else None
         self.rewards.begin(run.device)
 
@@ -252,11 +234,11 @@ class GRPO(Task):
     def prepare_windows(self, windows: list[list[Batch]], step: int, /) -> list[list[Batch]]:
         """Sample completions of this rank's prompts with the current weights, and score them. Collective."""
         assert self._run is not None, "begin has not been called"
-        self._meter.begin_step()
+        self.sampler.meter.begin_step()
         own = [[index for index, _ in prompts_of(batch)] for window in windows for batch in window]
-        groups = self._scored_groups([index for prompts in own for index in prompts], step)
-        sample = partial(self._scored_groups, step=step)
-        places = fill_places(groups, self._pool, self._run.seed, step, self.resample_rounds, sample)
+        groups = self.sampler.groups([index for prompts in own for index in prompts], step)
+        sample = partial(self.sampler.groups, step=step)
+        places = fill_places(groups, self.sampler.pool, self._run.seed, step, self.resample_rounds, sample)
         trained = [group for place in places for group in place.trained]
         rewards = torch.tensor([[each.reward for each in group] for group in trained], dtype=torch.float64)
         advantages = advantages_of(rewards.view(len(trained), self.group_size), self.advantages)
@@ -266,29 +248,12 @@ class GRPO(Task):
         batches = iter([self._training_batch(batch, next(places_of), rows) for window in windows for batch in window])
         return [[self._with_log_probs(next(batches)) for _ in window] for window in windows]
 
-    def _scored_groups(self, prompts: Sequence[int], step: int) -> list[list[Rollout]]:
-        """Completions of each prompt, with rewards. Collective."""
-        assert self._run is not None
-        seed, numbers = self._run.seed, range(self.group_size)
-        params = [[self._params(rollout_seed(seed, step, index, number)) for number in numbers] for index in prompts]
-        with self._meter.timed("sampling"):
-            groups = self._sample([self._prompt(index) for index in prompts], params)
-        rollouts = flat(groups)
-        self._meter.add([len(rollout.tokens) for rollout in rollouts])
-        self._tool_meter.add(rollouts)
-        with self._meter.timed("rewards"):
-            self.rewards.score(rollouts, [self._questions[rollout.prompt] for rollout in rollouts])
-        return groups
-
-    def _prompt(self, index: int) -> tuple[int, list[int]]:
-        return index, self._prompts[index]
-
     def _keep(self, places: Sequence[Place], advantages: Tensor, step: int) -> None:
         """Keep the completions for ``sampled_texts`` and in output_dir/rollouts; 0 is the advantage of those not trained on."""
         assert self._run is not None
         rows, zeros = iter(advantages.tolist()), [0.0] * self.group_size
         self._scored = [
-            ScoredRollout(rollout, self._questions[rollout.prompt], advantage)
+            ScoredRollout(rollout, self.sampler.questions[rollout.prompt], advantage)
             for place in places
             for group in place.groups
             for rollout, advantage in zip(group, zeros if place.left_out(group) else next(rows), strict=True)
@@ -301,7 +266,7 @@ class GRPO(Task):
         """The completions in the places of a batch of prompts; takes the advantages of their groups."""
         groups = [group for place in places for group in place.trained]
         if groups:
-            prompts = [self._prompt(group[0].prompt) for group in groups]
+            prompts = [self.sampler.prompt(group[0].prompt) for group in groups]
             trained = training_batch(prompts, groups, torch.stack([next(advantages) for _ in groups]))
         else:
             trained = without_completions(batch, len(self.rewards.names))
@@ -334,7 +299,7 @@ class GRPO(Task):
 
     def largest_batch(self, batch: Batch, /) -> Batch:
         """Completions of the maximum length."""
-        prompts, blank = [self._prompt(index) for index, _ in prompts_of(batch)], [0] * self.max_new_tokens
+        prompts, blank = [self.sampler.prompt(index) for index, _ in prompts_of(batch)], [0] * self.max_new_tokens
         rewards = [0.0] * len(self.rewards.names)
         groups = [
             [Rollout(index, blank, [0.0] * len(blank), rewards=rewards) for _ in range(self.group_size)] for index, _ in prompts
@@ -348,21 +313,7 @@ class GRPO(Task):
 
     def notes_on(self, samples: Sequence[object], /) -> list[list[str]]:
         """Rewards of the record's own answer and of an empty completion."""
-        return reward_notes(self.rewards, [cast("Question", sample) for sample in samples], self._tokenizer.encode)
-
-    def _sample(
-        self, prompts: Sequence[tuple[int, list[int]]], params: Sequence[Sequence[SamplingParams]]
-    ) -> list[list[Rollout]]:
-        """``sample_groups`` from the current weights, which are gathered at stage 3. Collective in a run."""
-        whole = nullcontext() if self._run is None else self._run.engine.whole_model()
-        with whole, evaluation_mode(self.model), batch_invariant(self.batch_invariant):
-            generator = Generator(self.model, self._tokenizer, self._stop_ids)  # type: ignore[arg-type]
-            if self.tool_use is not None:
-                return self.tool_use.sample(generator, [(self._questions[index], ids) for index, ids in prompts], params)
-            return sample_groups(generator, prompts, params)
-
-    def _params(self, seed: int) -> SamplingParams:
-        return SamplingParams(max_new_tokens=self.max_new_tokens, seed=seed, logprobs=0)
+        return reward_notes(self.rewards, [cast("Question", sample) for sample in samples], self.sampler.tokenizer.encode)
 
     # -- a step ----------------------------------------------------------------------------------------------------------
 
@@ -377,12 +328,12 @@ class GRPO(Task):
     def tokens(self, counts: dict[str, float]) -> int:
         """Number of sampled tokens."""
         tokens = int(counts["tokens"])
-        self._meter.add_trained(tokens)
+        self.sampler.meter.add_trained(tokens)
         return tokens
 
     def training_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
         """Sums of the loss, of rewards, and of what is logged about the completions."""
-        self._meter.begin_step()
+        self.sampler.meter.begin_step()
         with batch_invariant(self.batch_invariant):
             log_probs = token_log_probs(model, batch)  # (R, T), 0 elsewhere
         losses, token_sums = self.policy_loss(log_probs, batch)
@@ -391,10 +342,7 @@ class GRPO(Task):
 
     def validation_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
         """Sums of the rewards and lengths of greedy completions."""
-        prompts = [self._prompt(index) for index, _ in prompts_of(batch)]
-        greedy = SamplingParams(max_new_tokens=self.max_new_tokens, temperature=0.0)
-        rollouts = flat(self._sample(prompts, [[greedy]] * len(prompts)))
-        self.rewards.score(rollouts, [self._questions[rollout.prompt] for rollout in rollouts])
+        rollouts = self.sampler.greedy([index for index, _ in prompts_of(batch)])
         sums = {
             "rl/reward": sum(rollout.reward for rollout in rollouts),
             "rl/length": sum(len(rollout.tokens) for rollout in rollouts), "completions": len(rollouts),
@@ -417,7 +365,7 @@ class GRPO(Task):
     def after_step(self) -> None:
         """The model's own, and the end of the step's time."""
         super().after_step()
-        self._meter.end_step()
+        self.sampler.meter.end_step()
 
     def derived_metrics(self, means: Mapping[str, float], /) -> dict[str, float]:
         """Standard deviation of the rewards over all completions."""
@@ -425,21 +373,14 @@ class GRPO(Task):
         return {"rl/reward_spread": math.sqrt(max(variance, 0.0))}
 
     def metrics(self) -> dict[str, float]:
-        """The model's own, the longest completion, speeds, where the time goes, and completions that could not be scored."""
-        failures = self.rewards.failures.take() if self.rewards.can_fail else {}
-        tools = self._tool_meter.metrics() if self.tool_use else {}
-        return {**super().metrics(), **self._meter.metrics(), **failures, **tools}
+        """The model's own, and those of sampling: lengths, speeds, where the time goes, tools, failed rewards."""
+        return {**super().metrics(), **self.sampler.metrics()}
 
     def metric_sums(self) -> dict[str, Tensor]:
         """See the base class."""
-        meter = self._meter.state()
-        failures = self.rewards.failures.state() if meter and self.rewards.can_fail else {}  # none after a line
-        tools = self._tool_meter.state() if self.tool_use else {}
-        return {**super().metric_sums(), **meter, **failures, **tools}
+        return {**super().metric_sums(), **self.sampler.state()}
 
     def restore_metric_sums(self, sums: Mapping[str, Tensor]) -> None:
         """See the base class."""
         super().restore_metric_sums(sums)
-        self._meter.restore(sums)
-        self.rewards.failures.restore(sums)
-        self._tool_meter.restore(sums)
+        self.sampler.restore(sums)
