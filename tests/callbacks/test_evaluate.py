@@ -104,7 +104,5 @@ def test_reward_models_are_refused(callback, tiny):
     model = Bumblebee(tiny())
     model.become_reward_model()
     trainer = SimpleNamespace(task=SimpleNamespace(model=model), data=SimpleNamespace(tokenizer=None))
-    with pytest.raises(
-        ValueError, match=f"{type(callback).__name__} needs a model that predicts tokens, not a reward"
-    ):
+    with pytest.raises(ValueError, match=f"{type(callback).__name__} needs a model that predicts tokens, not a reward"):
         callback.check(trainer)
