@@ -13,8 +13,9 @@ from helpers.processes import ROOT
 from jsonargparse import ArgumentParser
 
 from bumblebee import GRPO
-from bumblebee.rewards import Brevity, ExactAnswer, Matches, NumericAnswer, RewardInput
-from bumblebee.rewards.reward import name_of
+from bumblebee.rewards import Brevity, ExactAnswer, InWorkers, Matches, NumericAnswer, RewardInput
+from bumblebee.rewards.reward import check_signature, name_of
+from bumblebee.rl.scoring import WeightedRewards
 
 
 def score(reward, text, **record):
@@ -106,3 +107,26 @@ def test_brevity_falls_linearly_between_its_limits():
 def test_bad_records_and_options_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def of_completions(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+def of_columns(prompts, completions, answer, **kwargs):
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize("wrap", [lambda reward: reward, InWorkers])
+@pytest.mark.parametrize("reward", [of_completions, of_columns])
+def test_rewards_with_parameters_of_trl_are_refused(reward, wrap):
+    message = rf"task.rewards: {reward.__name__}: a reward is called with \(prompts, completions, records\), but .*\*\*kwargs\)"
+    with pytest.raises(ValueError, match=message):
+        WeightedRewards([wrap(reward)], None).check()
+
+
+@pytest.mark.parametrize(
+    "reward", [lambda *lists: [], lambda p, c, r: [], lambda p, c, records, **more: [], max, ExactAnswer()]
+)
+def test_other_ways_to_take_three_lists_are_accepted(reward):
+    check_signature(reward)

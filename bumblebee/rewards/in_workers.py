@@ -6,7 +6,16 @@ import math
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 
-from bumblebee.rewards.reward import CompletionError, Failure, InputReward, OnFailure, RewardFunction, RewardInput, name_of
+from bumblebee.rewards.reward import (
+    CompletionError,
+    Failure,
+    InputReward,
+    OnFailure,
+    RewardFunction,
+    RewardInput,
+    check_signature,
+    name_of,
+)
 from bumblebee.rewards.worker_main import Reply
 from bumblebee.rewards.worker_processes import WorkerProcesses
 
@@ -53,6 +62,8 @@ class InWorkers(InputReward):
         """Check the reward, in this process."""
         if isinstance(self.reward, InputReward):
             self.reward.check()
+        else:
+            check_signature(self.reward)
 
     def score(self, inputs: Sequence[RewardInput]) -> list[float | Failure]:
         """See the class.

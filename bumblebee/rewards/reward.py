@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import traceback
 from abc import ABC, abstractmethod
@@ -104,6 +105,41 @@ class InputReward(ABC):
         """Rewards as of a function."""
         inputs = [RewardInput(*each) for each in zip(prompts, completions, records, strict=True)]
         return [each.value if isinstance(each, Failure) else each for each in self.score(inputs)]
+
+
+def check_signature(reward: Callable[..., object]) -> None:
+    """Check that a function can be called with prompts, completions and records.
+
+    Parameters for columns of the data, which TRL passes by name, are refused as well: the first of them would get the records.
+
+    Raises:
+        ValueError: it has other parameters.
+    """
+    try:
+        signature = inspect.signature(reward)
+    except (TypeError, ValueError):  # of a function in C
+        return
+    if not _takes_three(signature) or _takes_columns(signature):
+        shown = signature.replace(return_annotation=inspect.Signature.empty)
+        raise ValueError(
+            f"a reward is called with (prompts, completions, records), but the parameters are {shown}; other fields of the data"
+            " are in the records"
+        )
+
+
+def _takes_three(signature: inspect.Signature) -> bool:
+    try:
+        signature.bind([], [], [])
+    except TypeError:
+        return False
+    return True
+
+
+def _takes_columns(signature: inspect.Signature) -> bool:
+    parameters = signature.parameters.values()
+    names = [each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+    return takes_any and len(names) > 2 and "record" not in names[2]
 
 
 def score_all(reward: RewardFunction, inputs: Sequence[RewardInput]) -> list[float | Failure]:

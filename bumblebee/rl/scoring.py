@@ -14,6 +14,7 @@ from bumblebee.rewards.reward import (
     RewardError,
     RewardFunction,
     RewardInput,
+    check_signature,
     describe,
     name_of,
     score_all,
@@ -63,6 +64,8 @@ class WeightedRewards:
             try:
                 if isinstance(function, InputReward):
                     function.check()
+                else:
+                    check_signature(function)
             except ValueError as error:
                 raise ValueError(f"task.rewards: {name}: {error}") from error
 
