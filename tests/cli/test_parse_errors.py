@@ -354,6 +354,7 @@ IN_THE_REWARDS = [
      "5: task.rewards: objects of bumblebee.Tokenizer cannot be called: the class has no method __call__"),
     ("timeout: 10", "timeout: 0", "10: task.rewards.timeout must be positive, got 0.0"),
     ("timeout: 10", "process: 1", "10: unknown option 'task.rewards.process' (did you mean 'task.rewards.processes'?)"),
+    ("    rewards:\n", "    num_generations: 8\n    rewards:\n", "5: unknown option 'task.num_generations': use group_size"),
     ("timeout: 10", "on_error: skip", "10: task.rewards.on_error: expected a number or stop, got 'skip'"),
 ]  # fmt: skip
 

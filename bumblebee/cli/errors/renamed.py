@@ -5,4 +5,12 @@ from __future__ import annotations
 COMMANDS = {"answer": "evaluate"}
 OPTIONS: dict[str, str] = {}  # dotted keys as written in a recipe, without init_args
 # Options of other libraries whose meaning has another form here, and that form.
-ELSEWHERE = {"do_sample": "use temperature; 0 always takes the most likely token, above 0 samples"}
+ELSEWHERE = {
+    "do_sample": "use temperature; 0 always takes the most likely token, above 0 samples",
+    "reward_funcs": "use rewards",
+    "num_generations": "use group_size",
+    "num_iterations": "use rollout_epochs",
+    "steps_per_generation": "use steps_per_rollout",
+    "max_completion_length": "use max_new_tokens",
+    "scale_rewards": "use advantages; group_mean does not scale, group_std and batch_std do",
+}
