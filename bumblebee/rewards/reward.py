@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, SupportsFloat
 from bumblebee.tokenizer.assistant_mask import Message
 from bumblebee.tokenizer.chat_template import Tool
 from bumblebee.utils.formatting import plural
+from bumblebee.utils.user_code import UserCodeError
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,7 @@ RewardFunction = Callable[[list[str], list[str], list[Record]], Sequence[float]]
 OnFailure = float | Literal["stop"]  # the reward of a completion that cannot be scored, or "stop" to end the run
 
 
-class RewardError(ValueError):
+class RewardError(UserCodeError):
     """A reward function raised, or returned what is no reward."""
 
 

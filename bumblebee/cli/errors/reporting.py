@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from bumblebee.distributed import process_group
-from bumblebee.rewards import RewardError
 from bumblebee.utils.formatting import system_error
+from bumblebee.utils.user_code import UserCodeError
 
 _CANNOT_WRITE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
@@ -75,7 +75,7 @@ def run_errors() -> Iterator[None]:
     except FloatingPointError as error:  # not a user error, but a traceback would not help
         print(f"bumblebee: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except RewardError as error:  # the user's function; the message says where it raised
+    except UserCodeError as error:
         if os.environ.get("BUMBLEBEE_TRACEBACK"):
             raise
         _report_to_torchrun(f"bumblebee: {error}")

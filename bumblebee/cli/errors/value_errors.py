@@ -42,12 +42,10 @@ def name_option(message: str, config: Mapping[str, object], words: Sequence[str]
     """
     if "Union subtypes" in message:  # wrapped by jsonargparse
         message = reason(message)
-    leaves = [*_leaves(config)]
-    named = re.match(r"(\w+(?:\.\w+)+): ", message)  # a list of classes, such as task.rewards
-    if named and any(plain(key).startswith(f"{named[1]}.") for key, _ in leaves):
+    if (named := re.match(r"(\w+(?:\.\w+)+): ", message)) and named[1] in _lists(config):
         return where(named[1], words) + message
     candidates = []
-    for key, value in leaves:
+    for key, value in _leaves(config):
         name = plain(key).rpartition(".")[2]
         if _begins_with(plain(key), message) or _begins_with(name, message):
             candidates.append((0 if str(value) in message else 1, key))
@@ -74,6 +72,15 @@ def _position(value: str, message: str) -> int | None:
     match = re.match(rf"((file|folder) not found: )?{re.escape(value)}(?![\w/.-])", message)
     match = match or re.search(rf"(['\"]){re.escape(value)}\1", message)
     return match.start() if match else None
+
+
+def _lists(value: object, path: str = "") -> Iterator[str]:
+    """Keys of lists, such as task.rewards."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _lists(inner, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list):
+        yield plain(path)
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
