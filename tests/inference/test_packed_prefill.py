@@ -8,8 +8,10 @@ from helpers import attention_operators
 
 from bumblebee import Bumblebee
 from bumblebee.inference import model_runner
+from bumblebee.inference.attention_metadata import AttentionMetadata
 from bumblebee.inference.engine import GenerationEngine
 from bumblebee.inference.engine_config import EngineConfig
+from bumblebee.inference.kv_cache import PagedLayerCache
 from bumblebee.inference.prefill_attention import PackedSpans
 from bumblebee.inference.request import EngineRequest
 from bumblebee.inference.sampling.sampling_params import SamplingParams
@@ -38,6 +40,25 @@ def run(model: Bumblebee, tokenizer: Tokenizer, step_tokens: int) -> list[tuple[
             outputs.setdefault(output.id, []).extend(output.tokens)
     groups = [outputs[str(number)] for number in range(len(PROMPTS))]
     return [([token.id for token in group], [token.logprob for token in group]) for group in groups]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 6])
+def test_varlen_on_a_gpu_aligns_chunks_to_the_end_of_their_sequence(window):
+    torch.manual_seed(0)
+    counts, lengths, block_size = [7, 1, 12], [40, 9, 12], 16
+    keys, values = (torch.randn(8, block_size, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(sum(counts), 4, 64, device="cuda", dtype=torch.bfloat16)
+    tables = [[3, 0, 6], [1], [5]]
+    metadata = [
+        AttentionMetadata.build(tables, lengths, counts, block_size, q.device, 0.0, pack=pack).windowed(window)
+        for pack in (True, False)
+    ]
+    packed, spans = metadata[0].packed, metadata[1].spans
+    masked = PagedLayerCache((8, block_size, 2, 64), torch.bfloat16, q.device)
+    masked.keys, masked.values = keys, values
+    expected = [masked._attend_span(q[span.offset : span.offset + span.num_queries], span) for span in spans]
+    torch.testing.assert_close(packed.attend(q, keys, values, window), torch.cat(expected), rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("step_tokens", [5, 64])
