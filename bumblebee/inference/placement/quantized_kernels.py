@@ -45,9 +45,6 @@ _ROW_BLOCK = 16  # rows of a weight must be a multiple of it for the int4 operat
 class FbgemmInt8Weight(QuantizedWeight):
     """An int8 weight packed for FBGEMM.
 
-    FBGEMM quantizes activations by their minimum and maximum. Four more inputs with weights of zero hold the ends of the range,
-    so that its scale is 1 and the digits are kept as they are.
-
     Args:
         weight: on the CPU.
         has_vnni: the CPU multiplies 8-bit integers without saturation; otherwise a digit has 7 bits.
@@ -55,33 +52,34 @@ class FbgemmInt8Weight(QuantizedWeight):
 
     def __init__(self, weight: Int8Weight, has_vnni: bool) -> None:
         super().__init__()
-        self.shape, self.has_vnni = weight.shape, has_vnni
+        self.shape = weight.shape
         self.digit = 127 if has_vnni else 63  # digits are -digit ... digit
         self.base = 2 * self.digit + 1
-        self.packed = _fbgemm_pack(nn.functional.pad(weight.codes, (0, 4)))
+        self.packed = _fbgemm_pack(weight.codes)
         self.scale: Tensor
-        self.range: Tensor
         self.register_buffer("scale", weight.scale)
-        self.register_buffer("range", torch.tensor([[-self.digit - 1.0, self.digit, 0.0, 0.0]]))
 
     def matmul(self, x: Tensor) -> Tensor:
-        """See the base class."""
+        """See the base class. Few operators, written into place: in decode each costs as much as a tenth of the product."""
         rows = x.reshape(-1, x.shape[-1])
         unit = torch.linalg.vector_norm(rows, float("inf"), -1, keepdim=True, dtype=torch.float32)
         unit = unit.mul_(1 / (self.digit * self.base)).clamp_min_(torch.finfo(torch.float32).tiny)
-        fixed = rows.float().div(unit).round_()
-        high = fixed.mul(1 / self.base).round_()
-        low = fixed.sub_(high, alpha=self.base)
-        ends = self.range.expand(len(rows), -1)
-        digits = torch.cat([torch.cat([high, ends], -1), torch.cat([low, ends], -1)])
-        high, low = torch.ops.quantized.linear_dynamic(digits, self.packed, not self.has_vnni).chunk(2)
-        out = low.add_(high, alpha=self.base).mul_(unit).mul_(self.scale)
-        return out.to(x.dtype).view(*x.shape[:-1], -1)
+        digits = rows.new_empty((2 * len(rows), rows.shape[1]), dtype=torch.float32)
+        high, low = digits.chunk(2)
+        torch.div(rows, unit, out=low).round_()
+        torch.mul(low, 1 / self.base, out=high).round_()
+        low.sub_(high, alpha=self.base)
+        high, low = _fbgemm_matmul(digits, 1.0, self.digit + 1, self.packed).chunk(2)  # digits + zero point are unsigned
+        out = low.add_(high, alpha=self.base).mul_(unit)
+        return torch.mul(out, self.scale, out=out.new_empty(out.shape, dtype=x.dtype)).view(*x.shape[:-1], -1)
 
     def dequantize(self) -> Tensor:
         """See the base class."""
-        codes = torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()[:, :-4]
+        codes = torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
         return codes * self.scale[:, None]
+
+
+_fbgemm_matmul = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
 
 
 @cache
