@@ -6,25 +6,22 @@ for each pair: 2i is prompt and chosen answer, 2i + 1 the same prompt and the re
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 
 from bumblebee.datamodule import Batch
 from bumblebee.utils.formatting import number, plural
 from datamodules.answer_rows import TooLong, fit_answers
-from datamodules.collate import TokenDataset, collate_rows, padded_width
-from datamodules.mixture import Files
+from datamodules.answers import AnswerDataModule, AnswerDataset
+from datamodules.collate import collate_rows, padded_width
 from datamodules.token_cache import Segment, TokenCache
-from datamodules.token_datamodule import TokenDataModule
 from datamodules.tokenize import PreferenceTokenizer
 
 # Index among the training samples, margin, prompt + chosen and prompt + rejected answer.
 Pair = tuple[int, float, Segment, Segment]
 
 
-class PairDataset(TokenDataset[Pair]):
+class PairDataset(AnswerDataset[Pair]):
     """Pairs that fit into rows of ``max_length`` positions.
 
     Args:
@@ -65,7 +62,7 @@ class PairDataset(TokenDataset[Pair]):
         return self.cache.origin(int(self.samples[index]))
 
 
-class Preferences(TokenDataModule[Pair, PairDataset]):
+class Preferences(AnswerDataModule[Pair, PairDataset]):
     """Preference pairs.
 
     Args:
@@ -87,35 +84,13 @@ class Preferences(TokenDataModule[Pair, PairDataset]):
     """
 
     record_noun = "pairs"
-    rows_per_sample = 2
 
     train: PairDataset
     validation: PairDataset | None = None
 
-    def __init__(
-        self,
-        files: Files,
-        tokenizer: str,
-        max_length: int = 1024,
-        system: str | None = None,
-        too_long: Literal["drop", "keep_end"] = "drop",
-        validation_files: str | list[str] | None = None,
-        validation_ratio: float = 0.0,
-        deduplicate: bool = False,
-        on_bad_record: Literal["stop", "skip"] = "stop",
-        cache_dir: str | None = None,
-        chat_template: str | None = None,
-    ) -> None:
-        super().__init__(
-            files, tokenizer, max_length, validation_files, validation_ratio, deduplicate, on_bad_record, cache_dir
-        )
-        self.chat_template = chat_template
-        self.system, self.too_long = system, too_long
-
     def setup(self, seed: int) -> None:
         """Tokenize, hold out, fit into rows."""
         super().setup(seed)
-        self.stop_ids = self.tokenizer.chat_template.end_of_turn_ids
         self.lengths = self.train.row_lengths.max(axis=0)
 
     def record_tokenizer(self) -> PreferenceTokenizer:
@@ -146,13 +121,4 @@ class Preferences(TokenDataModule[Pair, PairDataset]):
         lines["answer tokens"] = f"{number(self.train.targets)} of {number(tokens)} ({self.train.targets / tokens:.1%})"
         if self.validation is not None:
             lines["held out"] = plural(len(self.validation), "pair")
-        return lines
-
-    def omitted(self, dataset: PairDataset) -> dict[str, int | str]:
-        """See the base class."""
-        lines: dict[str, int | str] = {}
-        if dataset.dropped:
-            lines[f"longer than max_length {self.max_length}"] = f"{number(dataset.dropped)} dropped"
-        if dataset.truncated:
-            lines["prompts cut from the left"] = dataset.truncated
         return lines

@@ -8,8 +8,6 @@ whatever the batches.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 
@@ -17,17 +15,16 @@ from bumblebee.datamodule import Batch
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.utils.formatting import number, plural
 from datamodules.answer_rows import TooLong, fit_answers
-from datamodules.collate import TokenDataset, collate_rows, padded_width
-from datamodules.mixture import Files
+from datamodules.answers import AnswerDataModule, AnswerDataset
+from datamodules.collate import collate_rows, padded_width
 from datamodules.token_cache import Segment, TokenCache
-from datamodules.token_datamodule import TokenDataModule
 from datamodules.tokenize import LabelledTokenizer
 
 # Index among the training samples, whether the answer is good, prompt + answer and prompt + another record's answer.
 Example = tuple[int, bool, Segment, Segment]
 
 
-class LabelledDataset(TokenDataset[Example]):
+class LabelledDataset(AnswerDataset[Example]):
     """Answers that fit into rows of ``max_length`` positions.
 
     Args:
@@ -97,7 +94,7 @@ def _others(group: np.ndarray) -> np.ndarray:
     return others
 
 
-class UnpairedPreferences(TokenDataModule[Example, LabelledDataset]):
+class UnpairedPreferences(AnswerDataModule[Example, LabelledDataset]):
     """Answers with a label: good or bad.
 
     Args:
@@ -120,35 +117,13 @@ class UnpairedPreferences(TokenDataModule[Example, LabelledDataset]):
     """
 
     record_noun = "records"
-    rows_per_sample = 2
 
     train: LabelledDataset
     validation: LabelledDataset | None = None
 
-    def __init__(
-        self,
-        files: Files,
-        tokenizer: str,
-        max_length: int = 1024,
-        system: str | None = None,
-        too_long: Literal["drop", "keep_end"] = "drop",
-        validation_files: str | list[str] | None = None,
-        validation_ratio: float = 0.0,
-        deduplicate: bool = False,
-        on_bad_record: Literal["stop", "skip"] = "stop",
-        cache_dir: str | None = None,
-        chat_template: str | None = None,
-    ) -> None:
-        super().__init__(
-            files, tokenizer, max_length, validation_files, validation_ratio, deduplicate, on_bad_record, cache_dir
-        )
-        self.chat_template = chat_template
-        self.system, self.too_long = system, too_long
-
     def setup(self, seed: int) -> None:
         """Tokenize, hold out, fit into rows."""
         super().setup(seed)
-        self.stop_ids = self.tokenizer.chat_template.end_of_turn_ids
         self.lengths = self.train.row_lengths
 
     def record_tokenizer(self) -> LabelledTokenizer:
@@ -178,13 +153,4 @@ class UnpairedPreferences(TokenDataModule[Example, LabelledDataset]):
         lines["answer tokens"] = f"{number(targets)} of {number(tokens)} ({targets / tokens:.1%})"
         if self.validation is not None:
             lines["held out"] = plural(len(self.validation), "example")
-        return lines
-
-    def omitted(self, dataset: LabelledDataset) -> dict[str, int | str]:
-        """See the base class."""
-        lines: dict[str, int | str] = {}
-        if dataset.dropped:
-            lines[f"longer than max_length {self.max_length}"] = f"{number(dataset.dropped)} dropped"
-        if dataset.truncated:
-            lines["prompts cut from the left"] = dataset.truncated
         return lines
