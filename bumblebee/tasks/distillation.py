@@ -39,6 +39,7 @@ from bumblebee.tasks.student_samples import StudentSamples
 from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.teacher import Teacher, check_folder, head_of
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_learnable, check_length, check_predicts_tokens
+from bumblebee.tasks.validation_sums import means_of, with_counts
 from bumblebee.transforms import apply_transforms
 
 _TERM = "loss"  # also the name of the number of targets
@@ -221,10 +222,8 @@ class Distillation(Task):
         """The sums of ``training_step``, for prompts on greedy completions, and the counts to divide them by."""
         if self.samples is not None:
             batch = self.samples.greedy(batch)
-        counts = {f"{name} count": torch.as_tensor(count) for name, count in self.counts(batch).items()}
-        return {**{name: value.double() for name, value in self.training_step(model, batch).items()}, **counts}
+        return with_counts(self.training_step(model, batch), self.counts(batch))
 
     def validation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """The same loss and metrics as in training."""
-        units = {_TERM: _TERM, **self.units}
-        return {f"validation_{name}": sums[name] / max(sums[f"{unit} count"], 1) for name, unit in units.items()}
+        return {f"validation_{name}": mean for name, mean in means_of(sums, {_TERM: _TERM, **self.units}).items()}

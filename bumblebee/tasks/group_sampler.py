@@ -6,14 +6,11 @@ are trained.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 
 from torch import Tensor, nn
 
 from bumblebee.datamodule import DataModule
-from bumblebee.inference.generator import Generator
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.nn.batch_invariant import batch_invariant
 from bumblebee.rl.rollout import Question, Rollout, flat, rollout_seed, sample_groups
@@ -21,7 +18,7 @@ from bumblebee.rl.rollout_meter import RolloutMeter
 from bumblebee.rl.scoring import WeightedRewards
 from bumblebee.rl.tool_meter import ToolMeter
 from bumblebee.rl.tool_use import ToolUse
-from bumblebee.tasks.reference import evaluation_mode
+from bumblebee.tasks.policy_sampling import check_room, policy_generator
 from bumblebee.tasks.run_context import RunContext
 
 
@@ -75,12 +72,7 @@ class GroupSampler:
         self._prompts = {index: own(question) for index, question in self.questions.items()}
         longest = max(self._prompts, key=lambda index: len(self._prompts[index]))
         tokens, place = len(self._prompts[longest]), self.questions[longest].place
-        positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", math.inf)
-        if tokens + self.max_new_tokens > positions:
-            raise ValueError(
-                f"task.max_new_tokens: {self.max_new_tokens} and the longest prompt's {tokens} tokens ({place}) exceed"
-                f" the model's {positions} positions; set a smaller max_new_tokens or data.max_length"
-            )
+        check_room(self.model, self.max_new_tokens, tokens, f" ({place})")
 
     def prompt(self, index: int) -> tuple[int, list[int]]:
         """A prompt's index and its token ids, with the descriptions of tools."""
@@ -113,9 +105,8 @@ class GroupSampler:
     def _sample(self, indices: Sequence[int], params: Sequence[Sequence[SamplingParams]]) -> list[list[Rollout]]:
         """Completions from the current weights, which are gathered at stage 3."""
         prompts = [self.prompt(index) for index in indices]
-        whole = nullcontext() if self.run is None else self.run.engine.whole_model()
-        with whole, evaluation_mode(self.model), batch_invariant(self.invariant):
-            generator = Generator(self.model, self.tokenizer, self._stop_ids)  # type: ignore[arg-type]
+        sampling = policy_generator(self.model, self.tokenizer, self._stop_ids, self.run)
+        with sampling as generator, batch_invariant(self.invariant):
             if self.tool_use is not None:
                 return self.tool_use.sample(generator, [(self.questions[index], ids) for index, ids in prompts], params)
             return sample_groups(generator, prompts, params)

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from bumblebee.datamodule import Batch, DataModule
 from bumblebee.distributed import process_group
 from bumblebee.nn import IGNORE_INDEX
-from bumblebee.plotting.panels import Panel, ShownMetric
 from bumblebee.tasks.pair_log_probs import token_log_probs, valid_pairs
-from bumblebee.tasks.preference_task import check_beta
+from bumblebee.tasks.preference_task import HEADLINE, PANELS, check_beta
 from bumblebee.tasks.reference import evaluation_mode
 from bumblebee.tasks.referenced_task import ReferencedTask
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import ForwardFn
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length, check_predicts_tokens
+from bumblebee.tasks.validation_sums import means_of, with_counts
 from bumblebee.transforms import apply_transforms
 
 _ROWS = ("input_ids", "labels", "position_ids")
@@ -67,14 +67,7 @@ class KTO(ReferencedTask):
     """
 
     units = _UNITS
-    panels = (
-        Panel(ShownMetric("loss", "loss")),
-        Panel(
-            ShownMetric("rewards/accuracies", "accuracy", axis="reward accuracy", fraction=True),
-            ShownMetric("rewards/margins", "margin", axis="reward margin"),
-        ),
-    )
-    headline = (ShownMetric("loss", "loss"), ShownMetric("rewards/accuracies", "accuracy", fraction=True))
+    panels, headline = PANELS, HEADLINE
 
     def __init__(
         self,
@@ -207,12 +200,11 @@ class KTO(ReferencedTask):
         """The sums of ``training_step``, and the counts to divide them by."""
         z0 = self._validation_z0(model, batch["labels"].device)
         own = {**_own(batch), "reference": self._reference(model, batch, "validation")[:, 0], "z0": z0}
-        counts = {f"{name} count": torch.as_tensor(count) for name, count in self.counts(own).items()}
-        return {**{name: value.double() for name, value in self._sums(model, own).items()}, **counts}
+        return with_counts(self._sums(model, own), self.counts(own))
 
     def validation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """The same loss and metrics as in training."""
-        means = {name: sums[name] / max(sums[f"{unit} count"], 1) for name, unit in {"kto": "kto", **_UNITS}.items()}
+        means = means_of(sums, {"kto": "kto", **_UNITS})
         metrics = {"loss": means.pop("kto"), **means, **self.derived_metrics(means)}
         return {f"validation_{name}": value for name, value in metrics.items()}
 

@@ -19,8 +19,17 @@ from bumblebee.plotting.panels import Panel, ShownMetric
 from bumblebee.tasks.pair_log_probs import response_lengths, response_log_probs, token_log_probs, valid_pairs
 from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length, check_predicts_tokens
+from bumblebee.tasks.validation_sums import means_of, with_counts
 
 REWARD_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+PANELS = (
+    Panel(ShownMetric("loss", "loss")),
+    Panel(
+        ShownMetric("rewards/accuracies", "accuracy", axis="reward accuracy", fraction=True),
+        ShownMetric("rewards/margins", "margin", axis="reward margin"),
+    ),
+)
+HEADLINE = (ShownMetric("loss", "loss"), ShownMetric("rewards/accuracies", "accuracy", fraction=True))
 _METRICS = (*REWARD_METRICS, "logps/chosen", "logps/rejected", "logps/accuracies")
 
 
@@ -39,14 +48,7 @@ class PreferenceTask(Task):
     term: ClassVar[str]
     metric_names: ClassVar[tuple[str, ...]] = _METRICS
     sft_weight: float
-    panels = (
-        Panel(ShownMetric("loss", "loss")),
-        Panel(
-            ShownMetric("rewards/accuracies", "accuracy", axis="reward accuracy", fraction=True),
-            ShownMetric("rewards/margins", "margin", axis="reward margin"),
-        ),
-    )
-    headline = (ShownMetric("loss", "loss"), ShownMetric("rewards/accuracies", "accuracy", fraction=True))
+    panels, headline = PANELS, HEADLINE
 
     def _set_weights(self, sft_weight: float) -> None:
         if not sft_weight >= 0:
@@ -95,13 +97,12 @@ class PreferenceTask(Task):
 
     def validation_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
         """The sums of ``training_step``, and the counts to divide them by."""
-        counts = {f"{name} count": torch.as_tensor(count) for name, count in self.counts(batch).items()}
-        return {**{name: value.double() for name, value in self._step(model, batch, "validation").items()}, **counts}
+        return with_counts(self._step(model, batch, "validation"), self.counts(batch))
 
     def validation_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """The same loss and metrics as in training."""
         names = (*self.weights, *self.metric_names)
-        means = {name: sums[name] / max(sums[f"{self.units.get(name, name)} count"], 1) for name in names}
+        means = means_of(sums, {name: self.units.get(name, name) for name in names})
         loss = sum(weight * means[name] for name, weight in self.weights.items())
         return {"validation_loss": loss, **{f"validation_{name}": means[name] for name in self.metric_names}}
 

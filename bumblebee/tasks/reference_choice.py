@@ -13,6 +13,7 @@ from bumblebee.lora import adapters_off, has_adapters
 from bumblebee.model import Bumblebee
 from bumblebee.tasks.reference import FrozenReference, PolicyReference
 from bumblebee.tasks.run_context import RunContext
+from bumblebee.tasks.tokenizer_checks import check_vocabulary
 
 _KINDS = ("auto", "adapters_off", "copy")
 _DESCRIPTIONS = {"adapters_off": "the model without its adapters", "copy": "the initial model"}
@@ -77,12 +78,7 @@ class ReferenceChoice:
         dtype = run.engine.options.weights_dtype
         with run.building():
             model = self.model_class.from_pretrained(self.name, dtype=dtype, device=run.device)
-        tokenizer = run.data.tokenizer
-        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"reference: the tokenizer has {tokenizer.vocab_size} ids, but the model in {self.name}"
-                f" has a vocab_size of {model.config.vocab_size}"
-            )
+        check_vocabulary("reference", self.name, model.config, run.data.tokenizer)
         return model
 
     def open_for_validation(self, device: torch.device) -> FrozenReference:

@@ -6,21 +6,18 @@ the prompt and the number of the completion only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from bumblebee.datamodule import Batch, DataModule
-from bumblebee.inference.generator import Generator
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.rl.rollout import Rollout, flat, rollout_seed, sample_groups
 from bumblebee.rl.sampled_text import SampledText
 from bumblebee.rl.training_batch import completion_rows, prompts_of
-from bumblebee.tasks.reference import evaluation_mode
+from bumblebee.tasks.policy_sampling import check_room, policy_generator
 from bumblebee.tasks.run_context import RunContext
 
 
@@ -44,12 +41,7 @@ class StudentSamples:
         self._questions = {sample.index: sample.question for sample in data.train}
         self._last: list[Rollout] = []  # of the last step, on this rank
         longest = max(len(sample.ids) for split in (data.train, data.validation) for sample in split or ())
-        positions = getattr(getattr(model, "config", None), "max_position_embeddings", math.inf)
-        if longest + max_new_tokens > positions:
-            raise ValueError(
-                f"task.max_new_tokens: {max_new_tokens} and the longest prompt's {longest} tokens exceed the model's"
-                f" {positions} positions; set a smaller max_new_tokens or data.max_length"
-            )
+        check_room(model, max_new_tokens, longest)
 
     def window(self, window: Sequence[Batch], step: int) -> list[Batch]:
         """Sample completions of a step's prompts on this rank with the current weights. Collective."""
@@ -87,9 +79,7 @@ class StudentSamples:
     def _sample(
         self, prompts: Sequence[tuple[int, list[int]]], params: Sequence[Sequence[SamplingParams]]
     ) -> list[list[Rollout]]:
-        whole = nullcontext() if self.run is None else self.run.engine.whole_model()
-        with whole, evaluation_mode(self.model):
-            generator = Generator(self.model, self.tokenizer, self.stop_ids)  # type: ignore[arg-type]
+        with policy_generator(self.model, self.tokenizer, self.stop_ids, self.run) as generator:
             return sample_groups(generator, prompts, params)
 
 

@@ -21,7 +21,7 @@ from bumblebee.nn.linear_distillation import HeadInput
 from bumblebee.nn.lm_head import LMHead
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import ForwardFn
-from bumblebee.tasks.tokenizer_checks import check_length
+from bumblebee.tasks.tokenizer_checks import check_length, check_vocabulary
 from bumblebee.tokenizer.tokenizer import Tokenizer
 from bumblebee.tokenizer.vocab_merges import has_vocab_and_merges
 
@@ -63,11 +63,7 @@ class Teacher:
             ValueError: it has too few positions, or fewer ids than the tokenizer.
         """
         check_length(model, data)
-        if data.tokenizer is not None and data.tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"teacher: the tokenizer has {data.tokenizer.vocab_size} ids, but the model in {folder} has a vocab_size of"
-                f" {model.config.vocab_size}"
-            )
+        check_vocabulary("teacher", folder, model.config, data.tokenizer)
 
     def with_student(self, student: ForwardFn, head: LMHead, batch: Batch, loss: HeadLoss) -> Tensor:
         """Run both models on a batch, and return what ``loss`` returns for its targets. Collective at stage 3.

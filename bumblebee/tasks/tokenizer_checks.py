@@ -40,6 +40,25 @@ def adopt_tokenizer(model: nn.Module, tokenizer: Tokenizer, stop_ids: Sequence[i
         config.eos_token_id = [*config.eos_token_ids, *new]
 
 
+def check_vocabulary(role: str, folder: str, config: BumblebeeConfig, tokenizer: Tokenizer | None) -> None:
+    """Check that a further model has an embedding for each of the tokenizer's ids.
+
+    Args:
+        role: of the model, for the error.
+        folder: of the model.
+        config: of the model.
+        tokenizer: the data's; None is not checked.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{role}: the tokenizer has {tokenizer.vocab_size} ids, but the model in {folder} has a vocab_size of"
+            f" {config.vocab_size}"
+        )
+
+
 def check_predicts_tokens(model: nn.Module) -> None:
     """Check that a model is not a reward model.
 
