@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 
 from bumblebee.rewards.reward import (
@@ -11,13 +10,12 @@ from bumblebee.rewards.reward import (
     Failure,
     InputReward,
     OnFailure,
-    RewardFunction,
     RewardInput,
     check_signature,
     name_of,
 )
 from bumblebee.rewards.worker_main import Reply
-from bumblebee.rewards.worker_processes import WorkerProcesses
+from bumblebee.rewards.worker_processes import WorkerProcesses, pickled
 
 
 class InWorkers(InputReward):
@@ -56,7 +54,7 @@ class InWorkers(InputReward):
         self.__name__ = name_of(reward)
         self.reward, self.processes, self.timeout = reward, processes, timeout
         self.on_timeout, self.on_error = on_timeout, on_error
-        self._workers = WorkerProcesses(_pickled(reward), processes, timeout)
+        self._workers = WorkerProcesses(pickled(reward, reward, f"reward: {name_of(reward)}"), processes, timeout)
 
     def check(self) -> None:
         """Check the reward, in this process."""
@@ -96,16 +94,3 @@ def check_on_failure(option: str, value: OnFailure) -> None:
     """
     if value != "stop" and not math.isfinite(value):
         raise ValueError(f'{option} must be a finite number or "stop", got {value}')
-
-
-def _pickled(reward: RewardFunction) -> bytes:
-    module = getattr(reward, "__module__", type(reward).__module__)
-    if module == "__main__":
-        raise ValueError(
-            f"reward: {name_of(reward)} is defined in the script that runs, which worker processes do not import;"
-            " move it to a module"
-        )
-    try:
-        return pickle.dumps(reward)
-    except Exception as error:  # of the object's own __reduce__ or __getstate__, too
-        raise ValueError(f"reward: {name_of(reward)} cannot be sent to worker processes: {error}") from error

@@ -8,6 +8,7 @@ of a reward are killed with it. ``group_reaper`` kills the groups if the trainin
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -85,6 +86,31 @@ class WorkerProcesses:
             self._reaper = _Reaper()
             weakref.finalize(self, _kill, self._workers, os.getpid(), self._reaper)
         return self._reaper
+
+
+def pickled(job: object, function: object, subject: str, otherwise: str = "") -> bytes:
+    """A job for worker processes, which import the module of its function.
+
+    Args:
+        job: the function, or an object that holds it.
+        function: of the user.
+        subject: of the error: the option and the function's name.
+        otherwise: what a user can do instead.
+
+    Raises:
+        ValueError: it cannot be sent to another process.
+    """
+    if getattr(function, "__module__", type(function).__module__) == "__main__":
+        raise ValueError(
+            f"{subject} is defined in the script that runs, which worker processes do not import; move it to a module"
+            f"{f', or {otherwise}' if otherwise else ''}"
+        )
+    try:
+        return pickle.dumps(job)
+    except Exception as error:  # of the object's own __reduce__ or __getstate__, too
+        raise ValueError(
+            f"{subject} cannot be sent to worker processes: {error}{f'; {otherwise}' if otherwise else ''}"
+        ) from error
 
 
 def _kill(workers: list[_Worker], owner: int, reaper: _Reaper | None = None) -> None:

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable, Sequence
 
 from bumblebee.rewards.worker_main import Reply
-from bumblebee.rewards.worker_processes import WorkerProcesses
+from bumblebee.rewards.worker_processes import WorkerProcesses, pickled
 from bumblebee.rl.tools import PythonTool, ToolResult
 from bumblebee.tokenizer.chat_template import Tool
 from bumblebee.tokenizer.tool_call_parser import ParsedCall
@@ -84,16 +84,5 @@ class _Calls:
 
 def _pickled(tools: Sequence[PythonTool]) -> bytes:
     for tool in tools:
-        module = getattr(tool.function, "__module__", type(tool.function).__module__)
-        if module == "__main__":
-            raise ValueError(
-                f"tools: {tool.name} is defined in the script that runs, which worker processes do not import; move it to a"
-                " module, or set tool_timeout to null"
-            )
-        try:
-            pickle.dumps(tool)
-        except Exception as error:
-            raise ValueError(
-                f"tools: {tool.name} cannot be sent to worker processes: {error}; set tool_timeout to null"
-            ) from error
+        pickled(tool, tool.function, f"tools: {tool.name}", "set tool_timeout to null")
     return pickle.dumps(_Calls({tool.name: tool for tool in tools}))
