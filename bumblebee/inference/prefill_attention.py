@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +44,7 @@ class PackedSpans:
         device = spans[0].block_table.device
         within = torch.arange(block_size, device=device)
         slots = [(span.block_table[:, None] * block_size + within).flatten()[span.start : span.length] for span in spans]
-        ends = upload([_ends(queries), _ends(keys)], device, torch.int32)
+        ends = upload([[0, *accumulate(queries)], [0, *accumulate(keys)]], device, torch.int32)
         return cls(torch.cat(slots), ends, max(queries), max(keys))
 
     def to(self, device: torch.device) -> PackedSpans:
@@ -70,10 +71,3 @@ class PackedSpans:
 def can_pack(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether ``varlen_attn`` can compute the chunks of a model; else each has a call of its own, with a mask."""
     return device.type == "cuda" and not problems("varlen", dtype) and varlen_supports(head_dim, 0.0)
-
-
-def _ends(counts: Sequence[int]) -> list[int]:
-    ends = [0]
-    for count in counts:
-        ends.append(ends[-1] + count)
-    return ends
