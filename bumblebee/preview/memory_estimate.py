@@ -46,7 +46,7 @@ class ModelSize:
         parameters: of the whole model.
         trained: parameters that are trained.
         largest_block: parameters that ZeRO-3 gathers at a time.
-        largest_layer: parameters of the largest transformer block and of everything outside of the blocks, such as the embedding.
+        largest_layer: parameters of the largest block, and of what is outside of the blocks, such as the embedding.
         matrices: parameters of linear layers and experts, of which autocast keeps a copy.
         adapter_dropout_width: total width of the inputs of LoRA dropouts, over all layers.
         config: with Hugging Face's names; None for a model whose activations are unknown.
