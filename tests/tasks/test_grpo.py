@@ -222,6 +222,7 @@ def test_weights_gathered_by_layer_sample_the_same_completions(tmp_path):
     assert weight_bytes(tmp_path / "layers") == weight_bytes(tmp_path / "all")
 
 
+@pytest.mark.slow
 def test_auto_gathers_by_layer_where_memory_is_short(tmp_path, monkeypatch):
     job = {**JOB, "max_steps": 1, "zero_stage": 3, "task": "UnevenGRPO"}
     job["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
