@@ -15,11 +15,14 @@ from helpers.training_runs import Questions, RewardedGRPO, Rows, odd_characters,
 
 from bumblebee import GRPO
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.nn.batch_invariant import batch_invariant
 from bumblebee.rewards import InputReward, RewardInput
 from bumblebee.rewards.reward import Failure
 from bumblebee.rl.advantages import EPS, advantages_of
-from bumblebee.rl.rollout import rollout_seed
+from bumblebee.rl.rollout import Rollout, rollout_seed
+from bumblebee.rl.training_batch import training_batch
 from bumblebee.tasks import weight_gathering
+from bumblebee.tasks.pair_log_probs import token_log_probs
 from bumblebee.tasks.weight_gathering import choose_gathering
 
 MODEL = {"vocab_size": 320}
@@ -75,6 +78,28 @@ def test_gradient_is_that_of_the_formula(normalise):
     NORMALISATIONS[normalise]([[-advantage * value for value in row] for row, advantage in pairs]).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(given[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_packed_completions_have_the_log_probs_and_gradients_of_rows():
+    """And the model computes no padding."""
+    model = small_model(**MODEL)
+    lengths = [[3, 40, 7, 1], [13, 2, 30, 1]]
+    groups = [[Rollout(0, [5] * length, [0.0] * length, rewards=[0.0]) for length in group] for group in lengths]
+    packed = training_batch([(0, [1, 2, 3]), (1, [4] * 9)], groups, torch.zeros(2, 4))
+    rows = {name: value for name, value in packed.items() if not name.startswith("packed_")}
+    assert packed["packed_input_ids"].shape == (1, 4 * 3 + 4 * 9 + sum(map(sum, lengths)) - 8)
+    weights = torch.arange(rows["labels"].numel()).view_as(rows["labels"])
+
+    def result(batch):
+        log_probs = token_log_probs(model, batch)
+        return log_probs, *torch.autograd.grad((weights * log_probs).sum(), list(model.parameters()))
+
+    computed = []
+    with model.register_forward_pre_hook(lambda module, args: computed.append(args[0].shape)):
+        torch.testing.assert_close(result(packed), result(rows), rtol=1e-4, atol=1e-3)
+        with batch_invariant(True):
+            token_log_probs(model, packed)
+    assert computed == [packed["packed_input_ids"].shape, rows["input_ids"].shape, rows["input_ids"].shape]
 
 
 def test_advantages_are_the_formulas():
