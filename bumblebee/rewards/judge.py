@@ -60,7 +60,7 @@ class Judge(InputReward):
         ValueError: an option that cannot be used, or the environment variable is not set.
     """
 
-    can_fail = True
+    can_fail = waits = True
 
     def __init__(
         self,
