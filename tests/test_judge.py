@@ -26,7 +26,7 @@ class Endpoint(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lock, self.requests, self.running, self.most = threading.Lock(), [], 0, 0
         self.retried: list[float] = []
-        self.release = threading.Event()
+        self.release, self.cut = threading.Event(), threading.Event()
 
     @property
     def url(self) -> str:
@@ -60,6 +60,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.reply(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.4"})
         if "hang" in text:
             self.server.release.wait(20)
+        if "dribble" in text:
+            return self.dribble()
         if "forbidden" in text:
             return self.reply(401, {"error": {"message": "no such key"}})
         if "page" in text:
@@ -71,6 +73,17 @@ class Handler(BaseHTTPRequestHandler):
         )
         content = content if "json" not in text else f'```json\n{{"points": {digits}.5}}\n```'
         return self.reply(200, {"choices": [{"index": 0, "message": {"role": "assistant", "content": content}}]})
+
+    def dribble(self) -> None:
+        """A byte now and then, so that no read takes long."""
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        try:
+            while not self.server.release.wait(0.05):
+                self.wfile.write(b" ")
+        except OSError:
+            self.server.cut.set()
 
     def reply(self, status: int, value: object, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(value).encode()
@@ -135,6 +148,13 @@ def test_failures_cost_their_own_completion_only(endpoint):
     assert "a score of 12, which is not between 0 and 10, in the answer" in high.detail
     with pytest.raises(CompletionError, match="failed on a completion: no score in the answer 'I like it.'"):
         Judge(endpoint.url, "m").score(inputs("chat", "7"))
+
+
+def test_timeout_bounds_a_request_that_dribbles_bytes(endpoint):
+    judge = Judge(endpoint.url, "m", timeout=0.3, retries=0, on_timeout=0.25)
+    (failure,) = judge.score(inputs("dribble"))
+    assert isinstance(failure, Failure) and (failure.value, failure.timed_out) == (0.25, True)
+    assert endpoint.cut.wait(5), "the connection is still open"
 
 
 def test_an_endpoint_is_checked_before_training(endpoint):

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from helpers.processes import ROOT
 from helpers.reward_functions import by_name, hangs_with_a_child, lengths
 
 from bumblebee.rewards import Brevity, ExactAnswer, InWorkers, MathAnswer, NumericAnswer, RewardError, RewardInput
-from bumblebee.rewards.reward import CompletionError, Failure, score_all
+from bumblebee.rewards.reward import CompletionError, Failure, InputReward, score_all
 from bumblebee.rl.reward_failures import RewardFailures
 from bumblebee.rl.rollout import Rollout
 from bumblebee.rl.scoring import WeightedRewards
@@ -191,3 +192,27 @@ def test_mathematics_needs_its_package(monkeypatch):
     monkeypatch.setattr("bumblebee.rewards.math_answer.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"task.rewards: MathAnswer needs math-verify: pip install bumblebee\[math\]"):
         MathAnswer()
+
+
+class MeetsAnother(InputReward):
+    """Waits until another one is scoring at the same time."""
+
+    can_fail = waits = True
+
+    def __init__(self, barrier: threading.Barrier, name: str, value: float) -> None:
+        self.barrier, self.__name__, self.value = barrier, name, value
+
+    def score(self, inputs):
+        self.barrier.wait(10)
+        return [Failure(self.value, "failed on", "no score", False), *[self.value] * (len(inputs) - 1)]
+
+
+def test_rewards_that_wait_run_at_the_same_time_in_order(caplog):
+    barrier = threading.Barrier(2)
+    rewards = [MeetsAnother(barrier, "slow", 1.0), lambda prompts, texts, records: [2.0] * len(texts)]
+    weighted = WeightedRewards([*rewards, MeetsAnother(barrier, "slower", 3.0)], None)
+    rollouts = [Rollout(index, text="x") for index in range(2)]
+    weighted.score(rollouts, [Asked("q.jsonl:1"), Asked("q.jsonl:2")])
+    assert [each.rewards for each in rollouts] == [[1.0, 2.0, 3.0]] * 2
+    assert weighted.failures.counts == {"errors": 2}
+    assert [record.getMessage().split()[1] for record in caplog.records] == ["slow", "slower"]

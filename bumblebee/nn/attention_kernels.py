@@ -6,7 +6,7 @@ H query heads share K key-value heads in groups of H / K. With a sliding window 
 last W positions, its own included; None is full attention. ``dropout`` is the dropout probability of attention weights.
 
 - ``naive`` writes the formula out; the other kernels are tested against it.
-- ``sdpa`` is torch's ``scaled_dot_product_attention``.
+- ``sdpa`` is torch's ``scaled_dot_product_attention``. Short documents of long packed rows are its rows, without a mask.
 - ``varlen`` is torch's own ``varlen_attn``, the flash-attn algorithm for packed rows, which never materializes a (T, S) mask.
 - ``flash`` is the flash-attn package (FlashAttention-2), which does not either.
 - ``flash3`` is FlashAttention-3 (arXiv 2407.08608), for GPUs of compute capability 9.0 (H100, H200).
@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from bumblebee.nn.documents import Documents, documents_of
+from bumblebee.nn.targets import scatter_rows, select_rows
+
+MOST_PADDING = 4  # times the tokens of packed rows that their documents may take as padded rows
 
 
 class AttentionMask:
@@ -40,6 +43,8 @@ class AttentionMask:
         self.documents, self.boundaries = documents, boundaries
         self._copies: dict[torch.device, AttentionMask] = {}  # by device
         self._dense: dict[int | None, Tensor] = {}  # by window
+        self._places: Tensor | None = None
+        self._of_padded: AttentionMask | None = None
 
     @classmethod
     def packed(cls, position_ids: Tensor) -> AttentionMask:
@@ -72,10 +77,31 @@ class AttentionMask:
     def prepare(self, kernel: str, length: int, device: torch.device, windows: Iterable[int | None]) -> None:
         """Build what a kernel reads from the mask of rows of ``length`` tokens; else the first layer that needs it does."""
         for window in {effective_window(window, length) for window in windows}:
-            if kernel == "naive" or kernel == "sdpa" and not (self.is_causal and window is None):
+            if kernel == "naive" or kernel == "sdpa" and not self.has_padded_form and not (self.is_causal and window is None):
                 self.dense(length, length, device, window)
         if kernel not in ("naive", "sdpa") and not self.is_causal:
             self.found_boundaries()
+
+    @property
+    def has_padded_form(self) -> bool:
+        """Whether documents as padded rows have at most half as many scores as packed rows, without much padding.
+
+        Not while compiling, where the shapes of padded rows would be constants of the graph.
+        """
+        documents = self.boundaries
+        if self.documents is None or documents is None or torch.compiler.is_compiling():
+            return False
+        rows, length = self.documents.shape
+        padded = len(documents) * documents.longest
+        return 2 * padded * documents.longest <= rows * length**2 and padded <= MOST_PADDING * rows * length
+
+    def padded_form(self) -> tuple[AttentionMask, Tensor, tuple[int, int]]:
+        """The mask of documents as padded rows, where the positions of packed rows lie in these, and their shape."""
+        documents = self.found_boundaries()
+        assert self.documents is not None
+        if self._places is None or self._of_padded is None:
+            self._places, self._of_padded = documents.padded_places(self.documents.numel()), AttentionMask()
+        return self._of_padded, self._places, (len(documents), documents.longest)
 
     def _build(self, queries: int, keys: int, device: torch.device, window: int | None) -> Tensor:
         causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]
@@ -117,6 +143,8 @@ def naive(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | No
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | None = None, dropout: float = 0.0) -> Tensor:
     """torch's ``scaled_dot_product_attention``, which selects a fused kernel by itself."""
+    if mask.has_padded_form:
+        return _sdpa_of_documents(q, k, v, mask, window, dropout)
     window = effective_window(window, k.shape[1])
     visible = None if mask.is_causal and window is None else mask.dense(q.shape[1], k.shape[1], q.device, window)
     grouped = q.shape[2] != k.shape[2]
@@ -127,6 +155,16 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | Non
     q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q, k, v))
     out = scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=visible is None, enable_gqa=grouped)
     return rearrange(out, "b h t d -> b t h d")
+
+
+def _sdpa_of_documents(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | None, dropout: float) -> Tensor:
+    """``sdpa`` of packed rows whose documents become padded rows: causal attention never sees padding on the right."""
+    of_padded, places, shape = mask.padded_form()
+    q_, k_, v_ = (
+        scatter_rows(x.flatten(2).flatten(0, 1), places, shape[0] * shape[1]).view(*shape, *x.shape[2:]) for x in (q, k, v)
+    )
+    out = sdpa(q_, k_, v_, of_padded, window, dropout)
+    return select_rows(out.flatten(2).flatten(0, 1), places).view(*q.shape[:3], v.shape[-1])
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, window: int | None = None, dropout: float = 0.0) -> Tensor:

@@ -45,6 +45,17 @@ class Documents:
         longest = int(cu_seqlens.diff().max()) if len(begins) else 0
         return cls(cu_seqlens.to(torch.int32), longest, len(begins) == len(starts))
 
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def padded_places(self, positions: int) -> Tensor:
+        """Where each of the batch's B * T positions lies in (documents, longest), flattened: (B * T,) int64."""
+        starts, lengths = self.cu_seqlens[:-1].long(), self.cu_seqlens.diff()
+        begins = torch.arange(len(self), device=starts.device) * self.longest
+        return torch.arange(positions, device=starts.device) + torch.repeat_interleave(
+            begins - starts, lengths, output_size=positions
+        )
+
     def to(self, device: torch.device) -> Documents:
         """The documents with their tensor on another device; does not wait for it."""
         return Documents(self.cu_seqlens.to(device, non_blocking=True), self.longest, self.one_per_row)

@@ -55,3 +55,8 @@ class _SelectRows(torch.autograd.Function):
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         return grads[0].new_zeros(ctx.rows, grads[0].shape[1]).index_copy_(0, index, grads[0]), None
+
+
+def scatter_rows(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    """The reverse: ``x`` (N, D) at distinct indices (N,) of zeros (rows, D)."""
+    return x.new_zeros(rows, x.shape[1]).index_copy(0, index, x)

@@ -4,7 +4,7 @@
     gradients     4 T, or (4 + s) T at stage 1 in half precision, which keeps both
     optimizer     b T + 4 T                b: 8 for Adam; stages 1 to 3 add fp32 copies of the trained weights
     step          temporary memory of DeepSpeed and the optimizer (``_TEMPORARY``)
-    sampling      the KV cache of the completions that are sampled at a time, and the whole weights at stage 3
+    sampling      the KV cache of the completions that are sampled at a time, and at stage 3 the weights that it gathers
     activations   what autograd keeps for each token and layer (``activation_bytes``), and the logits chunk of the LM head
 
 W parameters, T of them trained. ZeRO (arXiv 1910.02054) partitions the optimizer over ranks from stage 1, gradients from stage
@@ -21,11 +21,11 @@ from torch import nn
 
 from bumblebee.config import BumblebeeConfig, TransformerConfig
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
-from bumblebee.inference.kv_cache import BLOCK_SIZE
 from bumblebee.lora.switch import AdapterLayer, adapter_layers
 from bumblebee.nn.block_forward import BlockForward
 from bumblebee.nn.linear_cross_entropy import chunk_rows, softmax_logits
 from bumblebee.nn.moe import Experts
+from bumblebee.tasks.weight_gathering import cache_bytes
 
 # Bytes per trained weight of temporary memory (during the backward pass, during the optimizer step), by stage. Measured with
 # AdamW on a CPU, on models of 25 M and 60 M parameters. The second is partitioned over ranks.
@@ -46,6 +46,7 @@ class ModelSize:
         parameters: of the whole model.
         trained: parameters that are trained.
         largest_block: parameters that ZeRO-3 gathers at a time.
+        largest_layer: parameters of the largest block, and of what is outside of the blocks, such as the embedding.
         matrices: parameters of linear layers and experts, of which autocast keeps a copy.
         adapter_dropout_width: total width of the inputs of LoRA dropouts, over all layers.
         config: with Hugging Face's names; None for a model whose activations are unknown.
@@ -56,6 +57,7 @@ class ModelSize:
     parameters: int
     trained: int
     largest_block: int
+    largest_layer: int
     matrices: int
     adapter_dropout_width: int
     config: TransformerConfig | None
@@ -69,7 +71,7 @@ class ModelSize:
         decoder: object = getattr(model, "model", None)
         config: TransformerConfig | None = getattr(model, "config", None)
         layers: Iterable[nn.Module] = getattr(decoder, "layers", ())
-        blocks = [sum(map(full_numel, layer.parameters())) for layer in layers]
+        blocks = [sum(map(full_numel, layer.parameters())) for layer in dict.fromkeys(layers)]
         forwards = [layer.forward for layer in layers if isinstance(layer.forward, BlockForward)]
         matrices = {id(p): full_numel(p) for m in model.modules() if isinstance(m, nn.Linear | Experts)
                     for name, p in m.named_parameters(recurse=False) if name != "bias"}  # fmt: skip
@@ -77,6 +79,7 @@ class ModelSize:
             sum(map(full_numel, parameters)),
             sum(full_numel(p) for p in parameters if p.requires_grad),
             max([*blocks, *map(full_numel, parameters)]),
+            sum(map(full_numel, parameters)) - sum(blocks) + max(blocks, default=0),
             sum(matrices.values()),
             sum(map(_adapter_dropout_width, adapter_layers(model))),
             config if getattr(config, "num_hidden_layers", None) and getattr(config, "intermediate_size", None) else None,
@@ -148,10 +151,12 @@ class SamplingShape:
     Args:
         sequences: number of completions.
         positions: of each, with its prompt.
+        layers: whether stage 3 gathers weights layer by layer, and not all of them.
     """
 
     sequences: int
     positions: int
+    layers: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,14 +224,12 @@ def estimate_memory(
 
 def sampling_bytes(size: ModelSize, setup: TrainingSetup, shape: SamplingShape) -> float:
     """The KV cache in blocks, logits and probabilities of a decoding step, and the weights that stage 3 gathers."""
-    weight_bytes = 2 if setup.half else 4
-    gathered = weight_bytes * size.parameters if setup.stage == 3 else 0
+    weight_bytes, gathered = 2 if setup.half else 4, 0.0
+    if setup.stage == 3:
+        gathered = weight_bytes * (size.largest_layer if shape.layers else size.parameters)
     if size.config is None:
         return gathered
-    c = size.config
-    keys = _query_width(c) // c.num_attention_heads * c.num_key_value_heads
-    positions = shape.sequences * -(-shape.positions // BLOCK_SIZE) * BLOCK_SIZE
-    return positions * c.num_hidden_layers * 2 * keys * weight_bytes + 3 * 4 * shape.sequences * c.vocab_size + gathered
+    return cache_bytes(size.config, shape.sequences, shape.positions, weight_bytes) + gathered
 
 
 def activation_bytes(size: ModelSize, setup: TrainingSetup, batch: BatchShape) -> float:

@@ -25,6 +25,7 @@ from bumblebee.preview.dry_run import MAX_MICRO_BATCHES, DryRunError, DryRunResu
 from bumblebee.preview.workload import Workload
 from bumblebee.recipe import OptimizerFactory, Run, dump
 from bumblebee.tasks.task import Task
+from bumblebee.tasks.weight_gathering import check_gathering
 from bumblebee.training.run_folder import check_free, find_resume
 from bumblebee.training.setup import engine_options, make_plan
 
@@ -116,6 +117,7 @@ def _set_up(run: Run, config: Namespace, ranks: int | None, gpu: bool) -> tuple[
     device_type = "cuda" if gpu else device.type
     if trainer.precision == "fp16" and device_type == "cpu":
         raise ValueError("trainer.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    check_gathering(task.gather_weights, trainer.zero_stage)
     data.setup(run.seed)
     task.setup(data)
     ranks = ranks or process_group.world_size()

@@ -100,8 +100,11 @@ def _memory(preview: Preview) -> list[str]:
     if (sampling := workload.completions) is not None:
         count, positions = sampling
         kept = f"KV cache of {number(count)} × {number(positions)} tokens"
-        whole = " and the whole weights" if workload.setup().stage == 3 else ""
-        lines.append(_line("while sampling", f"{format_bytes(estimate.sampling):>10}  {kept}{whole}, instead of activations"))
+        if workload.gathering is not None:
+            kept += " and the weights of a layer" if workload.gathering.layers else " and the whole weights"
+        lines.append(_line("while sampling", f"{format_bytes(estimate.sampling):>10}  {kept}, instead of activations"))
+        if workload.gathering is not None:
+            lines.append(_line("gathered weights", f"{workload.gathering}"))
     lines.append(_line("total", f"{'' if known else 'more than '}{format_bytes(total):>10}  ({_memory_source(preview)})"))
     if dry_run and dry_run.baseline:
         lines.append(_line("not included", f"{format_bytes(dry_run.baseline):>10}  Python and libraries"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +25,7 @@ from bumblebee.preview.memory_estimate import (
     estimate_memory,
 )
 from bumblebee.tasks.task import Task
+from bumblebee.tasks.weight_gathering import Gathering, choose_gathering, free_per_rank
 from bumblebee.trainer import Trainer
 from bumblebee.training.plan import Plan
 from bumblebee.training.setup import engine_options
@@ -96,11 +96,16 @@ class Workload:
 
     def memory(self, ranks: int | None = None) -> MemoryEstimate:
         """Estimated memory of each device, by default with the run's own number of ranks."""
+        if self.completions is None:
+            return self._memory(ranks, None)
+        layers = self.gathering is not None and self.gathering.layers
+        return self._memory(ranks, SamplingShape(*self.completions, layers=layers))
+
+    def _memory(self, ranks: int | None, sampling: SamplingShape | None) -> MemoryEstimate:
         rows, length = self.batch["input_ids"].shape
         targets = int((self.batch["labels"] != IGNORE_INDEX).sum())
         packed = not Documents.find(self.batch["position_ids"]).one_per_row
         shape = BatchShape(rows, length, targets, self.attention_kernel or "sdpa", packed, self.task.heads)
-        sampling = None if self.completions is None else SamplingShape(*self.completions)
         return estimate_memory(self.model_size, self.setup(ranks), shape, self.frozen_models, sampling)
 
     @property
@@ -109,16 +114,24 @@ class Workload:
         of_batch = self.task.completions_of(self.batch)
         if of_batch is None:
             return None
-        in_step = of_batch[0] * math.ceil(self.micro_batches_per_step) * self.plan.steps_per_rollout
-        return min(in_step, EngineConfig().max_running), of_batch[1]
+        return min(of_batch[0] * self.plan.micro_batches_per_rollout, EngineConfig().max_running), of_batch[1]
+
+    @cached_property
+    def gathering(self) -> Gathering | None:
+        """How sampling gathers the weights; None for a task that does not sample, and below stage 3."""
+        if self.completions is None or self.trainer.zero_stage < 3:
+            return None
+        whole = self._memory(None, SamplingShape(*self.completions))
+        is_here = self.device_type == self.device.type
+        free = free_per_rank(self.device, self.ranks) if is_here else None
+        return choose_gathering(self.task.gather_weights, whole.persistent + whole.sampling, free)
 
     # -- time ----------------------------------------------------------------------------------------------------------
 
     @property
     def micro_batches_per_step(self) -> float:
         """Micro-batches per step and rank, on average: the last step of an epoch may have fewer."""
-        samples_per_round = self.plan.micro_batch_size * self.plan.world_size
-        return -(-self.plan.samples // samples_per_round) / self.plan.windows_per_epoch
+        return self.plan.micro_batches_per_step
 
     @property
     def flops_per_micro_batch(self) -> float:

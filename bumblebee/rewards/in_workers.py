@@ -35,7 +35,7 @@ class InWorkers(InputReward):
         ValueError: a number out of range, or the reward cannot be sent to another process.
     """
 
-    can_fail = True
+    can_fail = waits = True
 
     def __init__(
         self,

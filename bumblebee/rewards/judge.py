@@ -17,7 +17,7 @@ from bumblebee.rewards.reward import CompletionError, Failure, InputReward, OnFa
 from bumblebee.utils.formatting import plural
 
 if TYPE_CHECKING:
-    from openai import OpenAI
+    from bumblebee.rewards.chat_endpoint import ChatEndpoint
 
 TEMPLATE = """Rate the response to the request below from 0 to 10, where 10 is correct, complete and helpful, and 0 is useless.
 
@@ -52,7 +52,7 @@ class Judge(InputReward):
         options: further fields of the requests, such as max_tokens; null sends a temperature of 0.
         concurrency: maximum number of simultaneous requests, on each rank.
         retries: of a request that fails.
-        timeout: seconds of one attempt.
+        timeout: seconds of one attempt, to the end of its answer.
         on_timeout: reward if the last attempt times out, or "stop" to end the run.
         on_error: reward if the last attempt fails, or the answer has no score, or "stop" to end the run.
 
@@ -60,7 +60,7 @@ class Judge(InputReward):
         ValueError: an option that cannot be used, or the environment variable is not set.
     """
 
-    can_fail = True
+    can_fail = waits = True
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Judge(InputReward):
         self.pattern = compiled("score_pattern", PATTERN if score_pattern is None else score_pattern)
         if self.pattern.groups != 1:
             raise ValueError(f"score_pattern {score_pattern!r} must have one group, the score; it has {self.pattern.groups}")
-        self._client: OpenAI | None = None
+        self._client: ChatEndpoint | None = None
         self._scores: dict[str, float] = {}
 
     def _check_options(self, score_pattern: str | None) -> None:
@@ -190,9 +190,7 @@ class Judge(InputReward):
         import openai
 
         try:
-            reply = self._connected().chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": text}], extra_body=self.options
-            )
+            reply = self._connected().answer(self.model, text, self.options)
             return (reply.choices[0].message.content if reply.choices else None) or ""
         except openai.APITimeoutError:
             attempts = plural(self.retries + 1, "attempt")
@@ -202,16 +200,16 @@ class Judge(InputReward):
             hint = " (is /v1 missing at the end of base_url?)" if no_path else ""
             raise _RequestFailed(f"{self.base_url} answered {error.status_code}: {_shown(error.message)}{hint}") from None
         except openai.APIConnectionError as error:
-            raise _RequestFailed(f"cannot connect to {self.base_url}: {error.__cause__ or error}") from None
+            raise _RequestFailed(f"cannot connect to {self.base_url}: {_first_cause(error)}") from None
         except (openai.APIError, AttributeError, TypeError) as error:  # the answer is not a chat completion
             raise _RequestFailed(f"{self.base_url} did not answer with a chat completion: {_shown(str(error))}") from None
 
-    def _connected(self) -> OpenAI:
-        from openai import OpenAI
+    def _connected(self) -> ChatEndpoint:
+        from bumblebee.rewards.chat_endpoint import ChatEndpoint
 
         if self._client is None:
             key = os.environ[self.api_key_env] if self.api_key_env else "none"
-            self._client = OpenAI(base_url=self.base_url, api_key=key, max_retries=self.retries, timeout=self.timeout)
+            self._client = ChatEndpoint(self.base_url, key, self.retries, self.timeout)
         return self._client
 
 
@@ -256,6 +254,16 @@ def _number(value: object) -> float | None:
         return None if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
     except ValueError:
         return None
+
+
+def _first_cause(error: BaseException) -> str:
+    """Why connecting failed: asynchronous clients report first that all addresses failed, and below it why each of them did."""
+    causes = [*getattr(error, "exceptions", ()), error.__cause__, error.__context__]
+    cause = next((each for each in causes if isinstance(each, BaseException)), None)
+    if cause is not None:
+        return _first_cause(cause)
+    code = error.errno if isinstance(error, OSError) else None
+    return f"[Errno {code}] {os.strerror(code)}" if code and code > 0 else str(error)
 
 
 def _shown(text: str) -> str:

@@ -41,6 +41,7 @@ class MathAnswer(InputReward):
             raise ValueError(f"processes must be at least 0, got {processes}")
         self.key, self._passage = key, Passage(within)
         compare = _Comparison(key, self._passage)
+        self.waits = processes > 0
         self._compare = InWorkers(compare, processes, timeout) if processes else compare
 
     def score(self, inputs: Sequence[RewardInput]) -> Sequence[float | Failure]:

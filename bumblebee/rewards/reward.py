@@ -83,6 +83,7 @@ class InputReward(ABC):
     """A reward that needs more than texts and records, or that may fail for some completions."""
 
     can_fail = False  # whether score may return failures, which are then logged
+    waits = False  # whether score waits for other processes, and may run in a thread beside other rewards
 
     @abstractmethod
     def score(self, inputs: Sequence[RewardInput]) -> Sequence[float | Failure]:

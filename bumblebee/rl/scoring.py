@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -95,14 +96,26 @@ class WeightedRewards:
     def _score(self, rollouts: Sequence[Rollout], questions: Sequence[Question]) -> None:
         if not rollouts:
             return
-        columns = [self._values(*each, rollouts, questions) for each in zip(self.names, self.functions, strict=True)]
+        scored = self._all_values(rollouts, questions)
+        columns = [self._counted(name, values, questions) for name, values in zip(self.names, scored, strict=True)]
         for rollout, rewards in zip(rollouts, zip(*columns, strict=True), strict=True):
             rollout.rewards = list(rewards)
             rollout.reward = sum(weight * reward for weight, reward in zip(self.weights, rewards, strict=True))
 
+    def _all_values(self, rollouts: Sequence[Rollout], questions: Sequence[Question]) -> list[list[float | Failure]]:
+        """Values of each function. Those that wait for other processes do so at the same time, while the others run here."""
+        pairs = list(zip(self.names, self.functions, strict=True))
+        waiting = [pair for pair in pairs if isinstance(pair[1], InputReward) and pair[1].waits] if len(pairs) > 1 else []
+        if not waiting:
+            return [self._values(*pair, rollouts, questions) for pair in pairs]
+        with ThreadPoolExecutor(len(waiting)) as threads:
+            pending = {name: threads.submit(self._values, name, each, rollouts, questions) for name, each in waiting}
+            here = {name: self._values(name, each, rollouts, questions) for name, each in pairs if name not in pending}
+            return [here[name] if name in here else pending[name].result() for name in self.names]
+
     def _values(
         self, name: str, function: RewardFunction, rollouts: Sequence[Rollout], questions: Sequence[Question]
-    ) -> list[float]:
+    ) -> list[float | Failure]:
         inputs = [
             RewardInput(
                 question.question, rollout.text, question.record, len(rollout.tokens), question.messages, question.tools
@@ -111,7 +124,7 @@ class WeightedRewards:
         ]
         places = [question.place for question in questions]
         try:
-            values = score_all(function, inputs)
+            return score_all(function, inputs)
         except CompletionError as error:
             detail = f": {error.detail}" if error.detail else ""
             raise RewardError(f"task.rewards: {name} {error.what} a completion of {places[error.index]}{detail}") from error
@@ -120,6 +133,10 @@ class WeightedRewards:
         except Exception as error:
             affected = _shortened(list(dict.fromkeys(places)))
             raise RewardError(f"task.rewards: {name} failed on completions of {affected}: {describe(error)}") from error
+
+    def _counted(self, name: str, values: Sequence[float | Failure], questions: Sequence[Question]) -> list[float]:
+        """Count a function's failures, and return the values that they have."""
+        places = [question.place for question in questions]
         failures = [(place, value) for place, value in zip(places, values, strict=True) if isinstance(value, Failure)]
         self.failures.add(name, failures)
         return [value.value if isinstance(value, Failure) else value for value in values]

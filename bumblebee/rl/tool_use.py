@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-from bumblebee.distributed import process_group
 from bumblebee.inference.engine import GenerationEngine
 from bumblebee.inference.generator import Completion, Generator
 from bumblebee.inference.request import EngineRequest
@@ -94,7 +93,7 @@ class ToolUse:
         prompts: Sequence[tuple[Question, list[int]]],
         params: Sequence[Sequence[SamplingParams]],
     ) -> list[list[Rollout]]:
-        """Sample completions of each prompt. Collective: if tools cannot be called on one rank, all ranks stop.
+        """Sample completions of each prompt.
 
         Args:
             generator: the model in training, in evaluation mode.
@@ -111,12 +110,10 @@ class ToolUse:
             [_Conversation.of(question, ids, each, self.tools_of(question)) for each in group]
             for (question, ids), group in zip(prompts, params, strict=True)
         ]
-        conversations, error = [each for group in groups for each in group], None
         try:
-            self._run(generator, conversations)
+            self._run(generator, [each for group in groups for each in group])
         except RewardError as failure:
-            error = RewardError(f"task.tools: {failure}")
-        process_group.raise_on_all_ranks(error, "tools cannot be called on another rank")
+            raise RewardError(f"task.tools: {failure}") from failure
         return [[each.rollout for each in group] for group in groups]
 
     def _run(self, generator: Generator, active: list[_Conversation]) -> None:

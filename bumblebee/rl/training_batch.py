@@ -1,6 +1,8 @@
 """Training batches of completions: one row per completion, after its prompt.
 
-Shapes: R completions (rows), G groups, T positions, F reward functions.
+Completions differ much in length, so the model computes them packed: one after the other, without padding.
+
+Shapes: R completions (rows), G groups, T positions, F reward functions, N tokens of all rows without padding.
 """
 
 from __future__ import annotations
@@ -26,10 +28,15 @@ def training_batch(prompts: Sequence[tuple[int, list[int]]], groups: Sequence[Se
         advantages: of the completions: (G, group size).
 
     Returns:
-        What ``completion_rows`` returns (R, T); advantages, reward and truncated (R,); rewards (R, F); reward_std (G,).
+        What ``completion_rows`` returns (R, T), and its ``packed_form``; advantages, reward and truncated (R,);
+        rewards (R, F); reward_std (G,).
     """
+    rows = completion_rows(prompts, groups)
+    pairs = [(ids, rollout) for (_, ids), group in zip(prompts, groups, strict=True) for rollout in group]
+    lengths = [len(ids) + len(rollout.sequence[0]) - 1 for ids, rollout in pairs]
     return {
-        **completion_rows(prompts, groups),
+        **rows,
+        **packed_form(rows, lengths),
         "advantages": advantages.flatten().float(),
         **logged_of(groups, len(groups[0][0].rewards)),
     }
@@ -53,6 +60,22 @@ def completion_rows(prompts: Sequence[tuple[int, list[int]]], groups: Sequence[S
         "position_ids": torch.arange(shape[1]).repeat(shape[0], 1),
         "sampled_log_probs": sampled,
     }
+
+
+def packed_form(rows: Batch, lengths: Sequence[int]) -> Batch:
+    """The tokens of all rows one after the other, for ``token_log_probs``.
+
+    Args:
+        rows: input_ids, labels and position_ids (R, T).
+        lengths: tokens of each row; what follows is padding.
+
+    Returns:
+        packed_input_ids, packed_labels and packed_position_ids (1, N); packed_places (N,), the index of each in (R * T,).
+    """
+    width = rows["input_ids"].shape[1]
+    places = torch.cat([row * width + torch.arange(length) for row, length in enumerate(lengths)])
+    packed = {f"packed_{name}": rows[name].flatten()[places][None] for name in ("input_ids", "labels", "position_ids")}
+    return {**packed, "packed_places": places}
 
 
 def logged_of(groups: Sequence[Sequence[Rollout]], rewards: int) -> Batch:

@@ -40,6 +40,7 @@ from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.teacher import Teacher, check_folder, head_of
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_learnable, check_length, check_predicts_tokens
 from bumblebee.tasks.validation_sums import means_of, with_counts
+from bumblebee.tasks.weight_gathering import GatherWeights
 from bumblebee.transforms import apply_transforms
 
 _TERM = "loss"  # also the name of the number of targets
@@ -64,6 +65,8 @@ class Distillation(Task):
         lm_weight: weight of the language-modelling loss on the labels; 0 turns it off.
         max_new_tokens: maximum tokens of a completion, with prompts as data.
         samples_per_prompt: completions of each prompt in a step, with prompts as data.
+        gather_weights: with prompts as data, at ZeRO stage 3: hold all weights of the student on every device while it samples
+            (all), or those of one block at a time (layers), which is slower; auto: all if they fit in memory (docs/rl.md).
 
     Raises:
         ValueError: a number out of range, or a teacher that does not exist.
@@ -94,6 +97,7 @@ class Distillation(Task):
         lm_weight: float = 0.0,
         max_new_tokens: int = 256,
         samples_per_prompt: int = 1,
+        gather_weights: GatherWeights = "auto",
     ) -> None:
         if divergence not in ("forward_kl", "reverse_kl", "jsd"):
             raise ValueError(f"divergence must be forward_kl, reverse_kl or jsd, got {divergence!r}")
@@ -114,6 +118,7 @@ class Distillation(Task):
         self.weights = {_TERM: 1.0}
         self.units = dict.fromkeys(_METRICS, _TERM)
         self.max_new_tokens, self.samples_per_prompt = max_new_tokens, samples_per_prompt
+        self.gather_weights = gather_weights
         self.teacher: Teacher | None = None
         self.samples: StudentSamples | None = None  # with prompts as data
 
@@ -129,6 +134,8 @@ class Distillation(Task):
         if data.tokenizer is not None:
             adopt_tokenizer(self.model, data.tokenizer, data.stop_ids)
         if not hasattr(data.train[0], "question"):
+            if self.gather_weights != "auto":
+                raise ValueError("gather_weights has no effect without prompts as data, such as from datamodules.Prompts")
             return
         if self.objective.lm_weight:
             raise ValueError(
@@ -144,6 +151,8 @@ class Distillation(Task):
         self.teacher, is_known = Teacher.open(self.teacher_folder, run), type(self.model) is Bumblebee
         if not is_known or not self.teacher.is_known:
             self._try_heads(run)
+        if self.samples is not None:
+            self.samples.choose_gathering(self.gather_weights)
 
     def begin_validation(self, device: torch.device) -> None:
         """Load the teacher."""
@@ -175,6 +184,8 @@ class Distillation(Task):
         }
         completions = f"{self.samples_per_prompt} of at most {self.max_new_tokens} tokens, sampled from the student"
         data = {"completions of a prompt": completions} if self.samples is not None else {}
+        if self.samples is not None and self.samples.gathering is not None:
+            data["weights for sampling"] = str(self.samples.gathering)
         return {"loss": self.divergence, **in_use, "teacher": self.teacher_folder, **data}
 
     # -- completions of prompts --------------------------------------------------------------------------------------------

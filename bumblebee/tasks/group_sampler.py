@@ -6,13 +6,17 @@ are trained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from bumblebee.datamodule import DataModule
+from bumblebee.distributed import process_group
+from bumblebee.inference.generator import Generator
 from bumblebee.inference.sampling.sampling_params import SamplingParams
 from bumblebee.nn.batch_invariant import batch_invariant
+from bumblebee.rewards.reward import RewardError
 from bumblebee.rl.rollout import Question, Rollout, flat, rollout_seed, sample_groups
 from bumblebee.rl.rollout_meter import RolloutMeter
 from bumblebee.rl.scoring import WeightedRewards
@@ -20,6 +24,7 @@ from bumblebee.rl.tool_meter import ToolMeter
 from bumblebee.rl.tool_use import ToolUse
 from bumblebee.tasks.policy_sampling import check_room, policy_generator
 from bumblebee.tasks.run_context import RunContext
+from bumblebee.tasks.weight_gathering import Gathering, GatherWeights, gathering_in_run
 
 
 class GroupSampler:
@@ -35,6 +40,7 @@ class GroupSampler:
 
     Attributes:
         run: the run's context; None outside of a training run.
+        gathering: how the weights are gathered at stage 3, after ``choose_gathering``; else None.
         meter: counts and times what is sampled.
         questions: prompts by their index in the data, after ``set_up``.
         pool: indices of the training prompts.
@@ -52,6 +58,7 @@ class GroupSampler:
         self.model, self.rewards, self.tool_use, self.invariant = model, rewards, tool_use, invariant
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
         self.run: RunContext | None = None
+        self.gathering: Gathering | None = None
         self.meter, self._tool_meter = RolloutMeter(max_new_tokens), ToolMeter()
         self.questions: dict[int, Question] = {}
         self.pool: list[int] = []
@@ -73,6 +80,12 @@ class GroupSampler:
         longest = max(self._prompts, key=lambda index: len(self._prompts[index]))
         tokens, place = len(self._prompts[longest]), self.questions[longest].place
         check_room(self.model, self.max_new_tokens, tokens, f" ({place})")
+
+    def choose_gathering(self, option: GatherWeights) -> None:
+        """Decide how to gather the weights at stage 3, when everything else that the run holds is in memory. Collective."""
+        assert self.run is not None
+        lengths = [len(ids) for ids in self._prompts.values()]
+        self.gathering = gathering_in_run(option, self.model, self.run, self.group_size, lengths, self.max_new_tokens)
 
     def prompt(self, index: int) -> tuple[int, list[int]]:
         """A prompt's index and its token ids, with the descriptions of tools."""
@@ -105,11 +118,30 @@ class GroupSampler:
     def _sample(self, indices: Sequence[int], params: Sequence[Sequence[SamplingParams]]) -> list[list[Rollout]]:
         """Completions from the current weights, which are gathered at stage 3."""
         prompts = [self.prompt(index) for index in indices]
-        sampling = policy_generator(self.model, self.tokenizer, self._stop_ids, self.run)
-        with sampling as generator, batch_invariant(self.invariant):
-            if self.tool_use is not None:
-                return self.tool_use.sample(generator, [(self.questions[index], ids) for index, ids in prompts], params)
+        if self.tool_use is not None:
+            return self._sample_with_tools(self.tool_use, prompts, params)
+        with self._generator() as generator:
             return sample_groups(generator, prompts, params)
+
+    def _sample_with_tools(
+        self, tool_use: ToolUse, prompts: Sequence[tuple[int, list[int]]], params: Sequence[Sequence[SamplingParams]]
+    ) -> list[list[Rollout]]:
+        """If tools cannot be called on one rank, all ranks stop, once none of them samples any more."""
+        groups: list[list[Rollout]] = []
+        error: RewardError | None = None
+        try:
+            with self._generator() as generator:
+                groups = tool_use.sample(generator, [(self.questions[index], ids) for index, ids in prompts], params)
+        except RewardError as failure:
+            error = failure
+        process_group.raise_on_all_ranks(error, "tools cannot be called on another rank")
+        return groups
+
+    @contextmanager
+    def _generator(self) -> Iterator[Generator]:
+        sampling = policy_generator(self.model, self.tokenizer, self._stop_ids, self.run, self.gathering)
+        with sampling as generator, batch_invariant(self.invariant):
+            yield generator
 
     def _score(self, rollouts: Sequence[Rollout]) -> None:
         self.rewards.score(rollouts, [self.questions[rollout.prompt] for rollout in rollouts])

@@ -48,6 +48,7 @@ from bumblebee.tasks.reference_choice import ReferenceChoice
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import ForwardFn, Task
 from bumblebee.tasks.tokenizer_checks import adopt_tokenizer, check_length, check_predicts_tokens
+from bumblebee.tasks.weight_gathering import GatherWeights
 from bumblebee.transforms import apply_transforms
 
 _PER_COMPLETION = ("reward", "truncated")
@@ -90,6 +91,8 @@ class GRPO(Task):
         max_turns: with tools, maximum number of turns of a completion; the last one's calls are not made.
         tool_timeout: seconds for one call, in a worker process; null calls tools in the training process, without a limit.
         tool_processes: worker processes on each rank.
+        gather_weights: at ZeRO stage 3, hold all weights on every device while completions are sampled (all), or those of one
+            block at a time (layers), which is slower; auto: all if they fit in memory (docs/rl.md).
 
     Raises:
         ValueError: a number out of range.
@@ -126,6 +129,7 @@ class GRPO(Task):
         max_turns: int = 4,
         tool_timeout: float | None = 30.0,
         tool_processes: int = 4,
+        gather_weights: GatherWeights = "auto",
     ) -> None:
         self.model, self.transforms = model, apply_transforms(model, transforms)
         self.rewards = WeightedRewards(rewards, reward_weights)
@@ -134,7 +138,7 @@ class GRPO(Task):
         self.resample_rounds, self.batch_invariant = resample_rounds, batch_invariant
         self.tool_use = tool_use_of(tools, max_turns, tool_timeout, tool_processes)
         self.sampler = GroupSampler(model, self.rewards, group_size, max_new_tokens, self.tool_use, batch_invariant)
-        self.steps_per_rollout, self.rollout_epochs = steps_per_rollout, rollout_epochs
+        self.steps_per_rollout, self.rollout_epochs, self.gather_weights = steps_per_rollout, rollout_epochs, gather_weights
         self.policy_loss = PolicyLoss(
             surrogate, ratio, clip, clip_high, sapo_temperatures, importance_cap, kl_beta, kl_estimator, kl_correction
         )
@@ -204,6 +208,7 @@ class GRPO(Task):
         self._run = self.sampler.run = run
         self._reference = self.reference_choice.open(run) if self.policy_loss.kl_beta else None
         self.rewards.begin(run.device)
+        self.sampler.choose_gathering(self.gather_weights)
 
     def begin_validation(self, device: torch.device) -> None:
         """Load the rewards' models."""
@@ -219,6 +224,7 @@ class GRPO(Task):
             **({"steps": steps, "loss": str(self.policy_loss)} if self.off_policy else {}),
             **({"tools": str(self.tool_use)} if self.tool_use else {}),
             **({"KL": kl} if self.policy_loss.kl_beta else {}),
+            **({"weights for sampling": str(self.sampler.gathering)} if self.sampler.gathering else {}),
         }  # fmt: skip
 
     def frozen_models(self) -> list[nn.Module]:

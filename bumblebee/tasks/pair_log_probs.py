@@ -10,11 +10,21 @@ from torch import Tensor
 
 from bumblebee.datamodule import Batch
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.nn.batch_invariant import is_batch_invariant
+from bumblebee.nn.targets import scatter_rows
 from bumblebee.tasks.task import ForwardFn
 
 
 def token_log_probs(model: ForwardFn, batch: Batch) -> Tensor:
-    """Log-probability of each target, zero elsewhere: (2P, T). The logits are never materialized."""
+    """Log-probability of each target, zero elsewhere: (2P, T). The logits are never materialized.
+
+    Of a batch with a packed form, that is what the model computes, unless batch invariance asks for rows.
+    """
+    if "packed_input_ids" in batch and not is_batch_invariant():
+        ids, positions, labels = (batch[f"packed_{name}"] for name in ("input_ids", "position_ids", "labels"))
+        losses = model(ids, position_ids=positions, labels=labels)
+        shape = batch["labels"].shape
+        return scatter_rows(-losses.view(-1, 1), batch["packed_places"], shape[0] * shape[1]).view(shape)
     return -model(batch["input_ids"], position_ids=batch["position_ids"], labels=batch["labels"])
 
 

@@ -4,31 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import nn
 
 from bumblebee.inference.generator import Generator
 from bumblebee.tasks.reference import evaluation_mode
 from bumblebee.tasks.run_context import RunContext
+from bumblebee.tasks.weight_gathering import Gathering
 from bumblebee.tokenizer.tokenizer import Tokenizer
 
 
 @contextmanager
 def policy_generator(
-    model: nn.Module, tokenizer: Tokenizer | None, stop_ids: Sequence[int], run: RunContext | None
+    model: nn.Module,
+    tokenizer: Tokenizer | None,
+    stop_ids: Sequence[int],
+    run: RunContext | None,
+    gathering: Gathering | None = None,
 ) -> Iterator[Generator]:
-    """A generator with the current weights, in evaluation mode. Collective in a run: at stage 3 the weights are gathered.
+    """A generator with the current weights, in evaluation mode.
+
+    Collective in a run: at stage 3 the weights are gathered. Inside, nothing else may be collective.
 
     Args:
         model: the model in training.
         tokenizer: of its data.
         stop_ids: token ids that end a completion.
         run: the run's context; None outside of a training run.
+        gathering: how the weights are gathered at stage 3; None for all at once.
     """
-    whole = nullcontext() if run is None else run.engine.whole_model()
-    with whole, evaluation_mode(model):
+    with _gathered(run, gathering), evaluation_mode(model):
         yield Generator(model, tokenizer, stop_ids)  # type: ignore[arg-type]
+
+
+def _gathered(run: RunContext | None, gathering: Gathering | None) -> AbstractContextManager[object]:
+    if run is None:
+        return nullcontext()
+    return run.engine.model_by_layer() if gathering is not None and gathering.layers else run.engine.whole_model()
 
 
 def check_room(model: nn.Module, max_new_tokens: int, tokens: int, place: str = "") -> None:

@@ -30,6 +30,7 @@ class RunContext:
         precision: "fp32", "bf16" or "fp16".
         zero_stage: 0 to 3.
         micro_batch_size: samples per micro-batch.
+        prompts_per_rollout: samples of a rank whose completions are sampled together.
         output_dir: the run's folder; not created yet.
         is_main: whether this is rank 0.
         frozen: puts another model on the run's devices, in its precision, to be called and not trained. Collective.
@@ -45,6 +46,7 @@ class RunContext:
     precision: str
     zero_stage: int
     micro_batch_size: int
+    prompts_per_rollout: int
     output_dir: Path
     is_main: bool
     frozen: Callable[[nn.Module], FrozenEngine]

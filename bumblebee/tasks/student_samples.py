@@ -19,6 +19,7 @@ from bumblebee.rl.sampled_text import SampledText
 from bumblebee.rl.training_batch import completion_rows, prompts_of
 from bumblebee.tasks.policy_sampling import check_room, policy_generator
 from bumblebee.tasks.run_context import RunContext
+from bumblebee.tasks.weight_gathering import Gathering, GatherWeights, gathering_in_run
 
 
 class StudentSamples:
@@ -38,10 +39,17 @@ class StudentSamples:
         self.model, self.tokenizer, self.stop_ids = model, data.tokenizer, data.stop_ids
         self.per_prompt, self.max_new_tokens = per_prompt, max_new_tokens
         self.run: RunContext | None = None
+        self.gathering: Gathering | None = None
         self._questions = {sample.index: sample.question for sample in data.train}
         self._last: list[Rollout] = []  # of the last step, on this rank
-        longest = max(len(sample.ids) for split in (data.train, data.validation) for sample in split or ())
-        check_room(model, max_new_tokens, longest)
+        self._longest = max(len(sample.ids) for split in (data.train, data.validation) for sample in split or ())
+        check_room(model, max_new_tokens, self._longest)
+
+    def choose_gathering(self, option: GatherWeights) -> None:
+        """Decide how to gather the weights at stage 3, when everything else that the run holds is in memory. Collective."""
+        assert self.run is not None
+        sizes = self.per_prompt, [self._longest], self.max_new_tokens
+        self.gathering = gathering_in_run(option, self.model, self.run, *sizes)
 
     def window(self, window: Sequence[Batch], step: int) -> list[Batch]:
         """Sample completions of a step's prompts on this rank with the current weights. Collective."""
@@ -79,7 +87,7 @@ class StudentSamples:
     def _sample(
         self, prompts: Sequence[tuple[int, list[int]]], params: Sequence[Sequence[SamplingParams]]
     ) -> list[list[Rollout]]:
-        with policy_generator(self.model, self.tokenizer, self.stop_ids, self.run) as generator:
+        with policy_generator(self.model, self.tokenizer, self.stop_ids, self.run, self.gathering) as generator:
             return sample_groups(generator, prompts, params)
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bumblebee.nn.router_losses import RouterLosses
     from bumblebee.rl.sampled_text import SampledText
     from bumblebee.tasks.run_context import RunContext
+    from bumblebee.tasks.weight_gathering import GatherWeights
 
 ForwardFn = Callable[..., "Tensor"]  # a model, or an engine that wraps it
 
@@ -48,6 +49,7 @@ class Task(ABC):
         heads: LM heads whose logits are in memory at the same time, to estimate memory.
         steps_per_rollout: optimizer steps whose micro-batches ``prepare_windows`` prepares together.
         rollout_epochs: times that prepared micro-batches are trained on.
+        gather_weights: how a task that samples completions gathers the weights at ZeRO stage 3.
     """
 
     model: nn.Module
@@ -59,6 +61,7 @@ class Task(ABC):
     panels: Sequence[Panel] = (Panel(ShownMetric("loss", "loss", axis="loss (nats per token)")),)
     headline: Sequence[ShownMetric] = (ShownMetric("loss", "loss"),)
     heads: int = 1
+    gather_weights: GatherWeights = "auto"
 
     def setup(self, data: DataModule) -> None:  # noqa: B027  (optional)
         """Check the prepared data before training. The model has not been moved to a device yet.

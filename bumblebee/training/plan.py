@@ -125,6 +125,16 @@ class Plan:
         return math.ceil(self.samples / self.samples_per_step)
 
     @property
+    def micro_batches_per_step(self) -> float:
+        """Micro-batches per step and rank, on average: the last step of an epoch may have fewer."""
+        return -(-self.samples // (self.micro_batch_size * self.world_size)) / self.windows_per_epoch
+
+    @property
+    def micro_batches_per_rollout(self) -> int:
+        """Micro-batches of a rank whose samples are prepared together."""
+        return math.ceil(self.micro_batches_per_step) * self.steps_per_rollout
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch."""
         return self.windows_per_epoch * self.rollout_epochs

@@ -96,6 +96,7 @@ class RunState:
         from bumblebee.nn.targets import move_with_targets
 
         special = {"position_ids": move_with_documents, "labels": move_with_targets}
+        special |= {f"packed_{name}": move for name, move in special.items()}
         return {
             name: special[name](tensor, self.device)
             if name in special and tensor.is_cpu

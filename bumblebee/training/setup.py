@@ -29,6 +29,7 @@ from bumblebee.distributed.deepspeed.zero_init import sharded_init
 from bumblebee.optim import Constant, Optimizer, Schedule, parameter_groups
 from bumblebee.tasks.run_context import RunContext
 from bumblebee.tasks.task import Task
+from bumblebee.tasks.weight_gathering import check_gathering
 from bumblebee.training import checkpointing, loader, verification_record
 from bumblebee.training.console import Console
 from bumblebee.training.fingerprint import data_fingerprint, model_fingerprint, optimizer_fingerprint
@@ -79,6 +80,7 @@ def set_up(
     options = engine_options(run, hidden_size_of(task.model))
     optimizer_device = torch.device("cpu") if "optimizer" in options.offload else run.device
     check_optimizer(optimizer, groups, optimizer_device, run.zero_stage, process_group.world_size())
+    check_gathering(task.gather_weights, run.zero_stage)
     data.setup(seed)
     task.setup(data)
     run.plan = make_plan(run, task, data, seed, process_group.world_size(), checkpoint)
@@ -190,7 +192,9 @@ def _run_context(run: RunState) -> RunContext:
     rank, ranks = process_group.rank(), run.plan.world_size
     return RunContext(
         engine=run.engine, device=run.device, data=run.data, seed=run.seed, precision=run.precision, zero_stage=run.zero_stage,
-        micro_batch_size=run.micro_batch_size, output_dir=run.output_dir, is_main=run.is_main, to_device=run.to_device,
+        micro_batch_size=run.micro_batch_size,
+        prompts_per_rollout=run.micro_batch_size * run.plan.micro_batches_per_rollout,
+        output_dir=run.output_dir, is_main=run.is_main, to_device=run.to_device,
         frozen=lambda model: freeze(run, model),
         building=lambda: building(run),
         local_batches=lambda samples: loader.batches_in_order(run.data, samples, run.micro_batch_size, rank, ranks),

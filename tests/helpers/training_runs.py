@@ -193,6 +193,26 @@ class RewardedGRPO(GRPO):
         super().__init__(model, [odd_characters], **{"group_size": 3, "max_new_tokens": 5, **options})
 
 
+class UnevenGRPO(RewardedGRPO):
+    """Rank 1 samples shorter completions. The metric ``held_blocks``: blocks whose weights a rank holds while it samples."""
+
+    def __init__(self, model: Bumblebee, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.sampler.max_new_tokens -= 3 * int(os.environ.get("RANK", "0"))
+        self.held: set[int] = set()
+        for block in model.blocks:
+            block.register_forward_hook(self._count_held)
+
+    def _count_held(self, *_: object) -> None:
+        if torch.is_inference_mode_enabled():  # as in sampling only
+            held = sum(any(parameter.numel() for parameter in block.parameters()) for block in self.model.blocks)
+            assert self.sampler.gathering is not None and (held == 1 or not self.sampler.gathering.layers)
+            self.held.add(held)
+
+    def metrics(self) -> dict[str, float]:
+        return {**super().metrics(), "held_blocks": max(self.held, default=0)}
+
+
 def odd_questions_only(prompts: list[str], completions: list[str], records: list[Any]) -> list[float]:
     """``odd_characters``, but 0 for every second question."""
     rewards = odd_characters(prompts, completions, records)

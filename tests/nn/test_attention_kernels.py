@@ -84,6 +84,31 @@ def test_sdpa_gradients_equal_naive_gradients(layout, window):
     torch.testing.assert_close(gradients(sdpa), gradients(naive), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("rows", [[[9, 7, 8, 1, 5]], [[4, 4, 4, 3], [5, 1, 5, 4]]], ids=["one row", "two rows"])
+def test_short_documents_need_no_mask_of_the_whole_row(rows, window):
+    positions = torch.tensor([[at for length in row for at in range(length)] for row in rows])
+    shape = (*positions.shape, H, D)
+    q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_() for seed in range(3))
+    k, v = k[:, :, :2], v[:, :, :2]
+
+    def result(kernel, mask):
+        mask.prepare(kernel.__name__, shape[1], q.device, [window])
+        out = kernel(q, k, v, mask, window)
+        return out, *torch.autograd.grad(out.square().sum(), [q, k, v], retain_graph=True)
+
+    mask = AttentionMask.packed(positions)
+    assert mask.has_padded_form
+    torch.testing.assert_close(result(sdpa, mask), result(naive, AttentionMask.packed(positions)), rtol=0, atol=1e-4)
+    assert not mask._dense
+
+
+@pytest.mark.parametrize("row", [[20], [19, 1], [1] * 19 + [16]], ids=["one document", "a long one", "mostly padding"])
+def test_documents_become_rows_only_if_that_saves_work(row):
+    positions = torch.tensor([[at for length in row for at in range(length)]])
+    assert not AttentionMask.packed(positions).has_padded_form
+
+
 @pytest.mark.parametrize("kernel", ["naive", "sdpa"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_padding_rows_attend_to_themselves_and_give_no_nan(kernel, dtype):

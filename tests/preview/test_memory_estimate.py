@@ -112,6 +112,10 @@ def test_sampling_needs_the_kv_cache_that_the_engine_allocates(tokenizer_folder)
     assert sampling_bytes(size, TrainingSetup("bf16", 2), shape) - logits == cache / 2
     sharded = [estimate_memory(size, TrainingSetup("fp32", stage, 8, "cuda"), BATCH, sampling=shape) for stage in (2, 3)]
     assert sharded[1].sampling - sharded[0].sampling == 4 * size.parameters
+    by_layer = sampling_bytes(size, TrainingSetup("fp32", 3), SamplingShape(64, 156, layers=True))
+    held_at_once = model.model.embed_tokens, model.model.norm, model.lm_head, model.blocks[0]
+    held = sum(parameter.numel() for module in held_at_once for parameter in module.parameters())
+    assert by_layer - logits - cache == 4 * held < 4 * size.parameters
     many = estimate_memory(size, TrainingSetup("fp32", 2), BATCH, sampling=SamplingShape(64, 1_000_000))
     assert many.total == many.persistent + many.sampling
 

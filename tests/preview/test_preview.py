@@ -138,6 +138,10 @@ def test_prompts_are_shown_with_the_rewards_of_their_answers(tokenizer_folder, c
     assert "<|im_start|>user⏎What is 10 + 38?<|im_end|>⏎<|im_start|>assistant⏎\n" in shown
     assert shown.count("→ its 'answer', 48: reward 1\n") == 1 and shown.count("→ empty completion: reward 0\n") == 2
     assert "KV cache of 64 × 156 tokens and the whole weights, instead of activations" in shown
+    assert "gathered weights     all at once (needs 0." in shown and "GB that are free on each device)" in shown
+    shown = preview(capsys, *words, "--samples", "0", "--task.gather_weights", "layers")
+    assert "KV cache of 64 × 156 tokens and the weights of a layer, instead of activations" in shown
+    assert "gathered weights     layer by layer (task.gather_weights is layers)" in shown
     wrong = f"[{__name__}.unanswered, bumblebee.rewards.Matches]"
     options = [*words, "--samples", "1", "--task.rewards", wrong, "--task.rewards.pattern", "x", "--data.system", "Be brief."]
     shown = preview(capsys, *options)

@@ -146,6 +146,7 @@ def test_on_policy_resumes_exactly_and_two_ranks_sample_alike(larger_teacher, tm
     train(tmp_path / "resumed", **job, zero_stage=1, callbacks=saved, resume="auto")
     assert weight_bytes(tmp_path / "resumed") == weight_bytes(tmp_path / "whole")
     two = {**job, "folder": str(tmp_path / "two"), "zero_stage": 3, "accumulate": 1, "building": True}
+    two["task"] = ("Distillation", {**ON_POLICY, "teacher": larger_teacher, "gather_weights": "layers"})
     (result,) = run_jobs([two], 2, tmp_path, timeout=280)
     for line, other in zip(result["metrics"], expected, strict=True):
         assert line["distill/length"] == other["distill/length"]

@@ -15,10 +15,15 @@ from helpers.training_runs import Questions, RewardedGRPO, Rows, odd_characters,
 
 from bumblebee import GRPO
 from bumblebee.nn import IGNORE_INDEX
+from bumblebee.nn.batch_invariant import batch_invariant
 from bumblebee.rewards import InputReward, RewardInput
 from bumblebee.rewards.reward import Failure
 from bumblebee.rl.advantages import EPS, advantages_of
-from bumblebee.rl.rollout import rollout_seed
+from bumblebee.rl.rollout import Rollout, rollout_seed
+from bumblebee.rl.training_batch import training_batch
+from bumblebee.tasks import weight_gathering
+from bumblebee.tasks.pair_log_probs import token_log_probs
+from bumblebee.tasks.weight_gathering import choose_gathering
 
 MODEL = {"vocab_size": 320}
 JOB: dict[str, Any] = {"data": ("Questions", {}), "model": MODEL, "task": "RewardedGRPO", "max_steps": 4}
@@ -73,6 +78,28 @@ def test_gradient_is_that_of_the_formula(normalise):
     NORMALISATIONS[normalise]([[-advantage * value for value in row] for row, advantage in pairs]).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(given[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_packed_completions_have_the_log_probs_and_gradients_of_rows():
+    """And the model computes no padding."""
+    model = small_model(**MODEL)
+    lengths = [[3, 40, 7, 1], [13, 2, 30, 1]]
+    groups = [[Rollout(0, [5] * length, [0.0] * length, rewards=[0.0]) for length in group] for group in lengths]
+    packed = training_batch([(0, [1, 2, 3]), (1, [4] * 9)], groups, torch.zeros(2, 4))
+    rows = {name: value for name, value in packed.items() if not name.startswith("packed_")}
+    assert packed["packed_input_ids"].shape == (1, 4 * 3 + 4 * 9 + sum(map(sum, lengths)) - 8)
+    weights = torch.arange(rows["labels"].numel()).view_as(rows["labels"])
+
+    def result(batch):
+        log_probs = token_log_probs(model, batch)
+        return log_probs, *torch.autograd.grad((weights * log_probs).sum(), list(model.parameters()))
+
+    computed = []
+    with model.register_forward_pre_hook(lambda module, args: computed.append(args[0].shape)):
+        torch.testing.assert_close(result(packed), result(rows), rtol=1e-4, atol=1e-3)
+        with batch_invariant(True):
+            token_log_probs(model, packed)
+    assert computed == [packed["packed_input_ids"].shape, rows["input_ids"].shape, rows["input_ids"].shape]
 
 
 def test_advantages_are_the_formulas():
@@ -197,6 +224,44 @@ def test_two_ranks_share_the_prompts_of_one(tmp_path):
             assert line["rl/reward"] == pytest.approx(other["rl/reward"])
             assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     assert (tmp_path / "3" / "rollouts" / "step-000001-rank-1.jsonl").is_file()
+
+
+@pytest.mark.slow
+def test_weights_gathered_by_layer_sample_the_same_completions(tmp_path):
+    """One rank finishes first, and has no prompt at all in the last step; no rank ever holds the weights of two blocks."""
+    job = {**JOB, "micro_batch_size": 1, "accumulate": 1, "max_steps": 2, "zero_stage": 3}
+    job["data"] = ("Questions", {"samples": 3})
+    job["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    tasks = {name: ("UnevenGRPO", {"gather_weights": name, "kl_beta": 0.1}) for name in ("all", "layers")}
+    jobs = [{**job, "folder": str(tmp_path / name), "task": task} for name, task in tasks.items()]
+    whole, by_layer = (result["metrics"] for result in run_jobs(jobs, 2, tmp_path))
+    assert {line["held_blocks"] for line in whole} == {2} and {line["held_blocks"] for line in by_layer} == {1}
+    for line, other in zip(whole, by_layer, strict=True):
+        assert line["grad_norm"] == other["grad_norm"] and line["rl/reward"] == other["rl/reward"]
+    for step, rank, count in [("1", "", 3), ("1", "-rank-1", 3), ("2", "", 3), ("2", "-rank-1", 0)]:
+        name = f"rollouts/step-00000{step}{rank}.jsonl"
+        sampled = [[json.loads(text) for text in (tmp_path / task / name).read_text().splitlines()] for task in tasks]
+        for record in (*sampled[0], *sampled[1]):
+            del record["place"]  # each run has a folder of its own
+        assert len(sampled[0]) == count and sampled[0] == sampled[1]
+    assert weight_bytes(tmp_path / "layers") == weight_bytes(tmp_path / "all")
+
+
+@pytest.mark.slow
+def test_auto_gathers_by_layer_where_memory_is_short(tmp_path, monkeypatch):
+    job = {**JOB, "max_steps": 1, "zero_stage": 3, "task": "UnevenGRPO"}
+    job["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    for free, held in ((1e5, 1), (1e8, 2)):
+        monkeypatch.setattr(weight_gathering, "memory_available", lambda device, free=free: free)
+        (line,) = train(tmp_path / f"{held}", **job)
+        assert line["held_blocks"] == held
+    assert str(choose_gathering("auto", 9e8, 1e9)) == "all at once (needs 0.90 GB of 1.00 GB that are free on each device)"
+    assert choose_gathering("auto", 9.1e8, 1e9).layers and not choose_gathering("auto", 9.1e8, None).layers
+
+
+def test_gathering_option_is_refused_where_weights_are_whole(tmp_path):
+    with pytest.raises(ValueError, match="task.gather_weights: layers has no effect at trainer.zero_stage 1"):
+        train(tmp_path, **{**JOB, "zero_stage": 1, "task": ("RewardedGRPO", {"gather_weights": "layers"})})
 
 
 def test_adapters_are_trained_unmerged(tmp_path):

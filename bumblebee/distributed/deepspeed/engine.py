@@ -27,6 +27,7 @@ from bumblebee.distributed.deepspeed import engine_state
 from bumblebee.distributed.deepspeed.compiled_blocks import gather_compiled_blocks_whole
 from bumblebee.distributed.deepspeed.ds_config import EngineOptions
 from bumblebee.distributed.deepspeed.gathering import gathered_model, iter_full_tensors
+from bumblebee.distributed.deepspeed.layer_gathering import gathered_by_layer
 from bumblebee.distributed.deepspeed.operators import import_deepspeed, quiet_initialization, usable_config
 from bumblebee.distributed.deepspeed.optimizer_types import ParamGroup
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel, iter_local_weights
@@ -237,6 +238,15 @@ class TrainingEngine:
         if self.options.zero_stage < 3:
             return nullcontext(self.model)
         return gathered_model(self.model, self._optimizer)
+
+    def model_by_layer(self) -> AbstractContextManager[nn.Module]:
+        """Like ``whole_model``, but at stage 3 a device holds the weights of one transformer block at a time. Collective.
+
+        Inside, ranks may call the model any number of times, under ``torch.no_grad``, and nothing else that is collective.
+        """
+        if self.options.zero_stage < 3:
+            return nullcontext(self.model)
+        return gathered_by_layer(self.model, self._optimizer)
 
     def save(self, folder: Path, select: Callable[[str], bool] = lambda key: True) -> dict[str, str]:
         """Write this rank's shards of weights and optimizer state into an existing folder.

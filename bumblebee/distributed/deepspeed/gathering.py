@@ -43,17 +43,23 @@ def gathered_model(model: nn.Module, optimizer: ZeroOptimizer) -> Iterator[nn.Mo
     """
     from deepspeed.runtime.zero import GatheredParameters
 
+    with GatheredParameters(list(model.parameters())), without_hooks(optimizer):
+        yield model
+
+
+@contextmanager
+def without_hooks(optimizer: ZeroOptimizer) -> Iterator[None]:
+    """Remove the hooks by which DeepSpeed gathers and releases weights at stage 3, and restore them at the end."""
     offload = optimizer.parameter_offload
     handles = [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]
     tables = {id(table): table for handle in handles if (table := handle.hooks_dict_ref()) is not None}
     before = [(table, dict(table)) for table in tables.values()]
-    with GatheredParameters(list(model.parameters())):
-        for handle in handles:
-            if (table := handle.hooks_dict_ref()) is not None:
-                table.pop(handle.id, None)
-        try:
-            yield model
-        finally:
-            for table, hooks in before:  # in their old order
-                table.clear()
-                table.update(hooks)
+    for handle in handles:
+        if (table := handle.hooks_dict_ref()) is not None:
+            table.pop(handle.id, None)
+    try:
+        yield
+    finally:
+        for table, hooks in before:  # in their old order
+            table.clear()
+            table.update(hooks)
