@@ -59,6 +59,10 @@ class DataModule(ABC, Generic[SampleT]):
         """Return the batch without targets, for ranks that run out of samples in the last step of an epoch."""
         return {**batch, "labels": batch["labels"].clone().fill_(IGNORE_INDEX)}  # a batch of one may share the sample's memory
 
+    def ordered(self, order: np.ndarray) -> np.ndarray:
+        """Return the order of an epoch's samples, given a shuffled one; it must depend on that and the samples alone."""
+        return order
+
     def origin(self, index: int) -> str:
         """Describe where a training sample comes from: file and line where they are known."""
         return f"sample {index}"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
+import numpy as np
+
 from bumblebee.utils.formatting import number
 from datamodules.records import json_type
 
@@ -66,6 +68,11 @@ class PassRates:
                 f"min_pass_rate, max_pass_rate: none of {len(samples)} prompts is in [{self.lowest}, {self.highest}]"
             )
         return selected
+
+    def rates(self, samples: Sequence[Rated]) -> np.ndarray:
+        """Pass rate of each sample, (samples,) float64; -1 for those without a rate."""
+        rates = [None if self.key is None else self._rate(self.key, sample) for sample in samples]
+        return np.array([-1.0 if rate is None else rate for rate in rates])
 
     def _rate(self, key: str, sample: Rated) -> float | None:
         value = sample.record.get(key)

@@ -69,9 +69,11 @@ class Prompts(DataModule[PromptSample]):
             ``bumblebee rollouts --pass_rates``; records without it are kept.
         min_pass_rate: leave out training prompts that are solved more rarely.
         max_pass_rate: leave out training prompts that are solved more often.
+        order: of the training prompts in each epoch: shuffled, or easy_first, by falling pass rate; prompts with equal rates
+            are shuffled, and those without a rate come last.
 
     Raises:
-        ValueError: a number is out of range, the folder has no tokenizer, or pass rates are limited without a key.
+        ValueError: a number is out of range, the folder has no tokenizer, or pass rates are limited or ordered without a key.
     """
 
     has_targets = False
@@ -92,9 +94,13 @@ class Prompts(DataModule[PromptSample]):
         pass_rate_key: str | None = None,
         min_pass_rate: float = 0.0,
         max_pass_rate: float = 1.0,
+        order: Literal["shuffled", "easy_first"] = "shuffled",
     ) -> None:
         check_options(max_length, validation_files, validation_ratio)
         self.pass_rates = PassRates(pass_rate_key, min_pass_rate, max_pass_rate)
+        if order == "easy_first" and pass_rate_key is None:
+            raise ValueError("order: easy_first needs pass_rate_key, the key of the pass rate in the records")
+        self.order = order
         self.files, self.tokenizer_folder, self.max_length = files, tokenizer, max_length
         self.system, self.too_long, self.chat_template = system, too_long, chat_template
         self.validation_files, self.validation_ratio = validation_files, validation_ratio
@@ -163,15 +169,24 @@ class Prompts(DataModule[PromptSample]):
         """See the base class."""
         return {**batch, "index": torch.full_like(batch["index"], NO_PROMPT)}
 
+    def ordered(self, order: np.ndarray) -> np.ndarray:
+        """See the base class."""
+        if self.order == "shuffled":
+            return order
+        rates = self.pass_rates.rates([self.train[int(index)] for index in order])
+        return order[np.argsort(-rates, kind="stable")]
+
     def origin(self, index: int) -> str:
         """FILE:LINE of a training prompt."""
         return self.train[index].place
 
     def fingerprint(self) -> dict[str, str]:
-        """Digest of the training prompts and their records."""
+        """Digest of the training prompts, their records and their order."""
         digest = hashlib.sha256()
         for sample in self.train:
             digest.update(json.dumps([sample.ids, sample.record], sort_keys=True, default=str).encode())
+        if self.order != "shuffled":
+            digest.update(self.order.encode())
         return {"records": digest.hexdigest()}
 
     def summary(self) -> dict[str, object]:
@@ -182,6 +197,8 @@ class Prompts(DataModule[PromptSample]):
         if self.dropped:
             lines[f"longer than max_length {self.max_length}"] = f"{number(self.dropped)} dropped"
         lines.update(self.pass_rates.summary())
+        if self.order == "easy_first":
+            lines["order"] = "by falling pass rate"
         if self.validation is not None:
             lines["held out"] = plural(len(self.validation), "prompt")
         return lines

@@ -9,12 +9,15 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bumblebee.rewards import Judge, RewardInput
 from bumblebee.rewards.reward import CompletionError, Failure
+from bumblebee.rl.reward_check import reward_notes
+from bumblebee.rl.scoring import WeightedRewards
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -155,6 +158,18 @@ def test_timeout_bounds_a_request_that_dribbles_bytes(endpoint):
     (failure,) = judge.score(inputs("dribble"))
     assert isinstance(failure, Failure) and (failure.value, failure.timed_out) == (0.25, True)
     assert endpoint.cut.wait(5), "the connection is still open"
+
+
+def test_a_preview_says_that_the_endpoint_was_asked(endpoint):
+    judge = Judge(endpoint.url, "m")
+    question = SimpleNamespace(index=0, question="?", record={"answer": "12"}, place="q:1", messages=[], tools=None)
+    (lines,) = reward_notes(WeightedRewards([judge], None), [question], lambda text: [])
+    assert lines == [
+        "its 'answer', 12: reward 0.2", "empty completion: reward 0",
+        f"{endpoint.url} was asked for these rewards; --samples 0 asks for none",
+    ]  # fmt: skip
+    assert len(endpoint.requests) == 2
+    assert reward_notes(WeightedRewards([judge], None), [], lambda text: []) == [] and len(endpoint.requests) == 2
 
 
 def test_an_endpoint_is_checked_before_training(endpoint):

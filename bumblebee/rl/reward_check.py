@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from bumblebee.rewards.judge import Judge
 from bumblebee.rl.rollout import Question, Rollout
 from bumblebee.rl.sampled_text import SampledText
 from bumblebee.rl.scoring import WeightedRewards
@@ -30,10 +31,19 @@ def reward_notes(
     texts = [(question, text) for question, (_, text) in zip(questions, answers, strict=True) if text is not None]
     scored = iter(_scored(rewards, [*texts, *((question, "") for question in questions)], encode))
     of_answers = [next(scored) if text is not None else None for _, text in answers]
-    return [
+    lines = [
         _lines(key, answer, empty)
         for (key, _), answer, empty in zip(answers, of_answers, list(scored), strict=True)
     ]  # fmt: skip
+    for url in _endpoints(rewards) if lines else ():
+        lines[-1].append(f"{url} was asked for these rewards; --samples 0 asks for none")
+    return lines
+
+
+def _endpoints(rewards: WeightedRewards) -> list[str]:
+    """Where requests go, which may cost money, also from worker processes."""
+    functions = [*rewards.functions, *(getattr(function, "reward", None) for function in rewards.functions)]
+    return list(dict.fromkeys(function.base_url for function in functions if isinstance(function, Judge)))
 
 
 def _keys_of(rewards: WeightedRewards) -> list[str]:

@@ -47,7 +47,8 @@ class MicroBatches(Dataset):
     def order(self, epoch: int) -> np.ndarray:
         """The order of an epoch's samples."""
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_order(len(self.data.train), self.seed, epoch, self.data.lengths)
+            order = epoch_order(len(self.data.train), self.seed, epoch, self.data.lengths)
+            self._order = epoch, self.data.ordered(order)
         return self._order[1]
 
     def __getitem__(self, micro_batch: SampleRange) -> Batch:

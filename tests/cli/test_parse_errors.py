@@ -355,6 +355,9 @@ IN_THE_REWARDS = [
     ("timeout: 10", "timeout: 0", "10: task.rewards.timeout must be positive, got 0.0"),
     ("timeout: 10", "process: 1", "10: unknown option 'task.rewards.process' (did you mean 'task.rewards.processes'?)"),
     ("    rewards:\n", "    num_generations: 8\n    rewards:\n", "5: unknown option 'task.num_generations': use group_size"),
+    ("    rewards:\n", "    loss_type: dapo\n    rewards:\n",
+     "5: unknown option 'task.loss_type': use normalise, advantages, ratio and surrogate; their values for dapo, dr_grpo, gspo,"
+     " rloo and others are in docs/rl.md, Published variants"),
     ("timeout: 10", "on_error: skip", "10: task.rewards.on_error: expected a number or stop, got 'skip'"),
 ]  # fmt: skip
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bumblebee.training.loader import train_windows
+from bumblebee.training.plan import Plan
 from datamodules import Prompts
 
 
@@ -58,6 +60,28 @@ def test_fingerprint_depends_on_records_and_their_order(file, tokenizer_folder):
     assert prompts(file, tokenizer_folder).fingerprint() != first
 
 
+def test_easy_first_orders_by_pass_rate_on_any_ranks_and_resumed(file, tokenizer_folder):
+    rates = [None if number % 5 == 4 else number % 5 / 4 for number in range(20)]
+    lines = [{"prompt": f"{number}?", "rate": rate} for number, rate in enumerate(rates)]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    data = prompts(file, tokenizer_folder, pass_rate_key="rate", order="easy_first")
+
+    def steps(ranks: int, seed: int = 0, first: int = 0) -> list[list[int]]:
+        plan = Plan.of(20, 4 // ranks, 1, ranks, 2, None)
+        windows = [train_windows(data, plan, seed, rank, first, 0, False) for rank in range(ranks)]
+        shares = zip(*windows, strict=True)
+        return [[index for window in step for batch in window for index in batch["index"].tolist()] for step in shares]
+
+    whole = steps(1)
+    for epoch in (whole[:5], whole[5:]):
+        assert [rates[index] for step in epoch for index in step] == [
+            rate for rate in (0.75, 0.5, 0.25, 0.0, None) for _ in range(4)
+        ]
+    assert sorted(whole[0]) == sorted(whole[5]) and (whole[:5] != whole[5:]) and whole != steps(1, seed=1)
+    assert steps(2) == whole and steps(2, first=3) == whole[3:]
+    assert data.fingerprint() != prompts(file, tokenizer_folder, pass_rate_key="rate").fingerprint()
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
@@ -66,6 +90,7 @@ def test_fingerprint_depends_on_records_and_their_order(file, tokenizer_folder):
         ('{"prompt": "' + "long " * 100 + '"}', {"too_long": "stop"}, r"questions.jsonl:1: the prompt has \d+ tokens"),
         ('{"prompt": "a"}', {"validation_ratio": 0.5}, "validation_ratio holds out all 1 prompts"),
         ('{"prompt": "a"}', {"max_length": 0}, "max_length must be at least 1, got 0"),
+        ('{"prompt": "a"}', {"order": "easy_first"}, "order: easy_first needs pass_rate_key"),
     ],
 )
 def test_files_and_options_that_cannot_be_used_are_named(text, options, message, file, tokenizer_folder):

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from bumblebee.cli.config_files import callbacks_in, config_files, option_values, plain, where, yaml_files_beside
-from bumblebee.cli.errors.renamed import ELSEWHERE
+from bumblebee.cli.errors.renamed import ELSEWHERE, ELSEWHERE_IN_GRPO
 from bumblebee.cli.errors.renamed import OPTIONS as RENAMED
 from bumblebee.cli.signatures import parameter_names
 from bumblebee.utils.formatting import did_you_mean, hint
@@ -220,7 +220,8 @@ def _explain_unknown(unknown: re.Match[str], keys: list[str], message: str, word
     if not known:
         return f"{where(key, words)}unknown option {key!r}: {classes[-1]} has no options (is class_path missing?)"
     parent = key.rpartition(".")[0]
-    near = _of_another_class(key, classes[-1]) if depth == 1 else ""
+    near = _elsewhere_in_grpo(key, [*classes, *_CLASS.findall(message)])
+    near = near or (_of_another_class(key, classes[-1]) if depth == 1 else "")
     return f"{where(key, words)}unknown option {key!r}{near or _nearest(key, [f'{parent}.{name}' for name in known])}"
 
 
@@ -237,6 +238,12 @@ def _of_a_class(key: str, options: list[str]) -> str:
         return ""
     classes = named.get(full[0], [])
     return did_you_mean(full) + (f", an option of {classes[0]}" if len(classes) == 1 else "")
+
+
+def _elsewhere_in_grpo(key: str, classes: Sequence[str]) -> str:
+    """What another library's option of GRPO corresponds to, if GRPO is among the classes."""
+    name = key.removeprefix("task.")
+    return f": {ELSEWHERE_IN_GRPO[name]}" if name in ELSEWHERE_IN_GRPO and "bumblebee.GRPO" in classes else ""
 
 
 def _of_another_class(key: str, chosen: str) -> str:
