@@ -8,6 +8,7 @@ The gradient of a chunk is computed in the forward pass, while its logits are in
 matmuls of the naive loss. This assumes that all losses have the same weight in the scalar that is differentiated, as in a sum;
 the accumulated gradient is then scaled by that weight. If they do not, as in DPO, the backward pass detects it and recomputes
 the chunks, and ``LossWeighting`` remembers it, so that the next forward pass computes losses only. Softmax and sums are fp32.
+The entropy of the distribution, -sum_v p(v) log p(v), is computed from the same logits on request, without gradient.
 
 A sum is seen from the strides of the losses' gradient, an expanded number. Other gradients are compared number by number on a
 CPU; on a GPU that would make the host wait, so that they count as different there.
@@ -25,6 +26,7 @@ from torch.autograd.function import FunctionCtx
 # (docs/lab-log.md). On a GPU, by arithmetic, the accumulation takes as long as a product at 1,024 rows, and an eighth at 8,192.
 ROWS = {"cpu": 1024, "cuda": 8192}
 SOFTMAX_LOGITS = {"cpu": 2**20, "cuda": 2**28}  # logits per softmax block in fp32; on a CPU they fit the cache
+ENTROPY_LOGITS = 2**20, 2**24  # the same for entropies, on a CPU and elsewhere, which need a second tensor of this size
 
 
 @dataclass
@@ -52,8 +54,9 @@ class Positions:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, weighting: LossWeighting | None = None, positions: Positions | None = None
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, labels: Tensor, weighting: LossWeighting | None = None,
+    positions: Positions | None = None, entropies: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``-log softmax(weight @ hidden)[label]`` of each row.
 
     Args:
@@ -62,13 +65,14 @@ def linear_cross_entropy(
         labels: (N,) int64, each a row of ``weight``.
         weighting: state kept between calls; it affects when gradients are computed, never the result.
         positions: where the losses go; the rest is zero.
+        entropies: (N,) fp32, overwritten by the entropy of each row's distribution in nats.
 
     Returns:
         (N,) in fp32, or (P,) with ``positions``.
     """
     weighting = weighting or LossWeighting()
     eager_gradients = weighting.uniform and torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(hidden, weight, labels, weighting, eager_gradients, positions)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, weighting, eager_gradients, positions, entropies)
 
 
 def is_uniform(grad: Tensor) -> bool:
@@ -91,15 +95,27 @@ def row_slices(rows: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, rows)) for first in range(0, rows, max(size, 1))]
 
 
-def _losses(logits: Tensor, labels: Tensor, scale: Tensor | None, to_gradients: bool) -> Tensor:
+def _entropies(logs: Tensor, out: Tensor) -> None:
+    """Write the entropy of log-probabilities (rows, V) into ``out`` (rows,)."""
+    logits = ENTROPY_LOGITS[logs.device.type != "cpu"]
+    for rows in row_slices(len(logs), max(1, logits // logs.shape[1])):
+        torch.sum(logs[rows].exp().mul_(logs[rows]), dim=-1, out=out[rows]).neg_()
+
+
+def _losses(
+    logits: Tensor, labels: Tensor, scale: Tensor | None, to_gradients: bool, entropies: Tensor | None = None
+) -> Tensor:
     """Losses (rows,) of logits (rows, V).
 
-    With ``to_gradients``, the logits are overwritten by their gradients, multiplied by ``scale`` (rows,).
+    With ``to_gradients``, the logits are overwritten by their gradients, multiplied by ``scale`` (rows,). ``entropies``
+    (rows,) are overwritten.
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     for rows in row_slices(len(logits), max(1, softmax_logits(logits.device.type) // logits.shape[1])):
         logs = torch.log_softmax(logits[rows], dim=-1, dtype=torch.float32)
         losses[rows] = -logs.gather(1, labels[rows, None])[:, 0]
+        if entropies is not None:
+            _entropies(logs, entropies[rows])
         if to_gradients:
             logs.exp_().scatter_add_(1, labels[rows, None], logs.new_full((len(logs), 1), -1.0))
             logits[rows] = logs if scale is None else logs.mul_(scale[rows, None])
@@ -136,7 +152,7 @@ class _Context(FunctionCtx):
     """What ``_LinearCrossEntropy`` keeps for the backward pass."""
 
     saved_tensors: tuple[Tensor, Tensor, Tensor]  # hidden, weight and labels
-    needs_input_grad: tuple[bool, bool, bool, bool, bool, bool]
+    needs_input_grad: tuple[bool, bool, bool, bool, bool, bool, bool]
     positions: Positions | None
     gradients: ChunkGradients | None
     weighting: LossWeighting
@@ -146,13 +162,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: _Context, hidden: Tensor, weight: Tensor, labels: Tensor, weighting: LossWeighting, eager_gradients: bool,
-        positions: Positions | None,
+        positions: Positions | None, entropies: Tensor | None,
     ) -> Tensor:  # fmt: skip
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradients = ChunkGradients(hidden, weight, ctx.needs_input_grad[:2]) if eager_gradients else None
         for rows in row_slices(len(hidden), chunk_rows(hidden.device.type)):
             logits = hidden[rows] @ weight.T
-            losses[rows] = _losses(logits, labels[rows], None, to_gradients=eager_gradients)
+            of_rows = None if entropies is None else entropies[rows]
+            losses[rows] = _losses(logits, labels[rows], None, eager_gradients, of_rows)
             if gradients is not None:
                 gradients.add(rows, logits)
         ctx.save_for_backward(hidden, weight, labels)
@@ -160,7 +177,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses if positions is None else losses.new_zeros(positions.size).index_copy_(0, positions.index, losses)
 
     @staticmethod
-    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         (grad,) = grads
         if ctx.positions is not None:
             grad = grad[:1] if grad.stride() == (0,) else grad.index_select(0, ctx.positions.index)
@@ -173,4 +190,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = hidden[rows] @ weight.T
                 _losses(logits, labels[rows], None if uniform else grad[rows], to_gradients=True)
                 gradients.add(rows, logits)
-        return *gradients.scaled(grad[0] if uniform and len(grad) else None), None, None, None, None
+        return *gradients.scaled(grad[0] if uniform and len(grad) else None), None, None, None, None, None

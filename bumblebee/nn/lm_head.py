@@ -1,7 +1,7 @@
 """The language-modeling head: logits, or the loss of each target.
 
 The loss is computed inside the head's forward because under ZeRO-3 the head's weight is gathered only there. A task with
-another loss of the targets' logits replaces it by ``LMHead.computing``.
+another loss of the targets' logits replaces it by ``LMHead.computing``; ``LMHead.summing_entropies`` adds the entropies.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class LMHead(nn.Linear):
     """
 
     target_loss: TargetLoss | None = None  # instead of token losses, see ``computing``
+    entropy_sums: list[Tensor] | None = None  # see ``summing_entropies``
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__(hidden_size, vocab_size, bias=False)
@@ -54,6 +55,19 @@ class LMHead(nn.Linear):
         finally:
             del self.target_loss
 
+    @contextmanager
+    def summing_entropies(self) -> Iterator[list[Tensor]]:
+        """Inside, each forward pass with labels appends a number to the list, in fp64 and without gradient.
+
+        It is the sum over the targets of the entropy of the predicted distribution in nats.
+        """
+        sums: list[Tensor] = []
+        self.entropy_sums = sums
+        try:
+            yield sums
+        finally:
+            del self.entropy_sums
+
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return logits, or token losses if labels are passed.
 
@@ -75,5 +89,9 @@ class LMHead(nn.Linear):
         target_labels = labels.flatten().index_select(0, index)
         if self.target_loss is not None:
             return self.target_loss(targets, weight, target_labels)
-        losses = linear_cross_entropy(targets, weight, target_labels, self.weighting, Positions(index, labels.numel()))
+        entropies = None if self.entropy_sums is None else hidden.new_empty(len(index), dtype=torch.float32)
+        positions = Positions(index, labels.numel())
+        losses = linear_cross_entropy(targets, weight, target_labels, self.weighting, positions, entropies)
+        if self.entropy_sums is not None and entropies is not None:
+            self.entropy_sums.append(entropies.double().sum())
         return losses.view(labels.shape)

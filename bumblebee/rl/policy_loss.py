@@ -120,6 +120,7 @@ class PolicyLoss:
         ratios = self._ratios(torch.where(targets, log_probs - old, 0.0), targets)
         surrogate = self._surrogate(ratios, log_probs, weights * batch["advantages"][:, None])
         losses = torch.where(targets, -surrogate, 0.0)
+        # The mean of -log p over sampled tokens estimates the entropy; the task replaces it where the head computes it.
         sums = {"rl/logprob_drift": drift.abs().sum(), "rl/entropy": -log_probs.detach().sum()}
         if "old_log_probs" in batch:
             sums |= self._ratio_sums(ratios.detach(), batch["advantages"][:, None], targets)

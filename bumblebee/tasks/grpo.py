@@ -30,6 +30,7 @@ from bumblebee.datamodule import Batch, DataModule
 from bumblebee.models.loading import load_model
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.batch_invariant import batch_invariant
+from bumblebee.nn.lm_head import LMHead
 from bumblebee.rl.advantages import AdvantageKind, advantages_of
 from bumblebee.rl.dynamic_sampling import Place, fill_places, with_sampled_groups
 from bumblebee.rl.invariance import check_invariant_model, check_invariant_run
@@ -133,6 +134,7 @@ class GRPO(Task):
         gather_weights: GatherWeights = "auto",
     ) -> None:
         self.model, self.transforms = model, apply_transforms(model, transforms)
+        self.head = LMHead.find(model)  # None if it has a bias
         self.rewards = WeightedRewards(rewards, reward_weights)
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
         self.advantages, self.normalise, self.keep_rollouts = advantages, normalise, keep_rollouts
@@ -342,9 +344,12 @@ class GRPO(Task):
     def training_step(self, model: ForwardFn, batch: Batch) -> dict[str, Tensor]:
         """Sums of the loss, of rewards, and of what is logged about the completions."""
         self.sampler.meter.begin_step()
-        with batch_invariant(self.batch_invariant):
+        summing = self.head.summing_entropies() if self.head is not None else nullcontext(list[Tensor]())
+        with batch_invariant(self.batch_invariant), summing as entropies:
             log_probs = token_log_probs(model, batch)  # (R, T), 0 elsewhere
         losses, token_sums = self.policy_loss(log_probs, batch)
+        if entropies:  # instead of the estimate
+            token_sums["rl/entropy"] = entropies[0]
         sums = {**completion_sums(batch, self.rewards.names), **token_sums}
         return {"grpo": loss_sum(losses, batch, self.normalise), **{name: value.double() for name, value in sums.items()}}
 

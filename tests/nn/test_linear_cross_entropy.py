@@ -45,6 +45,21 @@ def test_losses_and_gradients_equal_those_of_the_whole_logits(chunk, rows, weigh
     torch.testing.assert_close(pairs[0], pairs[1], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("uniform", [True, False], ids=["gradients in the forward pass", "losses only"])
+def test_entropies_are_those_of_the_whole_logits(chunk, uniform, monkeypatch):
+    """And change neither losses nor gradients."""
+    monkeypatch.setattr(f"{MODULE}.ENTROPY_LOGITS", (2 * V, 2 * V))
+    hidden, weight, labels = inputs(10)
+    entropies = torch.full((10,), torch.nan)
+    losses = linear_cross_entropy(hidden, weight, labels, LossWeighting(uniform), entropies=entropies)
+    logs = (hidden @ weight.T).double().log_softmax(-1)
+    torch.testing.assert_close(entropies.double(), -(logs.exp() * logs).sum(-1).detach(), rtol=0, atol=1e-6)
+    plain = linear_cross_entropy(hidden, weight, labels, LossWeighting(uniform))
+    assert torch.equal(losses, plain) and not entropies.requires_grad
+    pairs = [torch.autograd.grad(each.sum(), (hidden, weight)) for each in (losses, plain)]
+    assert all(torch.equal(*both) for both in zip(*pairs, strict=True))
+
+
 def test_no_rows_give_no_losses_and_zero_gradients(chunk):
     hidden, weight, labels = inputs(0)
     losses = linear_cross_entropy(hidden, weight, labels)

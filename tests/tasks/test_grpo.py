@@ -80,6 +80,25 @@ def test_gradient_is_that_of_the_formula(normalise):
         torch.testing.assert_close(given[name], parameter.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_logged_entropy_is_that_of_the_distribution():
+    """At the targets only; another kind of head logs -log p of the sampled tokens."""
+    model, batch = small_model(**MODEL), make_batch()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)  # far from uniform
+        logs = model(batch["input_ids"], position_ids=batch["position_ids"]).double().log_softmax(-1)
+    expected = -(logs.exp() * logs).sum(-1)[batch["labels"] != IGNORE_INDEX].sum()
+    task = GRPO(model, [odd_characters], group_size=3, max_new_tokens=7)
+    for _ in range(2):  # gradients in the forward pass first, then losses only
+        sums = task.training_step(model, batch)
+        task.total(sums, {name: float(n) for name, n in task.counts(batch).items()}).backward()
+        torch.testing.assert_close(sums["rl/entropy"], expected, rtol=1e-5, atol=0)
+        assert not sums["rl/entropy"].requires_grad
+    task.head = None
+    estimate = -token_log_probs(model, batch).detach().sum().double()
+    assert task.training_step(model, batch)["rl/entropy"] == estimate
+    assert abs(estimate - expected) > 0.01 * expected
+
+
 def test_packed_completions_have_the_log_probs_and_gradients_of_rows():
     """And the model computes no padding."""
     model = small_model(**MODEL)
@@ -210,6 +229,7 @@ def test_micro_batches_do_not_matter(tmp_path):
     parts = train(tmp_path / "parts", **{**JOB, "micro_batch_size": 1, "accumulate": 4})
     for one, other in zip(whole, parts, strict=True):
         assert one["rl/reward"] == pytest.approx(other["rl/reward"])
+        assert one["rl/entropy"] == pytest.approx(other["rl/entropy"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
@@ -222,6 +242,7 @@ def test_two_ranks_share_the_prompts_of_one(tmp_path):
     for result in run_jobs(jobs, 2, tmp_path):
         for line, other in zip(one, result["metrics"], strict=True):
             assert line["rl/reward"] == pytest.approx(other["rl/reward"])
+            assert line["rl/entropy"] == pytest.approx(other["rl/entropy"], rel=1e-5)
             assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     assert (tmp_path / "3" / "rollouts" / "step-000001-rank-1.jsonl").is_file()
 
