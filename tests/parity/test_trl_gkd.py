@@ -55,4 +55,4 @@ def test_divergence_and_gradients_equal_trl(name, folders):
     torch.testing.assert_close(sums["loss"] / targets, loss, rtol=1e-6, atol=1e-6)
     gradients = {key: parameter.grad for key, parameter in theirs.named_parameters()}
     for key, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-4, atol=1e-6, msg=lambda text, k=key: f"{k} {text}")
+        assert (parameter.grad - gradients[key]).norm() <= 1e-5 * gradients[key].norm(), key
