@@ -16,8 +16,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from transformers import AutoModelForSequenceClassification  # noqa: E402
 
 from bumblebee import GRPO, Tokenizer, Trainer  # noqa: E402
+from bumblebee.models.loading import load_model  # noqa: E402
+from bumblebee.preview.memory_estimate import ModelSize  # noqa: E402
 from bumblebee.rewards import RewardInput, RewardModel  # noqa: E402
 from bumblebee.rl.scoring import WeightedRewards  # noqa: E402
+from bumblebee.training.fingerprint import model_fingerprint  # noqa: E402
 
 CHATS = [
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
@@ -95,3 +98,11 @@ def test_grpo_is_rewarded_by_a_reward_model(stage: int, folder: Path, tmp_path: 
     )
     assert [line["RewardModel"] for line in lines] == pytest.approx(again, rel=1e-4, abs=1e-5)
     assert len(set(again)) > 4
+
+
+def test_a_run_counts_and_fingerprints_the_reward_model(folder: Path) -> None:
+    task = GRPO(small_model(0), [RewardModel(str(folder))])
+    (model,) = task.frozen_models()
+    assert ModelSize.of(model).parameters == sum(p.numel() for p in load_model(str(folder)).parameters())
+    digests = model_fingerprint(task)["weights"]
+    assert list(digests) == ["RewardModel's model.safetensors"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,7 @@ from bumblebee.rewards.reward import (
     name_of,
     score_all,
 )  # fmt: skip
+from bumblebee.rewards.reward_model import RewardModel
 from bumblebee.rl.reward_failures import RewardFailures
 from bumblebee.rl.rollout import Question, Rollout
 
@@ -69,6 +71,11 @@ class WeightedRewards:
                     check_signature(function)
             except ValueError as error:
                 raise ValueError(f"task.rewards: {name}: {error}") from error
+
+    def folders(self) -> dict[str, Path]:
+        """Model folders of the functions, by role."""
+        pairs = zip(self.names, self.functions, strict=True)
+        return {f"{name}'s": Path(function.folder) for name, function in pairs if isinstance(function, RewardModel)}
 
     def begin(self, device: torch.device) -> None:
         """Load the functions' models onto this rank's device."""

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bumblebee.datamodule import Batch, DataModule
+from bumblebee.models.loading import load_model
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.nn.batch_invariant import batch_invariant
 from bumblebee.rl.advantages import AdvantageKind, advantages_of
@@ -228,12 +229,13 @@ class GRPO(Task):
         }  # fmt: skip
 
     def frozen_models(self) -> list[nn.Module]:
-        """The reference, unless it is the model itself, or there is none."""
-        return self.reference_choice.frozen_models() if self.policy_loss.kl_beta else []
+        """The reference, unless it is the model itself, or there is none, and the rewards' models."""
+        reference = self.reference_choice.frozen_models() if self.policy_loss.kl_beta else []
+        return [*reference, *(load_model(str(folder)) for folder in self.rewards.folders().values())]
 
     def fixed_folders(self) -> dict[str, Path]:
-        """The folder of the reference."""
-        return self.reference_choice.folders() if self.policy_loss.kl_beta else {}
+        """The folders of the reference and of the rewards' models."""
+        return {**(self.reference_choice.folders() if self.policy_loss.kl_beta else {}), **self.rewards.folders()}
 
     # -- rollouts --------------------------------------------------------------------------------------------------------
 
