@@ -204,7 +204,10 @@ def sample(folder: Path, options: Namespace, micro_batches: int) -> Sampled:
     data.setup(0)
     task.setup(data)
     engine = SimpleNamespace(whole_model=nullcontext)
-    task.begin(SimpleNamespace(engine=engine, device=torch.device("cpu"), data=data, seed=0, output_dir=folder / "sampled"))
+    run = SimpleNamespace(
+        engine=engine, device=torch.device("cpu"), data=data, seed=0, zero_stage=0, output_dir=folder / "sampled"
+    )
+    task.begin(run)
     each = PROMPTS // MICRO_BATCHES
     parts = [data.train[at * each : (at + 1) * each] for at in range(micro_batches)]
     with counted(task.model) as work:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.processes import ROOT
+from helpers.processes import ROOT, run_jobs
 from helpers.tool_call_templates import tokenizer_of
 from helpers.tool_functions import add, by_name
 from helpers.training_runs import ToolGRPO, ToolQuestions, small_model, train, weight_bytes
@@ -297,3 +297,24 @@ def test_training_with_tools_is_exact_and_resumes(calling_model, tmp_path):
     train(tmp_path / "pieces", **stopped)
     train(tmp_path / "pieces", **job, resume="auto")
     assert weight_bytes(tmp_path / "pieces") == weight_bytes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_ranks_hold_the_conversations_of_one(calling_model, tmp_path):
+    job: dict[str, Any] = {
+        "data": ("ToolQuestions", {}), "base": str(calling_model), "task": "ToolGRPO", "max_steps": 2, "micro_batch_size": 1,
+        "optimizer": ("AdamW", {"lr": 1e-4}),
+    }  # fmt: skip
+    one = train(tmp_path / "one", **job, accumulate=2)
+    [two] = run_jobs([{**job, "accumulate": 1, "folder": str(tmp_path / "two")}], 2, tmp_path)
+
+    def conversations(name: str) -> list[str]:
+        files = sorted((tmp_path / name / "rollouts").glob("step-000001*.jsonl"))
+        return sorted(json.loads(line)["completion"] for file in files for line in file.read_text().splitlines())
+
+    assert conversations("one") == conversations("two")
+    assert any("<tool_response>" in text for text in conversations("two"))
+    for line, other in zip(one, two["metrics"], strict=True):
+        assert line["rl/reward"] == pytest.approx(other["rl/reward"])
+        assert line["rl/tool_calls"] == pytest.approx(other["rl/tool_calls"])
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
