@@ -279,7 +279,8 @@ def count_work(folder: Path, options: Namespace) -> str:
     lengths = [len(tokens) for batch in sampled.batches for tokens in completions(batch)]
     width = max(len(sample.ids) for sample in sampled.samples)
     trl = len(lengths) * (width + max(lengths))  # both in sampling and in training
-    ours = {"sampling": sampled.sampling, "training": sum(batch["packed_input_ids"].numel() for batch in sampled.batches)}
+    computed = [batch.get("packed_input_ids", batch["input_ids"]) for batch in sampled.batches]
+    ours = {"sampling": sampled.sampling, "training": sum(each.numel() for each in computed)}
     rows = [(name, count, trl, f"{trl / count:.2f}") for name, count in ours.items()]
     title = f"{sum(lengths)} tokens in {len(lengths)} completions, the longest of {max(lengths)}"
     return f"{title}\n\n" + table(("tokens of a step", "ours", "TRL", "ratio"), rows)

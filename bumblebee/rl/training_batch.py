@@ -1,6 +1,6 @@
 """Training batches of completions: one row per completion, after its prompt.
 
-Completions differ much in length, so the model computes them packed: one after the other, without padding.
+Where completions differ much in length, the model computes them packed: one after the other, without padding.
 
 Shapes: R completions (rows), G groups, T positions, F reward functions, N tokens of all rows without padding.
 """
@@ -16,6 +16,7 @@ from bumblebee.datamodule import Batch
 from bumblebee.nn import IGNORE_INDEX
 from bumblebee.rl.rollout import Rollout
 
+MOST_PACKED = 0.9  # share of tokens that are not padding above which rows stay: packing takes work too
 _OF_PLACES = ("resampled", "excluded")  # of dynamic sampling
 
 
@@ -28,15 +29,15 @@ def training_batch(prompts: Sequence[tuple[int, list[int]]], groups: Sequence[Se
         advantages: of the completions: (G, group size).
 
     Returns:
-        What ``completion_rows`` returns (R, T), and its ``packed_form``; advantages, reward and truncated (R,);
-        rewards (R, F); reward_std (G,).
+        What ``completion_rows`` returns (R, T), and its ``packed_form`` if rows are padded much; advantages, reward and
+        truncated (R,); rewards (R, F); reward_std (G,).
     """
     rows = completion_rows(prompts, groups)
     pairs = [(ids, rollout) for (_, ids), group in zip(prompts, groups, strict=True) for rollout in group]
     lengths = [len(ids) + len(rollout.sequence[0]) - 1 for ids, rollout in pairs]
     return {
         **rows,
-        **packed_form(rows, lengths),
+        **(packed_form(rows, lengths) if sum(lengths) <= MOST_PACKED * rows["labels"].numel() else {}),
         "advantages": advantages.flatten().float(),
         **logged_of(groups, len(groups[0][0].rewards)),
     }

@@ -121,6 +121,11 @@ def test_packed_completions_have_the_log_probs_and_gradients_of_rows():
     assert computed == [packed["packed_input_ids"].shape, rows["input_ids"].shape, rows["input_ids"].shape]
 
 
+def test_rows_without_padding_are_not_packed():
+    groups = [[Rollout(0, [5] * length, [0.0] * length, rewards=[0.0]) for length in (9, 10)]]
+    assert "packed_input_ids" not in training_batch([(0, [1, 2, 3])], groups, torch.zeros(1, 2))
+
+
 def test_advantages_are_the_formulas():
     first = [1.0, 0.0, 0.25]
     mean = sum(first) / 3
