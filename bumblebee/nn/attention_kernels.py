@@ -43,8 +43,7 @@ class AttentionMask:
         self.documents, self.boundaries = documents, boundaries
         self._copies: dict[torch.device, AttentionMask] = {}  # by device
         self._dense: dict[int | None, Tensor] = {}  # by window
-        self._places: Tensor | None = None
-        self._of_padded: AttentionMask | None = None
+        self._padded: tuple[AttentionMask, Tensor, tuple[int, int]] | None = None
 
     @classmethod
     def packed(cls, position_ids: Tensor) -> AttentionMask:
@@ -75,9 +74,9 @@ class AttentionMask:
         return visible
 
     def prepare(self, kernel: str, length: int, device: torch.device, windows: Iterable[int | None]) -> None:
-        """Build what a kernel reads from the mask of rows of ``length`` tokens; else the first layer that needs it does."""
+        """Build what a kernel reads from the mask in compiled layers, of rows of ``length`` tokens; else these would build it."""
         for window in {effective_window(window, length) for window in windows}:
-            if kernel == "naive" or kernel == "sdpa" and not self.has_padded_form and not (self.is_causal and window is None):
+            if kernel == "naive" or kernel == "sdpa" and not (self.is_causal and window is None):
                 self.dense(length, length, device, window)
         if kernel not in ("naive", "sdpa") and not self.is_causal:
             self.found_boundaries()
@@ -88,20 +87,21 @@ class AttentionMask:
 
         Not while compiling, where the shapes of padded rows would be constants of the graph.
         """
-        documents = self.boundaries
-        if self.documents is None or documents is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.documents is None or self.boundaries is None:
             return False
+        documents = self.boundaries
         rows, length = self.documents.shape
         padded = len(documents) * documents.longest
         return 2 * padded * documents.longest <= rows * length**2 and padded <= MOST_PADDING * rows * length
 
     def padded_form(self) -> tuple[AttentionMask, Tensor, tuple[int, int]]:
         """The mask of documents as padded rows, where the positions of packed rows lie in these, and their shape."""
-        documents = self.found_boundaries()
-        assert self.documents is not None
-        if self._places is None or self._of_padded is None:
-            self._places, self._of_padded = documents.padded_places(self.documents.numel()), AttentionMask()
-        return self._of_padded, self._places, (len(documents), documents.longest)
+        if self._padded is None:
+            documents = self.found_boundaries()
+            assert self.documents is not None
+            places = documents.padded_places(self.documents.numel())
+            self._padded = AttentionMask(), places, (len(documents), documents.longest)
+        return self._padded
 
     def _build(self, queries: int, keys: int, device: torch.device, window: int | None) -> Tensor:
         causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]

@@ -93,7 +93,6 @@ def test_short_documents_need_no_mask_of_the_whole_row(rows, window):
     k, v = k[:, :, :2], v[:, :, :2]
 
     def result(kernel, mask):
-        mask.prepare(kernel.__name__, shape[1], q.device, [window])
         out = kernel(q, k, v, mask, window)
         return out, *torch.autograd.grad(out.square().sum(), [q, k, v], retain_graph=True)
 
@@ -101,6 +100,14 @@ def test_short_documents_need_no_mask_of_the_whole_row(rows, window):
     assert mask.has_padded_form
     torch.testing.assert_close(result(sdpa, mask), result(naive, AttentionMask.packed(positions)), rtol=0, atol=1e-4)
     assert not mask._dense
+
+
+def test_compiled_layers_get_the_mask_of_the_whole_row():
+    """Padded rows would be constants of their graph."""
+    mask = AttentionMask.packed(torch.tensor([[0, 1, 2, 0, 1, 2, 0, 1, 2]]))
+    assert mask.has_padded_form
+    mask.prepare("sdpa", 9, torch.device("cpu"), [None, 2])
+    assert mask._dense.keys() == {None, 2}
 
 
 @pytest.mark.parametrize("row", [[20], [19, 1], [1] * 19 + [16]], ids=["one document", "a long one", "mostly padding"])
