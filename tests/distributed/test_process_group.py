@@ -80,6 +80,7 @@ def nccl(monkeypatch):
     groups._release_process_group_references()  # of engines that were not closed
     if dist.is_initialized():
         destroy()
+    process_group._restore_environment()  # an ended process would not need it
 
 
 FAILING = {"callbacks": {"fail": ["Fail", {"step": 1}]}, "max_steps": 2}

@@ -48,13 +48,6 @@ metric_list: [{metric: exact_match}]
 }
 
 
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    """A Trainer in the same process sets these; accelerate would then require more."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def words(start: int, count: int) -> str:
     return " ".join(WORDS[(start + number * 5) % len(WORDS)] for number in range(count))
 
