@@ -74,7 +74,7 @@ class AttentionMask:
         return visible
 
     def prepare(self, kernel: str, length: int, device: torch.device, windows: Iterable[int | None]) -> None:
-        """Build what a kernel reads from the mask in compiled layers, of rows of ``length`` tokens; else these would build it."""
+        """Build what a kernel reads from the mask of rows of ``length`` tokens, for compiled layers, which else build it."""
         for window in {effective_window(window, length) for window in windows}:
             if kernel == "naive" or kernel == "sdpa" and not (self.is_causal and window is None):
                 self.dense(length, length, device, window)
