@@ -26,7 +26,7 @@ from torch.autograd.function import FunctionCtx
 # (docs/lab-log.md). On a GPU, by arithmetic, the accumulation takes as long as a product at 1,024 rows, and an eighth at 8,192.
 ROWS = {"cpu": 1024, "cuda": 8192}
 SOFTMAX_LOGITS = {"cpu": 2**20, "cuda": 2**28}  # logits per softmax block in fp32; on a CPU they fit the cache
-ENTROPY_LOGITS = 2**20, 2**24  # the same for entropies, on a CPU and elsewhere, which need a second tensor of this size
+ENTROPY_LOGITS = {"cpu": 2**20, "cuda": 2**24}  # the same for entropies, which need a second tensor of this size
 
 
 @dataclass
@@ -97,7 +97,7 @@ def row_slices(rows: int, size: int) -> list[slice]:
 
 def _entropies(logs: Tensor, out: Tensor) -> None:
     """Write the entropy of log-probabilities (rows, V) into ``out`` (rows,)."""
-    logits = ENTROPY_LOGITS[logs.device.type != "cpu"]
+    logits = ENTROPY_LOGITS.get(logs.device.type, ENTROPY_LOGITS["cuda"])
     for rows in row_slices(len(logs), max(1, logits // logs.shape[1])):
         torch.sum(logs[rows].exp().mul_(logs[rows]), dim=-1, out=out[rows]).neg_()
 

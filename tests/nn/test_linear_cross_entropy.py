@@ -48,7 +48,7 @@ def test_losses_and_gradients_equal_those_of_the_whole_logits(chunk, rows, weigh
 @pytest.mark.parametrize("uniform", [True, False], ids=["gradients in the forward pass", "losses only"])
 def test_entropies_are_those_of_the_whole_logits(chunk, uniform, monkeypatch):
     """And change neither losses nor gradients."""
-    monkeypatch.setattr(f"{MODULE}.ENTROPY_LOGITS", (2 * V, 2 * V))
+    monkeypatch.setattr(f"{MODULE}.ENTROPY_LOGITS", {"cpu": 2 * V, "cuda": 2 * V})
     hidden, weight, labels = inputs(10)
     entropies = torch.full((10,), torch.nan)
     losses = linear_cross_entropy(hidden, weight, labels, LossWeighting(uniform), entropies=entropies)
