@@ -29,15 +29,13 @@ def training_batch(prompts: Sequence[tuple[int, list[int]]], groups: Sequence[Se
         advantages: of the completions: (G, group size).
 
     Returns:
-        What ``completion_rows`` returns (R, T), and its ``packed_form`` if rows are padded much; advantages, reward and
-        truncated (R,); rewards (R, F); reward_std (G,).
+        What ``completion_rows`` returns (R, T), and its ``packed_form``; advantages, reward and truncated (R,);
+        rewards (R, F); reward_std (G,).
     """
     rows = completion_rows(prompts, groups)
-    pairs = [(ids, rollout) for (_, ids), group in zip(prompts, groups, strict=True) for rollout in group]
-    lengths = [len(ids) + len(rollout.sequence[0]) - 1 for ids, rollout in pairs]
     return {
         **rows,
-        **(packed_form(rows, lengths) if sum(lengths) <= MOST_PACKED * rows["labels"].numel() else {}),
+        **packed_form(rows),
         "advantages": advantages.flatten().float(),
         **logged_of(groups, len(groups[0][0].rewards)),
     }
@@ -63,18 +61,20 @@ def completion_rows(prompts: Sequence[tuple[int, list[int]]], groups: Sequence[S
     }
 
 
-def packed_form(rows: Batch, lengths: Sequence[int]) -> Batch:
-    """The tokens of all rows one after the other, for ``token_log_probs``.
+def packed_form(rows: Batch) -> Batch:
+    """The tokens of all rows one after the other, for ``token_log_probs``: each row up to its last target.
 
     Args:
         rows: input_ids, labels and position_ids (R, T).
-        lengths: tokens of each row; what follows is padding.
 
     Returns:
         packed_input_ids, packed_labels and packed_position_ids (1, N); packed_places (N,), the index of each in (R * T,).
+        Nothing if little would be left out, or all.
     """
-    width = rows["input_ids"].shape[1]
-    places = torch.cat([row * width + torch.arange(length) for row, length in enumerate(lengths)])
+    targets = rows["labels"] != IGNORE_INDEX
+    places = targets.flip(1).cumsum(1).flip(1).flatten().nonzero().flatten()
+    if not 0 < len(places) <= MOST_PACKED * targets.numel():
+        return {}
     packed = {f"packed_{name}": rows[name].flatten()[places][None] for name in ("input_ids", "labels", "position_ids")}
     return {**packed, "packed_places": places}
 
