@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import subprocess
@@ -10,6 +11,10 @@ import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+
+# Options of a run that is measured by its validation loss at the end alone.
+BARE = ["--callbacks.validation.every", "1000000"]
+BARE += [word for name in ("checkpoint", "tensorboard", "baseline", "plot") for word in (f"--callbacks.{name}", "null")]
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -28,6 +33,13 @@ def run_in_subprocess(script: str, *args: str) -> list[float]:
     """Run a script in a new process and return the numbers on its last line."""
     done = subprocess.run([sys.executable, script, *args], capture_output=True, text=True, check=True)
     return [float(word) for word in done.stdout.splitlines()[-1].split()]
+
+
+def final_validation_loss(folder: Path) -> float | None:
+    """The last validation loss in a run's metrics.jsonl; None if there is none."""
+    file = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return next((line["validation_loss"] for line in reversed(lines) if "validation_loss" in line), None)
 
 
 def median(values: Sequence[float]) -> float:

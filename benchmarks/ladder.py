@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from common import header, parser, table
+from common import BARE, final_validation_loss, header, parser, table
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = (16, 24, 32, 48)
@@ -68,13 +68,12 @@ def size(width: int) -> dict[str, int]:
 
 def recipe(folder: Path, args: Namespace) -> list[object]:
     """The quickstart's recipe with other data, a small vocabulary and a single validation at the end."""
-    none = [word for name in ("checkpoint", "tensorboard", "baseline", "plot") for word in (f"--callbacks.{name}", "null")]
     return [
         "--config", "recipes/quickstart/pretrain.yaml", "--seed", args.seed, "--data.files", folder / "train.jsonl",
         "--data.validation_files", folder / "validation.jsonl", "--data.tokenizer", folder / "tokenizer",
         "--data.max_length", 128, "--task.model.config.vocab_size", 512, "--task.model.config.head_dim", 16,
         "--trainer.precision", "fp32", "--trainer.micro_batch_size", 8, "--optimizer.lr", args.lr,
-        "--schedule.warmup_ratio", 0.1, "--callbacks.validation.every", 1_000_000, *none,
+        "--schedule.warmup_ratio", 0.1, *BARE,
     ]  # fmt: skip
 
 
@@ -92,12 +91,13 @@ def run(folder: Path, args: Namespace) -> tuple[dict, float]:
     report = json.loads((folder / "runs/sweep/ladder.json").read_text())
     rung = report["predictions"][0]["rung"]
     options = [word for key, value in rung["options"].items() for word in (f"--{key}", value)]
-    metrics = folder / "predicted" / "metrics.jsonl"
-    if not metrics.exists() or "validation_loss" not in metrics.read_text():
-        words = [*recipe(folder, args), *options, "--trainer.max_steps", rung["steps"], "--output_dir", folder / "predicted"]
+    predicted = folder / "predicted"
+    if final_validation_loss(predicted) is None:
+        words = [*recipe(folder, args), *options, "--trainer.max_steps", rung["steps"], "--output_dir", predicted]
         bumblebee("fit", *words, "--overwrite", "true")
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return report, [line["validation_loss"] for line in lines if "validation_loss" in line][-1]
+    loss = final_validation_loss(predicted)
+    assert loss is not None
+    return report, loss
 
 
 def size_rows(report: Mapping, truth: float) -> list[Sequence[object]]:

@@ -23,7 +23,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import header, parser, table
+from common import BARE, final_validation_loss, header, parser, table
 
 if TYPE_CHECKING:
     from bumblebee.sweep.study import Study
@@ -55,13 +55,11 @@ def make_data(folder: Path) -> None:
 def recipe(folder: Path, steps: int) -> list[str]:
     """The quickstart's recipe, cut short: a small model, few steps, a single validation at the end."""
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2}
-    none = [word for name in ("checkpoint", "tensorboard", "baseline", "plot") for word in (f"--callbacks.{name}", "null")]
     words = [
         "--config", ROOT / "recipes/quickstart/pretrain.yaml", "--data.files", folder / "data/documents.jsonl",
         "--data.validation_files", folder / "data/validation.jsonl", "--data.tokenizer", folder / "tokenizer",
         *(word for key, value in shape.items() for word in (f"--task.model.config.{key}", value)),
-        "--data.max_length", 128, "--trainer.precision", "fp32", "--trainer.max_steps", steps,
-        "--callbacks.validation.every", 1_000_000, *none,
+        "--data.max_length", 128, "--trainer.precision", "fp32", "--trainer.max_steps", steps, *BARE,
     ]  # fmt: skip
     return [str(word) for word in words]
 
@@ -83,18 +81,8 @@ def real_sweeps(folder: Path, seed: int, trials: int, steps: int) -> dict[str, l
     outputs = {method: folder / f"{method}-{seed}" for method in METHODS}
     started = []
     for method, output in outputs.items():
-        words = (
-            "--sweep",
-            sweep_file(folder, method),
-            "--count",
-            trials,
-            "--output_dir",
-            output,
-            "--seed",
-            seed,
-            "--resume",
-            "true",
-        )
+        words = ["--sweep", sweep_file(folder, method), "--count", trials, "--output_dir", output, "--seed", seed]
+        words += ["--resume", "true"]
         started.append(subprocess.Popen(command("sweep", *recipe(folder, steps), *words), stdout=sys.stderr))
     if any([process.wait() for process in started]):
         raise SystemExit("a sweep failed; its message is above")
@@ -118,21 +106,9 @@ def measured_curve(folder: Path, steps: int, points: int) -> list[tuple[float, f
     for index in range(len(curve), points):
         lr = LOW * (HIGH / LOW) ** (index / (points - 1))
         output = folder / "curve"
-        bumblebee(
-            [
-                "fit",
-                *recipe(folder, steps),
-                f"--{LR}",
-                f"{lr:.8g}",
-                "--output_dir",
-                str(output),
-                "--overwrite",
-                "--log_level",
-                "error",
-            ]
-        )
-        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        curve.append((lr, [line["validation_loss"] for line in lines if "validation_loss" in line][-1]))
+        words = ["--output_dir", str(output), "--overwrite", "--log_level", "error"]
+        bumblebee(["fit", *recipe(folder, steps), f"--{LR}", f"{lr:.8g}", *words])
+        curve.append((lr, final_validation_loss(output)))
         file.write_text(json.dumps(curve))
     return [(lr, loss) for lr, loss in curve]
 
