@@ -45,6 +45,11 @@ class TransformerConfig(Protocol):
     num_key_value_heads: int
 
 
+def head_width(config: TransformerConfig) -> int:
+    """Width of a head; configs of Hugging Face may leave out ``head_dim``."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 @dataclass
 class BumblebeeConfig:
     """Hyperparameters that determine a model's weights and computation.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from bumblebee.config import head_width
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
 
 if TYPE_CHECKING:
@@ -103,10 +104,9 @@ def attention_flops_per_token(model: nn.Module, length: int) -> float:
     layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
     if config is None or not layers or not heads:
         return 0.0
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     window_of = getattr(config, "window_of", lambda layer: None)
     positions = sum(min(window_of(layer) or length, length) for layer in range(layers))
-    return 12.0 * heads * head_dim * positions
+    return 12.0 * heads * head_width(config) * positions
 
 
 def _active_expert_fraction(model: nn.Module) -> float:

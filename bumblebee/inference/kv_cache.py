@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bumblebee.config import BumblebeeConfig
+from bumblebee.config import BumblebeeConfig, TransformerConfig, head_width
 from bumblebee.hardware.memory_stats import free_gpu_memory
 from bumblebee.inference.attention_metadata import AttentionMetadata, QuerySpan
 from bumblebee.inference.engine_config import EngineConfig
@@ -132,10 +132,9 @@ class KVCache:
 # -- size ----------------------------------------------------------------------------------------------------------------
 
 
-def bytes_per_position(config: BumblebeeConfig, dtype: torch.dtype) -> int:
+def bytes_per_position(config: TransformerConfig, dtype: torch.dtype) -> int:
     """Bytes of one position's keys and values in all layers."""
-    assert config.head_dim is not None
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_width(config) * dtype.itemsize
 
 
 def num_blocks(model: LanguageModel, config: EngineConfig) -> int:

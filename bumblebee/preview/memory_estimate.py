@@ -17,9 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from bumblebee.config import BumblebeeConfig, TransformerConfig
+from bumblebee.config import BumblebeeConfig, TransformerConfig, head_width
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
 from bumblebee.lora.switch import AdapterLayer, adapter_layers
 from bumblebee.nn.block_forward import BlockForward
@@ -224,12 +225,12 @@ def estimate_memory(
 
 def sampling_bytes(size: ModelSize, setup: TrainingSetup, shape: SamplingShape) -> float:
     """The KV cache in blocks, logits and probabilities of a decoding step, and the weights that stage 3 gathers."""
-    weight_bytes, gathered = 2 if setup.half else 4, 0.0
+    dtype, gathered = torch.bfloat16 if setup.half else torch.float32, 0.0
     if setup.stage == 3:
-        gathered = weight_bytes * (size.largest_layer if shape.layers else size.parameters)
+        gathered = dtype.itemsize * (size.largest_layer if shape.layers else size.parameters)
     if size.config is None:
         return gathered
-    return cache_bytes(size.config, shape.sequences, shape.positions, weight_bytes) + gathered
+    return cache_bytes(size.config, shape.sequences, shape.positions, dtype) + gathered
 
 
 def activation_bytes(size: ModelSize, setup: TrainingSetup, batch: BatchShape) -> float:
@@ -276,7 +277,7 @@ def layer_bytes(c: TransformerConfig, setup: TrainingSetup, batch: BatchShape) -
 
 def _query_width(c: TransformerConfig) -> int:
     """Width of all query heads together."""
-    return c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    return c.num_attention_heads * head_width(c)
 
 
 def _mlp_numbers(c: TransformerConfig) -> float:

@@ -24,7 +24,7 @@ from bumblebee.distributed import process_group
 from bumblebee.distributed.deepspeed.sharded_parameters import full_numel
 from bumblebee.hardware.memory_stats import free_gpu_memory, memory_available
 from bumblebee.inference.engine_config import EngineConfig
-from bumblebee.inference.kv_cache import BLOCK_SIZE
+from bumblebee.inference.kv_cache import BLOCK_SIZE, bytes_per_position
 from bumblebee.tasks.run_context import RunContext
 
 GatherWeights = Literal["auto", "all", "layers"]
@@ -80,19 +80,17 @@ def choose_gathering(option: GatherWeights, needed: float, free: float | None) -
     return Gathering(True, f"all at once {memory}")
 
 
-def cache_bytes(config: TransformerConfig, sequences: int, positions: int, weight_bytes: int) -> float:
+def cache_bytes(config: TransformerConfig, sequences: int, positions: int, dtype: torch.dtype) -> int:
     """Bytes of the KV cache in whole blocks, and of logits and probabilities of a decoding step.
 
     Args:
         config: of the model.
         sequences: completions that are sampled at a time.
         positions: of each, with its prompt.
-        weight_bytes: bytes per number of the cache.
+        dtype: of the weights and the cache.
     """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     in_blocks = sequences * -(-positions // BLOCK_SIZE) * BLOCK_SIZE
-    cache = in_blocks * config.num_hidden_layers * 2 * head_dim * config.num_key_value_heads * weight_bytes
-    return cache + 3 * 4 * sequences * config.vocab_size
+    return in_blocks * bytes_per_position(config, dtype) + 3 * 4 * sequences * config.vocab_size
 
 
 def gathering_in_run(
@@ -112,9 +110,10 @@ def gathering_in_run(
         return None
     weights = list(model.parameters())
     sequences = min(per_prompt * run.prompts_per_rollout, EngineConfig().max_running)
-    size = weights[0].dtype.itemsize
+    dtype = weights[0].dtype
     config: TransformerConfig = model.config  # type: ignore[assignment]
-    needed = size * sum(map(full_numel, weights)) + cache_bytes(config, sequences, max(prompts) + max_new_tokens, size)
+    cache = cache_bytes(config, sequences, max(prompts) + max_new_tokens, dtype)
+    needed = dtype.itemsize * sum(map(full_numel, weights)) + cache
     gathering = choose_gathering(option, needed, free_per_rank(run.device, process_group.world_size()))
     if process_group.any_rank(gathering.layers) and not gathering.layers:
         return Gathering(True, "another rank has too little free memory for all")
