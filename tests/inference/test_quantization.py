@@ -6,11 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from bumblebee.inference.placement.quantized_kernels import FbgemmInt8Weight, PackedInt4Weight, fast_weight, has_fbgemm
-from bumblebee.nn.quantized import GROUP_SIZE, Int4Weight, Int8Weight
+from bumblebee.inference.placement import vnni_weights
+from bumblebee.inference.placement.quantized_kernels import (
+    FbgemmInt8Weight,
+    PackedInt4Weight,
+    QuantizedMatmul,
+    fast_weight,
+    has_fbgemm,
+    use_fast_kernels,
+)
+from bumblebee.inference.placement.vnni_weights import VnniInt4Weight, VnniInt8Weight
+from bumblebee.nn.quantized import GROUP_SIZE, Int4Weight, Int8Weight, QuantizedLinear
 
 BITS = {"int8": Int8Weight, "int4": Int4Weight}
 X86_ONLY = pytest.mark.skipif(not has_fbgemm(), reason="FBGEMM runs on x86 only")
+VNNI_ONLY = pytest.mark.skipif(vnni_weights.problem() is not None, reason=f"not compiled: {vnni_weights.problem()}")
 
 
 def random_weight(rows: int = 80, columns: int = 3 * GROUP_SIZE) -> torch.Tensor:
@@ -67,6 +77,87 @@ def test_int4_kernel_equals_the_dequantized_matmul(rows):
     expected = x.float() @ plain.dequantize().T
     assert ((packed.matmul(x).float() - expected).abs() <= 0.01 * expected.abs() + 1e-5).all()
     assert torch.equal(packed.dequantize(), plain.dequantize())
+
+
+@VNNI_ONLY
+@pytest.mark.parametrize(("rows", "inputs"), [(80, 96), (35, 64), (32, 4896), (1, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", BITS)
+def test_vnni_kernel_equals_the_dequantized_matmul(scheme, dtype, rows, inputs):
+    plain = BITS[scheme].of(torch.randn(rows, inputs, generator=torch.Generator().manual_seed(0)))
+    packed = {"int8": VnniInt8Weight, "int4": VnniInt4Weight}[scheme](plain)
+    assert torch.equal(packed.dequantize(), plain.dequantize())
+    for count in (1, 2, 3, 4, 5, 9):  # four rows of activations share a panel
+        x = torch.randn(count, inputs, generator=torch.Generator().manual_seed(count)).to(dtype)
+        x[-1] *= 1e-3
+        expected = x.double() @ plain.dequantize().double().T
+        norm = x.double().norm(dim=-1, keepdim=True) * plain.dequantize().double().norm(dim=1)
+        bound = norm * 1e-4 + expected.abs() * torch.finfo(dtype).eps
+        out = packed.matmul(x)
+        assert out.dtype == dtype and ((out.double() - expected).abs() <= bound).all()
+        alone = torch.cat([packed.matmul(row[None]) for row in x])
+        assert torch.equal(alone, out), "a row does not depend on the others"
+
+
+@VNNI_ONLY
+@pytest.mark.parametrize("inputs", [1, 30, 4097])
+def test_vnni_int8_takes_any_number_of_inputs(inputs):
+    plain = Int8Weight.of(torch.randn(40, inputs, generator=torch.Generator().manual_seed(0)))
+    packed = VnniInt8Weight(plain)
+    assert torch.equal(packed.dequantize(), plain.dequantize())
+    x = torch.randn(2, 3, inputs, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(packed.matmul(x), x @ plain.dequantize().T, rtol=1e-4, atol=1e-4 * inputs**0.5)
+
+
+@VNNI_ONLY
+def test_vnni_int8_sums_do_not_overflow():
+    """The largest sums of the widest row: all codes and all activations at their limit."""
+    weight = torch.ones(2, vnni_weights.MAX_INPUTS_INT8)
+    weight[1] = -1
+    out = VnniInt8Weight(Int8Weight.of(weight)).matmul(torch.ones(1, weight.shape[1]))
+    torch.testing.assert_close(out, weight.sum(1)[None])
+    wider = Int8Weight.of(torch.ones(1, vnni_weights.MAX_INPUTS_INT8 + 4))
+    assert not isinstance(fast_weight(wider), VnniInt8Weight)
+
+
+@VNNI_ONLY
+@pytest.mark.parametrize("scheme", BITS)
+def test_vnni_kernel_passes_on_what_is_not_finite(scheme):
+    packed = fast_weight(BITS[scheme].of(random_weight()))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(6, packed.shape[1], dtype=dtype)
+        x[1, 3], x[4, 0], x[5] = torch.nan, -torch.inf, 0
+        out = packed.matmul(x)
+        assert out[[1, 4]].isnan().all()
+        assert out[[0, 2, 3]].isfinite().all() and (out[5] == 0).all()
+
+
+@VNNI_ONLY
+@pytest.mark.parametrize("scheme", BITS)
+def test_vnni_kernel_does_not_depend_on_threads(scheme):
+    packed = fast_weight(BITS[scheme].of(random_weight(200)))
+    x = torch.randn(7, packed.shape[1])
+    threads, outputs = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            outputs.append(packed.matmul(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@X86_ONLY
+@pytest.mark.parametrize("scheme", BITS)
+def test_without_a_compiler_torchs_operators_are_used(scheme, monkeypatch, caplog):
+    monkeypatch.setattr(vnni_weights, "supports_vnni", lambda: True)
+    monkeypatch.setattr(vnni_weights, "problem", lambda: "there is no C++ compiler g++")
+    model = nn.Sequential(QuantizedLinear(BITS[scheme].of(random_weight()), None, torch.float32))
+    use_fast_kernels(model)
+    (matmul,) = (module for module in model.modules() if isinstance(module, QuantizedMatmul))
+    assert isinstance(matmul.quantized, FbgemmInt8Weight | PackedInt4Weight)
+    (message,) = caplog.messages
+    assert "slower" in message and message.endswith("there is no C++ compiler g++")
 
 
 @pytest.mark.parametrize("scheme", BITS)

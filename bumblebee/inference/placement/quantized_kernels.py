@@ -1,11 +1,13 @@
-"""Fast matmuls for quantized layers: torch's own operators, chosen per device after loading.
+"""Fast matmuls for quantized layers, chosen per device after loading.
 
-int8 on x86 CPUs: FBGEMM's int8 matmul, which also takes its activations in 8 bits. Each row of activations is therefore split
-into two digits of 8 bits, which are two rows of one matmul: together they hold 16 bits of fixed point, more than bf16 has. The
-products are summed exactly, so that a row's result does not depend on the other rows. torch's weight-only operator
-``_weight_int8pack_mm`` converts each weight to fp32 and is no faster than bf16 at the 0.5B shape.
+On x86 CPUs with AVX-512 VNNI and a C++ compiler: ``vnni_weights.py``, for int8 and int4.
 
-int4 on CPUs and on GPUs of compute capability 8.0 or above: torch's ``_weight_int4pack_mm``, which computes in bf16.
+int8 on other x86 CPUs: FBGEMM's int8 matmul, which also takes its activations in 8 bits. Each row of activations is therefore
+split into two digits of 8 bits, which are two rows of one matmul: together they hold 16 bits of fixed point, more than bf16
+has. The products are summed exactly, so that a row's result does not depend on the other rows. torch's weight-only operator
+``_weight_int8pack_mm`` is no faster at the 0.5B shape.
+
+int4 on other CPUs and on GPUs of compute capability 8.0 or above: torch's ``_weight_int4pack_mm``, which computes in bf16.
 
 Everything else dequantizes the weight in each call, which saves memory, not time; a log line says so. torch's int8 operator for
 CUDA, one thread per output with uncoalesced reads, is not used. Weights are packed one after the other, and each original is
@@ -24,7 +26,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from bumblebee.inference.placement import vnni_weights
 from bumblebee.inference.placement.shared_matmul import SharedLinear, SharedMatmul, groups_of, joined_biases, share_matmul
+from bumblebee.inference.placement.vnni_weights import VnniInt4Weight, VnniInt8Weight
 from bumblebee.nn.quantized import (
     GROUP_SIZE,
     Int4Weight,
@@ -167,10 +171,21 @@ def _matmul_on_cuda(x: Tensor, packed: Tensor, scale_and_zero: Tensor) -> Tensor
 def fast_weight(weight: QuantizedWeight) -> QuantizedWeight:
     """The weight for its device's fastest operator; itself if none can run."""
     device = next(weight.buffers()).device
-    if isinstance(weight, Int8Weight) and device.type == "cpu" and has_fbgemm():
-        return FbgemmInt8Weight(weight, torch.cpu._is_vnni_supported())
-    if isinstance(weight, Int4Weight) and (device.type == "cpu" or has_int4_kernel(device)):
+    if device.type == "cpu":
+        return _fast_cpu_weight(weight)
+    if isinstance(weight, Int4Weight) and has_int4_kernel(device):
         return PackedInt4Weight(weight)
+    return weight
+
+
+def _fast_cpu_weight(weight: QuantizedWeight) -> QuantizedWeight:
+    has_vnni = vnni_weights.problem() is None
+    if isinstance(weight, Int8Weight):
+        if has_vnni and weight.shape[1] <= vnni_weights.MAX_INPUTS_INT8:
+            return VnniInt8Weight(weight)
+        return FbgemmInt8Weight(weight, torch.cpu._is_vnni_supported()) if has_fbgemm() else weight
+    if isinstance(weight, Int4Weight):
+        return VnniInt4Weight(weight) if has_vnni else PackedInt4Weight(weight)
     return weight
 
 
@@ -226,9 +241,11 @@ def use_fast_kernels(model: nn.Module) -> None:
 
 
 def _log_slow(model: nn.Module) -> None:
-    """Say which layers dequantize in each call."""
-    matmuls = [module for module in model.modules() if isinstance(module, QuantizedMatmul)]
-    slow = {type(matmul.quantized) for matmul in matmuls} & {Int8Weight, Int4Weight}
+    """Say which layers dequantize in each call, and which would be faster with a compiler."""
+    kinds = {type(module.quantized) for module in model.modules() if isinstance(module, QuantizedMatmul)}
+    if vnni_weights.supports_vnni() and (problem := vnni_weights.problem()) and kinds & {FbgemmInt8Weight, PackedInt4Weight}:
+        logger.warning("quantize: torch's operators are used, which on this CPU are slower than our own: %s", problem)
+    slow = kinds & {Int8Weight, Int4Weight}
     for kind in sorted(kind.__name__ for kind in slow):
         logger.warning(
             "quantize: there is no fast operator for %s on this device: weights are dequantized in each step, which saves"
@@ -239,7 +256,7 @@ def _log_slow(model: nn.Module) -> None:
 def describe(model: nn.Module) -> str:
     """The kinds of quantized layers, such as "int4, head int8"; empty for a model without any."""
     kinds = {
-        "int4" if isinstance(module, Int4Weight | PackedInt4Weight) else "int8"
+        "int4" if isinstance(module, Int4Weight | PackedInt4Weight | VnniInt4Weight) else "int8"
         for module in model.modules()
         if isinstance(module, QuantizedWeight)
     }
