@@ -26,6 +26,7 @@ from bumblebee.nn import IGNORE_INDEX
 Scheme = Literal["int8", "int4"]
 GROUP_SIZE = 32  # inputs that share a scale in int4
 BYTES_INT4 = 0.5 + 4 / GROUP_SIZE  # per weight, with its share of a scale and a zero
+_ELEMENTS = 2**20  # of a weight that are quantized at a time
 _LOSS_ROWS = 1024  # rows of fp32 logits at a time
 
 Weight = TypeVar("Weight", bound="QuantizedWeight")
@@ -35,6 +36,17 @@ class QuantizedWeight(nn.Module):
     """A quantized weight (N, K). Its tensors are buffers: they follow the module to a device, and no optimizer sees them."""
 
     shape: tuple[int, int]
+
+    @classmethod
+    def of(cls: type[Weight], weight: Tensor) -> Weight:
+        """Quantize a weight (N, K), some rows at a time: copies of all of it in fp32 would take many times its memory."""
+        rows = max(1, _ELEMENTS // weight.shape[1])
+        return cls.cat([cls._of_rows(part.float()) for part in weight.detach().split(rows)])
+
+    @classmethod
+    def _of_rows(cls: type[Weight], weight: Tensor) -> Weight:
+        """Quantize rows (n, K) in fp32."""
+        raise NotImplementedError
 
     @classmethod
     def cat(cls: type[Weight], weights: Sequence[Weight]) -> Weight:
@@ -70,9 +82,7 @@ class Int8Weight(QuantizedWeight):
         self.register_buffer("scale", scale)
 
     @classmethod
-    def of(cls, weight: Tensor) -> Int8Weight:
-        """Quantize a weight (N, K)."""
-        weight = weight.detach().float()
+    def _of_rows(cls, weight: Tensor) -> Int8Weight:
         scale = weight.abs().amax(dim=1).div(127).clamp_min(torch.finfo(torch.float32).tiny)
         return cls((weight / scale[:, None]).round_().to(torch.int8), scale)
 
@@ -90,7 +100,7 @@ class Int8Weight(QuantizedWeight):
 
 
 class Int4Weight(QuantizedWeight):
-    """Asymmetric, one scale and zero per row and group of ``GROUP_SIZE`` inputs.
+    """Asymmetric, one scale and zero per row and group of ``GROUP_SIZE`` inputs, whose number is a multiple of it.
 
     Args:
         codes: (N, K / 2) uint8: two codes plus 8 per byte, the even input's in the high half.
@@ -108,9 +118,8 @@ class Int4Weight(QuantizedWeight):
             self.register_buffer(name, tensor)
 
     @classmethod
-    def of(cls, weight: Tensor) -> Int4Weight:
-        """Quantize a weight (N, K); K must be a multiple of ``GROUP_SIZE``."""
-        groups = weight.detach().float().unflatten(1, (-1, GROUP_SIZE))
+    def _of_rows(cls, weight: Tensor) -> Int4Weight:
+        groups = weight.unflatten(1, (-1, GROUP_SIZE))
         low, high = groups.aminmax(dim=-1, keepdim=True)
         scale = (high - low) / 15
         codes = _codes(groups, *_stored(scale, low + 8 * scale))
