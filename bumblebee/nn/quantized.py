@@ -15,7 +15,7 @@ ordinary one, with the dequantized weight. Shapes: N outputs, K inputs, G = K / 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ Weight = TypeVar("Weight", bound="QuantizedWeight")
 class QuantizedWeight(nn.Module):
     """A quantized weight (N, K). Its tensors are buffers: they follow the module to a device, and no optimizer sees them."""
 
+    scheme: ClassVar[Scheme]
     shape: tuple[int, int]
 
     @classmethod
@@ -73,6 +74,8 @@ class Int8Weight(QuantizedWeight):
         scale: (N,) fp32.
     """
 
+    scheme = "int8"
+
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.shape = (codes.shape[0], codes.shape[1])
@@ -107,6 +110,8 @@ class Int4Weight(QuantizedWeight):
         scale: (N, G) bf16.
         zero: (N, G) bf16.
     """
+
+    scheme = "int4"
 
     def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor) -> None:
         super().__init__()

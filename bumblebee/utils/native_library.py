@@ -37,34 +37,35 @@ def load_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     """
     arguments = [*FLAGS, *flags]
     key = hashlib.sha256("\0".join([*arguments, source.read_text()]).encode()).hexdigest()[:20]
-    file = resolve_cache_dir(None) / "native" / f"{source.stem}-{key}.so"
+    folder, name = resolve_cache_dir(None) / "native", f"{source.stem}-{key}.so"
     try:
-        if file.is_file():
-            return ctypes.CDLL(str(file))
-        with _build_folder(file.parent) as folder:
-            built = Path(folder) / file.name
+        if (folder / name).is_file():
+            return ctypes.CDLL(str(folder / name))
+        keep = _is_writable(folder)
+        with tempfile.TemporaryDirectory(prefix=".build-", dir=folder if keep else None) as temporary:
+            built = Path(temporary) / name
             _compile(source, arguments, built)
             library = ctypes.CDLL(str(built))  # before it gets its name: a file that cannot be loaded is not kept
-            if built.parent.parent == file.parent:
-                os.replace(built, file)
+            if keep:
+                os.replace(built, folder / name)
             return library
     except OSError as error:
         raise CompilationError(f"{source.name}: {error}") from error
 
 
-def _build_folder(cache: Path) -> tempfile.TemporaryDirectory[str]:
-    """A folder in the cache folder; where that is not writable, one of the system's for temporary files."""
+def _is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which is made if it is missing."""
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=".build-", dir=cache)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return tempfile.TemporaryDirectory(prefix="bumblebee-")
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def _compile(source: Path, arguments: Sequence[str], target: Path) -> None:
     compiler = shlex.split(os.environ.get("CXX") or "g++")
     if shutil.which(compiler[0]) is None:
-        raise CompilationError(f"there is no C++ compiler {compiler[0]}")
+        raise CompilationError(f"the C++ compiler {compiler[0]} was not found: install it, or set CXX to another one")
     command = [*compiler, *arguments, str(source), "-o", str(target)]
     english = {**os.environ, "LC_ALL": "C"}
     try:

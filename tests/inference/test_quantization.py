@@ -151,13 +151,13 @@ def test_vnni_kernel_does_not_depend_on_threads(scheme):
 @pytest.mark.parametrize("scheme", BITS)
 def test_without_a_compiler_torchs_operators_are_used(scheme, monkeypatch, caplog):
     monkeypatch.setattr(vnni_weights, "supports_vnni", lambda: True)
-    monkeypatch.setattr(vnni_weights, "problem", lambda: "there is no C++ compiler g++")
+    monkeypatch.setattr(vnni_weights, "problem", lambda: "the C++ compiler g++ was not found")
     model = nn.Sequential(QuantizedLinear(BITS[scheme].of(random_weight()), None, torch.float32))
     use_fast_kernels(model)
     (matmul,) = (module for module in model.modules() if isinstance(module, QuantizedMatmul))
     assert isinstance(matmul.quantized, FbgemmInt8Weight | PackedInt4Weight)
     (message,) = caplog.messages
-    assert "slower" in message and message.endswith("there is no C++ compiler g++")
+    assert "slower" in message and message.endswith("the C++ compiler g++ was not found")
 
 
 @pytest.mark.parametrize("scheme", BITS)

@@ -55,6 +55,8 @@ class FbgemmInt8Weight(QuantizedWeight):
         has_vnni: the CPU multiplies 8-bit integers without saturation; otherwise a digit has 7 bits.
     """
 
+    scheme = "int8"
+
     def __init__(self, weight: Int8Weight, has_vnni: bool) -> None:
         super().__init__()
         self.shape = weight.shape
@@ -118,6 +120,8 @@ class PackedInt4Weight(QuantizedWeight):
     Args:
         weight: on its device.
     """
+
+    scheme = "int4"
 
     def __init__(self, weight: Int4Weight) -> None:
         super().__init__()
@@ -255,9 +259,5 @@ def _log_slow(model: nn.Module) -> None:
 
 def describe(model: nn.Module) -> str:
     """The kinds of quantized layers, such as "int4, head int8"; empty for a model without any."""
-    kinds = {
-        "int4" if isinstance(module, Int4Weight | PackedInt4Weight | VnniInt4Weight) else "int8"
-        for module in model.modules()
-        if isinstance(module, QuantizedWeight)
-    }
+    kinds = {module.scheme for module in model.modules() if isinstance(module, QuantizedWeight)}
     return "int4" if "int4" in kinds else "".join(kinds)

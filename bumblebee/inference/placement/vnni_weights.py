@@ -14,12 +14,13 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bumblebee.nn.quantized import GROUP_SIZE, Int4Weight, Int8Weight, QuantizedWeight
+from bumblebee.nn.quantized import GROUP_SIZE, Int4Weight, Int8Weight, QuantizedWeight, Scheme
 from bumblebee.utils.native_library import CompilationError, load_library
 
 PANEL = 32  # rows that are stored together
@@ -43,24 +44,24 @@ def problem() -> str | None:
     if not supports_vnni():
         return "the CPU has no AVX-512 VNNI"
     try:
-        _functions()
+        _products()
     except CompilationError as error:
         return str(error)
     return None
 
 
 @cache
-def _functions() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
-    """The products by scheme and dtype of the activations."""
+def _products() -> dict[tuple[Scheme, torch.dtype], Callable[..., None]]:
+    """The functions of the library by scheme and dtype of the activations."""
     library = load_library(_SOURCE, _FLAGS)
-    functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
-    for scheme in ("int8", "int4"):
+    products: dict[tuple[Scheme, torch.dtype], Callable[..., None]] = {}
+    for scheme in get_args(Scheme):
         for dtype in (torch.float32, torch.bfloat16):
             function = library[f"matmul_{scheme}_{str(dtype).removeprefix('torch.')}"]
             function.argtypes = _SIGNATURE
             function.restype = None
-            functions[scheme, dtype] = function
-    return functions
+            products[scheme, dtype] = function
+    return products
 
 
 class VnniWeight(QuantizedWeight):
@@ -69,20 +70,18 @@ class VnniWeight(QuantizedWeight):
     Args:
         shape: (N, K).
         packed: uint8, contiguous, on the CPU.
-        scheme: int8 or int4.
     """
 
-    def __init__(self, shape: tuple[int, int], packed: Tensor, scheme: str) -> None:
+    def __init__(self, shape: tuple[int, int], packed: Tensor) -> None:
         super().__init__()
         self.shape = shape
         self.packed: Tensor
         self.register_buffer("packed", packed)
-        self._product = {dtype: function for (name, dtype), function in _functions().items() if name == scheme}
 
     def matmul(self, x: Tensor) -> Tensor:
         """See the base class."""
         assert x.is_cpu, "packed for a CPU"
-        function = self._product.get(x.dtype)
+        function = _products().get((self.scheme, x.dtype))
         if function is None:
             return self.matmul(x.float()).to(x.dtype)
         (outputs, inputs), x = self.shape, x.contiguous()
@@ -108,6 +107,8 @@ class VnniInt8Weight(VnniWeight):
         weight: on the CPU.
     """
 
+    scheme = "int8"
+
     def __init__(self, weight: Int8Weight) -> None:
         rows, inputs = weight.shape
         panels, width = -(-rows // PANEL), -(-inputs // 4)
@@ -116,7 +117,7 @@ class VnniInt8Weight(VnniWeight):
             codes = pad(codes, (0, -inputs % 4)).view(torch.uint8) ^ _OFFSET_INT8  # adds it
             out[:, : -4 * PANEL].unflatten(1, (width, PANEL, 4)).copy_(codes.unflatten(2, (width, 4)).transpose(1, 2))
             out[:, -4 * PANEL :] = scale.view(torch.uint8)
-        super().__init__(weight.shape, packed, "int8")
+        super().__init__(weight.shape, packed)
 
     def dequantize(self) -> Tensor:
         """See the base class."""
@@ -135,6 +136,8 @@ class VnniInt4Weight(VnniWeight):
         weight: on the CPU.
     """
 
+    scheme = "int4"
+
     def __init__(self, weight: Int4Weight) -> None:
         panels, groups = -(-weight.shape[0] // PANEL), weight.shape[1] // GROUP_SIZE
         packed = torch.empty(panels, groups, PANEL * GROUP_SIZE // 2 + 4 * PANEL, dtype=torch.uint8)
@@ -144,7 +147,7 @@ class VnniInt4Weight(VnniWeight):
             codes = (codes[..., 1, :] << 4 | codes[..., 0, :]).permute(0, 2, 3, 1, 4).flatten(2)  # (P, G, 512)
             parameters = (each.transpose(1, 2).contiguous().view(torch.uint8) for each in (scale, zero))
             torch.cat([codes, *parameters], dim=2, out=out)
-        super().__init__(weight.shape, packed, "int4")
+        super().__init__(weight.shape, packed)
 
     def dequantize(self) -> Tensor:
         """See the base class."""
